@@ -1,0 +1,43 @@
+"""The grid of ranks: pipeline stages x tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cost_model.errors import MeshError
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """A `pp` x `tp` grid. Global rank = stage * tp + tp_rank, so that the ranks of one tp group are neighbours."""
+
+    tp: int = 1
+    pp: int = 1
+
+    def __post_init__(self) -> None:
+        for axis, size in (("tp", self.tp), ("pp", self.pp)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise MeshError(f"mesh axis {axis} must be a whole number of ranks, 1 or more; got {size!r}")
+
+    @property
+    def size(self) -> int:
+        return self.tp * self.pp
+
+    def rank(self, stage: int, tp_rank: int) -> int:
+        """The global rank at (stage, tp_rank)."""
+        if not (0 <= stage < self.pp and 0 <= tp_rank < self.tp):
+            raise MeshError(f"no rank at stage {stage}, tp rank {tp_rank} on a mesh of tp={self.tp} x pp={self.pp}")
+        return stage * self.tp + tp_rank
+
+    def coordinates(self, rank: int) -> tuple[int, int]:
+        """(stage, tp_rank) of a global rank."""
+        if not 0 <= rank < self.size:
+            raise MeshError(f"rank {rank} is not on a mesh of tp={self.tp} x pp={self.pp} ({self.size} ranks)")
+        return divmod(rank, self.tp)
+
+    def tp_group(self, stage: int) -> tuple[int, ...]:
+        """Global ranks that share the stage's tensors."""
+        return tuple(self.rank(stage, t) for t in range(self.tp))
+
+    def __str__(self) -> str:
+        return f"tp={self.tp} x pp={self.pp}"

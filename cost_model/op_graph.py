@@ -1,0 +1,110 @@
+"""The model as the cost model sees it: a networkx DAG of ops on tensors with known shapes; no torch in sight.
+
+Graph inputs, parameters and buffers are ops too ("input", "param", "buffer"), so that a weight's placement is a choice
+of the search like any other, and a tied weight is one op with two users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+
+SOURCES = ("input", "param", "buffer")
+DTYPE_BYTES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1,
+    "uint8": 1, "bool": 1, "complex64": 8, "complex128": 16, "float8_e4m3fn": 1, "float8_e5m2": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor's shape at the example sizes, and which dims follow the input's sizes ("B", "S", "T", ..., else "")."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    symbols: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for s in self.shape:
+            n *= s
+        return n
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPE_BYTES.get(self.dtype, 4)
+
+    def is_dynamic(self, dim: int) -> bool:
+        return bool(self.symbols) and bool(self.symbols[dim])
+
+    def at(self, sizes: Mapping[str, int]) -> TensorSpec:
+        """The same tensor at other sizes: `sizes` maps each symbol to a length."""
+        if not any(self.symbols):
+            return self
+        shape = tuple(sizes.get(sym, n) if sym else n for n, sym in zip(self.shape, self.symbols, strict=True))
+        return TensorSpec(shape, self.dtype, self.symbols)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """One tensor: output `index` of op `op`."""
+
+    op: str
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One op. `kind` names a row of op_rules; `attrs` are its plain arguments (dims, sizes, flags)."""
+
+    name: str
+    kind: str
+    inputs: tuple[TensorRef, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    module: str = ""  # qualified path of the module that ran it, e.g. "model.layers.0.self_attn"
+    source: str = ""  # the user's line, e.g. "modeling_llama.py:241"
+    mutates: bool = False  # writes a cache, draws random numbers: never computed twice, never moved
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{o.dtype}{list(o.shape)}" for o in self.outputs)
+        return f"{self.kind} ({self.name}, {shapes or 'no tensor'}{', ' + self.source if self.source else ''})"
+
+
+class OpGraph:
+    """Ops in execution order over a `networkx.DiGraph` whose edges are data dependencies (attribute `refs`)."""
+
+    def __init__(self, ops: list[Op], outputs: list[TensorRef]) -> None:
+        self.ops: dict[str, Op] = {}
+        self.graph: nx.DiGraph[str] = nx.DiGraph()
+        self.users: dict[TensorRef, list[tuple[str, int]]] = {}
+        self.outputs = tuple(outputs)
+        for op in ops:
+            if op.name in self.ops:
+                raise ValueError(f"two ops named {op.name}")
+            self.ops[op.name] = op
+            self.graph.add_node(op.name)
+            for slot, ref in enumerate(op.inputs):
+                if ref.op not in self.ops:
+                    raise ValueError(f"{op.name} uses {ref.op} before it is defined")
+                self.graph.add_edge(ref.op, op.name)
+                self.users.setdefault(ref, []).append((op.name, slot))
+
+    def __iter__(self) -> Iterator[Op]:
+        return iter(self.ops.values())
+
+    def __len__(self) -> int:
+        return len(self.ops)
+
+    def __getitem__(self, name: str) -> Op:
+        return self.ops[name]
+
+    def spec(self, ref: TensorRef) -> TensorSpec:
+        return self.ops[ref.op].outputs[ref.index]
+
+    def input_specs(self, op: Op) -> tuple[TensorSpec, ...]:
+        return tuple(self.spec(ref) for ref in op.inputs)

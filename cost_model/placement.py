@@ -1,0 +1,101 @@
+"""How a tensor lies on the tp axis: Replicate, Shard(dim) or Partial, and which elements of a dim each rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Interval = tuple[int, int]  # [start, stop) along one dim of the whole tensor
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Placement:
+    """`kind` is "R", "S" or "P"; `dim` is the sharded tensor dim of an "S", -1 otherwise."""
+
+    kind: str
+    dim: int = -1
+
+    @property
+    def is_replicate(self) -> bool:
+        return self.kind == "R"
+
+    @property
+    def is_shard(self) -> bool:
+        return self.kind == "S"
+
+    @property
+    def is_partial(self) -> bool:
+        return self.kind == "P"
+
+    def __str__(self) -> str:
+        return f"S({self.dim})" if self.kind == "S" else self.kind
+
+    @classmethod
+    def parse(cls, text: str) -> Placement:
+        """Inverse of str(). Raises ValueError on anything else."""
+        if text in ("R", "P"):
+            return cls(text)
+        if text.startswith("S(") and text.endswith(")") and text[2:-1].isdecimal():
+            return cls("S", int(text[2:-1]))
+        raise ValueError(f"not a placement: {text!r} (expected R, P or S(<dim>))")
+
+
+REPLICATE = Placement("R")
+PARTIAL = Placement("P")  # a sum over the tp axis is still owed
+
+
+def shard(dim: int) -> Placement:
+    return Placement("S", dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which elements of one dim (of `size` elements) each tp rank holds.
+
+    `parts[r]` are the rank's intervals in ascending order; its local dim is their concatenation. Parts need not be
+    equal (9 heads on 2 ranks), need not be one interval (each third of a fused q|k|v), and may overlap (a KV head
+    held by several ranks). They cover the dim together.
+    """
+
+    size: int
+    parts: tuple[tuple[Interval, ...], ...]
+
+    def local_size(self, tp_rank: int) -> int:
+        return sum(stop - start for start, stop in self.parts[tp_rank])
+
+    @property
+    def max_local_size(self) -> int:
+        return max(self.local_size(r) for r in range(len(self.parts)))
+
+    @property
+    def is_whole(self) -> bool:
+        """True when every rank holds everything, so that the dim is in fact replicated."""
+        return all(part == ((0, self.size),) for part in self.parts)
+
+    @property
+    def is_even(self) -> bool:
+        """One interval per rank, all of one length, in rank order: what a plain all_gather glues."""
+        if self.size % len(self.parts):
+            return False
+        step = self.size // len(self.parts)
+        return all(part == ((r * step, (r + 1) * step),) for r, part in enumerate(self.parts))
+
+    def local_range(self, tp_rank: int, start: int, stop: int) -> Interval:
+        """Where the global elements [start, stop) that the rank holds lie in its local dim."""
+        before = sum(max(0, min(b, start) - a) for a, b in self.parts[tp_rank])
+        held = sum(max(0, min(b, stop) - max(a, start)) for a, b in self.parts[tp_rank])
+        return before, before + held
+
+
+def whole(size: int, ranks: int) -> Layout:
+    return Layout(size, (((0, size),),) * ranks)
+
+
+def intervals_of(indices: list[int]) -> tuple[Interval, ...]:
+    """Runs of consecutive integers in an ascending list."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and runs[-1][1] == i:
+            runs[-1][1] = i + 1
+        else:
+            runs.append([i, i + 1])
+    return tuple((a, b) for a, b in runs)

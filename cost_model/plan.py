@@ -1,0 +1,165 @@
+"""The partition plan: every decision of the two searches, frozen, as plain data that is saved and read as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cost_model.errors import PlanError
+from cost_model.mesh import Mesh
+from cost_model.placement import Interval, Layout, Placement
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class OpPlan:
+    """One op's placements. `inputs[i]` is the placement it wants of input i, `outputs[j]` the one it leaves output j in.
+
+    `home` is the stage it belongs to; `stages` are all that compute it (a recomputed mask has several).
+    `letter` is the name of the sharded letter of its op rule ("" when it runs replicated), `role` its name in the
+    field's words for linears and embeddings ("column", "row", "vocab", "replicate", "").
+    `gather[j]` says that output j is also made whole on every tp rank (all_reduce of a P, all_gather of an S).
+    """
+
+    name: str
+    kind: str
+    home: int
+    stages: tuple[int, ...]
+    inputs: tuple[Placement, ...]
+    outputs: tuple[Placement, ...]
+    gather: tuple[bool, ...]
+    letter: str = ""
+    role: str = ""
+    module: str = ""
+    # layout of each sharded dim, by position in PartitionPlan.layouts; -1 where the tensor is not sharded
+    input_layouts: tuple[int, ...] = ()
+    output_layouts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ParamPlan:
+    """One parameter: its shape, how it lies on the tp axis, and the stages that hold it (several: tied weights)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    placement: Placement
+    layout: int  # position in PartitionPlan.layouts, -1 when replicated
+    stages: tuple[int, ...]
+    matmul: bool  # a weight of a matmul or a table of an embedding, as opposed to a norm's scale or a bias
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One tensor sent from `source` stage to `target` stage: output `index` of op `op`, as it lies there.
+
+    `whole` says that it is sent replicated (after the gather), else as the op's output placement says.
+    """
+
+    op: str
+    index: int
+    source: int
+    target: int
+    channel: int
+    whole: bool
+    nbytes: int  # on one tp rank, at the plan's sizes
+
+
+@dataclass(frozen=True, slots=True)
+class StageSummary:
+    """What the plan predicts of one stage, on its slowest tp rank at the plan's sizes."""
+
+    index: int
+    layers: tuple[str, ...]  # repeated modules it runs, e.g. "model.layers.0" ... in order
+    compute_seconds: float
+    comm_seconds: float
+    recomputed: tuple[str, ...]  # ops it computes again instead of receiving them
+    flops: float
+    weight_bytes: int
+    kv_cache_bytes: int
+    activation_bytes: int
+    collectives: tuple[tuple[str, int, int], ...]  # (name, count, bytes in all) per forward
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_seconds + self.comm_seconds
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.weight_bytes + self.kv_cache_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionPlan:
+    """What each rank computes, holds and says. Values only: two plans are equal when everything in them is."""
+
+    mesh: Mesh
+    model: str  # class name of the traced model
+    fingerprint: str  # sha256 over the traced graph's ops, shapes and dtypes: a plan fits only this graph
+    hardware: str
+    objective: str
+    sizes: tuple[tuple[str, int], ...]  # symbol -> length at which seconds and bytes were predicted
+    ops: tuple[OpPlan, ...]
+    params: tuple[ParamPlan, ...]
+    layouts: tuple[Layout, ...]
+    hops: tuple[Hop, ...]
+    stages: tuple[StageSummary, ...]
+    one_device_seconds: float
+    device_memory_bytes: int
+    warnings: tuple[str, ...] = ()
+    version: int = PLAN_VERSION
+    _by_name: dict[str, OpPlan] = field(default_factory=dict, repr=False, compare=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._by_name.update((op.name, op) for op in self.ops)
+
+    def op(self, name: str) -> OpPlan:
+        return self._by_name[name]
+
+    def has_op(self, name: str) -> bool:
+        return name in self._by_name
+
+    def layout(self, index: int) -> Layout | None:
+        return None if index < 0 else self.layouts[index]
+
+    @property
+    def predicted_seconds(self) -> float:
+        """One forward pass through all stages, one after the other (latency), hops included."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def __str__(self) -> str:
+        from cost_model.explain import plan_text
+
+        return plan_text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        from cost_model.plan_json import plan_to_dict
+
+        return plan_to_dict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PartitionPlan:
+        """Raises PlanError naming the field that is missing, unknown or malformed."""
+        from cost_model.plan_json import plan_from_dict
+
+        return plan_from_dict(data)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PartitionPlan:
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read the plan file {path}: {error}") from error
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{path} is not a plan: not JSON ({error})") from error
+        return cls.from_dict(data)
+
+
+__all__ = ["Hop", "Interval", "OpPlan", "ParamPlan", "PartitionPlan", "StageSummary"]
