@@ -58,7 +58,7 @@ lint: $(READY)  ## ruff, mypy (strict on cost_model) and the import contracts
 	@echo "==> [2/4] mypy: types, strictly in cost_model/"
 	@$(BIN)/mypy
 	@echo "==> [3/4] lint-imports: autodist_fx -> passes -> cost_model, and nothing back"
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 
 bench: $(READY)  ## measure against transformers' tp_plan, DTensor and a hand-written split (some minutes)
 	@echo "==> bench: writes docs/benchmarks.md"
