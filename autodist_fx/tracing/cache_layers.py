@@ -1,0 +1,93 @@
+"""What a model writes into its KV cache: kinds of the layers from the config, shapes by asking the model itself."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+
+_PROBE_BATCH, _PROBE_SEQ = 2, 3
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayer:
+    """One layer of a KV cache: keys are [batch, heads, tokens, key_dim], values [batch, heads, tokens, value_dim]."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    def make(self, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of that many tokens, on meta."""
+        key = torch.empty(batch, self.heads, tokens, self.key_dim, dtype=self.dtype, device="meta")
+        return key, key.new_empty(batch, self.heads, tokens, self.value_dim)
+
+
+def new_cache(config: PretrainedConfig) -> DynamicCache:
+    """The empty cache that transformers' generate makes for this config."""
+    return DynamicCache(config=config)
+
+
+def layer_kinds(config: PretrainedConfig) -> tuple[str, ...]:
+    """Per cache layer: "full", "sliding:<window>" or "chunked:<size>", the window and the size in tokens."""
+    decoder = config.get_text_config(decoder=True)
+    layer_types = getattr(decoder, "layer_types", None) or ()
+    kinds = []
+    for index, layer in enumerate(new_cache(config).layers):
+        if not getattr(layer, "is_sliding", False):
+            kinds.append("full")
+        elif index < len(layer_types) and layer_types[index] == "chunked_attention":
+            kinds.append(f"chunked:{layer.sliding_window}")
+        else:
+            kinds.append(f"sliding:{layer.sliding_window}")
+    return tuple(kinds)
+
+
+def cache_layers(model: PreTrainedModel) -> tuple[CacheLayer | None, ...]:
+    """What each cache layer receives from the model, None for a layer that it never writes.
+
+    `model` has its parameters on meta and is called within `traceable`. Runs its forward once on meta tensors, so that
+    grouped heads, latent attention and layers that share their keys need no knowledge of config names; a model that
+    cannot be run like this is taken to be what the config's usual names say.
+    """
+    try:
+        cache = _cache_after_one_call(model)
+    except Exception:
+        return _layers_by_config(model)
+    layers: list[CacheLayer | None] = []
+    for layer in cache.layers:
+        key, value = layer.keys, layer.values
+        if key is None or key.dim() != 4:
+            layers.append(None)
+        else:
+            layers.append(CacheLayer(key.shape[1], key.shape[3], value.shape[3], key.dtype))
+    return tuple(layers) if any(layers) else _layers_by_config(model)
+
+
+def _cache_after_one_call(model: PreTrainedModel) -> DynamicCache:
+    cache = new_cache(model.config)
+    ids = torch.empty(_PROBE_BATCH, _PROBE_SEQ, dtype=torch.long, device="meta")
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": ids,
+        "position_ids": ids,
+        "past_key_values": cache,
+        "cache_position": ids[0],
+        "use_cache": True,
+    }
+    taken = inspect.signature(model.forward).parameters
+    meta_buffers = {name: buffer.to("meta") for name, buffer in model.named_buffers()}
+    with torch.no_grad():
+        torch.func.functional_call(model, meta_buffers, (), {name: v for name, v in inputs.items() if name in taken})
+    return cache
+
+
+def _layers_by_config(model: PreTrainedModel) -> tuple[CacheLayer | None, ...]:
+    decoder = model.config.get_text_config(decoder=True)
+    query_heads = decoder.num_attention_heads
+    heads = getattr(decoder, "num_key_value_heads", None) or query_heads
+    head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // query_heads
+    return (CacheLayer(heads, head_dim, head_dim, model.dtype),) * len(new_cache(model.config).layers)

@@ -1,0 +1,105 @@
+"""Example inputs of a traced model: meta tensors of given sizes, and a cache that already holds some tokens."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+
+from autodist_fx.errors import TracingError
+from autodist_fx.tracing.cache_layers import CacheLayer, new_cache
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Concrete sizes of one call: sequences, tokens per sequence, tokens per sequence that the cache holds before it."""
+
+    batch: int
+    seq: int
+    past: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleInputs:
+    """What it takes to make up inputs for a model once the model itself is gone."""
+
+    input_names: tuple[str, ...]
+    config: PretrainedConfig
+    cache_layers: tuple[CacheLayer | None, ...]  # by layer index; None: the model never writes that layer
+    embedding_dim: int
+    dtype: torch.dtype  # of the model's parameters
+
+    def make(self, sizes: Sizes) -> dict[str, object]:
+        """Meta tensors (and one DynamicCache of meta tensors) by input name, new ones on each call."""
+        return {name: self._make_one(name, sizes) for name in self.input_names}
+
+    def _make_one(self, name: str, sizes: Sizes) -> torch.Tensor | DynamicCache:
+        batch, seq, past = sizes.batch, sizes.seq, sizes.past
+        if name == "past_key_values":
+            return self._make_cache(batch, past)
+        if name == "inputs_embeds":
+            return torch.empty(batch, seq, self.embedding_dim, dtype=self.dtype, device="meta")
+        if name == "cache_position":
+            return torch.empty(seq, dtype=torch.long, device="meta")
+        if name == "attention_mask":
+            total = past + seq if "past_key_values" in self.input_names else seq
+            return torch.empty(batch, total, dtype=torch.long, device="meta")
+        if name in ("input_ids", "labels", "position_ids", "token_type_ids") or name.endswith("_ids"):
+            return torch.empty(batch, seq, dtype=torch.long, device="meta")
+        raise TracingError(
+            f"no example input is known for {name!r}: trace with other input_names, or give it a fixed value in "
+            f"concrete_args"
+        )
+
+    def _make_cache(self, batch: int, past: int) -> DynamicCache:
+        cache = new_cache(self.config)
+        if past:
+            for index, layer in enumerate(self.cache_layers):
+                if layer is not None:
+                    cache.update(*layer.make(batch, past), index, {})
+        return cache
+
+
+def unmistakable_sizes(model: PreTrainedModel) -> Sizes:
+    """Sizes to trace with that cannot be taken for a dimension of the model, nor for a part of one.
+
+    Primes that divide no dim of a parameter or buffer and no number in the config: then neither do they equal a head
+    size, a number of heads or any other factor of a dimension. Kept small, since some shapes are found on CPU tensors.
+    """
+    dims = {dim for tensor in itertools.chain(model.parameters(), model.buffers()) for dim in tensor.shape}
+    dims |= set(_integers(model.config.to_dict()))
+    dims -= {0, 1}
+
+    def free(size: int) -> bool:
+        return all(dim % size for dim in dims)
+
+    candidates = [prime for prime in _primes(5, 300) if free(prime)]
+    for batch, seq, past in itertools.permutations(candidates[:8], 3):
+        if batch < seq and free(seq + past) and past > 1:
+            return Sizes(batch, seq, past)
+    raise TracingError(
+        f"{type(model).__name__}: no example sizes are left that differ from every dimension of the model. Please "
+        f"report its config"
+    )
+
+
+def _integers(value: object) -> Iterator[int]:
+    """The integers anywhere in a config's dict, but booleans."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        yield abs(value)
+    elif isinstance(value, dict):
+        yield from _each_integer(value.values())
+    elif isinstance(value, (list, tuple)):
+        yield from _each_integer(value)
+
+
+def _each_integer(values: Iterable[object]) -> Iterator[int]:
+    for value in values:
+        yield from _integers(value)
+
+
+def _primes(start: int, stop: int) -> Sequence[int]:
+    return [n for n in range(start, stop) if all(n % divisor for divisor in range(2, int(n**0.5) + 1))]

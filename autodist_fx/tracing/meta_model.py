@@ -1,0 +1,87 @@
+"""Models without weights: parameters on the meta device, buffers real (they are small, and some hold tables)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import no_init_weights
+
+from autodist_fx.errors import TracingError
+from autodist_fx.tracing.patches import PATCH_LOCK
+
+
+def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model's structure with every parameter on meta; no weight bytes are read or copied.
+
+    Buffers, config and mode (train or eval) are copied. A parameter that several modules share (tied embeddings) is
+    one parameter in the copy, too.
+    """
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        # to("meta") of a parameter is a tensor of that shape, strides and dtype, without storage.
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model that `config` describes, in eval mode, with parameters on meta, ties tied, and buffers real.
+
+    `dtype` None means what the config says (float32 where it says nothing). The config is copied, never changed.
+
+    Errors: TracingError if no causal language model of transformers goes with the config.
+    """
+    model_class = _model_class(config)
+    config = copy.deepcopy(config)
+    keywords = {} if dtype is None else {"dtype": dtype}
+    default_dtype = torch.get_default_dtype()
+    with PATCH_LOCK, no_init_weights(), _parameters_on_meta():
+        try:
+            model = model_class._from_config(config, **keywords)
+        finally:
+            torch.set_default_dtype(default_dtype)  # _from_config leaves its own behind when it fails
+    # Not done by _from_config: it takes whoever switches initialisation off to be about to load weights.
+    model.tie_weights()
+    return model.eval()
+
+
+def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    for name in getattr(config, "architectures", None) or ():
+        model_class = getattr(transformers, name, None)
+        if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+            return model_class
+    try:
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise TracingError(
+            f"no causal language model of transformers {transformers.__version__} goes with {type(config).__name__} "
+            f"(architectures={getattr(config, 'architectures', None)}): pass a model instead of a config"
+        ) from None
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Each parameter is swapped for a meta one as a module registers it, before anything has touched its memory.
+
+    transformers' `init_empty_weights` does the same, but makes a new parameter of one that is on meta already, which
+    unties what a constructor ties.
+    """
+    register_parameter = nn.Module.register_parameter
+
+    def register_meta_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            attributes = parameter.__dict__
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            parameter.__dict__.update(attributes)
+        register_parameter(module, name, parameter)
+
+    nn.Module.register_parameter = register_meta_parameter
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register_parameter

@@ -1,0 +1,131 @@
+"""Everything of torch and transformers that has to be different while a model is traced, in one context manager.
+
+The patches are process-global: a lock keeps two traces apart, and a model run in another thread meanwhile sees them too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.fx._symbolic_trace as fx_symbolic_trace
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils, modeling_attn_mask_utils
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import fx as hf_fx
+
+PATCH_LOCK = threading.RLock()  # reentrant: traceable() may be entered by a holder of it
+
+
+@contextlib.contextmanager
+def traceable(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
+    """While it lasts, `model` can be run on meta tensors and traced; everything is put back in the end, on error too.
+
+    The flags of the model's configs are set to what a traced forward needs (`use_cache` as given, outputs as a
+    `ModelOutput`, no attention maps, no hidden states), and restored with the rest.
+    """
+    with PATCH_LOCK, contextlib.ExitStack() as undo:
+
+        def patch(owner: Any, name: str, value: Any) -> None:
+            # owner.__dict__ and not getattr: a staticmethod has to come back as one.
+            undo.callback(setattr, owner, name, owner.__dict__[name])
+            setattr(owner, name, value)
+
+        for config in _configs(model):
+            undo.callback(_restore_attributes, config, dict(config.__dict__))
+            config.use_cache = use_cache
+            config.return_dict = True
+            config.output_attentions = False
+            config.output_hidden_states = False
+
+        for cls in {cls for module in model.modules() for cls in type(module).__mro__ if "forward" in cls.__dict__}:
+            # @check_model_inputs, @can_return_tuple, ...: fx reads the argument names off the function's code, and a
+            # wrapper's code has only (*args, **kwargs).
+            forward = cls.__dict__["forward"]
+            if hasattr(forward, "__wrapped__"):
+                patch(cls, "forward", inspect.unwrap(forward))
+        patch(GradientCheckpointingLayer, "__call__", _call_as_module)
+
+        # Masks: vmap cannot be traced, and a mask that is skipped for one input must not be left out for all.
+        patch(masking_utils, "_vmap_for_bhqkv", _broadcast_for_bhqkv)
+        patch(masking_utils, "TransformGetItemToIndex", contextlib.nullcontext)
+        patch(masking_utils, "_ignore_causal_mask_sdpa", _never)
+        patch(modeling_attn_mask_utils.AttentionMaskConverter, "_ignore_causal_mask_sdpa", staticmethod(_never))
+
+        # Metadata of traced values: torch's own meta kernels know the dtype, which HFTracer's overrides do not.
+        patch(hf_fx, "_MANUAL_META_OVERRIDES", _MetaKernelsFirst(hf_fx._MANUAL_META_OVERRIDES))
+        patch(hf_fx, "_proxies_to_metas", _to_metas(hf_fx._proxies_to_metas))
+        if hasattr(fx_symbolic_trace, "is_fx_symbolic_tracing"):  # what is_fx_tracing warns to use instead
+            patch(hf_fx, "is_fx_tracing", fx_symbolic_trace.is_fx_symbolic_tracing)
+        yield
+
+
+def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
+    """Each config object that some module of the model holds, once."""
+    held = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in held if isinstance(config, PretrainedConfig)}.values())
+
+
+def _restore_attributes(owner: Any, attributes: dict[str, Any]) -> None:
+    owner.__dict__.clear()
+    owner.__dict__.update(attributes)
+
+
+def _call_as_module(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # Looked up at each call: fx replaces Module.__call__ while it traces, and has to see these modules too.
+    return torch.nn.Module.__call__(module, *args, **kwargs)
+
+
+def _never(*args: Any, **kwargs: Any) -> bool:
+    return False
+
+
+def _broadcast_for_bhqkv(mask_function: Callable[..., Any], bh_indices: bool = True) -> Callable[..., Any]:
+    """What `masking_utils._vmap_for_bhqkv` returns, by broadcasting index tensors instead of mapping over them."""
+
+    def mask_BHQK(batch_B: Any, head_H: Any, query_Q: Any, key_K: Any) -> Any:
+        if not bh_indices:
+            return mask_function(batch_B, head_H, query_Q[:, None], key_K[None, :])
+        mask = mask_function(
+            batch_B[:, None, None, None], head_H[None, :, None, None], query_Q[None, None, :, None], key_K
+        )
+        # A mask function that never looks at its batch index (no padding mask) leaves that dim at 1.
+        return mask.expand(batch_B.shape[0], head_H.shape[0], query_Q.shape[0], key_K.shape[0])
+
+    return mask_BHQK
+
+
+class _MetaKernelsFirst(dict[Any, Callable[..., Any]]):
+    """HFTracer's table of shape functions, consulted only where torch cannot run an op on meta tensors.
+
+    The table ignores dtypes (a bfloat16 linear comes out float32) and computes some shapes on CPU tensors.
+    """
+
+    def __init__(self, overrides: dict[Any, Callable[..., Any]]) -> None:
+        # Modules keep none: their own forward runs on meta tensors.
+        super().__init__({target: shape_of for target, shape_of in overrides.items() if not isinstance(target, type)})
+
+    def get(self, target: Any, default: Any = None) -> Any:
+        override = super().get(target)
+        if override is None:
+            return default
+
+        def meta_kernel_or_override(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return default(*args, **kwargs)
+            except Exception:
+                return override(*args, **kwargs)
+
+        return meta_kernel_or_override
+
+
+def _to_metas(proxies_to_metas: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Constant tensors too go to meta: torch refuses to mix meta with another device."""
+
+    def to_metas(value: Any) -> Any:
+        return value.to("meta") if isinstance(value, torch.Tensor) else proxies_to_metas(value)
+
+    return to_metas

@@ -1,0 +1,174 @@
+"""`trace`: one graph of a whole model, for any batch size, sequence length and number of cached tokens."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import fx as hf_fx
+
+from autodist_fx.errors import AutodistError, TracingError
+from autodist_fx.tracing.cache_layers import cache_layers, layer_kinds
+from autodist_fx.tracing.example_inputs import ExampleInputs, Sizes, unmistakable_sizes
+from autodist_fx.tracing.meta_model import empty_model, meta_copy
+from autodist_fx.tracing.patches import traceable
+from autodist_fx.tracing.tracer import Tracer, model_source_files
+
+INPUTS = ("input_ids", "attention_mask")
+INPUTS_WITH_CACHE = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position")
+
+
+@dataclass
+class TracedModel:
+    """A model as one graph. Takes what the model's forward takes, by name, and returns what it returns, as a dict."""
+
+    graph_module: torch.fx.GraphModule  # parameters on meta, shared ones shared; buffers real
+    input_names: tuple[str, ...]  # the placeholders, in their order
+    use_cache: bool
+    config: PretrainedConfig  # a copy of the model's
+    model_class: str  # "LlamaForCausalLM"
+    layer_kinds: tuple[str, ...]  # per cache layer: "full", "sliding:4096", "chunked:8192"; () without a cache
+    _examples: ExampleInputs = field(repr=False)
+
+    def example_inputs(self, sizes: Sizes) -> dict[str, object]:
+        """Inputs of these sizes by name: meta tensors, and a DynamicCache of meta tensors that holds `past` tokens."""
+        return self._examples.make(sizes)
+
+
+def trace(
+    model: PreTrainedModel | PretrainedConfig,
+    *,
+    input_names: Sequence[str] | None = None,
+    use_cache: bool = False,
+    concrete_args: Mapping[str, object] | None = None,
+) -> TracedModel:
+    """Trace a model, or the model that a config describes, on the meta device; neither is changed.
+
+    `input_names` are the arguments of forward that become inputs of the graph: by default token ids and mask, and with
+    `use_cache` also positions and the cache. Any other argument has its default, or its value in `concrete_args`.
+    The model is traced as it stands, in training or in eval mode; one made from a config is in eval mode.
+
+    Errors: TracingError, which names the model class, the line of its source, and the way out.
+    """
+    meta_model = empty_model(model) if isinstance(model, PretrainedConfig) else meta_copy(model)
+    _choose_attention(meta_model)
+    accepted = [name for name, p in inspect.signature(meta_model.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
+    names = _input_names(meta_model, accepted, input_names, use_cache)
+    fixed = _fixed_arguments(meta_model, accepted, names, use_cache, concrete_args or {})
+    tracer = None
+    try:
+        with traceable(meta_model, use_cache=use_cache), torch.no_grad():
+            examples = ExampleInputs(
+                input_names=names,
+                config=meta_model.config,
+                cache_layers=cache_layers(meta_model) if use_cache else (),
+                embedding_dim=meta_model.get_input_embeddings().weight.shape[-1],
+                dtype=meta_model.dtype,
+            )
+            inputs = examples.make(unmistakable_sizes(meta_model))
+            tracer = Tracer(meta_model, inputs)
+            graph = tracer.trace(
+                meta_model,
+                concrete_args=fixed,
+                dummy_inputs=inputs,
+                complete_concrete_args_with_inputs_not_in_dummy_inputs=False,
+            )
+    except AutodistError:
+        raise
+    except Exception as error:
+        raise _tracing_error(meta_model, error, tracer) from error
+    return TracedModel(
+        graph_module=_graph_module(meta_model, graph),
+        input_names=tuple(node.target for node in graph.nodes if node.op == "placeholder"),
+        use_cache=use_cache,
+        config=meta_model.config,
+        model_class=type(meta_model).__name__,
+        layer_kinds=layer_kinds(meta_model.config) if use_cache else (),
+        _examples=examples,
+    )
+
+
+def _choose_attention(model: PreTrainedModel) -> None:
+    """Attention that is plain torch: the others (flash, flex) call kernels that a graph cannot hold."""
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+
+
+def _input_names(
+    model: PreTrainedModel, accepted: Sequence[str], input_names: Sequence[str] | None, use_cache: bool
+) -> tuple[str, ...]:
+    """The names to trace with, in the order of the model's signature."""
+    if input_names is None:
+        chosen = set(INPUTS_WITH_CACHE if use_cache else INPUTS) & set(accepted)
+    else:
+        chosen = set(input_names)
+    if unknown := sorted(chosen - set(accepted)):
+        raise TracingError(
+            f"{type(model).__name__}.forward takes no {', '.join(unknown)}: choose input_names among "
+            f"{', '.join(accepted)}"
+        )
+    if use_cache and "past_key_values" not in chosen:
+        raise TracingError(
+            f"{type(model).__name__} was to be traced with a KV cache, but past_key_values is not among its inputs "
+            f"({', '.join(sorted(chosen))}): trace with use_cache=False"
+        )
+    return tuple(name for name in accepted if name in chosen)
+
+
+def _fixed_arguments(
+    model: PreTrainedModel,
+    accepted: Sequence[str],
+    names: Sequence[str],
+    use_cache: bool,
+    concrete_args: Mapping[str, object],
+) -> dict[str, object]:
+    """The value of every argument of forward that is not an input of the graph."""
+    if unknown := sorted(set(concrete_args) - set(accepted)):
+        raise TracingError(
+            f"{type(model).__name__}.forward takes no {', '.join(unknown)}: leave it out of concrete_args"
+        )
+    fixed = hf_fx.get_concrete_args(model, list(names))
+    if "use_cache" in fixed:
+        fixed["use_cache"] = use_cache
+    return {**fixed, **{name: value for name, value in concrete_args.items() if name not in names}}
+
+
+def _graph_module(model: PreTrainedModel, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """The graph with those modules, parameters and buffers of the model that it uses, under the model's names."""
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            node.type = None  # HFTracer writes torch.Tensor, also on a cache
+    graph_module = torch.fx.GraphModule(model, graph, class_name=type(model).__name__)
+    graph_module.train(model.training)
+    # GraphModule makes every buffer a persistent one; inv_freq is in no checkpoint.
+    non_persistent = {
+        (path, name) for path, module in model.named_modules() for name in module._non_persistent_buffers_set
+    }
+    for path, module in graph_module.named_modules():
+        module._non_persistent_buffers_set.update(name for name in module._buffers if (path, name) in non_persistent)
+    return graph_module
+
+
+def _tracing_error(model: PreTrainedModel, error: Exception, tracer: Tracer | None) -> TracingError:
+    files = model_source_files(model)
+    where, traceback = "", error.__traceback__
+    while traceback is not None:
+        path = traceback.tb_frame.f_code.co_filename
+        if path in files:  # the innermost one wins
+            where = f" at {files[path]}:{traceback.tb_lineno} (`{linecache.getline(path, traceback.tb_lineno).strip()}`)"
+        traceback = traceback.tb_next
+    message = f"cannot trace {type(model).__name__}{where}: {type(error).__name__}: {error}."
+    if tracer is not None and tracer.module_stack:
+        module, cls = next(reversed(tracer.module_stack.values()))
+        message += f" It was in {module} ({cls.__name__})."
+    if tracer is not None and tracer.first_unknown is not None:
+        node = tracer.first_unknown
+        message += f" The first value that could not be computed from shapes is {node} ({node.meta['source']})."
+    return TracingError(
+        f"{message} A graph cannot hold Python that looks at tensor values or at the number of them: write that line "
+        f"with tensor operations (torch.where instead of if), or fix an argument of forward with concrete_args"
+    )

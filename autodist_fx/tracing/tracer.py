@@ -1,0 +1,129 @@
+"""transformers' HFTracer, mended for current models and made linear in the number of layers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import fx as hf_fx
+
+
+class NoKeywords(dict[str, Any]):
+    """The empty `**kwargs` of the traced forward. A class of its own, because fx flattens a plain dict into inputs."""
+
+
+class CacheProxy(hf_fx.HFProxy):
+    """Stands for the KV cache that the graph takes as an input; `isinstance(proxy, Cache)` holds."""
+
+    # The layout of the cache is the model's, not the call's: known now, and no business of the graph.
+    _FIXED = frozenset({"is_sliding", "is_compileable"})
+
+    @property
+    def __class__(self) -> type:  # what isinstance asks
+        return type(self._metadata) if "_metadata" in self.__dict__ else CacheProxy
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._FIXED:
+            return getattr(self._metadata, name)
+        return super().__getattr__(name)
+
+
+class Tracer(hf_fx.HFTracer):
+    """Traces one model with given example inputs.
+
+    Each node gets `meta["nn_module_stack"]` (qualified path -> (path, class), outermost first) and `meta["source"]`
+    ("modeling_llama.py:241"), the line of the model's own code that made it.
+    """
+
+    def __init__(self, model: nn.Module, examples: dict[str, object]) -> None:
+        super().__init__()
+        self.examples = examples
+        self.source_files = model_source_files(model)
+        self.first_unknown: torch.fx.Node | None = None  # the first node whose value could not be computed on meta
+        # HFTracer searches these lists at each access, which makes a trace quadratic in the number of layers.
+        self._names = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
+
+    @contextlib.contextmanager
+    def patch_for_tracing(self, root: Any) -> Iterator[None]:
+        patches = super().patch_for_tracing(root)
+        patches.__enter__()
+        try:
+            yield
+        finally:
+            patches.__exit__(None, None, None)  # HFTracer restores only if it is not told of an error
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Conv1D) or changes_with_length(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def _proxy_placeholder(self, name: str, *args: Any) -> Any:
+        return NoKeywords() if name.startswith("**") else super()._proxy_placeholder(name, *args)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> Any:
+        example = self.examples.get(target) if kind == "placeholder" else None
+        if isinstance(example, Cache):
+            named["proxy_factory_fn"] = lambda node: CacheProxy(node, self)
+        proxy = super().create_proxy(kind, target, args, kwargs, *more, **named)
+        if example is not None:
+            proxy.install_metadata(example)  # HFTracer's own went through a pytree, which may rebuild a cache
+        elif kind.startswith("call_") and self.first_unknown is None and "_metadata" not in proxy.__dict__:
+            self.first_unknown = proxy.node
+        return proxy
+
+    def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["source"] = self._source()
+        return node
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A proxy for a parameter or buffer, the same one at each access; anything else as it is."""
+        if not isinstance(attr_val, torch.Tensor) or getattr(self, "_disable_module_getattr", False):
+            return attr_val
+        name = self._names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        known = getattr(obj, "_metadata", None)
+        if isinstance(known, (tuple, list)):  # (*input_shape, -1, head_dim)
+            return iter([obj[index] for index in range(len(known))])
+        return super().iter(obj)
+
+    def _source(self) -> str | None:
+        frame = sys._getframe(2)
+        while frame is not None:
+            name = self.source_files.get(frame.f_code.co_filename)
+            if name is not None:
+                return f"{name}:{frame.f_lineno}"
+            frame = frame.f_back  # type: ignore[assignment]
+        return None
+
+
+def changes_with_length(module: nn.Module) -> bool:
+    """Whether this rotary embedding computes its frequencies anew when a sequence grows past some length.
+
+    That is Python which looks at values (transformers' `dynamic_rope_update`), so no graph holds it: such a module stays
+    whole. It has no parameters.
+    """
+    rope_type = getattr(module, "rope_type", None)
+    return isinstance(rope_type, str) and ("dynamic" in rope_type or rope_type == "longrope")
+
+
+def model_source_files(model: nn.Module) -> dict[str, str]:
+    """Path -> file name of each file that defines a module of the model, but torch's own and transformers' common ones."""
+    files = {}
+    for module in {type(module).__module__ for module in model.modules()}:
+        common = module.startswith("transformers.") and not module.startswith("transformers.models.")
+        path = getattr(sys.modules.get(module), "__file__", None)
+        if path and not common and not module.startswith("torch."):
+            files[path] = os.path.basename(path)
+    return files
