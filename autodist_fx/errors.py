@@ -2,8 +2,31 @@
 
 from cost_model.errors import AutodistError
 
-__all__ = ["AutodistError", "TracingError"]
+__all__ = [
+    "AutodistError",
+    "CheckpointError",
+    "CommunicationError",
+    "DeadlockError",
+    "RuntimeSetupError",
+    "TracingError",
+]
 
 
 class TracingError(AutodistError):
     """A model could not be turned into a graph; the message names the model class and the line of its source."""
+
+
+class CheckpointError(AutodistError):
+    """A checkpoint cannot be found or read, or is not of this model."""
+
+
+class RuntimeSetupError(AutodistError):
+    """The ranks cannot be started or joined as asked: world size, devices, addresses."""
+
+
+class CommunicationError(AutodistError):
+    """What two ranks say to each other does not fit together."""
+
+
+class DeadlockError(CommunicationError):
+    """Every rank waits for another one; the message says for what."""

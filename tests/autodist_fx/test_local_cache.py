@@ -1,0 +1,27 @@
+"""A rank's cache has its stage's layers, each of its own kind."""
+
+import torch
+from transformers import LlamaConfig, MistralConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from autodist_fx.runtime.local_cache import local_cache
+from cost_model.mesh import Mesh
+from passes.program import RankProgram
+
+
+def program(cache_layers):
+    return RankProgram(0, Mesh(), torch.fx.GraphModule({}, torch.fx.Graph()), (), {}, cache_layers)
+
+
+def test_only_the_layers_of_the_stage():
+    cache = local_cache(LlamaConfig(num_hidden_layers=5), program((2, 3)))
+    assert [type(layer) for layer in cache.layers] == [DynamicLayer] * 2
+    assert local_cache(LlamaConfig(num_hidden_layers=5), program(())).layers == []
+
+
+def test_sliding_layers_stay_sliding():
+    config = MistralConfig(num_hidden_layers=4, sliding_window=8)
+    config.layer_types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    cache = local_cache(config, program((1, 2)))
+    assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, DynamicLayer]
+    assert cache.layers[0].sliding_window == 8
