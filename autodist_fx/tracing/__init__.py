@@ -2,6 +2,6 @@
 
 from autodist_fx.tracing.example_inputs import Sizes
 from autodist_fx.tracing.meta_model import empty_model, meta_copy
-from autodist_fx.tracing.trace import TracedModel, trace
+from autodist_fx.tracing.traced_model import TracedModel, trace
 
 __all__ = ["Sizes", "TracedModel", "empty_model", "meta_copy", "trace"]

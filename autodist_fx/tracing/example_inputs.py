@@ -15,7 +15,7 @@ from autodist_fx.tracing.cache_layers import CacheLayer, new_cache
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Concrete sizes of one call: sequences, tokens per sequence, tokens per sequence that the cache holds before it."""
+    """Concrete sizes of one call: sequences, tokens per sequence, and tokens per sequence already in the cache."""
 
     batch: int
     seq: int
@@ -78,7 +78,7 @@ def unmistakable_sizes(model: PreTrainedModel) -> Sizes:
 
     candidates = [prime for prime in _primes(5, 300) if free(prime)]
     for batch, seq, past in itertools.permutations(candidates[:8], 3):
-        if batch < seq and free(seq + past) and past > 1:
+        if batch < seq and free(seq + past):
             return Sizes(batch, seq, past)
     raise TracingError(
         f"{type(model).__name__}: no example sizes are left that differ from every dimension of the model. Please "

@@ -1,6 +1,7 @@
 """Everything of torch and transformers that has to be different while a model is traced, in one context manager.
 
-The patches are process-global: a lock keeps two traces apart, and a model run in another thread meanwhile sees them too.
+The patches are process-global: a lock keeps two traces apart, but a model that runs in another thread meanwhile sees
+them too.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def traceable(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
         patch(hf_fx, "_proxies_to_metas", _to_metas(hf_fx._proxies_to_metas))
         if hasattr(fx_symbolic_trace, "is_fx_symbolic_tracing"):  # what is_fx_tracing warns to use instead
             patch(hf_fx, "is_fx_tracing", fx_symbolic_trace.is_fx_symbolic_tracing)
+        patch(torch, "autocast", _autocast)
         yield
 
 
@@ -83,6 +85,13 @@ def _never(*args: Any, **kwargs: Any) -> bool:
     return False
 
 
+def _autocast(device_type: str, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[Any]:
+    # Rotary embeddings switch autocast off for the device of their input, and torch knows of none for meta.
+    if device_type == "meta":
+        return contextlib.nullcontext()
+    return torch.amp.autocast(device_type, *args, **kwargs)
+
+
 def _broadcast_for_bhqkv(mask_function: Callable[..., Any], bh_indices: bool = True) -> Callable[..., Any]:
     """What `masking_utils._vmap_for_bhqkv` returns, by broadcasting index tensors instead of mapping over them."""
 
@@ -92,10 +101,17 @@ def _broadcast_for_bhqkv(mask_function: Callable[..., Any], bh_indices: bool = T
         mask = mask_function(
             batch_B[:, None, None, None], head_H[None, :, None, None], query_Q[None, None, :, None], key_K
         )
+        if _known_shape(mask) == tuple(_known_shape(index)[0] for index in (batch_B, head_H, query_Q, key_K)):
+            return mask
         # A mask function that never looks at its batch index (no padding mask) leaves that dim at 1.
         return mask.expand(batch_B.shape[0], head_H.shape[0], query_Q.shape[0], key_K.shape[0])
 
     return mask_BHQK
+
+
+def _known_shape(value: Any) -> tuple[int, ...]:
+    """The shape of a tensor; of a proxy, the one that its example has."""
+    return tuple((value._metadata if isinstance(value, hf_fx.HFProxy) else value).shape)
 
 
 class _MetaKernelsFirst(dict[Any, Callable[..., Any]]):

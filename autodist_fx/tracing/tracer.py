@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import NoneType
 from typing import Any
 
 import torch
@@ -25,8 +27,9 @@ class CacheProxy(hf_fx.HFProxy):
     # The layout of the cache is the model's, not the call's: known now, and no business of the graph.
     _FIXED = frozenset({"is_sliding", "is_compileable"})
 
-    @property
-    def __class__(self) -> type:  # what isinstance asks
+    @property  # type: ignore[misc]  # object's can be written; nobody writes a proxy's
+    def __class__(self) -> type:
+        """What isinstance asks for."""
         return type(self._metadata) if "_metadata" in self.__dict__ else CacheProxy
 
     def __getattr__(self, name: str) -> Any:
@@ -62,8 +65,20 @@ class Tracer(hf_fx.HFTracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, Conv1D) or changes_with_length(m) or super().is_leaf_module(m, module_qualified_name)
 
-    def _proxy_placeholder(self, name: str, *args: Any) -> Any:
-        return NoKeywords() if name.startswith("**") else super()._proxy_placeholder(name, *args)
+    def _proxy_placeholder(self, name: str, concrete_args: dict[str, Any] | None, *more: Any) -> Any:
+        if name.startswith("**"):
+            return NoKeywords()
+        if concrete_args is not None and name in concrete_args:
+            value = concrete_args[name]
+            if isinstance(value, (int, float, str, torch.Tensor, NoneType)):
+                return value  # fx makes an input of it, with an assertion, and HFTracer removes both again
+        return super()._proxy_placeholder(name, concrete_args, *more)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        computing_shapes = getattr(self, "_disable_call_module", False)
+        if m._buffers and not computing_shapes and self.is_leaf_module(m, ""):
+            return super().call_module(m, _with_meta_buffers(m), args, kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> Any:
         example = self.examples.get(target) if kind == "placeholder" else None
@@ -79,6 +94,7 @@ class Tracer(hf_fx.HFTracer):
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
         node = super().create_node(*args, **kwargs)
         node.meta["source"] = self._source()
+        node.meta.setdefault("nn_module_stack", collections.OrderedDict())  # fx leaves it out in the root's own forward
         return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -108,18 +124,24 @@ class Tracer(hf_fx.HFTracer):
         return None
 
 
+def _with_meta_buffers(module: nn.Module) -> Callable[..., Any]:
+    """The module's forward for meta inputs: buffers are real, and torch does not mix the two."""
+    buffers = {name: buffer.to("meta") for name, buffer in module.named_buffers()}
+    return lambda *args, **kwargs: torch.func.functional_call(module, buffers, args, kwargs)
+
+
 def changes_with_length(module: nn.Module) -> bool:
     """Whether this rotary embedding computes its frequencies anew when a sequence grows past some length.
 
-    That is Python which looks at values (transformers' `dynamic_rope_update`), so no graph holds it: such a module stays
-    whole. It has no parameters.
+    That is Python which looks at values (transformers' `dynamic_rope_update`), so no graph holds it: such a module
+    stays whole. It has no parameters.
     """
     rope_type = getattr(module, "rope_type", None)
     return isinstance(rope_type, str) and ("dynamic" in rope_type or rope_type == "longrope")
 
 
 def model_source_files(model: nn.Module) -> dict[str, str]:
-    """Path -> file name of each file that defines a module of the model, but torch's own and transformers' common ones."""
+    """Path -> file name of the files that define the model's modules, but torch's and transformers' common ones."""
     files = {}
     for module in {type(module).__module__ for module in model.modules()}:
         common = module.startswith("transformers.") and not module.startswith("transformers.models.")

@@ -157,9 +157,9 @@ def _tracing_error(model: PreTrainedModel, error: Exception, tracer: Tracer | No
     files = model_source_files(model)
     where, traceback = "", error.__traceback__
     while traceback is not None:
-        path = traceback.tb_frame.f_code.co_filename
+        path, line = traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
         if path in files:  # the innermost one wins
-            where = f" at {files[path]}:{traceback.tb_lineno} (`{linecache.getline(path, traceback.tb_lineno).strip()}`)"
+            where = f" at {files[path]}:{line} (`{linecache.getline(path, line).strip()}`)"
         traceback = traceback.tb_next
     message = f"cannot trace {type(model).__name__}{where}: {type(error).__name__}: {error}."
     if tracer is not None and tracer.module_stack:
