@@ -1,6 +1,6 @@
 """Measures the constants of the "cpu-gloo" preset in cost_model/hardware.py on this machine.
 
-    python benchmarks/measure_hardware.py [--ranks 2] [--repeats 5]
+    python benchmarks/measure_hardware.py [--ranks 2] [--repeats 60]
 
 Prints matmul FLOP/s per dtype, streaming bandwidth and fixed cost per op of one thread, and latency and bandwidth of
 Gloo's all_reduce, all_gather, reduce_scatter and send/recv on loopback, fitted to `seconds = latency * steps + bytes /
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import socket
-import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.queues import Queue
@@ -25,8 +24,8 @@ Report = list[tuple[str, str]]
 MESSAGE_BYTES = (3 * 1024, 64 * 1024, 1024**2, 16 * 1024**2)
 
 
-def best_seconds(call: Callable[[], object], repeats: int, at_least: float = 0.2) -> float:
-    """Median over `repeats` of the mean seconds a call, each mean over enough calls to last `at_least` / repeats s.
+def best_seconds(call: Callable[[], object], repeats: int, window: float = 0.01) -> float:
+    """The least, over `repeats`, of the mean seconds a call: other work on the machine only ever makes it slower.
 
     The number of calls is settled by rank 0's clock where ranks talk, so that all ranks make the same calls.
     """
@@ -34,7 +33,7 @@ def best_seconds(call: Callable[[], object], repeats: int, at_least: float = 0.2
     start = time.perf_counter()
     call()
     once = max(time.perf_counter() - start, 1e-7)
-    calls = torch.tensor(max(1, int(at_least / repeats / once)))
+    calls = torch.tensor(max(1, int(window / once)))
     dist.broadcast(calls, 0)
     means = []
     for _ in range(repeats):
@@ -43,7 +42,7 @@ def best_seconds(call: Callable[[], object], repeats: int, at_least: float = 0.2
         for _ in range(int(calls)):
             call()
         means.append((time.perf_counter() - start) / int(calls))
-    return statistics.median(means)
+    return min(means)
 
 
 def measure_compute(repeats: int) -> Report:
@@ -118,7 +117,7 @@ def rank_main(rank: int, ranks: int, port: int, repeats: int, results: Queue[Rep
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=60)
     args = parser.parse_args()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

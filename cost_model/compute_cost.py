@@ -12,21 +12,20 @@ from math import prod
 from cost_model.hardware import Hardware
 from cost_model.op_graph import DTYPE_BYTES, SOURCES, Op, TensorSpec
 
-# Change shape, strides or metadata: nothing is computed and nothing allocated. `reshape` and `flatten` may
-# copy; in models as they are written they seldom do.
+# The kinds are those of op_rules.py, and torch's own names for what has no rule.
+# Change shape, strides or metadata: nothing is computed and nothing allocated. A view may copy, but seldom does.
 VIEWS = frozenset({
-    "view", "view_as", "reshape", "flatten", "unflatten", "transpose", "permute", "t", "swapaxes", "movedim", "getitem",
-    "slice", "select", "narrow", "split", "chunk", "unbind", "squeeze", "unsqueeze", "expand", "expand_as",
-    "broadcast_to", "detach", "identity", "dropout", "size", "view_as_real", "view_as_complex", "diagonal",
-    "get_attr", "output",
+    "view", "permute", "slice", "split", "unbind", "expand", "identity", "dropout", "getitem", "reshape", "flatten",
+    "unflatten", "transpose", "squeeze", "unsqueeze", "select", "narrow", "chunk", "detach", "diagonal", "view_as_real",
+    "view_as_complex", "output",
 })  # fmt: skip
-# Read single rows of their first input, never all of it.
+# Read the rows that integers name, never the whole table.
 GATHERS = frozenset({"embedding", "gather", "index_select", "index", "take_along_dim"})
 # Move elements without arithmetic.
 COPIES = frozenset({
-    "cat", "stack", "contiguous", "clone", "to", "type_as", "float", "half", "repeat", "repeat_interleave", "roll",
-    "pad", "tril", "triu", "masked_fill", "where", "zeros", "ones", "full", "empty", "arange", "zeros_like",
-    "ones_like", "full_like", "empty_like", "index_copy", "index_put", "scatter",
+    "cat", "stack", "clone", "contiguous", "to", "type_as", "repeat", "repeat_interleave", "roll", "flip", "pad",
+    "tril_triu", "masked_fill", "where", "fill", "zeros", "ones", "full", "empty", "arange", "index_copy", "index_put",
+    "scatter", "cache_update",
 })  # fmt: skip
 # Position of the left matrix among the inputs: its last dim is what is summed over.
 MATMULS = {"linear": 0, "conv1d": 0, "matmul": 0, "bmm": 0, "mm": 0, "dot": 0, "addmm": 1, "baddbmm": 1, "addbmm": 1}
@@ -42,7 +41,7 @@ def op_flops(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
     """FLOPs of `op` on tensors of these (local) shapes; 0.0 for sources, views, gathers and copies.
 
     linear        x [..., i], weight [o, i]                         2 * out * i
-    conv1d        x [..., i], weight [i, o] (transformers' Conv1D)  2 * out * i
+    conv1d        x [..., i], weight [i, o] (transformers' Conv1D, which is "linear" with attr `transposed`): the same
     matmul, bmm   a [..., m, k], b [..., k, n]                      2 * out * k;   addmm, baddbmm: after the bias
     sdpa          q [b, h, s, d], k [b, g, t, d], v [b, g, t, e]    2 * b*h*s*t * (d + e), and a softmax
     einsum        `attrs["equation"]`                               2 * the product of all its letters
@@ -71,8 +70,10 @@ def op_bytes(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
     if op.kind in SOURCES or op.kind in VIEWS:
         return 0.0
     written = sum(spec.nbytes for spec in outputs)
-    if op.kind in GATHERS:  # the rows it copies, and their numbers
-        return float(2 * written + sum(spec.nbytes for spec in inputs[1:]))
+    if op.kind in GATHERS:  # rows, read and written, and their numbers
+        return float(2 * written + sum(spec.nbytes for spec in inputs if "float" not in spec.dtype))
+    if op.kind == "cache_update":  # keys and values so far, which are no input of the op, are read and written again
+        return float(2 * written)
     return float(written + sum(spec.nbytes for spec in inputs))
 
 

@@ -75,24 +75,25 @@ class Hardware:
         )
 
 
-# Measured with `python benchmarks/measure_hardware.py` (2 ranks x 1 thread, torch 2.13.0, Gloo on loopback, 2 cores of
-# an AMD EPYC 9004-series virtual machine, 3.9 GHz at most, busy with other work in part).
+# Measured with `python benchmarks/measure_hardware.py`: 2 ranks x 1 thread at once, torch 2.13.0, Gloo on loopback, a
+# virtual machine with 2 cores of an AMD EPYC (Zen 4). Each line says what was measured.
 CPU_GLOO = Hardware(
     name="cpu-gloo",
     flops=(
-        ("float32", 64e9),  # linear 512x768x2048 float32: 63.8 GFLOP/s
-        ("float64", 43e9),  # float64: 42.9
-        ("bfloat16", 183e9),  # bfloat16 (avx512_bf16): 183
-        ("float16", 19e9),  # float16: 18.9, emulated
+        ("float32", 90e9),  # linear 512x768x2048 float32: 89.7 GFLOP/s
+        ("float64", 45e9),  # float64: 27.7 to 45.8
+        ("bfloat16", 190e9),  # bfloat16 (avx512_bf16): 183 to 199
+        ("float16", 16e9),  # float16: 10.2 to 18.9, there are no instructions for it
     ),
-    memory_bandwidth=12.5 * GB,  # streaming add 12.9, reading a 256 MiB weight for one token 11.6
-    memory_bytes=8 * GIB,  # a rank's share of this machine; users pass their own limit
-    op_seconds=5 * MICROSECOND,  # add 1.9, silu 3.9, linear 3.8, and about 1.5 for Python to call them
-    view_seconds=2 * MICROSECOND,  # view 0.8, transpose 1.1, and Python's call
-    # all_reduce of 3 KB: 300 to 950 us (quiet) to 1850 us (busy), two ring steps; of 16 MiB: 1.1 GB/s.
-    tp_link=Link(latency_seconds=250 * MICROSECOND, bandwidth=1.2 * GB, tree=False),
-    # send of 3 KB, half of there and back: 129 us; of 16 MiB: 2.3 GB/s.
-    pp_link=Link(latency_seconds=130 * MICROSECOND, bandwidth=2.3 * GB, tree=False),
+    memory_bandwidth=20 * GB,  # streaming add: 25.2; reading a 256 MiB weight for one token: 19.0
+    memory_bytes=8 * GIB,  # a round number; who knows their machine gives a limit of their own
+    op_seconds=5 * MICROSECOND,  # add 1.1 us, silu 1.3, linear 2.5, busy 4.3, 4.4, 5.0; and Python that calls them
+    view_seconds=2 * MICROSECOND,  # view 0.5 us, transpose 0.6, busy 1.7 and 1.3; and Python
+    # all_reduce of 3 KB: 298 us, in two ring steps, and up to 950 in a model, where ranks never arrive together; of
+    # 16 MiB: 1.43 GB/s.
+    tp_link=Link(latency_seconds=200 * MICROSECOND, bandwidth=1.4 * GB, tree=False),
+    # send of 3 KB, half of there and back: 69 us, busy 146; of 16 MiB: 2.7 GB/s.
+    pp_link=Link(latency_seconds=100 * MICROSECOND, bandwidth=2.7 * GB, tree=False),
     ranks_per_node=64,  # loopback: however many are started
     inter_node=Link(latency_seconds=300 * MICROSECOND, bandwidth=1.1 * GB, tree=False),  # TCP over 10 Gbit Ethernet
     ranks_share_device=True,
