@@ -1,0 +1,1 @@
+"""Checkpoints: finding them, and reading only the slices that a rank holds."""

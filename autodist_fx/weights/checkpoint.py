@@ -1,0 +1,56 @@
+"""A checkpoint that was found: its config, its files, its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from autodist_fx.errors import CheckpointError
+from autodist_fx.weights.gguf_file import gguf_tokenizer
+from autodist_fx.weights.gguf_source import GGUFSource
+from autodist_fx.weights.safetensors_source import SafetensorsSource
+from autodist_fx.weights.source import WeightSource
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What resolve found. `name` is what the user asked for, `paths` are the weight files, all in `directory`."""
+
+    name: str
+    config: PretrainedConfig
+    source_kind: Literal["safetensors", "gguf"]
+    directory: Path
+    paths: tuple[Path, ...]
+    generation_config: GenerationConfig
+
+
+def open_source(checkpoint: Checkpoint) -> WeightSource:
+    """The checkpoint's weights. Raises CheckpointError when they cannot be read."""
+    if checkpoint.source_kind == "gguf":
+        return GGUFSource(checkpoint.paths[0], checkpoint.config)
+    return SafetensorsSource(checkpoint.paths)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, ready for batches of prompts: padding on the left, with eos where there is no pad.
+
+    Raises CheckpointError when it has none.
+    """
+    if checkpoint.source_kind == "gguf":
+        tokenizer = gguf_tokenizer(checkpoint.paths[0], checkpoint.config)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.directory), trust_remote_code=False)
+        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"no tokenizer could be loaded from {checkpoint.directory} ({reason}): "
+                "save it there with tokenizer.save_pretrained"
+            ) from error
+    tokenizer.padding_side = "left"  # a generated token must follow its prompt
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

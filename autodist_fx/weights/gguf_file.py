@@ -1,0 +1,112 @@
+"""Reading a .gguf file's metadata: config and tokenizer, as transformers understands them, parsed once per process."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from autodist_fx.errors import CheckpointError
+
+
+def gguf_config(path: Path) -> PretrainedConfig:
+    """The model's config. Raises CheckpointError for files that are no GGUF, and for families transformers lacks."""
+    with _reading(path):
+        return AutoConfig.for_model(**dict(_metadata(path)["config"]))
+
+
+def gguf_tokenizer(path: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer in the file, with the special tokens that the file says.
+
+    transformers 4.57 (GGUFLlamaConverter) names the bos token as eos too, and prepends bos whatever the file says: a
+    chat template's text would begin with two of them, and generation would not know its end.
+    Raises CheckpointError when there is none in the file.
+    """
+    with _reading(path):
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, config=config)
+        fields = _metadata(path)["tokenizer"]
+        tokens = fields["tokens"]
+        for kind in ("bos", "eos", "unk", "pad"):
+            token_id = fields.get(f"{kind}_token_id")
+            if token_id is not None:
+                setattr(tokenizer, f"{kind}_token", tokens[token_id])
+        for option in ("add_bos_token", "add_eos_token"):
+            value = _reader(path).get_field(f"tokenizer.ggml.{option}")
+            if value is not None and hasattr(tokenizer, option):
+                setattr(tokenizer, option, bool(value.contents()))
+        return tokenizer
+
+
+def gguf_tensors(path: Path, skeleton: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Every tensor of the file, dequantized to float32, under its name in `skeleton` (the model on meta)."""
+    with _reading(path):
+        loaded = gguf_support.load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=skeleton)
+        return loaded["tensors"]
+
+
+def forget() -> None:
+    """Frees the parsed file: some 100 MB of small arrays for a vocabulary of 50 000."""
+    _reader.cache_clear()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Inside, transformers reads `path` with our reader and in silence; its errors come out as one line."""
+    if importlib.util.find_spec("gguf") is None:
+        raise CheckpointError(f"reading {path.name} needs the package gguf: pip install 'autodist-fx[gguf]'")
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    import gguf
+
+    original, bar, verbosity = gguf.GGUFReader, gguf_support.tqdm, logging.get_verbosity()
+    # load_gguf_checkpoint looks GGUFReader up on each call. It is called for the config, the tokenizer and the tensors.
+    gguf.GGUFReader = lambda name, *_: _reader(Path(name))
+    gguf_support.tqdm = lambda tensors, **_: tensors  # every rank would draw one
+    logging.set_verbosity_error()
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, OSError, TypeError, ImportError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"transformers cannot read {path}: {reason}; use the safetensors checkpoint of this model"
+        ) from error
+    finally:
+        gguf.GGUFReader = original
+        gguf_support.tqdm = bar
+        logging.set_verbosity(verbosity)
+
+
+@lru_cache(maxsize=1)
+def _metadata(path: Path) -> dict[str, Any]:
+    return gguf_support.load_gguf_checkpoint(str(path))
+
+
+@lru_cache(maxsize=1)
+def _reader(path: Path) -> Any:
+    """gguf's reader, over a plain array: it takes 100 000 slices for the vocabulary, and np.memmap is slow to slice."""
+    import gguf
+    import numpy as np
+
+    class Reader(gguf.gguf_reader.GGUFReader):
+        @property
+        def data(self) -> np.ndarray:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: np.memmap) -> None:
+            self._plain = mapped.view(np.ndarray)
+
+    return Reader(str(path))

@@ -1,0 +1,140 @@
+"""Downloads from the Hugging Face hub: config.json alone, or what a safetensors checkpoint needs, and no pickles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import requests
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from autodist_fx.errors import CheckpointError
+from autodist_fx.weights.safetensors_source import INDEX_NAME, SINGLE_NAME
+
+# By name, not "*.safetensors": repositories also carry variants (fp16), adapters and other formats of the same weights.
+_PATTERNS = (
+    *(SINGLE_NAME, INDEX_NAME, "model-?????-of-?????.safetensors"),
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"),  # config, generation config, tokenizer
+)
+_SUBFOLDERS = ("*/*",)  # onnx/, original/, ...
+
+
+def download_config(
+    repo_id: str,
+    *,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool | None,
+) -> Path:
+    """config.json of a repository, in the cache. Raises CheckpointError."""
+    offline = _files(repo_id, revision, token, local_files_only) is None
+    return Path(
+        _ask(
+            repo_id,
+            lambda: hf_hub_download(
+                repo_id, "config.json", revision=revision, token=token, cache_dir=cache_dir, local_files_only=offline
+            ),
+        )
+    )
+
+
+def download_checkpoint(
+    repo_id: str,
+    *,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool | None,
+) -> Path:
+    """The snapshot directory of a repository, with its safetensors. Raises CheckpointError, before downloading
+    anything when the repository has none."""
+    files = _files(repo_id, revision, token, local_files_only)
+    offline = files is None
+    if files is not None:
+        _refuse_without_safetensors(repo_id, files)
+    return Path(
+        _ask(
+            repo_id,
+            lambda: snapshot_download(
+                repo_id,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=offline,
+                allow_patterns=list(_PATTERNS),
+                ignore_patterns=list(_SUBFOLDERS),
+            ),
+        )
+    )
+
+
+def _files(
+    repo_id: str, revision: str | None, token: str | bool | None, local_files_only: bool | None
+) -> list[str] | None:
+    """The repository's files, None when only the cache can be asked.
+
+    Also for config.json alone: this fails at once where there is no network, a download retries for half a minute.
+    """
+    if constants.HF_HUB_OFFLINE if local_files_only is None else local_files_only:
+        return None
+    try:
+        return HfApi(token=token).list_repo_files(repo_id, revision=revision)
+    except (requests.ConnectionError, requests.Timeout, OfflineModeIsEnabled):
+        return None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise _explain(repo_id, error) from error
+
+
+def _refuse_without_safetensors(repo_id: str, files: list[str]) -> None:
+    if SINGLE_NAME in files or INDEX_NAME in files:
+        return
+    ggufs = [name for name in files if name.endswith(".gguf")]
+    if ggufs:
+        raise CheckpointError(
+            f"{repo_id} holds GGUF files: download one (hf download {repo_id} {ggufs[0]}) and give its path"
+        )
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in files):
+        raise CheckpointError(
+            f"{repo_id} has only pickled weights, which can run any code and are never opened here: "
+            "load it where you trust it and save_pretrained(directory, safe_serialization=True)"
+        )
+    raise CheckpointError(f"{repo_id} has no safetensors weights: is it a transformers model?")
+
+
+def _ask(repo_id: str, download: Callable[[], str]) -> str:
+    try:
+        return download()
+    except (requests.RequestException, HFValidationError, OSError, ValueError) as error:
+        raise _explain(repo_id, error) from error
+
+
+def _explain(repo_id: str, error: Exception) -> CheckpointError:
+    # The order matters: these are subclasses of one another.
+    if isinstance(error, HFValidationError):
+        return CheckpointError(f"{repo_id!r} is neither a path here nor an id on the hub (owner/name)")
+    if isinstance(error, GatedRepoError):
+        return CheckpointError(f"{repo_id} is gated: accept its terms on huggingface.co, then set HF_TOKEN")
+    if isinstance(error, RepositoryNotFoundError):
+        return CheckpointError(f"no model {repo_id}, neither here nor on the hub: check the name, or set HF_TOKEN")
+    if isinstance(error, RevisionNotFoundError):
+        return CheckpointError(f"{repo_id} has no such revision: check its branches and tags on huggingface.co")
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled, requests.ConnectionError, requests.Timeout)):
+        return CheckpointError(
+            f"no directory {repo_id} here, it is not in the hub's cache, and huggingface.co cannot be reached "
+            "(or HF_HUB_OFFLINE is set): check the name and the network"
+        )
+    if isinstance(error, EntryNotFoundError):
+        return CheckpointError(f"{repo_id} has no config.json on the hub: is it a transformers model?")
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return CheckpointError(f"cannot download {repo_id}: {reason}; try again, or download it by hand and give its path")

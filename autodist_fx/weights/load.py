@@ -1,0 +1,194 @@
+"""From ParamShards to parameters: fills one rank's module, and reads nothing that the rank does not hold."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from autodist_fx.errors import CheckpointError
+from autodist_fx.weights.module_source import ModuleSource
+from autodist_fx.weights.names import resolve_names
+from autodist_fx.weights.process_memory import peak_rss_bytes, rss_bytes
+from autodist_fx.weights.source import WeightSource
+from cost_model.placement import Interval
+from passes.context import ParamShard
+from passes.program import RankProgram
+
+_Key = tuple[str, int | None, tuple[Interval, ...], torch.dtype, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What loading one rank took."""
+
+    shard_bytes: int  # of the rank's parameters and buffers; a tied one counts once
+    bytes_read: int  # from the checkpoint
+    checkpoint_bytes: int  # all of the checkpoint's tensors
+    seconds: float
+    rss_before_bytes: int  # the process's memory when loading began: imports, the graph
+    peak_rss_bytes: int  # the most the process ever had until loading ended
+
+
+def load_rank(
+    program: RankProgram,
+    source: WeightSource,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    buffers: Mapping[str, torch.Tensor] | None = None,
+    base_model_prefix: str = "",
+    tied: Sequence[Sequence[str]] = (),
+    key_mapping: Mapping[str, str] | None = None,
+    requires_grad: bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadReport:
+    """Replaces every meta parameter and buffer of `program.graph_module` by its slice of the checkpoint, on `device`.
+
+    `dtype` overrides the dtype of floating-point parameters; by default each is in the dtype that it was traced in.
+    `buffers`: by the name in the original model, the real values of what no checkpoint holds (non-persistent buffers
+    such as rotary frequencies: on meta they have no values, and uninitialised ones give text that is almost right).
+    They come before a tensor of that name in the checkpoint, and keep their dtype.
+    `base_model_prefix`, `tied`, `key_mapping`: see resolve_names. `requires_grad`: set on every parameter; by default
+    each keeps what its meta parameter had. `progress(done_bytes, all_bytes)` is called after each tensor.
+
+    Names of one source, slice and dtype come out as one Parameter, so that tied weights stay tied within the rank.
+    Raises CheckpointError naming what is missing or has another shape; the module is then not to be used.
+    """
+    began, rss_before, read_before = time.perf_counter(), rss_bytes(), source.bytes_read
+    module = program.graph_module
+    shards = list(program.param_shards.values())
+    _refuse_meta_outside(module, program.param_shards)
+    buffers = {} if buffers is None else buffers
+    real_buffers = ModuleSource(buffers)
+    held = {s.source for s in shards if s.is_buffer} & buffers.keys()
+    found = resolve_names(
+        {s.source for s in shards} - held,
+        source.names(),
+        base_model_prefix=base_model_prefix,
+        tied=tied,
+        key_mapping=key_mapping,
+    )
+    _refuse_missing([s for s in shards if s.source not in found and s.source not in held], len(shards))
+
+    wanted: dict[_Key, list[ParamShard]] = {}
+    for shard in shards:
+        name = shard.source if shard.source in held else found[shard.source]
+        wanted_dtype = buffers[name].dtype if shard.source in held else _dtype_of(shard, dtype)
+        key = (name, shard.dim, shard.intervals, wanted_dtype, shard.is_buffer)
+        wanted.setdefault(key, []).append(shard)
+    # The largest first: what a slice needs beside itself is then needed while little else is there.
+    order = sorted(wanted, key=lambda k: math.prod(wanted[k][0].local_shape) * k[3].itemsize, reverse=True)
+    all_bytes = sum(math.prod(wanted[k][0].local_shape) * k[3].itemsize for k in order)
+    done_bytes = 0
+    for key in order:
+        name, dim, intervals, wanted_dtype, is_buffer = key
+        shard = wanted[key][0]
+        origin: WeightSource = real_buffers if shard.source in held else source
+        if origin.shape(name) != shard.shape:
+            raise CheckpointError(
+                f"{name} has shape {list(origin.shape(name))} in the checkpoint and {list(shard.shape)} in the model: "
+                "the checkpoint is of another model or config"
+            )
+        # On the CPU the source makes the tensor (or lends one); anywhere else it is made here and written in place.
+        on_cpu = torch.device(device).type == "cpu"
+        out = None if on_cpu else torch.empty(shard.local_shape, dtype=wanted_dtype, device=device)
+        tensor = origin.read(name, dim, intervals, wanted_dtype, out)
+        _install(module, [s.name for s in wanted[key]], tensor, is_buffer=is_buffer, requires_grad=requires_grad)
+        done_bytes += tensor.numel() * tensor.element_size()
+        if progress is not None:
+            progress(done_bytes, all_bytes)
+    _move_the_rest(module, program.param_shards, device)
+    return LoadReport(
+        shard_bytes=done_bytes,
+        bytes_read=source.bytes_read - read_before,
+        checkpoint_bytes=source.checkpoint_bytes,
+        seconds=time.perf_counter() - began,
+        rss_before_bytes=rss_before,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def _dtype_of(shard: ParamShard, override: torch.dtype | None) -> torch.dtype:
+    traced: torch.dtype = getattr(torch, shard.dtype)
+    return override if override is not None and traced.is_floating_point else traced
+
+
+def _install(
+    module: nn.Module, names: Sequence[str], tensor: torch.Tensor, *, is_buffer: bool, requires_grad: bool | None
+) -> None:
+    """Puts the tensor at every one of the names, as one object."""
+    value = tensor
+    if not is_buffer:
+        meta = _owner_of(module, names[0])[1]
+        wants_grad = meta.requires_grad if requires_grad is None else requires_grad
+        value = nn.Parameter(tensor, requires_grad=wants_grad and tensor.is_floating_point())
+    for name in names:
+        owner, old = _owner_of(module, name)
+        if tuple(old.shape) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{name} has shape {list(old.shape)} in the rank's module and {list(tensor.shape)} in its ParamShard: "
+                "this is a bug in the passes, please report it"
+            )
+        leaf = name.rpartition(".")[2]
+        (owner._buffers if is_buffer else owner._parameters)[leaf] = value
+
+
+def _owner_of(module: nn.Module, name: str) -> tuple[nn.Module, torch.Tensor]:
+    """The submodule that holds the parameter or buffer, and what it holds now."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    held = owner._parameters.get(leaf, owner._buffers.get(leaf))
+    if held is None:
+        raise CheckpointError(f"the rank's module has no {name}: this is a bug in the passes, please report it")
+    return owner, held
+
+
+def _tensors(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _refuse_meta_outside(module: nn.Module, shards: Mapping[str, ParamShard]) -> None:
+    lost = [name for name, tensor in _tensors(module) if tensor.is_meta and name not in shards]
+    if lost:
+        raise CheckpointError(
+            f"{_some(lost)} on the meta device in the rank's module, but in no ParamShard: "
+            "this is a bug in the passes, please report it"
+        )
+
+
+def _refuse_missing(missing: Sequence[ParamShard], count: int) -> None:
+    lost_buffers = [s.source for s in missing if s.is_buffer]
+    lost = [s.source for s in missing if not s.is_buffer]
+    if lost:
+        raise CheckpointError(
+            f"{len(lost)} of {count} tensors are not in the checkpoint: {_some(lost)}; "
+            "is it the checkpoint of this model? (tied weights: pass their names as `tied`)"
+        )
+    if lost_buffers:
+        raise CheckpointError(
+            f"buffers that are neither in the checkpoint nor given: {_some(lost_buffers)}; "
+            "pass their values as `buffers` (weights.buffers.non_persistent_buffers builds them)"
+        )
+
+
+def _move_the_rest(module: nn.Module, shards: Mapping[str, ParamShard], device: torch.device | str) -> None:
+    """Tensors that came with the graph (constants that the trace lifted) follow the parameters to the device."""
+    for name, tensor in list(_tensors(module)):
+        if name in shards:
+            continue
+        owner, leaf = _owner_of(module, name)[0], name.rpartition(".")[2]
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor.to(device)
+        else:
+            owner._parameters[leaf] = nn.Parameter(tensor.detach().to(device), requires_grad=tensor.requires_grad)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

