@@ -59,6 +59,8 @@ def traceable(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
         # Metadata of traced values: torch's own meta kernels know the dtype, which HFTracer's overrides do not.
         patch(hf_fx, "_MANUAL_META_OVERRIDES", _MetaKernelsFirst(hf_fx._MANUAL_META_OVERRIDES))
         patch(hf_fx, "_proxies_to_metas", _to_metas(hf_fx._proxies_to_metas))
+        patch(hf_fx, "_IS_IN_DEBUG_MODE", True)  # an op that cannot be run on meta is reported, not passed over
+        patch(hf_fx, "warnings", _ReportToTracer)
         if hasattr(fx_symbolic_trace, "is_fx_symbolic_tracing"):  # what is_fx_tracing warns to use instead
             patch(hf_fx, "is_fx_tracing", fx_symbolic_trace.is_fx_symbolic_tracing)
         patch(torch, "autocast", _autocast)
@@ -142,6 +144,20 @@ def _to_metas(proxies_to_metas: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Constant tensors too go to meta: torch refuses to mix meta with another device."""
 
     def to_metas(value: Any) -> Any:
-        return value.to("meta") if isinstance(value, torch.Tensor) else proxies_to_metas(value)
+        if isinstance(value, torch.Tensor):
+            return value.to("meta")
+        if isinstance(value, hf_fx.MetaDeviceAttribute):
+            return torch.device("meta")  # HFTracer says "meta", which has no .type
+        return proxies_to_metas(value)
 
     return to_metas
+
+
+class _ReportToTracer:
+    """Stands in for `warnings` in HFTracer's module, whose only warning is of a value that has no metadata."""
+
+    @staticmethod
+    def warn(message: str) -> None:
+        tracer = hf_fx._CURRENT_TRACER
+        if tracer is not None and tracer.first_failure is None:
+            tracer.first_failure = message

@@ -144,12 +144,12 @@ def _graph_module(model: PreTrainedModel, graph: torch.fx.Graph) -> torch.fx.Gra
             node.type = None  # HFTracer writes torch.Tensor, also on a cache
     graph_module = torch.fx.GraphModule(model, graph, class_name=type(model).__name__)
     graph_module.train(model.training)
-    # GraphModule makes every buffer a persistent one; inv_freq is in no checkpoint.
-    non_persistent = {
-        (path, name) for path, module in model.named_modules() for name in module._non_persistent_buffers_set
-    }
+    # GraphModule makes every buffer a persistent one, and buffers of the constants; neither inv_freq nor a constant is
+    # in any checkpoint.
+    saved = model.state_dict().keys()
     for path, module in graph_module.named_modules():
-        module._non_persistent_buffers_set.update(name for name in module._buffers if (path, name) in non_persistent)
+        prefix = f"{path}." if path else ""
+        module._non_persistent_buffers_set.update(name for name in module._buffers if prefix + name not in saved)
     return graph_module
 
 
@@ -167,7 +167,7 @@ def _tracing_error(model: PreTrainedModel, error: Exception, tracer: Tracer | No
         message += f" It was in {module} ({cls.__name__})."
     if tracer is not None and tracer.first_unknown is not None:
         node = tracer.first_unknown
-        message += f" The first value that could not be computed from shapes is {node} ({node.meta['source']})."
+        message += f" The first value without a known shape is {node} ({node.meta['source']}): {tracer.first_failure}."
     return TracingError(
         f"{message} A graph cannot hold Python that looks at tensor values or at the number of them: write that line "
         f"with tensor operations (torch.where instead of if), or fix an argument of forward with concrete_args"

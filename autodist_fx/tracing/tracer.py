@@ -49,7 +49,8 @@ class Tracer(hf_fx.HFTracer):
         super().__init__()
         self.examples = examples
         self.source_files = model_source_files(model)
-        self.first_unknown: torch.fx.Node | None = None  # the first node whose value could not be computed on meta
+        self.first_failure: str | None = None  # why the first value that could not be computed on meta could not
+        self.first_unknown: torch.fx.Node | None = None  # the node of that value
         # HFTracer searches these lists at each access, which makes a trace quadratic in the number of layers.
         self._names = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
 
@@ -87,7 +88,7 @@ class Tracer(hf_fx.HFTracer):
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **named)
         if example is not None:
             proxy.install_metadata(example)  # HFTracer's own went through a pytree, which may rebuild a cache
-        elif kind.startswith("call_") and self.first_unknown is None and "_metadata" not in proxy.__dict__:
+        elif self.first_failure is not None and self.first_unknown is None:
             self.first_unknown = proxy.node
         return proxy
 
