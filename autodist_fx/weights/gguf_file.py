@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers.modeling_gguf_pytorch_utils as gguf_support
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from autodist_fx.errors import CheckpointError
@@ -32,7 +29,8 @@ def gguf_tokenizer(path: Path, config: PretrainedConfig) -> PreTrainedTokenizerB
     """The tokenizer in the file, with the special tokens that the file says.
 
     transformers 4.57 (GGUFLlamaConverter) names the bos token as eos too, and prepends bos whatever the file says: a
-    chat template's text would begin with two of them, and generation would not know its end.
+    chat template's text would begin with two of them, and generation would not know its end. It also reads the file
+    anew for the config, the tokenizer and the tensors, seconds each: see _reading.
     Raises CheckpointError when there is none in the file.
     """
     with _reading(path):
@@ -47,6 +45,7 @@ def gguf_tokenizer(path: Path, config: PretrainedConfig) -> PreTrainedTokenizerB
             value = _reader(path).get_field(f"tokenizer.ggml.{option}")
             if value is not None and hasattr(tokenizer, option):
                 setattr(tokenizer, option, bool(value.contents()))
+        tokenizer.clean_up_tokenization_spaces = False  # transformers would turn " ." into "." in the answer
         return tokenizer
 
 
@@ -69,8 +68,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"reading {path.name} needs the package gguf: pip install 'autodist-fx[gguf]'")
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
-    import gguf
-
+    gguf: Any = importlib.import_module("gguf")
     original, bar, verbosity = gguf.GGUFReader, gguf_support.tqdm, logging.get_verbosity()
     # load_gguf_checkpoint looks GGUFReader up on each call. It is called for the config, the tokenizer and the tensors.
     gguf.GGUFReader = lambda name, *_: _reader(Path(name))
@@ -97,10 +95,9 @@ def _metadata(path: Path) -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def _reader(path: Path) -> Any:
     """gguf's reader, over a plain array: it takes 100 000 slices for the vocabulary, and np.memmap is slow to slice."""
-    import gguf
-    import numpy as np
+    gguf_reader: Any = importlib.import_module("gguf.gguf_reader")
 
-    class Reader(gguf.gguf_reader.GGUFReader):
+    class Reader(gguf_reader.GGUFReader):
         @property
         def data(self) -> np.ndarray:
             return self._plain
