@@ -1,0 +1,91 @@
+"""Runs a graph on meta tensors at two example sizes, to tell what is constant in it from what follows the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Inputs by name at one choice of sizes, and what the sizes are called: {"B": 11, "S": 23, "T": 52}."""
+
+    inputs: Mapping[str, Any]
+    symbols: Mapping[str, int]
+
+
+class ShapeInterpreter(torch.fx.Interpreter):
+    """Interprets on the meta device and keeps every node's value. Parameters and buffers are taken as meta tensors."""
+
+    def __init__(self, graph_module: torch.fx.GraphModule) -> None:
+        super().__init__(graph_module, garbage_collect_values=False)
+        self._meta: dict[str, torch.Tensor] = {}
+
+    def values(self, example: Example) -> dict[torch.fx.Node, Any]:
+        names = [n.target for n in self.module.graph.nodes if n.op == "placeholder"]
+        with torch.no_grad():
+            self.run(*(example.inputs[name] for name in names))
+        return dict(self.env)
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        if isinstance(value, torch.Tensor) and value.device.type != "meta":
+            value = self._meta.setdefault(target, value.to("meta"))
+        return value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        if all(t.device.type == "meta" for t in state.values()):
+            return module(*args, **kwargs)
+        meta = {name: t.to("meta") for name, t in state.items()}
+        return torch.func.functional_call(module, meta, args, kwargs)
+
+
+class Sizes:
+    """Names lengths: which are constant, which are a symbol of the inputs, at two examples at once."""
+
+    def __init__(self, a: Mapping[str, int], b: Mapping[str, int]) -> None:
+        self._names: dict[tuple[int, int], str] = {}
+        for x in a:
+            for y in a:
+                if x <= y:
+                    self._names[a[x] * a[y], b[x] * b[y]] = f"{x}*{y}"
+        for x in a:
+            self._names[a[x], b[x]] = x
+
+    def symbol(self, first: int, second: int) -> str:
+        """ "" for a constant, "B" for a known length, "?5" for one that follows the inputs in an unknown way."""
+        if first == second:
+            return ""
+        return self._names.get((first, second), f"?{first}")
+
+    def of_shape(self, first: torch.Size, second: torch.Size) -> tuple[str, ...]:
+        if len(first) != len(second):
+            return tuple(f"?{n}" for n in first)
+        return tuple(self.symbol(x, y) for x, y in zip(first, second, strict=True))
+
+
+def annotate(graph_module: torch.fx.GraphModule, examples: tuple[Example, Example]) -> dict[torch.fx.Node, Any]:
+    """Write `meta["val"]` (a meta tensor, a number, or a tuple of them; at the first example) and, for tensors,
+    `meta["symbols"]` (one name a dim, "" where constant; a tuple of such for a tuple) on every node.
+
+    Returns every node's value at the second example.
+    """
+    interpreter = ShapeInterpreter(graph_module)
+    first, second = interpreter.values(examples[0]), interpreter.values(examples[1])
+    sizes = Sizes(examples[0].symbols, examples[1].symbols)
+    for node, value in first.items():
+        node.meta["val"] = value
+        if isinstance(value, torch.Tensor):
+            node.meta["symbols"] = sizes.of_shape(value.shape, second[node].shape)
+        elif isinstance(value, (tuple, list)):
+            node.meta["symbols"] = tuple(
+                sizes.of_shape(x.shape, y.shape) if isinstance(x, torch.Tensor) else None
+                for x, y in zip(value, second[node], strict=False)
+            )
+    return second
