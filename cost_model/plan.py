@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class OpPlan:
-    """One op's placements. `inputs[i]` is the placement it wants of input i, `outputs[j]` the one it leaves output j in.
+    """One op's placements. `inputs[i]` is the placement that it wants of input i, `outputs[j]` what output j has.
 
     `home` is the stage it belongs to; `stages` are all that compute it (a recomputed mask has several).
     `letter` is the name of the sharded letter of its op rule ("" when it runs replicated), `role` its name in the
@@ -35,6 +34,7 @@ class OpPlan:
     letter: str = ""
     role: str = ""
     module: str = ""
+    weight: str = ""  # name of the parameter that a linear multiplies by, or that an embedding reads
     # layout of each sharded dim, by position in PartitionPlan.layouts; -1 where the tensor is not sharded
     input_layouts: tuple[int, ...] = ()
     output_layouts: tuple[int, ...] = ()
@@ -149,17 +149,28 @@ class PartitionPlan:
         return plan_from_dict(data)
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        """Raises PlanError when the file cannot be written."""
+        from cost_model.plan_json import plan_to_text
+
+        text = plan_to_text(self)
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"cannot write the plan file {path}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> PartitionPlan:
+        """Raises PlanError when the file cannot be read, or is not a plan: then naming the field."""
+        from cost_model.plan_json import plan_from_text
+
         try:
-            data = json.loads(Path(path).read_text())
+            text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"cannot read the plan file {path}: {error}") from error
-        except json.JSONDecodeError as error:
-            raise PlanError(f"{path} is not a plan: not JSON ({error})") from error
-        return cls.from_dict(data)
+        try:
+            return plan_from_text(text)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
 
 
 __all__ = ["Hop", "Interval", "OpPlan", "ParamPlan", "PartitionPlan", "StageSummary"]

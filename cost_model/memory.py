@@ -1,0 +1,90 @@
+"""Bytes that a rank holds at the worst moment of a forward pass: liveness over ops in execution order.
+
+A tensor lives from the op that makes it to the last op that reads it, itself or through a view; then its memory is free
+again, as it is under reference counting once the emitted graph deletes it. Allocators round up and fragment; no
+constant for that is added here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+from cost_model.compute_cost import VIEWS
+from cost_model.op_graph import SOURCES, Op, TensorRef
+
+CACHE_KIND = "cache_update"
+
+
+def peak_live_bytes(order: Sequence[str], produces: Mapping[str, int], last_use: Mapping[str, int]) -> int:
+    """The largest sum of living bytes over the steps of `order`.
+
+    `produces[name]` bytes are allocated at the step of `name` (0 where it is not listed). They are freed after step
+    `last_use[name]`, a position in `order`; after their own step where it is not listed or lies before it. What an op
+    reads lives while it runs, so inputs and outputs of one op count together.
+    """
+    freed_after: list[int] = [0] * len(order)
+    live = peak = 0
+    for step, name in enumerate(order):
+        nbytes = produces.get(name, 0)
+        live += nbytes
+        peak = max(peak, live)
+        freed_after[min(max(step, last_use.get(name, step)), len(order) - 1)] += nbytes
+        live -= freed_after[step]
+    return peak
+
+
+def last_uses(
+    order: Sequence[str], reads: Mapping[str, Iterable[str]], views: Collection[str], kept: Iterable[str] = ()
+) -> dict[str, int]:
+    """For each name, the position in `order` of the last op that reads it, itself or through `views` of it.
+
+    `reads[name]` are the ops whose outputs `name` reads; `kept` live to the end (what the stage returns or sends last).
+    """
+    last: dict[str, int] = {}
+    end = len(order) - 1
+    for name in kept:
+        last[name] = end
+    # Backwards, so that a view's own last use is known when it is handed on to what it is a view of.
+    for step in range(end, -1, -1):
+        name = order[step]
+        until = max(step, last.get(name, step)) if name in views else step
+        for source in reads.get(name, ()):
+            last[source] = max(last.get(source, -1), until)
+    return last
+
+
+def peak_activation_bytes(
+    ops: Sequence[Op],
+    nbytes: Callable[[TensorRef], int],
+    kept: Iterable[TensorRef] = (),
+    received: Iterable[TensorRef] = (),
+) -> int:
+    """Peak bytes of a stage's activations. Parameters, inputs, and the KV cache are counted elsewhere.
+
+    `ops` in execution order; `nbytes(ref)` of one output as one rank holds it (its whole copy too, where the plan
+    gathers it); `kept` live to the end; `received` come from other stages and live from the start.
+    """
+    arrived = list(dict.fromkeys(ref.op for ref in received))
+    order = arrived + [op.name for op in ops]
+    produces: dict[str, int] = {}
+    for ref in set(received):
+        produces[ref.op] = produces.get(ref.op, 0) + nbytes(ref)
+    views: set[str] = set()
+    reads: dict[str, set[str]] = {}
+    for op in ops:
+        reads[op.name] = {ref.op for ref in op.inputs}
+        if op.kind in VIEWS:
+            views.add(op.name)
+        elif op.kind not in SOURCES:
+            produces[op.name] = sum(nbytes(TensorRef(op.name, j)) for j in range(len(op.outputs)))
+    last = last_uses(order, reads, views, (ref.op for ref in kept))
+    for op in ops:
+        if op.kind == CACHE_KIND:
+            # Its outputs are the cache. What is allocated beside it is the cache of before, until the new one is made.
+            last.pop(op.name, None)
+    return peak_live_bytes(order, produces, last)
+
+
+def kv_cache_bytes(ops: Iterable[Op], nbytes: Callable[[TensorRef], int]) -> int:
+    """Bytes of the KV cache that `ops` keep: all keys and values that their cache updates return, on one rank."""
+    return sum(nbytes(TensorRef(op.name, j)) for op in ops if op.kind == CACHE_KIND for j in range(len(op.outputs)))

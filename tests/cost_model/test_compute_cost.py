@@ -1,0 +1,102 @@
+"""FLOPs of each kind against counts made another way (loops over shapes, torch's own counter), and the roofline."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cost_model.compute_cost import op_bytes, op_flops, op_seconds
+from cost_model.hardware import H100
+from cost_model.op_graph import Op, TensorSpec
+
+torch = pytest.importorskip("torch")
+
+
+def f32(*shape):
+    return TensorSpec(shape, "float32")
+
+
+def op(kind, outputs, **attrs):
+    return Op("x", kind, outputs=outputs, attrs=attrs)
+
+
+def flops(kind, inputs, *outputs, **attrs):
+    return op_flops(op(kind, outputs, **attrs), inputs, outputs)
+
+
+def torch_flops(function, *inputs):
+    """What torch's own counter says, on tensors without memory."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        function(*(torch.empty(s.shape, device="meta") for s in inputs))
+    return counter.get_total_flops()
+
+
+def test_products_by_hand():
+    assert flops("linear", (f32(2, 3, 5), f32(7, 5)), f32(2, 3, 7)) == 2 * 2 * 3 * 5 * 7
+    assert flops("linear", (f32(2, 3, 5), f32(7, 5), f32(7)), f32(2, 3, 7)) == 2 * 2 * 3 * 5 * 7
+    assert flops("linear", (f32(2, 3, 5), f32(5, 7)), f32(2, 3, 7), transposed=True) == 2 * 2 * 3 * 5 * 7
+    assert flops("conv1d", (f32(2, 3, 5), f32(5, 7)), f32(2, 3, 7)) == 2 * 2 * 3 * 5 * 7
+    assert flops("addmm", (f32(7), f32(3, 5), f32(5, 7)), f32(3, 7)) == 2 * 3 * 5 * 7
+    assert flops("einsum", (f32(2, 3, 5), f32(5, 7)), f32(2, 3, 7), equation="bsi,io->bso") == 2 * 2 * 3 * 5 * 7
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.integers(1, 7), st.integers(1, 8))
+def test_products_as_torch_counts_them(b, m, k, n, t):
+    x, w = f32(b, m, k), f32(n, k)
+    assert flops("linear", (x, w), f32(b, m, n)) == torch_flops(torch.nn.functional.linear, x, w)
+    y = f32(b, k, n)
+    assert flops("matmul", (x, y), f32(b, m, n)) == torch_flops(torch.matmul, x, y)
+    q, key, value = f32(b, 6, m, k), f32(b, 6, t, k), f32(b, 6, t, n)
+    counted = flops("sdpa", (q, key, value), f32(b, 6, m, n)) - 5 * b * 6 * m * t  # the softmax, which torch leaves out
+    scores = torch_flops(torch.matmul, q, f32(b, 6, k, t))
+    assert counted == scores + torch_flops(torch.matmul, f32(b, 6, m, t), value)
+
+
+def test_grouped_attention_computes_as_much_but_reads_less():
+    q, few, many, out = f32(1, 8, 4, 16), f32(1, 2, 32, 16), f32(1, 8, 32, 16), f32(1, 8, 4, 16)
+    assert flops("sdpa", (q, few, few), out) == flops("sdpa", (q, many, many), out)
+    assert op_bytes(op("sdpa", (out,)), (q, few, few), (out,)) < op_bytes(op("sdpa", (out,)), (q, many, many), (out,))
+
+
+def test_elementwise_reductions_and_moves():
+    assert flops("add", (f32(4, 8), f32(8)), f32(4, 8)) == 32
+    assert flops("sum", (f32(4, 8),), f32(4)) == 32
+    assert flops("softmax", (f32(4, 8),), f32(4, 8)) == 5 * 32
+    for kind in ("view", "cat", "to", "embedding", "input", "param", "cache_update"):
+        assert flops(kind, (f32(4, 8),), f32(4, 8)) == 0
+    assert flops("anything", ()) == 0
+
+
+def test_an_embedding_reads_only_the_rows_it_looks_up():
+    ids, table, out = TensorSpec((2, 3), "int64"), f32(50000, 16), f32(2, 3, 16)
+    for inputs in ((ids, table), (table, ids)):
+        assert op_bytes(op("embedding", (out,)), inputs, (out,)) == 2 * 6 * 16 * 4 + 6 * 8
+
+
+def test_seconds_follow_the_roofline():
+    x, w, out = (TensorSpec(s, "bfloat16") for s in ((8192, 8192), (8192, 8192), (8192, 8192)))
+    compute_bound = 2 * 8192**3 / H100.flops_of("bfloat16") + H100.op_seconds
+    assert op_seconds(op("linear", (out,)), (x, w), (out,), H100) == pytest.approx(compute_bound)
+    x, out = TensorSpec((1, 8192), "bfloat16"), TensorSpec((1, 8192), "bfloat16")
+    memory_bound = 2 * (8192 * 8192 + 2 * 8192) / H100.memory_bandwidth + H100.op_seconds
+    assert op_seconds(op("linear", (out,)), (x, w), (out,), H100) == pytest.approx(memory_bound)
+
+
+def test_sources_are_free_and_views_cost_their_dispatch():
+    big = f32(4096, 4096)
+    for kind in ("input", "param", "buffer"):
+        assert op_seconds(op(kind, (big,)), (), (big,), H100) == 0.0
+    assert op_seconds(op("view", (big,)), (big,), (big,), H100) == H100.view_seconds
+    assert op_seconds(op("add", (big,)), (big, big), (big,), H100) > H100.op_seconds
+
+
+def test_a_product_runs_at_the_rate_of_its_inputs():
+    slow32 = replace(H100, flops=(("float32", 1e9), ("bfloat16", 1e12)))
+    x, w, out = TensorSpec((64, 64), "bfloat16"), TensorSpec((64, 64), "bfloat16"), f32(64, 64)
+    assert op_seconds(op("linear", (out,)), (x, w), (out,), slow32) == pytest.approx(
+        2 * 64**3 / 1e12 + slow32.op_seconds
+    )
