@@ -16,7 +16,10 @@ class WeightSource(Protocol):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes taken out of the checkpoint so far, in the checkpoint's own dtypes."""
+        """Bytes of the slices read so far, in the checkpoint's own dtypes.
+
+        The disk may give a little more: runs of less than a page come with their surroundings.
+        """
         ...
 
     @property

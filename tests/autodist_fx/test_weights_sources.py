@@ -100,13 +100,17 @@ def test_a_slice_lands_in_out(source):
     assert torch.equal(turned, plain("w", 1, ((0, 2), (8, 10))))
 
 
+@pytest.mark.parametrize("short", [0, 9, 1000])
 @pytest.mark.parametrize("window", [1, 3, 16, 100])
 @pytest.mark.parametrize(("name", "dim", "intervals"), SLICES)
-def test_any_window_gives_the_same(monkeypatch, tmp_path, window, name, dim, intervals):
+def test_any_way_of_reading_gives_the_same(monkeypatch, tmp_path, short, window, name, dim, intervals):
     monkeypatch.setattr(safetensors_file, "WINDOW_BYTES", window)
+    monkeypatch.setattr(safetensors_file, "SHORT_RUN_BYTES", short)
     save_file(STATE, tmp_path / "model.safetensors")
-    got = SafetensorsSource(tmp_path).read(name, dim, intervals)
-    assert torch.equal(got, plain(name, dim, intervals))
+    source = SafetensorsSource(tmp_path)
+    expected = plain(name, dim, intervals)
+    assert torch.equal(source.read(name, dim, intervals), expected)
+    assert torch.equal(source.read(name, dim, intervals, torch.float16), expected.half())
 
 
 def test_tensors_that_are_not_aligned(tmp_path):
