@@ -1,0 +1,85 @@
+"""How long all rank programs of a large model take to compile, and the peak RSS, from the config alone on meta.
+
+python benchmarks/compile_time.py SHAPE LAYERS [--tp 8 --pp 4]       one measurement, as a JSON line
+
+A process of its own for each measurement, so that none profits from another's caches or adds to its peak.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+import shapes
+from memory import peak_rss_bytes
+from processes import HERE, rank_environment
+
+MEASUREMENTS = (
+    ("llama_3_70b", 20),
+    ("llama_3_70b", 40),
+    ("llama_3_70b", 80),
+    ("qwen_2_5_7b", 28),
+)
+TIMEOUT_SECONDS = 600
+
+
+def measure(shape: str, layers: int, tp: int, pp: int) -> dict[str, Any]:
+    """Trace and plan, then emit every rank's program, then verify all of them together."""
+    import autodist_fx as adx
+
+    config = getattr(shapes, shape)(num_hidden_layers=layers)
+    imports_rss = peak_rss_bytes()
+    start = time.perf_counter()
+    compiled = adx.compile(config, tp=tp, pp=pp)
+    assert compiled.plan is not None
+    planned = time.perf_counter()
+    nodes = sum(len(compiled.rank(rank).graph.nodes) for rank in range(tp * pp))
+    emitted = time.perf_counter()
+    compiled.verify()
+    verified = time.perf_counter()
+    return {
+        "plan_seconds": planned - start,
+        "emit_seconds": emitted - planned,
+        "verify_seconds": verified - emitted,
+        "total_seconds": verified - start,
+        "nodes": nodes,
+        "imports_rss": imports_rss,
+        "peak_rss": peak_rss_bytes(),
+    }
+
+
+def run(tp: int = 8, pp: int = 4) -> list[dict[str, Any]]:
+    """All measurements; a failed one has "error" instead of figures."""
+    results = []
+    for shape, layers in MEASUREMENTS:
+        print(f"compile {shape}, {layers} layers, tp={tp} x pp={pp} ...", flush=True)
+        command = [sys.executable, str(HERE / "compile_time.py"), shape, str(layers), f"--tp={tp}", f"--pp={pp}"]
+        environment = rank_environment(rank=0, world_size=1, port=0, threads=1)
+        try:
+            child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+            outcome = json.loads(child.stdout) if child.returncode == 0 else {"error": last_line(child.stderr)}
+        except subprocess.TimeoutExpired:
+            outcome = {"error": f"not done after {TIMEOUT_SECONDS} s"}
+        results.append({"shape": shape, "layers": layers, **outcome})
+    return results
+
+
+def last_line(text: str) -> str:
+    """Of a traceback, the line that says what went wrong."""
+    return (text.strip().splitlines() or ["no message"])[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shape", choices=sorted({shape for shape, _ in MEASUREMENTS}))
+    parser.add_argument("layers", type=int)
+    parser.add_argument("--tp", type=int, default=8)
+    parser.add_argument("--pp", type=int, default=4)
+    args = parser.parse_args()
+    print(json.dumps(measure(args.shape, args.layers, args.tp, args.pp)))
+
+
+if __name__ == "__main__":
+    main()

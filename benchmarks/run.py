@@ -1,0 +1,78 @@
+"""Measure autodist_fx against other ways to split a model; print the tables and write docs/benchmarks.md.
+
+python benchmarks/run.py [--rounds 5] [--contenders ours,megatron_tp,...] [--skip compile,loading] [--out FILE]
+
+Some minutes on two cores. Ends with 1 when a contender failed or gave other output than the single process.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import compile_time
+import loading
+import report
+import turns
+from contenders import ENTRIES
+from processes import HERE
+
+TURNS_TEXT = f"""\
+Llama shape: hidden 768, intermediate 2048, 12 layers, 12 heads, 4 KV heads, vocabulary 32000, float32, random weights.
+Two ranks of one thread each on Gloo over loopback. Forward is batch 4 x 128 without cache and ends with full logits on
+every rank; decode is greedy with a KV cache, a prompt of 128 tokens and {turns.NEW_TOKENS} new ones, prefill included;
+prefill ends with the first token, and a decode step is (decode - prefill) / {turns.NEW_TOKENS - 1}.
+Contenders take turns in {{rounds}} rounds and compute one at a time.
+Median, and in parentheses lowest and highest; ratios are taken within a round."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--contenders", default=",".join(ENTRIES), help="of: %(default)s")
+    parser.add_argument("--skip", default="", help="of: turns,compile,loading")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
+    args = parser.parse_args()
+    skip = args.skip.split(",")
+
+    command = shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]])
+    sections = ["# Benchmarks\n\nWritten by `make bench`.", report.machine(command)]
+    wrong = False
+    if "turns" not in skip:
+        results = turns.run(args.contenders.split(","), args.rounds)
+        wrong = any(r.error or not r.agrees for r in results)
+        sections += [
+            "## Forward and decode\n\n" + TURNS_TEXT.format(rounds=args.rounds),
+            report.speed_table(results),
+            report.ratio_table(results),
+            "Collectives, counted by torch.profiler as ops of the `c10d` namespace on rank 0:",
+            report.collectives_table(results),
+        ]
+    if "compile" not in skip:
+        compiled = compile_time.run()
+        wrong |= any("error" in r for r in compiled)
+        sections += [
+            "## Compiling\n\nFrom a config on the meta device, tp=8 x pp=4: plan, then all 32 rank programs, then "
+            "their verification,\nin a process of its own for each row.",
+            report.compile_table(compiled),
+        ]
+    if "loading" not in skip:
+        loaded = loading.run()
+        wrong |= any("error" in r for r in loaded)
+        sections += [
+            "## Loading\n\nQwen2.5-0.5B's shape, float32, tied embeddings, tp=2. Peak is VmHWM above the RSS after all "
+            "imports, with every\nweight read once. Bytes read by read(2) and from disk are rchar and read_bytes of "
+            "/proc/self/io: what is read through a\nmapping is in the latter only, with read-ahead, and the ranks "
+            "share what either fetched.",
+            report.loading_table(loaded),
+        ]
+    text = "\n\n".join(sections) + "\n"
+    print("\n" + text)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text)
+    print(f"written to {args.out}")
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
