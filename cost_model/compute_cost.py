@@ -12,7 +12,8 @@ from math import prod
 from cost_model.hardware import Hardware
 from cost_model.op_graph import DTYPE_BYTES, SOURCES, Op, TensorSpec
 
-# The kinds are those of op_rules.py, and torch's own names for what has no rule.
+# The kinds are those of op_rules.py; what has no rule is "opaque.<torch's name>", and costs what that name costs;
+# "scalar.<name>" makes a number from shapes, in Python.
 # Change shape, strides or metadata: nothing is computed and nothing allocated. A view may copy, but seldom does.
 VIEWS = frozenset({
     "view", "permute", "slice", "split", "unbind", "expand", "identity", "dropout", "getitem", "reshape", "flatten",
@@ -47,32 +48,34 @@ def op_flops(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
     einsum        `attrs["equation"]`                               2 * the product of all its letters
     otherwise     a few per output element (PER_ELEMENT); a reduction one per input element
     """
-    if op.kind in SOURCES or op.kind in VIEWS or op.kind in GATHERS or op.kind in COPIES or not outputs:
+    kind = _plain(op.kind)
+    if kind in SOURCES or kind in VIEWS or kind in GATHERS or kind in COPIES or not outputs:
         return 0.0
     out = float(outputs[0].numel)
-    if op.kind in MATMULS and len(inputs) > MATMULS[op.kind]:
-        left = inputs[MATMULS[op.kind]].shape
+    if kind in MATMULS and len(inputs) > MATMULS[kind]:
+        left = inputs[MATMULS[kind]].shape
         return 2.0 * out * (left[-1] if left else 1)
-    if op.kind == "sdpa" and len(inputs) >= 3:
+    if kind == "sdpa" and len(inputs) >= 3:
         q, k, v = (spec.shape for spec in inputs[:3])
         scores = prod(q[:-1]) * k[-2]  # b * h * s * t: every query head meets every key, grouped or not
         return float(scores * (2 * q[-1] + 2 * v[-1] + SOFTMAX_FLOPS))
-    if op.kind == "einsum":
+    if kind == "einsum":
         return _einsum_flops(op, inputs, out)
     elements = sum(o.numel for o in outputs)
     if inputs and elements < inputs[0].numel:  # sum, mean, argmax, ...: reads more than it writes
         elements = inputs[0].numel
-    return float(elements * PER_ELEMENT.get(op.kind, 1))
+    return float(elements * PER_ELEMENT.get(kind, 1))
 
 
 def op_bytes(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> float:
     """Bytes that `op` reads and writes on tensors of these (local) shapes; 0.0 for sources and views."""
-    if op.kind in SOURCES or op.kind in VIEWS:
+    kind = _plain(op.kind)
+    if kind in SOURCES or kind in VIEWS:
         return 0.0
     written = sum(spec.nbytes for spec in outputs)
-    if op.kind in GATHERS:  # rows, read and written, and their numbers
+    if kind in GATHERS:  # rows, read and written, and their numbers
         return float(2 * written + sum(spec.nbytes for spec in inputs if "float" not in spec.dtype))
-    if op.kind == "cache_update":  # keys and values so far, which are no input of the op, are read and written again
+    if kind == "cache_update":  # keys and values so far, which are no input of the op, are read and written again
         return float(2 * written)
     return float(written + sum(spec.nbytes for spec in inputs))
 
@@ -81,13 +84,17 @@ def op_seconds(op: Op, local_inputs: Sequence[TensorSpec], local_outputs: Sequen
     """Seconds of `op` on one rank of `hw`. Sources cost nothing, views their dispatch."""
     if op.kind in SOURCES:
         return 0.0
-    if op.kind in VIEWS:
+    if _plain(op.kind) in VIEWS or op.kind.startswith("scalar."):
         return hw.view_seconds
     # The inputs' dtype, not the output's: a bfloat16 product that is written as float32 runs at bfloat16's rate.
     dtype = _compute_dtype(local_inputs, local_outputs)
     compute = op_flops(op, local_inputs, local_outputs) / hw.flops_of(dtype)
     memory = op_bytes(op, local_inputs, local_outputs) / hw.memory_bandwidth
     return max(compute, memory) + hw.op_seconds
+
+
+def _plain(kind: str) -> str:
+    return kind.removeprefix("opaque.")
 
 
 def _compute_dtype(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> str:

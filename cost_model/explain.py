@@ -334,7 +334,9 @@ def seconds_text(seconds: float) -> str:
         if seconds * scale >= 1 or unit == "us":
             break
     value = seconds * scale
-    return f"{value:.0f} {unit}" if 100 <= value < 1e5 or value == 0 else f"{value:.3g} {unit}"
+    if value >= 1e5:
+        return f"{value:.3g} {unit}"
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
 
 
 def count_text(count: float) -> str:

@@ -64,7 +64,10 @@ class Hardware:
         return self.pp_link if same_node else self.inter_node
 
     def alone(self, ranks: int) -> Hardware:
-        """The device that the model unsplit would run on: itself, or the whole CPU where `ranks` ranks share one."""
+        """The device that the model unsplit would run on: itself, or the whole CPU where `ranks` ranks share one.
+
+        A core a rank is assumed: with more ranks than cores, all ranks are slower than predicted.
+        """
         if not self.ranks_share_device or ranks == 1:
             return self
         return replace(

@@ -39,6 +39,7 @@ def test_products_by_hand():
     assert flops("linear", (f32(2, 3, 5), f32(7, 5), f32(7)), f32(2, 3, 7)) == 2 * 2 * 3 * 5 * 7
     assert flops("linear", (f32(2, 3, 5), f32(5, 7)), f32(2, 3, 7), transposed=True) == 2 * 2 * 3 * 5 * 7
     assert flops("conv1d", (f32(2, 3, 5), f32(5, 7)), f32(2, 3, 7)) == 2 * 2 * 3 * 5 * 7
+    assert flops("opaque.bmm", (f32(2, 3, 5), f32(2, 5, 7)), f32(2, 3, 7)) == 2 * 2 * 3 * 5 * 7
     assert flops("addmm", (f32(7), f32(3, 5), f32(5, 7)), f32(3, 7)) == 2 * 3 * 5 * 7
     assert flops("einsum", (f32(2, 3, 5), f32(5, 7)), f32(2, 3, 7), equation="bsi,io->bso") == 2 * 2 * 3 * 5 * 7
 
@@ -91,6 +92,8 @@ def test_sources_are_free_and_views_cost_their_dispatch():
     for kind in ("input", "param", "buffer"):
         assert op_seconds(op(kind, (big,)), (), (big,), H100) == 0.0
     assert op_seconds(op("view", (big,)), (big,), (big,), H100) == H100.view_seconds
+    assert op_seconds(op("opaque.narrow", (big,)), (big,), (big,), H100) == H100.view_seconds
+    assert op_seconds(op("scalar.sym_size.int", ()), (big,), (), H100) == H100.view_seconds
     assert op_seconds(op("add", (big,)), (big, big), (big,), H100) > H100.op_seconds
 
 

@@ -34,10 +34,10 @@ LlamaForCausalLM on tp=2 x pp=2 (4 ranks of cpu-gloo), objective default
 38 M parameters, 72.6 MiB; 25 ops; predicted at B=4, S=128, T=128; graph 0123456789ab
 
 Stages, one forward, each on its slowest tp rank
-stage  ranks  layers            compute    comm  FLOPs  weights       KV   activ.    total  recomputes
------  -----  ----------------  -------  ------  -----  -------  -------  -------  -------  ----------
-0      0-1    model.layers.0-1  12.3 ms  4.2 ms  1.5 G  120 MiB  1.5 MiB  7.0 MiB  128 MiB           -
-1      2-3    model.layers.2-3  13.3 ms  4.2 ms  1.5 G  120 MiB  1.5 MiB  7.0 MiB  128 MiB        1 op
+stage  ranks  layers            compute     comm  FLOPs  weights       KV   activ.    total  recomputes
+-----  -----  ----------------  -------  -------  -----  -------  -------  -------  -------  ----------
+0      0-1    model.layers.0-1  12.3 ms  4.20 ms  1.5 G  120 MiB  1.5 MiB  7.0 MiB  128 MiB           -
+1      2-3    model.layers.2-3  13.3 ms  4.20 ms  1.5 G  120 MiB  1.5 MiB  7.0 MiB  128 MiB        1 op
 
 Linears and embeddings
 module                           role    times  weight     on each tp rank
@@ -68,8 +68,8 @@ norms, biases and others            4.5 KiB       0 B     4.5 KiB           0.0%
 held by several stages: model.embed_tokens.weight (stages 0-1)
 
 Prediction
-one forward 34 ms (compute 25.6 ms, communication 8.4 ms), 25% of it communication
-one device  50 ms: predicted speed-up 1.47 on 4 ranks
+one forward 34.0 ms (compute 25.6 ms, communication 8.40 ms), 25% of it communication
+one device  50.0 ms: predicted speed-up 1.47 on 4 ranks
 slowest stage 1 with 17.5 ms: what bounds a pipeline kept full
 fullest stage 0 with 128 MiB of 8.0 GiB a device"""
 
@@ -128,7 +128,7 @@ def test_slower_than_one_device_is_said():
     plan = replace(small_plan(), one_device_seconds=0.017)
     (warning,) = plan_warnings(plan)
     assert warning == (
-        "the split is predicted slower than one device: 34 ms a forward on 4 ranks against 17 ms on one "
+        "the split is predicted slower than one device: 34.0 ms a forward on 4 ranks against 17.0 ms on one "
         "(2.00 times as long); split for memory, or use fewer ranks"
     )
     assert "! the split is predicted slower than one device" in plan_text(plan)
@@ -191,10 +191,10 @@ def test_names_are_compressed():
         (bytes_text(1536), "1.5 KiB"),
         (bytes_text(140e9), "130 GiB"),
         (bytes_text(2**60), "1.0 EiB"),
-        (seconds_text(0), "0 us"),
-        (seconds_text(1.5e-5), "15 us"),
+        (seconds_text(0), "0.00 us"),
+        (seconds_text(1.5e-5), "15.0 us"),
         (seconds_text(0.0123), "12.3 ms"),
-        (seconds_text(2), "2 s"),
+        (seconds_text(2), "2.00 s"),
         (count_text(17), "17"),
         (count_text(1.5e9), "1.5 G"),
         (count_text(124e6), "124 M"),
