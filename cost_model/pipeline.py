@@ -87,7 +87,7 @@ class PipelineSearch:
         return _running(counts), _running(sizes)
 
     def candidates(self) -> list[int]:
-        """Positions worth cutting at: where the fewest tensors cross, give or take one, than at their neighbours."""
+        """Positions worth cutting at: where the fewest tensors cross, and fewer bytes than at their neighbours."""
         counts, sizes = self._crossing()
         inner = [
             p
@@ -99,7 +99,7 @@ class PipelineSearch:
         if not inner:
             return []
         fewest = min(counts[p] for p in inner)
-        return [p for p in inner if counts[p] <= fewest + 1]
+        return [p for p in inner if counts[p] == fewest]
 
     # -- the cuts ------------------------------------------------------------------------------------------------------
 

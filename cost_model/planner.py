@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from cost_model.comm_cost import send_seconds
 from cost_model.compute_cost import op_flops
 from cost_model.errors import NoPlanFits, PlanError
+from cost_model.explain import plan_warnings
 from cost_model.hardware import Hardware
 from cost_model.memory import peak_live_bytes
 from cost_model.mesh import Mesh
@@ -134,7 +135,7 @@ class _Planner:
             one_device_seconds=alone,
             device_memory_bytes=self.request.memory_bytes or self.request.hardware.memory_bytes,
         )
-        return replace(plan, warnings=_warnings(plan))
+        return replace(plan, warnings=tuple(plan_warnings(plan)))
 
     def _layout_index(self, ref: TensorRef, placement: Placement) -> int:
         if not placement.is_shard:
@@ -156,6 +157,7 @@ class _Planner:
             letter=s.letter,
             role=_role(op, s),
             module=op.module,
+            weight=next((r.op for r in op.inputs if self.graph[r.op].attrs.get("matmul")), "") if _role(op, s) else "",
             input_layouts=tuple(self._layout_index(r, p) for r, p in zip(op.inputs, s.inputs, strict=True)),
             output_layouts=tuple(self._layout_index(TensorRef(op.name, j), p) for j, p in enumerate(s.outputs)),
         )
@@ -285,19 +287,3 @@ def _role(op: Op, strategy: Strategy) -> str:
     if op.kind == "embedding":
         return {"vocab": "vocab", "hidden": "hidden"}.get(strategy.letter, "replicate")
     return ""
-
-
-def _warnings(plan: PartitionPlan) -> tuple[str, ...]:
-    found = []
-    if plan.mesh.size > 1 and plan.predicted_seconds > plan.one_device_seconds:
-        found.append(
-            f"one forward pass is predicted to take {plan.predicted_seconds / plan.one_device_seconds:.1f}x as long on "
-            f"{plan.mesh} as on one device: split only if the model does not fit one"
-        )
-    for stage in plan.stages:
-        if stage.memory_bytes > plan.device_memory_bytes:
-            found.append(
-                f"stage {stage.index} needs {stage.memory_bytes / 2**30:.1f} GiB a rank and a device has "
-                f"{plan.device_memory_bytes / 2**30:.1f}: it does not fit; use more ranks or a smaller dtype"
-            )
-    return tuple(found)

@@ -166,11 +166,13 @@ class TensorParallelSearch:
         return total
 
     def excess_bytes(self, op: Op, strategy: Strategy) -> float:
-        """Bytes of a matmul's weight on the slowest rank beyond an even share."""
-        if op.kind != "param" or not op.attrs.get("matmul"):
+        """Bytes of a matmul's weight that this strategy leaves replicated where it could be sharded.
+
+        How even the shards are is not a matter of strategy: a rank with 6 of 9 heads has its whole grains.
+        """
+        if op.kind != "param" or not op.attrs.get("matmul") or not strategy.outputs[0].is_replicate:
             return 0.0
-        ref = TensorRef(op.name)
-        return self.local(ref, strategy.outputs[0]).nbytes - self.spec(ref).nbytes / self.tp
+        return self.spec(TensorRef(op.name)).nbytes * (1 - 1 / self.tp)
 
     def slice_seconds(self, ref: TensorRef, have: Placement, want: Placement) -> float:
         """Of cutting a rank's own piece out of a whole tensor: an op's overhead, no bytes (it is a view)."""

@@ -1,0 +1,323 @@
+"""`compile` and what it returns: the plan, one program per rank, and ways to run and check them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.local_cache import local_cache
+from autodist_fx.runtime.simulate import simulate
+from autodist_fx.tracing import Sizes, TracedModel, trace
+from autodist_fx.weights.load import load_rank
+from autodist_fx.weights.module_source import ModuleSource
+from cost_model import hardware as presets
+from cost_model.errors import PlanError
+from cost_model.hardware import Hardware
+from cost_model.mesh import Mesh
+from cost_model.op_graph import OpGraph
+from cost_model.plan import PartitionPlan
+from cost_model.planner import DEFAULT_SIZES, PlanRequest
+from cost_model.planner import plan as make_plan
+from passes.graph_text import graph_diff
+from passes.normalize import normalize
+from passes.op_graph import build_op_graph, fingerprint, parameter_names
+from passes.pass_manager import emit_rank
+from passes.program import RankProgram
+from passes.shapes import Example
+from passes.verify import verify as verify_programs
+
+# Two sets of lengths, primes all: a length found in both is constant, one that differs follows the inputs.
+_EXAMPLES = (Sizes(batch=11, seq=23, past=29), Sizes(batch=13, seq=31, past=37))
+
+
+def compile(
+    model: PreTrainedModel | PretrainedConfig,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    hardware: str | Hardware | None = None,
+    objective: str = "shard",
+    use_cache: bool = False,
+    input_names: Sequence[str] | None = None,
+    concrete_args: Mapping[str, object] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    max_memory: int | None = None,
+    plan: PartitionPlan | None = None,
+    verify: bool = True,
+    dump_dir: str | Path | None = None,
+) -> CompiledModel:
+    """Split a model over `tp * pp` ranks.
+
+    model: a PreTrainedModel, with weights or on meta (never changed), or a config.
+    tp, pp: ranks that share each tensor; pipeline stages. Global rank = stage * tp + tp_rank.
+    hardware: what seconds and memory are predicted for ("cpu-gloo", "a100", "h100", "generic", or a Hardware);
+        by default "generic" where CUDA is there, "cpu-gloo" where not.
+    objective: "shard" (shard every matmul weight that can be, as fast as can be) or "latency" (time alone decides;
+        it may replicate).
+    use_cache, input_names, concrete_args: what to trace; see autodist_fx.tracing.trace.
+    sizes: lengths "B" (batch), "S" (tokens a step) and "P" (tokens cached before) to predict for.
+    max_memory: bytes a device holds; the search then meets it or raises NoPlanFits.
+    plan: a plan made earlier for this model; no search then. PlanError if it is another model's.
+    verify: prove every rank's program before returning it (CompiledModel.verify).
+    dump_dir: gets every rank's graph after each pass, as text.
+
+    Errors: TracingError, MeshError, NoPlanFits, PlanError, VerificationError; all are AutodistError.
+    """
+    request = PlanRequest(
+        mesh=Mesh(tp, pp) if plan is None else plan.mesh,
+        hardware=_hardware(hardware),
+        objective=objective,
+        sizes=tuple({**DEFAULT_SIZES, **(sizes or {})}.items()),
+        memory_bytes=max_memory,
+    )
+    variant = _Variant.make(model, request, use_cache, input_names, concrete_args, plan)
+    compiled = CompiledModel(model, request, variant, verify_programs=verify, dump_dir=dump_dir)
+    if verify:
+        compiled.verify()
+    return compiled
+
+
+def _hardware(name: str | Hardware | None) -> Hardware:
+    if name is None:
+        name = "generic" if torch.cuda.is_available() else "cpu-gloo"
+    return presets.hardware(name)
+
+
+@dataclass
+class _Variant:
+    """One traced form of the model (these inputs, with or without a cache), its plan, and the programs made so far."""
+
+    traced: TracedModel
+    graph: OpGraph
+    plan: PartitionPlan
+    sources: dict[int, str]  # id of each parameter and buffer -> its name
+    programs: dict[int, RankProgram] = field(default_factory=dict)
+    loaded: bool = False
+
+    @classmethod
+    def make(
+        cls,
+        model: PreTrainedModel | PretrainedConfig,
+        request: PlanRequest,
+        use_cache: bool,
+        input_names: Sequence[str] | None,
+        concrete_args: Mapping[str, object] | None,
+        given: PartitionPlan | None,
+    ) -> _Variant:
+        traced = trace(model, input_names=input_names, use_cache=use_cache, concrete_args=concrete_args)
+        normalize(traced.graph_module, (_example(traced, _EXAMPLES[0]), _example(traced, _EXAMPLES[1])))
+        graph = build_op_graph(traced.graph_module)
+        print_of_it = fingerprint(graph)
+        if given is None:
+            given = make_plan(graph, request, model=traced.model_class, fingerprint=print_of_it)
+        else:
+            _refuse_foreign(given, print_of_it, traced.model_class)
+        return cls(traced, graph, given, parameter_names(traced.graph_module))
+
+    @property
+    def key(self) -> tuple[frozenset[str], bool]:
+        return frozenset(self.traced.input_names), self.traced.use_cache
+
+
+def _example(traced: TracedModel, sizes: Sizes) -> Example:
+    if not traced.use_cache:
+        sizes = Sizes(sizes.batch, sizes.seq, 0)
+        return Example(traced.example_inputs(sizes), {"B": sizes.batch, "S": sizes.seq})
+    symbols = {"B": sizes.batch, "S": sizes.seq, "P": sizes.past, "T": sizes.past + sizes.seq}
+    return Example(traced.example_inputs(sizes), symbols)
+
+
+def _refuse_foreign(given: PartitionPlan, print_of_it: str, model_class: str) -> None:
+    if given.fingerprint != print_of_it:
+        raise PlanError(
+            f"the plan is for another graph (of {given.model}, {given.fingerprint[:12]}) than this {model_class} "
+            f"({print_of_it[:12]}): make a plan for this model, with the same inputs and library versions"
+        )
+
+
+class CompiledModel:
+    """A model split over a mesh: `plan`, `rank(r)`, `graph_diff(r)`, `simulate(**inputs)`, `verify()`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PretrainedConfig,
+        request: PlanRequest,
+        variant: _Variant,
+        *,
+        verify_programs: bool,
+        dump_dir: str | Path | None,
+    ) -> None:
+        self._model = model
+        self._request = request
+        self._main = variant
+        self._verify_programs = verify_programs
+        self._dump_dir = dump_dir
+        self._variants = {variant.key: variant}
+
+    @property
+    def plan(self) -> PartitionPlan:
+        """Every decision made; print it, save it, compare it."""
+        return self._main.plan
+
+    @property
+    def mesh(self) -> Mesh:
+        return self._main.plan.mesh
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self._main.traced.config
+
+    @property
+    def graph(self) -> torch.fx.GraphModule:
+        """The whole model's normalised graph, which the ranks' graphs were made from; parameters on meta."""
+        return self._main.traced.graph_module
+
+    @property
+    def op_graph(self) -> OpGraph:
+        """The same as the cost model sees it."""
+        return self._main.graph
+
+    def program(self, rank: int) -> RankProgram:
+        """Everything that global rank `rank` needs; parameters on meta until loaded."""
+        return self._program(self._main, rank)
+
+    def rank(self, rank: int) -> torch.fx.GraphModule:
+        """The GraphModule of global rank `rank`."""
+        return self.program(rank).graph_module
+
+    def graph_diff(self, rank: int) -> str:
+        """Unified diff from the traced, normalised graph to that rank's."""
+        return graph_diff(self.graph, self.rank(rank))
+
+    def verify(self) -> None:
+        """Prove every rank's program (passes/verify.py). Raises VerificationError, which names the node."""
+        self._verify(self._main)
+
+    def simulate(self, **inputs: Any) -> ModelOutput:
+        """All ranks in this process, a thread each; the outputs that `model(**inputs)` would have.
+
+        With `use_cache` or a cache among the inputs, `past_key_values` in the output is a `SimulatedCache`, to be
+        passed to the next call; None starts an empty one. Raises AutodistError where the model has no weights.
+        """
+        wants_cache = bool(inputs.pop("use_cache", False)) or "past_key_values" in inputs
+        variant = self._variant_for(inputs, wants_cache)
+        self._load(variant)
+        given = {k: v for k, v in inputs.items() if v is not None}
+        if not wants_cache:
+            per_rank = [given] * self.mesh.size
+            return ModelOutput(_merged(simulate(list(variant.programs.values()), per_rank)))
+        cache = given.pop("past_key_values", None)
+        if not isinstance(cache, SimulatedCache):
+            if cache is not None and cache.get_seq_length() > 0:
+                raise AutodistError(
+                    "simulate cannot split a cache that holds tokens already: start with past_key_values=None and "
+                    "pass on the one it returns"
+                )
+            cache = SimulatedCache([local_cache(variant.traced.config, p) for p in variant.programs.values()])
+        filled = self._filled(variant, given, cache.length)
+        per_rank = [{**filled, "past_key_values": own} for own in cache.ranks]
+        outputs = _merged(simulate(list(variant.programs.values()), per_rank))
+        cache.length += _step_length(given)
+        outputs["past_key_values"] = cache
+        return ModelOutput(outputs)
+
+    # -- variants ------------------------------------------------------------------------------------------------------
+
+    def _variant_for(self, inputs: Mapping[str, Any], use_cache: bool) -> _Variant:
+        """The traced form that takes these inputs; traced, planned and verified at first use."""
+        given = frozenset(k for k, v in inputs.items() if v is not None) - {"past_key_values"}
+        if use_cache:
+            for (names, cached), variant in self._variants.items():
+                if cached and given <= names:
+                    return variant
+            names = None if given <= _FILLED_IN else tuple(given | _FILLED_IN | {"past_key_values"})
+        elif (given, False) in self._variants:
+            return self._variants[given, False]
+        else:
+            names = tuple(given)
+        variant = _Variant.make(self._model, self._request, use_cache, names, None, None)
+        if self._verify_programs:
+            self._verify(variant)
+        self._variants[variant.key] = variant
+        return variant
+
+    def _program(self, variant: _Variant, rank: int) -> RankProgram:
+        self.mesh.coordinates(rank)  # names a rank that is not there
+        if rank not in variant.programs:
+            variant.programs[rank] = emit_rank(
+                variant.traced.graph_module,
+                variant.plan,
+                rank,
+                layer_kinds=variant.traced.layer_kinds,
+                dump_dir=self._dump_dir,
+                sources=variant.sources,
+            )
+        return variant.programs[rank]
+
+    def _verify(self, variant: _Variant) -> None:
+        programs = [self._program(variant, rank) for rank in range(self.mesh.size)]
+        verify_programs(programs, variant.plan, variant.graph)
+
+    def _load(self, variant: _Variant) -> None:
+        if variant.loaded:
+            return
+        if isinstance(self._model, PretrainedConfig) or any(p.is_meta for p in self._model.parameters()):
+            raise AutodistError("simulate needs weights: compile a model that has them, not a config or a meta model")
+        source = ModuleSource(self._model)
+        buffers = dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))
+        variant.programs = {rank: self._program(variant, rank) for rank in range(self.mesh.size)}
+        for program in variant.programs.values():
+            load_rank(program, source, buffers=buffers, base_model_prefix=self._model.base_model_prefix)
+            program.graph_module.eval()
+        variant.loaded = True
+
+    def _filled(self, variant: _Variant, given: Mapping[str, Any], past: int) -> dict[str, Any]:
+        """Positions that the graph takes and the caller left to the model, as transformers' generate sets them."""
+        ids = given.get("input_ids", given.get("inputs_embeds"))
+        batch, seq = ids.shape[:2]
+        filled = dict(given)
+        names = variant.traced.input_names
+        if "attention_mask" in names and "attention_mask" not in filled:
+            filled["attention_mask"] = torch.ones(batch, past + seq, dtype=torch.long, device=ids.device)
+        if "cache_position" in names and "cache_position" not in filled:
+            filled["cache_position"] = torch.arange(past, past + seq, device=ids.device)
+        if "position_ids" in names and "position_ids" not in filled:
+            filled["position_ids"] = torch.arange(past, past + seq, device=ids.device).expand(batch, seq)
+        return filled
+
+
+_FILLED_IN = frozenset({"input_ids", "attention_mask", "position_ids", "cache_position"})
+
+
+@dataclass
+class SimulatedCache:
+    """The KV caches of all ranks of a simulation, and how many tokens they hold."""
+
+    ranks: list[Any]
+    length: int = 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+def _step_length(inputs: Mapping[str, Any]) -> int:
+    ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    return int(ids.shape[1])
+
+
+def _merged(outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Each output from the first rank that has it; ranks of one tp group have the same."""
+    merged: dict[str, Any] = {}
+    for of_rank in outputs:
+        for name, value in of_rank.items():
+            merged.setdefault(name, value)
+    merged.pop("past_key_values", None)
+    return merged

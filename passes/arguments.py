@@ -1,0 +1,75 @@
+"""Helpers of several passes: an op's tensor arguments in the order in which the OpGraph counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx.node import map_arg
+
+Node = torch.fx.Node
+
+
+def is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def tensor_arguments(node: Node) -> list[Node]:
+    """Every tensor-valued argument in order; one used twice stands twice. Same order as `Op.inputs`."""
+    found: list[Node] = []
+
+    def visit(n: Node) -> Node:
+        if is_tensor(n):
+            found.append(n)
+        return n
+
+    map_arg((node.args, node.kwargs), visit)
+    return found
+
+
+def map_tensor_arguments(node: Node, change: Callable[[int, Node], Node]) -> None:
+    """Replace the i-th tensor argument by change(i, argument)."""
+    slot = -1
+
+    def visit(n: Node) -> Node:
+        nonlocal slot
+        if not is_tensor(n):
+            return n
+        slot += 1
+        return change(slot, n)
+
+    args, kwargs = map_arg((node.args, node.kwargs), visit)
+    node.args, node.kwargs = args, kwargs
+
+
+def tensor_source(node: Node) -> tuple[str, int]:
+    """(op name, output index) of the tensor that a node stands for: getitem on a tuple is no op of its own."""
+    if node.op == "call_function" and node.target.__name__ == "getitem" and isinstance(node.args[1], int):
+        source = node.args[0]
+        if isinstance(source.meta.get("val"), (tuple, list)):
+            return source.name, node.args[1] % len(source.meta["val"])
+    return node.name, 0
+
+
+def fetch(module: torch.nn.Module, target: str) -> Any:
+    """The attribute at a dotted path."""
+    for atom in target.split("."):
+        module = getattr(module, atom)
+    return module
+
+
+def place(module: torch.nn.Module, target: str, value: Any) -> None:
+    """Set the attribute at a dotted path, making plain modules on the way."""
+    *path, name = target.split(".")
+    for atom in path:
+        if not hasattr(module, atom):
+            module.add_module(atom, torch.nn.Module())
+        module = getattr(module, atom)
+    if isinstance(value, torch.nn.Module):
+        module.add_module(name, value)
+    elif isinstance(value, torch.nn.Parameter):
+        module.register_parameter(name, value)
+    else:
+        setattr(module, name, value)

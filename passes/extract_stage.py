@@ -1,0 +1,109 @@
+"""extract_stage: from the whole model's graph, the part that one pipeline stage runs.
+
+    before  %a = layer_0(%x); %b = layer_1(%a, %mask); return {"logits": %b}
+    after   (stage 1)  %incoming = placeholder[hop 0]; %mask = ...; %b = layer_1(%incoming, %mask)
+                       return ({"logits": %b}, ())
+
+Graph inputs go to every stage. What the plan has recomputed is computed again; what it has sent becomes a placeholder
+here and a second output there, which insert_send_recv turns into communication.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx.node import map_arg
+
+from cost_model.plan import Hop
+from passes.arguments import is_tensor, tensor_source
+from passes.context import RankContext
+
+Node = torch.fx.Node
+
+
+def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.GraphModule:
+    """A new GraphModule with this stage's nodes; `whole`, the normalised graph of the model, is left as it is.
+
+    The new graph takes the model's inputs and one placeholder for each hop into the stage (`meta["hop"]`). It returns
+    (outputs of the model that this stage has, tensors that it owes to later stages in the order of their channels).
+    """
+    stage, plan = ctx.stage, ctx.plan
+    graph = torch.fx.Graph()
+    env: dict[Node, Node] = {}
+    made: dict[tuple[str, int], Node] = {}
+    last_input: Node | None = None
+    incoming = {(h.op, h.index, h.whole): h for h in plan.hops if h.target == stage}
+    received: dict[tuple[str, int], list[Node]] = {}
+
+    def have(node: Node) -> Node:
+        """The stage's copy of `node`. Numbers (lengths, the device) are computed again wherever they are used."""
+        if node not in env and plan.has_op(node.name) and plan.op(node.name).kind.startswith("scalar."):
+            env[node] = graph.node_copy(node, have)
+        return env[node]
+
+    for node in whole.graph.nodes:
+        if node.op == "placeholder":
+            last_input = env[node] = graph.node_copy(node)
+            made[node.name, 0] = env[node]
+            continue
+        if node.op == "output":
+            break
+        source = tensor_source(node)
+        if node.op == "get_attr":
+            env[node] = graph.node_copy(node)  # those that nothing uses go below
+        elif plan.has_op(node.name):
+            if stage in plan.op(node.name).stages and node not in env:
+                env[node] = graph.node_copy(node, have)
+                made[source] = env[node]
+        elif node.args[0] in env:  # an element of a tuple that is computed here
+            env[node] = graph.node_copy(node, have)
+            made[source] = env[node]
+        if node not in env and is_tensor(node) and any((*source, form) in incoming for form in (True, False)):
+            hops = [incoming[*source, form] for form in (False, True) if (*source, form) in incoming]
+            received[source] = []
+            for hop in hops:
+                with graph.inserting_after(last_input):
+                    last_input = _incoming(graph, node, hop)
+                received[source].append(last_input)
+            env[node] = received[source][0]  # insert_collectives takes the form that each user wants
+
+    outputs = _own_outputs(whole, env, stage, ctx)
+    owed = tuple(made[h.op, h.index] for h in plan.hops if h.source == stage)
+    graph.output((outputs, owed))
+    for node in reversed(list(graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    module = torch.fx.GraphModule(whole, graph, class_name=f"{whole.__class__.__name__}Rank{ctx.rank}")
+    module.meta["received"] = {s: [n.name for n in nodes] for s, nodes in received.items()}
+    return module
+
+
+def _incoming(graph: torch.fx.Graph, node: Node, hop: Hop) -> Node:
+    name = f"incoming_{node.name}" if hop.whole else f"incoming_part_{node.name}"
+    placeholder = graph.placeholder(name)
+    placeholder.meta = dict(node.meta)
+    placeholder.meta["hop"] = hop
+    return placeholder
+
+
+def _own_outputs(whole: torch.fx.GraphModule, env: dict[Node, Node], stage: int, ctx: RankContext) -> dict[str, Any]:
+    """The entries of the model's output dict that are made in this stage; the cache is on every stage."""
+    output = next(n for n in reversed(whole.graph.nodes) if n.op == "output")
+    found: dict[str, Any] = {}
+    for key, value in output.args[0].items():
+        homes: set[int] = set()
+
+        def note(n: Node, homes: set[int] = homes) -> Node:
+            name, _ = tensor_source(n)
+            if ctx.plan.has_op(name):
+                homes.add(ctx.plan.op(name).home)
+            return n
+
+        map_arg(value, note)
+        if not homes or homes == {stage}:
+            found[key] = map_arg(value, lambda n: env[n])
+        elif len(homes) > 1 and stage == max(homes):
+            raise NotImplementedError(f"output {key} is made of tensors of several stages")
+    return found

@@ -1,0 +1,184 @@
+"""localize_shapes: sizes that the model wrote for whole tensors become the rank's.
+
+    before  torch.reshape(%q, (%batch, %seq, 9, 64));   torch.repeat_interleave(%k, 3, 1)
+    after   torch.reshape(%q, (%batch, %seq, 6, 64));   torch.repeat_interleave(%k, 3, 1)     # 2 of 3 KV heads
+
+Where a rank's query heads don't fall on whole KV heads, the repetition becomes an index_select.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+
+from cost_model.placement import Layout
+from cost_model.plan import OpPlan
+from passes.arguments import map_tensor_arguments, tensor_arguments
+from passes.context import RankContext
+from passes.normalize import op_name
+from passes.op_graph import argument
+from passes.parallel_layers import partial_mean
+
+Node = torch.fx.Node
+
+
+def localize_shapes(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.GraphModule:
+    """Rewrites `module` in place."""
+    for node in list(module.graph.nodes):
+        if not ctx.plan.has_op(node.name):
+            continue
+        op = ctx.plan.op(node.name)
+        rewrite = _REWRITES.get(op.kind)
+        if rewrite is not None and any(p.is_shard for p in (*op.inputs, *op.outputs)):
+            rewrite(module, ctx, node, op)
+    return module
+
+
+def _layout(ctx: RankContext, index: int) -> Layout:
+    layout = ctx.plan.layout(index)
+    assert layout is not None
+    return layout
+
+
+def _view(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
+    """reshape and broadcast_to: the sharded dim's size is the rank's."""
+    if not op.outputs[0].is_shard:
+        return
+    if not isinstance(node.args[1], tuple):
+        raise ValueError(f"{node.name}: a view with unknown sizes cannot be sharded")
+    dim = op.outputs[0].dim
+    shape = list(node.args[1])
+    shape[dim] = _layout(ctx, op.output_layouts[0]).local_size(ctx.tp_rank)
+    node.args = (node.args[0], tuple(shape))
+
+
+def _split(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
+    """split and chunk along the sharded dim: the rank's share of each piece."""
+    dim = argument(node, 2, "dim", 0) % node.args[0].meta["val"].dim()
+    if not op.inputs[0].is_shard or op.inputs[0].dim != dim:
+        return
+    pieces = node.meta["val"]
+    sizes = [
+        _layout(ctx, layout).local_size(ctx.tp_rank) if layout >= 0 else piece.shape[dim]
+        for layout, piece in zip(op.output_layouts, pieces, strict=True)
+    ]
+    node.op, node.target = "call_function", torch.split
+    node.args, node.kwargs = (node.args[0], sizes, dim), {}
+
+
+def _slice(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
+    """x[..., a:b] along the sharded dim: where a and b lie among the elements that the rank holds."""
+    if not op.inputs[0].is_shard:
+        return
+    rank, dim = node.args[0].meta["val"].dim(), op.inputs[0].dim
+    index = list(node.args[1]) if isinstance(node.args[1], tuple) else [node.args[1]]
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        missing = rank - sum(1 for i in index if i is not None and i is not Ellipsis)
+        index[at : at + 1] = [slice(None)] * missing
+    position = [i for i, item in enumerate(index) if item is not None]
+    if dim >= len(position):
+        return
+    item = index[position[dim]]
+    if not isinstance(item, slice) or (item.start is None and item.stop is None):
+        return
+    layout = _layout(ctx, op.input_layouts[0])
+    start, stop, _ = slice(item.start, item.stop).indices(layout.size)
+    index[position[dim]] = slice(*layout.local_range(ctx.tp_rank, start, stop))
+    node.args = (node.args[0], tuple(index))
+
+
+def _mean(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
+    """A mean over a sharded dim is the sum of its elements wherever they are, over the number of all of them."""
+    if not (op.outputs[0].is_partial and op.inputs[0].is_shard and op_name(node) == "mean"):
+        return
+    x, out = node.args[0].meta["val"], node.meta["val"]
+    dims = argument(node, 1, "dim")
+    node.op, node.target = "call_function", partial_mean
+    node.args = (node.args[0], dims, out.dim() == x.dim(), x.numel() // max(out.numel(), 1))
+    node.kwargs = {}
+
+
+def _repeat(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
+    """repeat_interleave of KV heads to query heads."""
+    if not op.outputs[0].is_shard:
+        return
+    dim = op.outputs[0].dim
+    size = node.args[0].meta["val"].shape[dim]
+    wanted = _kv_heads(ctx, op.output_layouts[0], op.input_layouts[0], size)
+    held = _held(ctx, op.input_layouts[0], size)
+    each, rest = divmod(len(wanted), held) if held else (0, 0)
+    if rest == 0 and wanted == [i // each for i in range(len(wanted))]:
+        node.args, node.kwargs = (node.args[0], each, dim), {}
+        return
+    index = _constant(module, node, wanted)
+    node.target, node.args, node.kwargs = torch.index_select, (node.args[0], dim, index), {}
+
+
+def _sdpa(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
+    """Grouped attention in one op: where groups are cut, keys and values are picked for each query head."""
+    if not argument(node, 7, "enable_gqa", False) or op.letter != "heads":
+        return
+    q, k = tensor_arguments(node)[:2]
+    head = q.meta["val"].dim() - 3
+    size = k.meta["val"].shape[head]
+    wanted = _kv_heads(ctx, op.input_layouts[0], op.input_layouts[1], size)
+    held = _held(ctx, op.input_layouts[1], size)
+    each, rest = divmod(len(wanted), held) if held else (0, 0)
+    if rest == 0 and wanted == [i // each for i in range(len(wanted))]:
+        return
+    with module.graph.inserting_before(node):
+        index = _constant(module, node, wanted)
+
+    def pick(slot: int, argument: Node) -> Node:
+        if slot not in (1, 2):
+            return argument
+        with module.graph.inserting_before(node):
+            picked = module.graph.call_function(torch.index_select, (argument, head, index))
+        picked.meta = dict(argument.meta)
+        return picked
+
+    map_tensor_arguments(node, pick)
+
+
+def _held(ctx: RankContext, layout_index: int, size: int) -> int:
+    layout = ctx.plan.layout(layout_index)
+    return size if layout is None else layout.local_size(ctx.tp_rank)
+
+
+def _kv_heads(ctx: RankContext, q_layout: int, kv_layout: int, kv_heads: int) -> list[int]:
+    """For each query head that the rank holds, the place of its KV head among those that the rank holds."""
+    queries = _layout(ctx, q_layout)
+    keys = ctx.plan.layout(kv_layout)
+    each = queries.size // kv_heads
+    places = []
+    for start, stop in queries.parts[ctx.tp_rank]:
+        for head in range(start, stop):
+            kv = head // each
+            places.append(kv if keys is None else keys.local_range(ctx.tp_rank, kv, kv + 1)[0])
+    return places
+
+
+def _constant(module: torch.fx.GraphModule, node: Node, values: list[int]) -> Node:
+    name = f"_heads_of_{node.name}"
+    module.register_buffer(name, torch.tensor(values, dtype=torch.long), persistent=False)
+    with module.graph.inserting_before(node):
+        constant = module.graph.get_attr(name)
+    constant.meta["val"] = torch.empty(len(values), dtype=torch.long, device="meta")
+    constant.meta["symbols"] = ("",)
+    constant.meta["constant"] = True
+    return constant
+
+
+_REWRITES: dict[str, Callable[[torch.fx.GraphModule, RankContext, Node, OpPlan], Any]] = {
+    "view": _view,
+    "expand": _view,
+    "split": _split,
+    "slice": _slice,
+    "reduce": _mean,
+    "repeat_interleave": _repeat,
+    "sdpa": _sdpa,
+}

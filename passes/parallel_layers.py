@@ -1,0 +1,80 @@
+"""The layers that hold a tp rank's share of a weight. Collectives are not theirs: they stand in the graph.
+
+Shapes: b batch, s sequence, i and o the whole layer's inputs and outputs, i/tp and o/tp this rank's share (uneven
+shares allowed, also empty ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class _ParallelLinear(nn.Module):
+    """y = x @ weight.T + bias on this rank's share of the weight; [o, i], or [i, o] when `transposed`."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, transposed: bool = False
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device="meta")) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class ColumnParallelLinear(_ParallelLinear):
+    """A rank's slice of the outputs: x [b, s, i] -> y [b, s, o/tp]. The bias is sliced with the weight."""
+
+
+class RowParallelLinear(_ParallelLinear):
+    """A rank's slice of the inputs: x [b, s, i/tp] -> y [b, s, o], a sum over ranks still owed.
+
+    Only tp rank 0 has the bias, so that the sum adds it once.
+    """
+
+
+class VocabParallelEmbedding(nn.Module):
+    """A rank's rows of the table: ids [b, s] -> [b, s, d], zero for rows of other ranks; a sum is still owed.
+
+    `intervals` are the rows [start, stop) held, in the order in which they lie in `weight`.
+    """
+
+    def __init__(self, intervals: Sequence[tuple[int, int]], embedding_dim: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.intervals = tuple(intervals)
+        self.num_embeddings = sum(stop - start for start, stop in self.intervals)
+        self.weight = nn.Parameter(torch.empty(self.num_embeddings, embedding_dim, dtype=dtype, device="meta"))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.num_embeddings == 0:
+            return self.weight.new_zeros((*ids.shape, self.weight.shape[1]))
+        if len(self.intervals) == 1:
+            start, stop = self.intervals[0]
+            elsewhere = (ids < start) | (ids >= stop)
+            rows = (ids - start).clamp(0, stop - start - 1)
+        else:
+            rows, elsewhere, before = torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool), 0
+            for start, stop in self.intervals:
+                inside = (ids >= start) & (ids < stop)
+                rows = torch.where(inside, ids - start + before, rows)
+                elsewhere = elsewhere & ~inside
+                before += stop - start
+        return F.embedding(rows, self.weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+
+    def extra_repr(self) -> str:
+        return f"intervals={self.intervals}, embedding_dim={self.weight.shape[1]}"
+
+
+def partial_mean(x: torch.Tensor, dim: int | Sequence[int], keepdim: bool, count: int) -> torch.Tensor:
+    """This rank's part of a mean over a sharded dim: its elements' sum over the number of all ranks' elements."""
+    return x.sum(dim, keepdim=keepdim) / count

@@ -1,0 +1,3 @@
+"""verify."""
+def verify(programs, plan, graph):
+    pass
