@@ -209,15 +209,20 @@ class PipelineSearch:
                 continue
             seen.add(name)
             op, cost = self.graph[name], self.costs[name]
-            can_send = bool(op.outputs)
             sends[name] = sum(self.send_seconds[TensorRef(name, j)] for j in range(len(op.outputs)))
+            can_send = bool(op.outputs) and math.isfinite(sends[name])
+            if not cost.repeatable and not can_send:
+                raise MeshError(
+                    f"{op} is needed in a later stage, but can neither be sent there (a length that no input of the "
+                    f"model has) nor computed again: use fewer stages"
+                )
             if not cost.repeatable or (can_send and cost.seconds >= sends[name]):
                 flow.add_edge(("wanted", name), "end", capacity=sends[name])
                 continue
             if can_send:
                 flow.add_edge(("wanted", name), ("computed", name), capacity=sends[name])
             else:
-                flow.add_edge(("wanted", name), ("computed", name))  # a number can't be sent
+                flow.add_edge(("wanted", name), ("computed", name))  # a number, or of unknown shape: never sent
             flow.add_edge(("computed", name), "end", capacity=cost.seconds)
             for ref in op.inputs:
                 if ref.op in self.position:

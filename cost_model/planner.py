@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -79,13 +80,21 @@ class _Planner:
     def _cut(self, limit: int | None) -> list[Stage]:
         costs = {op.name: self._op_cost(op) for op in self.graph if op.kind not in SOURCES}
         sends = {
-            TensorRef(op.name, j): send_seconds(self.search.spec(TensorRef(op.name, j)).nbytes, self.hardware.pp_link)
+            TensorRef(op.name, j): self._send_seconds(TensorRef(op.name, j))
             for op in self.graph
             for j in range(len(op.outputs))
         }
         weights = {op.name: self._weight_bytes(op) for op in self.graph if op.kind in ("param", "buffer")}
         self.pipeline = PipelineSearch(self.graph, costs, sends, weights)
         return self.pipeline.solve(self.mesh.pp, None if limit is None else [limit] * self.mesh.pp)
+
+    def _send_seconds(self, ref: TensorRef) -> float:
+        """Of one tensor to another stage, both ends: one launches the send, one the recv. A tensor with a length that
+        the receiver cannot tell from the model's inputs cannot be sent."""
+        spec = self.search.spec(ref)
+        if any(symbol.startswith("?") for symbol in spec.symbols):
+            return math.inf
+        return send_seconds(spec.nbytes, self.hardware.pp_link) + self.hardware.pp_link.launch_seconds
 
     def _op_cost(self, op: Op) -> OpCost:
         strategy = self.strategies[op.name]

@@ -17,6 +17,7 @@ import torch
 import torch.fx
 from torch.fx.node import map_arg
 
+from passes.functionalize import functionalize
 from passes.shapes import Example, annotate
 
 Node = torch.fx.Node
@@ -26,8 +27,7 @@ _DROPOUTS = ("dropout",)
 _CONTIGUOUS = ("contiguous",)
 _CASTS = ("to", "float", "type_as", "half", "bfloat16", "double", "type")
 _MUTATING = frozenset({
-    "update", "setitem", "add_", "mul_", "copy_", "masked_fill_", "fill_", "index_copy_", "scatter_", "dropout",
-    "bernoulli", "rand", "randn", "rand_like", "randn_like", "multinomial", "normal_", "uniform_",
+    "update", "dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "multinomial", "normal", "uniform",
 })  # fmt: skip
 
 
@@ -57,6 +57,7 @@ def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Examp
 
     `examples` are two sets of meta inputs of different sizes; what is equal in both is constant.
     """
+    functionalize(graph_module)
     second = annotate(graph_module, examples)
     graph = graph_module.graph
     _fold_scalars(graph, second, examples)

@@ -10,6 +10,7 @@ import torch.fx
 from cost_model.plan import PartitionPlan
 from passes.context import RankContext
 from passes.extract_stage import extract_stage
+from passes.fuse_ops import fuse_ops
 from passes.graph_text import graph_text
 from passes.insert_collectives import insert_collectives
 from passes.insert_send_recv import insert_send_recv
@@ -48,8 +49,10 @@ def emit_rank(
         ("localize_cache", lambda g: localize_cache(g, ctx, layer_kinds)),
         # from here on tensors have several forms, so that names no longer say how one lies
         ("insert_collectives", lambda g: insert_collectives(g, ctx)),
-        # last: what is sent may be what a collective made
+        # after collectives: what is sent may be what a collective made
         ("insert_send_recv", lambda g: insert_send_recv(g, ctx)),
+        # when all that the plan speaks of is in place
+        ("fuse_ops", lambda g: fuse_ops(g, ctx)),
     )
     graph = whole
     for number, (name, run) in enumerate(passes):

@@ -1,0 +1,62 @@
+"""functionalize: writes into tensors become new tensors, so that a graph's edges say all there is to say.
+
+    before  %mask = full(...);  %mask[:, :, :, :n] = %padded;  use(%mask)
+    after   %mask = full(...);  %set = with_item(%mask, (:, :, :, :n), %padded);  use(%set)
+
+A mask that a later stage computes again would otherwise miss what was written into it. Reads that come before the
+write keep the old value, as they do in the model. A write through a view (x[0].add_(1)) reaches the view alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx
+
+Node = torch.fx.Node
+
+_IN_PLACE_OPERATORS = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+    operator.itruediv: operator.truediv, operator.iand: operator.and_, operator.ior: operator.or_,
+}  # fmt: skip
+
+
+def with_item(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    """A copy of `x` in which x[index] is `value`."""
+    changed = x.clone()
+    changed[index] = value
+    return changed
+
+
+def functionalize(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Rewrites `graph_module` in place."""
+    graph = graph_module.graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        written = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+        if written is None or not _make_functional(node):
+            continue
+        for user in list(written.users):
+            if order[user] > order[node]:
+                user.replace_input_with(written, node)
+    return graph_module
+
+
+def _make_functional(node: Node) -> bool:
+    """Turn a node that writes into its first argument into one that returns the result; False if it is none."""
+    if node.op == "call_function" and node.target is operator.setitem:
+        node.target = with_item
+    elif node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:
+        node.target = _IN_PLACE_OPERATORS[node.target]
+    elif node.op == "call_method" and _is_in_place_method(str(node.target)):
+        node.target = str(node.target)[:-1]
+    else:
+        return False
+    return True
+
+
+def _is_in_place_method(name: str) -> bool:
+    functional = getattr(torch.Tensor, name[:-1], None) if name.endswith("_") and not name.endswith("__") else None
+    return functional is not None and name[:-1] not in ("requires_grad", "data", "grad")

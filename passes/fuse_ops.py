@@ -1,0 +1,105 @@
+"""fuse_ops: chains that torch has one op for. Fewer nodes a step is what a decode step on small tensors is made of.
+
+    before  %p = %x.pow(2); %m = %p.mean(-1, keepdim=True); %a = %m + 1e-06; %r = torch.rsqrt(%a)
+            %n = %x * %r; %y = %weight * %n
+    after   %y = rms_norm(%x, (64,), %weight, 1e-06)
+
+    before  %kr = repeat_interleave(%k, 4, 1); %vr = repeat_interleave(%v, 4, 1); %o = sdpa(%q, %kr, %vr)
+    after   %o = sdpa(%q, %k, %v, enable_gqa=True)
+
+Runs on the rank's finished graph: the searches see the chains, whose parts shard in more ways than the fused op. Only
+where nothing else reads the middle of a chain and no dtype changes within, so that the arithmetic stays the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.fx
+from torch.nn import functional as F
+
+from passes.context import RankContext
+from passes.normalize import op_name
+from passes.op_graph import argument
+
+Node = torch.fx.Node
+
+
+def fuse_ops(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.GraphModule:
+    """Rewrites `module` in place."""
+    for node in list(module.graph.nodes):
+        if op_name(node) == "rsqrt":
+            _fuse_rms_norm(module.graph, node)
+        elif op_name(node) == "scaled_dot_product_attention":
+            _fuse_repeated_heads(module.graph, node)
+    module.recompile()
+    return module
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _fuse_rms_norm(graph: torch.fx.Graph, rsqrt: Node) -> None:
+    add = rsqrt.args[0]
+    if op_name(add) != "add" or len(add.args) != 2 or _only_user(add) is not rsqrt:
+        return
+    mean, eps = add.args if isinstance(add.args[0], Node) else reversed(add.args)
+    if not (isinstance(mean, Node) and _is_number(eps) and op_name(mean) == "mean" and _only_user(mean) is add):
+        return
+    square = mean.args[0]
+    if argument(mean, 1, "dim") not in (-1, [-1], (-1,)) or not argument(mean, 2, "keepdim", False):
+        return
+    if op_name(square) == "pow" and square.args[1] == 2 or op_name(square) == "square":
+        x = square.args[0]
+    else:
+        return
+    scaled = _only_user(rsqrt)
+    if _only_user(square) is not mean or scaled is None or op_name(scaled) != "mul" or set(scaled.args) != {x, rsqrt}:
+        return
+    value = x.meta["val"]
+    if any(n.meta["val"].dtype != value.dtype for n in (square, mean, rsqrt, scaled)):
+        return
+    last, weight = scaled, None
+    user = _only_user(scaled)
+    if user is not None and op_name(user) == "mul" and len(user.args) == 2:
+        other = user.args[0] if user.args[1] is scaled else user.args[1]
+        if (
+            isinstance(other, Node)
+            and other.op == "get_attr"
+            and other.meta["val"].shape == value.shape[-1:]
+            and other.meta["val"].dtype == value.dtype
+        ):
+            last, weight = user, other
+    with graph.inserting_before(last):
+        fused = graph.call_function(F.rms_norm, (x, (value.shape[-1],), weight, float(eps)))
+    _take_over(graph, fused, last, (last, scaled, rsqrt, add, mean, square))
+
+
+def _fuse_repeated_heads(graph: torch.fx.Graph, attention: Node) -> None:
+    if len(attention.args) != 3 or "enable_gqa" in attention.kwargs:
+        return
+    q, k, v = attention.args
+    repeats = {argument(n, 1, "repeats") for n in (k, v)}
+    if not all(op_name(n) == "repeat_interleave" and argument(n, 2, "dim") == 1 for n in (k, v)) or len(repeats) != 1:
+        return
+    if not isinstance(repeats.pop(), int) or q.meta["val"].dim() != 4:
+        return
+    attention.args = (q, k.args[0], v.args[0])
+    attention.kwargs = {**attention.kwargs, "enable_gqa": True}
+    for node in dict.fromkeys((k, v)):
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _take_over(graph: torch.fx.Graph, fused: Node, last: Node, chain: tuple[Node, ...]) -> None:
+    """Put `fused` in the place of `last` and drop the chain that led to it."""
+    fused.meta = dict(last.meta)
+    last.replace_all_uses_with(fused)
+    name = last.name
+    for node in dict.fromkeys(chain):
+        graph.erase_node(node)
+    fused._rename(name)
