@@ -7,6 +7,7 @@ __all__ = [
     "CheckpointError",
     "CommunicationError",
     "DeadlockError",
+    "RemoteRankError",
     "RuntimeSetupError",
     "TracingError",
 ]
@@ -30,3 +31,7 @@ class CommunicationError(AutodistError):
 
 class DeadlockError(CommunicationError):
     """Every rank waits for another one; the message says for what."""
+
+
+class RemoteRankError(AutodistError):
+    """Another rank raised an error of a class that this one does not know; the message is that error's."""

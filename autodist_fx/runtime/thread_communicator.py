@@ -187,7 +187,7 @@ class ThreadCommunicator:
             raise CommunicationError(
                 f"rank {self.rank} expects {wanted} from rank {source} on channel {channel}, and was sent {describe(x)}"
             )
-        return x.to(device=device, copy=True)  # the receiver may write into it
+        return x.to(device=x.device if device is None else device, copy=True)  # the receiver may write into it
 
     def _meet(
         self, x: torch.Tensor, axis: str, said: str, combine: Callable[[list[torch.Tensor]], torch.Tensor]

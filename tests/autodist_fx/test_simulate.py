@@ -17,7 +17,7 @@ def run(mesh, work):
 
 
 def programs(mesh, build):
-    """A RankProgram per rank; `build(graph, x, module, rank)` writes its graph, from the input x, and returns the output."""
+    """A RankProgram per rank. `build(graph, x, module, rank)` writes its graph from the input x, returns the output."""
     made = []
     for rank in range(mesh.size):
         module, graph = nn.Module(), torch.fx.Graph()

@@ -1,0 +1,77 @@
+"""All ranks say what they are about to do, rank 0 compares: a wrong start is an error on every rank, not a hang."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+
+from autodist_fx.errors import AutodistError, RuntimeSetupError
+from passes.comm_ops import Communicator
+
+_CHANNEL = 0x7F000005  # apart from the graph's, the steps' and the logits'
+_DIGEST_BYTES = 32
+
+
+def agree(
+    communicator: Communicator,
+    world_size: int,
+    facts: Sequence[str],
+    *,
+    check: Callable[[], None] | None = None,
+    what: str = "plan",
+) -> None:
+    """Returns when all ranks hold the same `facts` and `check`, called on rank 0 alone, has raised nothing.
+
+    Otherwise raises on every rank: RuntimeSetupError naming the ranks that differ, or what `check` raised (of the same
+    class on rank 0, an AutodistError of the same text elsewhere). Called on every rank; one message each way, of plain
+    bytes.
+    """
+    mine = hashlib.sha256("\0".join(facts).encode()).digest()
+    if communicator.rank != 0:
+        communicator.send(_tensor(mine), 0, _CHANNEL)
+        length = int(communicator.recv((1,), torch.long, "cpu", 0, _CHANNEL)[0])
+        verdict = _bytes(communicator.recv((length,), torch.uint8, "cpu", 0, _CHANNEL)).decode() if length else ""
+        if verdict:
+            raise _error(verdict)
+        return
+    others = range(1, world_size)
+    digests = {rank: communicator.recv((_DIGEST_BYTES,), torch.uint8, "cpu", rank, _CHANNEL) for rank in others}
+    different = [rank for rank, digest in digests.items() if _bytes(digest) != mine]
+    failure: AutodistError | None = None
+    if different:
+        many = len(different) > 1
+        failure = RuntimeSetupError(
+            f"rank{'s' if many else ''} {', '.join(map(str, different))} made another {what} than rank 0: start all "
+            "ranks with the same model files, arguments and versions of torch, transformers and autodist_fx, or give "
+            "all the same saved plan"
+        )
+    elif check is not None:
+        try:
+            check()
+        except AutodistError as error:
+            failure = error
+    text = b"" if failure is None else f"{type(failure).__name__}: {failure}".encode()
+    for rank in others:
+        communicator.send(torch.tensor([len(text)]), rank, _CHANNEL)
+        if text:
+            communicator.send(_tensor(text), rank, _CHANNEL)
+    if failure is not None:
+        raise failure
+
+
+def _error(verdict: str) -> AutodistError:
+    name, _, message = verdict.partition(": ")
+    kind = next((c for c in (RuntimeSetupError, *AutodistError.__subclasses__()) if c.__name__ == name), AutodistError)
+    error = kind(message)
+    error.add_note("found on rank 0")
+    return error
+
+
+def _tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.numpy().tobytes()

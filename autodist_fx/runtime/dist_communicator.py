@@ -1,0 +1,206 @@
+"""The `Communicator` of one rank among processes: torch.distributed over Gloo (CPU) or NCCL (CUDA)."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from autodist_fx.errors import CommunicationError
+from autodist_fx.runtime.gather import GatherLayout, check_shard, frozen_parts, gather_layout, glue
+from cost_model.mesh import Mesh
+from passes.comm_ops import Parts
+
+# Up to so many bytes sent per rank, an all_reduce is faster as an exchange (every rank sends its whole tensor to every
+# other and adds up) than as Gloo's ring. Measured with 2 ranks on loopback, us, exchange / ring: 3 KB 88 / 415, 64 KB
+# 290 / 627, 512 KB 600 / 870, 1.5 MB 1520 / 1720 and 3700 / 1270. Gloo hands a collective to a thread of its own, and a
+# ring needs 2 (tp - 1) hops; a send writes to the socket at once.
+EXCHANGE_BYTES = 512 * 1024
+
+_EXCHANGE_TAG = 0x7F000001  # apart from every channel of send and recv, since the group may be the same one
+
+
+class DistCommunicator:
+    """Speaks for `rank` of `mesh`; torch.distributed must be initialised, with one process per rank of the mesh.
+
+    `timeout` bounds every wait. `explain` is called when a wait failed, before CommunicationError is raised: a watchdog
+    may know better what happened, and end the process.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        device: torch.device,
+        timeout: timedelta = timedelta(minutes=10),
+        explain: Callable[[], None] | None = None,
+    ) -> None:
+        self.mesh, self.device, self.rank = mesh, device, dist.get_rank()
+        self._timeout, self._explain = timeout, explain
+        self._stage, self._tp_rank = mesh.coordinates(self.rank)
+        self._ranks = mesh.tp_group(self._stage)
+        self._peers = [r for r in range(mesh.tp) if r != self._tp_rank]
+        self._alone = mesh.tp == 1
+        self.device_mesh: DeviceMesh | None = init_device_mesh(
+            device.type, (mesh.pp, mesh.tp), mesh_dim_names=("pp", "tp")
+        )
+        # The backends themselves: going through the dispatcher costs some 20 us more per call.
+        self._tp = self.device_mesh["tp"].get_group()._get_backend(device)
+        world = dist.group.WORLD
+        self._world = {device.type: world._get_backend(device)}
+        if device.type != "cpu" and "cpu" in dist.get_backend_config(world):
+            self._world["cpu"] = world._get_backend(torch.device("cpu"))
+        self._sum = dist.AllreduceOptions()
+        self._sum.timeout = timeout
+        self._exchanges = device.type == "cpu"  # NCCL knows better itself
+        self._exchange_bytes = EXCHANGE_BYTES // max(1, mesh.tp - 1)
+        self._last_exchange: list[Any] = []
+        self._unfinished_sends: deque[Any] = deque()
+
+    def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
+        if self._alone:
+            return x
+        if not x.is_contiguous():
+            x = x.contiguous()
+        nbytes = x.nbytes
+        try:
+            if self._exchanges and nbytes <= self._exchange_bytes:
+                return self._sum_of_exchange(x) if nbytes else x
+            self._tp.allreduce([x], self._sum).wait()
+        except RuntimeError as error:
+            raise self._failure(f"all_reduce of {_describe(x)}", self._ranks, error) from error
+        return x
+
+    def _sum_of_exchange(self, x: torch.Tensor) -> torch.Tensor:
+        tp = self._tp
+        sends = [tp.send([x], peer, _EXCHANGE_TAG) for peer in self._peers]
+        for send in self._last_exchange:  # long since done; waiting earlier would stop us for a slower peer
+            send.wait()
+        self._last_exchange = sends
+        if len(sends) == 1:
+            total = torch.empty_like(x)
+            tp.recv([total], self._peers[0], _EXCHANGE_TAG).wait(self._timeout)
+            return total.add_(x)  # x is still on its way, so it must stay as it is
+        shards = [torch.empty_like(x) for _ in self._peers]
+        receives = [tp.recv([shard], peer, _EXCHANGE_TAG) for shard, peer in zip(shards, self._peers)]
+        for receive in receives:
+            receive.wait(self._timeout)
+        shards.insert(self._tp_rank, x)
+        total = shards[0] + shards[1]  # in rank order: every rank gets the same bits
+        for shard in shards[2:]:
+            total.add_(shard)
+        return total
+
+    def all_gather(self, x: torch.Tensor, axis: str, dim: int, parts: Parts) -> torch.Tensor:
+        layout = gather_layout(frozen_parts(parts))
+        check_shard(x, dim, layout, self._tp_rank)
+        if self._alone:
+            return glue([x], dim, layout)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        try:
+            shards = self._exchange(x, dim, layout) if self._exchanges else self._gather_padded(x, dim, layout)
+        except RuntimeError as error:
+            raise self._failure(f"all_gather of {_describe(x)} along dim {dim}", self._ranks, error) from error
+        return glue(shards, dim, layout)
+
+    def _exchange(self, x: torch.Tensor, dim: int, layout: GatherLayout) -> list[torch.Tensor]:
+        """Every rank's shard, of whatever size, in one hop."""
+        tp = self._tp
+        sends = [tp.send([x], peer, _EXCHANGE_TAG) for peer in self._peers] if x.numel() else []
+        for send in self._last_exchange:
+            send.wait()
+        self._last_exchange = sends
+        shards, receives = [], []
+        for rank, size in enumerate(layout.local_sizes):
+            if rank == self._tp_rank:
+                shards.append(x)
+                continue
+            shards.append(x.new_empty(_with_size(x.shape, dim, size)))
+            if shards[-1].numel():
+                receives.append(tp.recv([shards[-1]], rank, _EXCHANGE_TAG))
+        for receive in receives:
+            receive.wait(self._timeout)
+        return shards
+
+    def _gather_padded(self, x: torch.Tensor, dim: int, layout: GatherLayout) -> list[torch.Tensor]:
+        """Every rank's shard by one all_gather, which wants one size: shorter shards travel with padding."""
+        shapes = [_with_size(x.shape, dim, size) for size in layout.local_sizes]
+        lengths = [math.prod(shape) for shape in shapes]
+        longest = max(lengths)
+        if x.numel() == longest:
+            mine = x.view(-1)
+        else:
+            mine = x.new_empty(longest)
+            mine[: x.numel()] = x.view(-1)
+        everything = x.new_empty(len(shapes) * longest)
+        self._tp._allgather_base(everything, mine).wait()
+        rows = everything.view(len(shapes), longest)
+        return [rows[rank, :length].view(shape) for rank, (length, shape) in enumerate(zip(lengths, shapes))]
+
+    def send(self, x: torch.Tensor, to: int, channel: int) -> None:
+        """NCCL knows no channels: there, two ranks must receive in the order in which they send."""
+        if not x.numel():
+            return
+        x = x.contiguous()
+        try:
+            self._unfinished_sends.append(self._world[x.device.type].send([x], to, channel))
+        except RuntimeError as error:
+            raise self._failure(f"send of {_describe(x)} on channel {channel}", (to,), error) from error
+
+    def recv(self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int) -> torch.Tensor:
+        """`device` None means the rank's own."""
+        x = torch.empty(tuple(shape), dtype=dtype, device=self.device if device is None else device)
+        if x.numel():
+            try:
+                self._world[x.device.type].recv([x], source, channel).wait(self._timeout)
+            except RuntimeError as error:
+                raise self._failure(f"recv of {_describe(x)} on channel {channel}", (source,), error) from error
+        return x
+
+    def finish_sends(self) -> None:
+        """Let go of what was sent, waiting for it where needed.
+
+        For a moment at which the receivers are known to be past their recv: Gloo tells of a finished send only to who
+        waits for it.
+        """
+        try:
+            while self._unfinished_sends:
+                self._unfinished_sends[0].wait(self._timeout)
+                self._unfinished_sends.popleft()
+        except RuntimeError as error:
+            raise self._failure("an earlier send", (), error) from error
+
+    def close(self) -> None:
+        """Before the process group is destroyed: lets go of it. What was sent and not received is lost."""
+        self._last_exchange.clear()
+        self._unfinished_sends.clear()
+        self.device_mesh = None
+        self._tp = None
+        self._world = {}
+
+    def _failure(self, what: str, ranks: Sequence[int], error: RuntimeError) -> CommunicationError:
+        if self._explain is not None:
+            self._explain()
+        others = [r for r in ranks if r != self.rank]
+        where = f" with rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}" if others else ""
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return CommunicationError(
+            f"rank {self.rank}: {what}{where} failed: {cause}. One of them died, waits elsewhere, or needs longer than "
+            f"the time-out of {self._timeout.total_seconds():g} s"
+        )
+
+
+def _describe(x: torch.Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+
+
+def _with_size(shape: torch.Size, dim: int, size: int) -> tuple[int, ...]:
+    sizes = list(shape)
+    sizes[dim] = size
+    return tuple(sizes)

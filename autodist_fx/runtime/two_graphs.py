@@ -1,0 +1,95 @@
+"""A `DistributedCausalLM` with a second graph: one for generating, one for the logits of whole sequences.
+
+Generation needs the logits of the last position alone, so its graph makes no others (the head of a long prompt would
+cost more than a layer). `model(input_ids=..., attention_mask=...)` means every position, and no cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from autodist_fx.runtime.generation import DistributedCausalLM
+from passes.comm_ops import using
+from passes.program import RankProgram
+
+_CHANNEL = 0x7F000004  # of logits on their way to earlier stages
+_DIMS = 3  # batch, tokens, vocabulary
+
+
+class TwoGraphCausalLM(DistributedCausalLM):
+    """`make_program(input_names)` compiles and loads the second graph for these inputs, at their first use.
+
+    `logits_dtype` is what that graph's logits have, on ranks that receive them.
+    """
+
+    def __init__(
+        self,
+        program: RankProgram,
+        *args: Any,
+        make_program: Callable[[tuple[str, ...]], RankProgram],
+        **keywords: Any,
+    ) -> None:
+        super().__init__(program, *args, **keywords)
+        self._make_program = make_program
+        # Not a submodule: its weights are this model's own, and parameters() should name them once.
+        self._whole: dict[tuple[str, ...], RankProgram] = {}
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **keywords: Any,
+    ) -> CausalLMOutputWithPast:
+        """One forward pass; called on every rank with the same arguments.
+
+        Without `past_key_values` and `use_cache`: `.logits` [batch, tokens, vocabulary], on every rank. With either, see
+        DistributedCausalLM.forward: the cache is filled, and `.logits` are those of the last position.
+        """
+        with_cache = past_key_values is not None or bool(use_cache) or keywords.get("cache_position") is not None
+        asks_more = any(keywords.get(name) for name in ("output_attentions", "output_hidden_states"))
+        if self._generating and use_cache is not False or with_cache or asks_more or input_ids is None:
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **keywords,
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return CausalLMOutputWithPast(logits=self._logits({k: v for k, v in given.items() if v is not None}))
+
+    def _logits(self, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits of every position, on every rank."""
+        names = tuple(given)
+        if names not in self._whole:
+            self._whole[names] = self._make_program(names)
+        program = self._whole[names]
+        inputs = {name: given[name].to(self.device) for name in program.input_names}
+        with using(self.communicator):
+            logits = program.graph_module(**inputs).get("logits")
+        return self._on_every_stage(logits)
+
+    def _on_every_stage(self, logits: torch.Tensor | None) -> torch.Tensor:
+        """From each rank of the last stage to its namesakes on the others, so that all links carry as much."""
+        mesh = self.mesh
+        last, tp_rank = mesh.pp - 1, self.program.tp_rank
+        self._finish_sends()
+        if logits is not None and self.program.stage == last:
+            for stage in range(last):
+                peer = mesh.rank(stage, tp_rank)
+                self.communicator.send(torch.tensor(logits.shape), peer, _CHANNEL)
+                self.communicator.send(logits, peer, _CHANNEL)
+            return logits
+        source = mesh.rank(last, tp_rank)
+        shape = self.communicator.recv((_DIMS,), torch.long, "cpu", source, _CHANNEL).tolist()
+        return self.communicator.recv(shape, self.dtype, self.device, source, _CHANNEL)
