@@ -25,6 +25,7 @@ from cost_model.op_rules import IntArray, Letter, OpRule, RuleTable
 from cost_model.placement import Layout, intervals_of
 
 Dim = tuple[TensorRef, int]
+_UNSEEN = Layout(0, ())
 
 
 @dataclass(slots=True)
@@ -55,6 +56,12 @@ class LayoutTable:
         """None when every rank would hold the whole dim."""
         root = self._find((ref, dim))
         return self._layouts.get(root)
+
+    def is_kept_whole(self, ref: TensorRef) -> bool:
+        """True when some dim (of more than one element) is whole on every rank although its op could be sharded along
+        it: the projections of a single KV head, which every rank's query heads read."""
+        shape = self.graph.spec(ref).shape
+        return any(n > 1 and self._layouts.get(self._find((ref, d)), _UNSEEN) is None for d, n in enumerate(shape))
 
     def letters(self, op: Op) -> tuple[Letter, ...]:
         """The op's letters that can be sharded and bear on some matmul's weight."""
@@ -129,8 +136,8 @@ class LayoutTable:
             for letter in rules[op.name].letters:
                 named.update(dim for dim, _ in self._dims(op, letter))
             for ref in (*op.inputs, *(TensorRef(op.name, j) for j in range(len(op.outputs)))):
-                for d in range(len(self.graph.spec(ref).shape)):
-                    if (ref, d) not in named and op.inputs:
+                for d, size in enumerate(self.graph.spec(ref).shape):
+                    if size > 1 and (ref, d) not in named and op.inputs:
                         blocked.add(self._find((ref, d)))
         return blocked
 

@@ -105,8 +105,9 @@ class TensorParallelSearch:
                     outputs[link.slot] = shard(link.dim)
                 else:
                     outputs[link.slot] = REPLICATE
-            if all(p.is_replicate for p in inputs) and any(p is not REPLICATE for p in outputs):
-                continue  # sharding would come from nowhere
+            covers = any(link.cover for link in letter.inputs)
+            if all(p.is_replicate for p in inputs) and not covers:
+                continue  # nothing to shard: its one sharded form is a slice of the replicated one
             if any(p is None for p in outputs):
                 continue
             done = tuple(p for p in outputs if p is not None)
@@ -168,9 +169,12 @@ class TensorParallelSearch:
     def excess_bytes(self, op: Op, strategy: Strategy) -> float:
         """Bytes of a matmul's weight that this strategy leaves replicated where it could be sharded.
 
-        How even the shards are is not a matter of strategy: a rank with 6 of 9 heads has its whole grains.
+        How even the shards are is not a matter of strategy: a rank with 6 of 9 heads has its whole grains. Nor is it
+        that a KV head which all ranks read is on all of them.
         """
         if op.kind != "param" or not op.attrs.get("matmul") or not strategy.outputs[0].is_replicate:
+            return 0.0
+        if self.layouts.is_kept_whole(TensorRef(op.name)):
             return 0.0
         return self.spec(TensorRef(op.name)).nbytes * (1 - 1 / self.tp)
 

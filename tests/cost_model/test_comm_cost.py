@@ -44,8 +44,9 @@ def test_one_rank_is_silent(collective):
 
 
 def test_the_measured_latency_of_gloo():
-    """An all_reduce of 3 KB on two ranks: 0.3 to 0.95 ms (benchmarks/measure_hardware.py, and in models)."""
-    assert 0.3e-3 < all_reduce_seconds(3 * 1024, 2, CPU_GLOO.tp_link) < 0.95e-3
+    """All_reduces on two ranks as our runtime does them, by exchange: 88 us for 3 KB, 290 for 64 KB, 600 for 512 KB."""
+    for nbytes, measured in ((3 * 1024, 88e-6), (64 * 1024, 290e-6), (512 * 1024, 600e-6)):
+        assert measured / 2 < all_reduce_seconds(nbytes, 2, CPU_GLOO.tp_link) < measured * 2
 
 
 @given(
