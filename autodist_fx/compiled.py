@@ -34,8 +34,10 @@ from passes.program import RankProgram
 from passes.shapes import Example
 from passes.verify import verify as verify_programs
 
-# Two sets of lengths, primes all: a length found in both is constant, one that differs follows the inputs.
-_EXAMPLES = (Sizes(batch=11, seq=23, past=29), Sizes(batch=13, seq=31, past=37))
+# Two sets of lengths: a number found in both is constant, one that differs follows the inputs, and two that agree in
+# both are the same. So the steps between the sets (2, 18, 162 and more) are such that no small sum of some lengths
+# grows like another's.
+_EXAMPLES = (Sizes(batch=11, seq=23, past=29), Sizes(batch=13, seq=41, past=191))
 
 
 def compile(
@@ -113,7 +115,7 @@ class _Variant:
         given: PartitionPlan | None,
     ) -> _Variant:
         traced = trace(model, input_names=input_names, use_cache=use_cache, concrete_args=concrete_args)
-        normalize(traced.graph_module, (_example(traced, _EXAMPLES[0]), _example(traced, _EXAMPLES[1])))
+        normalize(traced.graph_module, _examples(traced))
         graph = build_op_graph(traced.graph_module)
         print_of_it = fingerprint(graph)
         if given is None:
@@ -125,6 +127,13 @@ class _Variant:
     @property
     def key(self) -> tuple[frozenset[str], bool]:
         return frozenset(self.traced.input_names), self.traced.use_cache
+
+
+def _examples(traced: TracedModel) -> tuple[Example, Example]:
+    """In the second the cache is longer than any window: there the keys that a layer with one sees no longer grow."""
+    longest = max((int(kind.partition(":")[2]) for kind in traced.layer_kinds if ":" in kind), default=0)
+    first, second = _EXAMPLES
+    return _example(traced, first), _example(traced, Sizes(second.batch, second.seq, second.past + longest))
 
 
 def _example(traced: TracedModel, sizes: Sizes) -> Example:
