@@ -194,7 +194,7 @@ def _repeat_pairs(groups: int, size: int) -> tuple[IntArray, IntArray]:
 @rule("sdpa")
 def sdpa(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """q [b,h,s,d], k [b,g,t,d], v [b,g,t,e], mask broadcast to [b,h,s,t] -> [b,h,s,e]; only heads are cut."""
-    q, out = inputs[0], outputs[0]
+    q = inputs[0]
     head = len(q) - 3
     if head < 0:
         return OpRule()

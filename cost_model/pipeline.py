@@ -8,6 +8,7 @@ so that masks and rotary tables are recomputed and hidden states are sent.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ class PipelineSearch:
                 raise NoPlanFits(self._too_big(stages, memory_bytes))
         else:
             cuts = self._place(stages, self.candidates(), memory_bytes)
-        return [self._stage(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [self._stage(a, b) for a, b in itertools.pairwise(cuts)]
 
     def _place(self, stages: int, places: list[int], memory_bytes: Sequence[int] | None) -> list[int]:
         if len(places) < stages - 1:

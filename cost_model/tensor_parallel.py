@@ -31,8 +31,8 @@ from cost_model.shard_layouts import LayoutTable
 
 Table = npt.NDArray[np.float64]
 INFEASIBLE = np.inf
-# Breaks ties towards whole tensors: a residual that stays a sum over ranks costs no more to move, but a later all_reduce
-# then adds up values that have grown, and loses more of a 16-bit dtype. Far below any real difference.
+# Breaks ties towards whole tensors: a residual that stays a sum over ranks costs no more to move, but a later
+# all_reduce then adds up values that have grown, and loses more of a 16-bit dtype. Far below any real difference.
 PARTIAL_INPUT_SECONDS = 1e-9
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.fx import Node
 from torch.fx.node import map_arg
-
-Node = torch.fx.Node
 
 
 def is_tensor(node: Node) -> bool:

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.fx import Node
 from torch.fx.node import map_arg
 
 from cost_model.plan import Hop
 from passes.arguments import is_tensor, tensor_source
 from passes.context import RankContext
-
-Node = torch.fx.Node
 
 
 def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.GraphModule:

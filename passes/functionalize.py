@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 import torch.fx
-
-Node = torch.fx.Node
+from torch.fx import Node
 
 _IN_PLACE_OPERATORS = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,

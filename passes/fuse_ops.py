@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import torch
 import torch.fx
+from torch.fx import Node
 from torch.nn import functional as F
 
 from passes.context import RankContext
 from passes.normalize import op_name
 from passes.op_graph import argument
-
-Node = torch.fx.Node
 
 
 def fuse_ops(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.GraphModule:
@@ -53,7 +52,7 @@ def _fuse_rms_norm(graph: torch.fx.Graph, rsqrt: Node) -> None:
     square = mean.args[0]
     if argument(mean, 1, "dim") not in (-1, [-1], (-1,)) or not argument(mean, 2, "keepdim", False):
         return
-    if op_name(square) == "pow" and square.args[1] == 2 or op_name(square) == "square":
+    if (op_name(square) == "pow" and square.args[1] == 2) or op_name(square) == "square":
         x = square.args[0]
     else:
         return
@@ -61,7 +60,8 @@ def _fuse_rms_norm(graph: torch.fx.Graph, rsqrt: Node) -> None:
     if _only_user(square) is not mean or scaled is None or op_name(scaled) != "mul" or set(scaled.args) != {x, rsqrt}:
         return
     value = x.meta["val"]
-    if any(n.meta["val"].dtype != value.dtype for n in (square, mean, rsqrt, scaled)):
+    chain: list[Node] = [scaled, rsqrt, add, mean, square]
+    if any(n.meta["val"].dtype != value.dtype for n in chain):
         return
     last, weight = scaled, None
     user = _only_user(scaled)
@@ -76,7 +76,7 @@ def _fuse_rms_norm(graph: torch.fx.Graph, rsqrt: Node) -> None:
             last, weight = user, other
     with graph.inserting_before(last):
         fused = graph.call_function(F.rms_norm, (x, (value.shape[-1],), weight, float(eps)))
-    _take_over(graph, fused, last, (last, scaled, rsqrt, add, mean, square))
+    _take_over(graph, fused, last, [last, *chain])
 
 
 def _fuse_repeated_heads(graph: torch.fx.Graph, attention: Node) -> None:
@@ -95,7 +95,7 @@ def _fuse_repeated_heads(graph: torch.fx.Graph, attention: Node) -> None:
             graph.erase_node(node)
 
 
-def _take_over(graph: torch.fx.Graph, fused: Node, last: Node, chain: tuple[Node, ...]) -> None:
+def _take_over(graph: torch.fx.Graph, fused: Node, last: Node, chain: list[Node]) -> None:
     """Put `fused` in the place of `last` and drop the chain that led to it."""
     fused.meta = dict(last.meta)
     last.replace_all_uses_with(fused)

@@ -11,17 +11,19 @@ whole tensor cuts it out without asking anybody.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.fx
+from torch.fx import Node
 from torch.fx.node import map_arg
 
 from cost_model.placement import REPLICATE, Layout, Placement
-from cost_model.plan import Hop
+from cost_model.plan import Hop, OpPlan
 from passes.arguments import is_tensor, map_tensor_arguments, tensor_source
 from passes.comm_ops import all_gather, all_reduce
 from passes.context import RankContext
 
-Node = torch.fx.Node
 AXIS = "tp"
 
 
@@ -52,12 +54,12 @@ class _Inserter:
                 self._outputs(node)
             elif self.ctx.plan.has_op(node.name):
                 op = self.ctx.plan.op(node.name)
-                map_tensor_arguments(
-                    node,
-                    lambda slot, n, op=op: (
-                        self._as(n, op.inputs[slot], op.input_layouts[slot]) if slot < len(op.inputs) else n
-                    ),
-                )
+                map_tensor_arguments(node, functools.partial(self._wanted, op))
+
+    def _wanted(self, op: OpPlan, slot: int, node: Node) -> Node:
+        if slot >= len(op.inputs):  # an index that localize_shapes added
+            return node
+        return self._as(node, op.inputs[slot], op.input_layouts[slot])
 
     def _lies(self, node: Node) -> tuple[Placement, Layout | None, bool]:
         """(placement, layout of the sharded dim, whether the plan has it made whole) of a tensor of this rank."""
@@ -118,7 +120,7 @@ class _Inserter:
             assert layout is not None
             runs = layout.parts[self.ctx.tp_rank] or ((0, 0),)
             meta = {k: v for k, v in node.meta.items() if k in ("val", "symbols", "source")}
-            cut = []
+            cut: list[Node] = []
             with self.graph.inserting_after(node):
                 for start, stop in reversed(runs):
                     one = self.graph.call_function(torch.narrow, (node, wanted.dim, start, stop - start))

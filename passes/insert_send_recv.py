@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.fx import Node
 
 from cost_model.errors import PlanError
 from cost_model.plan import Hop
 from passes.comm_ops import recv, send
 from passes.context import RankContext
-
-Node = torch.fx.Node
 
 
 def insert_send_recv(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.GraphModule:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.fx import Node
 
 from cost_model.placement import Layout
 from cost_model.plan import OpPlan
@@ -21,8 +22,6 @@ from passes.context import RankContext
 from passes.normalize import op_name
 from passes.op_graph import argument
 from passes.parallel_layers import partial_mean
-
-Node = torch.fx.Node
 
 
 def localize_shapes(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.GraphModule:

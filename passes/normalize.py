@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.fx import Node
 from torch.fx.node import map_arg
 
 from passes.functionalize import functionalize
 from passes.shapes import Example, annotate
 
-Node = torch.fx.Node
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
 _EXPANDS = ("expand", "expand_as", "broadcast_to")
 _DROPOUTS = ("dropout",)
@@ -296,7 +296,7 @@ def _repeat_heads(graph: torch.fx.Graph) -> None:
                 break
 
 
-# -- equal computations -------------------------------------------------------------------------------------------------
+# -- equal computations ------------------------------------------------------------------------------------------------
 
 
 def _merge_equal(graph: torch.fx.Graph) -> None:

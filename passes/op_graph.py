@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.fx import Node
 
 from cost_model.op_graph import Op, OpGraph, TensorRef, TensorSpec
 from passes.normalize import is_pure, op_name
 
-Node = torch.fx.Node
 Attributes = dict[str, Any]
 
 _ELEMENTWISE = {
@@ -137,9 +137,8 @@ class _Builder:
                     index = node.args[1] % len(source.meta["val"])
                     self.refs[node] = TensorRef(self.refs[source].op, index)
                     return
-        if node.op == "placeholder":
-            kind, inputs, attrs = "input", [], {}
-        else:
+        kind, inputs, attrs = "input", list[TensorRef](), Attributes()
+        if node.op != "placeholder":
             kind, inputs, attrs = self._classify(node, specs)
         op = Op(
             name=node.name,
@@ -242,7 +241,7 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-# -- one function a target (or a few of one form) -------------------------------------------------------------------------
+# -- one function a target (or a few of one form) -----------------------------------------------------------------
 
 Handler = Callable[[_Builder, Node, list[TensorRef]], tuple[str, list[TensorRef], Attributes] | None]
 _HANDLERS: dict[str, Handler] = {}

@@ -13,6 +13,7 @@ import copy
 import torch
 import torch.fx
 from torch import nn
+from torch.fx import Node
 
 from cost_model.placement import Interval, Placement
 from cost_model.plan import OpPlan
@@ -21,7 +22,6 @@ from passes.context import ParamShard, RankContext
 from passes.op_graph import parameter_names
 from passes.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
-Node = torch.fx.Node
 Key = tuple[str, int | None, tuple[Interval, ...]]
 
 
@@ -58,7 +58,8 @@ class _Sharder:
     def _share(self, tensor: torch.Tensor, name: str, placement: Placement, layout_index: int) -> nn.Parameter:
         """The rank's meta parameter for `tensor`, to stand at path `name`; notes where it comes from."""
         layout = self.ctx.plan.layout(layout_index)
-        dim, intervals = None, ()
+        dim: int | None = None
+        intervals: tuple[Interval, ...] = ()
         if placement.is_shard and layout is not None:
             dim, intervals = placement.dim, layout.parts[self.ctx.tp_rank]
         source = self.sources[id(tensor)]
