@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
@@ -14,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.local_cache import local_cache
+from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, join
 from autodist_fx.runtime.simulate import simulate
 from autodist_fx.tracing import Sizes, TracedModel, trace
 from autodist_fx.weights.load import load_rank
@@ -33,6 +35,9 @@ from passes.pass_manager import emit_rank
 from passes.program import RankProgram
 from passes.shapes import Example
 from passes.verify import verify as verify_programs
+
+if TYPE_CHECKING:
+    from autodist_fx.runtime.generation import DistributedCausalLM
 
 # Two sets of lengths: a number found in both is constant, one that differs follows the inputs, and two that agree in
 # both are the same. So the steps between the sets (2, 18, 162 and more) are such that no small sum of some lengths
@@ -238,20 +243,64 @@ class CompiledModel:
         outputs["past_key_values"] = cache
         return ModelOutput(outputs)
 
+    def to_distributed(
+        self,
+        *,
+        device: str | torch.device | None = None,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        rank: int | None = None,
+        world_size: int | None = None,
+        master_addr: str | None = None,
+        master_port: int | None = None,
+    ) -> DistributedCausalLM:
+        """This process's share of the model, which every process of the mesh has in memory; see from_pretrained.
+
+        Planned anew for generating (with a KV cache), with the hardware and objective given to `compile`. Called in
+        every process alike, under torchrun or with `rank`, ... given. The model itself may be freed afterwards.
+        """
+        from autodist_fx.pretrained import distribute  # which compiles
+
+        self._refuse_without_weights("to_distributed")
+        joined = join(
+            self.mesh,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            master_addr=master_addr,
+            master_port=master_port,
+            timeout_seconds=timeout,
+        )
+        return distribute(
+            self._model,  # type: ignore[arg-type]
+            joined,
+            hardware=self._request.hardware,
+            objective=self._request.objective,
+            verify=self._verify_programs,
+            dump_dir=self._dump_dir,
+        )
+
     # -- variants ------------------------------------------------------------------------------------------------------
+
+    def _accepted(self, names: frozenset[str]) -> tuple[str, ...]:
+        """Without those of our own filling-in that the model's forward does not take."""
+        if isinstance(self._model, PretrainedConfig):
+            return tuple(sorted(names))
+        accepted = inspect.signature(self._model.forward).parameters
+        return tuple(sorted(n for n in names if n in accepted or n not in _FILLED_IN))
 
     def _variant_for(self, inputs: Mapping[str, Any], use_cache: bool) -> _Variant:
         """The traced form that takes these inputs; traced, planned and verified at first use."""
         given = frozenset(k for k, v in inputs.items() if v is not None) - {"past_key_values"}
+        names: tuple[str, ...] | None
         if use_cache:
-            for (names, cached), variant in self._variants.items():
-                if cached and given <= names:
+            for (known, cached), variant in self._variants.items():
+                if cached and given <= known:
                     return variant
-            names = None if given <= _FILLED_IN else tuple(given | _FILLED_IN | {"past_key_values"})
+            names = None if given <= _FILLED_IN else self._accepted(given | _FILLED_IN | {"past_key_values"})
         elif (given, False) in self._variants:
             return self._variants[given, False]
         else:
-            names = tuple(given)
+            names = self._accepted(given)
         variant = _Variant.make(self._model, self._request, use_cache, names, None, None)
         if self._verify_programs:
             self._verify(variant)
@@ -278,8 +327,7 @@ class CompiledModel:
     def _load(self, variant: _Variant) -> None:
         if variant.loaded:
             return
-        if isinstance(self._model, PretrainedConfig) or any(p.is_meta for p in self._model.parameters()):
-            raise AutodistError("simulate needs weights: compile a model that has them, not a config or a meta model")
+        self._refuse_without_weights("simulate")
         source = ModuleSource(self._model)
         buffers = dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))
         variant.programs = {rank: self._program(variant, rank) for rank in range(self.mesh.size)}
@@ -287,6 +335,10 @@ class CompiledModel:
             load_rank(program, source, buffers=buffers, base_model_prefix=self._model.base_model_prefix)
             program.graph_module.eval()
         variant.loaded = True
+
+    def _refuse_without_weights(self, what: str) -> None:
+        if isinstance(self._model, PretrainedConfig) or any(p.is_meta for p in self._model.parameters()):
+            raise AutodistError(f"{what} needs weights: compile a model that has them, not a config or a meta model")
 
     def _filled(self, variant: _Variant, given: Mapping[str, Any], past: int) -> dict[str, Any]:
         """Positions that the graph takes and the caller left to the model, as transformers' generate sets them."""
