@@ -16,6 +16,7 @@ _DIGEST_BYTES = 32
 
 def agree(
     communicator: Communicator,
+    rank: int,
     world_size: int,
     facts: Sequence[str],
     *,
@@ -29,7 +30,7 @@ def agree(
     bytes.
     """
     mine = hashlib.sha256("\0".join(facts).encode()).digest()
-    if communicator.rank != 0:
+    if rank != 0:
         communicator.send(_tensor(mine), 0, _CHANNEL)
         length = int(communicator.recv((1,), torch.long, "cpu", 0, _CHANNEL)[0])
         verdict = _bytes(communicator.recv((length,), torch.uint8, "cpu", 0, _CHANNEL)).decode() if length else ""
@@ -37,8 +38,8 @@ def agree(
             raise _error(verdict)
         return
     others = range(1, world_size)
-    digests = {rank: communicator.recv((_DIGEST_BYTES,), torch.uint8, "cpu", rank, _CHANNEL) for rank in others}
-    different = [rank for rank, digest in digests.items() if _bytes(digest) != mine]
+    digests = {other: communicator.recv((_DIGEST_BYTES,), torch.uint8, "cpu", other, _CHANNEL) for other in others}
+    different = [other for other, digest in digests.items() if _bytes(digest) != mine]
     failure: AutodistError | None = None
     if different:
         many = len(different) > 1
@@ -53,18 +54,18 @@ def agree(
         except AutodistError as error:
             failure = error
     text = b"" if failure is None else f"{type(failure).__name__}: {failure}".encode()
-    for rank in others:
-        communicator.send(torch.tensor([len(text)]), rank, _CHANNEL)
+    for other in others:
+        communicator.send(torch.tensor([len(text)]), other, _CHANNEL)
         if text:
-            communicator.send(_tensor(text), rank, _CHANNEL)
+            communicator.send(_tensor(text), other, _CHANNEL)
     if failure is not None:
         raise failure
 
 
 def _error(verdict: str) -> AutodistError:
     name, _, message = verdict.partition(": ")
-    kind = next((c for c in (RuntimeSetupError, *AutodistError.__subclasses__()) if c.__name__ == name), AutodistError)
-    error = kind(message)
+    kinds: list[type[AutodistError]] = [c for c in AutodistError.__subclasses__() if c.__name__ == name]
+    error = (kinds or [AutodistError])[0](message)
     error.add_note("found on rank 0")
     return error
 

@@ -21,10 +21,7 @@ _DIMS = 3  # batch, tokens, vocabulary
 
 
 class TwoGraphCausalLM(DistributedCausalLM):
-    """`make_program(input_names)` compiles and loads the second graph for these inputs, at their first use.
-
-    `logits_dtype` is what that graph's logits have, on ranks that receive them.
-    """
+    """`make_program(input_names)` compiles and loads the second graph for these inputs, at their first use."""
 
     def __init__(
         self,
@@ -38,7 +35,7 @@ class TwoGraphCausalLM(DistributedCausalLM):
         # Not a submodule: its weights are this model's own, and parameters() should name them once.
         self._whole: dict[tuple[str, ...], RankProgram] = {}
 
-    def forward(
+    def forward(  # type: ignore[override]  # what only the cached graph takes is passed on
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -49,12 +46,12 @@ class TwoGraphCausalLM(DistributedCausalLM):
     ) -> CausalLMOutputWithPast:
         """One forward pass; called on every rank with the same arguments.
 
-        Without `past_key_values` and `use_cache`: `.logits` [batch, tokens, vocabulary], on every rank. With either, see
-        DistributedCausalLM.forward: the cache is filled, and `.logits` are those of the last position.
+        Without `past_key_values` and `use_cache`: `.logits` [batch, tokens, vocabulary], on every rank. With either,
+        see DistributedCausalLM.forward: the cache is filled, and `.logits` are those of the last position.
         """
         with_cache = past_key_values is not None or bool(use_cache) or keywords.get("cache_position") is not None
         asks_more = any(keywords.get(name) for name in ("output_attentions", "output_hidden_states"))
-        if self._generating and use_cache is not False or with_cache or asks_more or input_ids is None:
+        if self._generating or with_cache or asks_more or input_ids is None:
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

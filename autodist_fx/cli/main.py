@@ -1,0 +1,57 @@
+"""`autodist-fx`: reads the command line and hands over to a subcommand; errors become one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.process_group import leave
+
+_COMMANDS = {
+    "run": "generate text, split over ranks",
+    "plan": "print how a model would be split, from its config alone",
+    "verify": "prove every rank's program of a split",
+    "graph-diff": "what the passes changed in one rank's graph",
+}
+USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 2 for an error that the user can mend, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(arguments)
+    args.argv = arguments
+    try:
+        code: int = args.run(args)
+        return code
+    except AutodistError as error:
+        line = " ".join(str(error).split())
+        print(f"autodist-fx: error: {line}", file=sys.stderr, flush=True)
+        leave(line)  # the other ranks end too, and say why
+        return USER_ERROR
+    except BrokenPipeError:  # `autodist-fx plan ... | head`
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="autodist-fx",
+        description="Splits an unmodified Hugging Face model over tensor- and pipeline-parallel ranks.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in _COMMANDS.items():
+        module = importlib.import_module(f"autodist_fx.cli.{name.replace('-', '_')}")
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

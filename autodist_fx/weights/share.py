@@ -1,0 +1,42 @@
+"""One set of weights for two programs of a rank: what both hold alike is one tensor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from passes.context import ParamShard
+from passes.program import RankProgram
+
+
+def share_weights(loaded: RankProgram, program: RankProgram) -> RankProgram:
+    """Puts the tensors of `loaded` into `program` wherever both hold the same slice of the same weight.
+
+    Returns `program` with the shards that are left to be loaded; none when the two layouts coincide.
+    """
+    have = {_slice(shard): name for name, shard in loaded.param_shards.items()}
+    left = {}
+    for name, shard in program.param_shards.items():
+        if _slice(shard) in have:
+            _put(program.graph_module, name, _tensor(loaded.graph_module, have[_slice(shard)]))
+        else:
+            left[name] = shard
+    return replace(program, param_shards=left)
+
+
+def _slice(shard: ParamShard) -> tuple[object, ...]:
+    return shard.source, shard.dim, shard.intervals, shard.dtype, shard.is_buffer
+
+
+def _tensor(module: nn.Module, name: str) -> object:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    return owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
+
+
+def _put(module: nn.Module, name: str, tensor: object) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    # Through the dicts: setattr would refuse a parameter of another class, and register a buffer as a persistent one.
+    (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor  # type: ignore[assignment]
