@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -73,7 +74,7 @@ class DistCommunicator:
                 return self._sum_of_exchange(x) if nbytes else x
             self._tp.allreduce([x], self._sum).wait()
         except RuntimeError as error:
-            raise self._failure(f"all_reduce of {_describe(x)}", self._ranks, error) from error
+            raise self._failure(f"all_reduce of {_describe(x)}", self._ranks, error) from None
         return x
 
     def _sum_of_exchange(self, x: torch.Tensor) -> torch.Tensor:
@@ -87,9 +88,7 @@ class DistCommunicator:
             tp.recv([total], self._peers[0], _EXCHANGE_TAG).wait(self._timeout)
             return total.add_(x)  # x is still on its way, so it must stay as it is
         shards = [torch.empty_like(x) for _ in self._peers]
-        receives = [tp.recv([shard], peer, _EXCHANGE_TAG) for shard, peer in zip(shards, self._peers)]
-        for receive in receives:
-            receive.wait(self._timeout)
+        self._wait([(peer, tp.recv([shard], peer, _EXCHANGE_TAG)) for shard, peer in zip(shards, self._peers)])
         shards.insert(self._tp_rank, x)
         total = shards[0] + shards[1]  # in rank order: every rank gets the same bits
         for shard in shards[2:]:
@@ -106,7 +105,7 @@ class DistCommunicator:
         try:
             shards = self._exchange(x, dim, layout) if self._exchanges else self._gather_padded(x, dim, layout)
         except RuntimeError as error:
-            raise self._failure(f"all_gather of {_describe(x)} along dim {dim}", self._ranks, error) from error
+            raise self._failure(f"all_gather of {_describe(x)} along dim {dim}", self._ranks, error) from None
         return glue(shards, dim, layout)
 
     def _exchange(self, x: torch.Tensor, dim: int, layout: GatherLayout) -> list[torch.Tensor]:
@@ -123,10 +122,18 @@ class DistCommunicator:
                 continue
             shards.append(x.new_empty(_with_size(x.shape, dim, size)))
             if shards[-1].numel():
-                receives.append(tp.recv([shards[-1]], rank, _EXCHANGE_TAG))
-        for receive in receives:
-            receive.wait(self._timeout)
+                receives.append((rank, tp.recv([shards[-1]], rank, _EXCHANGE_TAG)))
+        self._wait(receives)
         return shards
+
+    def _wait(self, receives: Sequence[tuple[int, Any]]) -> None:
+        """For each (tp rank, what it sends)."""
+        for peer, receive in receives:
+            try:
+                receive.wait(self._timeout)
+            except RuntimeError as error:
+                error.add_note(str(self._ranks[peer]))  # for _failure: whom we waited for
+                raise
 
     def _gather_padded(self, x: torch.Tensor, dim: int, layout: GatherLayout) -> list[torch.Tensor]:
         """Every rank's shard by one all_gather, which wants one size: shorter shards travel with padding."""
@@ -151,7 +158,7 @@ class DistCommunicator:
         try:
             self._unfinished_sends.append(self._world[x.device.type].send([x], to, channel))
         except RuntimeError as error:
-            raise self._failure(f"send of {_describe(x)} on channel {channel}", (to,), error) from error
+            raise self._failure(f"send of {_describe(x)} on channel {channel}", (to,), error) from None
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int) -> torch.Tensor:
         """`device` None means the rank's own."""
@@ -160,24 +167,28 @@ class DistCommunicator:
             try:
                 self._world[x.device.type].recv([x], source, channel).wait(self._timeout)
             except RuntimeError as error:
-                raise self._failure(f"recv of {_describe(x)} on channel {channel}", (source,), error) from error
+                raise self._failure(f"recv of {_describe(x)} on channel {channel}", (source,), error) from None
         return x
 
-    def finish_sends(self) -> None:
+    def finish_sends(self, timeout: timedelta | None = None) -> None:
         """Let go of what was sent, waiting for it where needed.
 
         For a moment at which the receivers are known to be past their recv: Gloo tells of a finished send only to who
         waits for it.
         """
+        sends = self._unfinished_sends
         try:
-            while self._unfinished_sends:
-                self._unfinished_sends[0].wait(self._timeout)
-                self._unfinished_sends.popleft()
+            while sends:
+                sends[0].wait(timeout or self._timeout)
+                sends.popleft()
+            for send in self._last_exchange:
+                send.wait(timeout or self._timeout)
+            self._last_exchange = []
         except RuntimeError as error:
-            raise self._failure("an earlier send", (), error) from error
+            raise self._failure("an earlier send", (), error) from None
 
     def close(self) -> None:
-        """Before the process group is destroyed: lets go of it. What was sent and not received is lost."""
+        """Before the process group is destroyed: lets go of it. What was sent and is not received by then is lost."""
         self._last_exchange.clear()
         self._unfinished_sends.clear()
         self.device_mesh = None
@@ -188,11 +199,13 @@ class DistCommunicator:
         if self._explain is not None:
             self._explain()
         others = [r for r in ranks if r != self.rank]
+        if notes := getattr(error, "__notes__", None):
+            others = [int(notes[0])]
         where = f" with rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}" if others else ""
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause = re.sub(r"^\[\S+\.(cc|cpp|h):\d+\] ", "", str(error).strip()).split("\n")[0] or type(error).__name__
         return CommunicationError(
-            f"rank {self.rank}: {what}{where} failed: {cause}. One of them died, waits elsewhere, or needs longer than "
-            f"the time-out of {self._timeout.total_seconds():g} s"
+            f"rank {self.rank}: {what}{where} failed: {cause}. It ended, waits elsewhere, or needs longer than the "
+            f"time-out of {self._timeout.total_seconds():g} s"
         )
 
 

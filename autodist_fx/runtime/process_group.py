@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from autodist_fx.errors import RuntimeSetupError
+from autodist_fx.errors import CommunicationError, RuntimeSetupError
 from autodist_fx.runtime.alone_communicator import AloneCommunicator
 from autodist_fx.runtime.dist_communicator import DistCommunicator
 from autodist_fx.runtime.watchdog import Watchdog
 from cost_model.mesh import Mesh
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
+_LAST_SENDS = timedelta(seconds=30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,10 @@ class _World:
         self.communicators: list[DistCommunicator] = []
 
     def leave(self, failure: str | None = None) -> None:
+        for communicator in self.communicators:
+            if failure is None:  # what we sent last may still be on its way; a rank that fails too is not waited for
+                with contextlib.suppress(CommunicationError):
+                    communicator.finish_sends(_LAST_SENDS)
         self.watchdog.close(failure)
         for communicator in self.communicators:
             communicator.close()

@@ -1,0 +1,76 @@
+"""One rank: what a communicator does over Gloo, against the same on plain tensors. `communicator_worker.py TP PP`"""
+
+import sys
+
+import torch
+
+from autodist_fx.runtime import dist_communicator
+from autodist_fx.runtime.process_group import join, leave
+from cost_model.mesh import Mesh
+
+mesh = Mesh(tp=int(sys.argv[1]), pp=int(sys.argv[2]))
+me = join(mesh, device="cpu", timeout_seconds=60)
+comm, rank = me.communicator, me.rank
+stage, tp_rank = mesh.coordinates(rank)
+
+
+def of_rank(r, *shape, dtype=torch.float32):
+    """The same everywhere."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(100 * stage + r)).to(dtype)
+
+
+def check_all_reduce(shape, dtype):
+    shards = [of_rank(r, *shape, dtype=dtype) for r in range(mesh.tp)]
+    expected = shards[0]
+    for shard in shards[1:]:
+        expected = expected + shard
+    mine = shards[tp_rank].clone()
+    assert torch.allclose(comm.all_reduce(mine, "tp"), expected, atol=5e-2 if dtype is torch.bfloat16 else 1e-5)
+
+
+for exchange_bytes in (comm._exchange_bytes, 0):  # by exchange, then by Gloo's ring
+    comm._exchange_bytes = exchange_bytes
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for shape in ((1, 1, 768), (3, 5), (0, 4), (300, 1000)):
+            check_all_reduce(shape, dtype)
+    transposed = of_rank(tp_rank, 4, 6).t()
+    assert torch.allclose(comm.all_reduce(transposed, "tp"), sum(of_rank(r, 4, 6).t() for r in range(mesh.tp)))
+
+size = 12
+splits = {
+    "even": tuple(((r * size // mesh.tp, (r + 1) * size // mesh.tp),) for r in range(mesh.tp)),
+    "uneven": (
+        ((0, size - mesh.tp + 1),),
+        *(((size - mesh.tp + r, size - mesh.tp + r + 1),) for r in range(1, mesh.tp)),
+    ),
+    "one holds all": (((0, size),), *[()] * (mesh.tp - 1)),
+    "every one holds all": (((0, size),),) * mesh.tp,
+    "woven": tuple(tuple((i, i + 1) for i in range(r, size, mesh.tp)) for r in range(mesh.tp)),
+}
+for padded in (False, True):  # as over Gloo, and as over NCCL
+    comm._exchanges = not padded
+    for name, parts in splits.items():
+        for dim in (0, 1, -1):
+            whole = of_rank(0, size, size, size)
+            held = torch.cat([torch.arange(start, stop) for start, stop in parts[tp_rank]] or [torch.empty(0)]).long()
+            result = comm.all_gather(whole.index_select(dim, held), "tp", dim, parts)
+            assert torch.equal(result, whole), (name, dim)
+comm._exchanges = True
+
+# Around the ring of all ranks, many at once: nobody may block in send, whoever receives first.
+to, source = (rank + 1) % mesh.size, (rank - 1) % mesh.size
+for channel in (3, 4):
+    for i in range(20):
+        comm.send(torch.full((50_000,), rank * 1000 + channel * 100 + i), to, channel)
+comm.send(torch.empty(0, 3), to, 5)
+for channel in (4, 3):
+    for i in range(20):
+        x = comm.recv((50_000,), torch.long, "cpu", source, channel)
+        assert (x == source * 1000 + channel * 100 + i).all()
+assert comm.recv((0, 3), torch.float32, "cpu", source, 5).shape == (0, 3)
+comm.finish_sends()
+assert not comm._unfinished_sends
+assert dist_communicator.EXCHANGE_BYTES > 0
+leave()
+if rank == 0:
+    print("all well")

@@ -1,0 +1,30 @@
+"""One rank that computes and talks for ever, until one of them does what argv[2] says. `sleeper_worker.py TP WHAT`
+
+WHAT: "talk" (for ever), "raise" (rank 1 raises), "exit" (rank 1 exits with 3), "finish" (all end well, one by one),
+"silent" (rank 1 stops talking, without dying).
+"""
+
+import os
+import sys
+import time
+
+import torch
+
+from autodist_fx.runtime.process_group import join
+from cost_model.mesh import Mesh
+
+what = sys.argv[2]
+me = join(Mesh(tp=int(sys.argv[1])), device="cpu", timeout_seconds=3 if what == "silent" else 60)
+print(f"pid {os.getpid()} rank {me.rank}", file=sys.stderr, flush=True)
+for step in range(10_000_000):
+    me.communicator.all_reduce(torch.ones(64), "tp")
+    if step == 20:
+        if what == "finish":
+            time.sleep(0.3 * me.rank)
+            break
+        if me.rank == 1 and what == "raise":
+            raise ArithmeticError("no such number")
+        if me.rank == 1 and what == "exit":
+            os._exit(3)
+        if me.rank == 1 and what == "silent":
+            time.sleep(60)

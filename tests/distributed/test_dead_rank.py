@@ -1,0 +1,134 @@
+"""One rank ends; within 15 seconds every other one has ended too, not with 0, and has said which rank it was."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+HERE = Path(__file__).parent
+WORKER = str(HERE / "sleeper_worker.py")
+SECONDS = 15
+
+
+def start(command, **env):
+    env = {**os.environ, "PYTHONPATH": str(HERE.parent.parent), **env}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def launched(world_size, what):
+    """The command line's own launcher."""
+    return [start([sys.executable, str(HERE / "launch_worker.py"), str(world_size), WORKER, str(world_size), what])]
+
+
+def torchrun(world_size, what):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size)]
+    return [start([*command, "--master-port", str(free_port()), WORKER, str(world_size), what])]
+
+
+def terminals(world_size, what):
+    """Every rank started by itself."""
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, WORKER, str(world_size), what]
+    return [start(command, RANK=str(rank), **shared) for rank in range(world_size)]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def pids(processes, world_size):
+    """By rank; returns when all are there."""
+    found = {}
+    for process in processes:
+        while len(found) < world_size and (line := process.stderr.readline()):
+            if match := re.search(r"pid (\d+) rank (\d+)", line):
+                found[int(match[2])] = int(match[1])
+                if len(processes) > 1:
+                    break
+    assert sorted(found) == list(range(world_size))
+    return found
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("how", "ranks", "dead"), [(launched, 2, 1), (torchrun, 2, 1), (terminals, 2, 0), (terminals, 3, 1)]
+)
+def test_kill_9(how, ranks, dead):
+    processes = how(ranks, "talk")
+    try:
+        ranks = pids(processes, ranks)
+        time.sleep(0.5)  # in the middle of it
+        os.kill(ranks[dead], signal.SIGKILL)
+        deadline = time.monotonic() + SECONDS
+        said = [p.communicate(timeout=max(0.1, deadline - time.monotonic()))[1] for p in processes]
+        assert not any(alive(pid) for pid in ranks.values())
+        assert all(p.returncode != 0 for p in processes)
+        for rank in set(ranks) - {dead}:
+            assert f"rank {dead} died without a word (killed, out of memory, or crashed); rank {rank} ends" in "".join(
+                said
+            )
+        if how is launched:
+            assert f"rank {dead} was killed by signal 9 (SIGKILL); all ranks ended" in said[0]
+            assert processes[0].returncode == 137
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def run(what):
+    [launcher] = launched(2, what)
+    _, said = launcher.communicate(timeout=90)
+    return launcher.returncode, said
+
+
+def test_a_rank_that_raises():
+    code, said = run("raise")
+    assert code == 1
+    assert "rank 1 failed: ArithmeticError: no such number; rank 0 ends with it" in said
+    assert "rank 1 failed with exit code 1; all ranks ended" in said
+
+
+def test_a_rank_that_says_nothing_for_too_long():
+    code, said = run("silent")
+    assert code == 1
+    assert re.search(r"all_reduce of float32\[64\] with rank 1 failed: Timed out", said)
+
+
+def test_a_good_end_is_no_death():
+    code, said = run("finish")
+    assert code == 0
+    assert "ends with it" not in said
+
+
+def test_the_launchers_death_ends_the_ranks():
+    [launcher] = launched(2, "talk")
+    ranks = pids([launcher], 2)
+    launcher.kill()
+    deadline = time.monotonic() + SECONDS
+    while any(alive(pid) for pid in ranks.values()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in ranks.values())
+
+
+def test_ctrl_c_ends_the_ranks():
+    [launcher] = launched(2, "talk")
+    ranks = pids([launcher], 2)
+    launcher.send_signal(signal.SIGINT)
+    launcher.communicate(timeout=SECONDS)
+    assert launcher.returncode == 130
+    assert not any(alive(pid) for pid in ranks.values())
