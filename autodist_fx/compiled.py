@@ -26,7 +26,7 @@ from cost_model.hardware import Hardware
 from cost_model.mesh import Mesh
 from cost_model.op_graph import OpGraph
 from cost_model.plan import PartitionPlan
-from cost_model.planner import DEFAULT_SIZES, PlanRequest
+from cost_model.planner import PlanRequest
 from cost_model.planner import plan as make_plan
 from passes.graph_text import graph_diff
 from passes.normalize import normalize
@@ -70,7 +70,8 @@ def compile(
     objective: "shard" (shard every matmul weight that can be, as fast as can be) or "latency" (time alone decides;
         it may replicate).
     use_cache, input_names, concrete_args: what to trace; see autodist_fx.tracing.trace.
-    sizes: lengths "B" (batch), "S" (tokens a step) and "P" (tokens cached before) to predict for.
+    sizes: lengths "B" (batch), "S" (tokens a step) and "P" (tokens cached before) to predict for; by default one
+        sequence of 128 tokens, with use_cache one step after 512.
     max_memory: bytes a device holds; the search then meets it or raises NoPlanFits.
     plan: a plan made earlier for this model; no search then. PlanError if it is another model's.
     verify: prove every rank's program before returning it (CompiledModel.verify).
@@ -82,7 +83,7 @@ def compile(
         mesh=Mesh(tp, pp) if plan is None else plan.mesh,
         hardware=_hardware(hardware),
         objective=objective,
-        sizes=tuple({**DEFAULT_SIZES, **(sizes or {})}.items()),
+        sizes=tuple((sizes or {}).items()),
         memory_bytes=max_memory,
     )
     variant = _Variant.make(model, request, use_cache, input_names, concrete_args, plan)

@@ -24,19 +24,24 @@ from cost_model.tensor_parallel import Strategy, TensorParallelSearch
 # Seconds per byte of matmul weight held beyond an even share. "shard": a microsecond a byte, so that a 16 KB matrix
 # weighs more than dozens of collectives: who asks for tp=N asks for sharded weights. "latency": time decides alone.
 PRICES = {"shard": 1e-6, "latency": 0.0}
-# Lengths at which seconds and bytes are predicted when the caller names none: one sequence, a short prompt.
-DEFAULT_SIZES = {"B": 1, "S": 128, "P": 0}
+# Lengths at which seconds and bytes are predicted where the caller names none: one sequence of 128 tokens; for a model
+# with a KV cache one step of decoding, which is where generation spends its time.
+FORWARD_SIZES = {"B": 1, "S": 128, "P": 0}
+DECODE_SIZES = {"B": 1, "S": 1, "P": 512}
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """What a plan is made for. `sizes` maps "B" (batch), "S" (tokens per step) and "P" (tokens cached before) to
-    lengths; `memory_bytes` is each device's limit for weights, caches and activations (None: the hardware's)."""
+    """What a plan is made for.
+
+    `sizes` maps "B" (batch), "S" (tokens per step) and "P" (tokens cached before) to lengths, where they are not to be
+    FORWARD_SIZES or DECODE_SIZES; `memory_bytes` is a device's limit for weights and caches (None: no limit).
+    """
 
     mesh: Mesh
     hardware: Hardware
     objective: str = "shard"
-    sizes: tuple[tuple[str, int], ...] = tuple(DEFAULT_SIZES.items())
+    sizes: tuple[tuple[str, int], ...] = ()
     memory_bytes: int | None = None
 
 
@@ -56,7 +61,9 @@ class _Planner:
         self.request = request
         self.mesh = request.mesh
         self.hardware = replace(request.hardware, tp_link=request.hardware.tp_link_on(request.mesh))
-        self.sizes = all_lengths(dict(request.sizes))
+        decodes = any(op.kind == "cache_update" for op in graph)
+        self.lengths = {**(DECODE_SIZES if decodes else FORWARD_SIZES), **dict(request.sizes)}
+        self.sizes = all_lengths(self.lengths)
         self.layouts = LayoutTable(graph, self.mesh.tp, RuleTable())
         self.search = TensorParallelSearch(graph, self.mesh.tp, self.hardware, self.sizes, self.layouts)
         self.interned: dict[Layout, int] = {}
@@ -135,7 +142,7 @@ class _Planner:
             fingerprint=fingerprint,
             hardware=self.request.hardware.name,
             objective=self.request.objective,
-            sizes=tuple(self.request.sizes),
+            sizes=tuple(self.lengths.items()),
             ops=ops,
             params=params,
             layouts=tuple(self.interned),
