@@ -26,6 +26,7 @@ from autodist_fx.weights.checkpoint import Checkpoint, load_tokenizer
 from autodist_fx.weights.gguf_file import forget
 from autodist_fx.weights.resolve import SMOLLM2, resolve
 from cost_model.mesh import Mesh
+from cost_model.plan import PartitionPlan
 
 QUESTION = "What is the capital of France?"
 BATCH = (
@@ -34,18 +35,19 @@ BATCH = (
     "I have three apples, eat one, and buy five more at the market. How many apples do I have now?",
 )
 MESHES = (Mesh(tp=2), Mesh(pp=2), Mesh(tp=2, pp=2))
-NEW_TOKENS = 32
+NEW_TOKENS = 24
+_PLAN = "plan.json"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SMOLLM2, help="another model: a directory, a .gguf file or a hub id")
-    parser.add_argument("--rank-of", help=argparse.SUPPRESS)  # "2x1 DIR": this process is a rank that main started
+    parser.add_argument("--rank-in", help=argparse.SUPPRESS)  # a directory: this process is a rank that main started
     args = parser.parse_args()
     be_quiet()
     try:
-        if args.rank_of:
-            _be_a_rank(args.model, *args.rank_of.split(" ", 1))
+        if args.rank_in:
+            _be_a_rank(args.model, Path(args.rank_in))
             return 0
         return _demo(args.model)
     except AutodistError as error:
@@ -61,14 +63,16 @@ def _demo(name: str) -> int:
     mesh = MESHES[-1]
     _say(f"1. How autodist-fx plan --model {name} --tp {mesh.tp} --pp {mesh.pp} would split it")
     model = empty_model(checkpoint.config, wanted_dtype(None, checkpoint.config))
-    print(compile_for_generation(model, tp=mesh.tp, pp=mesh.pp, verify=False).plan)
+    plans = [compile_for_generation(model, tp=mesh.tp, pp=mesh.pp, verify=False).plan for mesh in MESHES]
+    print(plans[-1])
 
     _say("2. One process, plain transformers: AutoModelForCausalLM.from_pretrained(...).generate(), greedy")
     expected = _reference(checkpoint)
     wrong = []
-    for number, mesh in enumerate(MESHES, 3):
+    for number, plan in enumerate(plans, 3):
+        mesh = plan.mesh
         _say(f"{number}. {mesh}: {mesh.size} processes over Gloo, each with its own slices and its own graph")
-        answers = _on(mesh, name)
+        answers = _on(plan, name)
         if answers is None:
             return 1
         wrong += [f"{mesh}, rank {rank}: {difference}" for rank, a in answers for difference in _compare(a, expected)]
@@ -82,7 +86,8 @@ def _demo(name: str) -> int:
         print("   Some tokens differ from those of the single process: this is a bug, please report it.")
         return 1
     print(f"   {', '.join(map(str, MESHES))}: all three gave the tokens of the single process, greedy:")
-    print(f"   {len(expected['question'])} tokens of the answer, and {NEW_TOKENS} each for a batch of {len(BATCH)} prompts of")
+    count = len(expected["question"])
+    print(f"   {count} tokens of the answer, and up to {NEW_TOKENS} for each of a batch of {len(BATCH)} prompts of")
     print(f"   different lengths, padded on the left. {time.perf_counter() - began:.0f} s in all.")
     return 0
 
@@ -121,23 +126,22 @@ def _answer(model: Any, tokenizer: Any, *, aloud: bool) -> dict[str, Any]:
     return {"question": question, "batch": [answer.token_ids for answer in batch]}
 
 
-def _on(mesh: Mesh, name: str) -> list[tuple[int, dict[str, Any]]] | None:
-    """What each rank of the mesh gave; None when a rank failed."""
+def _on(plan: PartitionPlan, name: str) -> list[tuple[int, dict[str, Any]]] | None:
+    """What each rank of the plan's mesh gave; None when a rank failed."""
     with tempfile.TemporaryDirectory(prefix="autodist-fx-demo-") as directory:
-        command = [sys.executable, "-m", "autodist_fx.cli.demo", "--model", name]
-        code = launch_local([*command, "--rank-of", f"{mesh.tp}x{mesh.pp} {directory}"], mesh.size)
+        plan.save(Path(directory) / _PLAN)  # the ranks need not search again
+        command = [sys.executable, "-m", "autodist_fx.cli.demo", "--model", name, "--rank-in", directory]
+        code = launch_local(command, plan.mesh.size)
         if code:
-            print(f"   {mesh}: failed with exit code {code}", file=sys.stderr)
+            print(f"   {plan.mesh}: failed with exit code {code}", file=sys.stderr)
             return None
-        files = [Path(directory) / f"{rank}.json" for rank in range(mesh.size)]
+        files = [Path(directory) / f"{rank}.json" for rank in range(plan.mesh.size)]
         return [(rank, json.loads(file.read_text())) for rank, file in enumerate(files)]
 
 
-def _be_a_rank(name: str, mesh: str, directory: str) -> None:
-    tp, pp = map(int, mesh.split("x"))
+def _be_a_rank(name: str, directory: Path) -> None:
     began = time.perf_counter()
-    # All it takes in a program of one's own:
-    model = from_pretrained(name, tp=tp, pp=pp, device="cpu")
+    model = from_pretrained(name, plan=directory / _PLAN, device="cpu")
     tokenizer = load_tokenizer(resolve(name))
     report = model.load_report
     if model.rank == 0:
@@ -146,7 +150,7 @@ def _be_a_rank(name: str, mesh: str, directory: str) -> None:
             f"weights"
         )
     answers = _answer(model, tokenizer, aloud=model.rank == 0)
-    (Path(directory) / f"{model.rank}.json").write_text(json.dumps(answers))
+    (directory / f"{model.rank}.json").write_text(json.dumps(answers))
 
 
 def _compare(answers: dict[str, Any], expected: dict[str, Any]) -> list[str]:
