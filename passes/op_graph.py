@@ -426,3 +426,15 @@ def _cache_update(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any
         return None
     return "cache_update", inputs, {"layer": node.args[3]}
 
+
+
+class Classifier:
+    """(kind, attributes) of single nodes of a graph whose tensors are known: `refs` says what nodes stand for."""
+
+    def __init__(self, graph_module: torch.fx.GraphModule, refs: dict[Node, TensorRef]) -> None:
+        self._builder = _Builder(graph_module)
+        self._builder.refs = refs
+
+    def __call__(self, node: Node) -> tuple[str, Attributes]:
+        kind, _, attrs = self._builder._classify(node, self._builder._specs(node))
+        return kind, attrs

@@ -1,3 +1,59 @@
-"""verify."""
-def verify(programs, plan, graph):
-    pass
+"""verify: proves, before anything runs, that the programs of all ranks together compute what the model computes.
+
+What is checked is what will run, the emitted graphs; the plan and the model's op graph are what they are held against.
+
+    verify_comm       every send meets its recv, every collective its peers, nobody waits for ever
+    verify_weights    every element is where the plan says, ties are kept
+    verify_rank       each node is the model's tensor, or a known share of it, or a sum still owed that an all_reduce
+                      pays before anything takes it for the whole; local shapes fit
+    verify_groups     sums have each term once, outputs come out once, cache layers too
+
+Numbers that the op graph does not have (the scale of a softmax, an eps) are taken as they stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cost_model.errors import VerificationError
+from cost_model.op_graph import SOURCES, OpGraph
+from cost_model.plan import PartitionPlan
+from passes.program import RankProgram
+from passes.verify_comm import check_communication
+from passes.verify_facts import Tools
+from passes.verify_groups import check_caches, check_group, check_outputs
+from passes.verify_rank import interpret
+from passes.verify_report import on_rank
+from passes.verify_weights import check_weights
+
+
+def verify(programs: Sequence[RankProgram], plan: PartitionPlan, graph: OpGraph) -> None:
+    """`programs` are those of ranks 0, 1, ... of the plan's mesh; `graph` is the one that the plan was made for.
+
+    Raises VerificationError, which names the rank, the node and the user's source line.
+    """
+    _check_programs(programs, plan, graph)
+    check_communication(programs, plan)
+    check_weights(programs, plan, graph)
+    tools = Tools(plan, graph)
+    facts = [interpret(program, tools) for program in programs]  # by stage: senders before receivers
+    for stage in range(plan.mesh.pp):
+        check_group([facts[r] for r in plan.mesh.tp_group(stage)])
+    check_outputs(facts, plan, graph)
+    check_caches(facts, plan, graph)
+
+
+def _check_programs(programs: Sequence[RankProgram], plan: PartitionPlan, graph: OpGraph) -> None:
+    ranks = [program.rank for program in programs]
+    if ranks != list(range(plan.mesh.size)):
+        raise VerificationError(f"the plan is for ranks 0 to {plan.mesh.size - 1}, and there are programs of {ranks}")
+    lost = [op.name for op in graph if op.kind not in SOURCES and not plan.has_op(op.name)]
+    if lost:
+        raise VerificationError(f"the plan says nothing of {lost[0]} ({graph[lost[0]]}): it is another model's")
+    for program in programs:
+        if program.mesh != plan.mesh:
+            raise VerificationError(f"{on_rank(program)} is made for {program.mesh}, and the plan is for {plan.mesh}")
+        try:
+            program.graph_module.graph.lint()
+        except RuntimeError as error:
+            raise VerificationError(f"{on_rank(program)}: its graph is malformed: {error}") from error

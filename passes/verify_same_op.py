@@ -1,0 +1,120 @@
+"""Is an emitted node the op that the model has there? Seen through what passes write in an op's place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.fx
+
+from cost_model.op_graph import Op
+from passes.normalize import op_name
+from passes.op_graph import argument
+from passes.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, partial_mean
+from passes.verify_facts import RankState
+from passes.verify_report import fail
+from passes.verify_types import PARTIAL, WHOLE, Derivation, Held, elements, held
+
+Node = torch.fx.Node
+_SHAPES = "passes/localize_shapes.py"
+_SHARDS = "passes/shard_parameters.py"
+_CACHE = "passes/localize_cache.py"
+
+
+def check_same_op(state: RankState, node: Node, op: Op, types: tuple[Held, ...]) -> None:
+    kind, attrs = _classified(state, node, op)
+    if kind != op.kind:
+        fail(state.program, node, f"does {kind} where the model does {op.kind}", _SHAPES)
+    if op.kind == "slice" and types[0].is_sharded:
+        _check_slice(state, node, op, types[0], attrs["dims"])
+    elif op.kind == "repeat_interleave" and op_name(node) != "index_select":
+        if attrs["dim"] != op.attrs["dim"]:
+            fail(state.program, node, f"repeats dim {attrs['dim']}, the model dim {op.attrs['dim']}", _SHAPES)
+    elif op.kind not in ("cache_update", "slice", "repeat_interleave") and attrs != op.attrs:
+        fail(state.program, node, f"has {dict(attrs)} where the model has {dict(op.attrs)}", _SHAPES)
+    elif op.kind == "slice" and attrs != op.attrs:
+        fail(state.program, node, f"takes {attrs['dims']} where the model takes {op.attrs['dims']}", _SHAPES)
+
+
+def _classified(state: RankState, node: Node, op: Op) -> tuple[str, Any]:
+    """Kind and attributes, seen through what passes write in a node's place."""
+    if node.op == "call_module":
+        module = state.module.get_submodule(str(node.target))
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            return "linear", {"transposed": module.transposed}
+        if isinstance(module, VocabParallelEmbedding):
+            return "embedding", {}
+    if node.op == "call_function" and node.target is partial_mean and op.kind == "reduce":
+        dims = node.args[1]
+        given = (dims,) if isinstance(dims, int) else tuple(dims)
+        return "reduce", {"op": "mean", "dims": given, "keepdim": node.args[2]}
+    if op.kind == "repeat_interleave" and node.target is torch.index_select:
+        return op.kind, op.attrs  # which elements it takes is looked at in _repeated
+    return state.classify(node)
+
+
+def _check_slice(state: RankState, node: Node, op: Op, lies: Held, given: Any) -> None:
+    """Where the slice starts along the sharded dim, among the elements that the rank holds."""
+    _, (shape,), (out,) = state.tools.rule(op)
+    own = elements(lies, shape[lies.dim])
+    wanted = []
+    for in_dim, out_dim, start, step in op.attrs["dims"]:
+        if in_dim == lies.dim and out[out_dim] != shape[in_dim]:
+            start = int(np.count_nonzero(own < start))
+        wanted.append((in_dim, out_dim, start, step))
+    if tuple(wanted) != tuple(given):
+        fail(
+            state.program, node,
+            f"takes {tuple(given)} (dim, dim of the result, start, step) of its share, where the model's slice lies "
+            f"at {tuple(wanted)}",
+            _SHAPES,
+        )  # fmt: skip
+
+
+# -- what single kinds owe beside their rule ---------------------------------------------------------------------------
+
+
+def _embedding(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
+    """Rows of other ranks must come out as zeros."""
+    module = state.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    rows = state.graph.spec(op.inputs[1]).shape[0]
+    if isinstance(module, VocabParallelEmbedding):
+        own = held(0, module.intervals, rows)
+        if own != (types[1] if types[1].dim == 0 else WHOLE):
+            fail(state.program, node, f"looks up {own}, and its table is {types[1]}", _SHARDS)
+    elif types[1].dim == 0:
+        fail(state.program, node, f"its table is {types[1]}, and it looks up every row", _SHARDS)
+
+
+def _mean(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
+    """A part of a mean divides by the number of all elements."""
+    owes = done.letter is not None and PARTIAL in done.outputs and op.attrs["op"] == "mean"
+    if owes != (node.target is partial_mean):
+        fail(state.program, node, "a mean over a sharded dim must divide by the number of all elements", _SHAPES)
+    if owes:
+        spec = state.graph.spec(op.inputs[0])
+        dims = [d % len(spec.shape) for d in op.attrs["dims"]]
+        count = int(np.prod([spec.shape[d] for d in dims]))
+        if any(spec.is_dynamic(d) for d in dims) or node.args[3] != count:
+            fail(state.program, node, f"divides by {node.args[3]}, the whole has {count} elements", _SHAPES)
+
+
+def _cache_update(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
+    layer, layers = argument(node, 3, "layer_idx"), state.program.cache_layers
+    if type(layer) is not int or not 0 <= layer < len(layers) or layers[layer] != op.attrs["layer"]:
+        fail(
+            state.program, node,
+            f"writes cache layer {layer} of this rank, whose layers are those numbered {list(layers)} in the model; "
+            f"the model writes {op.attrs['layer']}",
+            _CACHE,
+        )  # fmt: skip
+    state.facts.updates.append((op.name, layer, node))
+
+
+FURTHER_CHECKS: dict[str, Callable[[RankState, Node, Op, tuple[Held, ...], Derivation], None]] = {
+    "embedding": _embedding,
+    "reduce": _mean,
+    "cache_update": _cache_update,
+}
