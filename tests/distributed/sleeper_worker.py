@@ -1,7 +1,7 @@
-"""One rank that computes and talks for ever, until one of them does what argv[2] says. `sleeper_worker.py TP WHAT`
+"""One rank that computes and talks until one of them does what argv[2] says. `sleeper_worker.py TP WHAT`
 
-WHAT: "talk" (for ever), "raise" (rank 1 raises), "exit" (rank 1 exits with 3), "finish" (all end well, one by one),
-"silent" (rank 1 stops talking, without dying).
+WHAT: "talk" (for two minutes), "raise" (rank 1 raises), "exit" (rank 1 exits with 3), "finish" (all end well, one after
+the other), "silent" (rank 1 stops talking, without dying).
 """
 
 import os
@@ -16,7 +16,10 @@ from cost_model.mesh import Mesh
 what = sys.argv[2]
 me = join(Mesh(tp=int(sys.argv[1])), device="cpu", timeout_seconds=3 if what == "silent" else 60)
 print(f"pid {os.getpid()} rank {me.rank}", file=sys.stderr, flush=True)
-for step in range(10_000_000):
+ends = time.monotonic() + 120  # in case that nobody does
+step = 0
+while time.monotonic() < ends:
+    step += 1
     me.communicator.all_reduce(torch.ones(64), "tp")
     if step == 20:
         if what == "finish":

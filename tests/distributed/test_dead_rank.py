@@ -50,10 +50,10 @@ def pids(processes, world_size):
     found = {}
     for process in processes:
         while len(found) < world_size and (line := process.stderr.readline()):
-            if match := re.search(r"pid (\d+) rank (\d+)", line):
-                found[int(match[2])] = int(match[1])
-                if len(processes) > 1:
-                    break
+            matches = re.findall(r"pid (\d+) rank (\d+)", line)  # two ranks may have written into one line
+            found |= {int(rank): int(pid) for pid, rank in matches}
+            if matches and len(processes) > 1:
+                break
     assert sorted(found) == list(range(world_size))
     return found
 
