@@ -228,19 +228,22 @@ Edge = tuple[int, int, tuple[IntArray, IntArray], bool]
 def deal_grains(sizes: tuple[int, ...], edges: list[Edge], tp: int) -> list[Layout | None]:
     """Layouts of dims of `sizes` elements tied by `edges` (dim a, dim b, element pairs, cover) on `tp` ranks.
 
-    Covering ties hold like all others unless that leaves fewer grains than ranks; see the module's docstring.
+    Covering ties hold like all others unless that leaves fewer grains to deal out than ranks; see the module's
+    docstring. Elements tied in another way too (k beside its q heads in one fused product) stay together even then.
     """
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     labels = _components(int(starts[-1]), starts, edges)
     followed: list[Edge] = []
-    if any(cover for *_, cover in edges) and len(np.unique(labels)) < tp:
+    readers = [labels[starts[b] + b_elements] for _, b, (_, b_elements), cover in edges if cover]
+    if readers and len(np.unique(np.concatenate(readers))) < tp:
         followed = [e for e in edges if e[3]]
         labels = _components(int(starts[-1]), starts, [e for e in edges if not e[3]])
     grains, labels = np.unique(labels, return_inverse=True)
     owners = np.zeros((len(grains), tp), dtype=bool)
     follows = np.zeros(len(grains), dtype=bool)
-    for a, _, (a_elements, _), _ in followed:
-        follows[labels[starts[a] + a_elements]] = True
+    for a, b, (a_elements, b_elements), _ in followed:
+        read, reader = labels[starts[a] + a_elements], labels[starts[b] + b_elements]
+        follows[read[read != reader]] = True
     for members in _by_dims(labels, starts, len(grains)):
         leading = members[~follows[members]]
         if len(leading) == 1:
@@ -250,9 +253,12 @@ def deal_grains(sizes: tuple[int, ...], edges: list[Edge], tp: int) -> list[Layo
             bounds = np.cumsum([0] + [share + (r < extra) for r in range(tp)])
             for r in range(tp):
                 owners[leading[bounds[r] : bounds[r + 1]], r] = True
-    for a, b, (a_elements, b_elements), _ in followed:
-        reader = owners[labels[starts[b] + b_elements]]
-        np.logical_or.at(owners, labels[starts[a] + a_elements], reader)
+    counted = -1
+    while counted != (counted := int(owners.sum())):  # one that is followed may itself follow another
+        for a, b, (a_elements, b_elements), _ in followed:
+            reader = owners[labels[starts[b] + b_elements]]
+            np.logical_or.at(owners, labels[starts[a] + a_elements], reader)
+    owners[~owners.any(axis=1)] = True  # two that follow each other, and nobody else
     layouts: list[Layout | None] = []
     for i, size in enumerate(sizes):
         held = owners[labels[starts[i] : starts[i + 1]]]
