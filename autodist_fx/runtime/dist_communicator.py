@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autodist_fx.errors import CommunicationError
+from autodist_fx.errors import CommunicationError, RuntimeSetupError
 from autodist_fx.runtime.gather import GatherLayout, check_shard, frozen_parts, gather_layout, glue
 from cost_model.mesh import Mesh
 from passes.comm_ops import Parts
@@ -54,14 +54,19 @@ class DistCommunicator:
         self._tp = self.device_mesh["tp"].get_group()._get_backend(device)
         world = dist.group.WORLD
         self._world = {device.type: world._get_backend(device)}
-        if device.type != "cpu" and "cpu" in dist.get_backend_config(world):
+        if device.type != "cpu":  # what a generation tells of its steps is in main memory, whatever the model is in
+            if "cpu:" not in dist.get_backend_config(world):
+                raise RuntimeSetupError(
+                    f"the process group is {dist.get_backend_config(world)}, and integers on the CPU go across ranks "
+                    "too: use init_process_group('cpu:gloo,cuda:nccl')"
+                )
             self._world["cpu"] = world._get_backend(torch.device("cpu"))
         self._sum = dist.AllreduceOptions()
         self._sum.timeout = timeout
         self._exchanges = device.type == "cpu"  # NCCL knows better itself
         self._exchange_bytes = EXCHANGE_BYTES // max(1, mesh.tp - 1)
         self._last_exchange: list[Any] = []
-        self._unfinished_sends: deque[Any] = deque()
+        self._unfinished_sends: deque[tuple[Any, str]] = deque()  # and the kind of device that each was on
 
     def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         if self._alone:
@@ -155,8 +160,9 @@ class DistCommunicator:
         if not x.numel():
             return
         x = x.contiguous()
+        kind = x.device.type
         try:
-            self._unfinished_sends.append(self._world[x.device.type].send([x], to, channel))
+            self._unfinished_sends.append((self._world[kind].send([x], to, channel), kind))
         except RuntimeError as error:
             raise self._failure(f"send of {_describe(x)} on channel {channel}", (to,), error) from None
 
@@ -165,7 +171,8 @@ class DistCommunicator:
         x = torch.empty(tuple(shape), dtype=dtype, device=self.device if device is None else device)
         if x.numel():
             try:
-                self._world[x.device.type].recv([x], source, channel).wait(self._timeout)
+                work = self._world[x.device.type].recv([x], source, channel)
+                self._finish(work, x.device.type, self._timeout)
             except RuntimeError as error:
                 raise self._failure(f"recv of {_describe(x)} on channel {channel}", (source,), error) from None
         return x
@@ -179,13 +186,21 @@ class DistCommunicator:
         sends = self._unfinished_sends
         try:
             while sends:
-                sends[0].wait(timeout or self._timeout)
+                self._finish(*sends[0], timeout or self._timeout)
                 sends.popleft()
             for send in self._last_exchange:
                 send.wait(timeout or self._timeout)
             self._last_exchange = []
         except RuntimeError as error:
             raise self._failure("an earlier send", (), error) from None
+
+    @staticmethod
+    def _finish(work: Any, kind: str, timeout: timedelta) -> None:
+        """With a time-out, NCCL would stop this thread; without, the stream waits, within the group's own time-out."""
+        if kind == "cpu":
+            work.wait(timeout)
+        else:
+            work.wait()
 
     def close(self) -> None:
         """Before the process group is destroyed: lets go of it. What was sent and is not received by then is lost."""

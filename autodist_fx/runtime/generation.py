@@ -338,8 +338,11 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
             "past_key_values": cache,
             "cache_position": cache_position,
         }
+        inputs = {name: given[name] for name in self.program.input_names}
+        if self.device.type != "cpu":
+            inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         with using(self.communicator):
-            outputs = self.graph_module(**{name: given[name] for name in self.program.input_names})
+            outputs = self.graph_module(**inputs)
         cache.tokens += input_ids.shape[1]
         return outputs.get("logits")
 

@@ -135,7 +135,7 @@ def _forward(process: subprocess.Popen[bytes], rank: int) -> None:
 
 def _die_with_parent() -> None:
     """In the child: the kernel kills it when the launcher is gone, however that went (Linux)."""
-    if sys.platform == "linux":
+    if _libc is not None:
         _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 

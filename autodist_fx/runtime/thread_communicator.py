@@ -216,6 +216,7 @@ class ThreadCommunicator:
             lambda: meeting.result is not None,
             lambda: f"ranks {[r for r in group if r not in meeting.said]} in {said}",
         )
+        assert meeting.result is not None
         meeting.taken += 1
         if meeting.taken == len(group):
             del self._world.meetings[key]

@@ -112,7 +112,7 @@ class Watchdog:
                 selector.register(peer, selectors.EVENT_READ, rank)
             while selector.get_map() and not self._closing:
                 for key, _ in selector.select(timeout=1.0):
-                    line = _read_line(key.fileobj)
+                    line = _read_line(self._peers[key.data])
                     if line == "bye":
                         selector.unregister(key.fileobj)
                         continue
