@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     plan = PartitionPlan.load(args.plan) if args.plan else None
     mesh = mesh_of(plan, args.tp, args.pp)
     if args.rank is None and not started_by_torchrun() and mesh.size > 1:
-        return _start_ranks(args, mesh)
+        return _start_ranks(args, prompts, mesh)
     _generate(args, prompts, plan, mesh)
     return 0
 
@@ -95,10 +95,11 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _start_ranks(args: argparse.Namespace, mesh: Mesh) -> int:
-    """Plan here, once: what is wrong is then said once, and the ranks need not search."""
+def _start_ranks(args: argparse.Namespace, prompts: list[str], mesh: Mesh) -> int:
+    """Look at everything and plan here, once: what is wrong is then said once, and the ranks need not search."""
     choose_device(args.device, mesh.size - 1, mesh.size)
     checkpoint = resolve(args.model, revision=args.revision, cache_dir=args.cache_dir)
+    encode(load_tokenizer(checkpoint), prompts, chat=not args.no_chat_template)
     compiled = compile_for(args, checkpoint.config, wanted_dtype(args.dtype, checkpoint.config))
     with tempfile.TemporaryDirectory(prefix="autodist-fx-") as directory:
         plan_file = str(Path(directory) / "plan.json")
@@ -112,6 +113,10 @@ def _start_ranks(args: argparse.Namespace, mesh: Mesh) -> int:
 def _generate(args: argparse.Namespace, prompts: list[str], plan: PartitionPlan | None, mesh: Mesh) -> None:
     """This process is a rank."""
     began = time.perf_counter()
+    # First, since a prompt that cannot be encoded should not wait for the weights.
+    checkpoint = resolve(args.model, revision=args.revision, cache_dir=args.cache_dir)
+    tokenizer = load_tokenizer(checkpoint)
+    inputs = encode(tokenizer, prompts, chat=not args.no_chat_template)
     model = from_pretrained(
         args.model,
         tp=mesh.tp,
@@ -131,9 +136,6 @@ def _generate(args: argparse.Namespace, prompts: list[str], plan: PartitionPlan 
         master_addr=args.master_addr,
         master_port=args.master_port,
     )
-    checkpoint = resolve(args.model, revision=args.revision, cache_dir=args.cache_dir)
-    tokenizer = load_tokenizer(checkpoint)
-    inputs = encode(tokenizer, prompts, chat=not args.no_chat_template)
     load_seconds = time.perf_counter() - began
     speaks = model.rank == 0 or args.rank is not None
     streams = speaks and not args.json and len(prompts) == 1 and (args.num_beams or 1) == 1

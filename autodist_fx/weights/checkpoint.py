@@ -45,7 +45,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.directory), trust_remote_code=False)
         except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise CheckpointError(
                 f"no tokenizer could be loaded from {checkpoint.directory} ({reason}): "
                 "save it there with tokenizer.save_pretrained"
