@@ -1,9 +1,37 @@
 """Automatic tensor and pipeline parallelism for Hugging Face models, as a torch.fx compiler pass."""
 
-from autodist_fx.compiled import CompiledModel, compile
-from autodist_fx.errors import AutodistError
-from autodist_fx.pretrained import from_pretrained
-from autodist_fx.runtime.generation import DistributedCausalLM
-from cost_model.plan import PartitionPlan
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autodist_fx.compiled import CompiledModel, compile
+    from autodist_fx.errors import AutodistError
+    from autodist_fx.pretrained import from_pretrained
+    from autodist_fx.runtime.generation import DistributedCausalLM
+    from cost_model.plan import PartitionPlan
 
 __all__ = ["AutodistError", "CompiledModel", "DistributedCausalLM", "PartitionPlan", "compile", "from_pretrained"]
+
+# Imported at first use: torch and transformers take seconds, and a process that only starts ranks needs neither.
+_HOMES = {
+    "AutodistError": "autodist_fx.errors",
+    "CompiledModel": "autodist_fx.compiled",
+    "DistributedCausalLM": "autodist_fx.runtime.generation",
+    "PartitionPlan": "cost_model.plan",
+    "compile": "autodist_fx.compiled",
+    "from_pretrained": "autodist_fx.pretrained",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
