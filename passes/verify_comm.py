@@ -13,6 +13,7 @@ from typing import Any
 import networkx as nx
 import torch
 import torch.fx
+from torch.fx import Node
 
 from cost_model.errors import VerificationError
 from cost_model.plan import PartitionPlan
@@ -21,7 +22,6 @@ from passes.op_graph import argument
 from passes.program import RankProgram
 from passes.verify_report import described, fail, fail_plainly, on_rank
 
-Node = torch.fx.Node
 Message = tuple[int, int, int]  # (from rank, to rank, channel)
 _SEND_RECV = "passes/insert_send_recv.py"
 _COLLECTIVE = "passes/insert_collectives.py"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.fx import Node
 
 from cost_model.op_graph import Op
 from passes.arguments import tensor_arguments
@@ -14,7 +15,6 @@ from passes.verify_facts import RankState, named
 from passes.verify_report import fail
 from passes.verify_types import Derivation, Held
 
-Node = torch.fx.Node
 _COLLECTIVES = "passes/insert_collectives.py"
 _SHAPES = "passes/localize_shapes.py"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch.fx
+from torch.fx import Node
 
 from cost_model.op_graph import TensorRef
 from passes import comm_ops
@@ -16,7 +16,6 @@ from passes.verify_facts import RankState, Sent, Value, named
 from passes.verify_report import fail
 from passes.verify_types import PARTIAL, WHOLE, held
 
-Node = torch.fx.Node
 _COLLECTIVES = "passes/insert_collectives.py"
 _SEND_RECV = "passes/insert_send_recv.py"
 
@@ -49,9 +48,7 @@ def _all_gather(state: RankState, node: Node) -> None:
         for start, stop in part:
             covered[start:stop] = True
     if not covered.all():
-        fail(
-            state.program, node, f"element {int(np.argmin(covered))} of dim {dim} is in no rank's part", _COLLECTIVES
-        )
+        fail(state.program, node, f"element {int(np.argmin(covered))} of dim {dim} is in no rank's part", _COLLECTIVES)
     state.facts.collectives.append((node, value.ref))
     state.set(node, Value(value.ref, WHOLE))
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.fx
+from torch.fx import Node
 
 from cost_model.op_graph import Op, OpGraph, TensorRef
 from cost_model.op_rules import OpRule, RuleTable
@@ -19,8 +20,6 @@ from passes.verify_comm import Message
 from passes.verify_report import fail
 from passes.verify_shapes import MetaRunner, Tensor
 from passes.verify_types import WHOLE, Held, Judge, Shape, as_planned, held
-
-Node = torch.fx.Node
 
 
 class Value(NamedTuple):

@@ -109,9 +109,7 @@ def check_caches(facts: Sequence[RankFacts], plan: PartitionPlan, graph: OpGraph
                 fail_plainly(f"cache layer {layer} is on stages {other} and {stage}", _CACHE)
     written = {op.attrs["layer"] for op in graph if op.kind == "cache_update"}
     if written != owners.keys():
-        fail_plainly(
-            f"the model writes cache layers {sorted(written)}, the ranks have {sorted(owners)}", _CACHE
-        )
+        fail_plainly(f"the model writes cache layers {sorted(written)}, the ranks have {sorted(owners)}", _CACHE)
 
 
 def _check_rank_cache(

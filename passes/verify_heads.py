@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.fx
+from torch.fx import Node
 
 from cost_model.op_graph import Op
 from cost_model.op_rules import IntArray
@@ -20,7 +21,6 @@ from passes.verify_facts import RankState, Value, named
 from passes.verify_report import fail
 from passes.verify_types import Derivation, Held, elements, held_sequence
 
-Node = torch.fx.Node
 _SHAPES = "passes/localize_shapes.py"
 _COLLECTIVES = "passes/insert_collectives.py"
 
@@ -69,15 +69,15 @@ def repeated_in_attention(state: RankState, node: Node, op: Op, slot: int, value
     size = state.graph.spec(value.ref).shape[-3] if len(state.graph.spec(value.ref).shape) > 2 else 0
     shape = state.graph.spec(wanted).shape
     head = len(shape) - 3
-    if (
-        repeat.kind != "repeat_interleave"
-        or repeat.inputs[0] != value.ref
-        or repeat.attrs["dim"] != head
-        or not argument(node, 7, "enable_gqa", False)
-    ):
+    if repeat.kind != "repeat_interleave" or repeat.inputs[0] != value.ref or repeat.attrs["dim"] != head:
         fail(
             state.program, node,
             f"input {slot} is {named(value.ref)} where the model's op reads {named(wanted)}", "passes/fuse_ops.py",
+        )  # fmt: skip
+    if not argument(node, 7, "enable_gqa", False):
+        fail(
+            state.program, node,
+            f"takes heads of {named(value.ref)} that are not repeated, and does not repeat them", "passes/fuse_ops.py",
         )  # fmt: skip
     if query.held.partial or value.held.partial or {query.held.dim, value.held.dim} - {-1, head}:
         fail(state.program, node, f"its queries are {query.held}, its input {slot} {value.held}", _COLLECTIVES)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.fx
+from torch.fx import Node
 from torch.nn import functional as F
 
 from cost_model.op_graph import Op, OpGraph, TensorRef
@@ -16,7 +17,6 @@ from passes.verify_heads import picked
 from passes.verify_report import fail
 from passes.verify_types import WHOLE, held, held_sequence
 
-Node = torch.fx.Node
 _COLLECTIVES = "passes/insert_collectives.py"
 _SHAPES = "passes/localize_shapes.py"
 _STAGE = "passes/extract_stage.py"
@@ -68,9 +68,7 @@ def _fused_norm(state: RankState, node: Node) -> Value:
             "passes/fuse_ops.py",
         )  # fmt: skip
     if state.planned(op) != (x.held,):
-        fail(
-            state.program, node, f"its output is {x.held}, and the plan says {state.planned(op)[0]}", _COLLECTIVES
-        )
+        fail(state.program, node, f"its output is {x.held}, and the plan says {state.planned(op)[0]}", _COLLECTIVES)
     return Value(TensorRef(op.name), x.held)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.fx import Node
 
 from cost_model.op_graph import SOURCES, Op, TensorRef
 from passes.arguments import fetch, is_tensor, tensor_arguments
@@ -32,7 +33,6 @@ from passes.verify_same_op import FURTHER_CHECKS, check_same_op
 from passes.verify_shapes import Tensor
 from passes.verify_types import PARTIAL, WHOLE, Held
 
-Node = torch.fx.Node
 _COLLECTIVES = "passes/insert_collectives.py"
 _SHAPES = "passes/localize_shapes.py"
 _SHARDS = "passes/shard_parameters.py"
@@ -151,9 +151,7 @@ def _number(state: RankState, node: Node) -> None:
             fail(state.program, node, f"cannot be computed: {error}", _STAGE)
         found = node.meta["val"]
     if known and not _same_number(found, node.meta["val"]):
-        fail(
-            state.program, node, f"is {found} at the example sizes, where the model has {node.meta['val']}", _SHAPES
-        )
+        fail(state.program, node, f"is {found} at the example sizes, where the model has {node.meta['val']}", _SHAPES)
     state.known[node] = found
 
 
@@ -173,9 +171,7 @@ def _op(state: RankState, node: Node, op: Op) -> None:
     given = _given(state, node, op)
     lacks_bias = op.kind == "linear" and len(given) == 2 and len(op.inputs) == 3
     if len(given) != len(op.inputs) and not lacks_bias:
-        fail(
-            state.program, node, f"takes {len(given)} tensors where the model's op takes {len(op.inputs)}", _SHARDS
-        )
+        fail(state.program, node, f"takes {len(given)} tensors where the model's op takes {len(op.inputs)}", _SHARDS)
     types = _types(state, node, op, given)
     check_same_op(state, node, op, types)
     expected = state.planned(op)
@@ -200,7 +196,7 @@ def _given(state: RankState, node: Node, op: Op) -> list[Value]:
     given = []
     for a in node.all_input_nodes:
         values = state.values.get(a)
-        if type(values) is tuple and any(v.held != WHOLE for v in values):
+        if values is not None and not isinstance(values, Value) and any(v.held != WHOLE for v in values):
             fail(state.program, node, f"takes all of {a.name} at once, which is sharded", _COLLECTIVES)
     for a in tensor_arguments(node):
         if not a.meta.get("constant"):

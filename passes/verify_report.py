@@ -6,11 +6,11 @@ from typing import NoReturn
 
 import torch
 import torch.fx
+from torch.fx import Node
 
 from cost_model.errors import VerificationError
 from passes.program import RankProgram
 
-Node = torch.fx.Node
 REPORT = "this is a bug in {}: please report it with the plan (compiled.plan.save(...)) and the model's config"
 
 

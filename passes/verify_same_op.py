@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.fx
+from torch.fx import Node
 
 from cost_model.op_graph import Op
 from passes.normalize import op_name
@@ -17,7 +18,6 @@ from passes.verify_facts import RankState
 from passes.verify_report import fail
 from passes.verify_types import PARTIAL, WHOLE, Derivation, Held, elements, held
 
-Node = torch.fx.Node
 _SHAPES = "passes/localize_shapes.py"
 _SHARDS = "passes/shard_parameters.py"
 _CACHE = "passes/localize_cache.py"

@@ -132,9 +132,7 @@ def _planned_layouts(plan: PartitionPlan, graph: OpGraph) -> dict[str, set[tuple
 
 
 def _row_biases(plan: PartitionPlan, graph: OpGraph) -> set[str]:
-    return {
-        graph[op.name].inputs[2].op for op in plan.ops if op.role == "row" and len(graph[op.name].inputs) > 2
-    }
+    return {graph[op.name].inputs[2].op for op in plan.ops if op.role == "row" and len(graph[op.name].inputs) > 2}
 
 
 def _check_dealt(

@@ -1,0 +1,103 @@
+"""Rank programs to be broken on purpose, and the tools to break them with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tiny_models import tiny_config
+from torch.fx import Node
+
+import autodist_fx as adx
+from autodist_fx.compiled import CompiledModel
+from cost_model.placement import Interval
+from passes.arguments import place
+from passes.comm_ops import COMM_OPS
+from passes.pass_manager import emit_rank
+from passes.program import RankProgram
+from passes.verify import verify
+
+Programs = list[RankProgram]
+# Configs beside the families' own: 10 query heads on 2 KV heads fall on 3 ranks in groups that are cut apart; stages of
+# a single layer send the embedding's sum, and its shards.
+_VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
+    "uneven": ("llama", {"num_attention_heads": 10, "num_key_value_heads": 2}),
+    "opt-1": ("opt", {"num_hidden_layers": 1}),
+    "llama-1": ("llama", {"num_hidden_layers": 1}),
+}
+
+
+@functools.cache
+def compiled(family: str, tp: int, pp: int, use_cache: bool = False) -> CompiledModel:
+    name, changes = _VARIANTS.get(family, (family, {}))
+    return adx.compile(tiny_config(name, **changes), tp=tp, pp=pp, use_cache=use_cache, verify=False)
+
+
+def emitted(family: str, tp: int, pp: int, use_cache: bool = False) -> Programs:
+    """Fresh programs: they may be changed."""
+    model = compiled(family, tp, pp, use_cache)
+    kinds = model._main.traced.layer_kinds
+    return [emit_rank(model.graph, model.plan, rank, layer_kinds=kinds) for rank in range(tp * pp)]
+
+
+def check(programs: Programs, family: str, tp: int, pp: int, use_cache: bool = False) -> None:
+    model = compiled(family, tp, pp, use_cache)
+    verify(programs, model.plan, model.op_graph)
+
+
+# -- finding nodes -----------------------------------------------------------------------------------------------------
+
+
+def calls(program: RankProgram, *targets: Any) -> list[Node]:
+    """Nodes that call one of the targets: functions, methods by name, or modules by the end of their path."""
+    found = []
+    for node in program.graph_module.graph.nodes:
+        by_path = node.op == "call_module" and any(str(node.target).endswith(str(t)) for t in targets)
+        if by_path or (node.op in ("call_function", "call_method") and node.target in targets):
+            found.append(node)
+    return found
+
+
+def comms(program: RankProgram) -> list[Node]:
+    return calls(program, *COMM_OPS)
+
+
+# -- changing nodes ----------------------------------------------------------------------------------------------------
+
+
+def bypass(node: Node) -> None:
+    """Take the node out; its users read what it read."""
+    node.replace_all_uses_with(node.args[0])
+    node.graph.erase_node(node)
+
+
+def with_argument(node: Node, position: int, value: Any) -> None:
+    args = list(node.args)
+    args[position] = value
+    node.args = tuple(args)
+
+
+def with_keyword(node: Node, **changes: Any) -> None:
+    node.kwargs = {**node.kwargs, **changes}
+
+
+def add_after(node: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
+    """A call that nothing uses."""
+    with node.graph.inserting_after(node):
+        new = node.graph.call_function(target, args, kwargs or {})
+    new.meta = dict(node.meta)
+    return new
+
+
+def with_slice(program: RankProgram, name: str, intervals: Sequence[Interval]) -> None:
+    """Let the rank hold other elements of a parameter, and everything in its module agree with that."""
+    old = program.param_shards[name]
+    new = dataclasses.replace(old, intervals=tuple(intervals))
+    tensor = torch.nn.Parameter(torch.empty(new.local_shape, dtype=getattr(torch, new.dtype), device="meta"))
+    for path, shard in list(program.param_shards.items()):
+        if (shard.source, shard.intervals) == (old.source, old.intervals):
+            program.param_shards[path] = dataclasses.replace(new, name=path)  # type: ignore[index]
+            place(program.graph_module, path, tensor)
