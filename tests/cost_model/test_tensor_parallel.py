@@ -17,6 +17,7 @@ from tiny_models import census, tiny_config
 from torch import nn
 
 import autodist_fx as adx
+from cost_model.comm_cost import all_gather_seconds, all_reduce_seconds
 from cost_model.compute_cost import op_seconds
 from cost_model.errors import NoPlanFits
 from cost_model.hardware import A100, CPU_GLOO, Hardware
@@ -25,7 +26,7 @@ from cost_model.placement import REPLICATE, Placement
 from cost_model.planner import all_lengths
 from cost_model.tensor_parallel import Strategy, TensorParallelSearch, eliminate
 
-# -- variable elimination ------------------------------------------------------------------------------------------------
+# -- variable elimination
 
 
 @st.composite
@@ -102,9 +103,13 @@ def own_seconds(search: TensorParallelSearch, name: str, s: Strategy, price: flo
     op = search.graph[name]
     ins = tuple(search.local(ref, p) for ref, p in zip(op.inputs, s.inputs))
     outs = tuple(search.local(TensorRef(name, j), p) for j, p in enumerate(s.outputs))
-    seconds = op_seconds(op, ins, outs, search.hardware) + search.gather_seconds(op, s)
-    # a sum still owed as an input loses a tie
-    return seconds + price * search.excess_bytes(op, s) + 1e-9 * sum(p.kind == "P" for p in s.inputs)
+    seconds = op_seconds(op, ins, outs, search.hardware)
+    for j, (placement, gathered) in enumerate(zip(s.outputs, s.gather)):
+        if gathered:
+            of_kind = all_reduce_seconds if placement.kind == "P" else all_gather_seconds
+            seconds += of_kind(search.spec(TensorRef(name, j)).nbytes, search.tp, search.hardware.tp_link)
+    seconds += price * search.excess_bytes(op, s)
+    return seconds + 1e-9 * sum(p.kind == "P" for p in s.inputs)  # a sum still owed as an input loses a tie
 
 
 def anything_cheaper(search: TensorParallelSearch, price: float, bound: float) -> dict[str, Strategy] | None:
@@ -165,10 +170,36 @@ class Gated(nn.Module):
         return {"y": self.down(torch.sigmoid(both[0]) * both[1]), "kept": both[0]}
 
 
+class Squared(nn.Module):
+    """a product of a tensor with itself: its op reads one tensor in two ways"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        a = self.up(x).unflatten(-1, (4, 4))
+        return {"y": self.down(torch.matmul(a, a).flatten(-2))}
+
+
+class Parallel(nn.Module):
+    """two branches whose sums are added, as attention and MLP of some models are"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.gate, self.out = nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": self.down(torch.relu(self.up(x))) * 0.5 + self.out(torch.sigmoid(self.gate(x)))}
+
+
 SMALL: dict[str, tuple[nn.Module, dict[str, object]]] = {
     "mlp": (Mlp(), {"x": ("B", "S", 8)}),
     "large mlp": (Mlp(256, 1024, bias=False), {"x": ("B", "S", 256)}),
     "gated": (Gated(), {"x": ("B", "S", 8)}),
+    "squared": (Squared(), {"x": ("B", "S", 8)}),
+    "parallel": (Parallel(), {"x": ("B", "S", 8)}),
     "attention": (Attention(12, 4, 2, 3), {"x": ("B", "S", 12)}),
     "fused attention": (Attention(12, 3, 3, 4, "thirds"), {"x": ("B", "S", 12)}),
     "vocabulary": (Stack([Mlp(8, 12, bias=False)], 8, vocab=11, tied=True), {"x": Ids("B", "S")}),
@@ -193,6 +224,12 @@ def test_a_split_mlp_is_column_then_row_with_one_sum() -> None:
     assert (strategies["up"].letter, strategies["down"].letter) == ("column", "row")
     gathered = [name for name, s in strategies.items() if any(s.gather)]
     assert gathered == ["down"] and strategies["down"].outputs[0].is_partial
+
+
+def test_branches_that_are_added_are_summed_once() -> None:
+    """A number times a sum still owed, and the sum of two, are sums still owed."""
+    strategies = search_of(op_graph_of(Parallel(), x=("B", "S", 8)), 2, CPU_GLOO).solve(1e-6).strategies
+    assert [(name, s.outputs[0].kind) for name, s in strategies.items() if any(s.gather)] == [("add", "P")]
 
 
 def test_one_rank_has_nothing_to_choose() -> None:
