@@ -46,12 +46,15 @@ class RowParallelLinear(_ParallelLinear):
 class VocabParallelEmbedding(nn.Module):
     """A rank's rows of the table: ids [b, s] -> [b, s, d], zero for rows of other ranks; a sum is still owed.
 
-    `intervals` are the rows [start, stop) held, in the order in which they lie in `weight`.
+    `intervals` are the rows [start, stop) held, in the order in which they lie in `weight`, of `rows` in the whole
+    table. An id outside the whole table is an error, as in nn.Embedding, on the rank at that end of the table.
     """
 
-    def __init__(self, intervals: Sequence[tuple[int, int]], embedding_dim: int, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, intervals: Sequence[tuple[int, int]], rows: int, embedding_dim: int, *, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.intervals = tuple(intervals)
+        self.intervals, self.rows = tuple(intervals), rows
         self.num_embeddings = sum(stop - start for start, stop in self.intervals)
         self.weight = nn.Parameter(torch.empty(self.num_embeddings, embedding_dim, dtype=dtype, device="meta"))
 
@@ -60,8 +63,13 @@ class VocabParallelEmbedding(nn.Module):
             return self.weight.new_zeros((*ids.shape, self.weight.shape[1]))
         if len(self.intervals) == 1:
             start, stop = self.intervals[0]
-            elsewhere = (ids < start) | (ids >= stop)
-            rows = (ids - start).clamp(0, stop - start - 1)
+            # An id below the first row or above the last is nobody's: left as it is, the lookup refuses it.
+            elsewhere = ids < start if stop == self.rows else (ids < start) | (ids >= stop)
+            rows = ids - start
+            if start > 0:
+                rows = rows.clamp_min(0)
+            if stop < self.rows:
+                rows = rows.clamp_max(stop - start - 1)
         else:
             rows, elsewhere, before = torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool), 0
             for start, stop in self.intervals:

@@ -63,9 +63,7 @@ class _Sharder:
         if placement.is_shard and layout is not None:
             dim, intervals = placement.dim, layout.parts[self.ctx.tp_rank]
         source = self.sources[id(tensor)]
-        shard = ParamShard(
-            name, source, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), dim, intervals
-        )
+        shard = ParamShard(name, source, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), dim, intervals)
         self.ctx.param_shards[name] = shard
         key = (source, dim, intervals)
         if key not in self.shared:
@@ -114,7 +112,7 @@ class _Sharder:
             layout = self.ctx.plan.layout(op.input_layouts[1])
             assert layout is not None
             new: nn.Module = VocabParallelEmbedding(
-                layout.parts[self.ctx.tp_rank], weight.shape[1], dtype=weight.dtype
+                layout.parts[self.ctx.tp_rank], layout.size, weight.shape[1], dtype=weight.dtype
             )
         else:
             transposed = not isinstance(original, nn.Linear)  # transformers' Conv1D keeps [i, o]
@@ -161,7 +159,7 @@ class _Sharder:
             layout = self.ctx.plan.layout(op.input_layouts[1])
             assert layout is not None
             table = fetch(self.module, weight.target)
-            new = VocabParallelEmbedding(layout.parts[self.ctx.tp_rank], table.shape[1], dtype=table.dtype)
+            new = VocabParallelEmbedding(layout.parts[self.ctx.tp_rank], layout.size, table.shape[1], dtype=table.dtype)
             new.weight = table
             path = f"{node.name}_table"
             place(self.module, path, new)

@@ -18,6 +18,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from cost_model.errors import VerificationError
 from cost_model.op_graph import SOURCES, Op, TensorRef
 from passes.arguments import fetch, is_tensor, tensor_arguments
 from passes.normalize import op_name
@@ -47,7 +48,12 @@ def interpret(program: RankProgram, tools: Tools) -> RankFacts:
     """Raises VerificationError at the first node that is wrong. Senders must be interpreted before receivers."""
     state = RankState(program, tools)
     for node in program.graph_module.graph.nodes:
-        _visit(state, node)
+        try:
+            _visit(state, node)
+        except VerificationError:
+            raise
+        except Exception as error:  # arguments of a form that no pass writes
+            fail(program, node, f"its arguments make no sense ({type(error).__name__}: {error})", _SHAPES)
     return state.facts
 
 
@@ -144,12 +150,13 @@ def _number(state: RankState, node: Node) -> None:
             state.program, node,
             f"reads numbers from {sharded[0].name}, which is {state.value(node, sharded[0]).held}", _COLLECTIVES,
         )  # fmt: skip
-    try:
-        found = state.tools.runner.run(state.program, node, state.known)
-    except Exception as error:
-        if sharded or not known:
+    if known and any(_is_object(state.known[a]) for a in node.all_input_nodes):
+        found = node.meta["val"]  # of a cache: what it says depends on what was put in
+    else:
+        try:
+            found = state.tools.runner.run(state.program, node, state.known)
+        except Exception as error:
             fail(state.program, node, f"cannot be computed: {error}", _STAGE)
-        found = node.meta["val"]
     if known and not _same_number(found, node.meta["val"]):
         fail(state.program, node, f"is {found} at the example sizes, where the model has {node.meta['val']}", _SHAPES)
     state.known[node] = found
@@ -248,9 +255,15 @@ def _finish(state: RankState, node: Node, op: Op, outputs: tuple[Held, ...]) -> 
         state.set_all(node, values)
 
 
+_PLAIN = (int, float, bool, str, torch.dtype, torch.device)
+
+
+def _is_object(value: Any) -> bool:
+    return value is not None and not isinstance(value, (*_PLAIN, tuple, list))
+
+
 def _same_number(a: Any, b: Any) -> bool:
     """Two lengths, dtypes, devices, or tuples of such. What cannot be compared counts as equal."""
-    plain = (int, float, bool, str, torch.dtype, torch.device)
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(_same_number(x, y) for x, y in zip(a, b, strict=True))
-    return a == b if isinstance(a, plain) and isinstance(b, plain) else True
+    return a == b if isinstance(a, _PLAIN) and isinstance(b, _PLAIN) else True

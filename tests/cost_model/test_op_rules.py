@@ -62,7 +62,7 @@ def case(*kinds: str) -> Callable[[CaseMaker], CaseMaker]:
     return register
 
 
-# -- drawing -------------------------------------------------------------------------------------------------------
+# -- drawing -----------------------------------------------------------------------------------------------------------
 
 dims = st.integers(1, 5)
 shapes = st.lists(dims, min_size=1, max_size=4)
@@ -83,7 +83,7 @@ def broadcast_to_same(data: st.DataObject, count: int) -> list[list[int]]:
     return found
 
 
-# -- elementwise ---------------------------------------------------------------------------------------------------
+# -- elementwise -------------------------------------------------------------------------------------------------------
 
 UNARY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "neg": torch.neg, "scale": lambda x: x * 2.5, "identity": lambda x: x, "clone": torch.clone,
@@ -125,7 +125,7 @@ CASES.update({kind: _unary(kind) for kind in UNARY})
 CASES.update({kind: _nary(kind) for kind in NARY})
 
 
-# -- products ------------------------------------------------------------------------------------------------------
+# -- products ----------------------------------------------------------------------------------------------------------
 
 
 @case("linear")
@@ -196,7 +196,7 @@ def _embedding(data: st.DataObject) -> Case:
     return Case((ids, values(rows, width)), run)
 
 
-# -- norms, reductions, scans ----------------------------------------------------------------------------------------
+# -- norms, reductions, scans ------------------------------------------------------------------------------------------
 
 
 @case("layer_norm", "rms_norm")
@@ -271,7 +271,7 @@ CASES.update({"sum": _reduce(["sum"]), "mean": _reduce(["mean"])})
 CASES["reduce"] = _reduce([*REDUCTIONS, *ONE_DIM_REDUCTIONS])
 
 
-# -- views and movement ----------------------------------------------------------------------------------------------
+# -- views and movement ------------------------------------------------------------------------------------------------
 
 
 @case("permute")
@@ -415,7 +415,7 @@ def _cache_update(data: st.DataObject) -> Case:
     return Case((values(b, g, s, d), values(b, g, s, e)), run, {"layer": 0})
 
 
-# -- the proof -------------------------------------------------------------------------------------------------------
+# -- the proof ---------------------------------------------------------------------------------------------------------
 
 
 def rule_of(kind: str, made: Case, outputs: Outputs) -> OpRule:

@@ -1,0 +1,42 @@
+"""VocabParallelEmbedding against nn.Embedding: the ranks' rows add up, and an id outside the table is an error."""
+
+import pytest
+import torch
+
+from passes.parallel_layers import VocabParallelEmbedding
+
+TABLE = torch.arange(44, dtype=torch.float64).view(11, 4)
+CUTS = {
+    "even and odd": [[(0, 6)], [(6, 11)]],
+    "one rank has nothing": [[(0, 11)], []],
+    "three ranks": [[(0, 4)], [(4, 8)], [(8, 11)]],
+    "several runs": [[(0, 3), (7, 9)], [(3, 7), (9, 11)]],
+}
+
+
+def ranks(cut):
+    made = []
+    for intervals in cut:
+        layer = VocabParallelEmbedding(intervals, 11, 4, dtype=torch.float64)
+        held = [TABLE[start:stop] for start, stop in intervals] or [TABLE[:0]]
+        layer.weight = torch.nn.Parameter(torch.cat(held))
+        made.append(layer)
+    return made
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_the_ranks_rows_add_up(cut):
+    ids = torch.tensor([[0, 3, 4, 10], [7, 8, 6, 5]])
+    assert torch.equal(sum(layer(ids) for layer in ranks(cut)), TABLE[ids])
+
+
+@pytest.mark.parametrize("outside", [-1, 11])
+@pytest.mark.parametrize("cut", [CUTS["even and odd"], CUTS["three ranks"]], ids=["two", "three"])
+def test_an_id_outside_the_table_is_refused_by_one_rank(cut, outside):
+    refusals = 0
+    for layer in ranks(cut):
+        try:
+            layer(torch.tensor([[2, outside]]))
+        except IndexError:
+            refusals += 1
+    assert refusals == 1
