@@ -323,7 +323,7 @@ class CompiledModel:
 
     def _verify(self, variant: _Variant) -> None:
         programs = [self._program(variant, rank) for rank in range(self.mesh.size)]
-        verify_programs(programs, variant.plan, variant.graph)
+        verify_programs(programs, variant.plan, variant.graph, variant.traced.graph_module)
 
     def _load(self, variant: _Variant) -> None:
         if variant.loaded:

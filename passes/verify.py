@@ -8,12 +8,15 @@ What is checked is what will run, the emitted graphs; the plan and the model's o
                       pays before anything takes it for the whole; local shapes fit
     verify_groups     sums have each term once, outputs come out once, cache layers too
 
-Numbers that the op graph does not have (the scale of a softmax, an eps) are taken as they stand.
+    verify_literals   numbers that the op graph does not have (the scale of a softmax, an eps), where the model's own
+                      graph is given to compare with
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import torch.fx
 
 from cost_model.errors import VerificationError
 from cost_model.op_graph import SOURCES, OpGraph
@@ -22,20 +25,27 @@ from passes.program import RankProgram
 from passes.verify_comm import check_communication
 from passes.verify_facts import Tools
 from passes.verify_groups import check_caches, check_group, check_outputs
+from passes.verify_literals import nodes_by_name
 from passes.verify_rank import interpret
 from passes.verify_report import on_rank
 from passes.verify_weights import check_weights
 
 
-def verify(programs: Sequence[RankProgram], plan: PartitionPlan, graph: OpGraph) -> None:
-    """`programs` are those of ranks 0, 1, ... of the plan's mesh; `graph` is the one that the plan was made for.
+def verify(
+    programs: Sequence[RankProgram],
+    plan: PartitionPlan,
+    graph: OpGraph,
+    whole: torch.fx.GraphModule | None = None,
+) -> None:
+    """`programs` are those of ranks 0, 1, ... of the plan's mesh; `graph` is the one that the plan was made for, and
+    `whole` the normalised graph that this was made of.
 
     Raises VerificationError, which names the rank, the node and the user's source line.
     """
     _check_programs(programs, plan, graph)
     check_communication(programs, plan)
     check_weights(programs, plan, graph)
-    tools = Tools(plan, graph)
+    tools = Tools(plan, graph, {} if whole is None else nodes_by_name(whole))
     facts = [interpret(program, tools) for program in programs]  # by stage: senders before receivers
     for stage in range(plan.mesh.pp):
         check_group([facts[r] for r in plan.mesh.tp_group(stage)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ class Tools:
 
     plan: PartitionPlan
     graph: OpGraph
+    whole: Mapping[str, Node] = field(default_factory=dict)  # nodes of the model's own graph, where it is given
     judge: Judge = field(default_factory=Judge)
     runner: MetaRunner = field(default_factory=MetaRunner)
     sent: dict[Message, Sent] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from passes.op_graph import argument
 from passes.verify_derive import check_shape
 from passes.verify_facts import RankState, Value, named
 from passes.verify_heads import picked
+from passes.verify_literals import check_eps
 from passes.verify_report import fail
 from passes.verify_types import WHOLE, held, held_sequence
 
@@ -57,23 +58,25 @@ def helper(state: RankState, node: Node) -> None:
 def _fused_norm(state: RankState, node: Node) -> Value:
     x = state.value(node, node.args[0])
     weight = state.value(node, node.args[2]) if node.args[2] is not None else None
-    op = _norm_of(state.graph, x.ref, None if weight is None else weight.ref)
+    found = _norm_of(state.graph, x.ref, None if weight is None else weight.ref)
     last = len(state.graph.spec(x.ref).shape) - 1
     whole_last = not x.held.partial and x.held.dim != last and (weight is None or weight.held == WHOLE)
-    if op is None or not whole_last:
+    if found is None or not whole_last:
         fail(
             state.program, node,
-            f"no norm of the model is this one of {named(x.ref)}" if op is None else
+            f"no norm of the model is this one of {named(x.ref)}" if found is None else
             f"normalises {named(x.ref)}, which is {x.held}" + (f", by {weight.held}" if weight is not None else ""),
             "passes/fuse_ops.py",
         )  # fmt: skip
+    op, add = found
+    check_eps(state, node, add)
     if state.planned(op) != (x.held,):
         fail(state.program, node, f"its output is {x.held}, and the plan says {state.planned(op)[0]}", _COLLECTIVES)
     return Value(TensorRef(op.name), x.held)
 
 
-def _norm_of(graph: OpGraph, x: TensorRef, weight: TensorRef | None) -> Op | None:
-    """The last op of x * rsqrt(mean(x**2, -1) + eps), and of its product with `weight` where one is given."""
+def _norm_of(graph: OpGraph, x: TensorRef, weight: TensorRef | None) -> tuple[Op, Op] | None:
+    """The last op of x * rsqrt(mean(x**2, -1) + eps), or of its product with `weight`; and the op that adds eps."""
     last = len(graph.spec(x).shape) - 1
     for square in _users(graph, x, "pow", "square"):
         for mean in _users(graph, TensorRef(square.name), "reduce"):
@@ -85,10 +88,10 @@ def _norm_of(graph: OpGraph, x: TensorRef, weight: TensorRef | None) -> Op | Non
                         if set(scaled.inputs) != {x, TensorRef(rsqrt.name)}:
                             continue
                         if weight is None:
-                            return scaled
+                            return scaled, add
                         for product in _users(graph, TensorRef(scaled.name), "mul"):
                             if set(product.inputs) == {weight, TensorRef(scaled.name)}:
-                                return product
+                                return product, add
     return None
 
 

@@ -29,6 +29,7 @@ from passes.verify_exchange import EXCHANGES
 from passes.verify_facts import RankFacts, RankState, Tools, Value, named
 from passes.verify_heads import repeated, repeated_in_attention
 from passes.verify_helpers import helper
+from passes.verify_literals import check_literals
 from passes.verify_report import fail
 from passes.verify_same_op import FURTHER_CHECKS, check_same_op
 from passes.verify_shapes import Tensor
@@ -181,6 +182,7 @@ def _op(state: RankState, node: Node, op: Op) -> None:
         fail(state.program, node, f"takes {len(given)} tensors where the model's op takes {len(op.inputs)}", _SHARDS)
     types = _types(state, node, op, given)
     check_same_op(state, node, op, types)
+    check_literals(state, node, op)
     expected = state.planned(op)
     if op.kind == "repeat_interleave" and (types[0] != WHOLE or expected[0] != WHOLE):
         done = repeated(state, node, op, types[0], expected[0])

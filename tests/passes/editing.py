@@ -45,7 +45,7 @@ def emitted(family: str, tp: int, pp: int, use_cache: bool = False) -> Programs:
 
 def check(programs: Programs, family: str, tp: int, pp: int, use_cache: bool = False) -> None:
     model = compiled(family, tp, pp, use_cache)
-    verify(programs, model.plan, model.op_graph)
+    verify(programs, model.plan, model.op_graph, model.graph)
 
 
 # -- finding nodes -----------------------------------------------------------------------------------------------------

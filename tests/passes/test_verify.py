@@ -331,6 +331,22 @@ def dims_of_a_transpose(programs: Programs) -> None:
     with_argument(calls(programs[0], "transpose")[0], 1, 3)
 
 
+@broken("gpt2", 1, 1, r"pow_1 \(pow, .*is called with \(.*, 2.0\).* and the model calls it with \(.*, 3.0\)")
+def another_exponent(programs: Programs) -> None:
+    node = calls(programs[0], torch.pow)[0]
+    with_argument(node, 1, 2.0)
+
+
+@broken("llama", 2, 1, r"rank 1 .*rms_norm.*has eps 1e-05, and the model \[1e-06\]")
+def another_eps(programs: Programs) -> None:
+    with_argument(calls(programs[1], torch.nn.functional.rms_norm)[0], 3, 1e-5)
+
+
+@broken("llama", 2, 1, r"attention.*is called with .*'scale': 1.0.* and the model calls it with")
+def another_scale(programs: Programs) -> None:
+    with_keyword(calls(programs[0], torch.nn.functional.scaled_dot_product_attention)[0], scale=1.0)
+
+
 # -- local shapes ------------------------------------------------------------------------------------------------------
 
 
