@@ -10,6 +10,7 @@ computations become one; what nothing uses goes.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,7 @@ def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Examp
     functionalize(graph_module)
     second = annotate(graph_module, examples)
     graph = graph_module.graph
+    _spell_out_tuples(graph, second)
     _fold_scalars(graph, second, examples)
     graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))
     _drop_unused_cache_arguments(graph)
@@ -161,16 +163,31 @@ def _drop_unused_cache_arguments(graph: torch.fx.Graph) -> None:
                 node.args = (*node.args[:4], kept)
 
 
-# -- views --------------------------------------------------------------------------------------------------------
+# -- tuples of tensors -----------------------------------------------------------------------------------------------
 
 
-def _lengths_in(graph: torch.fx.Graph, second: dict[Node, Any]) -> dict[tuple[int, int], Node]:
-    found: dict[tuple[int, int], Node] = {}
-    for node in graph.nodes:
+def _spell_out_tuples(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
+    """cat(chunk(x)) becomes cat((chunk(x)[0], chunk(x)[1])): each tensor that an op takes is an argument of its own."""
+    for node in list(graph.nodes):
         value = node.meta.get("val")
-        if isinstance(value, int) and not isinstance(value, bool):
-            found.setdefault((value, second.get(node, value)), node)
-    return found
+        if type(value) not in (tuple, list) or not value or not all(isinstance(v, torch.Tensor) for v in value):
+            continue
+        takers = [u for u in node.users if u.op.startswith("call") and op_name(u) != "getitem"]
+        if not takers:
+            continue
+        elements = []
+        with graph.inserting_after(node):
+            for i in reversed(range(len(value))):
+                element = graph.call_function(operator.getitem, (node, i))
+                element.meta = {**node.meta, "val": value[i], "symbols": node.meta["symbols"][i]}
+                second[element] = second[node][i]
+                elements.insert(0, element)
+        for user in takers:
+            user.args = map_arg(user.args, lambda n, node=node, e=elements: tuple(e) if n is node else n)
+            user.kwargs = map_arg(user.kwargs, lambda n, node=node, e=elements: tuple(e) if n is node else n)
+
+
+# -- views --------------------------------------------------------------------------------------------------------
 
 
 def _spell_out_views(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
@@ -216,8 +233,8 @@ def _is_no_op(node: Node) -> bool:
     if node.op not in ("call_method", "call_function") or not node.args or not isinstance(node.args[0], Node):
         return False
     name, before, after = op_name(node), node.args[0].meta.get("val"), node.meta.get("val")
-    if not _same_tensor(before, after):
-        return False
+    if not _same_tensor(before, after) or node.args[0].meta["symbols"] != node.meta["symbols"]:
+        return False  # without the symbols, [B, S, 23] viewed as [B, 23, S] would be one where S is 23
     if name in _CONTIGUOUS or name in _RESHAPES or name in _EXPANDS or name in _CASTS:
         return True  # shapes are spelled out and only reshape reads them, so strides don't matter
     if name in _DROPOUTS:

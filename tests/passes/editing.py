@@ -21,10 +21,11 @@ from passes.program import RankProgram
 from passes.verify import verify
 
 Programs = list[RankProgram]
-# Configs beside the families' own: 10 query heads on 2 KV heads fall on 3 ranks in groups that are cut apart; stages of
-# a single layer send the embedding's sum, and its shards.
+# Configs beside the families' own: 10 query heads on 2 KV heads fall on 3 ranks in groups that are cut apart; an op
+# takes all that another returns (cat(chunk(x))); stages of a single layer send the embedding's sum, and its shards.
 _VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
     "uneven": ("llama", {"num_attention_heads": 10, "num_key_value_heads": 2}),
+    "tuples": ("diffllama", {"num_attention_heads": 8, "num_key_value_heads": 4}),
     "opt-1": ("opt", {"num_hidden_layers": 1}),
     "llama-1": ("llama", {"num_hidden_layers": 1}),
 }

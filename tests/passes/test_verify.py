@@ -34,7 +34,7 @@ FAMILIES = ("llama", "gpt2", "opt", "qwen3", "phi3")
 
 
 @pytest.mark.parametrize("mesh", [(2, 1), (3, 1), (1, 2), (2, 2)], ids=str)
-@pytest.mark.parametrize("family", (*FAMILIES, "uneven"))
+@pytest.mark.parametrize("family", (*FAMILIES, "uneven", "tuples"))
 def test_right_programs_pass(family: str, mesh: tuple[int, int]) -> None:
     for use_cache in (False, True):
         check(emitted(family, *mesh, use_cache), family, *mesh, use_cache)
