@@ -175,7 +175,7 @@ def _spell_out_tuples(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
         takers = [u for u in node.users if u.op.startswith("call") and op_name(u) != "getitem"]
         if not takers:
             continue
-        elements = []
+        elements: list[Node] = []
         with graph.inserting_after(node):
             for i in reversed(range(len(value))):
                 element = graph.call_function(operator.getitem, (node, i))
