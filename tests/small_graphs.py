@@ -28,7 +28,7 @@ from passes.program import RankProgram
 from passes.shapes import Example
 
 Shape = tuple[int | str, ...]
-LENGTHS = ({"B": 11, "S": 23, "P": 29, "T": 52}, {"B": 13, "S": 41, "P": 191, "T": 232})
+LENGTHS = ({"B": 11, "S": 23, "P": 29, "T": 52}, {"B": 13, "S": 31, "P": 43, "T": 74})
 
 
 class Ids:
@@ -59,9 +59,14 @@ def examples(inputs: Mapping[str, Any]) -> tuple[Example, Example]:
     return one(LENGTHS[0]), one(LENGTHS[1])
 
 
+class _Tracer(torch.fx.Tracer):
+    proxy_buffer_attributes = True  # a buffer is a node, as for transformers' tracer
+
+
 def traced(module: nn.Module) -> torch.fx.GraphModule:
     """As torch.fx sees it, before any pass."""
-    return torch.fx.symbolic_trace(module.double().eval())
+    module = module.double().eval()
+    return torch.fx.GraphModule(module, _Tracer().trace(module), type(module).__name__)
 
 
 def normalized(module: nn.Module, **inputs: Any) -> torch.fx.GraphModule:
