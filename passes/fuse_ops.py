@@ -75,7 +75,9 @@ def _fuse_rms_norm(graph: torch.fx.Graph, rsqrt: Node) -> None:
         ):
             last, weight = user, other
     with graph.inserting_before(last):
-        fused = graph.call_function(F.rms_norm, (x, (value.shape[-1],), weight, float(eps)))
+        arguments = (x, (value.shape[-1],), weight, float(eps))
+        # a name of its own: the plan knows the last op of the chain by the old one
+        fused = graph.create_node("call_function", F.rms_norm, arguments, name=f"fused_{last.name}")
     _take_over(graph, fused, last, [last, *chain])
 
 
@@ -99,7 +101,5 @@ def _take_over(graph: torch.fx.Graph, fused: Node, last: Node, chain: list[Node]
     """Put `fused` in the place of `last` and drop the chain that led to it."""
     fused.meta = dict(last.meta)
     last.replace_all_uses_with(fused)
-    name = last.name
     for node in dict.fromkeys(chain):
         graph.erase_node(node)
-    fused._rename(name)

@@ -40,7 +40,7 @@ def insert_send_recv(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx
         name = node.name
         node.replace_all_uses_with(received)
         graph.erase_node(node)
-        received._rename(name)
+        received.name = name
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     outputs, owed = output.args[0]
     for hop, value in zip((h for h in ctx.plan.hops if h.source == ctx.stage), owed, strict=True):
