@@ -87,8 +87,11 @@ class PipelineSearch:
                 sizes[last + 1] -= spec.nbytes
         return _running(counts), _running(sizes)
 
-    def candidates(self) -> list[int]:
-        """Positions worth cutting at: where the fewest tensors cross, and fewer bytes than at their neighbours."""
+    def candidates(self, enough: int = 1) -> list[int]:
+        """Positions worth cutting at: where the fewest tensors cross, and fewer bytes than at their neighbours.
+
+        Where these are not `enough`, because some tensor is used far on, also those that one more tensor crosses.
+        """
         counts, sizes = self._crossing()
         inner = [
             p
@@ -97,10 +100,12 @@ class PipelineSearch:
             and (counts[p], sizes[p]) <= (counts[p - 1] or math.inf, sizes[p - 1])
             and (counts[p], sizes[p]) < (counts[p + 1] or math.inf, sizes[p + 1])
         ]
-        if not inner:
-            return []
-        fewest = min(counts[p] for p in inner)
-        return [p for p in inner if counts[p] == fewest]
+        places: list[int] = []
+        for most in sorted({counts[p] for p in inner}):
+            places = [p for p in inner if counts[p] <= most]
+            if len(places) >= enough:
+                break
+        return places
 
     # -- the cuts ------------------------------------------------------------------------------------------------------
 
@@ -114,7 +119,7 @@ class PipelineSearch:
             if memory_bytes is not None and self._held(0, len(self.sequence)) > memory_bytes[0]:
                 raise NoPlanFits(self._too_big(stages, memory_bytes))
         else:
-            cuts = self._place(stages, self.candidates(), memory_bytes)
+            cuts = self._place(stages, self.candidates(stages - 1), memory_bytes)
         return [self._stage(a, b) for a, b in itertools.pairwise(cuts)]
 
     def _place(self, stages: int, places: list[int], memory_bytes: Sequence[int] | None) -> list[int]:

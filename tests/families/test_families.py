@@ -150,6 +150,15 @@ def test_a_sliding_window_whatever_its_length(window: int, prefill: int, total: 
     assert relative_error(_decoded(compiled, model, ids, mask, prefill)[kept], expected[kept]) <= 1e-6
 
 
+@pytest.mark.parametrize("family, mesh", [("llama", (2, 7)), ("opt", (1, 8)), ("phi3", (1, 12))])
+@torch.no_grad()
+def test_more_stages_than_layers(family: str, mesh: tuple[int, int]) -> None:
+    """Cuts inside of attention and MLP, where several tensors cross, sharded and whole."""
+    model = _model(family)
+    _check_forward(model, mesh, relative_tolerance(family))
+    _check_decoding(model, mesh, relative_tolerance(family))
+
+
 @pytest.mark.parametrize("family, mesh", [("llama", (3, 2)), ("gpt2", (2, 2)), ("phi3", (4, 1))])
 @torch.no_grad()
 def test_float32(family: str, mesh: tuple[int, int]) -> None:

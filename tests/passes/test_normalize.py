@@ -253,7 +253,7 @@ STEPS = {
     "repeat": lambda x: x[:, :, :3, None].expand(x.shape[0], x.shape[1], 3, 2, 4).reshape(x.shape),
     "positions": lambda x: x + x.new_ones(x.shape[1]).cumsum(0)[None, :, None, None].to(x.dtype),
     "ones": lambda x: x * (x.new_ones(x.shape[1], dtype=torch.bool) & (x[0, :, 0, 0] > 0))[:, None, None],
-    "wide": lambda x: x * (x.new_ones(x.shape[:2], dtype=torch.bool) & (x[:, :1, 0, 0] > 0))[:, :, None, None],
+    "wide": lambda x: x + (x.new_ones(x.shape[:2], dtype=torch.bool) & (x[:, :1, 0, 0] > 0)).sum(1).view(-1, 1, 1, 1),
     "rows": lambda x: x[:, x.new_zeros(x.shape[1], dtype=torch.long)],
     "write": lambda x: torch.zeros_like(x).add_(x).mul_(0.5),
     "split": lambda x: torch.stack([x.split(2, dim=-1)[0], x.chunk(2, -1)[1]], dim=-1).flatten(-2),
