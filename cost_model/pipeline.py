@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import networkx as nx
 
 from cost_model.errors import MeshError, NoPlanFits
-from cost_model.op_graph import SOURCES, OpGraph, TensorRef
+from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +206,7 @@ class PipelineSearch:
         flow.add_nodes_from(("start", "end"))
         stack = [ref.op for ref in needed]
         sends: dict[str, float] = {}
+        stuck: list[Op] = []
         for ref in needed:
             flow.add_edge("start", ("wanted", ref.op))  # no capacity: infinite
         seen: set[str] = set()
@@ -218,10 +219,9 @@ class PipelineSearch:
             sends[name] = sum(self.send_seconds[TensorRef(name, j)] for j in range(len(op.outputs)))
             can_send = bool(op.outputs) and math.isfinite(sends[name])
             if not cost.repeatable and not can_send:
-                raise MeshError(
-                    f"{op} is needed in a later stage, but can neither be sent there (a length that no input of the "
-                    f"model has) nor computed again: use fewer stages"
-                )
+                flow.add_edge(("wanted", name), "end")  # infinite: whatever reads it is to be sent instead
+                stuck.append(op)
+                continue
             if not cost.repeatable or (can_send and cost.seconds >= sends[name]):
                 flow.add_edge(("wanted", name), "end", capacity=sends[name])
                 continue
@@ -234,7 +234,13 @@ class PipelineSearch:
                 if ref.op in self.position:
                     flow.add_edge(("computed", name), ("wanted", ref.op))
                     stack.append(ref.op)
-        _, (side, _) = nx.minimum_cut(flow, "start", "end")
+        try:
+            _, (side, _) = nx.minimum_cut(flow, "start", "end")
+        except nx.NetworkXUnbounded:
+            raise MeshError(
+                f"{stuck[0]} is needed in a later stage, but can neither be sent there (a length that no input of the "
+                f"model has) nor computed again: use fewer stages"
+            ) from None
         return [name for name in seen if ("computed", name) in side]
 
 

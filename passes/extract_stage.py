@@ -35,12 +35,7 @@ def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.Gra
     last_input: Node | None = None
     incoming = {(h.op, h.index, h.whole): h for h in plan.hops if h.target == stage}
     received: dict[tuple[str, int], list[Node]] = {}
-
-    def have(node: Node) -> Node:
-        """The stage's copy of `node`. Numbers (lengths, the device) are computed again wherever they are used."""
-        if node not in env and plan.has_op(node.name) and plan.op(node.name).kind.startswith("scalar."):
-            env[node] = graph.node_copy(node, have)
-        return env[node]
+    numbers = _numbers(whole, ctx)
 
     for node in whole.graph.nodes:
         if node.op == "placeholder":
@@ -53,11 +48,11 @@ def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.Gra
         if node.op == "get_attr":
             env[node] = graph.node_copy(node)  # those that nothing uses go below
         elif plan.has_op(node.name):
-            if stage in plan.op(node.name).stages and node not in env:
-                env[node] = graph.node_copy(node, have)
+            if stage in plan.op(node.name).stages or node in numbers:
+                env[node] = graph.node_copy(node, env.__getitem__)
                 made[source] = env[node]
         elif node.args[0] in env:  # an element of a tuple that is computed here
-            env[node] = graph.node_copy(node, have)
+            env[node] = graph.node_copy(node, env.__getitem__)
             made[source] = env[node]
         if node not in env and is_tensor(node) and any((*source, form) in incoming for form in (True, False)):
             hops = [incoming[*source, form] for form in (False, True) if (*source, form) in incoming]
@@ -77,6 +72,26 @@ def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.Gra
     module = torch.fx.GraphModule(whole, graph, class_name=f"{whole.__class__.__name__}Rank{ctx.rank}")
     module.meta["received"] = {s: [n.name for n in nodes] for s, nodes in received.items()}
     return module
+
+
+def _numbers(whole: torch.fx.GraphModule, ctx: RankContext) -> set[Node]:
+    """Lengths, the device and the like that this stage's ops use, wherever the plan has them: they are computed again.
+
+    At their own place among the others, since a cache asked for its length after an update gives another answer.
+    """
+    needed: set[Node] = set()
+
+    def note(node: Node) -> None:
+        for used in node.all_input_nodes:
+            known = ctx.plan.has_op(used.name) and ctx.plan.op(used.name).kind.startswith("scalar.")
+            if known and used not in needed:
+                needed.add(used)
+                note(used)
+
+    for node in whole.graph.nodes:
+        if ctx.plan.has_op(node.name) and ctx.stage in ctx.plan.op(node.name).stages:
+            note(node)
+    return needed
 
 
 def _incoming(graph: torch.fx.Graph, node: Node, hop: Hop) -> Node:
