@@ -45,7 +45,8 @@ def main() -> int:
             "## Forward and decode\n\n" + TURNS_TEXT.format(rounds=args.rounds),
             report.speed_table(results),
             report.ratio_table(results),
-            "Collectives, counted by torch.profiler as ops of the `c10d` namespace on rank 0:",
+            "Collectives on rank 0, counted by torch.profiler as ops of the `c10d` namespace; ours, which go over the "
+            "backend itself,\nby its communicator (send: the step's token ids):",
             report.collectives_table(results),
         ]
     if "compile" not in skip:

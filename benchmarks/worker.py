@@ -66,10 +66,12 @@ class Worker:
         result = work()
         return time.perf_counter() - start, result
 
-    @staticmethod
     @torch.no_grad()
-    def _count(work: Callable[[], Tensor]) -> Counter[str]:
-        """By the profiler: raw and functional (DTensor) collectives both end in an op of the c10d namespace."""
+    def _count(self, work: Callable[[], Tensor]) -> Counter[str]:
+        """By the profiler: raw and functional (DTensor) collectives both end in an op of the c10d namespace. A
+        contender that does not go through it counts its own."""
+        if hasattr(self.contender, "count_collectives"):
+            return self.contender.count_collectives(work)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             work()
         names = (event.name for event in profile.events())

@@ -24,6 +24,12 @@ from passes.comm_ops import Parts
 # ring needs 2 (tp - 1) hops; a send writes to the socket at once.
 EXCHANGE_BYTES = 512 * 1024
 
+# From so many bytes per rank on, an all_gather goes in chunks: one is put in its place while the next is on its way,
+# and the buffer they arrive in stays in cache. Measured with 2 ranks, the logits of 4 x 128 tokens (32 MB each): 68 ms
+# in chunks of 2 MB, 88 in one piece.
+CHUNKED_BYTES = 4 * 1024 * 1024
+_CHUNK_BYTES = 2 * 1024 * 1024
+
 _EXCHANGE_TAG = 0x7F000001  # apart from every channel of send and recv, since the group may be the same one
 
 
@@ -108,6 +114,9 @@ class DistCommunicator:
         if not x.is_contiguous():
             x = x.contiguous()
         try:
+            largest = math.prod(_with_size(x.shape, dim, max(layout.local_sizes))) * x.element_size()
+            if self._exchanges and layout.in_rank_order and largest >= CHUNKED_BYTES:  # the same answer on all ranks
+                return self._exchange_in_chunks(x, dim, layout)
             shards = self._exchange(x, dim, layout) if self._exchanges else self._gather_padded(x, dim, layout)
         except RuntimeError as error:
             raise self._failure(f"all_gather of {_describe(x)} along dim {dim}", self._ranks, error) from None
@@ -130,6 +139,42 @@ class DistCommunicator:
                 receives.append((rank, tp.recv([shards[-1]], rank, _EXCHANGE_TAG)))
         self._wait(receives)
         return shards
+
+    def _exchange_in_chunks(self, x: torch.Tensor, dim: int, layout: GatherLayout) -> torch.Tensor:
+        """The whole tensor, a few rows (elements of the dims before `dim`) at a time."""
+        tp, sizes, dim = self._tp, layout.local_sizes, dim % x.dim()
+        rows, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
+        whole = x.new_empty(_with_size(x.shape, dim, sum(sizes)))
+        wide, mine = whole.view(rows, -1), x.view(rows, -1)
+        step = max(1, _CHUNK_BYTES // (max(sizes) * inner * x.element_size()))  # the same on all ranks
+        chunks = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+        for send in self._last_exchange:
+            send.wait()
+        self._last_exchange = [
+            tp.send([mine[start:stop]], peer, _EXCHANGE_TAG)
+            for start, stop in chunks
+            for peer in self._peers
+            if mine.shape[1]
+        ]
+        starts = [sum(sizes[:rank]) * inner for rank in range(len(sizes))]
+        senders = [rank for rank in self._peers if sizes[rank]]
+        buffers = [{rank: x.new_empty(step, sizes[rank] * inner) for rank in senders} for _ in range(2)]
+
+        def receive(number: int) -> list[tuple[int, Any]]:
+            start, stop = chunks[number]
+            into = buffers[number % 2]
+            return [(rank, tp.recv([into[rank][: stop - start]], rank, _EXCHANGE_TAG)) for rank in senders]
+
+        awaited = receive(0)
+        wide[:, starts[self._tp_rank] : starts[self._tp_rank] + mine.shape[1]] = mine
+        for number, (start, stop) in enumerate(chunks):
+            arriving, awaited = awaited, receive(number + 1) if number + 1 < len(chunks) else []
+            self._wait(arriving)
+            for rank in senders:
+                wide[start:stop, starts[rank] : starts[rank] + sizes[rank] * inner] = buffers[number % 2][rank][
+                    : stop - start
+                ]
+        return whole
 
     def _wait(self, receives: Sequence[tuple[int, Any]]) -> None:
         """For each (tp rank, what it sends)."""

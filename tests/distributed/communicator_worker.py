@@ -47,8 +47,11 @@ splits = {
     "every one holds all": (((0, size),),) * mesh.tp,
     "woven": tuple(tuple((i, i + 1) for i in range(r, size, mesh.tp)) for r in range(mesh.tp)),
 }
-for padded in (False, True):  # as over Gloo, and as over NCCL
-    comm._exchanges = not padded
+chunked_bytes, chunk_bytes = dist_communicator.CHUNKED_BYTES, dist_communicator._CHUNK_BYTES
+for way in ("whole", "chunks", "padded"):  # small and large ones over Gloo, and as over NCCL
+    comm._exchanges = way != "padded"
+    dist_communicator.CHUNKED_BYTES = 1 if way == "chunks" else chunked_bytes
+    dist_communicator._CHUNK_BYTES = 300 if way == "chunks" else chunk_bytes
     for name, parts in splits.items():
         for dim in (0, 1, -1):
             whole = of_rank(0, size, size, size)
