@@ -1,0 +1,144 @@
+"""insert_send_recv: hops become recv and send, in the order of their channels, with shapes read off the own inputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from small_graphs import Ids, Mlp, Stack, assert_split_equals_whole, normalized, plan_for
+from torch import nn
+
+from cost_model.errors import PlanError
+from cost_model.plan import PartitionPlan
+from passes.context import RankContext
+from passes.extract_stage import extract_stage
+from passes.graph_text import graph_text
+from passes.insert_collectives import insert_collectives
+from passes.insert_send_recv import insert_send_recv
+from passes.localize_shapes import localize_shapes
+from passes.op_graph import parameter_names
+from passes.shard_parameters import shard_parameters
+
+
+def prepared(whole: torch.fx.GraphModule, plan: PartitionPlan, rank: int) -> tuple[torch.fx.GraphModule, RankContext]:
+    ctx = RankContext(plan, rank)
+    module = shard_parameters(extract_stage(whole, ctx), ctx, parameter_names(whole))
+    return insert_collectives(localize_shapes(module, ctx), ctx), ctx
+
+
+def test_a_border_of_one_tensor() -> None:
+    whole = normalized(Stack([Mlp(), Mlp()]), x=("B", "S", 8))
+    plan = plan_for(whole, pp=2)
+    texts = []
+    for rank in range(2):
+        module, ctx = prepared(whole, plan, rank)
+        before = graph_text(module)
+        texts += [before, graph_text(insert_send_recv(module, ctx))]
+    assert_expected_inline(texts[0], """\
+x : f64[B, S, 8] = input
+layers_0_up : f64[B, S, 12] = layers.0.up(x)  # Linear[12, 8]
+relu : f64[B, S, 12] = relu(layers_0_up)
+layers_0_down : f64[B, S, 8] = layers.0.down(relu)  # Linear[8, 12]
+add : f64[B, S, 8] = add(x, layers_0_down)
+return ({}, (add,))""")
+    assert_expected_inline(texts[1], """\
+x : f64[B, S, 8] = input
+layers_0_up : f64[B, S, 12] = layers.0.up(x)  # Linear[12, 8]
+relu : f64[B, S, 12] = relu(layers_0_up)
+layers_0_down : f64[B, S, 8] = layers.0.down(relu)  # Linear[8, 12]
+add : f64[B, S, 8] = add(x, layers_0_down)
+send : f64[B, S, 8] = send(add, to=1, channel=0)
+return {}""")
+    assert_expected_inline(texts[2], """\
+x : f64[B, S, 8] = input
+incoming_add : f64[B, S, 8] = input
+layers_1_up : f64[B, S, 12] = layers.1.up(incoming_add)  # Linear[12, 8]
+relu_1 : f64[B, S, 12] = relu(layers_1_up)
+layers_1_down : f64[B, S, 8] = layers.1.down(relu_1)  # Linear[8, 12]
+add_1 : f64[B, S, 8] = add(incoming_add, layers_1_down)
+return ({y: add_1}, ())""")
+    assert_expected_inline(texts[3], """\
+x : f64[B, S, 8] = input
+sym_size_int = sym_size.int(x, 0)
+sym_size_int_1 = sym_size.int(x, 1)
+getattr_1 = getattr(x, 'device')
+incoming_add : f64[B, S, 8] = recv((sym_size_int, sym_size_int_1, 8), torch.float64, getattr_1, source=0, channel=0)
+layers_1_up : f64[B, S, 12] = layers.1.up(incoming_add)  # Linear[12, 8]
+relu_1 : f64[B, S, 12] = relu(layers_1_up)
+layers_1_down : f64[B, S, 8] = layers.1.down(relu_1)  # Linear[8, 12]
+add_1 : f64[B, S, 8] = add(incoming_add, layers_1_down)
+return {y: add_1}""")
+    assert_split_equals_whole(whole, plan, {"x": torch.randn(2, 5, 8, dtype=torch.float64)})
+
+
+class Lookup(nn.Module):
+    """The border lies on a shape that no input has: [B * S, 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.a, self.b = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.a(self.embed(ids.view(-1)))
+        return {"y": self.b(torch.tanh(x)).view(ids.shape[0], ids.shape[1], 8)}
+
+
+def test_lengths_are_those_of_the_own_inputs() -> None:
+    whole = normalized(Lookup(), ids=Ids("B", "S"))
+    plan = plan_for(whole, pp=2)
+    module, ctx = prepared(whole, plan, 1)
+    assert_expected_inline(graph_text(insert_send_recv(module, ctx)), """\
+ids : i64[B, S] = input
+seq = sym_size.int(ids, 1)
+batch = sym_size.int(ids, 0)
+mul = mul(batch, seq)
+getattr_1 = getattr(ids, 'device')
+incoming_b : f64[B*S, 8] = recv((mul, 8), torch.float64, getattr_1, source=0, channel=0)
+view_1 : f64[B, S, 8] = reshape(incoming_b, (batch, seq, 8))
+return {y: view_1}""")
+    assert_split_equals_whole(whole, plan, {"ids": torch.randint(0, 9, (2, 5))})
+
+
+def test_each_tp_rank_talks_to_its_like_and_pieces_are_received_as_pieces() -> None:
+    """tp=2 x pp=2: rank 3 receives from rank 1, the owed sum or the whole as the plan says."""
+    whole = normalized(Stack([Mlp(8, 13), Mlp(8, 13)]), x=("B", "S", 8))
+    plan = plan_for(whole, tp=2, pp=2)
+    module, ctx = prepared(whole, plan, 1)
+    sent = [line for line in graph_text(insert_send_recv(module, ctx)).splitlines() if "send(" in line]
+    module, ctx = prepared(whole, plan, 3)
+    received = [line for line in graph_text(insert_send_recv(module, ctx)).splitlines() if "recv(" in line]
+    assert_expected_inline("\n".join(sent + received), """\
+send : f64[B, S, 8] = send(add, to=3, channel=0)
+incoming_add : f64[B, S, 8] = recv((sym_size_int, sym_size_int_1, 8), torch.float64, getattr_1, source=1, channel=0)""")
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    assert_split_equals_whole(whole, plan, {"x": x})
+    # the same, cut where the hidden dim is sharded: 7 of 13 elements on rank 0, 6 on rank 1
+    inside = replace(
+        plan,
+        ops=tuple(
+            replace(op, home=1, stages=(1,)) if op.name in ("layers_0_down", "add") else op for op in plan.ops
+        ),
+        hops=(replace(plan.hops[0], op="relu", index=0, whole=False),),
+    )
+    module, ctx = prepared(whole, inside, 3)
+    received = [line.partition(", torch")[0] for line in graph_text(insert_send_recv(module, ctx)).splitlines()]
+    assert "incoming_part_relu : f64[B, S, 13] = recv((sym_size_int, sym_size_int_1, 6)" in received
+    assert_split_equals_whole(whole, inside, {"x": x})
+
+
+def test_a_length_that_no_input_has_is_an_error() -> None:
+    whole = normalized(Stack([Mlp(), Mlp()]), x=("B", "S", 8))
+    module, ctx = prepared(whole, plan_for(whole, pp=2), 1)
+    incoming = next(node for node in module.graph.nodes if "hop" in node.meta)
+    incoming.meta["symbols"] = ("B", "?42", "")
+    with pytest.raises(PlanError, match=r"add crosses from stage 0 to 1 with a length \(\?42\)"):
+        insert_send_recv(module, ctx)
+
+
+def test_one_stage_says_nothing() -> None:
+    whole = normalized(Mlp(), x=("B", "S", 8))
+    module, ctx = prepared(whole, plan_for(whole), 0)
+    text = graph_text(insert_send_recv(module, ctx))
+    assert "send" not in text and "recv" not in text and text.endswith("return {y: add}")
