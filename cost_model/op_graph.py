@@ -67,7 +67,7 @@ class Op:
     outputs: tuple[TensorSpec, ...] = ()
     attrs: Mapping[str, Any] = field(default_factory=dict)
     module: str = ""  # qualified path of the module that ran it, e.g. "model.layers.0.self_attn"
-    source: str = ""  # the user's line, e.g. "modeling_llama.py:241"
+    source: str = ""  # the user's line, e.g. "modeling_x.py:241"
     mutates: bool = False  # writes a cache, draws random numbers: never computed twice, never moved
 
     def __str__(self) -> str:

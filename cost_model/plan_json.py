@@ -1,6 +1,6 @@
 """The partition plan as JSON: exact both ways, strict on the way in.
 
-    {"version": 1, "mesh": {"tp": 2, "pp": 1}, "model": "LlamaForCausalLM", ..., "sizes": {"B": 1, "S": 128},
+    {"version": 1, "mesh": {"tp": 2, "pp": 1}, "model": "XForCausalLM", ..., "sizes": {"B": 1, "S": 128},
      "ops": [{"name": "linear", "kind": "linear", "home": 0, "inputs": ["R", "S(0)"], "outputs": ["S(2)"], ...}],
      "params": [{"name": "lm_head.weight", "shape": [32000, 768], "placement": "S(0)", "layout": 3, ...}],
      "layouts": [{"size": 9, "parts": [[[0, 5]], [[5, 9]]]}],

@@ -37,9 +37,10 @@ _ELEMENTWISE = {
 for _name in (
     "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "cos", "sin", "tanh", "sigmoid", "silu", "gelu", "relu", "erf",
     "softplus", "leaky_relu", "elu", "mish", "hardtanh", "floor", "round", "sign", "log1p", "expm1", "isnan", "isinf",
-    "relu6", "logsigmoid", "hardswish", "hardsigmoid", "ceil", "trunc", "dropout",
+    "relu6", "log_sigmoid", "hardswish", "hardsigmoid", "ceil", "trunc", "dropout",
 ):  # fmt: skip
     _ELEMENTWISE[_name] = _name
+_ELEMENTWISE["logsigmoid"] = "log_sigmoid"
 # nn modules that are one elementwise function of their input
 _ELEMENTWISE_MODULES = {
     "Dropout": "dropout", "SiLU": "silu", "GELU": "gelu", "ReLU": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid",
@@ -186,7 +187,7 @@ class _Builder:
         kind = _ELEMENTWISE[name]
         if len(inputs) == 1 and (
             kind == "mul" or (kind == "div" and isinstance(node.args[0], Node) and node.args[0] in self.refs)
-        ):
+        ) and node.kwargs.get("rounding_mode") is None:
             kind = "scale"  # by a number: linear in its one tensor
         elif kind == "clone" or kind == "identity":
             kind = "identity"
@@ -276,6 +277,8 @@ def _matmul(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
 
 @_handles("embedding")
 def _embedding(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
+    if node.target is not torch.nn.functional.embedding:
+        return None  # torch.embedding takes the table first
     builder.matmul_weights.add(inputs[1].op)
     return "embedding", inputs, {}
 
@@ -294,6 +297,8 @@ def _norm(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
 @_handles("softmax", "log_softmax", "cumsum", "flip")
 def _along(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
     dims = argument(node, 1, "dim", argument(node, 1, "dims"))
+    if op_name(node) == "flip" and isinstance(dims, int):
+        dims = node.args[1:]  # x.flip(1, 2)
     if not isinstance(dims, (int, tuple, list)):
         return None
     name = op_name(node)
@@ -304,8 +309,8 @@ def _along(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
 @_handles("mean", "sum", "amax", "amin", "any", "all", "var", "std", "prod", "argmax", "argmin", "norm", "logsumexp")
 def _reduce(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
     name, rank = op_name(node), _shape(node.args[0]).__len__()
-    dims = argument(node, 1, "dim")
-    if isinstance(dims, int):
+    dims = argument(node, 2 if name == "norm" else 1, "dim")  # norm takes p first
+    if isinstance(dims, int) and not isinstance(dims, bool):  # x.var(False) is about bias
         dims = (dims,)
     elif not isinstance(dims, (tuple, list)):
         dims = tuple(range(rank))

@@ -20,7 +20,7 @@ def on_rank(program: RankProgram) -> str:
 
 
 def described(node: Node) -> str:
-    """ "o_proj (RowParallelLinear, float32[B, S, 48], modeling_llama.py:241)"; shapes are the whole tensor's."""
+    """ "o_proj (RowParallelLinear, float32[B, S, 48], modeling_x.py:241)"; shapes are the whole tensor's."""
     words = [_target(node)]
     value, symbols = node.meta.get("val"), node.meta.get("symbols")
     if isinstance(value, torch.Tensor):
