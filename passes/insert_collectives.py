@@ -52,6 +52,9 @@ class _Inserter:
         for node in nodes:
             if node.op == "output":
                 self._outputs(node)
+            elif "reads_for" in node.meta:
+                op, slot = node.meta["reads_for"]
+                map_tensor_arguments(node, functools.partial(self._wanted_at, op, slot))
             elif self.ctx.plan.has_op(node.name):
                 op = self.ctx.plan.op(node.name)
                 map_tensor_arguments(node, functools.partial(self._wanted, op))
@@ -60,6 +63,10 @@ class _Inserter:
         if slot >= len(op.inputs):  # an index that localize_shapes added
             return node
         return self._as(node, op.inputs[slot], op.input_layouts[slot])
+
+    def _wanted_at(self, op: OpPlan, slot: int, _: int, node: Node) -> Node:
+        """For a node that stands before input `slot` of `op`, and picks from it by an index."""
+        return self._wanted(op, slot, node)
 
     def _lies(self, node: Node) -> tuple[Placement, Layout | None, bool]:
         """(placement, layout of the sharded dim, whether the plan has it made whole) of a tensor of this rank."""
@@ -92,7 +99,7 @@ class _Inserter:
 
     def _as(self, node: Node, wanted: Placement, layout_index: int) -> Node:
         """The node that holds `node`'s value as `wanted`."""
-        if node.meta.get("constant"):
+        if node.meta.get("constant") or "reads_for" in node.meta:
             return node
         source = tensor_source(node) if "hop" not in node.meta else (node.meta["hop"].op, node.meta["hop"].index)
         if source in self.received:

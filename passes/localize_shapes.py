@@ -114,7 +114,8 @@ def _repeat(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPl
         node.args, node.kwargs = (node.args[0], each, dim), {}
         return
     index = _constant(module, node, wanted)
-    node.target, node.args, node.kwargs = torch.index_select, (node.args[0], dim, index), {}
+    node.op, node.target = "call_function", torch.index_select
+    node.args, node.kwargs = (node.args[0], dim, index), {}
 
 
 def _sdpa(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
@@ -137,7 +138,7 @@ def _sdpa(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan
             return argument
         with module.graph.inserting_before(node):
             picked = module.graph.call_function(torch.index_select, (argument, head, index))
-        picked.meta = dict(argument.meta)
+        picked.meta = {**argument.meta, "reads_for": (op, slot)}  # insert_collectives gives it what the op wants there
         return picked
 
     map_tensor_arguments(node, pick)
