@@ -26,6 +26,7 @@ from passes.op_graph import build_op_graph, fingerprint
 from passes.pass_manager import emit_rank
 from passes.program import RankProgram
 from passes.shapes import Example
+from passes.verify import verify
 
 Shape = tuple[int | str, ...]
 LENGTHS = ({"B": 11, "S": 23, "P": 29, "T": 52}, {"B": 13, "S": 31, "P": 43, "T": 74})
@@ -123,7 +124,8 @@ def run_split(
 def assert_split_equals_whole(
     whole: torch.fx.GraphModule, plan: PartitionPlan, inputs: Mapping[str, torch.Tensor]
 ) -> None:
-    """In float64, to 1e-12."""
+    """In float64, to 1e-12; and `verify` finds nothing to say against the programs."""
+    verify([emit_rank(whole, plan, r) for r in range(plan.mesh.size)], plan, build_op_graph(whole), whole)
     with torch.no_grad():
         found, expected = run_split(whole, plan, inputs), whole(**inputs)
     assert found.keys() == expected.keys()

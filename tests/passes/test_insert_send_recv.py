@@ -120,6 +120,7 @@ incoming_add : f64[B, S, 8] = recv((sym_size_int, sym_size_int_1, 8), torch.floa
         ops=tuple(
             replace(op, home=1, stages=(1,)) if op.name in ("layers_0_down", "add") else op for op in plan.ops
         ),
+        params=tuple(replace(p, stages=(1,)) if p.name.startswith("layers.0.down") else p for p in plan.params),
         hops=(replace(plan.hops[0], op="relu", index=0, whole=False),),
     )
     module, ctx = prepared(whole, inside, 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -199,21 +201,28 @@ o : f64[B, S, 16] = o(reshape)  # RowParallelLinear[16, 16]
 return ({y: o}, ())""")
 
 
-def test_query_heads_that_fall_between_kv_heads_pick_them() -> None:
+def test_query_heads_that_each_have_a_kv_head_repeat_none() -> None:
     """6 query heads of 2 KV heads on 4 ranks: rank 1 holds query heads 2 and 3, of KV heads 0 and 1."""
     _, after = localized(normalized(Repeats(6, 2), x=("B", "S", 16)), tp=4, rank=1)
+    assert "view_1, 1, 2)" in after and "index_select" not in after
+
+
+def test_query_heads_that_fall_between_kv_heads_pick_them() -> None:
+    """10 query heads of 2 KV heads on 4 ranks: rank 1 holds query heads 3, 4 and 5, of KV heads 0, 0 and 1."""
+    _, after = localized(normalized(Repeats(10, 2), x=("B", "S", 16)), tp=4, rank=1)
     assert_expected_inline(after, """\
 x : f64[B, S, 16] = input
 batch = sym_size.int(x, 0)
 seq = sym_size.int(x, 1)
-q : f64[B, S, 24] = q(x)  # ColumnParallelLinear[8, 16]
-view : f64[B, S, 6, 4] = reshape(q, (batch, seq, 2, 4))
+q : f64[B, S, 40] = q(x)  # ColumnParallelLinear[12, 16]
+view : f64[B, S, 10, 4] = reshape(q, (batch, seq, 3, 4))
 k : f64[B, S, 8] = k(x)  # ColumnParallelLinear[8, 16]
 view_1 : f64[B, S, 2, 4] = reshape(k, (batch, seq, 2, 4))
-repeat_interleave : f64[B, S, 6, 4] = .repeat_interleave(view_1, 1, 2)
-mul : f64[B, S, 6, 4] = mul(view, repeat_interleave)
-reshape : f64[B, S, 24] = reshape(mul, (batch, seq, 8))
-o : f64[B, S, 16] = o(reshape)  # RowParallelLinear[16, 8]
+_heads_of_repeat_interleave : i64[3] = _heads_of_repeat_interleave
+repeat_interleave : f64[B, S, 10, 4] = index_select(view_1, 2, _heads_of_repeat_interleave)
+mul : f64[B, S, 10, 4] = mul(view, repeat_interleave)
+reshape : f64[B, S, 40] = reshape(mul, (batch, seq, 12))
+o : f64[B, S, 16] = o(reshape)  # RowParallelLinear[16, 12]
 return ({y: o}, ())""")
 
 
@@ -229,8 +238,27 @@ class Grouped(Attention):
 def test_grouped_attention_picks_kv_heads_where_groups_are_cut() -> None:
     _, whole_groups = localized(normalized(Grouped(16, 6, 2, 4), x=("B", "S", 16)), tp=2, rank=1)
     assert "index_select" not in whole_groups
-    _, cut_groups = localized(normalized(Grouped(16, 6, 2, 4), x=("B", "S", 16)), tp=4, rank=1)
-    assert_expected_inline("\n".join(line for line in cut_groups.splitlines() if "_heads_of" in line), """""")
+    _, even_cut = localized(normalized(Grouped(16, 6, 2, 4), x=("B", "S", 16)), tp=4, rank=1)
+    assert "index_select" not in even_cut  # two query heads, each of a KV head of its own
+    _, cut_groups = localized(normalized(Grouped(16, 10, 2, 4), x=("B", "S", 16)), tp=4, rank=1)
+    picked = [line for line in cut_groups.splitlines() if "_heads_of" in line or "scaled_dot" in line]
+    assert_expected_inline("\n".join(line.replace("scaled_dot_product_attention", "sdpa") for line in picked), """\
+_heads_of_sdpa : i64[3] = _heads_of_sdpa
+index_select : f64[B, 2, S, 4] = index_select(transpose_1, 1, _heads_of_sdpa)
+index_select_1 : f64[B, 2, S, 4] = index_select(transpose_2, 1, _heads_of_sdpa)
+sdpa : f64[B, 10, S, 4] = sdpa(transpose, index_select, index_select_1, enable_gqa=True)
+transpose_3 : f64[B, S, 10, 4] = .transpose(sdpa, 1, 2)""")
+
+
+@pytest.mark.parametrize("make", [lambda h, g: Grouped(16, h, g, 4), Repeats], ids=["enable_gqa", "repeat_interleave"])
+@pytest.mark.parametrize("heads, groups, tp", [(6, 2, 4), (10, 2, 3), (10, 2, 4), (15, 3, 4), (15, 3, 5), (12, 3, 4)])
+def test_picked_kv_heads_give_what_the_whole_gives(
+    make: Callable[[int, int], nn.Module], heads: int, groups: int, tp: int
+) -> None:
+    """Also where a rank holds more KV heads than one part of its query heads reads."""
+    whole = normalized(make(heads, groups), x=("B", "S", 16))
+    plan = plan_for(whole, tp=tp)
+    assert_split_equals_whole(whole, plan, {"x": torch.randn(2, 5, 16, dtype=torch.float64)})
 
 
 @pytest.mark.parametrize("fused", ["", "thirds", "groups"])
