@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, new_cache
+
+INPUTS_WITH_CACHE = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position")
+IMAGE_INPUTS = ("pixel_values",)
+_USUAL_IMAGE_SIZE = 224  # of ImageNet's classifiers; what transformers' image processors resize to
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,7 @@ class ExampleInputs:
     cache_layers: tuple[CacheLayer | None, ...]  # by layer index; None: the model never writes that layer
     embedding_dim: int
     dtype: torch.dtype  # of the model's parameters
+    image_shape: tuple[int, ...] = ()  # of one image, [channels, height, width]; () for a model without
 
     def make(self, sizes: Sizes) -> dict[str, object]:
         """Meta tensors (and one DynamicCache of meta tensors) by input name, new ones on each call."""
@@ -40,13 +46,15 @@ class ExampleInputs:
         batch, seq, past = sizes.batch, sizes.seq, sizes.past
         if name == "past_key_values":
             return self._make_cache(batch, past)
-        if name == "inputs_embeds":
+        if name == "inputs_embeds" and self.embedding_dim:
             return torch.empty(batch, seq, self.embedding_dim, dtype=self.dtype, device="meta")
         if name == "cache_position":
             return torch.empty(seq, dtype=torch.long, device="meta")
         if name == "attention_mask":
             total = past + seq if "past_key_values" in self.input_names else seq
             return torch.empty(batch, total, dtype=torch.long, device="meta")
+        if name in IMAGE_INPUTS and self.image_shape:
+            return torch.empty(batch, *self.image_shape, dtype=self.dtype, device="meta")
         if name in ("input_ids", "labels", "position_ids", "token_type_ids") or name.endswith("_ids"):
             return torch.empty(batch, seq, dtype=torch.long, device="meta")
         raise TracingError(
@@ -61,6 +69,42 @@ class ExampleInputs:
                 if layer is not None:
                     cache.update(*layer.make(batch, past), index, {})
         return cache
+
+
+def default_inputs(model: PreTrainedModel, use_cache: bool) -> tuple[str, ...]:
+    """The arguments of the model's forward that people give, in its order: these become inputs of the graph.
+
+    Token ids, their mask and the segments that a tokenizer adds to them; pixels; both for a model with two towers. With
+    `use_cache` positions and the cache instead of segments.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    chosen = {"input_ids", "attention_mask"} | {n for n in (model.main_input_name,) if n in IMAGE_INPUTS}
+    chosen |= {name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    if use_cache:
+        chosen |= set(INPUTS_WITH_CACHE)
+    elif (getattr(model.config, "type_vocab_size", None) or 0) > 1:  # a table of its own for what tokenizers number
+        chosen.add("token_type_ids")
+    if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
+        chosen |= set(IMAGE_INPUTS)
+    return tuple(name for name in parameters if name in chosen)
+
+
+def embedding_dim(model: PreTrainedModel) -> int:
+    """Of a token's embedding, for `inputs_embeds`; 0 for a model that embeds no tokens."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:
+        weight = None
+    return 0 if weight is None else int(weight.shape[-1])
+
+
+def image_shape(config: PretrainedConfig) -> tuple[int, ...]:
+    """[channels, height, width] of the images that a config is for; 224 x 224 where it doesn't say."""
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None) or getattr(getattr(vision, "backbone_config", None), "image_size", None)
+    size = size or _USUAL_IMAGE_SIZE
+    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
+    return getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3, height, width
 
 
 def unmistakable_sizes(model: PreTrainedModel) -> Sizes:

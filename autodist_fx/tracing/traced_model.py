@@ -13,13 +13,17 @@ from transformers.utils import fx as hf_fx
 
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing.cache_layers import cache_layers, layer_kinds
-from autodist_fx.tracing.example_inputs import ExampleInputs, Sizes, unmistakable_sizes
+from autodist_fx.tracing.example_inputs import (
+    ExampleInputs,
+    Sizes,
+    default_inputs,
+    embedding_dim,
+    image_shape,
+    unmistakable_sizes,
+)
 from autodist_fx.tracing.meta_model import empty_model, meta_copy
 from autodist_fx.tracing.patches import traceable
 from autodist_fx.tracing.tracer import Tracer, model_source_files
-
-INPUTS = ("input_ids", "attention_mask")
-INPUTS_WITH_CACHE = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position")
 
 
 @dataclass
@@ -48,8 +52,9 @@ def trace(
 ) -> TracedModel:
     """Trace a model, or the model that a config describes, on the meta device; neither is changed.
 
-    `input_names` are the arguments of forward that become inputs of the graph: by default token ids and mask, and with
-    `use_cache` also positions and the cache. Any other argument has its default, or its value in `concrete_args`.
+    `input_names` are the arguments of forward that become inputs of the graph: by default token ids, their mask and
+    segments, or pixels, whatever the model is for, and with `use_cache` also positions and the cache. Any other
+    argument has its default, or its value in `concrete_args`.
     The model is traced as it stands, in training or in eval mode; one made from a config is in eval mode.
 
     Errors: TracingError, which names the model class, the line of its source, and the way out.
@@ -66,8 +71,9 @@ def trace(
                 input_names=names,
                 config=meta_model.config,
                 cache_layers=cache_layers(meta_model) if use_cache else (),
-                embedding_dim=meta_model.get_input_embeddings().weight.shape[-1],
+                embedding_dim=embedding_dim(meta_model),
                 dtype=meta_model.dtype,
+                image_shape=image_shape(meta_model.config),
             )
             inputs = examples.make(unmistakable_sizes(meta_model))
             tracer = Tracer(meta_model, inputs)
@@ -103,7 +109,7 @@ def _input_names(
 ) -> tuple[str, ...]:
     """The names to trace with, in the order of the model's signature."""
     if input_names is None:
-        chosen = set(INPUTS_WITH_CACHE if use_cache else INPUTS) & set(accepted)
+        chosen = set(default_inputs(model, use_cache))
     else:
         chosen = set(input_names)
     if unknown := sorted(chosen - set(accepted)):
