@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from autodist_fx.runtime.generation import DistributedCausalLM
 
 # Two sets of lengths: a number found in both is constant, one that differs follows the inputs, and two that agree in
-# both are the same. So they differ by different steps (2, 8, 14, and 22 of past and seq), so that no length plus a
+# both are the same. So they differ by different steps (2, 8, 14, 22 of past and seq, and 18), so that no length plus a
 # constant is another. They are small, since a model may have no more positions.
-_EXAMPLES = (Sizes(batch=11, seq=23, past=29), Sizes(batch=13, seq=31, past=43))
+_EXAMPLES = (Sizes(batch=11, seq=23, past=29, source=19), Sizes(batch=13, seq=31, past=43, source=37))
 
 
 def compile(
@@ -70,8 +70,8 @@ def compile(
     objective: "shard" (shard every matmul weight that can be, as fast as can be) or "latency" (time alone decides;
         it may replicate).
     use_cache, input_names, concrete_args: what to trace; see autodist_fx.tracing.trace.
-    sizes: lengths "B" (batch), "S" (tokens a step) and "P" (tokens cached before) to predict for; by default one
-        sequence of 128 tokens, with use_cache one step after 512.
+    sizes: lengths "B" (batch), "S" (tokens a step), "P" (tokens cached before) and "E" (what an encoder before the
+        decoder reads) to predict for; by default one sequence of 128 tokens, with use_cache one step after 512.
     max_memory: bytes a device holds; the search then meets it or raises NoPlanFits.
     plan: a plan made earlier for this model; no search then. PlanError if it is another model's.
     verify: prove every rank's program before returning it (CompiledModel.verify).
@@ -139,14 +139,17 @@ def _examples(traced: TracedModel) -> tuple[Example, Example]:
     """In the second the cache is longer than any window: there the keys that a layer with one sees no longer grow."""
     longest = max((int(kind.partition(":")[2]) for kind in traced.layer_kinds if ":" in kind), default=0)
     first, second = _EXAMPLES
-    return _example(traced, first), _example(traced, Sizes(second.batch, second.seq, second.past + longest))
+    return _example(traced, first), _example(traced, replace(second, past=second.past + longest))
 
 
 def _example(traced: TracedModel, sizes: Sizes) -> Example:
     if not traced.use_cache:
-        sizes = Sizes(sizes.batch, sizes.seq, 0)
-        return Example(traced.example_inputs(sizes), {"B": sizes.batch, "S": sizes.seq})
-    symbols = {"B": sizes.batch, "S": sizes.seq, "P": sizes.past, "T": sizes.past + sizes.seq}
+        sizes = replace(sizes, past=0)
+    symbols = {"B": sizes.batch, "S": sizes.seq}
+    if traced.has_encoder:
+        symbols["E"] = sizes.source
+    if traced.use_cache:
+        symbols |= {"P": sizes.past, "T": sizes.past + sizes.seq}
     return Example(traced.example_inputs(sizes), symbols)
 
 

@@ -28,14 +28,16 @@ PRICES = {"shard": 1e-6, "latency": 0.0}
 # with a KV cache one step of decoding, which is where generation spends its time.
 FORWARD_SIZES = {"B": 1, "S": 128, "P": 0}
 DECODE_SIZES = {"B": 1, "S": 1, "P": 512}
+SOURCE_SIZE = 128  # "E": what an encoder before the decoder reads
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
     """What a plan is made for.
 
-    `sizes` maps "B" (batch), "S" (tokens per step) and "P" (tokens cached before) to lengths, where they are not to be
-    FORWARD_SIZES or DECODE_SIZES; `memory_bytes` is a device's limit for weights and caches (None: no limit).
+    `sizes` maps "B" (batch), "S" (tokens per step), "P" (tokens cached before) and "E" (what an encoder reads) to
+    lengths, where they are not to be FORWARD_SIZES or DECODE_SIZES; `memory_bytes` is a device's limit for weights and
+    caches (None: no limit).
     """
 
     mesh: Mesh
@@ -62,7 +64,8 @@ class _Planner:
         self.mesh = request.mesh
         self.hardware = replace(request.hardware, tp_link=request.hardware.tp_link_on(request.mesh))
         decodes = any(op.kind == "cache_update" for op in graph)
-        self.lengths = {**(DECODE_SIZES if decodes else FORWARD_SIZES), **dict(request.sizes)}
+        source = {"E": SOURCE_SIZE} if any("E" in spec.symbols for op in graph for spec in op.outputs) else {}
+        self.lengths = {**(DECODE_SIZES if decodes else FORWARD_SIZES), **source, **dict(request.sizes)}
         self.sizes = all_lengths(self.lengths)
         self.layouts = LayoutTable(graph, self.mesh.tp, RuleTable())
         self.search = TensorParallelSearch(graph, self.mesh.tp, self.hardware, self.sizes, self.layouts)
@@ -287,7 +290,7 @@ class _Planner:
 
 
 def all_lengths(sizes: Mapping[str, int]) -> dict[str, int]:
-    """B, S and P, the total T they make, and the products that merged dims have ("B*S")."""
+    """B, S, P and E, the total T that S and P make, and the products that merged dims have ("B*S")."""
     full = {"P": 0, **sizes}
     full["T"] = full.get("T", full["P"] + full["S"])
     for x in list(full):

@@ -12,19 +12,24 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, new_cache
+from autodist_fx.tracing.input_shapes import input_dims
 
 INPUTS_WITH_CACHE = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position")
+ENCODER_DECODER_INPUTS = ("attention_mask", "decoder_input_ids", "decoder_attention_mask")
+ENCODER_DECODER_CACHE = ("past_key_values", "cache_position")
 IMAGE_INPUTS = ("pixel_values",)
 _USUAL_IMAGE_SIZE = 224  # of ImageNet's classifiers; what transformers' image processors resize to
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Concrete sizes of one call: sequences, tokens per sequence, and tokens per sequence already in the cache."""
+    """Concrete sizes of one call: sequences, tokens per sequence, tokens per sequence already in the cache, and what an
+    encoder reads per sequence where there is one before the decoder."""
 
     batch: int
     seq: int
     past: int
+    source: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,30 +42,30 @@ class ExampleInputs:
     embedding_dim: int
     dtype: torch.dtype  # of the model's parameters
     image_shape: tuple[int, ...] = ()  # of one image, [channels, height, width]; () for a model without
+    has_encoder: bool = False  # that reads the main input, before a decoder
 
     def make(self, sizes: Sizes) -> dict[str, object]:
         """Meta tensors (and one DynamicCache of meta tensors) by input name, new ones on each call."""
         return {name: self._make_one(name, sizes) for name in self.input_names}
 
     def _make_one(self, name: str, sizes: Sizes) -> torch.Tensor | DynamicCache:
-        batch, seq, past = sizes.batch, sizes.seq, sizes.past
         if name == "past_key_values":
-            return self._make_cache(batch, past)
-        if name == "inputs_embeds" and self.embedding_dim:
-            return torch.empty(batch, seq, self.embedding_dim, dtype=self.dtype, device="meta")
-        if name == "cache_position":
-            return torch.empty(seq, dtype=torch.long, device="meta")
-        if name == "attention_mask":
-            total = past + seq if "past_key_values" in self.input_names else seq
-            return torch.empty(batch, total, dtype=torch.long, device="meta")
+            return self._make_cache(sizes.batch, sizes.past)
         if name in IMAGE_INPUTS and self.image_shape:
-            return torch.empty(batch, *self.image_shape, dtype=self.dtype, device="meta")
-        if name in ("input_ids", "labels", "position_ids", "token_type_ids") or name.endswith("_ids"):
-            return torch.empty(batch, seq, dtype=torch.long, device="meta")
-        raise TracingError(
-            f"no example input is known for {name!r}: trace with other input_names, or give it a fixed value in "
-            f"concrete_args"
-        )
+            return torch.empty(sizes.batch, *self.image_shape, dtype=self.dtype, device="meta")
+        known = input_dims(name, self.config, self.has_encoder)
+        if known is None:
+            raise TracingError(
+                f"no example input is known for {name!r}: trace with other input_names, or give it a fixed value in "
+                f"concrete_args"
+            )
+        dims, is_floating = known
+        if "D" in dims and not self.embedding_dim:
+            raise TracingError(f"{name!r} is of no known width: trace with other input_names")
+        past = sizes.past if "past_key_values" in self.input_names else 0
+        lengths = {"B": sizes.batch, "S": sizes.seq, "T": past + sizes.seq, "E": sizes.source, "D": self.embedding_dim}
+        shape = [lengths[dim] if isinstance(dim, str) else dim for dim in dims]
+        return torch.empty(shape, dtype=self.dtype if is_floating else torch.long, device="meta")
 
     def _make_cache(self, batch: int, past: int) -> DynamicCache:
         cache = new_cache(self.config)
@@ -75,9 +80,13 @@ def default_inputs(model: PreTrainedModel, use_cache: bool) -> tuple[str, ...]:
     """The arguments of the model's forward that people give, in its order: these become inputs of the graph.
 
     Token ids, their mask and the segments that a tokenizer adds to them; pixels; both for a model with two towers. With
-    `use_cache` positions and the cache instead of segments.
+    `use_cache` positions and the cache instead of segments. What an encoder reads (spectrograms, say) and a decoder's
+    token ids, each with its mask, where there are both.
     """
     parameters = inspect.signature(model.forward).parameters
+    if has_encoder(model):
+        chosen = {model.main_input_name, *ENCODER_DECODER_INPUTS, *(ENCODER_DECODER_CACHE if use_cache else ())}
+        return tuple(name for name in parameters if name in chosen)
     chosen = {"input_ids", "attention_mask"} | {n for n in (model.main_input_name,) if n in IMAGE_INPUTS}
     chosen |= {name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     if use_cache:
@@ -87,6 +96,11 @@ def default_inputs(model: PreTrainedModel, use_cache: bool) -> tuple[str, ...]:
     if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
         chosen |= set(IMAGE_INPUTS)
     return tuple(name for name in parameters if name in chosen)
+
+
+def has_encoder(model: PreTrainedModel) -> bool:
+    """Whether its forward runs an encoder on the main input, and a decoder after it."""
+    return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
 def embedding_dim(model: PreTrainedModel) -> int:
@@ -123,7 +137,8 @@ def unmistakable_sizes(model: PreTrainedModel) -> Sizes:
     candidates = [prime for prime in _primes(5, 300) if free(prime)]
     for batch, seq, past in itertools.permutations(candidates[:8], 3):
         if batch < seq and free(seq + past):
-            return Sizes(batch, seq, past)
+            source = next(size for size in candidates if size not in (batch, seq, past, seq + past))
+            return Sizes(batch, seq, past, source)
     raise TracingError(
         f"{type(model).__name__}: no example sizes are left that differ from every dimension of the model. Please "
         f"report its config"

@@ -9,7 +9,13 @@ from collections.abc import Iterator
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_utils import no_init_weights
 
 from autodist_fx.errors import TracingError
@@ -34,7 +40,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
 
     `dtype` None means what the config says (float32 where it says nothing). The config is copied, never changed.
 
-    Errors: TracingError if no causal language model of transformers goes with the config.
+    Errors: TracingError if no language model of transformers goes with the config.
     """
     model_class = _model_class(config)
     config = copy.deepcopy(config)
@@ -55,13 +61,20 @@ def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         model_class = getattr(transformers, name, None)
         if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
             return model_class
-    try:
-        return AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        raise TracingError(
-            f"no causal language model of transformers {transformers.__version__} goes with {type(config).__name__} "
-            f"(architectures={getattr(config, 'architectures', None)}): pass a model instead of a config"
-        ) from None
+    mappings = _DECODERS_FIRST if not getattr(config, "is_encoder_decoder", False) else _DECODERS_FIRST[::-1]
+    for auto_class in mappings:
+        model_class = auto_class._model_mapping.get(type(config), None)
+        if model_class is not None:
+            return model_class
+    raise TracingError(
+        f"no causal or sequence-to-sequence language model of transformers {transformers.__version__} goes with "
+        f"{type(config).__name__} (architectures={getattr(config, 'architectures', None)}): pass a model instead of a "
+        f"config"
+    )
+
+
+# Some configs go with several: the decoder of an encoder-decoder model is a causal language model, too.
+_DECODERS_FIRST = (AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, AutoModelForSeq2SeqLM)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from autodist_fx.tracing.example_inputs import (
     Sizes,
     default_inputs,
     embedding_dim,
+    has_encoder,
     image_shape,
     unmistakable_sizes,
 )
@@ -37,6 +38,11 @@ class TracedModel:
     model_class: str  # "LlamaForCausalLM"
     layer_kinds: tuple[str, ...]  # per cache layer: "full", "sliding:4096", "chunked:8192"; () without a cache
     _examples: ExampleInputs = field(repr=False)
+
+    @property
+    def has_encoder(self) -> bool:
+        """An encoder reads the main input (length "E"), and a decoder the decoder_... inputs (length "S")."""
+        return self._examples.has_encoder
 
     def example_inputs(self, sizes: Sizes) -> dict[str, object]:
         """Inputs of these sizes by name: meta tensors, and a DynamicCache of meta tensors that holds `past` tokens."""
@@ -74,6 +80,7 @@ def trace(
                 embedding_dim=embedding_dim(meta_model),
                 dtype=meta_model.dtype,
                 image_shape=image_shape(meta_model.config),
+                has_encoder=has_encoder(meta_model),
             )
             inputs = examples.make(unmistakable_sizes(meta_model))
             tracer = Tracer(meta_model, inputs)

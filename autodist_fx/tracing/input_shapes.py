@@ -1,0 +1,80 @@
+"""The shape of every input that a model's forward may take, in letters; one row an input.
+
+    B  sequences                      T  tokens the mask covers: the step's and those cached before
+    S  tokens of the step             E  tokens (or frames) that an encoder reads, where a decoder follows it
+    D  the width of the embeddings
+
+A row for features (spectrograms, ...) is a function of the config: how many there are is nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transformers import PretrainedConfig
+
+Dims = tuple[str | int, ...]
+
+# Integers, int64. Anything else that ends in "_ids" is taken for token ids.
+TOKENS: dict[str, Dims] = {
+    "input_ids": ("B", "S"),
+    "attention_mask": ("B", "T"),
+    "position_ids": ("B", "S"),
+    "token_type_ids": ("B", "S"),
+    "labels": ("B", "S"),
+    "cache_position": ("S",),
+}
+# What differs, or is there besides, where an encoder reads the main input and a decoder writes.
+ENCODER_DECODER_TOKENS: dict[str, Dims] = {
+    "input_ids": ("B", "E"),
+    "attention_mask": ("B", "E"),
+    "position_ids": ("B", "E"),
+    "token_type_ids": ("B", "E"),
+    "decoder_input_ids": ("B", "S"),
+    "decoder_attention_mask": ("B", "T"),
+    "decoder_position_ids": ("B", "S"),
+    "labels": ("B", "S"),
+}
+# Numbers in the model's dtype.
+FEATURES: dict[str, Callable[[PretrainedConfig, bool], Dims | None]] = {
+    "inputs_embeds": lambda config, has_encoder: ("B", "E" if has_encoder else "S", "D"),
+    "decoder_inputs_embeds": lambda config, has_encoder: ("B", "S", "D"),
+    "input_features": lambda config, has_encoder: _input_features(config),
+    "input_values": lambda config, has_encoder: ("B", "E"),
+}
+
+
+def input_dims(name: str, config: PretrainedConfig, has_encoder: bool) -> tuple[Dims, bool] | None:
+    """(dims, whether it holds floating-point numbers) of one input; None for one that nothing is known of.
+
+    `has_encoder`: an encoder reads the main input, and a decoder the decoder_... ones.
+    """
+    if name in FEATURES:
+        dims = FEATURES[name](config, has_encoder)
+        return None if dims is None else (dims, True)
+    tokens = {**TOKENS, **ENCODER_DECODER_TOKENS} if has_encoder else TOKENS
+    found = tokens.get(name)
+    if found is None and name.endswith("_ids"):
+        found = ("B", "S")
+    if found == ("B", "E") and name == "attention_mask":
+        frames = frames_demanded(config)
+        found = found if frames is None else ("B", frames)
+    return None if found is None else (found, False)
+
+
+def _input_features(config: PretrainedConfig) -> Dims | None:
+    """Of spectrograms: [B, bins, frames] where the number of frames is fixed, else [B, frames, bins]."""
+    frames = frames_demanded(config)
+    if frames is not None:
+        return ("B", config.num_mel_bins, frames)
+    for attribute in ("input_feat_per_channel", "feature_projection_input_dim", "d_model"):
+        bins = getattr(config, attribute, None)
+        if isinstance(bins, int):
+            return ("B", "E", bins)
+    return None
+
+
+def frames_demanded(config: PretrainedConfig) -> int | None:
+    """How many frames an encoder with a position for each two of them takes: no more, no less. None: any number."""
+    positions = getattr(config, "max_source_positions", None)
+    return 2 * positions if positions is not None and hasattr(config, "num_mel_bins") else None
