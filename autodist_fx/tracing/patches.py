@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,8 @@ import torch.fx._symbolic_trace as fx_symbolic_trace
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils, modeling_attn_mask_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import fx as hf_fx
+
+from autodist_fx.tracing.constants import CONVERSIONS
 
 PATCH_LOCK = threading.RLock()  # reentrant: traceable() may be entered by a holder of it
 
@@ -32,7 +35,10 @@ def traceable(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
 
         def patch(owner: Any, name: str, value: Any) -> None:
             # owner.__dict__ and not getattr: a staticmethod has to come back as one.
-            undo.callback(setattr, owner, name, owner.__dict__[name])
+            if name in owner.__dict__:
+                undo.callback(setattr, owner, name, owner.__dict__[name])
+            else:
+                undo.callback(delattr, owner, name)
             setattr(owner, name, value)
 
         for config in _configs(model):
@@ -64,6 +70,14 @@ def traceable(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
         if hasattr(fx_symbolic_trace, "is_fx_symbolic_tracing"):  # what is_fx_tracing warns to use instead
             patch(hf_fx, "is_fx_tracing", fx_symbolic_trace.is_fx_symbolic_tracing)
         patch(torch, "autocast", _autocast)
+
+        for name, convert in CONVERSIONS.items():
+            patch(hf_fx.HFProxy, name, convert)
+        for defined_in in {sys.modules[cls.__module__] for module in model.modules() for cls in type(module).__mro__}:
+            for name, value in list(vars(defined_in).items()):
+                # A compiled function takes no proxies; TorchScript keeps what it was compiled from, for torch.compile.
+                if isinstance(value, torch.jit.ScriptFunction) and hasattr(value, "_torchdynamo_inline"):
+                    patch(defined_in, name, value._torchdynamo_inline)
         yield
 
 

@@ -82,8 +82,9 @@ def trace(
                 image_shape=image_shape(meta_model.config),
                 has_encoder=has_encoder(meta_model),
             )
-            inputs = examples.make(unmistakable_sizes(meta_model))
-            tracer = Tracer(meta_model, inputs)
+            sizes = unmistakable_sizes(meta_model)
+            inputs = examples.make(sizes)
+            tracer = Tracer(meta_model, inputs, examples.make(unmistakable_sizes(meta_model, other_than=sizes)))
             graph = tracer.trace(
                 meta_model,
                 concrete_args=fixed,
