@@ -34,7 +34,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo test lint bench setup clean check-venv
+.PHONY: help demo test lint bench coverage setup clean check-venv
 
 help:  ## this list
 	@sed -n 's/^#   \([A-Z_]*=.*\)/  \1/p' Makefile
@@ -63,6 +63,10 @@ lint: $(READY)  ## ruff, mypy (strict on cost_model) and the import contracts
 bench: $(READY)  ## measure against transformers' tp_plan, DTensor and a hand-written split (some minutes)
 	@echo "==> bench: writes docs/benchmarks.md"
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/run.py
+
+coverage: $(READY)  ## a tiny model of every type of transformers' mappings on four meshes (under 20 minutes)
+	@echo "==> coverage: writes docs/coverage.md"
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/coverage.py --jobs $(JOBS)
 
 clean:  ## remove .venv, builds and caches
 	rm -rf .venv build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

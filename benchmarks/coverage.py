@@ -1,0 +1,121 @@
+"""Builds a tiny model of every type in transformers' mappings, splits it over meshes, and compares with the whole one.
+
+    python benchmarks/coverage.py                                        everything; writes docs/coverage.md
+    python benchmarks/coverage.py --tasks causal-lm --types llama,gpt2   some, to look at (with --out)
+
+Results are kept as lines of JSON beside the page. A later run takes those found with the same code and versions;
+--resume takes older ones, too, --fresh none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from model_coverage import report, results
+from model_coverage.pool import Job, run_jobs
+from model_coverage.tasks import TASKS
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+GIB = 2**30
+
+
+def main() -> None:
+    arguments = _arguments()
+    meshes = [tuple(map(int, mesh.split("x"))) for mesh in arguments.mesh]
+    jobs = _jobs(arguments.tasks, arguments.types, meshes, arguments.seconds)
+    if not jobs:
+        sys.exit(f"error: no such types in {', '.join(arguments.tasks)}")
+    out: Path = arguments.out
+    lines = out.with_suffix(".jsonl")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    state = results.state()
+    known = {} if arguments.fresh else results.read(lines)
+    kept = results.usable(known.values(), arguments.mesh, None if arguments.resume else state)
+    keys = [(job["task"], job["type"]) for job in jobs]
+    found = {key: kept[key] for key in keys if key in kept}
+    todo = [job for job in jobs if (job["task"], job["type"]) not in found]
+    if arguments.fresh:
+        lines.unlink(missing_ok=True)
+    started = time.perf_counter()
+    _run(todo, len(found), arguments, lambda result: _keep(lines, found, {**result, "state": state}))
+    seconds = time.perf_counter() - started if len(todo) == len(jobs) else 0.0
+    command = shlex.join(["python", "benchmarks/coverage.py", *sys.argv[1:]])
+    ordered = [found[key] for key in keys]
+    states = sorted({result["state"] for result in ordered})
+    out.write_text(report.page(ordered, arguments.mesh, command, "; ".join(states), seconds, arguments.jobs), "utf-8")
+    right = sum(report.is_right(result, arguments.mesh) for result in ordered)
+    built = sum(result["built"] for result in ordered)
+    print(f"{right} of {built} types that build ({len(ordered)} in all) right on {', '.join(arguments.mesh)}: {out}")
+
+
+def _arguments() -> argparse.Namespace:
+    def names(text: str) -> list[str]:
+        return [name for name in text.split(",") if name]
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=names, default=list(TASKS), help=f"of {', '.join(TASKS)}")
+    parser.add_argument("--types", type=names, default=None, help="model types (default: all of the tasks)")
+    parser.add_argument("--mesh", type=names, default=["2x1", "3x1", "1x2", "2x2"], help="tp x pp, by commas")
+    parser.add_argument("--jobs", type=int, default=2, help="worker processes (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="limit for one mesh of one type (%(default)s)")
+    parser.add_argument("--memory", type=float, default=4.0, help="GiB that a worker may have (%(default)s)")
+    parser.add_argument("--out", type=Path, default=results.ROOT / "docs" / "coverage.md")
+    parser.add_argument("--resume", action="store_true", help="take results found with older code or versions, too")
+    parser.add_argument("--fresh", action="store_true", help="take no earlier results")
+    arguments = parser.parse_args()
+    if unknown := [task for task in arguments.tasks if task not in TASKS]:
+        parser.error(f"unknown task {', '.join(unknown)}: choose of {', '.join(TASKS)}")
+    if odd := [mesh for mesh in arguments.mesh if not all(part.isdigit() for part in mesh.split("x"))]:
+        parser.error(f"a mesh is tp x pp, like 2x1, not {', '.join(odd)}")
+    return arguments
+
+
+def _jobs(tasks: list[str], types: list[str] | None, meshes: list[tuple[int, ...]], seconds: float) -> list[Job]:
+    return [
+        {"task": task, "type": name, "class": class_name, "meshes": meshes, "seconds": seconds}
+        for task in tasks
+        for name, class_name in TASKS[task].types().items()
+        if types is None or name in types
+    ]
+
+
+def _keep(lines: Path, found: dict[tuple[str, str], results.Result], result: results.Result) -> None:
+    results.append(lines, result)
+    found[result["task"], result["type"]] = result
+
+
+def _run(todo: list[Job], already: int, arguments: argparse.Namespace, keep) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("types", total=len(todo) + already, completed=already)
+
+        def started(job: Job) -> None:
+            progress.update(bar, description=f"{job['task']}: {job['type']}")
+
+        def done(result: results.Result) -> None:
+            keep(result)
+            progress.advance(bar)
+            if not console.is_terminal:
+                print(f"{result['task']} {result['type']}: {_in_short(result)}", file=sys.stderr, flush=True)
+            elif not report.is_right(result, arguments.mesh) and result["built"]:
+                progress.print(f"{result['task']} {result['type']}: {_in_short(result)}", highlight=False)
+
+        limit = arguments.seconds * (len(arguments.mesh) + 3)
+        run_jobs(todo, arguments.jobs, limit, int(arguments.memory * GIB), started, done)
+
+
+def _in_short(result: results.Result) -> str:
+    if not result["built"]:
+        return f"not built: {result['reason']}"
+    verdicts = {mesh: entry["verdict"] for mesh, entry in result["meshes"].items()}
+    return ", ".join(f"{mesh} {verdict}" for mesh, verdict in verdicts.items())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Decoding with a KV cache: a prompt, then one token after the other, by the model itself and by its split form."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+from autodist_fx.compiled import CompiledModel
+from model_coverage.inputs import PREFILL, SEQ, Inputs
+
+
+def eager_decoding(model: PreTrainedModel, inputs: Inputs) -> list[torch.Tensor] | None:
+    """Logits [tokens that count, vocab] that decoding may give; None if the model has no `past_key_values`.
+
+    Two truths where both exist: the whole sequence at once, and the model's own decoding with its own cache.
+    """
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        return None
+    truths = []
+    kept = _kept(inputs)
+    try:
+        whole = model(**inputs, **_positions(model, inputs), use_cache=False)
+        truths.append(whole.logits[kept])
+    except Exception:
+        pass
+    try:
+        cache, parts = None, []
+        for start, stop in _steps():
+            step = model(**_slice(model, inputs, start, stop), past_key_values=cache, use_cache=True)
+            cache = step.past_key_values
+            parts.append(step.logits)
+        truths.append(torch.cat(parts, 1)[kept])
+    except Exception:
+        pass
+    return truths or None
+
+
+def decode_with_cache(compiled: CompiledModel, model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
+    """Logits [tokens that count, vocab] of the split model."""
+    cache, parts = None, []
+    for start, stop in _steps():
+        step = compiled.simulate(**_slice(model, inputs, start, stop), past_key_values=cache)
+        cache = step.past_key_values
+        parts.append(step.logits)
+    return torch.cat(parts, 1)[_kept(inputs)]
+
+
+def _steps() -> Iterator[tuple[int, int]]:
+    yield 0, PREFILL
+    yield from ((at, at + 1) for at in range(PREFILL, SEQ))
+
+
+def _kept(inputs: Inputs) -> torch.Tensor:
+    """Which tokens count: what a padding token attends to is nobody's business, and differs with the cache."""
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"].bool()
+    return torch.ones(inputs["input_ids"].shape, dtype=torch.bool)
+
+
+def _slice(model: PreTrainedModel, inputs: Inputs, start: int, stop: int) -> Inputs:
+    step = {"input_ids": inputs["input_ids"][:, start:stop]}
+    if "attention_mask" in inputs:
+        step["attention_mask"] = inputs["attention_mask"][:, :stop]
+    step.update({name: value[:, start:stop] for name, value in _positions(model, inputs).items()})
+    return step
+
+
+def _positions(model: PreTrainedModel, inputs: Inputs) -> Inputs:
+    """Position ids that skip the padding, for models that take them."""
+    if "position_ids" not in inspect.signature(model.forward).parameters or "attention_mask" not in inputs:
+        return {}
+    return {"position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)}

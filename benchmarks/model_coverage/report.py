@@ -1,0 +1,163 @@
+"""The results of a run as a markdown page: totals, then a row a type, then every reason."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from model_coverage.tasks import TASKS, Task
+
+SHARE_BAR, REDUCE_BAR = 0.9, 3.0  # of a plan worth having: matmul weight bytes sharded, all_reduces per layer
+Result = dict[str, Any]
+
+
+def page(results: Sequence[Result], meshes: Sequence[str], command: str, state: str, seconds: float, jobs: int) -> str:
+    """The whole page. `meshes` as "2x1"; `seconds` the wall-clock time of the run, 0 when it ran nothing."""
+    by_task = {name: [r for r in results if r["task"] == name] for name in TASKS}
+    shown = [task for task in TASKS.values() if by_task[task.name]]
+    built = [r for r in results if r["built"]]
+    median = statistics.median(r["seconds"] for r in built) if built else 0.0
+    parts = [
+        "# Coverage: every type of transformers' mappings on every mesh",
+        f"Written by `{command}` on {datetime.date.today().isoformat()}, {os.cpu_count()} cores, {jobs} at a time; "
+        + f"{state}."
+        + (f" Wall clock: {seconds / 60:.1f} min." if seconds else "")
+        + f" Median {median:.1f} s a type.",
+        _HOW,
+        "## Totals",
+        _totals(shown, by_task, meshes),
+        *(_causal_bars(by_task["causal-lm"], meshes) if by_task["causal-lm"] else ()),
+    ]
+    for task in shown:
+        parts += [f"## {task.title} ({task.name})", _type_table(task, by_task[task.name], meshes)]
+        parts += _reasons(by_task[task.name], meshes)
+    return "\n\n".join(parts) + "\n"
+
+
+_HOW = """\
+Each type is built tiny from its config class, with random numbers in every parameter, run by itself, split over each
+mesh (tp x pp), simulated, and compared: **right** is a relative error of at most 1e-6 in float64, or 1e-4 where the
+model itself cannot run in float64 (marked f32). *Sharded* is the share of the bytes of matmul weights and embeddings
+that no rank of 2x1 holds whole; *AR* the all_reduces per layer of a forward there. *KV cache* is a prompt, then token
+by token, against the whole sequence at once (or against the model's own cache, where that gives something else).
+**refused** is an error on purpose, **crashed** is not; both give their reasons below. "no pads": the model's own output
+is not finite with padding."""
+
+
+def is_right(result: Result, meshes: Iterable[str]) -> bool:
+    return result["built"] and all(result["meshes"].get(mesh, {}).get("verdict") == "right" for mesh in meshes)
+
+
+def decodes_right(result: Result) -> bool:
+    decoding = result.get("decoding") or {}
+    return bool(decoding) and all(entry["verdict"] == "right" for entry in decoding.values())
+
+
+def _is_worth_it(result: Result) -> bool:
+    """Sharded enough, with few enough collectives."""
+    reduces = result.get("all_reduces_per_layer")
+    return result.get("share_sharded", 0.0) >= SHARE_BAR and reduces is not None and reduces <= REDUCE_BAR
+
+
+def _totals(tasks: Sequence[Task], by_task: dict[str, list[Result]], meshes: Sequence[str]) -> str:
+    rows = []
+    for task in tasks:
+        found = by_task[task.name]
+        built = [r for r in found if r["built"]]
+        right = sum(is_right(r, meshes) for r in built)
+        counts = [sum(_verdict(r, mesh) == "right" for r in built) for mesh in meshes]
+        wrong = sum(any(_verdict(r, mesh) == "wrong" for mesh in meshes) for r in built)
+        share = f"{right / len(built):.0%}" if built else "-"
+        decoding = str(sum(map(decodes_right, built))) if task.decodes else ""
+        worth = str(sum(is_right(r, meshes) and _is_worth_it(r) for r in built))
+        rows.append([task.name, len(found), len(built), f"{right} ({share})", *counts, wrong, worth, decoding])
+    header = ["task", "types", "built", "right on all", *meshes, "wrong on any"]
+    return table([*header, f"of the right: >= {SHARE_BAR:.0%} sharded, AR <= {REDUCE_BAR:.0f}", "KV cache right"], rows)
+
+
+def _causal_bars(results: Sequence[Result], meshes: Sequence[str]) -> list[str]:
+    built = [r for r in results if r["built"]]
+    right = [r for r in built if is_right(r, meshes)]
+    numbers = [
+        ("types that build here without extra packages", len(built), None),
+        (f"of them right on {', '.join(meshes)}", len(right), 105),
+        (f"of these >= {SHARE_BAR:.0%} sharded and <= {REDUCE_BAR:.0f} all_reduces per layer",
+         sum(map(_is_worth_it, right)), 95),
+        ("of the types that build, KV-cache decoding right", sum(map(decodes_right, built)), 90),
+    ]  # fmt: skip
+    lines = [f"- {text}: **{count}**" + (f" (wanted: {bar})" if bar else "") for text, count, bar in numbers]
+    return ["Causal language models:", "\n".join(lines)]
+
+
+def _type_table(task: Task, results: Sequence[Result], meshes: Sequence[str]) -> str:
+    rows = []
+    for result in sorted((r for r in results if r["built"]), key=lambda r: r["type"]):
+        share, reduces = result.get("share_sharded"), result.get("all_reduces_per_layer")
+        notes = ["f32"] * (result.get("dtype") == "float32") + ["no pads"] * (result.get("padded") is False)
+        row = [result["type"], *(_verdict(result, mesh) for mesh in meshes)]
+        row += ["-" if share is None else f"{share:.0%}", "-" if reduces is None else f"{reduces:.3g}"]
+        if task.decodes:
+            row.append(_decoding(result))
+        rows.append([*row, ", ".join(notes), f"{result['seconds']:.1f}"])
+    header = ["type", *meshes, "sharded", "AR", *(["KV cache"] if task.decodes else []), "", "s"]
+    return table(header, rows)
+
+
+def _decoding(result: Result) -> str:
+    decoding = result.get("decoding") or {}
+    if not decoding:
+        return "none"
+    verdicts = list(dict.fromkeys(entry["verdict"] for entry in decoding.values()))
+    if len(verdicts) == 1:
+        return verdicts[0]
+    return ", ".join(f"{entry['verdict']} {mesh}" for mesh, entry in decoding.items())
+
+
+def _verdict(result: Result, mesh: str) -> str:
+    return result.get("meshes", {}).get(mesh, {}).get("verdict", "-")
+
+
+def failures(result: Result, meshes: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(where, verdict, reason) of everything of this type that is not right, like reasons put together."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for kind, entries in (("", result.get("meshes", {})), ("KV cache ", result.get("decoding") or {})):
+        for mesh, entry in entries.items():
+            if entry["verdict"] != "right" and (kind or mesh in meshes):
+                found.setdefault((entry["verdict"], entry["reason"]), []).append(kind + mesh)
+    return [(", ".join(where), verdict, reason) for (verdict, reason), where in found.items()]
+
+
+def _reasons(results: Sequence[Result], meshes: Sequence[str]) -> list[str]:
+    parts = []
+    lines = [
+        f"- **{result['type']}** ({where}) {verdict}: {_escaped(reason)}"
+        for result in sorted(results, key=lambda r: r["type"])
+        if result["built"]
+        for where, verdict, reason in failures(result, meshes)
+    ]
+    if lines:
+        parts += ["### Not right, and why", "\n".join(lines)]
+    lines = [
+        f"- **{result['type']}** ({result['class']}): {_escaped(result['reason'])}"
+        for result in sorted(results, key=lambda r: r["type"])
+        if not result["built"]
+    ]
+    if lines:
+        parts += ["### Not built, and why", "\n".join(lines)]
+    return parts
+
+
+def _escaped(text: str) -> str:
+    """So that markdown shows it as it is."""
+    return text.replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+
+
+def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """A markdown table whose columns line up in a terminal too."""
+    lines = [[str(cell) for cell in line] for line in (header, *rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines.insert(1, ["-" * max(width, 1) for width in widths])
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
