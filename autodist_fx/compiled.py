@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.fx
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from autodist_fx.errors import AutodistError
+from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.runtime.local_cache import local_cache
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, join
 from autodist_fx.runtime.simulate import simulate
@@ -28,12 +29,13 @@ from cost_model.op_graph import OpGraph
 from cost_model.plan import PartitionPlan
 from cost_model.planner import PlanRequest
 from cost_model.planner import plan as make_plan
+from passes.functionalize import functionalize
 from passes.graph_text import graph_diff
 from passes.normalize import normalize
 from passes.op_graph import build_op_graph, fingerprint, parameter_names
 from passes.pass_manager import emit_rank
 from passes.program import RankProgram
-from passes.shapes import Example
+from passes.shapes import Example, bending_points
 from passes.verify import verify as verify_programs
 
 if TYPE_CHECKING:
@@ -121,7 +123,7 @@ class _Variant:
         given: PartitionPlan | None,
     ) -> _Variant:
         traced = trace(model, input_names=input_names, use_cache=use_cache, concrete_args=concrete_args)
-        normalize(traced.graph_module, _examples(traced))
+        normalize(traced.graph_module, _examples_for(traced))
         graph = build_op_graph(traced.graph_module)
         print_of_it = fingerprint(graph)
         if given is None:
@@ -135,11 +137,25 @@ class _Variant:
         return frozenset(self.traced.input_names), self.traced.use_cache
 
 
-def _examples(traced: TracedModel) -> tuple[Example, Example]:
+def _examples_for(traced: TracedModel) -> tuple[Example, Example]:
+    """Examples that tell what depends on the model's own sizes, of chunks: the second is a multiple, the first none."""
+    functionalize(traced.graph_module)
+    examples = _examples(traced)
+    points = bending_points(traced.graph_module, examples)
+    if not points:
+        return examples
+    first, second = _EXAMPLES
+    chunks = math.lcm(*points)
+    seq = chunks * math.ceil((2 * max(points) + second.seq) / chunks)
+    if seq < 2**20:
+        return _examples(traced, replace(second, seq=seq))
+    raise TracingError(f"no example lengths tell what depends on {sorted(points)}: please report the model's config")
+
+
+def _examples(traced: TracedModel, second: Sizes = _EXAMPLES[1]) -> tuple[Example, Example]:
     """In the second the cache is longer than any window: there the keys that a layer with one sees no longer grow."""
     longest = max((int(kind.partition(":")[2]) for kind in traced.layer_kinds if ":" in kind), default=0)
-    first, second = _EXAMPLES
-    return _example(traced, first), _example(traced, replace(second, past=second.past + longest))
+    return _example(traced, _EXAMPLES[0]), _example(traced, replace(second, past=second.past + longest))
 
 
 def _example(traced: TracedModel, sizes: Sizes) -> Example:

@@ -21,7 +21,6 @@ from torch.fx.node import map_arg
 
 from passes.functionalize import functionalize
 from passes.shapes import Example, annotate
-from passes.spell_out_calls import spell_out_calls
 
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
 _EXPANDS = ("expand", "expand_as", "broadcast_to")
@@ -62,7 +61,6 @@ def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Examp
     functionalize(graph_module)
     second = annotate(graph_module, examples)
     graph = graph_module.graph
-    spell_out_calls(graph)
     _spell_out_tuples(graph, second)
     _fold_scalars(graph, second, examples)
     graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))
@@ -82,6 +80,7 @@ def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Examp
 def _fold_scalars(graph: torch.fx.Graph, second: dict[Node, Any], examples: tuple[Example, Example]) -> None:
     """Replace every number, size, dtype and device by a literal or by one of a few nodes at the top."""
     lengths = _length_nodes(graph, second)
+    lengths = _WithChunks(graph, second, lengths)
     anchor = next((n for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], torch.Tensor)), None)
     device: Node | None = None
 
@@ -103,15 +102,9 @@ def _fold_scalars(graph: torch.fx.Graph, second: dict[Node, Any], examples: tupl
         if isinstance(a, (bool, float)) and a == b:
             return a
         if isinstance(a, int) and not isinstance(a, bool):
-            if a != b and (a, b) not in lengths:
-                product = _product(graph, inputs, a, b)
-                if product is not None:
-                    lengths[a, b], second[product] = product, b
-                    known.add(product)
             return a if a == b else lengths[a, b]
         raise KeyError(a)
 
-    inputs = dict(lengths)
     known = set(lengths.values())
     for node in list(graph.nodes):
         if node.op in ("placeholder", "output", "get_attr") or node in known or node is device or not is_pure(node):
@@ -149,25 +142,53 @@ def _length_nodes(graph: torch.fx.Graph, second: dict[Node, Any]) -> dict[tuple[
         with graph.inserting_after(inputs[-1]):
             name = names.get(node.meta["symbols"][dim], "length")
             length = graph.create_node("call_function", torch.ops.aten.sym_size.int, (node, dim), name=name)
-        length.meta["val"] = pair[0]
+        length.meta["val"], second[length] = pair
         lengths[pair] = length
     return lengths
 
 
-def _product(graph: torch.fx.Graph, inputs: dict[tuple[int, int], Node], a: int, b: int) -> Node | None:
-    """A node for what is `a` and `b` at the two examples, at the top of the graph: a length of the inputs times another
-    or times a number ("B*S", "B*16"). So no stage has to know a tensor of another stage for its size."""
-    for (x, y), length in inputs.items():
-        rest: Node | int | None = inputs.get((a // x, b // y)) if x and y and a % x == b % y == 0 else None
-        if rest is None and x and y and (a // x * x, a // x * y) == (a, b):
-            rest = a // x
-        if rest is not None:
-            last = max((n for n in (length, rest) if isinstance(n, Node)), key=_position(graph))
-            with graph.inserting_after(last):
-                product = graph.call_function(operator.mul, (length, rest))
-            product.meta["val"] = a
-            return product
-    return None
+class _WithChunks(dict[tuple[int, int], Node]):
+    """Lengths by their values at both examples; also the number of chunks that a length of the inputs makes.
+
+    ceil(S / 64), that and one more, and that times 64, are computed from S at the top of the graph, where the model
+    may read them off a tensor that not every stage has. The examples tell them from floor(S / 64) and from
+    floor(S / 64) + 1: the second length is a multiple of 64, the first is none.
+    """
+
+    def __init__(
+        self, graph: torch.fx.Graph, second: dict[Node, Any], lengths: dict[tuple[int, int], Node]
+    ) -> None:
+        super().__init__(lengths)
+        self.graph, self.second = graph, second
+        self.sizes = {a for n in graph.nodes if op_name(n) in ("mod", "floordiv") for a in n.args if type(a) is int}
+        self.inputs = dict(lengths)
+
+    def __missing__(self, pair: tuple[int, int]) -> Node:
+        for (a, b), length in self.inputs.items():
+            for size in self.sizes:
+                if size < 2 or a % size == 0 or b % size:
+                    continue
+                chunks = (-(-a // size), -(-b // size))
+                steps = [(operator.add, size - 1), (operator.floordiv, size)]
+                if pair == chunks:
+                    return self._make(length, pair, steps)
+                if pair == (chunks[0] * size, chunks[1] * size):
+                    return self._make(length, pair, [*steps, (operator.mul, size)])
+                if pair == (chunks[0] + 1, chunks[1] + 1):
+                    return self._make(length, pair, [*steps, (operator.add, 1)])
+        raise KeyError(pair)
+
+    def _make(self, length: Node, pair: tuple[int, int], steps: list[tuple[Callable[[int, int], int], int]]) -> Node:
+        last = max(self.values(), key=_position(self.graph))
+        made = length
+        for operation, number in steps:
+            with self.graph.inserting_after(last):
+                last = self.graph.call_function(operation, (made, number))
+            last.meta["val"] = operation(made.meta["val"], number)
+            self.second[last] = operation(self.second[made], number)
+            made = last
+        self[pair] = made
+        return made
 
 
 def _replace_everywhere(node: Node, value: Any) -> None:

@@ -59,20 +59,41 @@ class Sizes:
             self._names[a[x], b[x]] = x
 
     def symbol(self, first: int, second: int) -> str:
-        """ "" for a constant, "B" for a known length, "B*16" for a multiple of one, "?5" for one that follows the
-        inputs in an unknown way."""
+        """ "" for a constant, "B" for a known length, "?5" for one that follows the inputs in an unknown way."""
         if first == second:
             return ""
-        for (a, b), name in {(first, second): self._names.get((first, second)), **self._names}.items():
-            times = first // a if a else 0
-            if name is not None and times and (times * a, times * b) == (first, second):
-                return name if times == 1 else f"{name}*{times}"
-        return f"?{first}"
+        return self._names.get((first, second), f"?{first}")
 
     def of_shape(self, first: torch.Size, second: torch.Size) -> tuple[str, ...]:
         if len(first) != len(second):
             return tuple(f"?{n}" for n in first)
         return tuple(self.symbol(x, y) for x, y in zip(first, second, strict=True))
+
+
+_BENDING = ("mod", "floordiv", "max", "min")
+
+
+def bending_points(graph_module: torch.fx.GraphModule, examples: tuple[Example, Example]) -> set[int]:
+    """Numbers that lengths are divided by or compared with: the chunk size that a sequence is padded to multiples of.
+
+    What comes of such an op may be equal for two lengths without being constant, so that examples have to be chosen on
+    both sides of these numbers, and with different remainders.
+    """
+    candidates = [
+        (node, [a for a in node.args if type(a) is int and a > 1])
+        for node in graph_module.graph.nodes
+        if node.op == "call_function" and getattr(node.target, "__name__", "") in _BENDING
+    ]
+    if not any(numbers for _, numbers in candidates):
+        return set()
+    interpreter = ShapeInterpreter(graph_module)
+    first, second = interpreter.values(examples[0]), interpreter.values(examples[1])
+    return {
+        number
+        for node, numbers in candidates
+        if any(type(first[a]) is int and first[a] != second[a] for a in node.all_input_nodes)
+        for number in numbers
+    }
 
 
 def annotate(graph_module: torch.fx.GraphModule, examples: tuple[Example, Example]) -> dict[torch.fx.Node, Any]:

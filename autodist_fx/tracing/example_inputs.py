@@ -107,7 +107,7 @@ def embedding_dim(model: PreTrainedModel) -> int:
     """Of a token's embedding, for `inputs_embeds`; 0 for a model that embeds no tokens."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
-    except (NotImplementedError, AttributeError):  # some models of images have the method, and nothing to return
+    except NotImplementedError:
         weight = None
     return 0 if weight is None else int(weight.shape[-1])
 
@@ -121,7 +121,7 @@ def image_shape(config: PretrainedConfig) -> tuple[int, ...]:
     return getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3, height, width
 
 
-def unmistakable_sizes(model: PreTrainedModel, other_than: Sizes | None = None) -> Sizes:
+def unmistakable_sizes(model: PreTrainedModel) -> Sizes:
     """Sizes to trace with that cannot be taken for a dimension of the model, nor for a part of one.
 
     Primes that divide no dim of a parameter or buffer and no number in the config: then neither do they equal a head
@@ -135,8 +135,6 @@ def unmistakable_sizes(model: PreTrainedModel, other_than: Sizes | None = None) 
         return all(dim % size for dim in dims)
 
     candidates = [prime for prime in _primes(5, 300) if free(prime)]
-    if other_than is not None:
-        candidates = [n for n in candidates if n not in (other_than.batch, other_than.seq, other_than.past)]
     for batch, seq, past in itertools.permutations(candidates[:8], 3):
         if batch < seq and free(seq + past):
             source = next(size for size in candidates if size not in (batch, seq, past, seq + past))

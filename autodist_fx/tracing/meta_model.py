@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dis
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -32,7 +34,29 @@ def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
     for parameter in model.parameters():
         # to("meta") of a parameter is a tensor of that shape, strides and dtype, without storage.
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        _forget_calls(module)
+    return copied
+
+
+def _forget_calls(module: nn.Module) -> None:
+    """Drop tensors that an earlier call left on the module: a recurrent state, which the next sequence starts without.
+
+    They are plain attributes, neither parameters nor buffers, which a method writes.
+    """
+    left = [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+    if left:
+        written = {
+            instruction.argval
+            for cls in type(module).__mro__
+            for name, method in vars(cls).items()
+            if inspect.isfunction(method) and name != "__init__"
+            for instruction in dis.get_instructions(inspect.unwrap(method))
+            if instruction.opname == "STORE_ATTR"
+        }
+        for name in written.intersection(left):
+            setattr(module, name, None)
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -7,9 +7,11 @@ them too.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +21,8 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils, model
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import fx as hf_fx
 
-from autodist_fx.tracing.constants import CONVERSIONS
+from autodist_fx.tracing.decisions import decide, longest
+from autodist_fx.tracing.loops import outlined_loops
 
 PATCH_LOCK = threading.RLock()  # reentrant: traceable() may be entered by a holder of it
 
@@ -35,10 +38,7 @@ def traceable(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
 
         def patch(owner: Any, name: str, value: Any) -> None:
             # owner.__dict__ and not getattr: a staticmethod has to come back as one.
-            if name in owner.__dict__:
-                undo.callback(setattr, owner, name, owner.__dict__[name])
-            else:
-                undo.callback(delattr, owner, name)
+            undo.callback(setattr, owner, name, owner.__dict__[name])
             setattr(owner, name, value)
 
         for config in _configs(model):
@@ -70,15 +70,49 @@ def traceable(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
         if hasattr(fx_symbolic_trace, "is_fx_symbolic_tracing"):  # what is_fx_tracing warns to use instead
             patch(hf_fx, "is_fx_tracing", fx_symbolic_trace.is_fx_symbolic_tracing)
         patch(torch, "autocast", _autocast)
-
-        for name, convert in CONVERSIONS.items():
-            patch(hf_fx.HFProxy, name, convert)
-        for defined_in in {sys.modules[cls.__module__] for module in model.modules() for cls in type(module).__mro__}:
-            for name, value in list(vars(defined_in).items()):
-                # A compiled function takes no proxies; TorchScript keeps what it was compiled from, for torch.compile.
-                if isinstance(value, torch.jit.ScriptFunction) and hasattr(value, "_torchdynamo_inline"):
-                    patch(defined_in, name, value._torchdynamo_inline)
+        patch(hf_fx.HFProxy, "__bool__", decide)
+        undo.enter_context(outlined_loops(_defining_modules(model)))
+        for name in _defining_modules(model):
+            for function in (max, min):
+                _shadow_builtin(sys.modules[name], function, undo)
+            if vars(sys.modules[name]).get("torch") is torch and "torch.fx.Proxy" in _source(name):
+                patch(sys.modules[name], "torch", _TorchThatTracesUnseen("torch"))
         yield
+
+
+class _Nobody:
+    """A class without instances."""
+
+
+class _TorchThatTracesUnseen(types.ModuleType):
+    """torch, where nothing is a torch.fx.Proxy: for a model's file that computes something else when it is traced."""
+
+    fx = types.SimpleNamespace(Proxy=_Nobody)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@functools.cache
+def _source(module: str) -> str:
+    try:
+        return inspect.getsource(sys.modules[module])
+    except (OSError, TypeError):
+        return ""
+
+
+def _shadow_builtin(module: types.ModuleType, function: Callable[..., Any], undo: contextlib.ExitStack) -> None:
+    """In this module, the builtin can be traced; where it has a global of that name already, that one stays."""
+    name = function.__name__
+    if name not in vars(module):
+        undo.callback(vars(module).pop, name)
+        vars(module)[name] = longest(function)
+
+
+def _defining_modules(model: PreTrainedModel) -> list[str]:
+    """The Python modules that define the model's own classes."""
+    names = dict.fromkeys(cls.__module__ for module in model.modules() for cls in type(module).__mro__)
+    return [name for name in names if not name.startswith("torch.") and name not in ("builtins", "torch")]
 
 
 def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:

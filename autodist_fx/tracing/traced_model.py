@@ -82,9 +82,8 @@ def trace(
                 image_shape=image_shape(meta_model.config),
                 has_encoder=has_encoder(meta_model),
             )
-            sizes = unmistakable_sizes(meta_model)
-            inputs = examples.make(sizes)
-            tracer = Tracer(meta_model, inputs, examples.make(unmistakable_sizes(meta_model, other_than=sizes)))
+            inputs = examples.make(unmistakable_sizes(meta_model))
+            tracer = Tracer(meta_model, inputs)
             graph = tracer.trace(
                 meta_model,
                 concrete_args=fixed,

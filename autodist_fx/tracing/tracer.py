@@ -16,7 +16,9 @@ from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import fx as hf_fx
 
-from autodist_fx.tracing.constants import OtherExample
+from autodist_fx.tracing.decisions import lengths_for_tensors
+
+_TAKE_SIZES = ("full", "zeros", "ones", "empty", "arange")
 
 
 class NoKeywords(dict[str, Any]):
@@ -47,16 +49,13 @@ class Tracer(hf_fx.HFTracer):
     ("modeling_llama.py:241"), the line of the model's own code that made it.
     """
 
-    def __init__(
-        self, model: nn.Module, examples: dict[str, object], other_examples: dict[str, object] | None = None
-    ) -> None:
-        """`other_examples` are inputs of other sizes, which tell lengths from constants (see constants.py)."""
+    def __init__(self, model: nn.Module, examples: dict[str, object]) -> None:
         super().__init__()
         self.examples = examples
-        self.other_example = OtherExample(self, other_examples or {})
         self.source_files = model_source_files(model)
         self.first_failure: str | None = None  # why the first value that could not be computed on meta could not
         self.first_unknown: torch.fx.Node | None = None  # the node of that value
+        self.examples_of: dict[torch.fx.Node, Any] = {}  # what each node is with the example inputs, where known
         # HFTracer searches these lists at each access, which makes a trace quadratic in the number of layers.
         self._names = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
 
@@ -91,11 +90,15 @@ class Tracer(hf_fx.HFTracer):
         example = self.examples.get(target) if kind == "placeholder" else None
         if isinstance(example, Cache):
             named["proxy_factory_fn"] = lambda node: CacheProxy(node, self)
+        if kind == "call_function" and getattr(target, "__name__", "") in _TAKE_SIZES:
+            args, kwargs = lengths_for_tensors(args), {k: lengths_for_tensors(v) for k, v in kwargs.items()}
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **named)
         if example is not None:
             proxy.install_metadata(example)  # HFTracer's own went through a pytree, which may rebuild a cache
         elif self.first_failure is not None and self.first_unknown is None:
             self.first_unknown = proxy.node
+        if getattr(proxy, "_metadata", None) is not None:
+            self.examples_of[proxy.node] = proxy._metadata
         return proxy
 
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:

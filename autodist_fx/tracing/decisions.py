@@ -1,0 +1,118 @@
+"""`if`, sizes and `max` of traced values: what can be said without knowing the data.
+
+fx has one graph for all inputs, so that a condition must come out the same for all. Two kinds do, and are common:
+
+- values that no input's data go into (`torch.arange(n)[0] > 0`) are computed, with the example's lengths;
+- "does this mask have any padding?", asked to skip work where not: `torch.all(mask == 1)` is taken for false, since
+  masking with a mask of ones changes nothing. transformers' masking utilities are patched in the same sense.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node, Proxy
+from torch.fx.node import map_aggregate, map_arg
+from transformers.utils import fx as hf_fx
+
+
+def decide(proxy: hf_fx.HFProxy) -> bool:
+    """What `bool(proxy)` is for every input. Raises TypeError where that depends on the data."""
+    known = getattr(proxy, "_metadata", None)
+    if not isinstance(known, torch.Tensor):
+        return bool(known)
+    if _asks_for_all_ones(proxy.node):
+        return False
+    try:
+        return bool(_computed(proxy.node, proxy.tracer.examples_of, {}))
+    except _DependsOnDataError as error:
+        raise TypeError(f"a condition depends on the values of {error}") from None
+
+
+class _DependsOnDataError(Exception):
+    pass
+
+
+def lengths_for_tensors(value: Any) -> Any:
+    """`value`, an argument of torch.full or torch.arange, with lengths in place of 0-dim tensors that hold one.
+
+    Models write `cache_position[-1] + 1` for the number of tokens; it is a number only once there is data, while the
+    end of the range that the positions were made from is one now.
+    """
+    return map_aggregate(value, lambda v: _as_length(v) if isinstance(v, Proxy) else v)
+
+
+def _as_length(proxy: Proxy) -> Any:
+    known = getattr(proxy, "_metadata", None)
+    if not isinstance(known, torch.Tensor) or known.dim() or known.is_floating_point():
+        return proxy
+    found = _length_of(proxy.node, proxy.tracer)
+    return proxy if found is None else found
+
+
+def _length_of(node: Node, tracer: Any) -> Any:
+    """A number (or a proxy of one) that is always what the node holds; None where there is none to be found."""
+    name = getattr(node.target, "__name__", node.target)
+    if name in ("add", "sub") and len(node.args) == 2 and isinstance(node.args[0], Node):
+        first, second = _length_of(node.args[0], tracer), node.args[1]
+        return None if first is None or type(second) is not int else getattr(operator, str(name))(first, second)
+    if name != "getitem" or node.args[1] != -1 or not isinstance(node.args[0], Node):
+        return None
+    positions = node.args[0]
+    if getattr(positions.target, "__name__", "") != "arange":
+        return None
+    bounds = [tracer.proxy(a) if isinstance(a, Node) else a for a in positions.args]
+    for bound in (b for b in bounds if isinstance(b, Proxy)):
+        bound.install_metadata(tracer.examples_of[bound.node])
+    return bounds[-1] - 1 if len(bounds) in (1, 2) else None
+
+
+def longest(function: Any) -> Any:
+    """`max` or `min` that can be traced: which of two lengths is larger may differ from call to call."""
+
+    def compared(*args: Any, **kwargs: Any) -> Any:
+        tracer = next((a.tracer for a in args if isinstance(a, Proxy)), None)
+        return function(*args, **kwargs) if tracer is None else tracer.create_proxy("call_function", function, args, {})
+
+    return compared
+
+
+def _asks_for_all_ones(node: Node) -> bool:
+    """all(x == 1), where x is an input of the model or a part of one."""
+    if getattr(node.target, "__name__", node.target) != "all" or len(node.args) != 1:
+        return False
+    compared = node.args[0]
+    if not isinstance(compared, Node) or compared.target not in (operator.eq, torch.eq, "eq", "__eq__"):
+        return False
+    mask, one = compared.args
+    while isinstance(mask, Node) and mask.op != "placeholder" and mask.target is operator.getitem:
+        mask = mask.args[0]
+    return isinstance(mask, Node) and mask.op == "placeholder" and one == 1
+
+
+def _computed(node: Node, examples: dict[Node, Any], done: dict[Node, Any]) -> Any:
+    """The node's value, on the CPU; its tensors are made of numbers and lengths alone."""
+    if node in done:
+        return done[node]
+    known = examples.get(node)
+    if known is not None and not _has_tensors(known):
+        value = torch.device("cpu") if isinstance(known, (torch.device, hf_fx.MetaDeviceAttribute)) else known
+    elif node.op not in ("call_function", "call_method"):
+        raise _DependsOnDataError(node.name)
+    else:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: _computed(n, examples, done))
+        kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
+        if node.op == "call_method":
+            value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+    done[node] = value
+    return value
+
+
+def _has_tensors(value: Any) -> bool:
+    found = []
+    map_aggregate(value, lambda v: found.append(v) if isinstance(v, torch.Tensor) else None)
+    return bool(found) or isinstance(value, Proxy)
