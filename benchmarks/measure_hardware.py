@@ -2,9 +2,9 @@
 
     python benchmarks/measure_hardware.py [--ranks 2] [--repeats 60]
 
-Prints matmul FLOP/s per dtype, streaming bandwidth and fixed cost per op of one thread, and latency and bandwidth of
-Gloo's all_reduce, all_gather, reduce_scatter and send/recv on loopback, fitted to `seconds = latency * steps + bytes /
-bandwidth`. One thread a rank, every rank computing at once, since that is how ranks share a CPU.
+Prints matmul FLOP/s per dtype, streaming bandwidth and fixed cost per op of one thread; seconds of our communicator's
+all_reduce and all_gather (shared memory on one machine), of Gloo's own on loopback, and of a send. One thread a rank,
+every rank computing at once, since that is how ranks share a CPU.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from multiprocessing.queues import Queue
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from autodist_fx.runtime.dist_communicator import DistCommunicator
+from cost_model.mesh import Mesh
 
 Report = list[tuple[str, str]]
 MESSAGE_BYTES = (3 * 1024, 64 * 1024, 1024**2, 16 * 1024**2)
@@ -76,10 +79,12 @@ def measure_compute(repeats: int) -> Report:
 
 def measure_links(rank: int, ranks: int, repeats: int) -> Report:
     report: Report = []
+    ours = DistCommunicator(Mesh(tp=ranks), torch.device("cpu"))
     for nbytes in MESSAGE_BYTES:
         x = torch.randn(nbytes // 4)
         parts = [torch.empty(nbytes // 4 // ranks) for _ in range(ranks)]
         piece = x[: nbytes // 4 // ranks].clone()
+        split = tuple(((r * len(piece), (r + 1) * len(piece)),) for r in range(ranks))
 
         def exchange(x: torch.Tensor = x) -> None:  # there and back: half of it is one send
             if rank == 0:
@@ -90,14 +95,16 @@ def measure_links(rank: int, ranks: int, repeats: int) -> Report:
                 dist.send(x, 0)
 
         calls: list[tuple[str, Callable[[], object], float]] = [
-            ("all_reduce", lambda x=x: dist.all_reduce(x), 1.0),  # type: ignore[misc]
-            ("all_gather", lambda p=parts, y=piece: dist.all_gather(p, y), 1.0),  # type: ignore[misc]
+            ("all_reduce", lambda x=x: ours.all_reduce(x, "tp"), 1.0),  # type: ignore[misc]
+            ("all_gather", lambda y=piece, s=split: ours.all_gather(y, "tp", 0, s), 1.0),  # type: ignore[misc]
+            ("all_reduce of Gloo", lambda x=x: dist.all_reduce(x), 1.0),  # type: ignore[misc]
+            ("all_gather of Gloo", lambda p=parts, y=piece: dist.all_gather(p, y), 1.0),  # type: ignore[misc]
             ("send", exchange, 0.5),
         ]
         for name, call, share in calls:
             seconds = best_seconds(call, repeats) * share
             rate = nbytes / seconds
-            report.append((f"{name} {nbytes:>9} B whole", f"{seconds * 1e6:9.1f} us  {rate / 1e9:6.3f} GB/s"))
+            report.append((f"{name:<18} {nbytes:>9} B whole", f"{seconds * 1e6:9.1f} us  {rate / 1e9:6.3f} GB/s"))
     return report
 
 

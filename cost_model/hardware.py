@@ -92,9 +92,9 @@ CPU_GLOO = Hardware(
     memory_bytes=8 * GIB,  # a round number; who knows their machine gives a limit of their own
     op_seconds=5 * MICROSECOND,  # add 1.1 us, silu 1.3, linear 2.5, busy 4.3, 4.4, 5.0; and Python that calls them
     view_seconds=2 * MICROSECOND,  # view 0.5 us, transpose 0.6, busy 1.7 and 1.3; and Python
-    # Small all_reduces and all_gathers go as exchanges (autodist_fx/runtime/dist_communicator.py, measured there with 2
-    # ranks): 88 us for 3 KB, 290 for 64 KB, 600 for 512 KB, where Gloo's own ring takes 415, 627 and 870.
-    tp_link=Link(30 * MICROSECOND, 1.1 * GB, 60 * MICROSECOND),
+    # Ranks of one machine exchange through shared memory (autodist_fx/runtime/shared_memory.py), 2 ranks: all_reduce of
+    # 3 KB 9.8 us, 64 KB 20, 1 MiB 184, 16 MiB 2320; all_gather 14, 19, 119, 3370. Gloo: 135, 445, 403, 8065 and more.
+    tp_link=Link(2 * MICROSECOND, 5 * GB, 6 * MICROSECOND),
     # send of 3 KB, half of there and back: 69 us, busy 146; of 16 MiB: 2.7 GB/s.
     pp_link=Link(latency_seconds=100 * MICROSECOND, bandwidth=2.7 * GB, tree=False),
     ranks_per_node=64,  # loopback: however many are started

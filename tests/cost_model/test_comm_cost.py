@@ -43,9 +43,9 @@ def test_one_rank_is_silent(collective):
     assert collective(1e9, 1, TREE) == 0.0
 
 
-def test_the_measured_latency_of_gloo():
-    """All_reduces on two ranks as our runtime does them, by exchange: 88 us for 3 KB, 290 for 64 KB, 600 for 512 KB."""
-    for nbytes, measured in ((3 * 1024, 88e-6), (64 * 1024, 290e-6), (512 * 1024, 600e-6)):
+def test_the_measured_all_reduce_of_one_machine():
+    """On two ranks as our runtime does it, in shared memory; see hardware.py."""
+    for nbytes, measured in ((3 * 1024, 9.8e-6), (64 * 1024, 20e-6), (1024**2, 184e-6), (16 * 1024**2, 2320e-6)):
         assert measured / 2 < all_reduce_seconds(nbytes, 2, CPU_GLOO.tp_link) < measured * 2
 
 

@@ -283,8 +283,9 @@ def test_every_matmul_weight_is_sharded(family: str) -> None:
 
 def test_latency_alone_declines_to_split_what_is_too_small() -> None:
     config = tiny_config("llama")
-    fast = adx.compile(config, tp=2, hardware="cpu-gloo", objective="latency")
-    split = adx.compile(config, tp=2, hardware="cpu-gloo")
+    few = {"B": 1, "S": 8}
+    fast = adx.compile(config, tp=2, hardware="cpu-gloo", objective="latency", sizes=few)
+    split = adx.compile(config, tp=2, hardware="cpu-gloo", sizes=few)
     assert not census(fast.rank(0)) and all(p.placement.is_replicate for p in fast.plan.params)
     assert fast.plan.predicted_seconds < split.plan.predicted_seconds
 

@@ -1,0 +1,92 @@
+"""Memory shared by ranks: here threads of one process, each with a mapping of its own."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from autodist_fx.runtime import shared_memory
+from autodist_fx.runtime.shared_collectives import SharedCollectives
+from autodist_fx.runtime.shared_memory import open_shared_memory
+
+pytestmark = pytest.mark.skipif(not shared_memory._possible(), reason="no shared memory on this machine")
+
+
+def on_ranks(ranks: int, work: Callable[[int, shared_memory.SharedMemory | None], object], seconds: float = 20) -> list:
+    """`work(rank, memory)` on each rank."""
+    barrier, slots = threading.Barrier(ranks), [torch.empty(0)] * ranks
+
+    def run(rank: int) -> object:
+        def gather(x: torch.Tensor) -> list[torch.Tensor]:
+            slots[rank] = x
+            barrier.wait(10)
+            told = list(slots)
+            barrier.wait(10)
+            return told
+
+        return work(rank, open_shared_memory(rank, ranks, gather, timedelta(seconds=seconds)))
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(run, range(ranks)))
+
+
+def left_behind() -> set[Path]:
+    return set(shared_memory._FOLDER.glob("autodist_fx-*"))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_many_sums_one_after_the_other(ranks: int) -> None:
+    """Exact numbers, so that a slot read too early or too late shows; of many sizes, over one piece or several."""
+    before = left_behind()
+    sizes = [1, 7, 64, 1000, 3, 2500] * 20
+
+    def work(rank: int, memory: shared_memory.SharedMemory | None) -> bool:
+        assert memory is not None
+        collectives = SharedCollectives(memory, rank, ranks, slot_bytes=4096)
+        right = True
+        for i, size in enumerate(sizes):
+            base = torch.arange(size, dtype=torch.float64) + 1000 * i
+            total = collectives.all_reduce(base * (rank + 1))
+            right &= torch.equal(total, base * (ranks * (ranks + 1) // 2))
+        return right
+
+    assert on_ranks(ranks, work) == [True] * ranks
+    assert left_behind() <= before
+
+
+def test_all_ranks_do_without_when_one_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = iter((b"a" * 32, b"b" * 32))
+    monkeypatch.setattr(shared_memory, "_machine", lambda: next(machines))
+    before = left_behind()
+    assert on_ranks(2, lambda rank, memory: memory) == [None, None]
+    assert left_behind() <= before
+
+
+def test_all_ranks_do_without_when_one_cannot_map_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "_attach", lambda name, ranks: None)
+    before = left_behind()
+    assert on_ranks(3, lambda rank, memory: memory) == [None] * 3
+    assert left_behind() <= before
+
+
+def test_all_ranks_do_without_when_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "_size", lambda ranks: 2**60)
+    before = left_behind()
+    assert on_ranks(2, lambda rank, memory: memory) == [None, None]
+    assert left_behind() <= before
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    def work(rank: int, memory: shared_memory.SharedMemory | None) -> object:
+        assert memory is not None
+        if rank == 1:
+            return None
+        with pytest.raises(TimeoutError) as caught:
+            memory.exchange(torch.ones(3), (3, 3))
+        return caught.value.args
+
+    assert on_ranks(2, work, seconds=0.2) == [(1,), None]
