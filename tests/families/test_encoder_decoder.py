@@ -14,6 +14,7 @@ import autodist_fx as adx
 from autodist_fx.tracing import empty_model
 
 FAMILIES = ("t5", "bart", "m2m_100", "whisper")
+TOLERANCE = {"t5": 1e-6}  # of float64: its norms and softmaxes cast to float32
 MESHES = ((2, 1), (3, 1), (1, 2), (2, 2))
 
 
@@ -32,9 +33,9 @@ def test_forward_equals_eager(family: str, mesh: tuple[int, int]) -> None:
     assert inputs.keys() <= set(compiled.program(0).input_names)
     got = compiled.simulate(**inputs)
     expected = model(**inputs, use_cache=False)
-    assert relative_error(got.logits, expected.logits) <= 1e-9
+    assert relative_error(got.logits, expected.logits) <= TOLERANCE.get(family, 1e-9)
     last = expected.encoder_last_hidden_state
-    assert relative_error(got.encoder_last_hidden_state, last) <= 1e-9
+    assert relative_error(got.encoder_last_hidden_state, last) <= TOLERANCE.get(family, 1e-9)
     if mesh[0] > 1:
         weights = [p for p in compiled.plan.params if p.matmul]
         assert all(p.placement.is_shard for p in weights)
