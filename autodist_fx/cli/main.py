@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.process_group import leave
 
 _COMMANDS = {
     "run": "generate text, split over ranks",
@@ -22,7 +21,7 @@ USER_ERROR = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, 2 for an error that the user can mend, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args = _parser().parse_args(arguments)
+    args = _parser(arguments).parse_args(arguments)
     args.argv = arguments
     try:
         code: int = args.run(args)
@@ -30,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AutodistError as error:
         line = " ".join(str(error).split())
         print(f"autodist-fx: error: {line}", file=sys.stderr, flush=True)
-        leave(line)  # the other ranks end too, and say why
+        _leave(line)
         return USER_ERROR
     except BrokenPipeError:  # `autodist-fx plan ... | head`
         sys.stderr.close()
@@ -39,13 +38,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _leave(failure: str) -> None:
+    """The other ranks end too, and say why."""
+    from autodist_fx.runtime.process_group import leave  # which imports torch
+
+    leave(failure)
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Only the subcommand that is called is imported: torch and transformers take seconds, and --help needs neither."""
+    called = next((a for a in arguments if not a.startswith("-")), None)
     parser = argparse.ArgumentParser(
         prog="autodist-fx",
         description="Splits an unmodified Hugging Face model over tensor- and pipeline-parallel ranks.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in _COMMANDS.items():
+        if name != called:
+            commands.add_parser(name, help=summary)
+            continue
         module = importlib.import_module(f"autodist_fx.cli.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(command)
