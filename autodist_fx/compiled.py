@@ -15,10 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from autodist_fx.errors import AutodistError, TracingError
-from autodist_fx.runtime.local_cache import local_cache
+from autodist_fx.runtime.local_cache import encoder_view, local_cache
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, join
 from autodist_fx.runtime.simulate import simulate
 from autodist_fx.tracing import Sizes, TracedModel, trace
+from autodist_fx.tracing.cross_cache import CROSS
 from autodist_fx.weights.load import load_rank
 from autodist_fx.weights.module_source import ModuleSource
 from cost_model import hardware as presets
@@ -29,6 +30,7 @@ from cost_model.op_graph import OpGraph
 from cost_model.plan import PartitionPlan
 from cost_model.planner import PlanRequest
 from cost_model.planner import plan as make_plan
+from cost_model.subplan import subplan
 from passes.functionalize import functionalize
 from passes.graph_text import graph_diff
 from passes.normalize import normalize
@@ -36,7 +38,9 @@ from passes.op_graph import build_op_graph, fingerprint, parameter_names
 from passes.pass_manager import emit_rank
 from passes.program import RankProgram
 from passes.shapes import Example, bending_points
+from passes.split_encoder import split_encoder
 from passes.verify import verify as verify_programs
+from passes.verify_handover import verify_handover
 
 if TYPE_CHECKING:
     from autodist_fx.runtime.generation import DistributedCausalLM
@@ -111,6 +115,10 @@ class _Variant:
     sources: dict[int, str]  # id of each parameter and buffer -> its name
     programs: dict[int, RankProgram] = field(default_factory=dict)
     loaded: bool = False
+    # Of a model whose decoder reads an encoder's output through a cache: this is the decoder's step, `encoder` what
+    # fills that cache, and `whole_plan` the plan that both are parts of.
+    encoder: _Variant | None = None
+    whole_plan: PartitionPlan | None = None
 
     @classmethod
     def make(
@@ -130,25 +138,43 @@ class _Variant:
             given = make_plan(graph, request, model=traced.model_class, fingerprint=print_of_it)
         else:
             _refuse_foreign(given, print_of_it, traced.model_class)
-        return cls(traced, graph, given, parameter_names(traced.graph_module))
+        names = parameter_names(traced.graph_module)
+        if CROSS in traced.layer_kinds:
+            return cls._split(traced, given, names)
+        return cls(traced, graph, given, names)
+
+    @classmethod
+    def _split(cls, traced: TracedModel, plan: PartitionPlan, names: dict[int, str]) -> _Variant:
+        cross = [index for index, kind in enumerate(traced.layer_kinds) if kind == CROSS]
+        parts = []
+        for module in split_encoder(traced.graph_module, cross):
+            graph = build_op_graph(module, names)
+            inputs = tuple(str(n.target) for n in module.graph.nodes if n.op == "placeholder")
+            part = replace(traced, graph_module=module, input_names=inputs)
+            parts.append(cls(part, graph, subplan(plan, graph, fingerprint(graph)), names))
+        encoder, step = parts
+        step.encoder, step.whole_plan = encoder, plan
+        return step
 
     @property
     def key(self) -> tuple[frozenset[str], bool]:
-        return frozenset(self.traced.input_names), self.traced.use_cache
+        names = set(self.traced.input_names)
+        if self.encoder is not None:
+            names.update(self.encoder.traced.input_names)
+        return frozenset(names), self.traced.use_cache
 
 
 def _examples_for(traced: TracedModel) -> tuple[Example, Example]:
     """Examples that tell what depends on the model's own sizes, of chunks: the second is a multiple, the first none."""
     functionalize(traced.graph_module)
-    examples = _examples(traced)
-    points = bending_points(traced.graph_module, examples)
+    points = bending_points(traced.graph_module, _examples(traced))
     if not points:
-        return examples
-    first, second = _EXAMPLES
+        return _examples(traced)  # new ones: a run fills their caches
+    second = _EXAMPLES[1]
     chunks = math.lcm(*points)
     seq = chunks * math.ceil((2 * max(points) + second.seq) / chunks)
     if seq < 2**20:
-        return _examples(traced, replace(second, seq=seq))
+        return _examples(traced, replace(second, seq=seq, source=seq + chunks))
     raise TracingError(f"no example lengths tell what depends on {sorted(points)}: please report the model's config")
 
 
@@ -199,7 +225,7 @@ class CompiledModel:
     @property
     def plan(self) -> PartitionPlan:
         """Every decision made; print it, save it, compare it."""
-        return self._main.plan
+        return self._main.whole_plan or self._main.plan
 
     @property
     def mesh(self) -> Mesh:
@@ -223,6 +249,11 @@ class CompiledModel:
         """Everything that global rank `rank` needs; parameters on meta until loaded."""
         return self._program(self._main, rank)
 
+    def encoder_program(self, rank: int) -> RankProgram | None:
+        """What global rank `rank` runs once for an input, before `program` at each step of a decoder; None where the
+        model, or this form of it, has no such part. It writes what the steps read into their cache."""
+        return None if self._main.encoder is None else self._program(self._main.encoder, rank)
+
     def rank(self, rank: int) -> torch.fx.GraphModule:
         """The GraphModule of global rank `rank`."""
         return self.program(rank).graph_module
@@ -239,7 +270,8 @@ class CompiledModel:
         """All ranks in this process, a thread each; the outputs that `model(**inputs)` would have.
 
         With `use_cache` or a cache among the inputs, `past_key_values` in the output is a `SimulatedCache`, to be
-        passed to the next call; None starts an empty one. Raises AutodistError where the model has no weights.
+        passed to the next call; None starts an empty one. What an encoder reads is given in the first call, in which
+        it runs, and may be left out later. Raises AutodistError where the model has no weights.
         """
         wants_cache = bool(inputs.pop("use_cache", False)) or "past_key_values" in inputs
         variant = self._variant_for(inputs, wants_cache)
@@ -249,6 +281,7 @@ class CompiledModel:
             per_rank = [given] * self.mesh.size
             return ModelOutput(_merged(simulate(list(variant.programs.values()), per_rank)))
         cache = given.pop("past_key_values", None)
+        encoded: dict[str, Any] = {}
         if not isinstance(cache, SimulatedCache):
             if cache is not None and cache.get_seq_length() > 0:
                 raise AutodistError(
@@ -256,12 +289,27 @@ class CompiledModel:
                     "pass on the one it returns"
                 )
             cache = SimulatedCache([local_cache(variant.traced.config, p) for p in variant.programs.values()])
+            if variant.encoder is not None:
+                encoded = self._encode(variant, given, cache)
+        if variant.encoder is not None:
+            given = {**cache.encoder_inputs, **given}
         filled = self._filled(variant, given, cache.length)
         per_rank = [{**filled, "past_key_values": own} for own in cache.ranks]
-        outputs = _merged(simulate(list(variant.programs.values()), per_rank))
+        outputs = {**encoded, **_merged(simulate(list(variant.programs.values()), per_rank))}
         cache.length += _step_length(given)
         outputs["past_key_values"] = cache
         return ModelOutput(outputs)
+
+    def _encode(self, variant: _Variant, given: Mapping[str, Any], cache: SimulatedCache) -> dict[str, Any]:
+        """Fill those layers of `cache` that hold what the encoder gives, and note what it was given; its outputs."""
+        assert variant.encoder is not None
+        encoder = variant.encoder
+        cache.encoder_inputs = {name: given[name] for name in encoder.traced.input_names if name in given}
+        per_rank = [
+            {**cache.encoder_inputs, "past_key_values": encoder_view(own, variant.programs[r], encoder.programs[r])}
+            for r, own in enumerate(cache.ranks)
+        ]
+        return _merged(simulate(list(encoder.programs.values()), per_rank))
 
     def to_distributed(
         self,
@@ -343,10 +391,17 @@ class CompiledModel:
     def _verify(self, variant: _Variant) -> None:
         programs = [self._program(variant, rank) for rank in range(self.mesh.size)]
         verify_programs(programs, variant.plan, variant.graph, variant.traced.graph_module)
+        if variant.encoder is not None:
+            self._verify(variant.encoder)
+            writers = [self._program(variant.encoder, rank) for rank in range(self.mesh.size)]
+            written = variant.encoder.plan, variant.encoder.graph
+            verify_handover(writers, written, programs, (variant.plan, variant.graph))
 
     def _load(self, variant: _Variant) -> None:
         if variant.loaded:
             return
+        if variant.encoder is not None:
+            self._load(variant.encoder)
         self._refuse_without_weights("simulate")
         source = ModuleSource(self._model)
         buffers = dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))
@@ -362,12 +417,13 @@ class CompiledModel:
 
     def _filled(self, variant: _Variant, given: Mapping[str, Any], past: int) -> dict[str, Any]:
         """Positions that the graph takes and the caller left to the model, as transformers' generate sets them."""
-        ids = given.get("input_ids", given.get("inputs_embeds"))
+        ids = _tokens(given)
         batch, seq = ids.shape[:2]
         filled = dict(given)
         names = variant.traced.input_names
-        if "attention_mask" in names and "attention_mask" not in filled:
-            filled["attention_mask"] = torch.ones(batch, past + seq, dtype=torch.long, device=ids.device)
+        mask = "decoder_attention_mask" if variant.traced.has_encoder else "attention_mask"
+        if mask in names and mask not in filled:
+            filled[mask] = torch.ones(batch, past + seq, dtype=torch.long, device=ids.device)
         if "cache_position" in names and "cache_position" not in filled:
             filled["cache_position"] = torch.arange(past, past + seq, device=ids.device)
         if "position_ids" in names and "position_ids" not in filled:
@@ -384,14 +440,20 @@ class SimulatedCache:
 
     ranks: list[Any]
     length: int = 0
+    encoder_inputs: dict[str, Any] = field(default_factory=dict)  # what the encoder was given, where there is one
 
     def get_seq_length(self) -> int:
         return self.length
 
 
+def _tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Of the step: a decoder's, where an encoder has its own. [batch, tokens, ...]"""
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+    return next(inputs[name] for name in names if name in inputs)
+
+
 def _step_length(inputs: Mapping[str, Any]) -> int:
-    ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
-    return int(ids.shape[1])
+    return int(_tokens(inputs).shape[1])
 
 
 def _merged(outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

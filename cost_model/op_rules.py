@@ -430,3 +430,12 @@ def cache_update(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mappi
     if len(k) != 4 or len(v) != 4 or k[1] != v[1]:
         return OpRule()
     return OpRule((Letter("heads", k[1], (DimLink(0, 1), DimLink(1, 1)), (DimLink(0, 1), DimLink(1, 1))),))
+
+
+@rule("cache_read")
+def cache_read(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """Keys [b,g,t,d] and values [b,g,t,e] as an update has left them."""
+    k, v = outputs
+    if len(k) != 4 or len(v) != 4 or k[1] != v[1]:
+        return OpRule()
+    return OpRule((Letter("heads", k[1], (), (DimLink(0, 1), DimLink(1, 1))),))

@@ -15,7 +15,8 @@ from cost_model.errors import PlanError
 from passes.context import RankContext
 
 # Methods of transformers' Cache that take a layer's index, and the index's position among the arguments.
-_LAYER_ARGUMENT = {"update": 3, "get_seq_length": 1, "get_mask_sizes": 2}
+_LAYER_ARGUMENT = {"update": 3, "read": 1, "get_seq_length": 1, "get_mask_sizes": 2}
+_OWNS = ("update", "read")  # what is done where a layer lies
 
 
 def localize_cache(module: torch.fx.GraphModule, ctx: RankContext, layer_kinds: Sequence[str]) -> torch.fx.GraphModule:
@@ -25,7 +26,7 @@ def localize_cache(module: torch.fx.GraphModule, ctx: RankContext, layer_kinds: 
     stage does not have is put to one of its own of the same kind, which holds as many tokens.
     """
     calls = [n for n in module.graph.nodes if n.op == "call_method" and n.target in _LAYER_ARGUMENT]
-    owned = sorted({_layer(n) for n in calls if n.target == "update"})
+    owned = sorted({_layer(n) for n in calls if n.target in _OWNS})
     local = {layer: i for i, layer in enumerate(owned)}
     for node in calls:
         layer = _layer(node)

@@ -49,9 +49,12 @@ _ELEMENTWISE_MODULES = {
 }  # fmt: skip
 
 
-def build_op_graph(graph_module: torch.fx.GraphModule) -> OpGraph:
-    """The OpGraph of a normalised graph. Op names are node names; parameters and buffers go by their path."""
-    return _Builder(graph_module).build()
+def build_op_graph(graph_module: torch.fx.GraphModule, names: dict[int, str] | None = None) -> OpGraph:
+    """The OpGraph of a normalised graph. Op names are node names; parameters and buffers go by their path.
+
+    `names`: `parameter_names` of the model, where the graph is a part of it.
+    """
+    return _Builder(graph_module, names).build()
 
 
 def fingerprint(graph: OpGraph) -> str:
@@ -75,12 +78,12 @@ def parameter_names(graph_module: torch.fx.GraphModule) -> dict[int, str]:
 
 
 class _Builder:
-    def __init__(self, graph_module: torch.fx.GraphModule) -> None:
+    def __init__(self, graph_module: torch.fx.GraphModule, names: dict[int, str] | None = None) -> None:
         self.module = graph_module
         self.ops: list[Op] = []
         self.refs: dict[Node, TensorRef] = {}
         self.state: dict[str, str] = {}  # parameters and buffers met, by their one name
-        self.names = parameter_names(graph_module)
+        self.names = parameter_names(graph_module) if names is None else names
         self.matmul_weights: set[str] = set()
 
     def build(self) -> OpGraph:
@@ -430,6 +433,14 @@ def _cache_update(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any
     if node.op != "call_method" or not isinstance(node.args[3], int):
         return None
     return "cache_update", inputs, {"layer": node.args[3]}
+
+
+@_handles("read")
+def _cache_read(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
+    """What an update of another graph left in a layer of the cache."""
+    if node.op != "call_method" or not isinstance(node.args[1], int):
+        return None
+    return "cache_read", [], {"layer": node.args[1]}
 
 
 

@@ -68,4 +68,5 @@ def emit_rank(
         input_names=inputs,
         param_shards=dict(ctx.param_shards),
         cache_layers=ctx.cache_layers,
+        cache_kinds=tuple(layer_kinds[layer] for layer in ctx.cache_layers),
     )

@@ -26,6 +26,7 @@ class RankProgram:
     input_names: tuple[str, ...]
     param_shards: Mapping[str, ParamShard]  # by name in graph_module
     cache_layers: tuple[int, ...]  # the global cache layer behind each local one
+    cache_kinds: tuple[str, ...] = ()  # what each local one is: "full", "sliding:4096", "cross"
 
     @property
     def stage(self) -> int:

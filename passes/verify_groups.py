@@ -92,6 +92,7 @@ def check_outputs(facts: Sequence[RankFacts], plan: PartitionPlan, graph: OpGrap
 
 _STAGE = "passes/extract_stage.py"
 _CACHE = "passes/localize_cache.py"
+_CACHED = ("cache_update", "cache_read")
 
 
 def check_caches(facts: Sequence[RankFacts], plan: PartitionPlan, graph: OpGraph) -> None:
@@ -100,14 +101,14 @@ def check_caches(facts: Sequence[RankFacts], plan: PartitionPlan, graph: OpGraph
     for stage in range(plan.mesh.pp):
         group = [facts[r] for r in plan.mesh.tp_group(stage)]
         layers = group[0].program.cache_layers
-        planned = [op.name for op in plan.ops if op.kind == "cache_update" and stage in op.stages]
+        planned = [op.name for op in plan.ops if op.kind in _CACHED and stage in op.stages]
         for of_rank in group:
             _check_rank_cache(of_rank.program, of_rank, layers, planned)
         for layer in layers:
             other = owners.setdefault(layer, stage)
             if other != stage:
                 fail_plainly(f"cache layer {layer} is on stages {other} and {stage}", _CACHE)
-    written = {op.attrs["layer"] for op in graph if op.kind == "cache_update"}
+    written = {op.attrs["layer"] for op in graph if op.kind in _CACHED}
     if written != owners.keys():
         fail_plainly(f"the model writes cache layers {sorted(written)}, the ranks have {sorted(owners)}", _CACHE)
 

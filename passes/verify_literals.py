@@ -13,7 +13,9 @@ from passes.verify_facts import RankState
 from passes.verify_report import fail
 
 # Their numbers become the rank's own, and are proven in other ways.
-_REWRITTEN = ("view", "expand", "split", "slice", "repeat_interleave", "cache_update", "linear", "embedding")
+_REWRITTEN = (
+    "view", "expand", "split", "slice", "repeat_interleave", "cache_update", "cache_read", "linear", "embedding",
+)  # fmt: skip
 _HERE = "passes/localize_shapes.py"
 
 

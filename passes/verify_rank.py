@@ -33,7 +33,7 @@ from passes.verify_literals import check_literals
 from passes.verify_report import fail
 from passes.verify_same_op import FURTHER_CHECKS, check_same_op
 from passes.verify_shapes import Tensor
-from passes.verify_types import PARTIAL, WHOLE, Held
+from passes.verify_types import PARTIAL, WHOLE, Derivation, Held
 
 _COLLECTIVES = "passes/insert_collectives.py"
 _SHAPES = "passes/localize_shapes.py"
@@ -186,6 +186,8 @@ def _op(state: RankState, node: Node, op: Op) -> None:
     expected = state.planned(op)
     if op.kind == "repeat_interleave" and (types[0] != WHOLE or expected[0] != WHOLE):
         done = repeated(state, node, op, types[0], expected[0])
+    elif op.kind == "cache_read":
+        done = Derivation(expected)  # verify_handover: so it was written
     else:
         done = derived(state, node, op, types, expected)
     if PARTIAL in done.outputs and len(op.inputs) == 3 and op.kind == "linear":
@@ -249,7 +251,7 @@ def _finish(state: RankState, node: Node, op: Op, outputs: tuple[Held, ...]) -> 
         expected: Any = state.local(values[0])
     else:
         expected = tuple(state.local(v) for v in values)
-    if op.kind != "cache_update":  # gives its inputs back, longer along the tokens
+    if op.kind not in ("cache_update", "cache_read"):  # gives back what it is given, and what was there
         check_shape(state, node, expected)
     if is_tensor(node):
         state.set(node, values[0])

@@ -32,7 +32,7 @@ def check_same_op(state: RankState, node: Node, op: Op, types: tuple[Held, ...])
     elif op.kind == "repeat_interleave" and op_name(node) != "index_select":
         if attrs["dim"] != op.attrs["dim"]:
             fail(state.program, node, f"repeats dim {attrs['dim']}, the model dim {op.attrs['dim']}", _SHAPES)
-    elif op.kind not in ("cache_update", "slice", "repeat_interleave") and attrs != op.attrs:
+    elif op.kind not in ("cache_update", "cache_read", "slice", "repeat_interleave") and attrs != op.attrs:
         fail(state.program, node, f"has {dict(attrs)} where the model has {dict(op.attrs)}", _SHAPES)
     elif op.kind == "slice" and attrs != op.attrs:
         fail(state.program, node, f"takes {attrs['dims']} where the model takes {op.attrs['dims']}", _SHAPES)
@@ -102,12 +102,13 @@ def _mean(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: D
 
 
 def _cache_update(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
-    layer, layers = argument(node, 3, "layer_idx"), state.program.cache_layers
+    position, does = (1, "reads") if op.kind == "cache_read" else (3, "writes")
+    layer, layers = argument(node, position, "layer_idx"), state.program.cache_layers
     if type(layer) is not int or not 0 <= layer < len(layers) or layers[layer] != op.attrs["layer"]:
         fail(
             state.program, node,
-            f"writes cache layer {layer} of this rank, whose layers are those numbered {list(layers)} in the model; "
-            f"the model writes {op.attrs['layer']}",
+            f"{does} cache layer {layer} of this rank, whose layers are those numbered {list(layers)} in the model; "
+            f"the model {does} {op.attrs['layer']}",
             _CACHE,
         )  # fmt: skip
     state.facts.updates.append((op.name, layer, node))
@@ -117,4 +118,5 @@ FURTHER_CHECKS: dict[str, Callable[[RankState, Node, Op, tuple[Held, ...], Deriv
     "embedding": _embedding,
     "reduce": _mean,
     "cache_update": _cache_update,
+    "cache_read": _cache_update,
 }

@@ -24,7 +24,17 @@ _TINY = {
 }  # fmt: skip
 
 
+_HALF = {
+    "vocab_size": 128, "hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6, "num_key_value_heads": 3,
+    "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+
+
 def tiny_seq2seq_config(family: str, layers: int = 2, **changes: Any) -> PretrainedConfig:
+    if family == "t5gemma":  # a config of two
+        half = {**_HALF, "num_hidden_layers": layers, **changes}
+        return AutoConfig.for_model(family, encoder=dict(half), decoder=dict(half), vocab_size=half["vocab_size"])
     config = AutoConfig.for_model(family)
     for name, value in {**_TINY, **dict.fromkeys(_LAYERS, layers), **changes}.items():
         if hasattr(config, name):

@@ -8,23 +8,42 @@ from typing import TypeVar
 import torch
 from transformers import DynamicCache, PretrainedConfig
 
+from autodist_fx.tracing.cross_cache import CROSS, one_cache
 from passes.program import RankProgram
 
 C = TypeVar("C", bound=DynamicCache)
 
 
-def local_cache(config: PretrainedConfig, program: RankProgram, cache_class: type[C] = DynamicCache) -> C:
+class ReadableCache(DynamicCache):
+    """A cache whose layers can be read without writing them."""
+
+    def read(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of every token in that layer."""
+        layer = self.layers[layer_idx]
+        return layer.keys, layer.values
+
+
+def local_cache(config: PretrainedConfig, program: RankProgram, cache_class: type[C] = ReadableCache) -> C:
     """An empty cache for `program`, whose layer i is the model's layer `program.cache_layers[i]`, of that layer's kind.
 
     The shapes come with the first tokens, so that the rank's own heads are all it ever holds.
     """
+    if CROSS in program.cache_kinds:
+        return one_cache(program.cache_kinds, cache_class)
     cache = cache_class(config=config)
     if cache.layers:  # none: the config says nothing of layers, and DynamicCache adds them as they come
         cache.layers = [cache.layers[index] for index in program.cache_layers]
     return cache
 
 
-class SplitCache(DynamicCache):
+def encoder_view(cache: DynamicCache, step: RankProgram, encoder: RankProgram) -> DynamicCache:
+    """Those layers of `cache`, made for `step`, that the program of the encoder writes: writing them writes `cache`."""
+    view = ReadableCache()
+    view.layers = [cache.layers[step.cache_layers.index(layer)] for layer in encoder.cache_layers]
+    return view
+
+
+class SplitCache(ReadableCache):
     """One rank's part of a cache that is spread over all ranks; parts of one cache have one number.
 
     What transformers' generation does to it on the rank that drives (reorder for beam search, crop) is announced, so

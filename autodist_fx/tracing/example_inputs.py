@@ -12,6 +12,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, new_cache
+from autodist_fx.tracing.cross_cache import CROSS, both_kinds, model_cache, one_cache
 from autodist_fx.tracing.input_shapes import input_dims
 
 INPUTS_WITH_CACHE = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position")
@@ -67,7 +68,21 @@ class ExampleInputs:
         shape = [lengths[dim] if isinstance(dim, str) else dim for dim in dims]
         return torch.empty(shape, dtype=self.dtype if is_floating else torch.long, device="meta")
 
+    def for_model(self, sizes: Sizes) -> dict[str, object]:
+        """The same as the model itself takes it: a decoder's own cache and that of the encoder's output are two."""
+        inputs = self.make(sizes)
+        if self.has_encoder and "past_key_values" in inputs:
+            inputs["past_key_values"] = model_cache(self.config, self.cache_layers, sizes.batch, sizes.past)
+        return inputs
+
     def _make_cache(self, batch: int, past: int) -> DynamicCache:
+        if self.has_encoder:
+            kinds = both_kinds(self.config, len(self.cache_layers))
+            cache = one_cache(kinds)
+            for index, layer in enumerate(self.cache_layers):
+                if layer is not None and kinds[index] != CROSS and past:
+                    cache.update(*layer.make(batch, past), index, {})
+            return cache
         cache = new_cache(self.config)
         if past:
             for index, layer in enumerate(self.cache_layers):

@@ -43,7 +43,7 @@ def traceable(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
 
         for config in _configs(model):
             undo.callback(_restore_attributes, config, dict(config.__dict__))
-            config.use_cache = use_cache
+            config.use_cache = use_cache and not _is_of_encoder(config, model.config)
             config.return_dict = True
             config.output_attentions = False
             config.output_hidden_states = False
@@ -77,6 +77,7 @@ def traceable(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
                 _shadow_builtin(sys.modules[name], function, undo)
             if vars(sys.modules[name]).get("torch") is torch and "torch.fx.Proxy" in _source(name):
                 patch(sys.modules[name], "torch", _TorchThatTracesUnseen("torch"))
+        patch(PreTrainedModel, "warn_if_padding_and_no_attention_mask", _never)  # looks at values, to warn of some
         yield
 
 
@@ -119,6 +120,11 @@ def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
     """Each config object that some module of the model holds, once."""
     held = (getattr(module, "config", None) for module in model.modules())
     return list({id(config): config for config in held if isinstance(config, PretrainedConfig)}.values())
+
+
+def _is_of_encoder(config: PretrainedConfig, of_model: PretrainedConfig) -> bool:
+    """Whether this is the config of an encoder before a decoder, and of nothing else."""
+    return of_model.is_encoder_decoder and config is not of_model and not config.is_decoder
 
 
 def _restore_attributes(owner: Any, attributes: dict[str, Any]) -> None:

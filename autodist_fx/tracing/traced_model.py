@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import linecache
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import fx as hf_fx
 
 from autodist_fx.errors import AutodistError, TracingError
-from autodist_fx.tracing.cache_layers import cache_layers, layer_kinds
+from autodist_fx.tracing.cache_layers import CacheLayer, cache_layers, layer_kinds
+from autodist_fx.tracing.cross_cache import both_kinds, merge_caches, written_layers
 from autodist_fx.tracing.example_inputs import (
     ExampleInputs,
     Sizes,
@@ -76,13 +77,15 @@ def trace(
             examples = ExampleInputs(
                 input_names=names,
                 config=meta_model.config,
-                cache_layers=cache_layers(meta_model) if use_cache else (),
+                cache_layers=(),
                 embedding_dim=embedding_dim(meta_model),
                 dtype=meta_model.dtype,
                 image_shape=image_shape(meta_model.config),
                 has_encoder=has_encoder(meta_model),
             )
-            inputs = examples.make(unmistakable_sizes(meta_model))
+            if use_cache:
+                examples = replace(examples, cache_layers=_cache_layers(meta_model, examples))
+            inputs = examples.for_model(unmistakable_sizes(meta_model))
             tracer = Tracer(meta_model, inputs)
             graph = tracer.trace(
                 meta_model,
@@ -90,6 +93,8 @@ def trace(
                 dummy_inputs=inputs,
                 complete_concrete_args_with_inputs_not_in_dummy_inputs=False,
             )
+            if examples.has_encoder:
+                merge_caches(graph)
     except AutodistError:
         raise
     except Exception as error:
@@ -100,9 +105,22 @@ def trace(
         use_cache=use_cache,
         config=meta_model.config,
         model_class=type(meta_model).__name__,
-        layer_kinds=layer_kinds(meta_model.config) if use_cache else (),
+        layer_kinds=_layer_kinds(examples) if use_cache else (),
         _examples=examples,
     )
+
+
+def _cache_layers(model: PreTrainedModel, examples: ExampleInputs) -> tuple[CacheLayer | None, ...]:
+    if not examples.has_encoder:
+        return cache_layers(model)
+    without_cache = replace(examples, input_names=tuple(n for n in examples.input_names if n != "past_key_values"))
+    return written_layers(model, without_cache.make(Sizes(batch=2, seq=3, past=0, source=5)))
+
+
+def _layer_kinds(examples: ExampleInputs) -> tuple[str, ...]:
+    if examples.has_encoder:
+        return both_kinds(examples.config, len(examples.cache_layers))
+    return layer_kinds(examples.config)
 
 
 def _choose_attention(model: PreTrainedModel) -> None:

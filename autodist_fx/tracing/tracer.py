@@ -16,6 +16,7 @@ from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import fx as hf_fx
 
+from autodist_fx.tracing.cross_cache import PARTS
 from autodist_fx.tracing.decisions import lengths_for_tensors
 
 _TAKE_SIZES = ("full", "zeros", "ones", "empty", "arange")
@@ -28,8 +29,9 @@ class NoKeywords(dict[str, Any]):
 class CacheProxy(hf_fx.HFProxy):
     """Stands for the KV cache that the graph takes as an input; `isinstance(proxy, Cache)` holds."""
 
-    # The layout of the cache is the model's, not the call's: known now, and no business of the graph.
-    _FIXED = frozenset({"is_sliding", "is_compileable"})
+    # The layout of the cache is the model's, not the call's: known now, and no business of the graph. So is whether a
+    # cross-attention has written its layer yet: it has not.
+    _FIXED = frozenset({"is_sliding", "is_compileable", "is_updated"})
 
     @property  # type: ignore[misc]  # object's can be written; nobody writes a proxy's
     def __class__(self) -> type:
@@ -39,7 +41,14 @@ class CacheProxy(hf_fx.HFProxy):
     def __getattr__(self, name: str) -> Any:
         if name in self._FIXED:
             return getattr(self._metadata, name)
+        if name in PARTS:
+            return self.tracer.create_proxy(
+                "call_function", getattr, (self, name), {}, proxy_factory_fn=lambda node: CacheProxy(node, self.tracer)
+            )
         return super().__getattr__(name)
+
+    def __bool__(self) -> bool:
+        return True  # `if past_key_values`: there is one
 
 
 class Tracer(hf_fx.HFTracer):

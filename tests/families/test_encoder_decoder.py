@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from transformers import PreTrainedModel
 
 import autodist_fx as adx
 from autodist_fx.tracing import empty_model
+from cost_model.errors import VerificationError
+from cost_model.placement import REPLICATE
+from passes.verify_handover import verify_handover
 
 FAMILIES = ("t5", "bart", "m2m_100", "whisper")
-TOLERANCE = {"t5": 1e-6}  # of float64: its norms and softmaxes cast to float32
+# Of float64: norms and softmaxes of the first two cast to float32.
+TOLERANCE = {"t5": 1e-6, "t5gemma": 1e-6}
 MESHES = ((2, 1), (3, 1), (1, 2), (2, 2))
 
 
@@ -41,7 +46,34 @@ def test_forward_equals_eager(family: str, mesh: tuple[int, int]) -> None:
         assert all(p.placement.is_shard for p in weights)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family, mesh",
+    [("t5", (2, 1)), ("t5", (1, 2)), ("t5", (2, 2)), ("t5", (1, 5)), ("bart", (3, 1)), ("bart", (2, 2))]
+    + [("whisper", (2, 2)), ("whisper", (1, 5)), ("t5gemma", (2, 2))],
+)
+@torch.no_grad()
+def test_decoding_with_a_cache_equals_eager(family: str, mesh: tuple[int, int]) -> None:
+    """The encoder runs in the first call alone; the steps read what it left in the cache, whatever they are given."""
+    model = _model(family)
+    compiled = adx.compile(model, tp=mesh[0], pp=mesh[1], use_cache=True)
+    inputs = seq2seq_inputs(model)
+    inputs.pop("decoder_attention_mask", None)
+    expected = model(**inputs, use_cache=False)
+    ids = inputs.pop("decoder_input_ids")
+    step = compiled.simulate(**inputs, decoder_input_ids=ids[:, :3], use_cache=True)
+    tolerance = TOLERANCE.get(family, 1e-9)
+    assert relative_error(step.encoder_last_hidden_state, expected.encoder_last_hidden_state) <= tolerance
+    logits = [step.logits]
+    for at in range(3, ids.shape[1]):
+        again = inputs if at % 2 else {}
+        step = compiled.simulate(**again, decoder_input_ids=ids[:, at : at + 1], past_key_values=step.past_key_values)
+        logits.append(step.logits)
+    assert relative_error(torch.cat(logits, 1), expected.logits) <= tolerance
+    step_weights = {s.source for r in range(mesh[0] * mesh[1]) for s in compiled.program(r).param_shards.values()}
+    assert not any("encoder." in name for name in step_weights if not name.startswith("model.decoder"))
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
 def test_two_sums_an_encoder_layer_and_three_a_decoder_layer(family: str) -> None:
     """Counted as what two more layers of each cost: embeddings and the head have sums of their own."""
     counts = []
@@ -57,3 +89,22 @@ def test_shared_embeddings_live_on_every_stage_that_reads_them() -> None:
     compiled = adx.compile(_model("t5").config, pp=2)
     (table,) = (p for p in compiled.plan.params if p.name == "shared.weight")
     assert table.stages == (0, 1)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_read_otherwise_than_written_is_refused() -> None:
+    compiled = adx.compile(_model("t5").config, tp=2, use_cache=True, verify=False)
+    encoder = compiled._main.encoder
+    assert encoder is not None
+    (update, *_) = (op for op in encoder.plan.ops if op.kind == "cache_update")
+    apart = replace(update, outputs=(REPLICATE, REPLICATE), output_layouts=(-1, -1))
+    plan = replace(encoder.plan, ops=tuple(apart if op is update else op for op in encoder.plan.ops))
+    programs = [compiled.encoder_program(rank) for rank in range(2)]
+    steps = [compiled.program(rank) for rank in range(2)]
+    read = compiled._main.plan, compiled._main.graph
+    verify_handover(programs, (encoder.plan, encoder.graph), steps, read)
+    with pytest.raises(VerificationError, match="cache layer 1 is written as"):
+        verify_handover(programs, (plan, encoder.graph), steps, read)
+    moved = [replace(program, cache_layers=(3,)) for program in programs]
+    with pytest.raises(VerificationError, match=r"rank 0 .*reads cache layer 1, which is written on another rank"):
+        verify_handover(moved, (encoder.plan, encoder.graph), steps, read)
