@@ -103,9 +103,9 @@ def _mean(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan
 
 def _repeat(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
     """repeat_interleave of KV heads to query heads."""
-    if not op.outputs[0].is_shard:
-        return
     dim = op.outputs[0].dim
+    if not op.outputs[0].is_shard or dim != argument(node, 2, "dim") % node.meta["val"].dim():
+        return  # cut along a dim that is not repeated: each element as often as ever
     size = node.args[0].meta["val"].shape[dim]
     wanted = _kv_heads(ctx, op.output_layouts[0], op.input_layouts[0], size)
     held = _held(ctx, op.input_layouts[0], size)

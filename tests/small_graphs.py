@@ -7,13 +7,14 @@ before, T all tokens), numbers are constant. Modules return a dict, as traced mo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from autodist_fx.runtime.simulate import simulate
-from cost_model.hardware import CPU_GLOO, Hardware
+from cost_model.hardware import CPU_GLOO, Hardware, Link
 from cost_model.mesh import Mesh
 from cost_model.op_graph import OpGraph
 from cost_model.plan import PartitionPlan
@@ -29,6 +30,11 @@ from passes.shapes import Example
 from passes.verify import verify
 
 Shape = tuple[int | str, ...]
+# On such a machine nothing but bytes has a cost: whatever can be sharded is. On others a matrix of some bytes is not
+# worth a collective.
+FREE = replace(
+    CPU_GLOO, name="free", op_seconds=0.0, view_seconds=0.0, tp_link=Link(0.0, 1e18), pp_link=Link(0.0, 1e18)
+)
 LENGTHS = ({"B": 11, "S": 23, "P": 29, "T": 52}, {"B": 13, "S": 31, "P": 43, "T": 74})
 
 

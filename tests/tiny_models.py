@@ -45,8 +45,12 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """In eval mode. Every parameter is random, none too large for the softmaxes to stay soft."""
+    return randomized(AutoModelForCausalLM.from_config(tiny_config(family, **changes)).to(dtype).eval(), seed)
+
+
+def randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """The model itself, with random numbers in every parameter."""
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes)).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

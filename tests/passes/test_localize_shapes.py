@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from small_graphs import Attention, assert_split_equals_whole, normalized, plan_for
+from small_graphs import FREE, Attention, assert_split_equals_whole, normalized, plan_for
 from torch import nn
 from torch.nn import functional as F
 
@@ -224,6 +224,25 @@ mul : f64[B, S, 10, 4] = mul(view, repeat_interleave)
 reshape : f64[B, S, 40] = reshape(mul, (batch, seq, 12))
 o : f64[B, S, 16] = o(reshape)  # RowParallelLinear[16, 12]
 return ({y: o}, ())""")
+
+
+class Products(Attention):
+    """Attention in two products, which nothing keeps from being cut inside of a head."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        q, k, v = self.qkv_heads(x)
+        k, v = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k, v))
+        a = torch.matmul((q @ k.transpose(2, 3)).softmax(-1), v)
+        return {"y": self.o(a.transpose(1, 2).reshape(x.shape[0], x.shape[1], self.heads * self.size))}
+
+
+def test_a_repetition_cut_along_another_dim_stays() -> None:
+    """One KV head: its elements are dealt out, while the dim that is repeated stays whole."""
+    whole = normalized(Products(24, 6, 1, 8), x=("B", "S", 24))
+    plan = plan_for(whole, tp=4, hardware=FREE)
+    cut = [op.outputs[0].dim for op in plan.ops if op.kind == "repeat_interleave"]
+    assert 3 in cut, "or this test shows nothing"
+    assert_split_equals_whole(whole, plan, {"x": torch.randn(2, 5, 24, dtype=torch.float64)})
 
 
 class Grouped(Attention):
