@@ -72,6 +72,11 @@ class Layout:
         return all(part == ((0, self.size),) for part in self.parts)
 
     @property
+    def overlaps(self) -> bool:
+        """True when several ranks hold an element: a sum over the dim would then have it more than once."""
+        return sum(self.local_size(r) for r in range(len(self.parts))) > self.size
+
+    @property
     def is_even(self) -> bool:
         """One interval per rank, all of one length, in rank order: what a plain all_gather glues."""
         if self.size % len(self.parts):

@@ -218,8 +218,10 @@ class LayoutTable:
             self._layouts.update(zip(roots, solved[key], strict=True))
 
     def _is_useful(self, op: Op, letter: Letter) -> bool:
-        dims = [dim for dim, _ in self._dims(op, letter)]
-        return any(self.layout(*dim) is not None for dim in dims)
+        layouts = [self.layout(*dim) for dim, _ in self._dims(op, letter)]
+        if letter.reduces and any(layout is not None and layout.overlaps for layout in layouts):
+            return False
+        return any(layout is not None for layout in layouts)
 
 
 Edge = tuple[int, int, tuple[IntArray, IntArray], bool]

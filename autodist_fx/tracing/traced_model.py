@@ -24,6 +24,7 @@ from autodist_fx.tracing.example_inputs import (
     unmistakable_sizes,
 )
 from autodist_fx.tracing.meta_model import empty_model, meta_copy
+from autodist_fx.tracing.passing_cache import PassingCache, shares_keys_between_layers
 from autodist_fx.tracing.patches import traceable
 from autodist_fx.tracing.tracer import Tracer, model_source_files
 
@@ -165,6 +166,8 @@ def _fixed_arguments(
     fixed = hf_fx.get_concrete_args(model, list(names))
     if "use_cache" in fixed:
         fixed["use_cache"] = use_cache
+    if not use_cache and "past_key_values" in fixed and shares_keys_between_layers(model.config):
+        fixed["past_key_values"] = PassingCache(config=model.config)
     return {**fixed, **{name: value for name, value in concrete_args.items() if name not in names}}
 
 

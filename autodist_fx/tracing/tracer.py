@@ -18,6 +18,7 @@ from transformers.utils import fx as hf_fx
 
 from autodist_fx.tracing.cross_cache import PARTS
 from autodist_fx.tracing.decisions import lengths_for_tensors
+from autodist_fx.tracing.passing_cache import PassingCache
 
 _TAKE_SIZES = ("full", "zeros", "ones", "empty", "arange")
 
@@ -85,7 +86,7 @@ class Tracer(hf_fx.HFTracer):
             return NoKeywords()
         if concrete_args is not None and name in concrete_args:
             value = concrete_args[name]
-            if isinstance(value, (int, float, str, torch.Tensor, NoneType)):
+            if isinstance(value, (int, float, str, torch.Tensor, PassingCache, NoneType)):
                 return value  # fx makes an input of it, with an assertion, and HFTracer removes both again
         return super()._proxy_placeholder(name, concrete_args, *more)
 
@@ -109,6 +110,11 @@ class Tracer(hf_fx.HFTracer):
         if getattr(proxy, "_metadata", None) is not None:
             self.examples_of[proxy.node] = proxy._metadata
         return proxy
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, PassingCache):
+            return None  # the model returns it, and there is nothing in it
+        return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
         node = super().create_node(*args, **kwargs)

@@ -1,0 +1,33 @@
+"""A KV cache that keeps nothing, for models that need one to hand keys and values from layer to layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PretrainedConfig
+
+
+class PassingCache(DynamicCache):
+    """Gives back what it gets: a forward pass with it is one over the whole sequence at once.
+
+    Where later layers attend to the keys and values of earlier ones, the cache carries them, even in a call that wants
+    no cache back; called without one, such a model falls back to projections that it never uses otherwise, and computes
+    something else than it does by default.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, cache_kwargs: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, cache_position: torch.Tensor, layer_idx: int) -> tuple[int, int]:
+        """(tokens to attend to, the first one's position)."""
+        return cache_position.shape[0], 0
+
+
+def shares_keys_between_layers(config: PretrainedConfig) -> bool:
+    return bool(getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0))
