@@ -45,8 +45,18 @@ class TensorSpec:
         """The same tensor at other sizes: `sizes` maps each symbol to a length."""
         if not any(self.symbols):
             return self
-        shape = tuple(sizes.get(sym, n) if sym else n for n, sym in zip(self.shape, self.symbols, strict=True))
+        shape = tuple(length(sym, n, sizes) if sym else n for n, sym in zip(self.shape, self.symbols, strict=True))
         return TensorSpec(shape, self.dtype, self.symbols)
+
+
+def length(symbol: str, example: int, sizes: Mapping[str, int]) -> int:
+    """What a dim called `symbol` ("B", "B*S", "B*16") is at these sizes; `example`, where a part of it is unknown."""
+    product = 1
+    for factor in symbol.split("*"):
+        if factor not in sizes and not factor.isdecimal():
+            return example
+        product *= sizes[factor] if factor in sizes else int(factor)
+    return product
 
 
 @dataclass(frozen=True, slots=True)

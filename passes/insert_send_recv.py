@@ -68,7 +68,7 @@ def _shape(node: Node, hop: Hop, ctx: RankContext, lengths: _Lengths) -> tuple[A
 
 
 class _Lengths:
-    """Nodes for the lengths ("B", "S", "B*S") and the device of the graph's inputs, made where they are missing."""
+    """Nodes for the lengths ("B", "S", "B*S", "B*16") and the device of the graph's inputs, made where missing."""
 
     def __init__(self, graph: torch.fx.Graph) -> None:
         self.graph = graph
@@ -101,9 +101,9 @@ class _Lengths:
 
     def _make(self, symbol: str, hop: Hop) -> Node:
         if "*" in symbol:
-            left, _, right = symbol.partition("*")
-            a, b = self.node(left, hop), self.node(right, hop)
-            return self.graph.call_function(operator.mul, (a, b))
+            left, _, right = symbol.rpartition("*")
+            factors = (self.node(left, hop), int(right) if right.isdecimal() else self.node(right, hop))
+            return self.graph.call_function(operator.mul, factors)
         for node in self.inputs:
             symbols = node.meta.get("symbols") or ()
             if isinstance(node.meta.get("val"), torch.Tensor) and symbol in symbols:

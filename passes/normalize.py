@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 
 from passes.functionalize import functionalize
 from passes.shapes import Example, annotate
+from passes.spell_out_calls import spell_out_calls
 
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
 _EXPANDS = ("expand", "expand_as", "broadcast_to")
@@ -61,6 +62,7 @@ def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Examp
     functionalize(graph_module)
     second = annotate(graph_module, examples)
     graph = graph_module.graph
+    spell_out_calls(graph)
     _spell_out_tuples(graph, second)
     _fold_scalars(graph, second, examples)
     graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))
@@ -102,9 +104,15 @@ def _fold_scalars(graph: torch.fx.Graph, second: dict[Node, Any], examples: tupl
         if isinstance(a, (bool, float)) and a == b:
             return a
         if isinstance(a, int) and not isinstance(a, bool):
+            if a != b and (a, b) not in lengths:
+                product = _product(graph, inputs, a, b)
+                if product is not None:
+                    lengths[a, b], second[product] = product, b
+                    known.add(product)
             return a if a == b else lengths[a, b]
         raise KeyError(a)
 
+    inputs = dict(lengths)
     known = set(lengths.values())
     for node in list(graph.nodes):
         if node.op in ("placeholder", "output", "get_attr") or node in known or node is device or not is_pure(node):
@@ -189,6 +197,22 @@ class _WithChunks(dict[tuple[int, int], Node]):
             made = last
         self[pair] = made
         return made
+
+
+def _product(graph: torch.fx.Graph, inputs: dict[tuple[int, int], Node], a: int, b: int) -> Node | None:
+    """A node for what is `a` and `b` at the two examples, at the top of the graph: a length of the inputs times another
+    or times a number ("B*S", "B*16"). So no stage has to know a tensor of another stage for its size."""
+    for (x, y), length in inputs.items():
+        rest: Node | int | None = inputs.get((a // x, b // y)) if x and y and a % x == b % y == 0 else None
+        if rest is None and x and y and (a // x * x, a // x * y) == (a, b):
+            rest = a // x
+        if rest is not None:
+            last = max((n for n in (length, rest) if isinstance(n, Node)), key=_position(graph))
+            with graph.inserting_after(last):
+                product = graph.call_function(operator.mul, (length, rest))
+            product.meta["val"] = a
+            return product
+    return None
 
 
 def _replace_everywhere(node: Node, value: Any) -> None:

@@ -309,6 +309,14 @@ def _along(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
     return name, inputs, {"dims": given, "linear": name in ("cumsum", "flip")}
 
 
+@_handles("max", "min")
+def _max(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
+    """Of two tensors; of all of one; or along a dim, (values, indices)."""
+    if len(inputs) == 2:
+        return f"{op_name(node)}imum", inputs, {}
+    return _reduce(builder, node, inputs)
+
+
 @_handles("mean", "sum", "amax", "amin", "any", "all", "var", "std", "prod", "argmax", "argmin", "norm", "logsumexp")
 def _reduce(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
     name, rank = op_name(node), _shape(node.args[0]).__len__()
@@ -317,7 +325,8 @@ def _reduce(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
         dims = (dims,)
     elif not isinstance(dims, (tuple, list)):
         dims = tuple(range(rank))
-    keepdim = len(_shape(node)) == rank
+    out = node.meta["val"]
+    keepdim = len((out[0] if isinstance(out, tuple) else out).shape) == rank
     return "reduce", inputs, {"op": name, "dims": tuple(dims), "keepdim": keepdim}
 
 

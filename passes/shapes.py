@@ -59,10 +59,15 @@ class Sizes:
             self._names[a[x], b[x]] = x
 
     def symbol(self, first: int, second: int) -> str:
-        """ "" for a constant, "B" for a known length, "?5" for one that follows the inputs in an unknown way."""
+        """ "" for a constant, "B" for a known length, "B*16" for a multiple of one, "?5" for one that follows the
+        inputs in an unknown way."""
         if first == second:
             return ""
-        return self._names.get((first, second), f"?{first}")
+        for (a, b), name in {(first, second): self._names.get((first, second)), **self._names}.items():
+            times = first // a if a else 0
+            if name is not None and times and (times * a, times * b) == (first, second):
+                return name if times == 1 else f"{name}*{times}"
+        return f"?{first}"
 
     def of_shape(self, first: torch.Size, second: torch.Size) -> tuple[str, ...]:
         if len(first) != len(second):

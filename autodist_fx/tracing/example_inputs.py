@@ -122,7 +122,7 @@ def embedding_dim(model: PreTrainedModel) -> int:
     """Of a token's embedding, for `inputs_embeds`; 0 for a model that embeds no tokens."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
-    except NotImplementedError:
+    except (NotImplementedError, AttributeError):  # some models of images have the method, and nothing to return
         weight = None
     return 0 if weight is None else int(weight.shape[-1])
 
@@ -136,7 +136,7 @@ def image_shape(config: PretrainedConfig) -> tuple[int, ...]:
     return getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3, height, width
 
 
-def unmistakable_sizes(model: PreTrainedModel) -> Sizes:
+def unmistakable_sizes(model: PreTrainedModel, other_than: Sizes | None = None) -> Sizes:
     """Sizes to trace with that cannot be taken for a dimension of the model, nor for a part of one.
 
     Primes that divide no dim of a parameter or buffer and no number in the config: then neither do they equal a head
@@ -150,6 +150,9 @@ def unmistakable_sizes(model: PreTrainedModel) -> Sizes:
         return all(dim % size for dim in dims)
 
     candidates = [prime for prime in _primes(5, 300) if free(prime)]
+    if other_than is not None:
+        taken = (other_than.batch, other_than.seq, other_than.past, other_than.source)
+        candidates = [n for n in candidates if n not in taken]
     for batch, seq, past in itertools.permutations(candidates[:8], 3):
         if batch < seq and free(seq + past):
             source = next(size for size in candidates if size not in (batch, seq, past, seq + past))

@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils, model
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import fx as hf_fx
 
+from autodist_fx.tracing.constants import CONVERSIONS
 from autodist_fx.tracing.decisions import decide, longest
 from autodist_fx.tracing.loops import outlined_loops
 
@@ -38,7 +39,10 @@ def traceable(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
 
         def patch(owner: Any, name: str, value: Any) -> None:
             # owner.__dict__ and not getattr: a staticmethod has to come back as one.
-            undo.callback(setattr, owner, name, owner.__dict__[name])
+            if name in owner.__dict__:
+                undo.callback(setattr, owner, name, owner.__dict__[name])
+            else:
+                undo.callback(delattr, owner, name)
             setattr(owner, name, value)
 
         for config in _configs(model):
@@ -70,9 +74,15 @@ def traceable(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
         if hasattr(fx_symbolic_trace, "is_fx_symbolic_tracing"):  # what is_fx_tracing warns to use instead
             patch(hf_fx, "is_fx_tracing", fx_symbolic_trace.is_fx_symbolic_tracing)
         patch(torch, "autocast", _autocast)
+        for name, convert in CONVERSIONS.items():
+            patch(hf_fx.HFProxy, name, convert)
         patch(hf_fx.HFProxy, "__bool__", decide)
         undo.enter_context(outlined_loops(_defining_modules(model)))
         for name in _defining_modules(model):
+            for global_name, value in list(vars(sys.modules[name]).items()):
+                # A compiled function takes no proxies; TorchScript keeps what it was compiled from, for torch.compile.
+                if isinstance(value, torch.jit.ScriptFunction) and hasattr(value, "_torchdynamo_inline"):
+                    patch(sys.modules[name], global_name, value._torchdynamo_inline)
             for function in (max, min):
                 _shadow_builtin(sys.modules[name], function, undo)
             if vars(sys.modules[name]).get("torch") is torch and "torch.fx.Proxy" in _source(name):

@@ -86,8 +86,10 @@ def trace(
             )
             if use_cache:
                 examples = replace(examples, cache_layers=_cache_layers(meta_model, examples))
-            inputs = examples.for_model(unmistakable_sizes(meta_model))
-            tracer = Tracer(meta_model, inputs)
+            sizes = unmistakable_sizes(meta_model)
+            inputs = examples.for_model(sizes)
+            others = examples.for_model(unmistakable_sizes(meta_model, other_than=sizes))
+            tracer = Tracer(meta_model, inputs, others)
             graph = tracer.trace(
                 meta_model,
                 concrete_args=fixed,

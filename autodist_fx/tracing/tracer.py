@@ -16,6 +16,7 @@ from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import fx as hf_fx
 
+from autodist_fx.tracing.constants import OtherExample
 from autodist_fx.tracing.cross_cache import PARTS
 from autodist_fx.tracing.decisions import lengths_for_tensors
 from autodist_fx.tracing.passing_cache import PassingCache
@@ -59,9 +60,13 @@ class Tracer(hf_fx.HFTracer):
     ("modeling_llama.py:241"), the line of the model's own code that made it.
     """
 
-    def __init__(self, model: nn.Module, examples: dict[str, object]) -> None:
+    def __init__(
+        self, model: nn.Module, examples: dict[str, object], other_examples: dict[str, object] | None = None
+    ) -> None:
+        """`other_examples` are inputs of other sizes, which tell lengths from constants (see constants.py)."""
         super().__init__()
         self.examples = examples
+        self.other_example = OtherExample(self, other_examples or {})
         self.source_files = model_source_files(model)
         self.first_failure: str | None = None  # why the first value that could not be computed on meta could not
         self.first_unknown: torch.fx.Node | None = None  # the node of that value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import replace
 
@@ -123,7 +124,7 @@ def test_no_example_size_is_in_the_graph(model_type: str, use_cache: bool, monke
     one = trace(config, use_cache=use_cache)
     sizes = Sizes(batch=29, seq=31, past=17)
     assert unmistakable_sizes(empty_model(config)) != sizes
-    monkeypatch.setattr(traced_model, "unmistakable_sizes", lambda model: sizes)
+    monkeypatch.setattr(traced_model, "unmistakable_sizes", lambda model, **other_than: sizes)
     assert signature(one.graph_module.graph) == signature(trace(config, use_cache=use_cache).graph_module.graph)
 
 
@@ -381,6 +382,33 @@ def test_unmistakable_sizes() -> None:
     assert len(set(made_of)) == 4
     assert all(dim % size for parameter in model.parameters() for dim in parameter.shape for size in made_of)
     assert not {5, 7} & set(made_of)
+
+
+def test_two_choices_of_sizes_have_none_in_common() -> None:
+    model = empty_model(tiny_config("llama"))
+    first = unmistakable_sizes(model)
+    second = unmistakable_sizes(model, other_than=first)
+    assert not {first.batch, first.seq, first.past} & {second.batch, second.seq, second.past}
+
+
+@torch.no_grad()
+def test_python_may_look_at_sizes_that_are_the_same_for_all_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def forward(self: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, object]:
+        x = self.model.embed_tokens(input_ids)
+        seen.append((int(x.shape[-1]), math.ceil(x.shape[2] / 10), [0] * x.size(-1)))
+        int(x.shape[1] if self.looks_at_the_length else 1)
+        return {"y": x}
+
+    model = empty_model(tiny_config("llama"))
+    monkeypatch.setattr(type(model), "forward", forward)
+    model.looks_at_the_length = False
+    trace(model, input_names=["input_ids"])
+    assert seen[-1] == (64, 7, [0] * 64)
+    model.looks_at_the_length = True
+    with pytest.raises(TracingError, match="follows the inputs"):
+        trace(model, input_names=["input_ids"])
 
 
 def test_wrong_requests() -> None:

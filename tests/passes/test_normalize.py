@@ -62,7 +62,7 @@ batch = sym_size.int(x, 0)
 seq = sym_size.int(x, 1)
 view : f64[B, S, 3, 4] = reshape(x, (batch, seq, 3, 4))
 transpose : f64[B, 3, S, 4] = .transpose(view, 1, 2)
-view_1 : f64[B, 3, ?92] = reshape(transpose, (batch, 3, -1))
+view_1 : f64[B, 3, S*4] = reshape(transpose, (batch, 3, -1))
 return {y: view_1}""")
 
 
@@ -279,3 +279,26 @@ def test_any_program_computes_the_same(names: list[str]) -> None:
         assert "val" in node.meta or node.op == "output"
         if isinstance(node.meta.get("val"), torch.Tensor):
             assert len(node.meta["symbols"]) == node.meta["val"].dim()
+
+
+class CalledByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.randn(3, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = nn.functional.linear(x, bias=self.bias, weight=self.weight)
+        return {"y": y.max(dim=-1).values}
+
+
+def test_arguments_by_name_and_items_of_named_tuples() -> None:
+    _, after = normalized(CalledByName(), x=("B", "S", 4))
+    assert_expected_inline(graph_text(after), """\
+x : f64[B, S, 4] = input
+bias : f64[3] = bias
+weight : f64[3, 4] = weight
+linear : f64[B, S, 3] = linear(x, weight, bias)
+max_1 = .max(linear, dim=-1)
+getattr_1 : f64[B, S] = getitem(max_1, 0)
+return {y: getattr_1}""")

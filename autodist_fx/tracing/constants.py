@@ -1,0 +1,96 @@
+"""Numbers of a traced model that are the same for all inputs, as Python numbers: `int(features.shape[-2])`.
+
+A proxy's example alone does not tell a constant from a length. So the number is computed once more, for inputs of other
+sizes: what comes out equal is constant, and Python may look at it; what differs follows the inputs, and may not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+from transformers.utils import fx as hf_fx
+
+
+class OtherExample:
+    """Values of a graph's nodes, while it is being traced, for another set of example inputs; computed when asked for.
+
+    Tensors are on meta. Raises what an op raises.
+    """
+
+    def __init__(self, tracer: hf_fx.HFTracer, inputs: dict[str, Any]) -> None:
+        self.tracer, self.inputs = tracer, inputs
+        self._values: dict[Node, Any] = {}
+
+    def value(self, node: Node) -> Any:
+        needed, pending = set[Node](), [node]
+        while pending:
+            one = pending.pop()
+            if one not in needed and one not in self._values:
+                needed.add(one)
+                pending += one.all_input_nodes
+        for one in [n for n in self.tracer.graph.nodes if n in needed]:
+            self._values[one] = self._computed(one)
+        return self._values[node]
+
+    def _computed(self, node: Node) -> Any:
+        if node.op == "placeholder":
+            return self.inputs[str(node.target)]
+        if node.op == "get_attr":
+            value: Any = self.tracer.root
+            for atom in str(node.target).split("."):
+                value = getattr(value, atom)
+            return value.to("meta") if isinstance(value, torch.Tensor) else value
+        args, kwargs = map_arg((node.args, node.kwargs), self._values.__getitem__)
+        quiet = ("_disable_module_getattr", "_disable_call_module")  # or the ops below would be traced, too
+        before = {name: getattr(self.tracer, name, False) for name in quiet}
+        for name in quiet:
+            setattr(self.tracer, name, True)
+        try:
+            if node.op == "call_module":
+                module = self.tracer.root.get_submodule(str(node.target))
+                buffers = {name: buffer.to("meta") for name, buffer in module.named_buffers()}
+                return torch.func.functional_call(module, buffers, args, kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        finally:
+            for name, value in before.items():
+                setattr(self.tracer, name, value)
+
+
+def constant(proxy: hf_fx.HFProxy) -> int | float:
+    """The number that the proxy is for all inputs. Raises TypeError where it is none, or follows the inputs."""
+    known = getattr(proxy, "_metadata", None)
+    if not isinstance(known, (int, float)):
+        raise TypeError(f"{proxy.node} is a traced value, which is known only when the graph runs")
+    other = proxy.tracer.other_example.value(proxy.node)
+    if type(other) is not type(known) or other != known:
+        raise TypeError(f"{proxy.node} follows the inputs ({known} and {other} at two example sizes)")
+    return known
+
+
+def _converted(convert: Callable[[Any], Any]) -> Callable[[hf_fx.HFProxy], Any]:
+    return lambda proxy: convert(constant(proxy))
+
+
+def _index(proxy: hf_fx.HFProxy) -> int:
+    number = constant(proxy)
+    if not isinstance(number, int):
+        raise TypeError(f"{proxy.node} is {number}, and an index must be an integer")
+    return number
+
+
+# What Python calls to make a number of something. `patches` gives these to HFProxy while it traces.
+CONVERSIONS: dict[str, Callable[[hf_fx.HFProxy], Any]] = {
+    "__int__": _converted(int),
+    "__float__": _converted(float),
+    "__index__": _index,
+    "__ceil__": _converted(math.ceil),
+    "__floor__": _converted(math.floor),
+    "__trunc__": _converted(math.trunc),
+}

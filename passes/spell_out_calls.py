@@ -1,0 +1,46 @@
+"""spell_out_calls: one way to call what the later passes rewrite.
+
+    before  linear(%x, bias=%b, weight=%w)              getattr(%max, "values")
+    after   linear(%x, %w, %b)                          getitem(%max, 0)
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.fx
+from torch.fx import Node
+from torch.nn import functional as F
+
+# Functions whose weights may be cut -> their parameters up to the last tensor, in order.
+_SIGNATURES = {
+    F.linear: ("input", "weight", "bias"),
+    F.embedding: ("input", "weight"),
+}
+
+
+def spell_out_calls(graph: torch.fx.Graph) -> None:
+    """Rewrites `graph` in place. Every node must have its `meta["val"]`."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _SIGNATURES:
+            _by_position(node, _SIGNATURES[node.target])
+        elif node.target is getattr and isinstance(node.args[0], Node):
+            _by_number(node)
+
+
+def _by_position(node: Node, names: tuple[str, ...]) -> None:
+    given = dict(node.kwargs)
+    values = [*node.args, *(given.pop(name, None) for name in names[len(node.args) :])]
+    while len(values) > 1 and values[-1] is None:
+        values.pop()
+    node.args, node.kwargs = tuple(values), given
+
+
+def _by_number(node: Node) -> None:
+    """x.max(1).values: torch's named tuples are plain ones to everything else."""
+    fields = getattr(type(node.args[0].meta.get("val")), "__match_args__", ())
+    if isinstance(node.args[0].meta.get("val"), tuple) and node.args[1] in fields:
+        node.target, node.args = operator.getitem, (node.args[0], fields.index(node.args[1]))
