@@ -32,8 +32,8 @@ COPIES = frozenset({
 MATMULS = {"linear": 0, "conv1d": 0, "matmul": 0, "bmm": 0, "mm": 0, "dot": 0, "addmm": 1, "baddbmm": 1, "addbmm": 1}
 # FLOPs per element: exp, sum, subtract, divide and so on. Whatever is not listed counts one.
 PER_ELEMENT = {
-    "softmax": 5, "log_softmax": 5, "layer_norm": 8, "rms_norm": 5, "group_norm": 8, "gelu": 10, "silu": 5,
-    "sigmoid": 4, "tanh": 5, "exp": 4, "cos": 4, "sin": 4, "rsqrt": 2, "pow": 2,
+    "softmax": 5, "log_softmax": 5, "layer_norm": 8, "rms_norm": 5, "group_norm": 8, "batch_norm": 4, "gelu": 10,
+    "silu": 5, "sigmoid": 4, "tanh": 5, "exp": 4, "cos": 4, "sin": 4, "rsqrt": 2, "pow": 2,
 }  # fmt: skip
 SOFTMAX_FLOPS = PER_ELEMENT["softmax"]
 
@@ -44,6 +44,7 @@ def op_flops(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
     linear        x [..., i], weight [o, i]                         2 * out * i
     conv1d        x [..., i], weight [i, o] (transformers' Conv1D, which is "linear" with attr `transposed`): the same
     matmul, bmm   a [..., m, k], b [..., k, n]                      2 * out * k;   addmm, baddbmm: after the bias
+    conv          x [b, i, ...], weight [o, i/groups, ...]          2 * out * i/groups * the kernel's positions
     sdpa          q [b, h, s, d], k [b, g, t, d], v [b, g, t, e]    2 * b*h*s*t * (d + e), and a softmax
     einsum        `attrs["equation"]`                               2 * the product of all its letters
     otherwise     a few per output element (PER_ELEMENT); a reduction one per input element
@@ -55,6 +56,9 @@ def op_flops(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
     if kind in MATMULS and len(inputs) > MATMULS[kind]:
         left = inputs[MATMULS[kind]].shape
         return 2.0 * out * (left[-1] if left else 1)
+    if kind == "conv" and len(inputs) >= 2:  # every element of the larger side meets the weights of its channel
+        side = inputs[0].numel if op.attrs["transposed"] else out
+        return 2.0 * side * prod(inputs[1].shape[1:])
     if kind == "sdpa" and len(inputs) >= 3:
         q, k, v = (spec.shape for spec in inputs[:3])
         scores = prod(q[:-1]) * k[-2]  # b * h * s * t: every query head meets every key, grouped or not

@@ -50,6 +50,8 @@ class Letter:
 
     `alternatives` names a group of letters that use the same dim in different ways (the factors of a split view):
     only one of the group can be in force, and the outermost that no op blocks is taken.
+
+    `filled`: every rank must have some element of it, since torch refuses an op on nothing.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Letter:
     outputs: tuple[DimLink, ...]
     reduces: bool = False
     alternatives: str = ""
+    filled: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

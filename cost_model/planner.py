@@ -301,8 +301,8 @@ def all_lengths(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _role(op: Op, strategy: Strategy) -> str:
-    if op.kind == "linear":
-        return strategy.letter if strategy.letter in ("column", "row") else "replicate"
+    if op.kind in ("linear", "conv"):
+        return strategy.letter if strategy.letter in ("column", "row", "groups") else "replicate"
     if op.kind == "embedding":
         return {"vocab": "vocab", "hidden": "hidden"}.get(strategy.letter, "replicate")
     return ""

@@ -92,7 +92,11 @@ class LayoutTable:
         static: dict[str, list[Letter]] = {}
         for op in self.graph:
             rules[op.name] = self.rules(op, self.graph.input_specs(op))
-            static[op.name] = [x for x in rules[op.name].letters if not self._is_dynamic(op, x)]
+            static[op.name] = [
+                x
+                for x in rules[op.name].letters
+                if not self._is_dynamic(op, x) and (x.size >= self.tp or not x.filled)
+            ]
             for letter in static[op.name]:
                 self._tie_identical(op, letter)
         blocked = self._blocked_dims(rules)
@@ -220,6 +224,8 @@ class LayoutTable:
     def _is_useful(self, op: Op, letter: Letter) -> bool:
         layouts = [self.layout(*dim) for dim, _ in self._dims(op, letter)]
         if letter.reduces and any(layout is not None and layout.overlaps for layout in layouts):
+            return False
+        if letter.filled and any(x is not None and not all(x.parts) for x in layouts):
             return False
         return any(layout is not None for layout in layouts)
 

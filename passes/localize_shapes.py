@@ -144,6 +144,19 @@ def _sdpa(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan
     map_tensor_arguments(node, pick)
 
 
+def _groups(position: int) -> Callable[[torch.fx.GraphModule, RankContext, Node, OpPlan], None]:
+    """Convolutions and norms in groups of channels: the groups that the rank has, whole ones."""
+
+    def rewrite(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
+        if op.letter != "groups":
+            return
+        layout = _layout(ctx, op.output_layouts[0])
+        groups = node.args[position] * layout.local_size(ctx.tp_rank) // layout.size
+        node.args = (*node.args[:position], groups, *node.args[position + 1 :])
+
+    return rewrite
+
+
 def _held(ctx: RankContext, layout_index: int, size: int) -> int:
     layout = ctx.plan.layout(layout_index)
     return size if layout is None else layout.local_size(ctx.tp_rank)
@@ -181,4 +194,6 @@ _REWRITES: dict[str, Callable[[torch.fx.GraphModule, RankContext, Node, OpPlan],
     "reduce": _mean,
     "repeat_interleave": _repeat,
     "sdpa": _sdpa,
+    "conv": _groups(6),
+    "group_norm": _groups(1),
 }

@@ -22,6 +22,7 @@ from torch.fx.node import map_arg
 from passes.functionalize import functionalize
 from passes.shapes import Example, annotate
 from passes.spell_out_calls import spell_out_calls
+from passes.spell_out_modules import spell_out_modules
 
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
 _EXPANDS = ("expand", "expand_as", "broadcast_to")
@@ -60,6 +61,7 @@ def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Examp
     `examples` are two sets of meta inputs of different sizes; what is equal in both is constant.
     """
     functionalize(graph_module)
+    spell_out_modules(graph_module)
     second = annotate(graph_module, examples)
     graph = graph_module.graph
     spell_out_calls(graph)

@@ -220,7 +220,16 @@ class _Builder:
                 return "layer_norm", [*inputs, *known], {"normalized": len(module.normalized_shape)}
         if not state and name in _ELEMENTWISE_MODULES and len(inputs) == 1:
             return _ELEMENTWISE_MODULES[name], inputs, {}
+        if not state and name in POOLS and len(inputs) == 1:
+            return "pool", inputs, POOLS[name]
         return f"opaque.{name}", [*inputs, *state], {}
+
+
+# nn modules that work on each channel of an image for itself
+POOLS = {
+    f"{adaptive}{what}Pool{n}d": {"spatial": n, "linear": what == "Avg"}
+    for adaptive in ("", "Adaptive") for what in ("Avg", "Max") for n in (1, 2, 3)
+}  # fmt: skip
 
 
 def _spec(tensor: torch.Tensor, symbols: tuple[str, ...] | None) -> TensorSpec:
@@ -463,3 +472,6 @@ class Classifier:
     def __call__(self, node: Node) -> tuple[str, Attributes]:
         kind, _, attrs = self._builder._classify(node, self._builder._specs(node))
         return kind, attrs
+
+
+from passes import op_graph_images as op_graph_images  # noqa: E402  # handlers of their own, which need these

@@ -153,7 +153,8 @@ class _Sharder:
         """F.linear and F.embedding on a sharded weight."""
         if op.role == "row" and self.ctx.tp_rank > 0 and len(op.inputs) > 2:
             # the sum over ranks adds the bias once: rank 0's
-            node.args, node.kwargs = (node.args[0], node.args[1]), {}
+            after = (None, *node.args[3:]) if op.kind == "conv" else ()
+            node.args, node.kwargs = (*node.args[:2], *after), {}
         elif op.role == "vocab":
             weight = node.args[1]
             layout = self.ctx.plan.layout(op.input_layouts[1])

@@ -7,16 +7,24 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 import torch.fx
 from torch.fx import Node
 from torch.nn import functional as F
 
-# Functions whose weights may be cut -> their parameters up to the last tensor, in order.
-_SIGNATURES = {
-    F.linear: ("input", "weight", "bias"),
-    F.embedding: ("input", "weight"),
+# Functions whose weights may be cut -> their parameters, in order, up to the last that a pass rewrites; with defaults.
+_CONV = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+_CONV_TRANSPOSE = {
+    "input": None, "weight": None, "bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1,
+}  # fmt: skip
+_SIGNATURES: dict[Any, dict[str, Any]] = {
+    F.linear: {"input": None, "weight": None, "bias": None},
+    F.embedding: {"input": None, "weight": None},
+    F.group_norm: {"input": None, "num_groups": None},
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _CONV),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _CONV_TRANSPOSE),
 }
 
 
@@ -31,9 +39,9 @@ def spell_out_calls(graph: torch.fx.Graph) -> None:
             _by_number(node)
 
 
-def _by_position(node: Node, names: tuple[str, ...]) -> None:
+def _by_position(node: Node, defaults: dict[str, Any]) -> None:
     given = dict(node.kwargs)
-    values = [*node.args, *(given.pop(name, None) for name in names[len(node.args) :])]
+    values = [*node.args, *(given.pop(name, defaults[name]) for name in list(defaults)[len(node.args) :])]
     while len(values) > 1 and values[-1] is None:
         values.pop()
     node.args, node.kwargs = tuple(values), given

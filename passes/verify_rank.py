@@ -177,7 +177,7 @@ def _cache_question(state: RankState, node: Node) -> None:
 
 def _op(state: RankState, node: Node, op: Op) -> None:
     given = _given(state, node, op)
-    lacks_bias = op.kind == "linear" and len(given) == 2 and len(op.inputs) == 3
+    lacks_bias = op.kind in ("linear", "conv") and len(given) == 2 and len(op.inputs) == 3
     if len(given) != len(op.inputs) and not lacks_bias:
         fail(state.program, node, f"takes {len(given)} tensors where the model's op takes {len(op.inputs)}", _SHARDS)
     types = _types(state, node, op, given)
@@ -190,7 +190,7 @@ def _op(state: RankState, node: Node, op: Op) -> None:
         done = Derivation(expected)  # verify_handover: so it was written
     else:
         done = derived(state, node, op, types, expected)
-    if PARTIAL in done.outputs and len(op.inputs) == 3 and op.kind == "linear":
+    if PARTIAL in done.outputs and len(op.inputs) == 3 and op.kind in ("linear", "conv"):
         state.facts.biases[op.name] = (node, not lacks_bias)
     elif lacks_bias:
         fail(state.program, node, f"adds no bias ({op.inputs[2].op}), and owes no sum that has it", _SHARDS)

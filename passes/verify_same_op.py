@@ -32,6 +32,8 @@ def check_same_op(state: RankState, node: Node, op: Op, types: tuple[Held, ...])
     elif op.kind == "repeat_interleave" and op_name(node) != "index_select":
         if attrs["dim"] != op.attrs["dim"]:
             fail(state.program, node, f"repeats dim {attrs['dim']}, the model dim {op.attrs['dim']}", _SHAPES)
+    elif op.kind in ("conv", "group_norm"):
+        _check_groups(state, node, op, types[0], attrs)
     elif op.kind not in ("cache_update", "cache_read", "slice", "repeat_interleave") and attrs != op.attrs:
         fail(state.program, node, f"has {dict(attrs)} where the model has {dict(op.attrs)}", _SHAPES)
     elif op.kind == "slice" and attrs != op.attrs:
@@ -71,6 +73,15 @@ def _check_slice(state: RankState, node: Node, op: Op, lies: Held, given: Any) -
             f"at {tuple(wanted)}",
             _SHAPES,
         )  # fmt: skip
+
+
+def _check_groups(state: RankState, node: Node, op: Op, lies: Held, given: Any) -> None:
+    """As many groups of channels as the rank has; the rule has seen to it that none is cut."""
+    groups, (_, (shape, *_), _) = op.attrs["groups"], state.tools.rule(op)
+    if lies.is_sharded and groups > 1 and len(shape) > 2 and lies.dim == 1:
+        groups = groups * len(elements(lies, shape[1])) // shape[1]
+    if dict(given) != {**op.attrs, "groups": groups}:
+        fail(state.program, node, f"has {dict(given)} where {groups} groups and {dict(op.attrs)} are wanted", _SHAPES)
 
 
 # -- what single kinds owe beside their rule ---------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_cases import IMAGE_CASES
 from torch.nn import functional as F
 
 from cost_model.op_graph import Op, TensorSpec
@@ -418,6 +419,16 @@ def _cache_update(data: st.DataObject) -> Case:
 # -- the proof ---------------------------------------------------------------------------------------------------------
 
 
+# -- images (image_cases.py) -------------------------------------------------------------------------------------------
+
+
+def _of_images(kind: str) -> CaseMaker:
+    return lambda data: Case(*IMAGE_CASES[kind](data))
+
+
+CASES.update({kind: _of_images(kind) for kind in IMAGE_CASES})
+
+
 def rule_of(kind: str, made: Case, outputs: Outputs) -> OpRule:
     """By way of the table that the searches use, which also shows that the attributes can be hashed."""
 
@@ -526,6 +537,9 @@ def test_every_rule_has_a_case_and_every_case_a_rule() -> None:
     assert set(CASES) == set(RULES)
 
 
+_GROUPS = {n: {"groups": n, "transposed": False} for n in (1, 2)}
+
+
 # Rules that have nothing to say are proven by everything above: these say what must be there.
 @pytest.mark.parametrize(
     "kind, inputs, outputs, attrs, letters",
@@ -551,6 +565,12 @@ def test_every_rule_has_a_case_and_every_case_a_rule() -> None:
         ("permute", [(2, 3, 4)], [(4, 1, 2, 3)], {"order": (2, -1, 0, 1)}, {"d0", "d2", "d3"}),
         ("stack", [(2, 3)] * 2, [(2, 2, 3)], {"dim": 1}, {"d0", "d1"}),
         ("unbind", [(2, 3)], [(3,)] * 2, {"dim": 0}, {"d1"}),
+        ("conv", [(2, 6, 9, 9), (8, 6, 3, 3), (8,)], [(2, 8, 7, 7)], _GROUPS[1], {"d0", "column", "row"}),
+        ("conv", [(2, 6, 9, 9), (8, 3, 3, 3)], [(2, 8, 7, 7)], _GROUPS[2], {"d0", "groups"}),
+        ("batch_norm", [(2, 6, 9), (6,), (6,)], [(2, 6, 9)], {"statistics": True}, {"c", "d0", "d2"}),
+        ("batch_norm", [(2, 6, 9)], [(2, 6, 9)], {"statistics": False}, {"c"}),
+        ("group_norm", [(2, 6, 9), (6,), (6,)], [(2, 6, 9)], {"groups": 3}, {"d0", "groups"}),
+        ("pool", [(2, 6, 9, 9)], [(2, 6, 1, 1)], {"spatial": 2, "linear": True}, {"d0", "d1"}),
         ("opaque.unknown", [(2, 3)], [(2, 3)], {}, set()),
     ],
 )

@@ -21,6 +21,7 @@ _MOBILE = {
     "hidden_sizes": [12, 24, 36], "neck_hidden_sizes": [8, 8, 8, 12, 12, 24, 48], "image_size": 64, "patch_size": 2,
     "num_attention_heads": 3,
 }  # fmt: skip
+_CONVOLUTIONS = {"embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 2]}
 VISION = {
     "ViTForImageClassification": ("vit", {}),
     "Dinov2ForImageClassification": ("dinov2", {}),
@@ -28,7 +29,13 @@ VISION = {
     "BeitForImageClassification": ("beit", {}),
     "SwinForImageClassification": ("swin", _WINDOWS),  # attention within windows: batches of B * (number of windows)
     "MobileViTForImageClassification": ("mobilevit", _MOBILE),  # rounds the image's height up to whole patches
-}
+    "ResNetForImageClassification": ("resnet", _CONVOLUTIONS),  # convolutions and batch norms
+    "RegNetForImageClassification": ("regnet", {**_CONVOLUTIONS, "groups_width": 4}),  # in groups of channels
+    "MobileNetV1ForImageClassification": ("mobilenet_v1", {"depth_multiplier": 0.25}),  # one channel a group
+    "PoolFormerForImageClassification": (
+        "poolformer", {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1], "image_size": 64},
+    ),
+}  # fmt: skip
 
 
 @functools.cache
@@ -44,7 +51,7 @@ def test_image_classifier_equals_eager(class_name: str, mesh: tuple[int, int]) -
     model = _model(class_name)
     compiled = adx.compile(model, tp=mesh[0], pp=mesh[1])
     assert compiled.program(0).input_names == ("pixel_values",)
-    pixels = images(model.config.image_size)
+    pixels = images(getattr(model.config, "image_size", 32))
     assert output_error(compiled.simulate(pixel_values=pixels), model(pixel_values=pixels)) <= 1e-9
     if mesh[0] > 1:
         numbers = {p.name: math.prod(p.shape) for p in compiled.plan.params if p.matmul}
