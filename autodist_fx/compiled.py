@@ -277,6 +277,7 @@ class CompiledModel:
         variant = self._variant_for(inputs, wants_cache)
         self._load(variant)
         given = {k: v for k, v in inputs.items() if v is not None}
+        variant.traced.check_images(given)
         if not wants_cache:
             per_rank = [given] * self.mesh.size
             return ModelOutput(_merged(simulate(list(variant.programs.values()), per_rank)))

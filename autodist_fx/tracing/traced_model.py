@@ -6,6 +6,7 @@ import inspect
 import linecache
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -15,6 +16,7 @@ from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, cache_layers, layer_kinds
 from autodist_fx.tracing.cross_cache import both_kinds, merge_caches, written_layers
 from autodist_fx.tracing.example_inputs import (
+    IMAGE_INPUTS,
     ExampleInputs,
     Sizes,
     default_inputs,
@@ -45,6 +47,16 @@ class TracedModel:
     def has_encoder(self) -> bool:
         """An encoder reads the main input (length "E"), and a decoder the decoder_... inputs (length "S")."""
         return self._examples.has_encoder
+
+    def check_images(self, inputs: Mapping[str, Any]) -> None:
+        """Raises AutodistError where images are of another size than those that the graph was made for."""
+        for name in IMAGE_INPUTS:
+            shape, wanted = tuple(getattr(inputs.get(name), "shape", ()))[1:], self._examples.image_shape
+            if shape and wanted and shape != wanted:
+                raise AutodistError(
+                    f"{name} are of {list(shape)} each, and {self.model_class} was compiled for {list(wanted)}: resize "
+                    f"them, or set image_size in the model's config before compiling"
+                )
 
     def example_inputs(self, sizes: Sizes) -> dict[str, object]:
         """Inputs of these sizes by name: meta tensors, and a DynamicCache of meta tensors that holds `past` tokens."""

@@ -21,7 +21,7 @@ _MOBILE = {
     "hidden_sizes": [12, 24, 36], "neck_hidden_sizes": [8, 8, 8, 12, 12, 24, 48], "image_size": 64, "patch_size": 2,
     "num_attention_heads": 3,
 }  # fmt: skip
-_CONVOLUTIONS = {"embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 2]}
+_CONVOLUTIONS = {"image_size": 32, "embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 2]}
 VISION = {
     "ViTForImageClassification": ("vit", {}),
     "Dinov2ForImageClassification": ("dinov2", {}),
@@ -51,7 +51,7 @@ def test_image_classifier_equals_eager(class_name: str, mesh: tuple[int, int]) -
     model = _model(class_name)
     compiled = adx.compile(model, tp=mesh[0], pp=mesh[1])
     assert compiled.program(0).input_names == ("pixel_values",)
-    pixels = images(getattr(model.config, "image_size", 32))
+    pixels = images(model.config.image_size)
     assert output_error(compiled.simulate(pixel_values=pixels), model(pixel_values=pixels)) <= 1e-9
     if mesh[0] > 1:
         numbers = {p.name: math.prod(p.shape) for p in compiled.plan.params if p.matmul}
@@ -65,3 +65,10 @@ def test_any_number_of_images() -> None:
     compiled = adx.compile(model, tp=2)
     five = images()[[0, 1, 0, 1, 1]]
     assert output_error(compiled.simulate(pixel_values=five), model(pixel_values=five)) <= 1e-9
+
+
+@torch.no_grad()
+def test_images_of_another_size_are_refused() -> None:
+    compiled = adx.compile(_model("ViTForImageClassification"))
+    with pytest.raises(adx.AutodistError, match=r"of \[3, 20, 20\] each, .* compiled for \[3, 16, 16\]: resize them"):
+        compiled.simulate(pixel_values=images(20))
