@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from model_coverage.overrides import OVERRIDES, made_by_hand
-from model_coverage.shrink import tiny_config
+from model_coverage.shrink import IMAGE, tiny_config
 
 SEED = 0
 
@@ -35,7 +35,10 @@ def build(task: str, class_name: str, dtype: torch.dtype = torch.float64) -> Pre
         raise CannotBuild(f"transformers {transformers.__version__} has no class {class_name}")
     torch.manual_seed(SEED)
     try:
-        model = model_class(config_of(model_class, task))
+        config = config_of(model_class, task)
+        if task == "image-classification" and not any(hasattr(config, n) for n in ("image_size", "vision_config")):
+            config.image_size = 2 * IMAGE  # where tracing looks; 224 x 224 would take its time
+        model = model_class(config)
     except ImportError as error:
         raise CannotBuild(f"needs another package: {_first_line(error)}") from error
     except Exception as error:

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 import autodist_fx as adx
 from autodist_fx.errors import AutodistError
 from cost_model.explain import sharded_share
 from model_coverage.build import CannotBuild, build
-from model_coverage.decode import decode_with_cache, eager_decoding
+from model_coverage.decode import decode_with_cache, eager_decoding, forward
 from model_coverage.inputs import inputs_for
 from model_coverage.layers import all_reduces_per_layer
 from model_coverage.tasks import TASKS
@@ -89,7 +88,7 @@ def _subject(task: str, class_name: str) -> Subject:
             model = build(task, class_name, dtype)
             try:
                 inputs = inputs_for(model, task, padded=padded)
-                expected = tensors(model(**inputs))
+                expected = tensors(forward(model, inputs))
             except Exception as error:
                 failure = failure or f"the model itself does not run: {type(error).__name__}: {error}"
                 continue
@@ -106,7 +105,7 @@ def _subject(task: str, class_name: str) -> Subject:
 _NOT_COMPARED = ("past_key_values", "cache_params", "mems", "state", "past_buckets_states", "rnn_state")
 
 
-def tensors(output: ModelOutput) -> dict[str, torch.Tensor]:
+def tensors(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The floating-point tensors of an output by name; those of an output within as "outer.name"."""
     found = {}
     for name, value in output.items():
@@ -114,7 +113,7 @@ def tensors(output: ModelOutput) -> dict[str, torch.Tensor]:
             continue
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             found[name] = value
-        elif isinstance(value, ModelOutput):
+        elif isinstance(value, Mapping):
             found.update({f"{name}.{inner}": tensor for inner, tensor in tensors(value).items()})
     return found
 

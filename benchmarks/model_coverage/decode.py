@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from autodist_fx.compiled import CompiledModel
-from model_coverage.inputs import PREFILL, SEQ, Inputs
+from model_coverage.inputs import NEW_TOKENS, Inputs
 
 
 def eager_decoding(model: PreTrainedModel, inputs: Inputs) -> list[torch.Tensor] | None:
@@ -22,13 +24,13 @@ def eager_decoding(model: PreTrainedModel, inputs: Inputs) -> list[torch.Tensor]
     truths = []
     kept = _kept(inputs)
     try:
-        whole = model(**inputs, **_positions(model, inputs), use_cache=False)
+        whole = forward(model, {**inputs, **_positions(model, inputs)})
         truths.append(whole.logits[kept])
     except Exception:
         pass
     try:
         cache, parts = None, []
-        for start, stop in _steps():
+        for start, stop in _steps(inputs):
             step = model(**_slice(model, inputs, start, stop), past_key_values=cache, use_cache=True)
             cache = step.past_key_values
             parts.append(step.logits)
@@ -38,29 +40,45 @@ def eager_decoding(model: PreTrainedModel, inputs: Inputs) -> list[torch.Tensor]
     return truths or None
 
 
+def forward(model: PreTrainedModel, inputs: Inputs) -> ModelOutput:
+    """The model's output; without making a cache, where it can be told and can do so."""
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        with contextlib.suppress(Exception):
+            return model(**inputs, use_cache=False)
+    return model(**inputs)
+
+
 def decode_with_cache(compiled: CompiledModel, model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
     """Logits [tokens that count, vocab] of the split model."""
     cache, parts = None, []
-    for start, stop in _steps():
+    for start, stop in _steps(inputs):
         step = compiled.simulate(**_slice(model, inputs, start, stop), past_key_values=cache)
         cache = step.past_key_values
         parts.append(step.logits)
     return torch.cat(parts, 1)[_kept(inputs)]
 
 
-def _steps() -> Iterator[tuple[int, int]]:
-    yield 0, PREFILL
-    yield from ((at, at + 1) for at in range(PREFILL, SEQ))
+def _steps(inputs: Inputs) -> Iterator[tuple[int, int]]:
+    tokens = inputs[_written(inputs)].shape[1]
+    yield 0, tokens - NEW_TOKENS
+    yield from ((at, at + 1) for at in range(tokens - NEW_TOKENS, tokens))
+
+
+def _written(inputs: Inputs) -> str:
+    """The name of the token ids that decoding appends to."""
+    return "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
 
 
 def _kept(inputs: Inputs) -> torch.Tensor:
     """Which tokens count: what a padding token attends to is nobody's business, and differs with the cache."""
-    if "attention_mask" in inputs:
+    if "attention_mask" in inputs and "decoder_input_ids" not in inputs:
         return inputs["attention_mask"].bool()
-    return torch.ones(inputs["input_ids"].shape, dtype=torch.bool)
+    return torch.ones(inputs[_written(inputs)].shape[:2], dtype=torch.bool)
 
 
 def _slice(model: PreTrainedModel, inputs: Inputs, start: int, stop: int) -> Inputs:
+    if "decoder_input_ids" in inputs:  # what the encoder reads, it reads at each step
+        return {**inputs, "decoder_input_ids": inputs["decoder_input_ids"][:, start:stop]}
     step = {"input_ids": inputs["input_ids"][:, start:stop]}
     if "attention_mask" in inputs:
         step["attention_mask"] = inputs["attention_mask"][:, :stop]
@@ -71,5 +89,7 @@ def _slice(model: PreTrainedModel, inputs: Inputs, start: int, stop: int) -> Inp
 def _positions(model: PreTrainedModel, inputs: Inputs) -> Inputs:
     """Position ids that skip the padding, for models that take them."""
     if "position_ids" not in inspect.signature(model.forward).parameters or "attention_mask" not in inputs:
+        return {}
+    if "decoder_input_ids" in inputs:
         return {}
     return {"position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)}

@@ -79,7 +79,8 @@ def tiny_arguments(config_class: type[PretrainedConfig], overrides: Mapping[str,
     where the config has no such part by default.
     """
     default = _default(config_class)
-    parts = getattr(config_class, "sub_configs", None) or {}
+    parts = getattr(config_class, "sub_configs", None)
+    parts = parts if isinstance(parts, dict) else {}  # a property in old classes
     arguments: dict[str, Any] = {}
     for name, parameter in _parameters(config_class).items():
         value = getattr(default, name, parameter.default) if default is not None else parameter.default
@@ -97,7 +98,9 @@ def tiny_arguments(config_class: type[PretrainedConfig], overrides: Mapping[str,
     return arguments
 
 
-_SPECIAL_IDS = {name: _SIZES[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+_SPECIAL_IDS = {
+    name: _SIZES[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+}
 
 
 def _stays(name: str, default: Any, value: Any) -> bool:
