@@ -249,6 +249,12 @@ class CompiledModel:
         """Everything that global rank `rank` needs; parameters on meta until loaded."""
         return self._program(self._main, rank)
 
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Real values by name of every buffer and constant that the programs use."""
+        modules = [v.traced.graph_module for v in (self._main.encoder, self._main) if v is not None]
+        return {name: b for module in modules for name, b in module.named_buffers(remove_duplicate=False)}
+
     def encoder_program(self, rank: int) -> RankProgram | None:
         """What global rank `rank` runs once for an input, before `program` at each step of a decoder; None where the
         model, or this form of it, has no such part. It writes what the steps read into their cache."""

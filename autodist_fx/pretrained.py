@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.agreement import agree
 from autodist_fx.runtime.generation import DistributedCausalLM
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, JoinedRank, join
+from autodist_fx.runtime.seq2seq import DistributedSeq2SeqLM, seq2seq_class
 from autodist_fx.runtime.two_graphs import TwoGraphCausalLM
-from autodist_fx.tracing import empty_model
+from autodist_fx.tracing import empty_model, meta_copy
 from autodist_fx.weights.checkpoint import open_source
 from autodist_fx.weights.load import LoadReport, load_rank
 from autodist_fx.weights.module_source import ModuleSource
@@ -223,6 +224,8 @@ def _distribute(
         other.graph_module.eval()
         return other
 
+    if main.encoder_program(joined.rank) is not None:
+        return _with_encoder(model, main, program, joined, load, report, generation_config)
     split = TwoGraphCausalLM(
         program,
         joined.communicator,
@@ -236,9 +239,47 @@ def _distribute(
     return split
 
 
+def _with_encoder(
+    model: PreTrainedModel,
+    main: CompiledModel,
+    program: RankProgram,
+    joined: JoinedRank,
+    load: Callable[[CompiledModel, RankProgram], LoadReport],
+    report: LoadReport,
+    generation_config: GenerationConfig | None,
+) -> DistributedSeq2SeqLM:
+    """`program` is loaded; the encoder's is loaded here, but for what both hold."""
+    encoder = main.encoder_program(joined.rank)
+    assert encoder is not None
+    left = share_weights(program, encoder)
+    if left.param_shards:
+        more = load(main, left)
+        report = replace(
+            more,
+            shard_bytes=report.shard_bytes + more.shard_bytes,
+            bytes_read=report.bytes_read + more.bytes_read,
+            seconds=report.seconds + more.seconds,
+            rss_before_bytes=report.rss_before_bytes,
+        )
+    split_class = seq2seq_class(type(model))
+    split = split_class(
+        program,
+        joined.communicator,
+        main.config,
+        generation_config,
+        device=joined.device,
+        encoder=encoder,
+        main_input_name=model.main_input_name,
+        skeleton=None if split_class is DistributedSeq2SeqLM else meta_copy(model),
+    )
+    split.plan = main.plan
+    split.load_report = report
+    return split
+
+
 def _buffers(compiled: CompiledModel, model: PreTrainedModel, source: WeightSource) -> Mapping[str, torch.Tensor]:
     """Real values by name of what the checkpoint lacks: non-persistent buffers, and constants of the graph."""
-    values = dict(compiled.graph.named_buffers(remove_duplicate=False))
+    values = compiled.buffers
     saved = set(values) & model.state_dict().keys()
     found = resolve_names(saved, source.names(), base_model_prefix=model.base_model_prefix) if saved else {}
     return {name: value for name, value in values.items() if name not in found and not value.is_meta}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
     """
 
     main_input_name = "input_ids"
+    _outputs: tuple[type, type] = (GenerateDecoderOnlyOutput, GenerateBeamDecoderOnlyOutput)
+    _names: Mapping[str, str] = {}  # what the graph calls an input of the decoder, where it is not the plain name
+    _mask_name = "attention_mask"  # in generate's model_kwargs, of the decoder
     base_model_prefix = ""
     _is_stateful = False
     _supports_cache_class = True
@@ -64,7 +68,8 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
         self._others = [rank for rank in range(mesh.size) if rank != self.driver]
         self._channel = StepChannel(communicator, self.driver, self._others) if self._others else None
         self._finish_sends = getattr(communicator, "finish_sends", None) or _nothing
-        self._inputs = frozenset(program.input_names)
+        plain = {of_graph: name for name, of_graph in self._names.items()}
+        self._inputs = frozenset(plain.get(name, name) for name in program.input_names)
         self._generating = False
         self._caches: weakref.WeakValueDictionary[int, SplitCache] = weakref.WeakValueDictionary()
         self._cache_count = 0
@@ -152,19 +157,23 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
         if not self.is_driver:
             given = _GENERATE.bind(self, *args, **kwargs).arguments
             given |= given.pop("kwargs", {})
-            prompt = given.get("inputs", given.get("input_ids"))
-            return self._follow(self._channel, given.get("streamer"), prompt)
+            return self._follow(self._channel, given.get("streamer"), self._prompt(given))
         try:
             result = self._drive(*args, **kwargs)
         except BaseException as error:
             self._channel.say_error(error)
             raise
-        sequences = result if isinstance(result, torch.Tensor) else result.sequences
+        sequences = result if isinstance(result, torch.Tensor) else result["sequences"]
         kind = 0 if isinstance(result, torch.Tensor) else 2 if "Beam" in type(result).__name__ else 1
         kept = getattr(result, "past_key_values", None) if kind else None
         self._channel.say(Command.END, (kind, sequences.shape[0], kept.number if kept is not None else 0), (sequences,))
         self._finish_sends()
         return result
+
+    @staticmethod
+    def _prompt(given: Mapping[str, Any]) -> torch.Tensor | None:
+        """What a streamer is handed first, of generate's arguments; None: what the first step is given."""
+        return given.get("inputs", given.get("input_ids"))
 
     # ------------------------------------------------------------------------------------------- on the driver
 
@@ -203,7 +212,7 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
             cache.mask_tokens = attention_mask.shape[1]
         batch, tokens = input_ids.shape
         numbers = (cache.number, batch, tokens, flags, attention_mask.shape[1])
-        self._channel.say(Command.STEP, (*numbers, int(cache_position[0])), payload)
+        self._channel.say(Command.STEP, (*numbers, int(cache_position[0]), *self._further_numbers()), payload)
 
     def _announce_to_caches(self, what: str, cache: SplitCache, numbers: torch.Tensor) -> None:
         if self._generating and self._channel is not None:
@@ -243,7 +252,7 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        self._grown_mask = model_kwargs.get("attention_mask")
+        self._grown_mask = model_kwargs.get(self._mask_name)
         return model_kwargs
 
     def _prepare_cache_for_generation(
@@ -285,6 +294,8 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
                 self._make_cache(numbers[0]).reorder_cache(payload.to(self.device))
             elif command is Command.CROP:
                 self._make_cache(numbers[0]).crop(int(payload[0]))
+            elif command is Command.ENCODE:
+                self._follow_encode(numbers, payload)
             elif command is Command.ERROR:
                 raise channel.heard_error(numbers, payload)
             else:
@@ -296,8 +307,7 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
             streamer.end()
         if kind == 0:
             return sequences
-        output = GenerateBeamDecoderOnlyOutput if kind == 2 else GenerateDecoderOnlyOutput
-        return output(sequences=sequences, past_key_values=self._caches.get(cache_number))
+        return self._outputs[kind - 1](sequences=sequences, past_key_values=self._caches.get(cache_number))
 
     def _follow_step(self, cache: SplitCache, numbers: list[int], payload: torch.Tensor) -> torch.Tensor:
         """Run the graph on what the driver says; the step's input_ids [batch, tokens]."""
@@ -338,6 +348,7 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
             "past_key_values": cache,
             "cache_position": cache_position,
         }
+        given = {self._names.get(name, name): value for name, value in given.items()} | self._further_inputs(cache)
         inputs = {name: given[name] for name in self.program.input_names}
         if self.device.type != "cpu":
             inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
@@ -346,11 +357,25 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
         cache.tokens += input_ids.shape[1]
         return outputs.get("logits")
 
+    def _further_numbers(self) -> tuple[int, ...]:
+        """What the others are told of a step besides: up to 2, at positions 6 and 7."""
+        return ()
+
+    def _further_inputs(self, cache: SplitCache) -> dict[str, Any]:
+        """What the graph takes besides, by its own names."""
+        return {}
+
+    def _follow_encode(self, numbers: list[int], payload: torch.Tensor) -> None:
+        raise AutodistError("there is no encoder in this model")
+
+    def _empty_cache(self) -> SplitCache:
+        return local_cache(self.config, self.program, SplitCache)
+
     def _make_cache(self, number: int) -> SplitCache:
         """The cache of that number; an empty one at first."""
         cache = self._caches.get(number)
         if cache is None:
-            cache = local_cache(self.config, self.program, SplitCache)
+            cache = self._empty_cache()
             cache.number = number
             if self.is_driver:
                 cache.announce = self._announce_to_caches

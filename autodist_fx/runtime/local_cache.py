@@ -69,5 +69,8 @@ class SplitCache(ReadableCache):
         """Keep the first `max_length` tokens, or leave out the last ones where it is negative."""
         if self.announce is not None:
             self.announce("crop", self, torch.tensor([max_length]))
-        super().crop(max_length)
+        self._crop_layers(max_length)
         self.tokens = max_length if max_length >= 0 else self.tokens + max_length
+
+    def _crop_layers(self, max_length: int) -> None:
+        super().crop(max_length)

@@ -25,6 +25,7 @@ class Command(IntEnum):
     CROP = 3  # a cache
     END = 4  # of the generation: these are the sequences
     ERROR = 5  # raise it
+    ENCODE = 6  # run the encoder's graph
 
 
 class StepChannel:

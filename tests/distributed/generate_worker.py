@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, set_seed
 
 import autodist_fx as adx
 
@@ -24,14 +24,21 @@ CASES = {
 }
 
 
+def auto_class(checkpoint):
+    is_seq2seq = AutoConfig.from_pretrained(checkpoint).is_encoder_decoder
+    return AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
+
+
 def results(model) -> dict[str, torch.Tensor]:
     found = {}
+    decoder = {"decoder_input_ids": BATCH} if model.config.is_encoder_decoder else {}
+    alone = {"decoder_input_ids": PROMPT} if model.config.is_encoder_decoder else {}
     for name, (ids, mask, options) in CASES.items():
         set_seed(11)
         found[name] = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, pad_token_id=0, **options)
     with torch.no_grad():
-        found["logits"] = model(input_ids=BATCH, attention_mask=MASK).logits
-        found["logits without a mask"] = model(input_ids=PROMPT).logits
+        found["logits"] = model(input_ids=BATCH, attention_mask=MASK, **decoder).logits
+        found["logits without a mask"] = model(input_ids=PROMPT, **alone).logits
     return found
 
 
@@ -41,7 +48,7 @@ if __name__ == "__main__":
     found = results(split)
     found["loaded"] = torch.tensor([split.load_report.bytes_read, split.load_report.checkpoint_bytes])
     if "--memory" in sys.argv:  # the same from a model that every rank has in memory
-        whole = AutoModelForCausalLM.from_pretrained(checkpoint)
+        whole = auto_class(checkpoint).from_pretrained(checkpoint)
         again = adx.compile(whole, tp=tp, pp=pp).to_distributed(device="cpu", timeout=60)
         found |= {f"{name} from memory": value for name, value in results(again).items()}
     torch.save(found, directory / f"{split.rank}.pt")

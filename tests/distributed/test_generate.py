@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from generate_worker import results
+from generate_worker import auto_class, results
 from tiny_checkpoint import save_tiny
-from transformers import AutoModelForCausalLM
+from tiny_seq2seq import tiny_seq2seq
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 HERE = Path(__file__).parent
@@ -34,9 +34,21 @@ def gpt2(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("gpt2"), "gpt2")
 
 
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("t5")
+    model = tiny_seq2seq("t5", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 2.0 if parameter.dim() > 1 else 1.0
+    model.save_pretrained(directory)
+    return directory
+
+
 @pytest.mark.parametrize(
     ("family", "tp", "pp", "how"),
-    [("llama", 2, 1, "--memory"), ("gpt2", 1, 2, ""), ("llama", 2, 2, ""), ("gpt2", 2, 2, "")],
+    [("t5", 2, 1, "--memory"), ("t5", 2, 2, "")]
+    + [("llama", 2, 1, "--memory"), ("gpt2", 1, 2, ""), ("llama", 2, 2, ""), ("gpt2", 2, 2, "")],
 )
 def test_same_tokens(family, tp, pp, how, request, tmp_path):
     checkpoint = request.getfixturevalue(family)
@@ -45,7 +57,7 @@ def test_same_tokens(family, tp, pp, how, request, tmp_path):
     command += [worker, str(checkpoint), str(tp), str(pp), str(tmp_path), *how.split()]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = results(AutoModelForCausalLM.from_pretrained(checkpoint).eval())
+    expected = results(auto_class(checkpoint).from_pretrained(checkpoint).eval())
     for rank in range(tp * pp):
         found = torch.load(tmp_path / f"{rank}.pt")
         loaded, whole = found.pop("loaded").tolist()
