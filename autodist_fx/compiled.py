@@ -18,7 +18,7 @@ from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.runtime.local_cache import encoder_view, local_cache
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, join
 from autodist_fx.runtime.simulate import simulate
-from autodist_fx.tracing import Sizes, TracedModel, trace
+from autodist_fx.tracing import STATE_PREFIX, Sizes, TracedModel, class_for, has_own_cache, trace, trace_phases
 from autodist_fx.tracing.cross_cache import CROSS
 from autodist_fx.weights.load import load_rank
 from autodist_fx.weights.module_source import ModuleSource
@@ -92,11 +92,19 @@ def compile(
         sizes=tuple((sizes or {}).items()),
         memory_bytes=max_memory,
     )
-    variant = _Variant.make(model, request, use_cache, input_names, concrete_args, plan)
-    compiled = CompiledModel(model, request, variant, verify_programs=verify, dump_dir=dump_dir)
+    if use_cache and has_own_cache(_class_of(model)):
+        prompt, step = _Variant.make_phases(model, request, concrete_args, plan)
+        compiled = CompiledModel(model, request, step, verify_programs=verify, dump_dir=dump_dir, prompt=prompt)
+    else:
+        variant = _Variant.make(model, request, use_cache, input_names, concrete_args, plan)
+        compiled = CompiledModel(model, request, variant, verify_programs=verify, dump_dir=dump_dir)
     if verify:
         compiled.verify()
     return compiled
+
+
+def _class_of(model: PreTrainedModel | PretrainedConfig) -> type[PreTrainedModel]:
+    return class_for(model) if isinstance(model, PretrainedConfig) else type(model)
 
 
 def _hardware(name: str | Hardware | None) -> Hardware:
@@ -131,6 +139,22 @@ class _Variant:
         given: PartitionPlan | None,
     ) -> _Variant:
         traced = trace(model, input_names=input_names, use_cache=use_cache, concrete_args=concrete_args)
+        return cls.of(traced, request, given)
+
+    @classmethod
+    def make_phases(
+        cls,
+        model: PreTrainedModel | PretrainedConfig,
+        request: PlanRequest,
+        concrete_args: Mapping[str, object] | None,
+        given: PartitionPlan | None,
+    ) -> tuple[_Variant, _Variant]:
+        """(prompt, step) of a model with a cache of its own; `given` is a plan for the step."""
+        prompt, step = trace_phases(model, concrete_args)
+        return cls.of(prompt, request, None), cls.of(step, request, given)
+
+    @classmethod
+    def of(cls, traced: TracedModel, request: PlanRequest, given: PartitionPlan | None) -> _Variant:
         normalize(traced.graph_module, _examples_for(traced))
         graph = build_op_graph(traced.graph_module)
         print_of_it = fingerprint(graph)
@@ -185,12 +209,14 @@ def _examples(traced: TracedModel, second: Sizes = _EXAMPLES[1]) -> tuple[Exampl
 
 
 def _example(traced: TracedModel, sizes: Sizes) -> Example:
-    if not traced.use_cache:
+    if traced.phase == "step":
+        sizes = replace(sizes, seq=1)
+    if not traced.use_cache or traced.phase == "prompt":
         sizes = replace(sizes, past=0)
     symbols = {"B": sizes.batch, "S": sizes.seq}
     if traced.has_encoder:
         symbols["E"] = sizes.source
-    if traced.use_cache:
+    if traced.use_cache and traced.phase != "prompt":
         symbols |= {"P": sizes.past, "T": sizes.past + sizes.seq}
     return Example(traced.example_inputs(sizes), symbols)
 
@@ -214,10 +240,12 @@ class CompiledModel:
         *,
         verify_programs: bool,
         dump_dir: str | Path | None,
+        prompt: _Variant | None = None,
     ) -> None:
         self._model = model
+        self._prompt = prompt  # what the main variant, a step, comes after, in a model with a cache of its own
         self._request = request
-        self._main = variant
+        self._main = self._step = variant
         self._verify_programs = verify_programs
         self._dump_dir = dump_dir
         self._variants = {variant.key: variant}
@@ -270,6 +298,8 @@ class CompiledModel:
 
     def verify(self) -> None:
         """Prove every rank's program (passes/verify.py). Raises VerificationError, which names the node."""
+        if self._prompt is not None:
+            self._verify(self._prompt)
         self._verify(self._main)
 
     def simulate(self, **inputs: Any) -> ModelOutput:
@@ -280,6 +310,8 @@ class CompiledModel:
         it runs, and may be left out later. Raises AutodistError where the model has no weights.
         """
         wants_cache = bool(inputs.pop("use_cache", False)) or "past_key_values" in inputs
+        if wants_cache and has_own_cache(_class_of(self._model)):
+            return self._simulate_own_cache(inputs)
         variant = self._variant_for(inputs, wants_cache)
         self._load(variant)
         given = {k: v for k, v in inputs.items() if v is not None}
@@ -317,6 +349,39 @@ class CompiledModel:
             for r, own in enumerate(cache.ranks)
         ]
         return _merged(simulate(list(encoder.programs.values()), per_rank))
+
+    def _simulate_own_cache(self, inputs: dict[str, Any]) -> ModelOutput:
+        """One call of a model whose cache is its own: the prompt's graph first, then the step's."""
+        cache = inputs.pop("past_key_values", None)
+        if cache is not None and not isinstance(cache, SimulatedCache):
+            raise AutodistError("simulate goes on with the cache of its own last output: start with None")
+        given = {name: value for name, value in inputs.items() if value is not None}
+        past = 0 if cache is None else cache.length
+        tokens = _step_length(given)
+        if past and tokens != 1:
+            raise AutodistError(f"{self.plan.model} takes one token at a time after its prompt, and got {tokens}")
+        if self._prompt is None:
+            self._prompt, step = _Variant.make_phases(self._model, self._request, None, None)
+            self._variants[step.key] = self._step = step
+            self.verify() if self._verify_programs else None
+        variant = self._step if past else self._prompt
+        self._load(variant)
+        filled = self._filled(variant, given, past)
+        states = [dict(own) for own in cache.ranks] if cache is not None else [{} for _ in range(self.mesh.size)]
+        everywhere = {name: value for own in reversed(states) for name, value in own.items()}
+        per_rank = []
+        for program, own in zip(variant.programs.values(), states, strict=True):
+            mine = {name: own.get(name, everywhere.get(name)) for name in program.input_names if name in everywhere}
+            per_rank.append({name: filled.get(name, mine.get(name)) for name in program.input_names})
+        outputs = simulate(list(variant.programs.values()), per_rank)
+        new = {name for of_rank in outputs for name in of_rank if name.startswith(STATE_PREFIX)}
+        for own, of_rank in zip(states, outputs, strict=True):
+            for name in new:  # a rank that does not make it any more has an old one
+                own.pop(name, None)
+            own.update({name: value for name, value in of_rank.items() if name in new})
+        merged = {n: v for n, v in _merged(outputs).items() if not n.startswith(STATE_PREFIX)}
+        merged["past_key_values"] = SimulatedCache(states, past + tokens)
+        return ModelOutput(merged)
 
     def to_distributed(
         self,
@@ -443,7 +508,8 @@ _FILLED_IN = frozenset({"input_ids", "attention_mask", "position_ids", "cache_po
 
 @dataclass
 class SimulatedCache:
-    """The KV caches of all ranks of a simulation, and how many tokens they hold."""
+    """The KV caches of all ranks of a simulation (for a cache of the model's own: its tensors by name), and how many
+    tokens they hold."""
 
     ranks: list[Any]
     length: int = 0

@@ -4,7 +4,8 @@
     after   %mask = full(...);  %set = with_item(%mask, (:, :, :, :n), %padded);  use(%set)
 
 A mask that a later stage computes again would otherwise miss what was written into it. Reads that come before the
-write keep the old value, as they do in the model. A write through a view (x[0].add_(1)) reaches the view alone.
+write keep the old value, as they do in the model. A write into a part (x[0].add_(1)) changes the whole; one through
+another view (x.transpose(0, 1)[0] = 1) reaches the view alone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ def with_item(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
     return changed
 
 
+def copied(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """What x.copy_(y) leaves in x."""
+    return y.to(x.dtype).expand_as(x).clone()
+
+
 def functionalize(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """Rewrites `graph_module` in place."""
     graph = graph_module.graph
@@ -37,10 +43,33 @@ def functionalize(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
         written = node.args[0] if node.args and isinstance(node.args[0], Node) else None
         if written is None or not _make_functional(node):
             continue
-        for user in list(written.users):
-            if order[user] > order[node]:
-                user.replace_input_with(written, node)
+        node.meta["is_tensor"] = True
+        at, changed = order[node], node
+        while written is not None:
+            for user in list(written.users):
+                if order.get(user, -1) > at:
+                    user.replace_input_with(written, changed)
+            written, changed = _write_through(graph, written, changed)
     return graph_module
+
+
+def _write_through(graph: torch.fx.Graph, written: Node, changed: Node) -> tuple[Node | None, Node]:
+    """(what `written` is a part of, that with the part changed); None where it is a tensor of its own.
+
+    A part is what indexing with numbers and slices gives; indexing with a tensor copies, and an item of a tuple is no
+    part. `meta["is_tensor"]`, which the tracer sets, says which values are tensors.
+    """
+    if written.op != "call_function" or written.target is not operator.getitem:
+        return None, changed
+    whole, index = written.args
+    items = index if isinstance(index, tuple) else (index,)
+    copies = any(isinstance(i, list) or (isinstance(i, Node) and i.meta.get("is_tensor", True)) for i in items)
+    if copies or not whole.meta.get("is_tensor", False):
+        return None, changed
+    with graph.inserting_after(changed):
+        new = graph.call_function(with_item, (whole, index, changed))
+    new.meta = {k: v for k, v in whole.meta.items() if k in ("nn_module_stack", "source", "is_tensor")}
+    return whole, new
 
 
 def _make_functional(node: Node) -> bool:
@@ -49,6 +78,10 @@ def _make_functional(node: Node) -> bool:
         node.target = with_item
     elif node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:
         node.target = _IN_PLACE_OPERATORS[node.target]
+    elif node.op == "call_method" and node.target == "copy_":
+        node.op, node.target, node.args, node.kwargs = "call_function", copied, node.args[:2], {}
+    elif node.op == "call_method" and node.target == "zero_":
+        node.op, node.target = "call_function", torch.zeros_like
     elif node.op == "call_method" and _is_in_place_method(str(node.target)):
         node.target = str(node.target)[:-1]
     else:

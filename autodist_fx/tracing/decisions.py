@@ -21,14 +21,24 @@ from transformers.utils import fx as hf_fx
 def decide(proxy: hf_fx.HFProxy) -> bool:
     """What `bool(proxy)` is for every input. Raises TypeError where that depends on the data."""
     known = getattr(proxy, "_metadata", None)
+    if known is None:
+        return Proxy.__bool__(proxy)
     if not isinstance(known, torch.Tensor):
         return bool(known)
     if _asks_for_all_ones(proxy.node):
         return False
+    answers = set()
     try:
-        return bool(_computed(proxy.node, proxy.tracer.examples_of, {}))
+        for position in (1, _FAR) if proxy.tracer.phase == "step" else (0,):
+            answers.add(bool(_computed(proxy.node, proxy.tracer, position, {})))
     except _DependsOnDataError as error:
         raise TypeError(f"a condition depends on the values of {error}") from None
+    if len(answers) > 1:
+        raise TypeError("a condition depends on how many tokens came before")
+    return answers.pop()
+
+
+_FAR = 2**30
 
 
 class _DependsOnDataError(Exception):
@@ -61,12 +71,24 @@ def _length_of(node: Node, tracer: Any) -> Any:
     if name != "getitem" or node.args[1] != -1 or not isinstance(node.args[0], Node):
         return None
     positions = node.args[0]
+    if tracer.phase and positions.op == "placeholder" and positions.target == "cache_position":
+        return _tokens_so_far(tracer)
     if getattr(positions.target, "__name__", "") != "arange":
         return None
     bounds = [tracer.proxy(a) if isinstance(a, Node) else a for a in positions.args]
     for bound in (b for b in bounds if isinstance(b, Proxy)):
         bound.install_metadata(tracer.examples_of[bound.node])
     return bounds[-1] - 1 if len(bounds) in (1, 2) else None
+
+
+def _tokens_so_far(tracer: Any) -> Any:
+    """The position of the last token: the mask has one column for each token up to it."""
+    for node in tracer.graph.nodes:
+        if node.op == "placeholder" and node.target == "attention_mask":
+            mask = tracer.proxy(node)
+            mask.install_metadata(tracer.examples_of[node])
+            return mask.shape[-1] - 1
+    return None
 
 
 def longest(function: Any) -> Any:
@@ -92,17 +114,19 @@ def _asks_for_all_ones(node: Node) -> bool:
     return isinstance(mask, Node) and mask.op == "placeholder" and one == 1
 
 
-def _computed(node: Node, examples: dict[Node, Any], done: dict[Node, Any]) -> Any:
-    """The node's value, on the CPU; its tensors are made of numbers and lengths alone."""
+def _computed(node: Node, tracer: Any, position: int, done: dict[Node, Any]) -> Any:
+    """The node's value, on the CPU, made of numbers and lengths alone; cache positions start at `position`."""
     if node in done:
         return done[node]
-    known = examples.get(node)
+    known = tracer.examples_of.get(node)
     if known is not None and not _has_tensors(known):
         value = torch.device("cpu") if isinstance(known, (torch.device, hf_fx.MetaDeviceAttribute)) else known
+    elif tracer.phase and node.op == "placeholder" and node.target == "cache_position":
+        value = position + torch.arange(known.shape[0])
     elif node.op not in ("call_function", "call_method"):
         raise _DependsOnDataError(node.name)
     else:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: _computed(n, examples, done))
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: _computed(n, tracer, position, done))
         kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
         if node.op == "call_method":
             value = getattr(args[0], str(node.target))(*args[1:], **kwargs)

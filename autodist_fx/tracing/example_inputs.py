@@ -14,6 +14,7 @@ from autodist_fx.errors import TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, new_cache
 from autodist_fx.tracing.cross_cache import CROSS, both_kinds, model_cache, one_cache
 from autodist_fx.tracing.input_shapes import input_dims
+from autodist_fx.tracing.states import StateTensor
 
 INPUTS_WITH_CACHE = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position")
 ENCODER_DECODER_INPUTS = ("attention_mask", "decoder_input_ids", "decoder_attention_mask")
@@ -44,6 +45,8 @@ class ExampleInputs:
     dtype: torch.dtype  # of the model's parameters
     image_shape: tuple[int, ...] = ()  # of one image, [channels, height, width]; () for a model without
     has_encoder: bool = False  # that reads the main input, before a decoder
+    states: tuple[StateTensor, ...] = ()  # of a cache of the model's own, which are inputs one by one
+    counts_past: bool = False  # masks cover `past` tokens, too, whatever the cache is
 
     def make(self, sizes: Sizes) -> dict[str, object]:
         """Meta tensors (and one DynamicCache of meta tensors) by input name, new ones on each call."""
@@ -52,6 +55,9 @@ class ExampleInputs:
     def _make_one(self, name: str, sizes: Sizes) -> torch.Tensor | DynamicCache:
         if name == "past_key_values":
             return self._make_cache(sizes.batch, sizes.past)
+        for state in self.states:
+            if state.name == name:
+                return state.make(sizes.batch, sizes.past)
         if name in IMAGE_INPUTS and self.image_shape:
             return torch.empty(sizes.batch, *self.image_shape, dtype=self.dtype, device="meta")
         known = input_dims(name, self.config, self.has_encoder)
@@ -63,7 +69,7 @@ class ExampleInputs:
         dims, is_floating = known
         if "D" in dims and not self.embedding_dim:
             raise TracingError(f"{name!r} is of no known width: trace with other input_names")
-        past = sizes.past if "past_key_values" in self.input_names else 0
+        past = sizes.past if "past_key_values" in self.input_names or self.counts_past else 0
         lengths = {"B": sizes.batch, "S": sizes.seq, "T": past + sizes.seq, "E": sizes.source, "D": self.embedding_dim}
         shape = [lengths[dim] if isinstance(dim, str) else dim for dim in dims]
         return torch.empty(shape, dtype=self.dtype if is_floating else torch.long, device="meta")

@@ -66,7 +66,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
 
     Errors: TracingError if no language model of transformers goes with the config.
     """
-    model_class = _model_class(config)
+    model_class = class_for(config)
     config = copy.deepcopy(config)
     keywords = {} if dtype is None else {"dtype": dtype}
     default_dtype = torch.get_default_dtype()
@@ -80,7 +80,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
     return model.eval()
 
 
-def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+def class_for(config: PretrainedConfig) -> type[PreTrainedModel]:
     for name in getattr(config, "architectures", None) or ():
         model_class = getattr(transformers, name, None)
         if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):

@@ -77,6 +77,7 @@ def traceable(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
         for name, convert in CONVERSIONS.items():
             patch(hf_fx.HFProxy, name, convert)
         patch(hf_fx.HFProxy, "__bool__", decide)
+        patch(torch._dynamo, "mark_static_address", _nothing)  # a hint for torch.compile, which takes tensors only
         undo.enter_context(outlined_loops(_defining_modules(model)))
         for name in _defining_modules(model):
             for global_name, value in list(vars(sys.modules[name]).items()):
@@ -145,6 +146,10 @@ def _restore_attributes(owner: Any, attributes: dict[str, Any]) -> None:
 def _call_as_module(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     # Looked up at each call: fx replaces Module.__call__ while it traces, and has to see these modules too.
     return torch.nn.Module.__call__(module, *args, **kwargs)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 def _never(*args: Any, **kwargs: Any) -> bool:

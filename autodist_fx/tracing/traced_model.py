@@ -42,6 +42,7 @@ class TracedModel:
     model_class: str  # "LlamaForCausalLM"
     layer_kinds: tuple[str, ...]  # per cache layer: "full", "sliding:4096", "chunked:8192"; () without a cache
     _examples: ExampleInputs = field(repr=False)
+    phase: str = ""  # "prompt" or "step" for a model with a cache of its own, which has a graph for each; else ""
 
     @property
     def has_encoder(self) -> bool:
@@ -80,7 +81,7 @@ def trace(
     Errors: TracingError, which names the model class, the line of its source, and the way out.
     """
     meta_model = empty_model(model) if isinstance(model, PretrainedConfig) else meta_copy(model)
-    _choose_attention(meta_model)
+    choose_attention(meta_model)
     accepted = [name for name, p in inspect.signature(meta_model.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
     names = _input_names(meta_model, accepted, input_names, use_cache)
     fixed = _fixed_arguments(meta_model, accepted, names, use_cache, concrete_args or {})
@@ -113,9 +114,9 @@ def trace(
     except AutodistError:
         raise
     except Exception as error:
-        raise _tracing_error(meta_model, error, tracer) from error
+        raise tracing_error(meta_model, error, tracer) from error
     return TracedModel(
-        graph_module=_graph_module(meta_model, graph),
+        graph_module=graph_module_of(meta_model, graph),
         input_names=tuple(node.target for node in graph.nodes if node.op == "placeholder"),
         use_cache=use_cache,
         config=meta_model.config,
@@ -138,7 +139,7 @@ def _layer_kinds(examples: ExampleInputs) -> tuple[str, ...]:
     return layer_kinds(examples.config)
 
 
-def _choose_attention(model: PreTrainedModel) -> None:
+def choose_attention(model: PreTrainedModel) -> None:
     """Attention that is plain torch: the others (flash, flex) call kernels that a graph cannot hold."""
     if model.config._attn_implementation not in ("sdpa", "eager"):
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
@@ -185,7 +186,7 @@ def _fixed_arguments(
     return {**fixed, **{name: value for name, value in concrete_args.items() if name not in names}}
 
 
-def _graph_module(model: PreTrainedModel, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+def graph_module_of(model: PreTrainedModel, graph: torch.fx.Graph) -> torch.fx.GraphModule:
     """The graph with those modules, parameters and buffers of the model that it uses, under the model's names."""
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -201,7 +202,7 @@ def _graph_module(model: PreTrainedModel, graph: torch.fx.Graph) -> torch.fx.Gra
     return graph_module
 
 
-def _tracing_error(model: PreTrainedModel, error: Exception, tracer: Tracer | None) -> TracingError:
+def tracing_error(model: PreTrainedModel, error: Exception, tracer: Tracer | None) -> TracingError:
     files = model_source_files(model)
     where, traceback = "", error.__traceback__
     while traceback is not None:

@@ -12,20 +12,27 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import ModelOutput
 from transformers.utils import fx as hf_fx
 
 from autodist_fx.tracing.constants import OtherExample
 from autodist_fx.tracing.cross_cache import PARTS
 from autodist_fx.tracing.decisions import lengths_for_tensors
 from autodist_fx.tracing.passing_cache import PassingCache
+from autodist_fx.tracing.states import is_container
 
 _TAKE_SIZES = ("full", "zeros", "ones", "empty", "arange")
 
 
 class NoKeywords(dict[str, Any]):
     """The empty `**kwargs` of the traced forward. A class of its own, because fx flattens a plain dict into inputs."""
+
+
+class _OneArgument(list[Any]):
+    """A list that forward takes. A class of its own, because fx flattens a plain list into inputs."""
 
 
 class CacheProxy(hf_fx.HFProxy):
@@ -71,6 +78,11 @@ class Tracer(hf_fx.HFTracer):
         self.first_failure: str | None = None  # why the first value that could not be computed on meta could not
         self.first_unknown: torch.fx.Node | None = None  # the node of that value
         self.examples_of: dict[torch.fx.Node, Any] = {}  # what each node is with the example inputs, where known
+        self.objects: dict[str, Callable[[Tracer], Any]] = {}  # arguments of forward that hold proxies, and how to make
+        self.at_start: Callable[[], None] | None = None  # called when the inputs are there
+        self.phase = ""  # "prompt": cache positions count from 0; "step": there is one, past the first; "": unknown
+        self.final_cache: Any = None  # the cache that forward returned, where it is no input of the graph
+        self.final_cache_name = ""
         # HFTracer searches these lists at each access, which makes a trace quadratic in the number of layers.
         self._names = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
 
@@ -89,6 +101,9 @@ class Tracer(hf_fx.HFTracer):
     def _proxy_placeholder(self, name: str, concrete_args: dict[str, Any] | None, *more: Any) -> Any:
         if name.startswith("**"):
             return NoKeywords()
+        if name in self.objects:
+            made = self.objects[name](self)
+            return _OneArgument(made) if type(made) is list else made
         if concrete_args is not None and name in concrete_args:
             value = concrete_args[name]
             if isinstance(value, (int, float, str, torch.Tensor, PassingCache, NoneType)):
@@ -100,6 +115,25 @@ class Tracer(hf_fx.HFTracer):
         if m._buffers and not computing_shapes and self.is_leaf_module(m, ""):
             return super().call_module(m, _with_meta_buffers(m), args, kwargs)
         return super().call_module(m, forward, args, kwargs)
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+        created = super().create_args_for_root(*args, **kwargs)
+        if self.at_start is not None:
+            self.at_start()
+        return created
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, PassingCache):
+            return None  # the model returns it, and there is nothing in it
+        if isinstance(a, ModelOutput) and self.phase:
+            rest = {}
+            for name, value in a.items():
+                if is_container(value) and not isinstance(value, (tuple, dict)) and not isinstance(value, Proxy):
+                    self.final_cache, self.final_cache_name = value, name
+                else:
+                    rest[name] = value
+            a = rest
+        return super().create_arg(a)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> Any:
         example = self.examples.get(target) if kind == "placeholder" else None
@@ -114,12 +148,8 @@ class Tracer(hf_fx.HFTracer):
             self.first_unknown = proxy.node
         if getattr(proxy, "_metadata", None) is not None:
             self.examples_of[proxy.node] = proxy._metadata
+            proxy.node.meta["is_tensor"] = isinstance(proxy._metadata, torch.Tensor)
         return proxy
-
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, PassingCache):
-            return None  # the model returns it, and there is nothing in it
-        return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
         node = super().create_node(*args, **kwargs)

@@ -1,7 +1,9 @@
-"""State-space, recurrent and hybrid models: right on every mesh, with their scans as single nodes of the graph."""
+"""State-space, recurrent and hybrid models: right on every mesh, with their scans as single nodes of the graph, and
+decoding with caches of their own."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from tiny_models import padded_batch, relative_error
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import autodist_fx as adx
+from autodist_fx.errors import AutodistError
 
 _TINY = {
     "vocab_size": 101, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -50,13 +53,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
              "context_length": 64},
     "lfm2": {**_TINY, "layer_types": ["conv", "full_attention"]},
 }  # fmt: skip
-MESHES = ((3, 1), (2, 2))
+MESHES = {"recurrent_gemma": ((3, 1),), "mamba": ((3, 1), (1, 2)), "bamba": ((3, 1), (1, 2))}  # others: (2, 2)
 
 
-def state_space_model(family: str) -> PreTrainedModel:
+def state_space_model(family: str, **changes: Any) -> PreTrainedModel:
     """In float64, every parameter random."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **CONFIGS[family])).double().eval()
+    config = AutoConfig.for_model(family, **{**CONFIGS[family], **changes})
+    model = AutoModelForCausalLM.from_config(config).double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -73,7 +77,7 @@ def state_space_model(family: str) -> PreTrainedModel:
 def test_forward_equals_eager(family: str) -> None:
     """At lengths below and above windows and chunks, since one graph serves them all."""
     model = state_space_model(family)
-    for mesh in MESHES[:1] if family == "recurrent_gemma" else MESHES:
+    for mesh in MESHES.get(family, ((2, 2),)):
         compiled = adx.compile(model, tp=mesh[0], pp=mesh[1])
         for length in (3, 14):
             ids, mask = padded_batch(seq=length)
@@ -82,3 +86,61 @@ def test_forward_equals_eager(family: str) -> None:
             expected = state_space_model(family)(**inputs, use_cache=False).logits  # a new one: some keep a state
             found = compiled.simulate(**inputs).logits
             assert relative_error(found, expected) <= 1e-6, (mesh, length)
+
+
+def _eager_decoding(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Logits of a prompt and of one token after the other, as transformers' generate calls the model."""
+    taken = set(inspect.signature(model.forward).parameters) - {"logits_to_keep"}
+    kept: dict[str, Any] = {
+        "attention_mask": mask[:, :prompt], "use_cache": True, "cache_position": torch.arange(prompt),
+    }  # fmt: skip
+    logits = []
+    for stop in range(prompt, ids.shape[1] + 1):
+        inputs = model.prepare_inputs_for_generation(ids[:, :stop], **kept)
+        outputs = model(**{name: value for name, value in inputs.items() if name in taken})
+        logits.append(outputs.logits)
+        kept = model._update_model_kwargs_for_generation(outputs, kept)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@torch.no_grad()
+def test_decoding_with_the_models_own_cache_equals_eager(family: str) -> None:
+    """A prompt, then one token at a time; all on the ranks' own states."""
+    prompt, total = 6, 9
+    ids, mask = padded_batch(seq=total)
+    if family in ("zamba", "rwkv"):
+        ids, mask = ids[1:], mask[1:]
+    # its cache has as many tokens as the window, and other code for longer prompts
+    model = state_space_model(family, **({"attention_window_size": 32} if family == "recurrent_gemma" else {}))
+    if family == "recurrent_gemma":  # transformers' own generate gives it all tokens at each step
+        positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits
+    else:
+        expected = _eager_decoding(state_space_model(family), ids, mask, prompt)
+    compiled = adx.compile(model, tp=2, pp=1 if family == "recurrent_gemma" else 2, use_cache=True)
+    cache, logits = None, []
+    for start, stop in [(0, prompt), *((at, at + 1) for at in range(prompt, total))]:
+        inputs = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop], "past_key_values": cache}
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop]
+        step = compiled.simulate(**inputs)
+        cache = step.past_key_values
+        logits.append(step.logits)
+    kept = mask.bool()
+    assert relative_error(torch.cat(logits, 1)[kept], expected[kept]) <= 1e-6
+    assert cache is not None and cache.get_seq_length() == total
+    first, last = set(cache.ranks[0]), set(cache.ranks[-1])
+    assert first or last
+    if family in ("bamba", "falcon_h1", "zamba", "lfm2", "granitemoehybrid"):
+        assert first and last and not first & last, "each stage has the states of its own layers"
+
+
+@torch.no_grad()
+def test_two_tokens_after_the_prompt_are_refused() -> None:
+    """Such a model has a graph for a prompt and one for one token more."""
+    compiled = adx.compile(state_space_model("mamba"), tp=1, pp=1, use_cache=True)
+    ids, _ = padded_batch(seq=6)
+    cache = compiled.simulate(input_ids=ids[:, :4], past_key_values=None).past_key_values
+    with pytest.raises(AutodistError, match="one token at a time"):
+        compiled.simulate(input_ids=ids[:, 4:], past_key_values=cache)
