@@ -1,0 +1,57 @@
+"""Real processes over Gloo, two ranks: the tokens of one process, for the ways in which q, k, v and MLPs are laid out.
+
+Heads that two ranks cannot share evenly wherever the family lets us.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families_worker import generated
+from tiny_models import randomized
+from transformers import AutoConfig, AutoModelForCausalLM
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+HERE = Path(__file__).parent
+ENV = {**os.environ, "PYTHONPATH": str(HERE.parent.parent), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 28, "n_head": 7, "n_layer": 2, "n_positions": 128},
+    "phi3": {
+        "hidden_size": 28, "num_attention_heads": 7, "num_key_value_heads": 1, "num_hidden_layers": 2,
+        "intermediate_size": 31,
+    },
+    "falcon": {
+        "hidden_size": 24, "num_attention_heads": 6, "num_kv_heads": 3, "num_hidden_layers": 2,
+        "new_decoder_architecture": True,
+    },
+    "gpt_neox": {"hidden_size": 40, "num_attention_heads": 5, "num_hidden_layers": 2, "intermediate_size": 31},
+    "bloom": {"hidden_size": 40, "n_head": 5, "n_layer": 2},
+}  # fmt: skip
+TOKENS = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def test_same_tokens_on_two_ranks(tmp_path: Path) -> None:
+    checkpoints, results = tmp_path / "checkpoints", tmp_path / "results"
+    expected = {}
+    results.mkdir()
+    for family, shape in SHAPES.items():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TOKENS, **shape))
+        randomized(model.float().eval()).save_pretrained(checkpoints / family)
+        expected[family] = generated(model)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(HERE / "families_worker.py"), str(checkpoints), "2", str(results)]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        found = torch.load(results / f"{rank}.pt")
+        assert found.keys() == expected.keys()
+        for family, (tokens, size) in found.items():
+            assert tokens == expected[family], f"rank {rank}: {family}"
+            read, whole = size.tolist()
+            assert read < whole, f"rank {rank} read all of {family}"
