@@ -81,8 +81,7 @@ _SWITCHES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    family = draw(st.sampled_from(FAMILIES))
+def cases(draw: st.DrawFn, family: str) -> Case:
     mesh = draw(st.sampled_from(MESHES))
     kv_heads = draw(st.integers(1, 5))
     heads = kv_heads * draw(st.integers(1, 4))
