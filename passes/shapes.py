@@ -27,7 +27,7 @@ class ShapeInterpreter(torch.fx.Interpreter):
 
     def values(self, example: Example) -> dict[torch.fx.Node, Any]:
         names = [n.target for n in self.module.graph.nodes if n.op == "placeholder"]
-        with torch.no_grad():
+        with torch.no_grad(), torch.device("meta"):  # also what is made of numbers alone, on no device by name
             self.run(*(example.inputs[name] for name in names))
         return dict(self.env)
 

@@ -40,27 +40,31 @@ class OtherExample:
     def _computed(self, node: Node) -> Any:
         if node.op == "placeholder":
             return self.inputs[str(node.target)]
+        quiet = ("_disable_module_getattr", "_disable_call_module")  # or what is read and called here is traced, too
+        before = {name: getattr(self.tracer, name, False) for name in quiet}
+        for name in quiet:
+            setattr(self.tracer, name, True)
+        try:
+            with torch.device("meta"):  # also what is made of numbers alone
+                return self._run(node)
+        finally:
+            for name, value in before.items():
+                setattr(self.tracer, name, value)
+
+    def _run(self, node: Node) -> Any:
         if node.op == "get_attr":
             value: Any = self.tracer.root
             for atom in str(node.target).split("."):
                 value = getattr(value, atom)
             return value.to("meta") if isinstance(value, torch.Tensor) else value
         args, kwargs = map_arg((node.args, node.kwargs), self._values.__getitem__)
-        quiet = ("_disable_module_getattr", "_disable_call_module")  # or the ops below would be traced, too
-        before = {name: getattr(self.tracer, name, False) for name in quiet}
-        for name in quiet:
-            setattr(self.tracer, name, True)
-        try:
-            if node.op == "call_module":
-                module = self.tracer.root.get_submodule(str(node.target))
-                buffers = {name: buffer.to("meta") for name, buffer in module.named_buffers()}
-                return torch.func.functional_call(module, buffers, args, kwargs)
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        finally:
-            for name, value in before.items():
-                setattr(self.tracer, name, value)
+        if node.op == "call_module":
+            module = self.tracer.root.get_submodule(str(node.target))
+            buffers = {name: buffer.to("meta") for name, buffer in module.named_buffers()}
+            return torch.func.functional_call(module, buffers, args, kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def constant(proxy: hf_fx.HFProxy) -> int | float:

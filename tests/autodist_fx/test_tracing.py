@@ -396,7 +396,7 @@ def test_python_may_look_at_sizes_that_are_the_same_for_all_inputs(monkeypatch: 
     seen = []
 
     def forward(self: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, object]:
-        x = self.model.embed_tokens(input_ids)
+        x = self.model.embed_tokens(input_ids) + self.model.norm.weight
         seen.append((int(x.shape[-1]), math.ceil(x.shape[2] / 10), [0] * x.size(-1)))
         int(x.shape[1] if self.looks_at_the_length else 1)
         return {"y": x}
@@ -404,8 +404,9 @@ def test_python_may_look_at_sizes_that_are_the_same_for_all_inputs(monkeypatch: 
     model = empty_model(tiny_config("llama"))
     monkeypatch.setattr(type(model), "forward", forward)
     model.looks_at_the_length = False
-    trace(model, input_names=["input_ids"])
+    graph = trace(model, input_names=["input_ids"]).graph_module.graph
     assert seen[-1] == (64, 7, [0] * 64)
+    assert [node.target for node in graph.nodes if node.op == "get_attr"] == ["model.norm.weight"]  # nothing of a look
     model.looks_at_the_length = True
     with pytest.raises(TracingError, match="follows the inputs"):
         trace(model, input_names=["input_ids"])
