@@ -50,7 +50,14 @@ class TensorSpec:
 
 
 def length(symbol: str, example: int, sizes: Mapping[str, int]) -> int:
-    """What a dim called `symbol` ("B", "B*S", "B*16") is at these sizes; `example`, where a part of it is unknown."""
+    """What a dim called `symbol` ("B", "B*S", "B*16") is at these sizes; `example`, where a part of it is unknown.
+
+    "?7~B*S/4" depends on values, and a quarter of B*S is expected: at least 1.
+    """
+    _, depends, expected = symbol.partition("~")
+    if depends:
+        whole, _, share = expected.rpartition("/")
+        return max(1, round(length(whole, example, sizes) / int(share)))
     product = 1
     for factor in symbol.split("*"):
         if factor not in sizes and not factor.isdecimal():

@@ -15,6 +15,7 @@ by running it on real shards.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,8 +93,7 @@ class RuleTable:
         self._cache: dict[tuple[Any, ...], OpRule] = {}
 
     def __call__(self, op: Op, inputs: Sequence[TensorSpec]) -> OpRule:
-        shapes = tuple(s.shape for s in inputs)
-        outs = tuple(s.shape for s in op.outputs)
+        shapes, outs = _with_small_lengths(tuple(inputs), op.outputs)
         key = (op.kind, shapes, outs, tuple(sorted(op.attrs.items())))
         found = self._cache.get(key)
         if found is None:
@@ -101,6 +101,33 @@ class RuleTable:
             found = OpRule() if function is None else function(shapes, outs, op.attrs)
             self._cache[key] = found
         return found
+
+
+def _with_small_lengths(
+    inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
+    """The shapes, where a length that depends on values is a small prime that nothing else there has.
+
+    Such lengths are never sharded, and their examples are huge and all different (each expert's rows): the rules of
+    equal ops would not be shared, and their arrays would be as long.
+    """
+    specs = (*inputs, *outputs)
+    unknown = {n: 0 for s in specs for n, symbol in zip(s.shape, s.symbols, strict=False) if "~" in symbol}
+    if unknown:
+        taken = {n for s in specs for n in s.shape}
+        primes = (p for p in itertools.count(11, 2) if p not in taken and all(p % k for k in range(3, p, 2)))
+        unknown.update(zip(sorted(unknown), primes))
+
+    def small(spec: TensorSpec) -> Shape:
+        if not unknown or not spec.symbols:
+            return spec.shape
+        shape = []
+        for n, symbol in zip(spec.shape, spec.symbols, strict=True):
+            length = next((u for u in unknown if n % u == 0), None) if "?" in symbol else None
+            shape.append(n if length is None else n // length * unknown[length])
+        return tuple(shape)
+
+    return tuple(map(small, inputs)), tuple(map(small, outputs))
 
 
 def _passing(in_slot: int, out_slot: int, shape: Shape, in_dim: int, out_dim: int, name: str = "") -> Letter:
@@ -118,7 +145,7 @@ _UNARY = (
     "hardswish", "hardsigmoid", "quick_gelu", "nan_to_num", "ceil", "trunc", "fill",
 )  # fmt: skip
 _NARY = (
-    "mul", "div", "maximum", "minimum", "where", "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor",
+    "maximum", "minimum", "where", "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor",
     "floordiv", "mod", "atan2", "lerp", "addcmul", "type_as",
 )  # fmt: skip
 
@@ -145,6 +172,17 @@ def elementwise(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mappin
 @rule(*_UNARY_LINEAR)
 def linear_unary(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     return OpRule(_broadcast_letters(inputs, outputs[0]), ((0,),))
+
+
+@rule("mul")
+def mul(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    # a sum of products with the same factor is the product with the sum
+    return OpRule(_broadcast_letters(inputs, outputs[0]), ((0,), (1,)) if len(inputs) == 2 else ())
+
+
+@rule("div")
+def div(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    return OpRule(_broadcast_letters(inputs, outputs[0]), ((0,),) if len(inputs) == 2 else ())
 
 
 @rule("add", "sub")
@@ -344,9 +382,9 @@ def slice_(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str
         n = out[out_dim]
         if n == x[in_dim]:
             letters.append(_passing(0, 0, x, in_dim, out_dim))
-        elif step == 1:
+        elif step > 0:
             own = np.arange(n, dtype=np.int64)
-            link = DimLink(0, in_dim, (own + start, own))
+            link = DimLink(0, in_dim, (start + step * own, own))
             letters.append(Letter(f"d{out_dim}", n, (link,), (DimLink(0, out_dim),)))
     return OpRule(tuple(letters), ((0,),))
 
@@ -442,3 +480,6 @@ def cache_read(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping
     if len(k) != 4 or len(v) != 4 or k[1] != v[1]:
         return OpRule()
     return OpRule((Letter("heads", k[1], (), (DimLink(0, 1), DimLink(1, 1))),))
+
+
+from cost_model import op_rules_indexing  # noqa: E402, F401  registers its rules

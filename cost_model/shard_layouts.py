@@ -135,14 +135,21 @@ class LayoutTable:
     def _blocked_dims(self, rules: dict[str, OpRule]) -> set[Dim]:
         """Dims that some op touches without a letter for them: sharding them there would cost a gather."""
         blocked: set[Dim] = set()
+        dropped: set[Dim] = set()  # of one element
         for op in self.graph:
             named: set[Dim] = set()
             for letter in rules[op.name].letters:
                 named.update(dim for dim, _ in self._dims(op, letter))
             for ref in (*op.inputs, *(TensorRef(op.name, j) for j in range(len(op.outputs)))):
                 for d, size in enumerate(self.graph.spec(ref).shape):
-                    if size > 1 and (ref, d) not in named and op.inputs:
-                        blocked.add(self._find((ref, d)))
+                    if (ref, d) not in named and op.inputs:
+                        (blocked if size > 1 else dropped).add(self._find((ref, d)))
+        for op in self.graph:
+            for letter in rules[op.name].letters:
+                pieces = [(TensorRef(op.name, x.slot), x.dim) for x in letter.outputs if x.pairs is not None]
+                if any(self.graph.spec(ref).shape[d] == 1 and self._find((ref, d)) in dropped for ref, d in pieces):
+                    # cut into single elements whose dim goes (one expert's weight of all): each is wanted whole
+                    blocked.update(self._find((op.inputs[x.slot], x.dim)) for x in letter.inputs)
         return blocked
 
     def _choose_alternatives(self, op: Op, letters: list[Letter], blocked: set[Dim]) -> list[Letter]:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from cost_model.comm_cost import all_gather_seconds, all_reduce_seconds
 from cost_model.compute_cost import op_seconds
+from cost_model.decisions import deciding_ops
 from cost_model.hardware import Hardware
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef, TensorSpec
 from cost_model.op_rules import RuleTable
@@ -76,6 +77,7 @@ class TensorParallelSearch:
         self.layouts = layouts or LayoutTable(graph, tp, RuleTable())
         self._specs: dict[TensorRef, TensorSpec] = {}
         self._from_weights = _depends_on_weights(graph)
+        self._whole = deciding_ops(graph)
         self._seconds: dict[tuple[object, ...], float] = {}
 
     # -- what an op can do -----------------------------------------------------------------------------------------
@@ -85,11 +87,11 @@ class TensorParallelSearch:
         plain = Strategy("", (REPLICATE,) * len(op.inputs), (REPLICATE,) * len(op.outputs), (False,) * len(op.outputs))
         if self.tp == 1 or not op.outputs:
             return [plain]
-        if op.kind == "param":
+        if op.kind == "param" and op.name not in self._whole:
             dims = range(len(op.outputs[0].shape))
             cuts = [shard(d) for d in dims if self.layouts.layout(TensorRef(op.name), d) is not None]
             return [plain, *(Strategy(str(p), (), (p,), (False,)) for p in cuts)]
-        if op.kind in SOURCES or op.name not in self._from_weights:
+        if op.kind in SOURCES or op.name not in self._from_weights or op.name in self._whole:
             # Derived from the graph's inputs alone (masks, rotary tables): small, the same for every layer, and cheaper
             # to have whole everywhere. Left as variables they would tie all layers to each other.
             return [plain]
@@ -174,7 +176,7 @@ class TensorParallelSearch:
         """
         if op.kind != "param" or not op.attrs.get("matmul") or not strategy.outputs[0].is_replicate:
             return 0.0
-        if self.layouts.is_kept_whole(TensorRef(op.name)):
+        if op.name in self._whole or self.layouts.is_kept_whole(TensorRef(op.name)):
             return 0.0
         return self.spec(TensorRef(op.name)).nbytes * (1 - 1 / self.tp)
 
@@ -187,8 +189,10 @@ class TensorParallelSearch:
         have = producer.outputs[index]
         if have == wanted:
             return 0.0
-        if wanted.is_partial or not (have.is_replicate or producer.gather[index]):
+        if not (have.is_replicate or producer.gather[index]):
             return INFEASIBLE
+        if wanted.is_partial:  # rank 0 has it and the others zeros: an op that writes them
+            return self.hardware.op_seconds + self.spec(ref).nbytes / self.hardware.memory_bandwidth
         return self.slice_seconds(ref, have, wanted)
 
     # -- the search ------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
             %h = %residual + %r
 
 One collective a tensor, right behind its producer, however many consumers there are; a rank that wants its piece of a
-whole tensor cuts it out without asking anybody.
+whole tensor cuts it out without asking anybody, and one that wants a term of a sum has it (rank 0) or zeros.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from cost_model.plan import Hop, OpPlan
 from passes.arguments import is_tensor, map_tensor_arguments, tensor_source
 from passes.comm_ops import all_gather, all_reduce
 from passes.context import RankContext
+from passes.parallel_layers import one_term
 
 AXIS = "tp"
 
@@ -40,6 +41,7 @@ class _Inserter:
         self.module, self.graph, self.ctx = module, module.graph, ctx
         self.params = {p.name: p for p in ctx.plan.params}
         self.whole: dict[Node, Node] = {}
+        self.terms: dict[Node, Node] = {}
         self.pieces: dict[tuple[Node, int], Node] = {}
         by_name = {n.name: n for n in self.graph.nodes}
         self.received = {s: [by_name[n] for n in names] for s, names in module.meta.get("received", {}).items()}
@@ -107,7 +109,8 @@ class _Inserter:
         have, _, _ = self._lies(node)
         if have == wanted:
             return node
-        return self._piece(node if have.is_replicate else self.whole[node], wanted, layout_index)
+        whole = node if have.is_replicate else self.whole[node]
+        return self._term(whole) if wanted.is_partial else self._piece(whole, wanted, layout_index)
 
     def _received(self, forms: list[Node], wanted: Placement, layout_index: int) -> Node:
         for node in forms:
@@ -116,7 +119,16 @@ class _Inserter:
             if lies == wanted:
                 return node
         whole = next(n for n in forms if n.meta["hop"].whole)
-        return self._piece(whole, wanted, layout_index)
+        return self._term(whole) if wanted.is_partial else self._piece(whole, wanted, layout_index)
+
+    def _term(self, node: Node) -> Node:
+        """A whole tensor as rank 0's term of a sum over ranks (a bias behind a row-parallel product)."""
+        if node not in self.terms:
+            with self.graph.inserting_after(node):
+                term = self.graph.call_function(one_term, (node, self.ctx.tp_rank))
+            term.meta = {k: v for k, v in node.meta.items() if k in ("val", "symbols", "source")}
+            self.terms[node] = term
+        return self.terms[node]
 
     def _piece(self, node: Node, wanted: Placement, layout_index: int) -> Node:
         if not wanted.is_shard:

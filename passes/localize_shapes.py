@@ -8,6 +8,7 @@ Where a rank's query heads don't fall on whole KV heads, the repetition becomes 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -82,12 +83,28 @@ def _slice(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPla
     if dim >= len(position):
         return
     item = index[position[dim]]
-    if not isinstance(item, slice) or (item.start is None and item.stop is None):
+    if not isinstance(item, slice) or (item.start is None and item.stop is None and item.step in (None, 1)):
         return
     layout = _layout(ctx, op.input_layouts[0])
-    start, stop, _ = slice(item.start, item.stop).indices(layout.size)
-    index[position[dim]] = slice(*layout.local_range(ctx.tp_rank, start, stop))
+    start, stop, step = item.indices(layout.size)
+    if step == 1:
+        index[position[dim]] = slice(*layout.local_range(ctx.tp_rank, start, stop))
+    else:
+        index[position[dim]] = _every(layout, ctx.tp_rank, start, stop, step)
     node.args = (node.args[0], tuple(index))
+
+
+def _every(layout: Layout, tp_rank: int, start: int, stop: int, step: int) -> slice:
+    """Where the elements start, start + step, ... below stop that the rank holds lie in its share.
+
+    What the rank holds of them lies equally far apart there (pairs of gate and up, say), since a letter ties them.
+    """
+    held = [layout.local_range(tp_rank, i, i + 1) for i in range(start, stop, step)]
+    places = [a for a, b in held if b > a]
+    between = {b - a for a, b in itertools.pairwise(places)} or {1}
+    if len(between) != 1:
+        raise ValueError(f"every {step}th of {layout.size} elements lies at {places} on tp rank {tp_rank}: no slice")
+    return slice(places[0], places[-1] + 1, between.pop()) if places else slice(0, 0, 1)
 
 
 def _mean(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:

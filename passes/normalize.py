@@ -202,12 +202,13 @@ class _WithChunks(dict[tuple[int, int], Node]):
 
 
 def _product(graph: torch.fx.Graph, inputs: dict[tuple[int, int], Node], a: int, b: int) -> Node | None:
-    """A node for what is `a` and `b` at the two examples, at the top of the graph: a length of the inputs times another
-    or times a number ("B*S", "B*16"). So no stage has to know a tensor of another stage for its size."""
+    """A node for what is `a` and `b` at the two examples, at the top of the graph: lengths of the inputs times each
+    other or a number ("B*S", "B*S*2"). So no stage has to know a tensor of another stage for its size."""
     for (x, y), length in inputs.items():
-        rest: Node | int | None = inputs.get((a // x, b // y)) if x and y and a % x == b % y == 0 else None
-        if rest is None and x and y and (a // x * x, a // x * y) == (a, b):
-            rest = a // x
+        if not x or not y or a % x or b % y:
+            continue
+        more = (a // x, b // y)
+        rest = more[0] if more[0] == more[1] else inputs.get(more) or _product(graph, inputs, *more)
         if rest is not None:
             last = max((n for n in (length, rest) if isinstance(n, Node)), key=_position(graph))
             with graph.inserting_after(last):

@@ -48,6 +48,9 @@ _ELEMENTWISE_MODULES = {
     "Hardswish": "hardswish", "Identity": "identity",
 }  # fmt: skip
 
+# What a matmul may read a weight through: one expert's of all experts' weights, in another dtype, transposed.
+_READS_THROUGH = ("slice", "view", "permute", "split", "unbind", "to", "identity", "index")
+
 
 def build_op_graph(graph_module: torch.fx.GraphModule, names: dict[int, str] | None = None) -> OpGraph:
     """The OpGraph of a normalised graph. Op names are node names; parameters and buffers go by their path.
@@ -93,7 +96,10 @@ class _Builder:
                 torch.fx.node.map_arg(node.args, lambda n: outputs.append(self.refs[n]) if n in self.refs else None)
             else:
                 self._add(node)
-        # now that all uses are known: which parameters are weights of matmuls
+        # now that all uses are known: which parameters are weights of matmuls, also where a matmul reads a part of one
+        for op in reversed(self.ops):
+            if op.kind in _READS_THROUGH and op.name in self.matmul_weights:
+                self.matmul_weights.add(op.inputs[0].op)
         ops = [
             Op(o.name, o.kind, o.inputs, o.outputs, {"matmul": True}, o.module, o.source)
             if o.kind == "param" and o.name in self.matmul_weights
@@ -192,6 +198,8 @@ class _Builder:
             kind == "mul" or (kind == "div" and isinstance(node.args[0], Node) and node.args[0] in self.refs)
         ) and node.kwargs.get("rounding_mode") is None:
             kind = "scale"  # by a number: linear in its one tensor
+        elif kind == "div" and len(inputs) == 2 and node.kwargs.get("rounding_mode") is not None:
+            kind = "floordiv"
         elif kind == "clone" or kind == "identity":
             kind = "identity"
         return kind, inputs, {}
@@ -389,7 +397,10 @@ def _squeeze(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
 @_handles("getitem")
 def _getitem(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
     dims = basic_index(node)
-    return None if dims is None else ("slice", inputs[:1], {"dims": dims})
+    if dims is not None:
+        return "slice", inputs[:1], {"dims": dims}
+    kept = op_graph_indexing.index_by_tensors(node)
+    return None if kept is None else ("index", inputs, {"dims": kept})
 
 
 def basic_index(node: Node) -> tuple[tuple[int, int, int, int], ...] | None:
@@ -475,3 +486,4 @@ class Classifier:
 
 
 from passes import op_graph_images as op_graph_images  # noqa: E402  # handlers of their own, which need these
+from passes import op_graph_indexing  # noqa: E402  registers its handlers

@@ -86,3 +86,8 @@ class VocabParallelEmbedding(nn.Module):
 def partial_mean(x: torch.Tensor, dim: int | Sequence[int], keepdim: bool, count: int) -> torch.Tensor:
     """This rank's part of a mean over a sharded dim: its elements' sum over the number of all ranks' elements."""
     return x.sum(dim, keepdim=keepdim) / count
+
+
+def one_term(x: torch.Tensor, tp_rank: int) -> torch.Tensor:
+    """A whole tensor as a sum that is owed over ranks: rank 0 has it, the others have zeros. Nobody is asked."""
+    return x if tp_rank == 0 else torch.zeros_like(x)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.fx
 
+from passes.data_dependent import expectation
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -60,13 +62,18 @@ class Sizes:
 
     def symbol(self, first: int, second: int) -> str:
         """ "" for a constant, "B" for a known length, "B*16" for a multiple of one, "?5" for one that follows the
-        inputs in an unknown way."""
+        inputs in an unknown way, "?5~B*S/8" where it can at least be said what to expect."""
         if first == second:
             return ""
         for (a, b), name in {(first, second): self._names.get((first, second)), **self._names}.items():
             times = first // a if a else 0
             if name is not None and times and (times * a, times * b) == (first, second):
                 return name if times == 1 else f"{name}*{times}"
+        one, other = expectation(first), expectation(second)
+        if one is not None and other is not None and one[0] != other[0]:
+            whole = self.symbol(one[0], other[0])
+            if not whole.startswith("?"):
+                return f"?{first}~{whole}/{one[1]}"  # so many are expected to be selected
         return f"?{first}"
 
     def of_shape(self, first: torch.Size, second: torch.Size) -> tuple[str, ...]:

@@ -9,14 +9,15 @@ import torch.fx
 from torch.fx import Node
 from torch.nn import functional as F
 
-from cost_model.op_graph import Op, OpGraph, TensorRef
+from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef
 from passes.op_graph import argument
+from passes.parallel_layers import one_term
 from passes.verify_derive import check_shape
 from passes.verify_facts import RankState, Value, named
 from passes.verify_heads import picked
 from passes.verify_literals import check_eps
 from passes.verify_report import fail
-from passes.verify_types import WHOLE, held, held_sequence
+from passes.verify_types import PARTIAL, WHOLE, held, held_sequence
 
 _COLLECTIVES = "passes/insert_collectives.py"
 _SHAPES = "passes/localize_shapes.py"
@@ -47,12 +48,29 @@ def helper(state: RankState, node: Node) -> None:
             fail(state.program, node, f"picks elements of dim {dim} from what is {value.held}", _SHAPES)
         size = state.graph.spec(value.ref).shape[dim]
         done = Value(value.ref, held_sequence(dim, picked(state, node, value.held, size, dim), size))
+    elif node.op == "call_function" and node.target is one_term:
+        done = _one_term(state, node)
     elif node.op == "call_function" and node.target is F.rms_norm:
         done = _fused_norm(state, node)
     else:
         fail(state.program, node, "stands for no op of the model that this stage computes", _STAGE)
     check_shape(state, node, state.local(done))
     state.set(node, done)
+
+
+def _one_term(state: RankState, node: Node) -> Value:
+    """All ranks must do so with this tensor: that they do follows from no rank's having a sum owed for it otherwise."""
+    value = state.value(node, node.args[0])
+    op = state.graph.ops.get(value.ref.op)
+    owed = op is not None and op.kind not in SOURCES and PARTIAL in state.planned(op)
+    if value.held != WHOLE or owed or node.args[1] != state.program.tp_rank:
+        fail(
+            state.program, node,
+            f"makes rank {node.args[1]}'s term of {named(value.ref)}, which is {value.held}"
+            + (", and owed by its op already" if owed else ""),
+            _COLLECTIVES,
+        )  # fmt: skip
+    return Value(value.ref, PARTIAL)
 
 
 def _fused_norm(state: RankState, node: Node) -> Value:

@@ -62,8 +62,13 @@ def _check_slice(state: RankState, node: Node, op: Op, lies: Held, given: Any) -
     _, (shape,), (out,) = state.tools.rule(op)
     own = elements(lies, shape[lies.dim])
     wanted = []
-    for in_dim, out_dim, start, step in op.attrs["dims"]:
-        if in_dim == lies.dim and out[out_dim] != shape[in_dim]:
+    for number, (in_dim, out_dim, start, step) in enumerate(op.attrs["dims"]):
+        if in_dim == lies.dim and step != 1 and number < len(given):
+            taken = np.flatnonzero(np.isin(own, np.arange(start, start + step * out[out_dim], step)))
+            first, every = given[number][2:]
+            if np.array_equal(taken, first + every * np.arange(len(taken))):  # and no more: check_shape says so
+                start, step = first, every
+        elif in_dim == lies.dim and out[out_dim] != shape[in_dim]:
             start = int(np.count_nonzero(own < start))
         wanted.append((in_dim, out_dim, start, step))
     if tuple(wanted) != tuple(given):

@@ -53,10 +53,7 @@ def cache_layers(model: PreTrainedModel) -> tuple[CacheLayer | None, ...]:
     grouped heads, latent attention and layers that share their keys need no knowledge of config names; a model that
     cannot be run like this is taken to be what the config's usual names say.
     """
-    try:
-        cache = _cache_after_one_call(model)
-    except Exception:
-        return _layers_by_config(model)
+    cache, complete = _cache_after_one_call(model)
     layers: list[CacheLayer | None] = []
     for layer in cache.layers:
         key, value = layer.keys, layer.values
@@ -64,10 +61,16 @@ def cache_layers(model: PreTrainedModel) -> tuple[CacheLayer | None, ...]:
             layers.append(None)
         else:
             layers.append(CacheLayer(key.shape[1], key.shape[3], value.shape[3], key.dtype))
-    return tuple(layers) if any(layers) else _layers_by_config(model)
+    if not any(layers):
+        return _layers_by_config(model)
+    if not complete:  # the layers that it did not get to are taken to be like the last one that it did
+        last = max(i for i, layer in enumerate(layers) if layer is not None)
+        layers[last + 1 :] = [layers[last]] * (len(layers) - last - 1)
+    return tuple(layers)
 
 
-def _cache_after_one_call(model: PreTrainedModel) -> DynamicCache:
+def _cache_after_one_call(model: PreTrainedModel) -> tuple[DynamicCache, bool]:
+    """The cache, and whether the call came to its end: one that looks at values stops in the first layer that does."""
     cache = new_cache(model.config)
     ids = torch.empty(_PROBE_BATCH, _PROBE_SEQ, dtype=torch.long, device="meta")
     inputs = {
@@ -80,9 +83,13 @@ def _cache_after_one_call(model: PreTrainedModel) -> DynamicCache:
     }
     taken = inspect.signature(model.forward).parameters
     meta_buffers = {name: buffer.to("meta") for name, buffer in model.named_buffers()}
-    with torch.no_grad():
-        torch.func.functional_call(model, meta_buffers, (), {name: v for name, v in inputs.items() if name in taken})
-    return cache
+    try:
+        with torch.no_grad():
+            given = {name: value for name, value in inputs.items() if name in taken}
+            torch.func.functional_call(model, meta_buffers, (), given)
+    except Exception:
+        return cache, False
+    return cache, True
 
 
 def _layers_by_config(model: PreTrainedModel) -> tuple[CacheLayer | None, ...]:

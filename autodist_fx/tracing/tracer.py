@@ -20,6 +20,7 @@ from transformers.utils import fx as hf_fx
 
 from autodist_fx.tracing.constants import OtherExample
 from autodist_fx.tracing.cross_cache import PARTS
+from autodist_fx.tracing.data_dependent import rewritten, unrolled
 from autodist_fx.tracing.decisions import lengths_for_tensors
 from autodist_fx.tracing.passing_cache import PassingCache
 from autodist_fx.tracing.states import is_container
@@ -75,6 +76,8 @@ class Tracer(hf_fx.HFTracer):
         self.examples = examples
         self.other_example = OtherExample(self, other_examples or {})
         self.source_files = model_source_files(model)
+        self.data_dependent_calls = 0  # how many lengths were made up so far (see data_dependent.py)
+        self.whole_of_split: dict[torch.fx.Node, Any] = {}  # split_rows -> what it splits
         self.first_failure: str | None = None  # why the first value that could not be computed on meta could not
         self.first_unknown: torch.fx.Node | None = None  # the node of that value
         self.examples_of: dict[torch.fx.Node, Any] = {}  # what each node is with the example inputs, where known
@@ -136,6 +139,9 @@ class Tracer(hf_fx.HFTracer):
         return super().create_arg(a)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> Any:
+        instead = rewritten(self, kind, target, args, kwargs)
+        if instead is not None:
+            return instead
         example = self.examples.get(target) if kind == "placeholder" else None
         if isinstance(example, Cache):
             named["proxy_factory_fn"] = lambda node: CacheProxy(node, self)
@@ -172,7 +178,8 @@ class Tracer(hf_fx.HFTracer):
         known = getattr(obj, "_metadata", None)
         if isinstance(known, (tuple, list)):  # (*input_shape, -1, head_dim)
             return iter([obj[index] for index in range(len(known))])
-        return super().iter(obj)
+        loop = unrolled(self, obj)
+        return super().iter(obj) if loop is None else loop
 
     def _source(self) -> str | None:
         frame = sys._getframe(2)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from cost_model.op_graph import Op, TensorSpec
 from cost_model.op_rules import RULES, DimLink, Letter, OpRule, RuleTable
+from passes.data_dependent import join_rows, split_rows
 
 Outputs = tuple[torch.Tensor, ...]
 
@@ -339,8 +340,8 @@ def _slice(data: st.DataObject) -> Case:
         for item in index:
             if isinstance(item, slice) and item.start is not None and (0, d) in share.ins:
                 held = share.ins[0, d]
-                assert item.step == 1 or shape[d] == 1, "a letter through a stride"
-                item = slice(int((held < item.start).sum()), int((held < item.stop).sum()))
+                taken = torch.arange(shape[d])[item]
+                item = torch.nonzero(torch.isin(held, taken))[:, 0]
             local.append(item)
             d += item is not None
         return x[0][tuple(local)]
@@ -402,6 +403,72 @@ def _repeat_interleave(data: st.DataObject) -> Case:
         return _picked(x[0], share, dim, each, slot=0)
 
     return Case((values(*shape),), run, {"dim": dim, "repeats": each})
+
+
+@case("index")
+def _index(data: st.DataObject) -> Case:
+    """One or two index tensors among whole dims and new ones: together they stand in place, apart in front."""
+    shape, form = data.draw(st.lists(dims, min_size=3, max_size=3)), data.draw(st.sampled_from("abcdef"))
+    rows = data.draw(dims)
+    at = [torch.randint(0, n, (rows,)) for n in shape]
+    index, kept = {
+        "a": ((0,), [(1, 1), (2, 2)]), "b": ((None, 0), [(1, 2), (2, 3)]), "c": ((0, 1, None), [(2, 2)]),
+        "d": ((":", 1), [(0, 0), (2, 2)]), "e": ((0, ":", 2), [(1, 1)]), "f": ((":", 1, 2), [(0, 0)]),
+    }[form]  # fmt: skip
+    used = [i for i in index if isinstance(i, int)]
+
+    def run(x: Sequence[torch.Tensor], share: Share) -> torch.Tensor:
+        tensors = iter(x[1:])
+        return x[0][tuple(slice(None) if i == ":" else None if i is None else next(tensors) for i in index)]
+
+    return Case((values(*shape), *(at[i] for i in used)), run, {"dims": tuple(kept)})
+
+
+@case("index_add")
+def _index_add(data: st.DataObject) -> Case:
+    shape, dim = _with_dim(data)
+    index = torch.randint(0, shape[dim], (data.draw(dims),))
+    source = values(*shape[:dim], len(index), *shape[dim + 1 :])
+    return Case((values(*shape), index, source), lambda x, share: x[0].index_add(dim, x[1], x[2]), {"dim": dim})
+
+
+def _places(data: st.DataObject, shape: list[int], dim: int) -> torch.Tensor:
+    """An index for gather or scatter: no place twice along `dim`, other dims as long as they are or shorter."""
+    cut = [n if data.draw(st.booleans()) else data.draw(st.integers(1, n)) for n in shape]
+    return torch.rand(shape).argsort(dim)[tuple(slice(n) for n in cut)]
+
+
+@case("gather")
+def _gather(data: st.DataObject) -> Case:
+    shape, dim = _with_dim(data)
+    return Case((values(*shape), _places(data, shape, dim)), lambda x, share: x[0].gather(dim, x[1]), {"dim": dim})
+
+
+@case("scatter")
+def _scatter(data: st.DataObject) -> Case:
+    shape, dim = _with_dim(data)
+    index, form = _places(data, shape, dim), data.draw(st.sampled_from(["number", "write", "add"]))
+    source = () if form == "number" else (values(*index.shape),)
+
+    def run(x: Sequence[torch.Tensor], share: Share) -> torch.Tensor:
+        if form == "number":
+            return x[0].scatter(dim, x[1], 3.0)
+        return (x[0].scatter if form == "write" else x[0].scatter_add)(dim, x[1], x[2])
+
+    return Case((values(*shape), index, *source), run, {"dim": dim, "adds": form == "add"})
+
+
+@case("split_rows")
+def _split_rows(data: st.DataObject) -> Case:
+    shape = data.draw(shapes)
+    counts = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=4)))
+    return Case((values(int(counts.sum()), *shape), counts), lambda x, share: split_rows(x[0], x[1], len(counts), 0))
+
+
+@case("join_rows")
+def _join_rows(data: st.DataObject) -> Case:
+    shape, counts = data.draw(shapes), data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
+    return Case(tuple(values(n, *shape) for n in counts), lambda x, share: join_rows(x, sum(counts)))
 
 
 @case("cache_update")
@@ -557,7 +624,13 @@ _GROUPS = {n: {"groups": n, "transposed": False} for n in (1, 2)}
         ("cat", [(2, 3)] * 3, [(2, 9)], {"dim": 1}, {"d0", "cat"}),
         ("repeat_interleave", [(2, 3)], [(2, 6)], {"dim": 1, "repeats": 2}, {"d0", "repeat"}),
         ("slice", [(2, 9)], [(2, 3)], {"dims": ((0, 0, 0, 1), (1, 1, 3, 1))}, {"d0", "d1"}),
-        ("slice", [(2, 9)], [(2, 5)], {"dims": ((0, 0, 0, 1), (1, 1, 0, 2))}, {"d0"}),
+        ("slice", [(2, 9)], [(2, 5)], {"dims": ((0, 0, 0, 1), (1, 1, 0, 2))}, {"d0", "d1"}),
+        ("index", [(5, 3), (4,)], [(4, 3)], {"dims": ((1, 1),)}, {"d1"}),
+        ("index_add", [(5, 3), (4,), (4, 3)], [(5, 3)], {"dim": 0}, {"d1"}),
+        ("gather", [(5, 3), (5, 2)], [(5, 2)], {"dim": 1}, {"d0"}),
+        ("scatter", [(5, 3), (5, 2), (5, 2)], [(5, 3)], {"dim": 1, "adds": False}, {"d0"}),
+        ("split_rows", [(5, 3), (2,)], [(1, 3), (4, 3)], {}, {"d1"}),
+        ("join_rows", [(1, 3), (4, 3)], [(5, 3)], {}, {"d1"}),
         ("cache_update", [(2, 3, 4, 5)] * 2, [(2, 3, 9, 5)] * 2, {"layer": 0}, {"heads"}),
         ("layer_norm", [(2, 3, 4), (4,), (4,)], [(2, 3, 4)], {"normalized": 1}, {"d0", "d1"}),
         ("mul", [(2, 3), (3,)], [(2, 3)], {}, {"d0", "d1"}),

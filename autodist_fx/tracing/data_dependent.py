@@ -1,0 +1,190 @@
+"""Python that runs as often as tensor values say, as graphs: loops over what a mask selects, and its early exits.
+
+    for expert in (mask.sum((-1, -2)) > 0).nonzero():      every expert has its nodes; one that no token was sent to
+        rows = torch.where(mask[expert].squeeze(0))        selects no rows, computes nothing and adds nothing
+        out.index_add_(0, rows, f(x[rows]))
+
+    sizes = counts.tolist(); x.split(sizes)                the pieces are as many as there are counts; their lengths are
+                                                           known when the graph runs
+
+A loop is unrolled only over the classes of a `one_hot` that count at least once. Where its body selects by the same
+classes, as it must to do anything with them, a class that counts nowhere selects nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.nn import functional as F
+from transformers.utils import fx as hf_fx
+
+from autodist_fx.tracing.constants import constant
+from passes.data_dependent import bincount, expectation, join_rows, made_up_length, selected, split_rows
+
+_REORDERED = ("permute", "transpose", "to", "int", "long", "bool", "contiguous")
+_PART = ("getitem", "squeeze", "select", *_REORDERED)
+
+
+class UnrolledIndex:
+    """One element of a `nonzero()` that a loop runs over: a tensor [1] whose value is known while tracing."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __index__(self) -> int:
+        return self.index
+
+    __int__ = __index__
+
+    def __getitem__(self, at: Any) -> int:
+        return self.index
+
+    def __eq__(self, other: object) -> bool:
+        return self.index == other
+
+    def __hash__(self) -> int:
+        return hash(self.index)
+
+    def item(self) -> int:
+        return self.index
+
+    def squeeze(self, *dims: int) -> int:
+        return self.index
+
+    def tolist(self) -> list[int]:
+        return [self.index]
+
+
+class Counts(list[Any]):
+    """counts.tolist(): a list whose length alone is known while tracing. `proxy` is the tensor."""
+
+    def __init__(self, proxy: hf_fx.HFProxy, length: int) -> None:
+        super().__init__(proxy[i] for i in range(length))
+        self.proxy = proxy
+
+
+def rewritten(tracer: hf_fx.HFTracer, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What stands in the graph for a call that depends on values; None for any other call."""
+    if kind not in ("call_function", "call_method"):
+        return None
+    name = target if kind == "call_method" else getattr(target, "__name__", "")
+    if name == "where" and len(args) + len(kwargs) == 1:
+        return _selected(tracer, *args, *kwargs.values())
+    if name in ("nonzero", "argwhere"):
+        indices = _selected(tracer, *args[:1], *((kwargs["input"],) if not args else ()))
+        if kwargs.get("as_tuple", False):
+            return indices
+        return tracer.create_proxy("call_function", torch.stack, (tuple(indices[i] for i in _dims(indices)), -1), {})
+    if name == "tolist" and len(_shape(args[0]) or ()) == 1:
+        return Counts(args[0], int(constant(tracer.create_proxy("call_method", "size", (args[0], 0), {}))))
+    if name in ("split", "split_with_sizes") and len(args) > 1 and isinstance(args[1], Counts):
+        counts: Counts = args[1]
+        number = _number(tracer, len(counts))
+        pieces = tracer.create_proxy("call_function", split_rows, (args[0], counts.proxy, len(counts), number), {})
+        tracer.whole_of_split[pieces.node] = args[0]
+        return pieces
+    if name in ("cat", "concat") and args and isinstance(args[0], (list, tuple)):
+        whole = _rows_of_one_split(args[0])
+        if whole is not None:
+            rows = tracer.create_proxy("call_method", "size", (whole, 0), {})
+            return tracer.create_proxy("call_function", join_rows, (list(args[0]), rows), {})
+    if name == "bincount" and isinstance(kwargs.get("minlength"), int):
+        return tracer.create_proxy("call_function", bincount, (args[0], kwargs["minlength"]), {})
+    if name == "getitem" and _has_unrolled(args[1]):
+        return tracer.create_proxy(kind, target, (args[0], _as_index(args[1])), kwargs)
+    return None
+
+
+def unrolled(tracer: hf_fx.HFTracer, proxy: Any) -> Iterator[UnrolledIndex] | None:
+    """The elements that a loop over `proxy` runs over, if these are the classes that a one_hot counts at all."""
+    node: Node = proxy.node
+    while _called(node) == "getitem" and node.args[1] == slice(None):
+        node = node.args[0]
+    if node.target is not torch.stack or len(node.args[0]) != 1:
+        return None
+    picked = node.args[0][0].args[0]  # stack((getitem(selected(mask), 0),))
+    if picked.target is not selected:
+        return None
+    compared = picked.args[0]
+    if _called(compared) not in ("gt", "greater", "ne", "not_equal") or compared.args[1] != 0:
+        return None
+    counted = compared.args[0]
+    if _called(counted) not in ("sum", "any"):
+        return None
+    classes = _one_hot_classes(counted.args[0], _REORDERED)
+    counted_once = expectation((_shape(proxy) or (0,))[0])  # of how many elements
+    if classes is None or counted_once is None or counted_once[0] != classes:
+        return None
+    return iter([UnrolledIndex(i) for i in range(classes)])
+
+
+def _selected(tracer: hf_fx.HFTracer, mask: hf_fx.HFProxy) -> hf_fx.HFProxy:
+    share = _one_hot_classes(mask.node, _PART) or 1
+    return tracer.create_proxy("call_function", selected, (mask, _number(tracer, 1), share), {})
+
+
+def _number(tracer: hf_fx.HFTracer, count: int) -> int:
+    """The first of `count` numbers that no other call has."""
+    tracer.data_dependent_calls += count
+    return tracer.data_dependent_calls - count
+
+
+def _one_hot_classes(node: Any, through: tuple[str, ...]) -> int | None:
+    """The number of classes of the one_hot that `node` is a part of."""
+    while isinstance(node, Node):
+        if node.target is F.one_hot:
+            classes = node.kwargs.get("num_classes", node.args[1] if len(node.args) > 1 else None)
+            return classes if isinstance(classes, int) else None
+        if _called(node) not in through:
+            return None
+        node = node.args[0]
+    return None
+
+
+def _called(node: Node) -> str:
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
+def _dims(indices: hf_fx.HFProxy) -> range:
+    return range(len(indices._metadata))
+
+
+def _shape(proxy: Any) -> tuple[int, ...] | None:
+    known = getattr(proxy, "_metadata", None) if isinstance(proxy, hf_fx.HFProxy) else None
+    return tuple(known.shape) if isinstance(known, torch.Tensor) else None
+
+
+def _rows_of_one_split(pieces: Any) -> hf_fx.HFProxy | None:
+    """What was split into rows that `pieces`, one for each run, are computed from in order; None for anything else."""
+    split, whole = None, None
+    for i, piece in enumerate(pieces):
+        node: Any = piece.node if isinstance(piece, hf_fx.HFProxy) else None
+        while isinstance(node, Node) and not (_called(node) == "getitem" and _is_split(node.args[0])):
+            node = node.args[0] if node.args else None
+        if not isinstance(node, Node) or node.args[1] != i or (split is not None and node.args[0] is not split):
+            return None
+        split, whole = node.args[0], piece.tracer.whole_of_split[node.args[0]]
+        rows = made_up_length((_shape(whole) or (0,))[0], split.args[3] + i, len(pieces))
+        if split.args[2] != len(pieces) or (_shape(piece) or (0,))[0] != rows:
+            return None  # something else than all runs, row for row
+    return whole
+
+
+def _is_split(node: Any) -> bool:
+    return isinstance(node, Node) and node.target is split_rows
+
+
+def _has_unrolled(index: Any) -> bool:
+    return isinstance(index, UnrolledIndex) or (
+        isinstance(index, tuple) and any(isinstance(i, UnrolledIndex) for i in index)
+    )
+
+
+def _as_index(index: Any) -> Any:
+    """By itself an index tensor [1] picks what a slice does; beside other index tensors it is broadcast."""
+    if isinstance(index, UnrolledIndex):
+        return slice(index.index, index.index + 1)
+    return tuple([i.index] if isinstance(i, UnrolledIndex) else i for i in index)

@@ -1,0 +1,60 @@
+"""Ops whose result's length depends on values: which elements of a mask are set, rows dealt out by counts.
+
+The front end writes these in place of torch's own (`nonzero`, `split` by a list of counts), which cannot be run on
+meta tensors. Here they can: on meta their lengths are made up, each call its own (`made_up_length`), different at
+different example sizes, and equal to no length that anything else in a graph has. So a rank's graph is told apart
+from lengths by the rules that hold for all lengths, and no length is ever taken for another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+# Of made-up lengths: (numel * _STRIDE + number) * _SHARES + share. All numbers of calls are below _STRIDE (a prime).
+_STRIDE, _SHARES = 100_003, 1024
+
+
+def made_up_length(numel: int, number: int, share: int) -> int:
+    """A length that says what it was made of: of `numel` elements, one in `share` is expected to be chosen."""
+    return (numel * _STRIDE + number % _STRIDE) * _SHARES + min(share, _SHARES - 1)
+
+
+def expectation(length: int) -> tuple[int, int] | None:
+    """(numel, share) of a made-up length; None for any other."""
+    rest, share = divmod(length, _SHARES)
+    numel = rest // _STRIDE
+    return (numel, share) if numel > 0 and share > 0 else None
+
+
+def selected(mask: torch.Tensor, number: int, share: int) -> tuple[torch.Tensor, ...]:
+    """torch.where(mask): for each dim of `mask` the coordinates of the elements that are not zero, [count] each.
+
+    `number` is this call's own in its graph; one element in `share` is expected to be chosen.
+    """
+    if mask.device.type != "meta":
+        return torch.where(mask)
+    length = made_up_length(mask.numel(), number, share)
+    return tuple(torch.empty(length, dtype=torch.long, device="meta") for _ in range(mask.dim()))
+
+
+def split_rows(x: torch.Tensor, counts: torch.Tensor, pieces: int, number: int) -> tuple[torch.Tensor, ...]:
+    """The rows of `x` [rows, ...] in `pieces` runs: `counts` [pieces] says how many rows each has."""
+    if x.device.type != "meta":
+        return x.split(counts.tolist())
+    return tuple(x.new_empty(made_up_length(len(x), number + i, pieces), *x.shape[1:]) for i in range(pieces))
+
+
+def join_rows(pieces: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
+    """torch.cat of pieces that have `rows` rows together."""
+    if pieces[0].device.type != "meta":
+        return torch.cat(list(pieces))
+    return pieces[0].new_empty(rows, *pieces[0].shape[1:])
+
+
+def bincount(x: torch.Tensor, bins: int) -> torch.Tensor:
+    """How often each of 0 to bins - 1 is in `x`; no other number may be."""
+    if x.device.type != "meta":
+        return torch.bincount(x, minlength=bins)
+    return torch.empty(bins, dtype=torch.long, device="meta")

@@ -1,0 +1,42 @@
+"""Lengths that depend on values: made up on meta, real otherwise, and never taken for another length."""
+
+from __future__ import annotations
+
+import torch
+
+from cost_model.op_graph import TensorSpec, length
+from passes.data_dependent import bincount, expectation, join_rows, made_up_length, selected, split_rows
+from passes.shapes import Sizes
+
+
+def test_real_tensors_are_selected_and_split_as_torch_does() -> None:
+    mask = torch.tensor([[0, 1, 0], [1, 0, 1]])
+    for mine, theirs in zip(selected(mask, 7, 4), torch.where(mask), strict=True):
+        assert torch.equal(mine, theirs)
+    x, counts = torch.arange(12.0).view(6, 2), torch.tensor([2, 0, 4])
+    pieces = split_rows(x, counts, 3, 0)
+    assert [len(p) for p in pieces] == [2, 0, 4]
+    assert torch.equal(join_rows(pieces, 6), x)
+    assert torch.equal(bincount(torch.tensor([1, 1, 3]), 5), torch.tensor([0, 2, 0, 1, 0]))
+
+
+def test_on_meta_no_two_calls_have_the_same_length() -> None:
+    mask = torch.empty(2, 15, device="meta")
+    rows, columns = selected(mask, 0, 4)
+    other, _ = selected(mask, 1, 4)
+    assert rows.shape == columns.shape != other.shape and rows.dtype == torch.long
+    x, counts = torch.empty(30, 2, device="meta"), torch.empty(3, device="meta")
+    pieces = split_rows(x, counts, 3, 2)
+    assert len({len(p) for p in pieces}) == 3
+    assert join_rows(pieces, 30).shape == x.shape
+
+
+def test_a_made_up_length_says_what_to_expect() -> None:
+    assert expectation(made_up_length(30, 12_345, 8)) == (30, 8)
+    sizes = Sizes({"B": 3, "S": 5}, {"B": 7, "S": 11})
+    symbol = sizes.symbol(made_up_length(30, 3, 8), made_up_length(154, 3, 8))
+    assert symbol.endswith("~B*S*2/8")
+    assert length(symbol, 0, {"B": 2, "S": 64}) == 2 * 64 * 2 // 8
+    assert length(symbol, 0, {"B": 1, "S": 1}) == 1  # never nothing at all
+    spec = TensorSpec((made_up_length(30, 3, 8), 16), "float32", (symbol, ""))
+    assert spec.at({"B": 1, "S": 128}).shape == (32, 16)
