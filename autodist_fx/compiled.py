@@ -12,13 +12,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
 
+from autodist_fx.call import Call, read_call, unusual
 from autodist_fx.errors import AutodistError, TracingError
+from autodist_fx.outputs import merged, nested
 from autodist_fx.runtime.local_cache import encoder_view, local_cache
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, join
 from autodist_fx.runtime.simulate import simulate
-from autodist_fx.tracing import STATE_PREFIX, Sizes, TracedModel, class_for, has_own_cache, trace, trace_phases
+from autodist_fx.runtime.table_checks import outside_a_table
+from autodist_fx.tracing import (
+    STATE_PREFIX,
+    InputForm,
+    Sizes,
+    TracedModel,
+    class_for,
+    forms_of,
+    has_own_cache,
+    trace,
+    trace_phases,
+)
 from autodist_fx.tracing.cross_cache import CROSS
 from autodist_fx.weights.load import load_rank
 from autodist_fx.weights.module_source import ModuleSource
@@ -37,6 +49,7 @@ from passes.normalize import normalize
 from passes.op_graph import build_op_graph, fingerprint, parameter_names
 from passes.pass_manager import emit_rank
 from passes.program import RankProgram
+from passes.randomness import random_nodes
 from passes.shapes import Example, bending_points
 from passes.split_encoder import split_encoder
 from passes.verify import verify as verify_programs
@@ -46,9 +59,12 @@ if TYPE_CHECKING:
     from autodist_fx.runtime.generation import DistributedCausalLM
 
 # Two sets of lengths: a number found in both is constant, one that differs follows the inputs, and two that agree in
-# both are the same. So they differ by different steps (2, 8, 14, 22 of past and seq, and 18), so that no length plus a
-# constant is another. They are small, since a model may have no more positions.
-_EXAMPLES = (Sizes(batch=11, seq=23, past=29, source=19), Sizes(batch=13, seq=31, past=43, source=37))
+# both are the same. So they differ by different steps (2, 8, 14, 22 of past and seq, 18 and 10), so that no length plus
+# a constant is another. They are small, since a model may have no more positions.
+_EXAMPLES = (
+    Sizes(batch=11, seq=23, past=29, source=19, kept=7),
+    Sizes(batch=13, seq=31, past=43, source=37, kept=17),
+)
 
 
 def compile(
@@ -92,12 +108,13 @@ def compile(
         sizes=tuple((sizes or {}).items()),
         memory_bytes=max_memory,
     )
+    checks: dict[str, Any] = {"verify_programs": verify, "dump_dir": dump_dir, "always": concrete_args or {}}
     if use_cache and has_own_cache(_class_of(model)):
         prompt, step = _Variant.make_phases(model, request, concrete_args, plan)
-        compiled = CompiledModel(model, request, step, verify_programs=verify, dump_dir=dump_dir, prompt=prompt)
+        compiled = CompiledModel(model, request, step, prompt=prompt, **checks)
     else:
         variant = _Variant.make(model, request, use_cache, input_names, concrete_args, plan)
-        compiled = CompiledModel(model, request, variant, verify_programs=verify, dump_dir=dump_dir)
+        compiled = CompiledModel(model, request, variant, **checks)
     if verify:
         compiled.verify()
     return compiled
@@ -121,6 +138,9 @@ class _Variant:
     graph: OpGraph
     plan: PartitionPlan
     sources: dict[int, str]  # id of each parameter and buffer -> its name
+    fixed: dict[str, object]  # arguments that are not inputs of the graph
+    forms: dict[str, InputForm]  # of those that are
+    output_order: tuple[str, ...]
     programs: dict[int, RankProgram] = field(default_factory=dict)
     loaded: bool = False
     # Of a model whose decoder reads an encoder's output through a cache: this is the decoder's step, `encoder` what
@@ -137,9 +157,10 @@ class _Variant:
         input_names: Sequence[str] | None,
         concrete_args: Mapping[str, object] | None,
         given: PartitionPlan | None,
+        forms: Mapping[str, InputForm] | None = None,
     ) -> _Variant:
-        traced = trace(model, input_names=input_names, use_cache=use_cache, concrete_args=concrete_args)
-        return cls.of(traced, request, given)
+        traced = trace(model, input_names=input_names, use_cache=use_cache, concrete_args=concrete_args, forms=forms)
+        return cls.of(traced, request, given, unusual(model, concrete_args or {}))
 
     @classmethod
     def make_phases(
@@ -151,11 +172,19 @@ class _Variant:
     ) -> tuple[_Variant, _Variant]:
         """(prompt, step) of a model with a cache of its own; `given` is a plan for the step."""
         prompt, step = trace_phases(model, concrete_args)
-        return cls.of(prompt, request, None), cls.of(step, request, given)
+        fixed = unusual(model, concrete_args or {})
+        return cls.of(prompt, request, None, fixed), cls.of(step, request, given, fixed)
 
     @classmethod
-    def of(cls, traced: TracedModel, request: PlanRequest, given: PartitionPlan | None) -> _Variant:
-        normalize(traced.graph_module, _examples_for(traced))
+    def of(
+        cls, traced: TracedModel, request: PlanRequest, given: PartitionPlan | None, fixed: dict[str, object]
+    ) -> _Variant:
+        """`fixed`: the arguments it was traced with that are not inputs."""
+        try:
+            normalize(traced.graph_module, _examples_for(traced))
+        except RuntimeError as error:  # what an op says of shapes or dtypes that it refuses
+            raise TracingError(f"{traced.model_class} refuses these inputs: {error}") from error
+        _refuse_random(traced)
         graph = build_op_graph(traced.graph_module)
         print_of_it = fingerprint(graph)
         if given is None:
@@ -163,29 +192,51 @@ class _Variant:
         else:
             _refuse_foreign(given, print_of_it, traced.model_class)
         names = parameter_names(traced.graph_module)
+        known, order = traced.forms(), _output_order(traced.graph_module)
         if CROSS in traced.layer_kinds:
-            return cls._split(traced, given, names)
-        return cls(traced, graph, given, names)
+            return cls._split(traced, given, names, fixed, known, order)
+        return cls(traced, graph, given, names, fixed, known, order)
 
     @classmethod
-    def _split(cls, traced: TracedModel, plan: PartitionPlan, names: dict[int, str]) -> _Variant:
+    def _split(
+        cls,
+        traced: TracedModel,
+        plan: PartitionPlan,
+        names: dict[int, str],
+        fixed: dict[str, object],
+        forms: dict[str, InputForm],
+        order: tuple[str, ...],
+    ) -> _Variant:
         cross = [index for index, kind in enumerate(traced.layer_kinds) if kind == CROSS]
         parts = []
         for module in split_encoder(traced.graph_module, cross):
             graph = build_op_graph(module, names)
             inputs = tuple(str(n.target) for n in module.graph.nodes if n.op == "placeholder")
             part = replace(traced, graph_module=module, input_names=inputs)
-            parts.append(cls(part, graph, subplan(plan, graph, fingerprint(graph)), names))
+            parts.append(cls(part, graph, subplan(plan, graph, fingerprint(graph)), names, fixed, forms, order))
         encoder, step = parts
         step.encoder, step.whole_plan = encoder, plan
         return step
 
-    @property
-    def key(self) -> tuple[frozenset[str], bool]:
-        names = set(self.traced.input_names)
-        if self.encoder is not None:
-            names.update(self.encoder.traced.input_names)
-        return frozenset(names), self.traced.use_cache
+    def takes(self, forms: Mapping[str, InputForm], call: Call) -> bool:
+        """Whether this is the graph for a call: with a cache, what the call leaves out is filled in."""
+        if self.traced.use_cache != call.use_cache or self.fixed != call.fixed:
+            return False
+        return forms.items() <= self.forms.items() if call.use_cache else forms == self.forms
+
+
+def _refuse_random(traced: TracedModel) -> None:
+    found = random_nodes(traced.graph_module)
+    if found:
+        raise AutodistError(
+            f"{traced.model_class} draws random numbers ({found[0]}, {found[0].meta.get('source')}; {len(found)} "
+            "places in all), and each rank would draw others: call model.eval(), or set its dropout to 0"
+        )
+
+
+def _output_order(module: torch.fx.GraphModule) -> tuple[str, ...]:
+    output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
+    return tuple(output.args[0])
 
 
 def _examples_for(traced: TracedModel) -> tuple[Example, Example]:
@@ -214,6 +265,8 @@ def _example(traced: TracedModel, sizes: Sizes) -> Example:
     if not traced.use_cache or traced.phase == "prompt":
         sizes = replace(sizes, past=0)
     symbols = {"B": sizes.batch, "S": sizes.seq}
+    if any("K" in form.dims for form in traced.forms().values()):
+        symbols["K"] = sizes.kept
     if traced.has_encoder:
         symbols["E"] = sizes.source
     if traced.use_cache and traced.phase != "prompt":
@@ -238,17 +291,19 @@ class CompiledModel:
         request: PlanRequest,
         variant: _Variant,
         *,
+        always: Mapping[str, object],
         verify_programs: bool,
         dump_dir: str | Path | None,
         prompt: _Variant | None = None,
     ) -> None:
+        self._always = always
         self._model = model
         self._prompt = prompt  # what the main variant, a step, comes after, in a model with a cache of its own
         self._request = request
         self._main = self._step = variant
         self._verify_programs = verify_programs
         self._dump_dir = dump_dir
-        self._variants = {variant.key: variant}
+        self._variants = [variant]
 
     @property
     def plan(self) -> PartitionPlan:
@@ -302,42 +357,56 @@ class CompiledModel:
             self._verify(self._prompt)
         self._verify(self._main)
 
-    def simulate(self, **inputs: Any) -> ModelOutput:
+    def simulate(self, **inputs: Any) -> Any:
         """All ranks in this process, a thread each; the outputs that `model(**inputs)` would have.
 
         With `use_cache` or a cache among the inputs, `past_key_values` in the output is a `SimulatedCache`, to be
         passed to the next call; None starts an empty one. What an encoder reads is given in the first call, in which
         it runs, and may be left out later. Raises AutodistError where the model has no weights.
         """
-        wants_cache = bool(inputs.pop("use_cache", False)) or "past_key_values" in inputs
-        if wants_cache and has_own_cache(_class_of(self._model)):
-            return self._simulate_own_cache(inputs)
-        variant = self._variant_for(inputs, wants_cache)
-        self._load(variant)
-        given = {k: v for k, v in inputs.items() if v is not None}
-        variant.traced.check_images(given)
-        if not wants_cache:
-            per_rank = [given] * self.mesh.size
-            return ModelOutput(_merged(simulate(list(variant.programs.values()), per_rank)))
-        cache = given.pop("past_key_values", None)
-        encoded: dict[str, Any] = {}
-        if not isinstance(cache, SimulatedCache):
+        self._refuse_without_weights("simulate")
+        call = read_call(self._model, inputs, self._always)  # type: ignore[arg-type]
+        if call.use_cache and has_own_cache(_class_of(self._model)):
+            return self._simulate_own_cache({**call.tensors, "past_key_values": call.cache}, call)
+        given, cache = call.tensors, call.cache
+        self._main.traced.check_images(given)
+        if call.use_cache and not isinstance(cache, SimulatedCache):
             if cache is not None and cache.get_seq_length() > 0:
                 raise AutodistError(
                     "simulate cannot split a cache that holds tokens already: start with past_key_values=None and "
                     "pass on the one it returns"
                 )
+            cache = None
+        variant = self._variant_for(call, 0 if cache is None else cache.length)
+        self._load(variant)
+        if not call.use_cache:
+            return self._returned(variant, call, self._run(variant, [given] * self.mesh.size))
+        encoded: dict[str, Any] = {}
+        if cache is None:
             cache = SimulatedCache([local_cache(variant.traced.config, p) for p in variant.programs.values()])
             if variant.encoder is not None:
                 encoded = self._encode(variant, given, cache)
         if variant.encoder is not None:
             given = {**cache.encoder_inputs, **given}
         filled = self._filled(variant, given, cache.length)
-        per_rank = [{**filled, "past_key_values": own} for own in cache.ranks]
-        outputs = {**encoded, **_merged(simulate(list(variant.programs.values()), per_rank))}
+        outputs = self._run(variant, [{**filled, "past_key_values": own} for own in cache.ranks])
         cache.length += _step_length(given)
-        outputs["past_key_values"] = cache
-        return ModelOutput(outputs)
+        return self._returned(variant, call, {**encoded, **outputs, "past_key_values": cache})
+
+    def _run(self, variant: _Variant, per_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The flat outputs of all ranks together. AutodistError that names an id outside the table it is for."""
+        try:
+            return merged(simulate(list(variant.programs.values()), per_rank))
+        except IndexError as error:
+            message = outside_a_table(variant.traced.graph_module, per_rank[0])
+            if message is None:
+                raise
+            raise AutodistError(message) from error
+
+    def _returned(self, variant: _Variant, call: Call, outputs: Mapping[str, Any]) -> Any:
+        order = dict.fromkeys((*variant.output_order, *outputs))
+        found = nested({k: v for k, v in outputs.items() if call.use_cache or k != "past_key_values"}, order)
+        return found if call.return_dict else found.to_tuple()
 
     def _encode(self, variant: _Variant, given: Mapping[str, Any], cache: SimulatedCache) -> dict[str, Any]:
         """Fill those layers of `cache` that hold what the encoder gives, and note what it was given; its outputs."""
@@ -348,9 +417,10 @@ class CompiledModel:
             {**cache.encoder_inputs, "past_key_values": encoder_view(own, variant.programs[r], encoder.programs[r])}
             for r, own in enumerate(cache.ranks)
         ]
-        return _merged(simulate(list(encoder.programs.values()), per_rank))
+        found = self._run(encoder, per_rank)
+        return {name: value for name, value in found.items() if name != "past_key_values"}
 
-    def _simulate_own_cache(self, inputs: dict[str, Any]) -> ModelOutput:
+    def _simulate_own_cache(self, inputs: dict[str, Any], call: Call) -> Any:
         """One call of a model whose cache is its own: the prompt's graph first, then the step's."""
         cache = inputs.pop("past_key_values", None)
         if cache is not None and not isinstance(cache, SimulatedCache):
@@ -362,7 +432,8 @@ class CompiledModel:
             raise AutodistError(f"{self.plan.model} takes one token at a time after its prompt, and got {tokens}")
         if self._prompt is None:
             self._prompt, step = _Variant.make_phases(self._model, self._request, None, None)
-            self._variants[step.key] = self._step = step
+            self._step = step
+            self._variants.append(step)
             self.verify() if self._verify_programs else None
         variant = self._step if past else self._prompt
         self._load(variant)
@@ -379,9 +450,8 @@ class CompiledModel:
             for name in new:  # a rank that does not make it any more has an old one
                 own.pop(name, None)
             own.update({name: value for name, value in of_rank.items() if name in new})
-        merged = {n: v for n, v in _merged(outputs).items() if not n.startswith(STATE_PREFIX)}
-        merged["past_key_values"] = SimulatedCache(states, past + tokens)
-        return ModelOutput(merged)
+        found = {n: v for n, v in merged(outputs).items() if not n.startswith(STATE_PREFIX)}
+        return self._returned(variant, call, {**found, "past_key_values": SimulatedCache(states, past + tokens)})
 
     def to_distributed(
         self,
@@ -423,28 +493,24 @@ class CompiledModel:
 
     def _accepted(self, names: frozenset[str]) -> tuple[str, ...]:
         """Without those of our own filling-in that the model's forward does not take."""
-        if isinstance(self._model, PretrainedConfig):
-            return tuple(sorted(names))
-        accepted = inspect.signature(self._model.forward).parameters
+        accepted = inspect.signature(self._model.forward).parameters  # type: ignore[union-attr]
         return tuple(sorted(n for n in names if n in accepted or n not in _FILLED_IN))
 
-    def _variant_for(self, inputs: Mapping[str, Any], use_cache: bool) -> _Variant:
-        """The traced form that takes these inputs; traced, planned and verified at first use."""
-        given = frozenset(k for k, v in inputs.items() if v is not None) - {"past_key_values"}
-        names: tuple[str, ...] | None
-        if use_cache:
-            for (known, cached), variant in self._variants.items():
-                if cached and given <= known:
-                    return variant
-            names = None if given <= _FILLED_IN else self._accepted(given | _FILLED_IN | {"past_key_values"})
-        elif (given, False) in self._variants:
-            return self._variants[given, False]
-        else:
-            names = self._accepted(given)
-        variant = _Variant.make(self._model, self._request, use_cache, names, None, None)
+    def _variant_for(self, call: Call, past: int) -> _Variant:
+        """The traced form for this call; traced, planned and verified at first use."""
+        forms = forms_of(call.tensors, self._main.traced.facts, past)
+        for variant in self._variants:
+            if variant.takes(forms, call):
+                return variant
+        given = frozenset(forms)
+        names: tuple[str, ...] | None = self._accepted(given)
+        if call.use_cache:
+            filled_in = _FILLED_IN - {"input_ids"} if "inputs_embeds" in given else _FILLED_IN
+            names = None if given <= _FILLED_IN else self._accepted(given | filled_in | {"past_key_values"})
+        variant = _Variant.make(self._model, self._request, call.use_cache, names, call.fixed, None, forms)
         if self._verify_programs:
             self._verify(variant)
-        self._variants[variant.key] = variant
+        self._variants.append(variant)
         return variant
 
     def _program(self, variant: _Variant, rank: int) -> RankProgram:
@@ -527,13 +593,3 @@ def _tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
 
 def _step_length(inputs: Mapping[str, Any]) -> int:
     return int(_tokens(inputs).shape[1])
-
-
-def _merged(outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Each output from the first rank that has it; ranks of one tp group have the same."""
-    merged: dict[str, Any] = {}
-    for of_rank in outputs:
-        for name, value in of_rank.items():
-            merged.setdefault(name, value)
-    merged.pop("past_key_values", None)
-    return merged

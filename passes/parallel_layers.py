@@ -71,7 +71,9 @@ class VocabParallelEmbedding(nn.Module):
             if stop < self.rows:
                 rows = rows.clamp_max(stop - start - 1)
         else:
-            rows, elsewhere, before = torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool), 0
+            nobodys = (ids < 0) | (ids >= self.rows)
+            rows = torch.where(nobodys, self.num_embeddings, torch.zeros_like(ids))  # which the lookup refuses
+            elsewhere, before = torch.ones_like(ids, dtype=torch.bool), 0
             for start, stop in self.intervals:
                 inside = (ids >= start) & (ids < stop)
                 rows = torch.where(inside, ids - start + before, rows)

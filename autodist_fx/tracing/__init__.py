@@ -1,18 +1,22 @@
 """The tracing front end: from an unmodified Hugging Face model to one torch.fx graph, with parameters on meta."""
 
 from autodist_fx.tracing.example_inputs import Sizes
+from autodist_fx.tracing.input_forms import InputForm, forms_of
 from autodist_fx.tracing.meta_model import class_for, empty_model, meta_copy
 from autodist_fx.tracing.phases import trace_phases
 from autodist_fx.tracing.states import PREFIX as STATE_PREFIX
 from autodist_fx.tracing.states import has_own_cache
-from autodist_fx.tracing.traced_model import TracedModel, trace
+from autodist_fx.tracing.traced_model import OUTPUT_FLAGS, TracedModel, trace
 
 __all__ = [
+    "OUTPUT_FLAGS",
     "STATE_PREFIX",
+    "InputForm",
     "Sizes",
     "TracedModel",
     "class_for",
     "empty_model",
+    "forms_of",
     "has_own_cache",
     "meta_copy",
     "trace",

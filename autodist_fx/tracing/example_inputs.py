@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
@@ -13,6 +13,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, new_cache
 from autodist_fx.tracing.cross_cache import CROSS, both_kinds, model_cache, one_cache
+from autodist_fx.tracing.input_forms import InputForm
 from autodist_fx.tracing.input_shapes import input_dims
 from autodist_fx.tracing.states import StateTensor
 
@@ -32,6 +33,7 @@ class Sizes:
     seq: int
     past: int
     source: int = 1
+    kept: int = 1  # positions that logits are wanted of, where an input lists them
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +49,16 @@ class ExampleInputs:
     has_encoder: bool = False  # that reads the main input, before a decoder
     states: tuple[StateTensor, ...] = ()  # of a cache of the model's own, which are inputs one by one
     counts_past: bool = False  # masks cover `past` tokens, too, whatever the cache is
+    forms: Mapping[str, InputForm] = field(default_factory=dict)  # of inputs that are not as input_shapes has them
 
-    def make(self, sizes: Sizes) -> dict[str, object]:
-        """Meta tensors (and one DynamicCache of meta tensors) by input name, new ones on each call."""
-        return {name: self._make_one(name, sizes) for name in self.input_names}
-
-    def _make_one(self, name: str, sizes: Sizes) -> torch.Tensor | DynamicCache:
-        if name == "past_key_values":
-            return self._make_cache(sizes.batch, sizes.past)
-        for state in self.states:
-            if state.name == name:
-                return state.make(sizes.batch, sizes.past)
+    def form(self, name: str) -> InputForm | None:
+        """Of one input; None for a cache and states. TracingError for a name that nothing is known of."""
+        if name == "past_key_values" or any(state.name == name for state in self.states):
+            return None
+        if name in self.forms:
+            return self.forms[name]
         if name in IMAGE_INPUTS and self.image_shape:
-            return torch.empty(sizes.batch, *self.image_shape, dtype=self.dtype, device="meta")
+            return InputForm(("B", *self.image_shape), self.dtype)
         known = input_dims(name, self.config, self.has_encoder)
         if known is None:
             raise TracingError(
@@ -69,10 +68,24 @@ class ExampleInputs:
         dims, is_floating = known
         if "D" in dims and not self.embedding_dim:
             raise TracingError(f"{name!r} is of no known width: trace with other input_names")
+        dims = tuple(self.embedding_dim if d == "D" else d for d in dims)
+        return InputForm(dims, self.dtype if is_floating else torch.long)
+
+    def make(self, sizes: Sizes) -> dict[str, object]:
+        """Meta tensors (and one DynamicCache of meta tensors) by input name, new ones on each call."""
+        return {name: self._make_one(name, sizes) for name in self.input_names}
+
+    def _make_one(self, name: str, sizes: Sizes) -> torch.Tensor | DynamicCache:
+        for state in self.states:
+            if state.name == name:
+                return state.make(sizes.batch, sizes.past)
+        form = self.form(name)
+        if form is None:
+            return self._make_cache(sizes.batch, sizes.past)
         past = sizes.past if "past_key_values" in self.input_names or self.counts_past else 0
-        lengths = {"B": sizes.batch, "S": sizes.seq, "T": past + sizes.seq, "E": sizes.source, "D": self.embedding_dim}
-        shape = [lengths[dim] if isinstance(dim, str) else dim for dim in dims]
-        return torch.empty(shape, dtype=self.dtype if is_floating else torch.long, device="meta")
+        lengths = {"B": sizes.batch, "S": sizes.seq, "T": past + sizes.seq, "E": sizes.source, "K": sizes.kept}
+        shape = [lengths[dim] if isinstance(dim, str) else dim for dim in form.dims]
+        return torch.empty(shape, dtype=form.dtype, device="meta")
 
     def for_model(self, sizes: Sizes) -> dict[str, object]:
         """The same as the model itself takes it: a decoder's own cache and that of the encoder's output are two."""
@@ -161,8 +174,8 @@ def unmistakable_sizes(model: PreTrainedModel, other_than: Sizes | None = None) 
         candidates = [n for n in candidates if n not in taken]
     for batch, seq, past in itertools.permutations(candidates[:8], 3):
         if batch < seq and free(seq + past):
-            source = next(size for size in candidates if size not in (batch, seq, past, seq + past))
-            return Sizes(batch, seq, past, source)
+            source, kept = [size for size in candidates if size not in (batch, seq, past, seq + past)][:2]
+            return Sizes(batch, seq, past, source, kept)
     raise TracingError(
         f"{type(model).__name__}: no example sizes are left that differ from every dimension of the model. Please "
         f"report its config"

@@ -29,11 +29,12 @@ PATCH_LOCK = threading.RLock()  # reentrant: traceable() may be entered by a hol
 
 
 @contextlib.contextmanager
-def traceable(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
+def traceable(model: PreTrainedModel, *, use_cache: bool, records: bool = False) -> Iterator[None]:
     """While it lasts, `model` can be run on meta tensors and traced; everything is put back in the end, on error too.
 
     The flags of the model's configs are set to what a traced forward needs (`use_cache` as given, outputs as a
-    `ModelOutput`, no attention maps, no hidden states), and restored with the rest.
+    `ModelOutput`, no attention maps, no hidden states but where the call asks for them), and restored with the rest.
+    `records`: the call does; then the wrappers that collect what layers return stay where they are.
     """
     with PATCH_LOCK, contextlib.ExitStack() as undo:
 
@@ -57,8 +58,19 @@ def traceable(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
             # wrapper's code has only (*args, **kwargs).
             forward = cls.__dict__["forward"]
             if hasattr(forward, "__wrapped__"):
-                patch(cls, "forward", inspect.unwrap(forward))
+                plain = inspect.unwrap(forward)
+                if not records:
+                    patch(cls, "forward", plain)
+                elif cls is type(model):
+                    patch(cls, "forward", _with_signature_of(plain, forward))
         patch(GradientCheckpointingLayer, "__call__", _call_as_module)
+
+        # A mask that is ready is known by isinstance(mask, torch.Tensor), by masking_utils and by the models' own code.
+        for file in {masking_utils.__name__, *_defining_modules(model)}:
+            names = vars(sys.modules[file])
+            if "isinstance" not in names:
+                undo.callback(names.pop, "isinstance")
+                names["isinstance"] = _isinstance
 
         # Masks: vmap cannot be traced, and a mask that is skipped for one input must not be left out for all.
         patch(masking_utils, "_vmap_for_bhqkv", _broadcast_for_bhqkv)
@@ -90,6 +102,19 @@ def traceable(model: PreTrainedModel, *, use_cache: bool) -> Iterator[None]:
                 patch(sys.modules[name], "torch", _TorchThatTracesUnseen("torch"))
         patch(PreTrainedModel, "warn_if_padding_and_no_attention_mask", _never)  # looks at values, to warn of some
         yield
+
+
+def _with_signature_of(plain: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    """`wrapper`, as a function with the argument names of `plain` in its own code, which is where fx reads them."""
+    parameters = list(inspect.signature(plain).parameters.values())
+    stars = {inspect.Parameter.VAR_KEYWORD: "**", inspect.Parameter.VAR_POSITIONAL: "*"}
+    own, *others = parameters
+    takes = [f"{stars[p.kind]}{p.name}" if p.kind in stars else f"{p.name}=None" for p in others]
+    gives = [f"{stars[p.kind]}{p.name}" if p.kind in stars else f"{p.name}={p.name}" for p in others]
+    made: dict[str, Any] = {"wrapper": wrapper}
+    exec(f"def forward({', '.join([own.name, *takes])}):\n    return wrapper({', '.join([own.name, *gives])})", made)
+    made["forward"].__signature__ = inspect.signature(plain)
+    return made["forward"]
 
 
 class _Nobody:
@@ -150,6 +175,12 @@ def _call_as_module(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
+
+
+def _isinstance(value: Any, kinds: Any) -> bool:
+    """As Python's own, but a proxy that stands for a tensor is one."""
+    example = getattr(value, "_metadata", None) if isinstance(value, hf_fx.HFProxy) else None
+    return isinstance(value, kinds) or (isinstance(example, torch.Tensor) and isinstance(example, kinds))
 
 
 def _never(*args: Any, **kwargs: Any) -> bool:

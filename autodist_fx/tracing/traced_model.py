@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import fx as hf_fx
 
 from autodist_fx.errors import AutodistError, TracingError
+from autodist_fx.outputs import flat
 from autodist_fx.tracing.cache_layers import CacheLayer, cache_layers, layer_kinds
 from autodist_fx.tracing.cross_cache import both_kinds, merge_caches, written_layers
 from autodist_fx.tracing.example_inputs import (
@@ -25,6 +26,7 @@ from autodist_fx.tracing.example_inputs import (
     image_shape,
     unmistakable_sizes,
 )
+from autodist_fx.tracing.input_forms import InputForm, ModelFacts
 from autodist_fx.tracing.meta_model import empty_model, meta_copy
 from autodist_fx.tracing.passing_cache import PassingCache, shares_keys_between_layers
 from autodist_fx.tracing.patches import traceable
@@ -59,6 +61,17 @@ class TracedModel:
                     f"them, or set image_size in the model's config before compiling"
                 )
 
+    def forms(self) -> dict[str, InputForm]:
+        """Of each input of the graph, but the cache."""
+        found = {name: self._examples.form(name) for name in self.input_names}
+        return {name: form for name, form in found.items() if form is not None}
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the forms of inputs depend on."""
+        examples = self._examples
+        return ModelFacts(self.config, examples.has_encoder, examples.embedding_dim, examples.dtype)
+
     def example_inputs(self, sizes: Sizes) -> dict[str, object]:
         """Inputs of these sizes by name: meta tensors, and a DynamicCache of meta tensors that holds `past` tokens."""
         return self._examples.make(sizes)
@@ -70,12 +83,14 @@ def trace(
     input_names: Sequence[str] | None = None,
     use_cache: bool = False,
     concrete_args: Mapping[str, object] | None = None,
+    forms: Mapping[str, InputForm] | None = None,
 ) -> TracedModel:
     """Trace a model, or the model that a config describes, on the meta device; neither is changed.
 
     `input_names` are the arguments of forward that become inputs of the graph: by default token ids, their mask and
     segments, or pixels, whatever the model is for, and with `use_cache` also positions and the cache. Any other
-    argument has its default, or its value in `concrete_args`.
+    argument has its default, or its value in `concrete_args`. `forms` are those of inputs that differ from the usual
+    ones (input_shapes): a mask of four dims, int32 token ids.
     The model is traced as it stands, in training or in eval mode; one made from a config is in eval mode.
 
     Errors: TracingError, which names the model class, the line of its source, and the way out.
@@ -84,10 +99,11 @@ def trace(
     choose_attention(meta_model)
     accepted = [name for name, p in inspect.signature(meta_model.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
     names = _input_names(meta_model, accepted, input_names, use_cache)
-    fixed = _fixed_arguments(meta_model, accepted, names, use_cache, concrete_args or {})
+    fixed, keywords = _fixed_arguments(meta_model, accepted, names, use_cache, concrete_args or {})
+    records = any(name.startswith("output_") and value for name, value in (concrete_args or {}).items())
     tracer = None
     try:
-        with traceable(meta_model, use_cache=use_cache), torch.no_grad():
+        with traceable(meta_model, use_cache=use_cache, records=records), torch.no_grad():
             examples = ExampleInputs(
                 input_names=names,
                 config=meta_model.config,
@@ -96,13 +112,14 @@ def trace(
                 dtype=meta_model.dtype,
                 image_shape=image_shape(meta_model.config),
                 has_encoder=has_encoder(meta_model),
+                forms=dict(forms or {}),
             )
             if use_cache:
                 examples = replace(examples, cache_layers=_cache_layers(meta_model, examples))
             sizes = unmistakable_sizes(meta_model)
             inputs = examples.for_model(sizes)
             others = examples.for_model(unmistakable_sizes(meta_model, other_than=sizes))
-            tracer = Tracer(meta_model, inputs, others)
+            tracer = Tracer(meta_model, inputs, others, keywords)
             graph = tracer.trace(
                 meta_model,
                 concrete_args=fixed,
@@ -124,6 +141,10 @@ def trace(
         layer_kinds=_layer_kinds(examples) if use_cache else (),
         _examples=examples,
     )
+
+
+# What every forward with **keywords takes, though its signature doesn't say so (transformers' TransformersKwargs).
+OUTPUT_FLAGS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def _cache_layers(model: PreTrainedModel, examples: ExampleInputs) -> tuple[CacheLayer | None, ...]:
@@ -172,9 +193,11 @@ def _fixed_arguments(
     names: Sequence[str],
     use_cache: bool,
     concrete_args: Mapping[str, object],
-) -> dict[str, object]:
-    """The value of every argument of forward that is not an input of the graph."""
-    if unknown := sorted(set(concrete_args) - set(accepted)):
+) -> tuple[dict[str, object], dict[str, object]]:
+    """The value of every argument of forward that is not an input of the graph; what goes into its **keywords."""
+    keywords = {name: value for name, value in concrete_args.items() if name not in accepted}
+    takes_keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+    if unknown := sorted(set(keywords) - (set(OUTPUT_FLAGS) if takes_keywords else set())):
         raise TracingError(
             f"{type(model).__name__}.forward takes no {', '.join(unknown)}: leave it out of concrete_args"
         )
@@ -183,7 +206,7 @@ def _fixed_arguments(
         fixed["use_cache"] = use_cache
     if not use_cache and "past_key_values" in fixed and shares_keys_between_layers(model.config):
         fixed["past_key_values"] = PassingCache(config=model.config)
-    return {**fixed, **{name: value for name, value in concrete_args.items() if name not in names}}
+    return {**fixed, **{k: v for k, v in concrete_args.items() if k not in names and k not in keywords}}, keywords
 
 
 def graph_module_of(model: PreTrainedModel, graph: torch.fx.Graph) -> torch.fx.GraphModule:
@@ -191,6 +214,8 @@ def graph_module_of(model: PreTrainedModel, graph: torch.fx.Graph) -> torch.fx.G
     for node in graph.nodes:
         if node.op == "placeholder":
             node.type = None  # HFTracer writes torch.Tensor, also on a cache
+        if node.op == "output":
+            node.args = (flat(node.args[0]),)
     graph_module = torch.fx.GraphModule(model, graph, class_name=type(model).__name__)
     graph_module.train(model.training)
     # GraphModule makes every buffer a persistent one, and buffers of the constants; neither inv_freq nor a constant is

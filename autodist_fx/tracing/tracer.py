@@ -6,7 +6,7 @@ import collections
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import NoneType
 from typing import Any
 
@@ -28,8 +28,8 @@ from autodist_fx.tracing.states import is_container
 _TAKE_SIZES = ("full", "zeros", "ones", "empty", "arange")
 
 
-class NoKeywords(dict[str, Any]):
-    """The empty `**kwargs` of the traced forward. A class of its own, because fx flattens a plain dict into inputs."""
+class Keywords(dict[str, Any]):
+    """The `**kwargs` of the traced forward. A class of its own, because fx flattens a plain dict into inputs."""
 
 
 class _OneArgument(list[Any]):
@@ -69,12 +69,18 @@ class Tracer(hf_fx.HFTracer):
     """
 
     def __init__(
-        self, model: nn.Module, examples: dict[str, object], other_examples: dict[str, object] | None = None
+        self,
+        model: nn.Module,
+        examples: dict[str, object],
+        other_examples: dict[str, object] | None = None,
+        keywords: Mapping[str, object] | None = None,
     ) -> None:
-        """`other_examples` are inputs of other sizes, which tell lengths from constants (see constants.py)."""
+        """`other_examples` are inputs of other sizes, which tell lengths from constants (see constants.py); `keywords`
+        goes into forward's **kwargs."""
         super().__init__()
         self.examples = examples
         self.other_example = OtherExample(self, other_examples or {})
+        self.keywords = Keywords(keywords or {})
         self.source_files = model_source_files(model)
         self.data_dependent_calls = 0  # how many lengths were made up so far (see data_dependent.py)
         self.whole_of_split: dict[torch.fx.Node, Any] = {}  # split_rows -> what it splits
@@ -103,7 +109,7 @@ class Tracer(hf_fx.HFTracer):
 
     def _proxy_placeholder(self, name: str, concrete_args: dict[str, Any] | None, *more: Any) -> Any:
         if name.startswith("**"):
-            return NoKeywords()
+            return self.keywords
         if name in self.objects:
             made = self.objects[name](self)
             return _OneArgument(made) if type(made) is list else made

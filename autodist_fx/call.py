@@ -1,0 +1,91 @@
+"""One call of a model, sorted: tensors, which are inputs of a graph, and arguments, for which there is a graph each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from autodist_fx.errors import AutodistError
+from autodist_fx.tracing import OUTPUT_FLAGS
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    tensors: dict[str, torch.Tensor]
+    fixed: dict[str, object]  # every other argument that is not as forward's signature and the config have it
+    use_cache: bool
+    cache: Any  # what was passed as past_key_values
+    return_dict: bool
+
+
+def read_call(model: PreTrainedModel, inputs: Mapping[str, Any], always: Mapping[str, object]) -> Call:
+    """`always` are arguments of every call (compile's concrete_args), which this one may override.
+
+    Errors: AutodistError, which names an argument that forward does not take, or that is of no use here.
+    """
+    given = dict(inputs)
+    use_cache = bool(given.pop("use_cache", False)) or "past_key_values" in given
+    cache = given.pop("past_key_values", None)
+    return_dict = given.pop("return_dict", None)
+    parameters = inspect.signature(model.forward).parameters
+    names = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    keywords = OUTPUT_FLAGS if len(names) < len(parameters) else ()
+    takes = (*names, *keywords)
+    if unknown := sorted(name for name, value in given.items() if name not in takes and value is not None):
+        name = type(model).__name__
+        raise AutodistError(f"{name}.forward takes no {', '.join(unknown)}: it takes {', '.join(takes)}")
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    fixed = {name: value for name, value in always.items() if name not in tensors}
+    for name, value in given.items():
+        if isinstance(value, (bool, int, float, str)):
+            fixed[name] = value
+        elif value is not None and name not in tensors:
+            raise AutodistError(f"{name} is a {type(value).__name__}: pass a tensor")
+    if not {"decoder_input_ids", "decoder_inputs_embeds"} & tensors.keys():  # the encoder may have run before
+        _refuse_gaps(model, parameters, tensors, fixed)
+    for name in OUTPUT_FLAGS:  # asked for in the config
+        if name in (*names, *keywords):
+            fixed.setdefault(name, bool(getattr(model.config, name, False)))
+    if return_dict is None:
+        return_dict = bool(getattr(model.config, "return_dict", True))
+    return Call(tensors, unusual(model, fixed), use_cache, cache, bool(return_dict))
+
+
+def unusual(model: PreTrainedModel | PretrainedConfig, fixed: Mapping[str, object]) -> dict[str, object]:
+    """Those that differ from what forward's signature has for them (a config has no signature)."""
+    parameters = {} if isinstance(model, PretrainedConfig) else inspect.signature(model.forward).parameters
+
+    def is_usual(name: str, value: object) -> bool:
+        default = parameters[name].default if name in parameters else None
+        return value is None or (name in OUTPUT_FLAGS and value is False) or value is default
+
+    return {name: value for name, value in fixed.items() if not is_usual(name, value)}
+
+
+def _refuse_gaps(
+    model: PreTrainedModel,
+    parameters: Mapping[str, inspect.Parameter],
+    tensors: Mapping[str, torch.Tensor],
+    fixed: Mapping[str, object],
+) -> None:
+    """What forward cannot do without, and what it cannot have both of."""
+    name = type(model).__name__
+    required = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if missing := [n for n in required if n not in tensors and n not in fixed]:
+        raise AutodistError(f"{name}.forward needs {', '.join(missing)}")
+    ids, embeds = "input_ids", "inputs_embeds"
+    if ids in parameters and embeds in parameters:
+        if ids in tensors and embeds in tensors:
+            raise AutodistError(f"{name} got both {ids} and {embeds}: pass one of them")
+        if ids not in tensors and embeds not in tensors and "encoder_outputs" not in (*tensors, *fixed):
+            others = [n for n in ("pixel_values", "input_features", "input_values") if n in tensors]
+            if not others:
+                raise AutodistError(f"{name} got neither {ids} nor {embeds}: pass one of them")
+
+
+__all__ = ["Call", "read_call", "unusual"]

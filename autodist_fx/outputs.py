@@ -1,0 +1,55 @@
+"""A model's outputs, flat as graphs have them and nested as transformers returns them.
+
+    nested  {"logits": x, "hidden_states": (a, b)}
+    flat    {"logits": x, "hidden_states.0": a, "hidden_states.1": b}
+
+Flat, each tensor is an output of its own, and may come out of a pipeline stage of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers.utils import ModelOutput
+
+
+def flat(outputs: Any) -> dict[str, Any]:
+    """Of a dict, tuple or list of whatever; an entry that is none of these is kept as it is, also None."""
+    if not isinstance(outputs, Mapping):
+        outputs = dict(enumerate(outputs)) if isinstance(outputs, (tuple, list)) else {"0": outputs}
+    found: dict[str, Any] = {}
+    for name, value in outputs.items():
+        if isinstance(value, (Mapping, tuple, list)) and value:
+            found.update({f"{name}.{below}": x for below, x in flat(value).items()})
+        else:
+            found[str(name)] = value
+    return found
+
+
+def nested(outputs: Mapping[str, Any], order: Iterable[str]) -> ModelOutput:
+    """The inverse of `flat`, in the order of the flat names `order`; numbers make tuples, names make ModelOutputs."""
+    return ModelOutput(_nested({name: outputs[name] for name in order if name in outputs}))
+
+
+def _nested(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    groups: dict[str, dict[str, Any]] = {}
+    found: dict[str, Any] = {}
+    for name, value in outputs.items():
+        first, _, rest = name.partition(".")
+        found[first] = value
+        if rest:
+            groups.setdefault(first, {})[rest] = value
+    for first, group in groups.items():
+        inside = _nested(group)
+        found[first] = tuple(inside.values()) if all(k.isdecimal() for k in inside) else ModelOutput(inside)
+    return found
+
+
+def merged(of_ranks: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Each flat output from the first rank that has it; the ranks of one tp group have the same."""
+    found: dict[str, Any] = {}
+    for outputs in of_ranks:
+        for name, value in outputs.items():
+            found.setdefault(name, value)
+    return found
