@@ -32,6 +32,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "gpt_neox": {"hidden_size": 40, "num_attention_heads": 5, "num_hidden_layers": 2, "intermediate_size": 31},
     "bloom": {"hidden_size": 40, "n_head": 5, "n_layer": 2},
+    "mixtral": {
+        "hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 2,
+        "intermediate_size": 31, "num_local_experts": 3,
+    },
 }  # fmt: skip
 TOKENS = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 

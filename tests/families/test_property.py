@@ -170,3 +170,15 @@ def test_seven_heads(family: str, tp: int) -> None:
     _check(_plain(family, 7, 1 if family == "falcon" else 7, tp), use_cache=False)
     if family in ("llama", "phi3"):
         _check(_plain(family, 7, 1, tp), use_cache=True)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1), (3, 2), (1, 4)], ids=lambda m: f"{m[0]}x{m[1]}")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_fewer_of_everything_than_ranks(family: str, mesh: tuple[int, int]) -> None:
+    """One layer, two heads, a vocabulary, widths and layers smaller than the mesh: some ranks hold nothing of a weight,
+    and stages end inside of the layer."""
+    size = 8 if family == "gpt2" else 5
+    case = Case(family, mesh, layers=1, heads=2, kv_heads=2, head_dim=4, hidden=size, wide=3, vocab=5, tied=True)
+    _check(case, use_cache=False, hardware=FREE)
+    _check(case, use_cache=True, hardware=FREE)
