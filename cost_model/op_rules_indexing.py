@@ -21,9 +21,9 @@ def index(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str,
     return OpRule(tuple(letters), ((0,),))
 
 
-@rule("index_add")
+@rule("index_add", "index_put")
 def index_add(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """x, index [n], source -> x with source's slices added at `index` along `dim`."""
+    """x, index [n], source -> x with source's slices added (or put) at `index` along `dim`."""
     x = inputs[0]
     letters = [
         Letter(f"d{d}", n, (DimLink(0, d), DimLink(2, d)), (DimLink(0, d),))

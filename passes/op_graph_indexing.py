@@ -85,3 +85,14 @@ def _split_rows(builder: Any, node: Node, inputs: list[TensorRef]) -> Any:
 @_handles("join_rows")
 def _join_rows(builder: Any, node: Node, inputs: list[TensorRef]) -> Any:
     return "join_rows", inputs, {}
+
+
+@_handles("with_item")
+def _with_item(builder: Any, node: Node, inputs: list[TensorRef]) -> Any:
+    """x[rows] = source: as index_add, but that what was there goes."""
+    rows = node.args[1].meta.get("val") if isinstance(node.args[1], Node) else None
+    if not isinstance(rows, torch.Tensor) or rows.dim() != 1 or rows.dtype != torch.long or len(inputs) != 3:
+        return None
+    if node.args[2].meta["val"].dim() != len(_shape(node)):
+        return None
+    return "index_put", inputs, {"dim": 0}

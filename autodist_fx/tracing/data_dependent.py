@@ -66,6 +66,38 @@ class Counts(list[Any]):
         self.proxy = proxy
 
 
+class Offset:
+    """Where the run of rows numbered `index` begins: the sum of the counts before it."""
+
+    def __init__(self, counts: hf_fx.HFProxy, index: int) -> None:
+        self.counts, self.index = counts, index
+
+
+class RunLength:
+    """One of the counts that a loop runs over. Python may add it to where its run begins, and ask whether it is 0.
+
+    The answer is no: an empty run has nodes, too, which compute nothing.
+    """
+
+    def __init__(self, counts: hf_fx.HFProxy, index: int) -> None:
+        self.counts, self.index = counts, index
+
+    def __radd__(self, start: Any) -> Offset:
+        begins = start.index if isinstance(start, Offset) and start.counts.node is self.counts.node else start
+        if begins != self.index or (begins != 0 and not isinstance(start, Offset)):
+            raise TypeError(f"count {self.index} of {self.counts.node} is added to something else than its run's begin")
+        return Offset(self.counts, self.index + 1)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return hash(self.index)
+
+    def __gt__(self, other: object) -> bool:
+        return other == 0
+
+
 def rewritten(tracer: hf_fx.HFTracer, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What stands in the graph for a call that depends on values; None for any other call."""
     if kind not in ("call_function", "call_method"):
@@ -93,13 +125,71 @@ def rewritten(tracer: hf_fx.HFTracer, kind: str, target: Any, args: tuple[Any, .
             return tracer.create_proxy("call_function", join_rows, (list(args[0]), rows), {})
     if name == "bincount" and isinstance(kwargs.get("minlength"), int):
         return tracer.create_proxy("call_function", bincount, (args[0], kwargs["minlength"]), {})
+    if name in ("cpu", "numpy") and kind == "call_method":
+        return args[0]  # asked for to loop over it: the graph's nodes stay where they are
+    if name in ("getitem", "setitem") and isinstance(args[1], slice):
+        run = _run(args[1])
+        if run is not None and name == "getitem":
+            return _runs(tracer, args[0], run)[run.index - 1]
+        if run is not None:
+            everywhere = tracer.create_proxy("call_function", torch.arange, (len_of(tracer, args[0]),), {})
+            rows = _runs(tracer, everywhere, run)[run.index - 1]
+            return tracer.create_proxy(kind, target, (args[0], rows, args[2]), {})
     if name == "getitem" and _has_unrolled(args[1]):
         return tracer.create_proxy(kind, target, (args[0], _as_index(args[1])), kwargs)
     return None
 
 
-def unrolled(tracer: hf_fx.HFTracer, proxy: Any) -> Iterator[UnrolledIndex] | None:
-    """The elements that a loop over `proxy` runs over, if these are the classes that a one_hot counts at all."""
+def _runs(tracer: hf_fx.HFTracer, rows: hf_fx.HFProxy, run: Offset) -> hf_fx.HFProxy:
+    """The runs of `rows`, split once for all of them."""
+    key = (rows.node, run.counts.node)
+    if key not in tracer.runs:
+        count = (_shape(run.counts) or (0,))[0]
+        number = _number(tracer, count)
+        pieces = tracer.create_proxy("call_function", split_rows, (rows, run.counts, count, number), {})
+        tracer.runs[key], tracer.whole_of_split[pieces.node] = pieces, rows
+    return tracer.runs[key]
+
+
+def len_of(tracer: hf_fx.HFTracer, rows: hf_fx.HFProxy) -> hf_fx.HFProxy:
+    return tracer.create_proxy("call_method", "size", (rows, 0), {})
+
+
+def _run(index: slice) -> Offset | None:
+    """The end of the run that a slice takes: from one cumulative count to the next."""
+    start, stop = _offset(index.start), _offset(index.stop)
+    if stop is None or index.step is not None:
+        return None
+    if start is None:
+        return stop if stop.index == 1 and index.start in (None, 0) else None
+    return stop if start.index == stop.index - 1 and start.counts.node is stop.counts.node else None
+
+
+def _offset(value: Any) -> Offset | None:
+    """Also where it is an element of cat((zeros(1), cumsum(counts, 0)))."""
+    if isinstance(value, Offset):
+        return value
+    node = value.node if isinstance(value, hf_fx.HFProxy) else None
+    if node is None or _called(node) != "getitem" or type(node.args[1]) is not int:
+        return None
+    whole = node.args[0]
+    if not isinstance(whole, Node) or _called(whole) not in ("cat", "concat") or len(whole.args[0]) != 2:
+        return None
+    zero, ends = whole.args[0]
+    if _called(zero) != "zeros" or zero.args != (1,) or _called(ends) != "cumsum":
+        return None
+    counts = hf_fx.HFProxy(ends.args[0], value.tracer)
+    counts.install_metadata(value.tracer.examples_of[ends.args[0]])
+    return Offset(counts, node.args[1])
+
+
+def unrolled(tracer: hf_fx.HFTracer, proxy: Any) -> Iterator[UnrolledIndex | RunLength] | None:
+    """The elements that a loop over `proxy` runs over, if these are the classes that a one_hot counts at all, or
+    counts of rows, as many for all inputs."""
+    known = getattr(proxy, "_metadata", None)
+    if isinstance(known, torch.Tensor) and known.dim() == 1 and not known.is_floating_point():
+        count = int(constant(tracer.create_proxy("call_method", "size", (proxy, 0), {})))
+        return iter([RunLength(proxy, i) for i in range(count)])
     node: Node = proxy.node
     while _called(node) == "getitem" and node.args[1] == slice(None):
         node = node.args[0]

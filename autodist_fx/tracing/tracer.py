@@ -84,6 +84,7 @@ class Tracer(hf_fx.HFTracer):
         self.source_files = model_source_files(model)
         self.data_dependent_calls = 0  # how many lengths were made up so far (see data_dependent.py)
         self.whole_of_split: dict[torch.fx.Node, Any] = {}  # split_rows -> what it splits
+        self.runs: dict[tuple[torch.fx.Node, torch.fx.Node], Any] = {}  # (rows, counts) -> split_rows of them
         self.first_failure: str | None = None  # why the first value that could not be computed on meta could not
         self.first_unknown: torch.fx.Node | None = None  # the node of that value
         self.examples_of: dict[torch.fx.Node, Any] = {}  # what each node is with the example inputs, where known

@@ -432,6 +432,14 @@ def _index_add(data: st.DataObject) -> Case:
     return Case((values(*shape), index, source), lambda x, share: x[0].index_add(dim, x[1], x[2]), {"dim": dim})
 
 
+@case("index_put")
+def _index_put(data: st.DataObject) -> Case:
+    shape, dim = _with_dim(data)
+    index = torch.randperm(shape[dim])[: data.draw(st.integers(1, shape[dim]))]
+    source = values(*shape[:dim], len(index), *shape[dim + 1 :])
+    return Case((values(*shape), index, source), lambda x, share: x[0].index_copy(dim, x[1], x[2]), {"dim": dim})
+
+
 def _places(data: st.DataObject, shape: list[int], dim: int) -> torch.Tensor:
     """An index for gather or scatter: no place twice along `dim`, other dims as long as they are or shorter."""
     cut = [n if data.draw(st.booleans()) else data.draw(st.integers(1, n)) for n in shape]
@@ -627,6 +635,7 @@ _GROUPS = {n: {"groups": n, "transposed": False} for n in (1, 2)}
         ("slice", [(2, 9)], [(2, 5)], {"dims": ((0, 0, 0, 1), (1, 1, 0, 2))}, {"d0", "d1"}),
         ("index", [(5, 3), (4,)], [(4, 3)], {"dims": ((1, 1),)}, {"d1"}),
         ("index_add", [(5, 3), (4,), (4, 3)], [(5, 3)], {"dim": 0}, {"d1"}),
+        ("index_put", [(5, 3), (4,), (4, 3)], [(5, 3)], {"dim": 0}, {"d1"}),
         ("gather", [(5, 3), (5, 2)], [(5, 2)], {"dim": 1}, {"d0"}),
         ("scatter", [(5, 3), (5, 2), (5, 2)], [(5, 3)], {"dim": 1, "adds": False}, {"d0"}),
         ("split_rows", [(5, 3), (2,)], [(1, 3), (4, 3)], {}, {"d1"}),
