@@ -17,8 +17,8 @@ from autodist_fx.compiled import CompiledModel
 
 MESHES = ((2, 1), (4, 1), (1, 2), (2, 2))
 # One of each way to write it: loops over hit experts (Mixtral, Qwen3), over all (DeepSeek: shared experts, groups),
-# over parts of one weight (DBRX), rows sorted by expert (Granite), runs of rows between counts (DeepSeek-V2), all tokens
-# to all experts (GPT-OSS).
+# over parts of one weight (DBRX), rows sorted by expert (Granite), runs of rows between counts (DeepSeek-V2),
+# all tokens to all experts (GPT-OSS).
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "dbrx", "granitemoe", "gpt_oss")
 
 FLOAT32 = ("deepseek_v3",)  # its eager forward adds float32 and the model's dtype up: no other dtype runs
