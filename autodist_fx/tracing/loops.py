@@ -162,7 +162,7 @@ class _Outliner:
         changed = _changed(inner)
         written = _stored(inner) | changed
         last = max(getattr(n, "end_lineno", 0) or 0 for s in region for n in ast.walk(s))
-        inside = {id(n) for s in region for n in ast.walk(s)}
+        inside = {id(n) for s in region for n in ast.walk(s)} | self._counters(last)
         later = {
             n.id
             for n in ast.walk(self.function)
@@ -188,6 +188,16 @@ class _Outliner:
         for node in (choice, *ast.walk(guard), *ast.walk(call)):
             ast.copy_location(node, loop)
         return [ast.fix_missing_locations(choice)]
+
+    def _counters(self, line: int) -> set[int]:
+        """Ids of the names behind `line` that are read as the counter of the loop around them."""
+        return {
+            id(n)
+            for loop in ast.walk(self.function)
+            if isinstance(loop, ast.For) and isinstance(loop.target, ast.Name) and loop.lineno > line
+            for n in ast.walk(loop)
+            if isinstance(n, ast.Name) and n.id == loop.target.id
+        }
 
     def _leaf(
         self,
@@ -404,6 +414,9 @@ class _Call:
     def __call__(self, *args: Any) -> Any:
         tracer = next(_proxies(args)).tracer
         result = tracer.create_proxy("call_function", self.leaf, args, {})
+        known = getattr(result, "_metadata", None)
+        if any(not isinstance(v, torch.Tensor) for v in (known if isinstance(known, tuple) else (known,))):
+            raise TypeError("a loop over a length leaves something else than tensors")
         return result if self.outputs == 1 else tuple(result[i] for i in range(self.outputs))
 
 

@@ -15,11 +15,11 @@ from model_coverage.inputs import NEW_TOKENS, Inputs
 
 
 def eager_decoding(model: PreTrainedModel, inputs: Inputs) -> list[torch.Tensor] | None:
-    """Logits [tokens that count, vocab] that decoding may give; None if the model has no `past_key_values`.
+    """Logits [tokens that count, vocab] that decoding may give; None if the model has no cache of any kind.
 
     Two truths where both exist: the whole sequence at once, and the model's own decoding with its own cache.
     """
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    if not {"past_key_values", "use_cache"} & set(inspect.signature(model.forward).parameters):
         return None
     truths = []
     kept = _kept(inputs)
