@@ -61,6 +61,8 @@ def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Examp
     `examples` are two sets of meta inputs of different sizes; what is equal in both is constant.
     """
     functionalize(graph_module)
+    # what only an assertion read may be a number that no example has
+    graph_module.graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))
     spell_out_modules(graph_module)
     second = annotate(graph_module, examples)
     graph = graph_module.graph
@@ -337,8 +339,20 @@ def _drop_no_ops(graph: torch.fx.Graph) -> None:
         if _is_no_op(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif op_name(node) == "cat" and node.op == "call_function" and isinstance(node.args[0], (tuple, list)):
+            _drop_empty(node)
         elif op_name(node) in ("and", "logical_and") and len(node.args) == 2:
             _drop_all_true(node)
+
+
+def _drop_empty(node: Node) -> None:
+    """torch.cat passes over tensors of shape [0], whatever the others are: the keys of a cache that is empty yet."""
+    kept = [n for n in node.args[0] if n.meta["val"].shape != (0,)]
+    if len(kept) == 1 and _same_tensor(kept[0].meta["val"], node.meta["val"]):
+        node.replace_all_uses_with(kept[0])
+        node.graph.erase_node(node)
+    elif kept:
+        node.args = (kept, *node.args[1:])
 
 
 def _drop_all_true(node: Node) -> None:

@@ -1,15 +1,19 @@
 """`if`, sizes and `max` of traced values: what can be said without knowing the data.
 
-fx has one graph for all inputs, so that a condition must come out the same for all. Two kinds do, and are common:
+fx has one graph for all inputs, so that a condition must come out the same for all. Three kinds do, and are common:
 
 - values that no input's data go into (`torch.arange(n)[0] > 0`) are computed, with the example's lengths;
+- what is asserted is taken for true: the graph makes no check of its inputs;
 - "does this mask have any padding?", asked to skip work where not: `torch.all(mask == 1)` is taken for false, since
   masking with a mask of ones changes nothing. transformers' masking utilities are patched in the same sense.
 """
 
 from __future__ import annotations
 
+import dis
 import operator
+import sys
+import types
 from typing import Any
 
 import torch
@@ -21,12 +25,15 @@ from transformers.utils import fx as hf_fx
 def decide(proxy: hf_fx.HFProxy) -> bool:
     """What `bool(proxy)` is for every input. Raises TypeError where that depends on the data."""
     known = getattr(proxy, "_metadata", None)
-    if known is None:
+    asserted = _is_asserted(sys._getframe(1))
+    if known is None and not asserted:
         return Proxy.__bool__(proxy)
     if not isinstance(known, torch.Tensor):
-        return bool(known)
+        return asserted or bool(known)
     if _asks_for_all_ones(proxy.node):
         return False
+    if asserted:
+        return True
     answers = set()
     try:
         for position in (1, _FAR) if proxy.tracer.phase == "step" else (0,):
@@ -39,6 +46,15 @@ def decide(proxy: hf_fx.HFProxy) -> bool:
 
 
 _FAR = 2**30
+
+
+def _is_asserted(frame: types.FrameType) -> bool:
+    """Whether the frame stands at `assert condition`: at the jump over the raising of an AssertionError."""
+    instructions = iter(dis.get_instructions(frame.f_code))
+    if not any(instruction.offset == frame.f_lasti for instruction in instructions):
+        return False
+    following = next((i for i in instructions if i.opname != "CACHE"), None)
+    return following is not None and following.opname == "LOAD_ASSERTION_ERROR"
 
 
 class _DependsOnDataError(Exception):
@@ -65,9 +81,12 @@ def _as_length(proxy: Proxy) -> Any:
 def _length_of(node: Node, tracer: Any) -> Any:
     """A number (or a proxy of one) that is always what the node holds; None where there is none to be found."""
     name = getattr(node.target, "__name__", node.target)
-    if name in ("add", "sub") and len(node.args) == 2 and isinstance(node.args[0], Node):
-        first, second = _length_of(node.args[0], tracer), node.args[1]
-        return None if first is None or type(second) is not int else getattr(operator, str(name))(first, second)
+    if name in ("add", "sub", "mul") and len(node.args) == 2:
+        parts = [_length_of(a, tracer) if isinstance(a, Node) else a for a in node.args]
+        known = all(type(p) is int or isinstance(p, Proxy) for p in parts)
+        return getattr(operator, str(name))(*parts) if known else None
+    if name == "tensor" and len(node.args) == 1:
+        return _number(node.args[0], tracer)
     if name != "getitem" or node.args[1] != -1 or not isinstance(node.args[0], Node):
         return None
     positions = node.args[0]
@@ -75,9 +94,7 @@ def _length_of(node: Node, tracer: Any) -> Any:
         return _tokens_so_far(tracer)
     if getattr(positions.target, "__name__", "") != "arange":
         return None
-    bounds = [tracer.proxy(a) if isinstance(a, Node) else a for a in positions.args]
-    for bound in (b for b in bounds if isinstance(b, Proxy)):
-        bound.install_metadata(tracer.examples_of[bound.node])
+    bounds = [_number(a, tracer) for a in positions.args]
     return bounds[-1] - 1 if len(bounds) in (1, 2) else None
 
 
@@ -89,6 +106,15 @@ def _tokens_so_far(tracer: Any) -> Any:
             mask.install_metadata(tracer.examples_of[node])
             return mask.shape[-1] - 1
     return None
+
+
+def _number(value: Any, tracer: Any) -> Any:
+    """A proxy of a node, with its example; a number as it is."""
+    if not isinstance(value, Node):
+        return value
+    proxy = tracer.proxy(value)
+    proxy.install_metadata(tracer.examples_of[value])
+    return proxy
 
 
 def longest(function: Any) -> Any:

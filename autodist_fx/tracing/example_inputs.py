@@ -127,6 +127,8 @@ def default_inputs(model: PreTrainedModel, use_cache: bool) -> tuple[str, ...]:
         chosen |= set(INPUTS_WITH_CACHE)
     elif (getattr(model.config, "type_vocab_size", None) or 0) > 1:  # a table of its own for what tokenizers number
         chosen.add("token_type_ids")
+    if model.main_input_name == "inputs" and "input_ids" not in parameters:  # of any kind, images among them
+        chosen |= set(IMAGE_INPUTS)
     if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
         chosen |= set(IMAGE_INPUTS)
     return tuple(name for name in parameters if name in chosen)

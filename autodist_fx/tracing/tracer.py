@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import NoneType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from autodist_fx.tracing.decisions import lengths_for_tensors
 from autodist_fx.tracing.passing_cache import PassingCache
 from autodist_fx.tracing.states import is_container
 
-_TAKE_SIZES = ("full", "zeros", "ones", "empty", "arange")
+_TAKE_SIZES = ("full", "zeros", "ones", "empty", "arange", "clamp")
 
 
 class Keywords(dict[str, Any]):
@@ -67,6 +68,9 @@ class Tracer(hf_fx.HFTracer):
     Each node gets `meta["nn_module_stack"]` (qualified path -> (path, class), outermost first) and `meta["source"]`
     ("modeling_llama.py:241"), the line of the model's own code that made it.
     """
+
+    # A cache that the model makes for itself is Python's business, and its tensors the graph's.
+    _CLASSES_TO_PATCH: ClassVar[dict[type, type]] = {}
 
     def __init__(
         self,
@@ -154,6 +158,8 @@ class Tracer(hf_fx.HFTracer):
             named["proxy_factory_fn"] = lambda node: CacheProxy(node, self)
         if kind == "call_function" and getattr(target, "__name__", "") in _TAKE_SIZES:
             args, kwargs = lengths_for_tensors(args), {k: lengths_for_tensors(v) for k, v in kwargs.items()}
+        if kind == "call_function" and target is operator.getitem and len(args) == 2:
+            args = (args[0], lengths_for_tensors(args[1]))  # x[: torch.tensor(length)]
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **named)
         if example is not None:
             proxy.install_metadata(example)  # HFTracer's own went through a pytree, which may rebuild a cache

@@ -412,6 +412,18 @@ def test_python_may_look_at_sizes_that_are_the_same_for_all_inputs(monkeypatch: 
         trace(model, input_names=["input_ids"])
 
 
+def test_a_condition_on_the_ids_is_not_decided_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asserted passes: XLM's classes, in families/test_encoders."""
+
+    def forward(self: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, object]:
+        return {"y": self.model.embed_tokens(input_ids)} if input_ids.max().item() < 64 else {}
+
+    model = empty_model(tiny_config("llama"))
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(TracingError, match="cannot be used as inputs to control flow"):
+        trace(model, input_names=["input_ids"])
+
+
 def test_wrong_requests() -> None:
     with pytest.raises(TracingError, match=r"forward takes no pixel_values: choose input_names among input_ids"):
         trace(tiny_config("llama"), input_names=["input_ids", "pixel_values"])

@@ -23,6 +23,7 @@ ENCODERS = {
     "ElectraForMaskedLM": ("electra", {"embedding_size": 24}),
     "AlbertForMaskedLM": ("albert", {"embedding_size": 24, "num_hidden_layers": 3}),  # one layer's weights, three times
     "DebertaV2ForMaskedLM": ("deberta-v2", _DISENTANGLED),
+    "XLMWithLMHeadModel": ("xlm", {"emb_dim": 48}),  # asserts what depends on the ids; makes a cache of its own
     "IBertForMaskedLM": ("ibert", {"type_vocab_size": 1}),  # calls linear with keyword arguments
     "BertForSequenceClassification": ("bert", {}),
     "RobertaForSequenceClassification": ("roberta", {"type_vocab_size": 1}),
