@@ -22,6 +22,8 @@ _IN_PLACE_OPERATORS = {
     operator.itruediv: operator.truediv, operator.iand: operator.and_, operator.ior: operator.or_,
 }  # fmt: skip
 
+_IN_PLACE_ONLY = ("fill_diagonal_",)  # methods that have no twin which gives the result
+
 
 def with_item(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
     """A copy of `x` in which x[index] is `value`."""
@@ -33,6 +35,13 @@ def with_item(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
 def copied(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """What x.copy_(y) leaves in x."""
     return y.to(x.dtype).expand_as(x).clone()
+
+
+def changed_by(x: torch.Tensor, method: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A copy of `x` after that method, which changes a tensor in place, was called on it."""
+    changed = x.clone()
+    getattr(changed, method)(*args, **kwargs)
+    return changed
 
 
 def functionalize(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -84,6 +93,8 @@ def _make_functional(node: Node) -> bool:
         node.op, node.target = "call_function", torch.zeros_like
     elif node.op == "call_method" and _is_in_place_method(str(node.target)):
         node.target = str(node.target)[:-1]
+    elif node.op == "call_method" and node.target in _IN_PLACE_ONLY:
+        node.op, node.target, node.args = "call_function", changed_by, (node.args[0], node.target, *node.args[1:])
     else:
         return False
     return True

@@ -13,14 +13,18 @@ from transformers import (
     PreTrainedModel,
 )
 
-_LAYERS = ("num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "num_hidden_layers")
+_LAYERS = (
+    "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "num_encoder_layers", "num_hidden_layers",
+)  # fmt: skip
 _TINY = {
     "vocab_size": 128, "d_model": 48, "d_kv": 8, "d_ff": 80, "num_heads": 6, "encoder_attention_heads": 6,
     "decoder_attention_heads": 6, "encoder_ffn_dim": 80, "decoder_ffn_dim": 80, "max_position_embeddings": 64,
     "max_source_positions": 16, "max_target_positions": 64, "num_mel_bins": 10, "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "decoder_start_token_id": 1, "forced_eos_token_id": None, "scale_embedding": True, "begin_suppress_tokens": None,
-    "suppress_tokens": None, "decoder_vocab_size": 128,
+    "suppress_tokens": None, "decoder_vocab_size": 128, "hidden_size": 48, "num_encoder_attention_heads": 6,
+    "num_decoder_attention_heads": 6, "ngram": 2, "num_buckets": 8, "relative_max_distance": 16, "block_size": 4,
+    "local_radius": 3,
 }  # fmt: skip
 
 
@@ -37,7 +41,7 @@ def tiny_seq2seq_config(family: str, layers: int = 2, **changes: Any) -> Pretrai
         return AutoConfig.for_model(family, encoder=dict(half), decoder=dict(half), vocab_size=half["vocab_size"])
     config = AutoConfig.for_model(family)
     for name, value in {**_TINY, **dict.fromkeys(_LAYERS, layers), **changes}.items():
-        if hasattr(config, name):
+        if name in config.__dict__ or name in config.attribute_map:  # some properties refuse to be set
             setattr(config, name, value)
     return config
 

@@ -127,6 +127,12 @@ def longest(function: Any) -> Any:
     return compared
 
 
+def is_instance(value: Any, classes: Any) -> bool:
+    """`isinstance`, to which a traced tensor is one: `mask.shape[-1] if isinstance(mask, torch.Tensor) else ...`."""
+    known = getattr(value, "_metadata", None) if isinstance(value, Proxy) else None
+    return isinstance(value, classes) or (isinstance(known, torch.Tensor) and isinstance(known, classes))
+
+
 def _asks_for_all_ones(node: Node) -> bool:
     """all(x == 1), where x is an input of the model or a part of one."""
     if getattr(node.target, "__name__", node.target) != "all" or len(node.args) != 1:

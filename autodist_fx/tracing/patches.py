@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import fx as hf_fx
 
 from autodist_fx.tracing.constants import CONVERSIONS
-from autodist_fx.tracing.decisions import decide, longest
+from autodist_fx.tracing.decisions import decide, is_instance, longest
 from autodist_fx.tracing.loops import outlined_loops
 
 PATCH_LOCK = threading.RLock()  # reentrant: traceable() may be entered by a holder of it
@@ -90,14 +90,15 @@ def traceable(model: PreTrainedModel, *, use_cache: bool, records: bool = False)
             patch(hf_fx.HFProxy, name, convert)
         patch(hf_fx.HFProxy, "__bool__", decide)
         patch(torch._dynamo, "mark_static_address", _nothing)  # a hint for torch.compile, which takes tensors only
+        patch(hf_fx.HFProxy, "ndim", property(_dims))  # `[(0, 0)] * x.ndim`
         undo.enter_context(outlined_loops(_defining_modules(model)))
         for name in _defining_modules(model):
             for global_name, value in list(vars(sys.modules[name]).items()):
                 # A compiled function takes no proxies; TorchScript keeps what it was compiled from, for torch.compile.
                 if isinstance(value, torch.jit.ScriptFunction) and hasattr(value, "_torchdynamo_inline"):
                     patch(sys.modules[name], global_name, value._torchdynamo_inline)
-            for function in (max, min):
-                _shadow_builtin(sys.modules[name], function, undo)
+            for function, traced in ((max, longest(max)), (min, longest(min)), (isinstance, is_instance)):
+                _shadow_builtin(sys.modules[name], function, traced, undo)
             if vars(sys.modules[name]).get("torch") is torch and "torch.fx.Proxy" in _source(name):
                 patch(sys.modules[name], "torch", _TorchThatTracesUnseen("torch"))
         patch(PreTrainedModel, "warn_if_padding_and_no_attention_mask", _never)  # looks at values, to warn of some
@@ -138,12 +139,20 @@ def _source(module: str) -> str:
         return ""
 
 
-def _shadow_builtin(module: types.ModuleType, function: Callable[..., Any], undo: contextlib.ExitStack) -> None:
-    """In this module, the builtin can be traced; where it has a global of that name already, that one stays."""
-    name = function.__name__
+def _shadow_builtin(
+    module: types.ModuleType, builtin: Callable[..., Any], traced: Callable[..., Any], undo: contextlib.ExitStack
+) -> None:
+    """In this module, `traced` stands for the builtin; where it has a global of that name already, that one stays."""
+    name = builtin.__name__
     if name not in vars(module):
         undo.callback(vars(module).pop, name)
-        vars(module)[name] = longest(function)
+        vars(module)[name] = traced
+
+
+def _dims(proxy: hf_fx.HFProxy) -> Any:
+    """How many dims a traced tensor has: the same for all inputs."""
+    known = getattr(proxy, "_metadata", None)
+    return known.dim() if isinstance(known, torch.Tensor) else hf_fx.HFAttribute(proxy, "ndim")
 
 
 def _defining_modules(model: PreTrainedModel) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import NoneType
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 from torch.fx import Proxy
@@ -147,7 +148,8 @@ class Tracer(hf_fx.HFTracer):
                 else:
                     rest[name] = value
             a = rest
-        return super().create_arg(a)
+        # numpy's numbers pass for Python's but are written "np.float64(0.5)", a name that no graph knows
+        return super().create_arg(a.item() if isinstance(a, np.generic) else a)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> Any:
         instead = rewritten(self, kind, target, args, kwargs)
