@@ -19,6 +19,8 @@ import torch.fx
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from cost_model.errors import PlanError
+from passes.data_dependent import selected, split_rows
 from passes.functionalize import functionalize
 from passes.shapes import Example, annotate
 from passes.spell_out_calls import spell_out_calls
@@ -75,9 +77,23 @@ def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Examp
     for step in (_drop_no_ops, _repeat_heads, _merge_equal):
         step(graph)
         graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))
+    _refuse_choices_among_constants(graph)
     graph.lint()
     graph_module.recompile()
     return graph_module
+
+
+def _refuse_choices_among_constants(graph: torch.fx.Graph) -> None:
+    """How much is selected of what is equally long for all inputs looks constant at two sizes, and is not."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in (selected, split_rows) and not any(
+            node.args[0].meta["symbols"]
+        ):
+            raise PlanError(
+                f"{node.name} ({node.meta.get('source')}) selects elements of {node.args[0].name} by value, whose size "
+                f"does not follow the inputs: how many these are cannot be told from a constant. Use torch.where with "
+                f"three arguments there"
+            )
 
 
 # -- constants and lengths ----------------------------------------------------------------------------------------

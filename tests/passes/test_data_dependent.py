@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+
+import pytest
 import torch
 
+from cost_model.errors import PlanError
 from cost_model.op_graph import TensorSpec, length
 from passes.data_dependent import bincount, expectation, join_rows, made_up_length, selected, split_rows
-from passes.shapes import Sizes
+from passes.normalize import normalize
+from passes.shapes import Example, Sizes
 
 
 def test_real_tensors_are_selected_and_split_as_torch_does() -> None:
@@ -40,3 +45,22 @@ def test_a_made_up_length_says_what_to_expect() -> None:
     assert length(symbol, 0, {"B": 1, "S": 1}) == 1  # never nothing at all
     spec = TensorSpec((made_up_length(30, 3, 8), 16), "float32", (symbol, ""))
     assert spec.at({"B": 1, "S": 128}).shape == (32, 16)
+
+
+def test_a_choice_among_constants_is_refused() -> None:
+    """Both example sizes give the same made-up length: it would be taken for a constant."""
+
+    def graph_of(mask_name: str) -> torch.fx.GraphModule:
+        graph = torch.fx.Graph()
+        inputs = {name: graph.placeholder(name) for name in ("x", "weight")}
+        rows = graph.call_function(selected, (inputs[mask_name], 0, 1))
+        first = graph.call_function(operator.getitem, (rows, 0))
+        graph.output({"rows": graph.call_function(torch.neg, (first,))})
+        return torch.fx.GraphModule(torch.nn.Module(), graph)
+
+    def example(batch: int) -> Example:
+        return Example({"x": torch.empty(batch, device="meta"), "weight": torch.empty(8, device="meta")}, {"B": batch})
+
+    normalize(graph_of("x"), (example(5), example(7)))
+    with pytest.raises(PlanError, match="does not follow the inputs"):
+        normalize(graph_of("weight"), (example(5), example(7)))
