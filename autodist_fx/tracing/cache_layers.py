@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
+from autodist_fx.tracing.patches import kept_tensors
+
 _PROBE_BATCH, _PROBE_SEQ = 2, 3
 
 
@@ -84,7 +86,7 @@ def _cache_after_one_call(model: PreTrainedModel) -> tuple[DynamicCache, bool]:
     taken = inspect.signature(model.forward).parameters
     meta_buffers = {name: buffer.to("meta") for name, buffer in model.named_buffers()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), kept_tensors(model):
             given = {name: value for name, value in inputs.items() if name in taken}
             torch.func.functional_call(model, meta_buffers, (), given)
     except Exception:

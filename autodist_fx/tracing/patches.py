@@ -64,6 +64,7 @@ def traceable(model: PreTrainedModel, *, use_cache: bool, records: bool = False)
                 elif cls is type(model):
                     patch(cls, "forward", _with_signature_of(plain, forward))
         patch(GradientCheckpointingLayer, "__call__", _call_as_module)
+        undo.enter_context(kept_tensors(model))
 
         # A mask that is ready is known by isinstance(mask, torch.Tensor), by masking_utils and by the models' own code.
         for file in {masking_utils.__name__, *_defining_modules(model)}:
@@ -175,6 +176,21 @@ def _is_of_encoder(config: PretrainedConfig, of_model: PretrainedConfig) -> bool
 def _restore_attributes(owner: Any, attributes: dict[str, Any]) -> None:
     owner.__dict__.clear()
     owner.__dict__.update(attributes)
+
+
+@contextlib.contextmanager
+def kept_tensors(model: torch.nn.Module) -> Iterator[None]:
+    """Tensors that modules keep as plain attributes (tables, moved to a call's device or grown with its length) are
+    afterwards those from before: neither a meta tensor nor a traced one stays behind."""
+    before = {module: dict(vars(module)) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            for name, value in list(vars(module).items()):
+                was = attributes.get(name)
+                if value is not was and any(isinstance(v, (torch.Tensor, torch.fx.Proxy)) for v in (value, was)):
+                    vars(module).pop(name) if name not in attributes else vars(module).update({name: was})
 
 
 def _call_as_module(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
