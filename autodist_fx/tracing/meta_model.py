@@ -43,7 +43,8 @@ def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
 def _forget_calls(module: nn.Module) -> None:
     """Drop tensors that an earlier call left on the module: a recurrent state, which the next sequence starts without.
 
-    They are plain attributes, neither parameters nor buffers, which a method writes.
+    They are plain attributes, neither parameters nor buffers, which a method writes, and which the constructor leaves
+    empty: a table that it makes stays, though a method may move it to another device.
     """
     left = [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
     if left:
@@ -55,8 +56,20 @@ def _forget_calls(module: nn.Module) -> None:
             for instruction in dis.get_instructions(inspect.unwrap(method))
             if instruction.opname == "STORE_ATTR"
         }
-        for name in written.intersection(left):
+        for name in written.intersection(left) - _made_by_constructor(type(module)):
             setattr(module, name, None)
+
+
+def _made_by_constructor(cls: type[nn.Module]) -> set[str]:
+    """The attributes that constructors write anything but None to."""
+    made = set()
+    for base in cls.__mro__:
+        if inspect.isfunction(constructor := vars(base).get("__init__")):
+            code = list(dis.get_instructions(inspect.unwrap(constructor)))
+            for value, _, store in zip(code, code[1:], code[2:], strict=False):  # LOAD_CONST, LOAD_FAST self, STORE_ATTR
+                if store.opname == "STORE_ATTR" and not (value.opname == "LOAD_CONST" and value.argval is None):
+                    made.add(str(store.argval))
+    return made
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -189,6 +189,8 @@ def kept_tensors(model: torch.nn.Module) -> Iterator[None]:
         for module, attributes in before.items():
             for name, value in list(vars(module).items()):
                 was = attributes.get(name)
+                if name.startswith("_tensor_constant"):
+                    continue  # made by fx, for the graph
                 if value is not was and any(isinstance(v, (torch.Tensor, torch.fx.Proxy)) for v in (value, was)):
                     vars(module).pop(name) if name not in attributes else vars(module).update({name: was})
 
