@@ -66,7 +66,7 @@ def _made_by_constructor(cls: type[nn.Module]) -> set[str]:
     for base in cls.__mro__:
         if inspect.isfunction(constructor := vars(base).get("__init__")):
             code = list(dis.get_instructions(inspect.unwrap(constructor)))
-            for value, _, store in zip(code, code[1:], code[2:], strict=False):  # LOAD_CONST, LOAD_FAST self, STORE_ATTR
+            for value, _, store in zip(code, code[1:], code[2:], strict=False):  # the value, self, the attribute
                 if store.opname == "STORE_ATTR" and not (value.opname == "LOAD_CONST" and value.argval is None):
                     made.add(str(store.argval))
     return made

@@ -19,7 +19,10 @@ from cost_model.explain import sharded_share
 _PLAIN = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 80}
 _N = {"n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64}
 _FALCON = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
-_GEMMA = {**_PLAIN, "num_hidden_layers": 4, "num_key_value_heads": 3, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
+_GEMMA = {
+    **_PLAIN, "num_hidden_layers": 4, "num_key_value_heads": 3, "head_dim": 8, "sliding_window": 4,
+    "query_pre_attn_scalar": 8,
+}  # fmt: skip
 
 _NO_PADS = ("bloom",)  # its own output is NaN in float64 where a row of its mask is all padding
 
@@ -30,7 +33,7 @@ CASES = {
     "tables kept as attributes": ("gptj", {**_N, "rotary_dim": 4}, torch.float64, 1e-6),
     "q, v, k fused per group": ("codegen", {**_N, "n_embd": 64, "n_head": 8, "rotary_dim": 4}, torch.float32, 1e-5),
     "alibi": ("bloom", {"hidden_size": 48, "n_layer": 2, "n_head": 6}, torch.float64, 1e-6),
-    "alibi, q|k|v": ("mpt", {"d_model": 48, "n_layers": 2, "n_heads": 6, "max_seq_len": 64}, torch.float32, 1e-5),
+    "alibi, q|k|v": ("mpt", {"d_model": 48, "n_layers": 2, "n_heads": 6, "max_seq_len": 128}, torch.float32, 1e-5),
     "one KV head, fused": ("falcon", {**_FALCON, "multi_query": True}, torch.float64, 1e-6),
     "groups of q, k, v": (
         "falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}, torch.float64, 1e-6
@@ -58,7 +61,7 @@ def _model(family: str, arguments: dict[str, Any], dtype: torch.dtype) -> Any:
     return randomized(AutoModelForCausalLM.from_config(config).to(dtype).eval())
 
 
-@pytest.mark.parametrize("mesh", [(2, 1), (3, 1), (2, 2)], ids=lambda m: f"{m[0]}x{m[1]}")
+@pytest.mark.parametrize("mesh", [(3, 1), (2, 2)], ids=lambda m: f"{m[0]}x{m[1]}")
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_forward_and_decoding_equal_eager(case: str, mesh: tuple[int, int]) -> None:
@@ -70,17 +73,18 @@ def test_forward_and_decoding_equal_eager(case: str, mesh: tuple[int, int]) -> N
     positions = {}
     if "position_ids" in inspect.signature(model.forward).parameters:
         positions["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    expected = model(input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits
+    own = {name: value.clone() for name, value in positions.items()}  # some models add to their argument in place
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False, **own).logits
     kept = mask.bool()
 
-    if mesh != (2, 2):
+    if mesh == (3, 1):
         names = ("input_ids", "attention_mask", *positions)
         compiled = adx.compile(model, tp=mesh[0], pp=mesh[1], input_names=names)
         got = compiled.simulate(input_ids=ids, attention_mask=mask, **positions).logits
         assert relative_error(got[kept], expected[kept]) <= tolerance
         assert sharded_share(compiled.plan) >= 0.9
 
-    if mesh != (3, 1):
+    else:
         compiled = adx.compile(model, tp=mesh[0], pp=mesh[1], use_cache=True)
         cache, logits = None, []
         for start, stop in [(0, 5), *((at, at + 1) for at in range(5, ids.shape[1]))]:
