@@ -13,6 +13,7 @@ import torch
 import torch.fx
 from transformers import PretrainedConfig, PreTrainedModel
 
+from autodist_fx.adapters import without_wrapper
 from autodist_fx.call import Call, read_call, unusual
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.outputs import merged, nested
@@ -85,7 +86,8 @@ def compile(
 ) -> CompiledModel:
     """Split a model over `tp * pp` ranks.
 
-    model: a PreTrainedModel, with weights or on meta (never changed), or a config.
+    model: a PreTrainedModel, with weights or on meta (never changed), or a config. A PeftModel counts as the model that
+        it has put adapters into.
     tp, pp: ranks that share each tensor; pipeline stages. Global rank = stage * tp + tp_rank.
     hardware: what seconds and memory are predicted for ("cpu-gloo", "a100", "h100", "generic", or a Hardware);
         by default "generic" where CUDA is there, "cpu-gloo" where not.
@@ -101,6 +103,7 @@ def compile(
 
     Errors: TracingError, MeshError, NoPlanFits, PlanError, VerificationError; all are AutodistError.
     """
+    model = without_wrapper(model)
     request = PlanRequest(
         mesh=Mesh(tp, pp) if plan is None else plan.mesh,
         hardware=_hardware(hardware),
