@@ -25,7 +25,7 @@ def without_wrapper(model: Any) -> PreTrainedModel | PretrainedConfig:
         )
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise AutodistError(
-            f"the {type(model).__name__}'s adapter adds virtual tokens outside of the model's layers, where no graph of "
-            "the model has them: adapters in layers (LoRA and its like) can be compiled"
+            f"the {type(model).__name__}'s adapter adds virtual tokens outside of the model's layers, where no graph "
+            "of the model has them: adapters in layers (LoRA and its like) can be compiled"
         )
     return inside

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.generation import DistributedCausalLM
 from passes.comm_ops import using
 from passes.program import RankProgram
@@ -42,16 +44,27 @@ class TwoGraphCausalLM(DistributedCausalLM):
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         **keywords: Any,
     ) -> CausalLMOutputWithPast:
         """One forward pass; called on every rank with the same arguments.
 
-        Without `past_key_values` and `use_cache`: `.logits` [batch, tokens, vocabulary], on every rank. With either,
-        see DistributedCausalLM.forward: the cache is filled, and `.logits` are those of the last position.
+        Without `past_key_values` and `use_cache`: `.logits` [batch, tokens, vocabulary], on every rank, and with
+        `labels` [batch, tokens] the `.loss` that transformers' causal language models give. With either, see
+        DistributedCausalLM.forward: the cache is filled, and `.logits` are those of the last position.
         """
         with_cache = past_key_values is not None or bool(use_cache) or keywords.get("cache_position") is not None
         asks_more = any(keywords.get(name) for name in ("output_attentions", "output_hidden_states"))
-        if self._generating or with_cache or asks_more or input_ids is None:
+        if self._generating or with_cache or asks_more or (input_ids is None and inputs_embeds is None):
+            more = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "labels": labels}
+            if refused := [name for name, value in more.items() if value is not None]:
+                raise AutodistError(
+                    f"with a KV cache a distributed model takes no {', '.join(refused)}: call it with use_cache=False "
+                    "and without past_key_values"
+                )
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -60,10 +73,35 @@ class TwoGraphCausalLM(DistributedCausalLM):
                 use_cache=use_cache,
                 **keywords,
             )
+        known = ("cache_position", "output_attentions", "output_hidden_states", "return_dict")
+        if unknown := sorted(name for name, value in keywords.items() if value is not None and name not in known):
+            raise AutodistError(f"a distributed model's forward takes no {', '.join(unknown)}")
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        assert tokens is not None
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        return CausalLMOutputWithPast(logits=self._logits({k: v for k, v in given.items() if v is not None}))
+            attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+        given = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
+        for name, value in {**given, "labels": labels}.items():
+            wanted = list(tokens.shape) if name == "inputs_embeds" else list(tokens.shape[:2])
+            if value is not None and list(value.shape) != wanted:
+                raise AutodistError(f"{name} is {list(value.shape)}, and should be {wanted}")
+        if input_ids is not None and inputs_embeds is not None:
+            raise AutodistError("got both input_ids and inputs_embeds: pass one of them")
+        logits = self._logits({k: v for k, v in given.items() if v is not None})
+        if isinstance(logits_to_keep, torch.Tensor):
+            logits = logits[:, logits_to_keep.to(logits.device)]
+        elif logits_to_keep:
+            logits = logits[:, -logits_to_keep:]
+        loss = None
+        if labels is not None:
+            loss = ForCausalLMLoss(logits=logits, labels=labels.to(logits.device), vocab_size=logits.shape[-1])
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     def _logits(self, given: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits of every position, on every rank."""
