@@ -221,6 +221,12 @@ class _Variant:
         step.encoder, step.whole_plan = encoder, plan
         return step
 
+    def check_lengths(self, inputs: Mapping[str, Any], past: int) -> None:
+        """Warns where the model's code asks for lengths, and would go another way for these."""
+        conditions = self.traced.graph_module.meta.get("conditions")
+        if conditions is not None:
+            conditions.check(inputs, past)
+
     def takes(self, forms: Mapping[str, InputForm], call: Call) -> bool:
         """Whether this is the graph for a call: with a cache, what the call leaves out is filled in."""
         if self.traced.use_cache != call.use_cache or self.fixed != call.fixed:
@@ -382,6 +388,7 @@ class CompiledModel:
             cache = None
         variant = self._variant_for(call, 0 if cache is None else cache.length)
         self._load(variant)
+        variant.check_lengths(given, 0 if cache is None else cache.length)
         if not call.use_cache:
             return self._returned(variant, call, self._run(variant, [given] * self.mesh.size))
         encoded: dict[str, Any] = {}

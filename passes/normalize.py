@@ -20,6 +20,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from cost_model.errors import PlanError
+from passes.conditions import is_condition, take_conditions
 from passes.data_dependent import selected, split_rows
 from passes.functionalize import functionalize
 from passes.shapes import Example, annotate
@@ -50,6 +51,8 @@ def op_name(node: Node) -> str:
 
 def is_pure(node: Node) -> bool:
     """False for what writes a cache or draws random numbers: never merged, never computed twice."""
+    if is_condition(node):
+        return False
     name = op_name(node)
     if node.op == "call_module":
         module = node.graph.owning_module.get_submodule(node.target)
@@ -60,7 +63,8 @@ def is_pure(node: Node) -> bool:
 def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Example]) -> torch.fx.GraphModule:
     """Rewrite `graph_module` in place and return it. Afterwards every node has `meta["val"]` and `meta["symbols"]`.
 
-    `examples` are two sets of meta inputs of different sizes; what is equal in both is constant.
+    `examples` are two sets of meta inputs of different sizes; what is equal in both is constant. Conditions on lengths
+    that were decided while tracing are in `graph_module.meta["conditions"]` (passes/conditions.py), None without any.
     """
     functionalize(graph_module)
     # what only an assertion read may be a number that no example has
@@ -78,6 +82,8 @@ def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Examp
         step(graph)
         graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))
     _refuse_choices_among_constants(graph)
+    graph_module.meta["conditions"] = take_conditions(graph_module)
+    graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))
     graph.lint()
     graph_module.recompile()
     return graph_module

@@ -21,6 +21,8 @@ from torch.fx import Node, Proxy
 from torch.fx.node import map_aggregate, map_arg
 from transformers.utils import fx as hf_fx
 
+from passes.conditions import MARK
+
 
 def decide(proxy: hf_fx.HFProxy) -> bool:
     """What `bool(proxy)` is for every input. Raises TypeError where that depends on the data."""
@@ -29,6 +31,10 @@ def decide(proxy: hf_fx.HFProxy) -> bool:
     if known is None and not asserted:
         return Proxy.__bool__(proxy)
     if not isinstance(known, torch.Tensor):
+        # Of lengths: it may be otherwise at another call. What transformers' common code asks (is one token enough to
+        # be causal?) comes to the same, and is not kept.
+        if not asserted and sys._getframe(1).f_code.co_filename in proxy.tracer.source_files:
+            proxy.node.meta[MARK] = bool(known)
         return asserted or bool(known)
     if _asks_for_all_ones(proxy.node):
         return False
