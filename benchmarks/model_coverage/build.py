@@ -43,9 +43,9 @@ def build(task: str, class_name: str, dtype: torch.dtype = torch.float64) -> Pre
         raise CannotBuild(f"needs another package: {_first_line(error)}") from error
     except Exception as error:
         raise CannotBuild(f"{type(error).__name__}: {_first_line(error)}") from error
-    model = model.to(dtype).eval()
+    model = model.to(dtype)
     randomise(model)
-    return model
+    return model.eval()  # last: some keep what they compute of their parameters when they are told so
 
 
 def _first_line(error: BaseException) -> str:
