@@ -69,9 +69,14 @@ def split_answers(
     inputs: dict[str, torch.Tensor],
     output: torch.Tensor,
     eos_token_ids: Sequence[int],
+    *,
+    after_prompt: bool = True,
 ) -> list[Answer]:
-    """`output` [prompts, tokens] as generate() gives it: rows that ended early are padded behind their eos."""
-    width = inputs["input_ids"].shape[1]
+    """`output` [prompts, tokens] as generate() gives it: rows that ended early are padded behind their eos.
+
+    `after_prompt`: the rows begin with the prompt. A decoder that reads an encoder begins with one token of its own.
+    """
+    width = inputs["input_ids"].shape[1] if after_prompt else 1
     answers = []
     for prompt, mask, row in zip(prompts, inputs["attention_mask"], output[:, width:].tolist()):
         end = next((i + 1 for i, token in enumerate(row) if token in eos_token_ids), len(row))

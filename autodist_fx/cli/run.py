@@ -116,6 +116,8 @@ def _generate(args: argparse.Namespace, prompts: list[str], plan: PartitionPlan 
     # First, since a prompt that cannot be encoded should not wait for the weights.
     checkpoint = resolve(args.model, revision=args.revision, cache_dir=args.cache_dir)
     tokenizer = load_tokenizer(checkpoint)
+    if checkpoint.config.is_encoder_decoder:
+        tokenizer.padding_side = "right"  # an encoder counts its positions from the left
     inputs = encode(tokenizer, prompts, chat=not args.no_chat_template)
     model = from_pretrained(
         args.model,
@@ -154,7 +156,9 @@ def _generate(args: argparse.Namespace, prompts: list[str], plan: PartitionPlan 
     if not speaks:
         return
     eos = model.generation_config.eos_token_id
-    answers = split_answers(tokenizer, prompts, inputs, output.cpu(), [eos] if isinstance(eos, int) else eos or [])
+    ends = [eos] if isinstance(eos, int) else eos or []
+    is_decoder_only = not model.config.is_encoder_decoder
+    answers = split_answers(tokenizer, prompts, inputs, output.cpu(), ends, after_prompt=is_decoder_only)
     timings = _timings(load_seconds, seconds, answers, streamer, start)
     if args.json:
         print(json.dumps(_as_dict(args, mesh, model, answers, timings), ensure_ascii=False))
