@@ -491,6 +491,18 @@ def _cache_update(data: st.DataObject) -> Case:
     return Case((values(b, g, s, d), values(b, g, s, e)), run, {"layer": 0})
 
 
+@case("cache_read")
+def _cache_read(data: st.DataObject) -> Case:
+    b, g, t, d, e = (data.draw(st.integers(1, 3)) for _ in range(5))
+    keys, held_values = values(b, g, t, d), values(b, g, t, e)
+
+    def run(x: Sequence[torch.Tensor], share: Share) -> Outputs:
+        heads = share.outs.get((0, 1), torch.arange(g))  # of the cache that the rank filled
+        return keys.index_select(1, heads), held_values.index_select(1, heads)
+
+    return Case((), run, {"layer": 0})
+
+
 # -- the proof ---------------------------------------------------------------------------------------------------------
 
 
