@@ -2,6 +2,9 @@
 
     before  linear(%x, bias=%b, weight=%w)              getattr(%max, "values")
     after   linear(%x, %w, %b)                          getitem(%max, 0)
+
+    before  matmul(%x, getattr(%w, "T"))                with a parameter w of two dims
+    after   linear(%x, %w)
 """
 
 from __future__ import annotations
@@ -31,12 +34,41 @@ _SIGNATURES: dict[Any, dict[str, Any]] = {
 def spell_out_calls(graph: torch.fx.Graph) -> None:
     """Rewrites `graph` in place. Every node must have its `meta["val"]`."""
     for node in list(graph.nodes):
+        if _is_transpose_of_two(node):
+            node.op, node.target, node.args, node.kwargs = "call_function", torch.transpose, (node.args[0], 0, 1), {}
+        elif _is_product_with_transposed_weight(node):
+            node.op, node.target = "call_function", F.linear
+            node.args = (node.args[0], node.args[1].args[0])
         if node.op != "call_function":
             continue
         if node.target in _SIGNATURES:
             _by_position(node, _SIGNATURES[node.target])
         elif node.target is getattr and isinstance(node.args[0], Node):
             _by_number(node)
+
+
+def _is_transpose_of_two(node: Node) -> bool:
+    if node.op == "call_method":
+        named = node.target == "t"
+    else:
+        named = node.target is torch.t or (node.target is getattr and node.args[1] in ("T", "mT"))
+    return named and isinstance(node.args[0], Node) and _dims(node.args[0]) == 2
+
+
+def _is_product_with_transposed_weight(node: Node) -> bool:
+    if node.target not in (operator.matmul, torch.matmul, "matmul", "__matmul__") or node.kwargs or _dims(node) < 1:
+        return False
+    x, transposed = node.args
+    if not isinstance(transposed, Node) or transposed.target is not torch.transpose or _dims(x) < 2:
+        return False
+    weight, *dims = transposed.args
+    return weight.op == "get_attr" and _dims(weight) == 2 and sorted(d % 2 for d in dims) == [0, 1]
+
+
+def _dims(node: Any) -> int:
+    """-1 for what is no tensor."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return value.dim() if isinstance(value, torch.Tensor) else -1
 
 
 def _by_position(node: Node, defaults: dict[str, Any]) -> None:
