@@ -18,7 +18,7 @@ from autodist_fx.runtime.generation import DistributedCausalLM
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, JoinedRank, join
 from autodist_fx.runtime.seq2seq import DistributedSeq2SeqLM, seq2seq_class
 from autodist_fx.runtime.two_graphs import TwoGraphCausalLM
-from autodist_fx.tracing import empty_model, meta_copy
+from autodist_fx.tracing import empty_model, has_own_cache, meta_copy
 from autodist_fx.weights.checkpoint import open_source
 from autodist_fx.weights.load import LoadReport, load_rank
 from autodist_fx.weights.module_source import ModuleSource
@@ -186,6 +186,11 @@ def _distribute(
     generation_config: GenerationConfig | None,
 ) -> DistributedCausalLM:
     """`model` says how names are tied and called, and holds the buffers that no checkpoint has; it may be on meta."""
+    if has_own_cache(type(model)):
+        raise AutodistError(
+            f"{type(model).__name__} keeps its states in a cache of its own, which processes do not split "
+            "yet: use adx.compile(model, tp=..., pp=..., use_cache=True).simulate(...), or a model with a KV cache"
+        )
 
     def agreed(compiled: CompiledModel) -> RankProgram:
         check = compiled.verify if options.verify else None
