@@ -4,7 +4,8 @@
     after   nothing in the graph; Conditions.check(inputs) computes `seq > 24` for the lengths at hand
 
 A graph has one way through, whatever the lengths. Where a call's lengths would have taken the model another way, both
-ways may compute the same (one being a shortcut) or may not: nobody can tell from here, so the caller is warned.
+ways may compute the same (one being a shortcut) or may not: nobody can tell from here, so the caller is warned. But not
+of comparisons with 1: that a single token needs no causal mask is the shortcut which nearly every model takes.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _closure(node: Node) -> list[Node] | None:
             if source not in order:
                 order[source] = None
                 needed.append(source)
-    if len(order) == 1 or node.op == "placeholder":
+    if len(order) == 1 or node.op == "placeholder" or any(type(a) is int and a == 1 for a in node.args):
         return None
     position = {n: i for i, n in enumerate(node.graph.nodes)}
     return sorted(order, key=position.__getitem__)

@@ -13,6 +13,7 @@ import torch.fx
 
 from cost_model.errors import PlanError
 from passes.context import RankContext
+from passes.normalize import is_pure
 
 # Methods of transformers' Cache that take a layer's index, and the index's position among the arguments.
 _LAYER_ARGUMENT = {"update": 3, "read": 1, "get_seq_length": 1, "get_mask_sizes": 2}
@@ -32,9 +33,9 @@ def localize_cache(module: torch.fx.GraphModule, ctx: RankContext, layer_kinds: 
         layer = _layer(node)
         if layer not in local:
             twins = [i for i in owned if layer_kinds[i] == layer_kinds[layer]]
+            if not twins and _erased(node):
+                continue
             if not twins:
-                # no layer of this kind runs here, so that its answer can only feed values that nothing uses; but a
-                # cache without it would answer wrongly: keep an own, empty one out of the question
                 raise PlanError(
                     f"stage {ctx.stage} asks for the length of cache layer {layer} ({layer_kinds[layer]}) and has no "
                     f"layer of that kind: cut the pipeline elsewhere or use fewer stages"
@@ -49,6 +50,22 @@ def localize_cache(module: torch.fx.GraphModule, ctx: RankContext, layer_kinds: 
             node.kwargs = {**node.kwargs, "layer_idx": local[layer]}
     ctx.cache_layers = tuple(owned)
     return module
+
+
+def _erased(node: torch.fx.Node) -> bool:
+    """Takes a question, and all that follows from it, out of the graph, if nothing that is left uses any of it.
+
+    Such is the mask for layers that run on later stages, which make it themselves.
+    """
+    following = {node: None}
+    for user in list(node.graph.nodes):
+        if any(source in following for source in user.all_input_nodes):
+            if not is_pure(user):
+                return False
+            following[user] = None
+    for user in reversed(following):
+        node.graph.erase_node(user)
+    return True
 
 
 def _layer(node: torch.fx.Node) -> int:
