@@ -29,12 +29,15 @@ PATCH_LOCK = threading.RLock()  # reentrant: traceable() may be entered by a hol
 
 
 @contextlib.contextmanager
-def traceable(model: PreTrainedModel, *, use_cache: bool, records: bool = False) -> Iterator[None]:
+def traceable(
+    model: PreTrainedModel, *, use_cache: bool, records: bool = False, keeps_states: bool = False
+) -> Iterator[None]:
     """While it lasts, `model` can be run on meta tensors and traced; everything is put back in the end, on error too.
 
     The flags of the model's configs are set to what a traced forward needs (`use_cache` as given, outputs as a
     `ModelOutput`, no attention maps, no hidden states but where the call asks for them), and restored with the rest.
-    `records`: the call does; then the wrappers that collect what layers return stay where they are.
+    `records`: the call does; then the wrappers that collect what layers return stay where they are. `keeps_states`:
+    tensors that modules of `model` (a copy) are left with are the states of a recurrence, to be read afterwards.
     """
     with PATCH_LOCK, contextlib.ExitStack() as undo:
 
@@ -64,7 +67,8 @@ def traceable(model: PreTrainedModel, *, use_cache: bool, records: bool = False)
                 elif cls is type(model):
                     patch(cls, "forward", _with_signature_of(plain, forward))
         patch(GradientCheckpointingLayer, "__call__", _call_as_module)
-        undo.enter_context(kept_tensors(model))
+        if not keeps_states:
+            undo.enter_context(kept_tensors(model))
 
         # A mask that is ready is known by isinstance(mask, torch.Tensor), by masking_utils and by the models' own code.
         for file in {masking_utils.__name__, *_defining_modules(model)}:

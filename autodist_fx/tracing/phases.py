@@ -142,7 +142,7 @@ def _trace(
     if left is None:
         sizes = Sizes(sizes.batch, sizes.seq, 0)
     try:
-        with traceable(model, use_cache=True), torch.no_grad():
+        with traceable(model, use_cache=True, keeps_states=True), torch.no_grad():
             fixed = {**hf_fx.get_concrete_args(model, list(names)), **concrete_args}
             if "use_cache" in fixed:
                 fixed["use_cache"] = True
