@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Iterator
 
@@ -41,11 +40,13 @@ def eager_decoding(model: PreTrainedModel, inputs: Inputs) -> list[torch.Tensor]
 
 
 def forward(model: PreTrainedModel, inputs: Inputs) -> ModelOutput:
-    """The model's output; without making a cache, where it can be told and can do so."""
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        with contextlib.suppress(Exception):
-            return model(**inputs, use_cache=False)
-    return model(**inputs)
+    """The model's output, called as by a user; without making a cache where it only runs like that."""
+    try:
+        return model(**inputs)
+    except Exception:
+        if "use_cache" not in inspect.signature(model.forward).parameters:
+            raise
+        return model(**inputs, use_cache=False)
 
 
 def decode_with_cache(compiled: CompiledModel, model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
