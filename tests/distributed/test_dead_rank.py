@@ -19,7 +19,13 @@ SECONDS = 15
 
 def start(command, **env):
     env = {**os.environ, "PYTHONPATH": str(HERE.parent.parent), **env}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    # A shell has its background jobs ignore Ctrl-C, and their children with them: tests that run in one, too.
+    return subprocess.Popen(command, env=env, preexec_fn=_hears_ctrl_c, **pipes)
+
+
+def _hears_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def launched(world_size, what):
