@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tiny_models import randomized
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -51,17 +52,7 @@ def tiny_seq2seq(family: str, dtype: torch.dtype = torch.float64, layers: int = 
     config = tiny_seq2seq_config(family, layers, **changes)
     mapping = AutoModelForSeq2SeqLM._model_mapping
     auto = AutoModelForSeq2SeqLM if type(config) in mapping else AutoModelForSpeechSeq2Seq
-    model = auto.from_config(config).to(dtype).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if parameter.dim() > 1:
-                value = noise * parameter.shape[-1] ** -0.5
-            else:
-                value = noise * 0.3 + (1.0 if name.endswith("weight") else 0.0)
-            parameter.copy_(value)
-    return model
+    return randomized(auto.from_config(config).to(dtype).eval())
 
 
 def seq2seq_inputs(model: PreTrainedModel, batch: int = 2, source: int = 9, target: int = 7) -> dict[str, torch.Tensor]:
