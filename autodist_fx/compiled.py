@@ -444,10 +444,12 @@ class CompiledModel:
             self._prompt, step = _Variant.make_phases(self._model, self._request, None, None)
             self._step = step
             self._variants.append(step)
-            self.verify() if self._verify_programs else None
+            if self._verify_programs:
+                self.verify()
         variant = self._step if past else self._prompt
         self._load(variant)
         filled = self._filled(variant, given, past)
+        variant.check_lengths(filled, past)
         states = [dict(own) for own in cache.ranks] if cache is not None else [{} for _ in range(self.mesh.size)]
         everywhere = {name: value for own in reversed(states) for name, value in own.items()}
         per_rank = []
