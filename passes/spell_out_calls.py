@@ -34,8 +34,8 @@ _SIGNATURES: dict[Any, dict[str, Any]] = {
 def spell_out_calls(graph: torch.fx.Graph) -> None:
     """Rewrites `graph` in place. Every node must have its `meta["val"]`."""
     for node in list(graph.nodes):
-        if _is_transpose_of_two(node):
-            node.op, node.target, node.args, node.kwargs = "call_function", torch.transpose, (node.args[0], 0, 1), {}
+        if node.target is getattr and node.args[1] in ("T", "mT") and _dims(node.args[0]) == 2:
+            node.target, node.args = torch.t, node.args[:1]
         elif _is_product_with_transposed_weight(node):
             node.op, node.target = "call_function", F.linear
             node.args = (node.args[0], node.args[1].args[0])
@@ -47,22 +47,14 @@ def spell_out_calls(graph: torch.fx.Graph) -> None:
             _by_number(node)
 
 
-def _is_transpose_of_two(node: Node) -> bool:
-    if node.op == "call_method":
-        named = node.target == "t"
-    else:
-        named = node.target is torch.t or (node.target is getattr and node.args[1] in ("T", "mT"))
-    return named and isinstance(node.args[0], Node) and _dims(node.args[0]) == 2
-
-
 def _is_product_with_transposed_weight(node: Node) -> bool:
     if node.target not in (operator.matmul, torch.matmul, "matmul", "__matmul__") or node.kwargs or _dims(node) < 1:
         return False
     x, transposed = node.args
-    if not isinstance(transposed, Node) or transposed.target is not torch.transpose or _dims(x) < 2:
+    if not isinstance(transposed, Node) or transposed.target not in (torch.t, "t") or _dims(x) < 2:
         return False
-    weight, *dims = transposed.args
-    return weight.op == "get_attr" and _dims(weight) == 2 and sorted(d % 2 for d in dims) == [0, 1]
+    weight = transposed.args[0]
+    return weight.op == "get_attr" and _dims(weight) == 2
 
 
 def _dims(node: Any) -> int:
