@@ -76,14 +76,6 @@ class Layout:
         """True when several ranks hold an element: a sum over the dim would then have it more than once."""
         return sum(self.local_size(r) for r in range(len(self.parts))) > self.size
 
-    @property
-    def is_even(self) -> bool:
-        """One interval per rank, all of one length, in rank order: what a plain all_gather glues."""
-        if self.size % len(self.parts):
-            return False
-        step = self.size // len(self.parts)
-        return all(part == ((r * step, (r + 1) * step),) for r, part in enumerate(self.parts))
-
     def local_range(self, tp_rank: int, start: int, stop: int) -> Interval:
         """Where the global elements [start, stop) that the rank holds lie in its local dim."""
         before = sum(max(0, min(b, start) - a) for a, b in self.parts[tp_rank])

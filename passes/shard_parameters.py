@@ -19,7 +19,6 @@ from cost_model.placement import Interval, Placement
 from cost_model.plan import OpPlan
 from passes.arguments import fetch, place, tensor_arguments
 from passes.context import ParamShard, RankContext
-from passes.op_graph import parameter_names
 from passes.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 Key = tuple[str, int | None, tuple[Interval, ...]]
@@ -29,10 +28,6 @@ def shard_parameters(module: torch.fx.GraphModule, ctx: RankContext, sources: di
     """Rewrites `module` in place. `sources`: id of each parameter and buffer of the model -> its name there."""
     _Sharder(module, ctx, sources).run()
     return module
-
-
-def source_names(whole: torch.fx.GraphModule) -> dict[int, str]:
-    return parameter_names(whole)
 
 
 class _Sharder:
