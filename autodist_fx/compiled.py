@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,8 @@ import torch.fx
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.adapters import without_wrapper
-from autodist_fx.call import Call, read_call, unusual
-from autodist_fx.errors import AutodistError, TracingError
+from autodist_fx.call import Call, read_call
+from autodist_fx.errors import AutodistError
 from autodist_fx.outputs import merged, nested
 from autodist_fx.runtime.local_cache import encoder_view, local_cache
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, join
@@ -23,49 +22,27 @@ from autodist_fx.runtime.simulate import simulate
 from autodist_fx.runtime.table_checks import outside_a_table
 from autodist_fx.tracing import (
     STATE_PREFIX,
-    InputForm,
-    Sizes,
-    TracedModel,
     class_for,
     forms_of,
     has_own_cache,
-    trace,
-    trace_phases,
 )
-from autodist_fx.tracing.cross_cache import CROSS
+from autodist_fx.variant import Variant
 from autodist_fx.weights.load import load_rank
 from autodist_fx.weights.module_source import ModuleSource
 from cost_model import hardware as presets
-from cost_model.errors import PlanError
 from cost_model.hardware import Hardware
 from cost_model.mesh import Mesh
 from cost_model.op_graph import OpGraph
 from cost_model.plan import PartitionPlan
 from cost_model.planner import PlanRequest
-from cost_model.planner import plan as make_plan
-from cost_model.subplan import subplan
-from passes.functionalize import functionalize
 from passes.graph_text import graph_diff
-from passes.normalize import normalize
-from passes.op_graph import build_op_graph, fingerprint, parameter_names
 from passes.pass_manager import emit_rank
 from passes.program import RankProgram
-from passes.randomness import random_nodes
-from passes.shapes import Example, bending_points
-from passes.split_encoder import split_encoder
 from passes.verify import verify as verify_programs
 from passes.verify_handover import verify_handover
 
 if TYPE_CHECKING:
     from autodist_fx.runtime.generation import DistributedCausalLM
-
-# Two sets of lengths: a number found in both is constant, one that differs follows the inputs, and two that agree in
-# both are the same. So they differ by different steps (2, 8, 14, 22 of past and seq, 18 and 10), so that no length plus
-# a constant is another. They are small, since a model may have no more positions.
-_EXAMPLES = (
-    Sizes(batch=11, seq=23, past=29, source=19, kept=7),
-    Sizes(batch=13, seq=31, past=43, source=37, kept=17),
-)
 
 
 def compile(
@@ -113,10 +90,10 @@ def compile(
     )
     checks: dict[str, Any] = {"verify_programs": verify, "dump_dir": dump_dir, "always": concrete_args or {}}
     if use_cache and has_own_cache(_class_of(model)):
-        prompt, step = _Variant.make_phases(model, request, concrete_args, plan)
+        prompt, step = Variant.make_phases(model, request, concrete_args, plan)
         compiled = CompiledModel(model, request, step, prompt=prompt, **checks)
     else:
-        variant = _Variant.make(model, request, use_cache, input_names, concrete_args, plan)
+        variant = Variant.make(model, request, use_cache, input_names, concrete_args, plan)
         compiled = CompiledModel(model, request, variant, **checks)
     if verify:
         compiled.verify()
@@ -133,164 +110,6 @@ def _hardware(name: str | Hardware | None) -> Hardware:
     return presets.hardware(name)
 
 
-@dataclass
-class _Variant:
-    """One traced form of the model (these inputs, with or without a cache), its plan, and the programs made so far."""
-
-    traced: TracedModel
-    graph: OpGraph
-    plan: PartitionPlan
-    sources: dict[int, str]  # id of each parameter and buffer -> its name
-    fixed: dict[str, object]  # arguments that are not inputs of the graph
-    forms: dict[str, InputForm]  # of those that are
-    output_order: tuple[str, ...]
-    programs: dict[int, RankProgram] = field(default_factory=dict)
-    loaded: bool = False
-    # Of a model whose decoder reads an encoder's output through a cache: this is the decoder's step, `encoder` what
-    # fills that cache, and `whole_plan` the plan that both are parts of.
-    encoder: _Variant | None = None
-    whole_plan: PartitionPlan | None = None
-
-    @classmethod
-    def make(
-        cls,
-        model: PreTrainedModel | PretrainedConfig,
-        request: PlanRequest,
-        use_cache: bool,
-        input_names: Sequence[str] | None,
-        concrete_args: Mapping[str, object] | None,
-        given: PartitionPlan | None,
-        forms: Mapping[str, InputForm] | None = None,
-    ) -> _Variant:
-        traced = trace(model, input_names=input_names, use_cache=use_cache, concrete_args=concrete_args, forms=forms)
-        return cls.of(traced, request, given, unusual(model, concrete_args or {}))
-
-    @classmethod
-    def make_phases(
-        cls,
-        model: PreTrainedModel | PretrainedConfig,
-        request: PlanRequest,
-        concrete_args: Mapping[str, object] | None,
-        given: PartitionPlan | None,
-    ) -> tuple[_Variant, _Variant]:
-        """(prompt, step) of a model with a cache of its own; `given` is a plan for the step."""
-        prompt, step = trace_phases(model, concrete_args)
-        fixed = unusual(model, concrete_args or {})
-        return cls.of(prompt, request, None, fixed), cls.of(step, request, given, fixed)
-
-    @classmethod
-    def of(
-        cls, traced: TracedModel, request: PlanRequest, given: PartitionPlan | None, fixed: dict[str, object]
-    ) -> _Variant:
-        """`fixed`: the arguments it was traced with that are not inputs."""
-        try:
-            normalize(traced.graph_module, _examples_for(traced))
-        except RuntimeError as error:  # what an op says of shapes or dtypes that it refuses
-            raise TracingError(f"{traced.model_class} refuses these inputs: {error}") from error
-        _refuse_random(traced)
-        graph = build_op_graph(traced.graph_module)
-        print_of_it = fingerprint(graph)
-        if given is None:
-            given = make_plan(graph, request, model=traced.model_class, fingerprint=print_of_it)
-        else:
-            _refuse_foreign(given, print_of_it, traced.model_class)
-        names = parameter_names(traced.graph_module)
-        known, order = traced.forms(), _output_order(traced.graph_module)
-        if CROSS in traced.layer_kinds:
-            return cls._split(traced, given, names, fixed, known, order)
-        return cls(traced, graph, given, names, fixed, known, order)
-
-    @classmethod
-    def _split(
-        cls,
-        traced: TracedModel,
-        plan: PartitionPlan,
-        names: dict[int, str],
-        fixed: dict[str, object],
-        forms: dict[str, InputForm],
-        order: tuple[str, ...],
-    ) -> _Variant:
-        cross = [index for index, kind in enumerate(traced.layer_kinds) if kind == CROSS]
-        parts = []
-        for module in split_encoder(traced.graph_module, cross):
-            graph = build_op_graph(module, names)
-            inputs = tuple(str(n.target) for n in module.graph.nodes if n.op == "placeholder")
-            part = replace(traced, graph_module=module, input_names=inputs)
-            parts.append(cls(part, graph, subplan(plan, graph, fingerprint(graph)), names, fixed, forms, order))
-        encoder, step = parts
-        step.encoder, step.whole_plan = encoder, plan
-        return step
-
-    def check_lengths(self, inputs: Mapping[str, Any], past: int) -> None:
-        """Warns where the model's code asks for lengths, and would go another way for these."""
-        conditions = self.traced.graph_module.meta.get("conditions")
-        if conditions is not None:
-            conditions.check(inputs, past)
-
-    def takes(self, forms: Mapping[str, InputForm], call: Call) -> bool:
-        """Whether this is the graph for a call: with a cache, what the call leaves out is filled in."""
-        if self.traced.use_cache != call.use_cache or self.fixed != call.fixed:
-            return False
-        return forms.items() <= self.forms.items() if call.use_cache else forms == self.forms
-
-
-def _refuse_random(traced: TracedModel) -> None:
-    found = random_nodes(traced.graph_module)
-    if found:
-        raise AutodistError(
-            f"{traced.model_class} draws random numbers ({found[0]}, {found[0].meta.get('source')}; {len(found)} "
-            "places in all), and each rank would draw others: call model.eval(), or set its dropout to 0"
-        )
-
-
-def _output_order(module: torch.fx.GraphModule) -> tuple[str, ...]:
-    output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
-    return tuple(output.args[0])
-
-
-def _examples_for(traced: TracedModel) -> tuple[Example, Example]:
-    """Examples that tell what depends on the model's own sizes, of chunks: the second is a multiple, the first none."""
-    functionalize(traced.graph_module)
-    points = bending_points(traced.graph_module, _examples(traced))
-    if not points:
-        return _examples(traced)  # new ones: a run fills their caches
-    second = _EXAMPLES[1]
-    chunks = math.lcm(*points)
-    seq = chunks * math.ceil((2 * max(points) + second.seq) / chunks)
-    if seq < 2**20:
-        return _examples(traced, replace(second, seq=seq, source=seq + chunks))
-    raise TracingError(f"no example lengths tell what depends on {sorted(points)}: please report the model's config")
-
-
-def _examples(traced: TracedModel, second: Sizes = _EXAMPLES[1]) -> tuple[Example, Example]:
-    """In the second the cache is longer than any window: there the keys that a layer with one sees no longer grow."""
-    longest = max((int(kind.partition(":")[2]) for kind in traced.layer_kinds if ":" in kind), default=0)
-    return _example(traced, _EXAMPLES[0]), _example(traced, replace(second, past=second.past + longest))
-
-
-def _example(traced: TracedModel, sizes: Sizes) -> Example:
-    if traced.phase == "step":
-        sizes = replace(sizes, seq=1)
-    if not traced.use_cache or traced.phase == "prompt":
-        sizes = replace(sizes, past=0)
-    symbols = {"B": sizes.batch, "S": sizes.seq}
-    if any("K" in form.dims for form in traced.forms().values()):
-        symbols["K"] = sizes.kept
-    if traced.has_encoder:
-        symbols["E"] = sizes.source
-    if traced.use_cache and traced.phase != "prompt":
-        symbols |= {"P": sizes.past, "T": sizes.past + sizes.seq}
-    return Example(traced.example_inputs(sizes), symbols)
-
-
-def _refuse_foreign(given: PartitionPlan, print_of_it: str, model_class: str) -> None:
-    if given.fingerprint != print_of_it:
-        raise PlanError(
-            f"the plan is for another graph (of {given.model}, {given.fingerprint[:12]}) than this {model_class} "
-            f"({print_of_it[:12]}): make a plan for this model, with the same inputs and library versions"
-        )
-
-
 class CompiledModel:
     """A model split over a mesh: `plan`, `rank(r)`, `graph_diff(r)`, `simulate(**inputs)`, `verify()`."""
 
@@ -298,12 +117,12 @@ class CompiledModel:
         self,
         model: PreTrainedModel | PretrainedConfig,
         request: PlanRequest,
-        variant: _Variant,
+        variant: Variant,
         *,
         always: Mapping[str, object],
         verify_programs: bool,
         dump_dir: str | Path | None,
-        prompt: _Variant | None = None,
+        prompt: Variant | None = None,
     ) -> None:
         self._always = always
         self._model = model
@@ -403,7 +222,7 @@ class CompiledModel:
         cache.length += _step_length(given)
         return self._returned(variant, call, {**encoded, **outputs, "past_key_values": cache})
 
-    def _run(self, variant: _Variant, per_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _run(self, variant: Variant, per_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The flat outputs of all ranks together. AutodistError that names an id outside the table it is for."""
         try:
             return merged(simulate(list(variant.programs.values()), per_rank))
@@ -413,12 +232,12 @@ class CompiledModel:
                 raise
             raise AutodistError(message) from error
 
-    def _returned(self, variant: _Variant, call: Call, outputs: Mapping[str, Any]) -> Any:
+    def _returned(self, variant: Variant, call: Call, outputs: Mapping[str, Any]) -> Any:
         order = dict.fromkeys((*variant.output_order, *outputs))
         found = nested({k: v for k, v in outputs.items() if call.use_cache or k != "past_key_values"}, order)
         return found if call.return_dict else found.to_tuple()
 
-    def _encode(self, variant: _Variant, given: Mapping[str, Any], cache: SimulatedCache) -> dict[str, Any]:
+    def _encode(self, variant: Variant, given: Mapping[str, Any], cache: SimulatedCache) -> dict[str, Any]:
         """Fill those layers of `cache` that hold what the encoder gives, and note what it was given; its outputs."""
         assert variant.encoder is not None
         encoder = variant.encoder
@@ -441,7 +260,7 @@ class CompiledModel:
         if past and tokens != 1:
             raise AutodistError(f"{self.plan.model} takes one token at a time after its prompt, and got {tokens}")
         if self._prompt is None:
-            self._prompt, step = _Variant.make_phases(self._model, self._request, None, None)
+            self._prompt, step = Variant.make_phases(self._model, self._request, None, None)
             self._step = step
             self._variants.append(step)
             if self._verify_programs:
@@ -508,7 +327,7 @@ class CompiledModel:
         accepted = inspect.signature(self._model.forward).parameters  # type: ignore[union-attr]
         return tuple(sorted(n for n in names if n in accepted or n not in _FILLED_IN))
 
-    def _variant_for(self, call: Call, past: int) -> _Variant:
+    def _variant_for(self, call: Call, past: int) -> Variant:
         """The traced form for this call; traced, planned and verified at first use."""
         forms = forms_of(call.tensors, self._main.traced.facts, past)
         for variant in self._variants:
@@ -519,13 +338,13 @@ class CompiledModel:
         if call.use_cache:
             filled_in = _FILLED_IN - {"input_ids"} if "inputs_embeds" in given else _FILLED_IN
             names = None if given <= _FILLED_IN else self._accepted(given | filled_in | {"past_key_values"})
-        variant = _Variant.make(self._model, self._request, call.use_cache, names, call.fixed, None, forms)
+        variant = Variant.make(self._model, self._request, call.use_cache, names, call.fixed, None, forms)
         if self._verify_programs:
             self._verify(variant)
         self._variants.append(variant)
         return variant
 
-    def _program(self, variant: _Variant, rank: int) -> RankProgram:
+    def _program(self, variant: Variant, rank: int) -> RankProgram:
         self.mesh.coordinates(rank)  # names a rank that is not there
         if rank not in variant.programs:
             variant.programs[rank] = emit_rank(
@@ -538,7 +357,7 @@ class CompiledModel:
             )
         return variant.programs[rank]
 
-    def _verify(self, variant: _Variant) -> None:
+    def _verify(self, variant: Variant) -> None:
         programs = [self._program(variant, rank) for rank in range(self.mesh.size)]
         verify_programs(programs, variant.plan, variant.graph, variant.traced.graph_module)
         if variant.encoder is not None:
@@ -547,7 +366,7 @@ class CompiledModel:
             written = variant.encoder.plan, variant.encoder.graph
             verify_handover(writers, written, programs, (variant.plan, variant.graph))
 
-    def _load(self, variant: _Variant) -> None:
+    def _load(self, variant: Variant) -> None:
         if variant.loaded:
             return
         if variant.encoder is not None:
@@ -565,7 +384,7 @@ class CompiledModel:
         if isinstance(self._model, PretrainedConfig) or any(p.is_meta for p in self._model.parameters()):
             raise AutodistError(f"{what} needs weights: compile a model that has them, not a config or a meta model")
 
-    def _filled(self, variant: _Variant, given: Mapping[str, Any], past: int) -> dict[str, Any]:
+    def _filled(self, variant: Variant, given: Mapping[str, Any], past: int) -> dict[str, Any]:
         """Positions that the graph takes and the caller left to the model, as transformers' generate sets them."""
         ids = _tokens(given)
         batch, seq = ids.shape[:2]

@@ -1,0 +1,196 @@
+"""One traced form of a model: these inputs, with or without a cache; normalised, planned, and its programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.fx
+from transformers import PretrainedConfig, PreTrainedModel
+
+from autodist_fx.call import Call, unusual
+from autodist_fx.errors import AutodistError, TracingError
+from autodist_fx.tracing import InputForm, Sizes, TracedModel, trace, trace_phases
+from autodist_fx.tracing.cross_cache import CROSS
+from cost_model.errors import PlanError
+from cost_model.op_graph import OpGraph
+from cost_model.plan import PartitionPlan
+from cost_model.planner import PlanRequest
+from cost_model.planner import plan as make_plan
+from cost_model.subplan import subplan
+from passes.functionalize import functionalize
+from passes.normalize import normalize
+from passes.op_graph import build_op_graph, fingerprint, parameter_names
+from passes.program import RankProgram
+from passes.randomness import random_nodes
+from passes.shapes import Example, bending_points
+from passes.split_encoder import split_encoder
+
+# Two sets of lengths: a number found in both is constant, one that differs follows the inputs, and two that agree in
+# both are the same. So they differ by different steps (2, 8, 14, 22 of past and seq, 18 and 10), so that no length plus
+# a constant is another. They are small, since a model may have no more positions.
+_EXAMPLES = (
+    Sizes(batch=11, seq=23, past=29, source=19, kept=7),
+    Sizes(batch=13, seq=31, past=43, source=37, kept=17),
+)
+
+
+@dataclass
+class Variant:
+    """One traced form of the model (these inputs, with or without a cache), its plan, and the programs made so far."""
+
+    traced: TracedModel
+    graph: OpGraph
+    plan: PartitionPlan
+    sources: dict[int, str]  # id of each parameter and buffer -> its name
+    fixed: dict[str, object]  # arguments that are not inputs of the graph
+    forms: dict[str, InputForm]  # of those that are
+    output_order: tuple[str, ...]
+    programs: dict[int, RankProgram] = field(default_factory=dict)
+    loaded: bool = False
+    # Of a model whose decoder reads an encoder's output through a cache: this is the decoder's step, `encoder` what
+    # fills that cache, and `whole_plan` the plan that both are parts of.
+    encoder: Variant | None = None
+    whole_plan: PartitionPlan | None = None
+
+    @classmethod
+    def make(
+        cls,
+        model: PreTrainedModel | PretrainedConfig,
+        request: PlanRequest,
+        use_cache: bool,
+        input_names: Sequence[str] | None,
+        concrete_args: Mapping[str, object] | None,
+        given: PartitionPlan | None,
+        forms: Mapping[str, InputForm] | None = None,
+    ) -> Variant:
+        traced = trace(model, input_names=input_names, use_cache=use_cache, concrete_args=concrete_args, forms=forms)
+        return cls.of(traced, request, given, unusual(model, concrete_args or {}))
+
+    @classmethod
+    def make_phases(
+        cls,
+        model: PreTrainedModel | PretrainedConfig,
+        request: PlanRequest,
+        concrete_args: Mapping[str, object] | None,
+        given: PartitionPlan | None,
+    ) -> tuple[Variant, Variant]:
+        """(prompt, step) of a model with a cache of its own; `given` is a plan for the step."""
+        prompt, step = trace_phases(model, concrete_args)
+        fixed = unusual(model, concrete_args or {})
+        return cls.of(prompt, request, None, fixed), cls.of(step, request, given, fixed)
+
+    @classmethod
+    def of(
+        cls, traced: TracedModel, request: PlanRequest, given: PartitionPlan | None, fixed: dict[str, object]
+    ) -> Variant:
+        """`fixed`: the arguments it was traced with that are not inputs."""
+        try:
+            normalize(traced.graph_module, _examples_for(traced))
+        except RuntimeError as error:  # what an op says of shapes or dtypes that it refuses
+            raise TracingError(f"{traced.model_class} refuses these inputs: {error}") from error
+        _refuse_random(traced)
+        graph = build_op_graph(traced.graph_module)
+        print_of_it = fingerprint(graph)
+        if given is None:
+            given = make_plan(graph, request, model=traced.model_class, fingerprint=print_of_it)
+        else:
+            _refuse_foreign(given, print_of_it, traced.model_class)
+        names = parameter_names(traced.graph_module)
+        known, order = traced.forms(), _output_order(traced.graph_module)
+        if CROSS in traced.layer_kinds:
+            return cls._split(traced, given, names, fixed, known, order)
+        return cls(traced, graph, given, names, fixed, known, order)
+
+    @classmethod
+    def _split(
+        cls,
+        traced: TracedModel,
+        plan: PartitionPlan,
+        names: dict[int, str],
+        fixed: dict[str, object],
+        forms: dict[str, InputForm],
+        order: tuple[str, ...],
+    ) -> Variant:
+        cross = [index for index, kind in enumerate(traced.layer_kinds) if kind == CROSS]
+        parts = []
+        for module in split_encoder(traced.graph_module, cross):
+            graph = build_op_graph(module, names)
+            inputs = tuple(str(n.target) for n in module.graph.nodes if n.op == "placeholder")
+            part = replace(traced, graph_module=module, input_names=inputs)
+            parts.append(cls(part, graph, subplan(plan, graph, fingerprint(graph)), names, fixed, forms, order))
+        encoder, step = parts
+        step.encoder, step.whole_plan = encoder, plan
+        return step
+
+    def check_lengths(self, inputs: Mapping[str, Any], past: int) -> None:
+        """Warns where the model's code asks for lengths, and would go another way for these."""
+        conditions = self.traced.graph_module.meta.get("conditions")
+        if conditions is not None:
+            conditions.check(inputs, past)
+
+    def takes(self, forms: Mapping[str, InputForm], call: Call) -> bool:
+        """Whether this is the graph for a call: with a cache, what the call leaves out is filled in."""
+        if self.traced.use_cache != call.use_cache or self.fixed != call.fixed:
+            return False
+        return forms.items() <= self.forms.items() if call.use_cache else forms == self.forms
+
+
+def _refuse_random(traced: TracedModel) -> None:
+    found = random_nodes(traced.graph_module)
+    if found:
+        raise AutodistError(
+            f"{traced.model_class} draws random numbers ({found[0]}, {found[0].meta.get('source')}; {len(found)} "
+            "places in all), and each rank would draw others: call model.eval(), or set its dropout to 0"
+        )
+
+
+def _output_order(module: torch.fx.GraphModule) -> tuple[str, ...]:
+    output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
+    return tuple(output.args[0])
+
+
+def _examples_for(traced: TracedModel) -> tuple[Example, Example]:
+    """Examples that tell what depends on the model's own sizes, of chunks: the second is a multiple, the first none."""
+    functionalize(traced.graph_module)
+    points = bending_points(traced.graph_module, _examples(traced))
+    if not points:
+        return _examples(traced)  # new ones: a run fills their caches
+    second = _EXAMPLES[1]
+    chunks = math.lcm(*points)
+    seq = chunks * math.ceil((2 * max(points) + second.seq) / chunks)
+    if seq < 2**20:
+        return _examples(traced, replace(second, seq=seq, source=seq + chunks))
+    raise TracingError(f"no example lengths tell what depends on {sorted(points)}: please report the model's config")
+
+
+def _examples(traced: TracedModel, second: Sizes = _EXAMPLES[1]) -> tuple[Example, Example]:
+    """In the second the cache is longer than any window: there the keys that a layer with one sees no longer grow."""
+    longest = max((int(kind.partition(":")[2]) for kind in traced.layer_kinds if ":" in kind), default=0)
+    return _example(traced, _EXAMPLES[0]), _example(traced, replace(second, past=second.past + longest))
+
+
+def _example(traced: TracedModel, sizes: Sizes) -> Example:
+    if traced.phase == "step":
+        sizes = replace(sizes, seq=1)
+    if not traced.use_cache or traced.phase == "prompt":
+        sizes = replace(sizes, past=0)
+    symbols = {"B": sizes.batch, "S": sizes.seq}
+    if any("K" in form.dims for form in traced.forms().values()):
+        symbols["K"] = sizes.kept
+    if traced.has_encoder:
+        symbols["E"] = sizes.source
+    if traced.use_cache and traced.phase != "prompt":
+        symbols |= {"P": sizes.past, "T": sizes.past + sizes.seq}
+    return Example(traced.example_inputs(sizes), symbols)
+
+
+def _refuse_foreign(given: PartitionPlan, print_of_it: str, model_class: str) -> None:
+    if given.fingerprint != print_of_it:
+        raise PlanError(
+            f"the plan is for another graph (of {given.model}, {given.fingerprint[:12]}) than this {model_class} "
+            f"({print_of_it[:12]}): make a plan for this model, with the same inputs and library versions"
+        )
