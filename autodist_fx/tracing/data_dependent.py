@@ -137,7 +137,23 @@ def rewritten(tracer: hf_fx.HFTracer, kind: str, target: Any, args: tuple[Any, .
             return tracer.create_proxy(kind, target, (args[0], rows, args[2]), {})
     if name == "getitem" and _has_unrolled(args[1]):
         return tracer.create_proxy(kind, target, (args[0], _as_index(args[1])), kwargs)
+    if name == "getitem" and isinstance(args[0], hf_fx.HFProxy):
+        items = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if any(map(_is_mask, items)):  # x[mask, :] is x[rows, columns, :] of where the mask is set
+            spelled = tuple(i for item in items for i in (_coordinates(tracer, item) if _is_mask(item) else (item,)))
+            return tracer.create_proxy(kind, target, (args[0], spelled), kwargs)
     return None
+
+
+def _coordinates(tracer: hf_fx.HFTracer, mask: hf_fx.HFProxy) -> list[hf_fx.HFProxy]:
+    """Of the elements that are set, one tensor a dim."""
+    indices = _selected(tracer, mask)
+    return [indices[d] for d in _dims(indices)]
+
+
+def _is_mask(index: Any) -> bool:
+    known = getattr(index, "_metadata", None) if isinstance(index, hf_fx.HFProxy) else None
+    return isinstance(known, torch.Tensor) and known.dtype == torch.bool and known.dim() > 0
 
 
 def _runs(tracer: hf_fx.HFTracer, rows: hf_fx.HFProxy, run: Offset) -> hf_fx.HFProxy:
