@@ -65,12 +65,20 @@ def all_gather(x: torch.Tensor, axis: str, dim: int, parts: Parts) -> torch.Tens
     return current().all_gather(x, axis, dim, parts)
 
 
-def send(x: torch.Tensor, to: int, channel: int) -> None:
+def send(x: torch.Tensor, to: int, channel: int, sized: bool = False) -> None:
+    """`sized`: its shape goes ahead, which the receiver cannot tell from the model's inputs."""
+    if sized:
+        current().send(torch.tensor(x.shape, device=x.device), to, channel)
     current().send(x, to, channel)
 
 
-def recv(shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int) -> torch.Tensor:
-    return current().recv(shape, dtype, device, source, channel)
+def recv(
+    shape: Sequence[int | None], dtype: torch.dtype, device: Any, source: int, channel: int
+) -> torch.Tensor:
+    """A dim None is of the length that the sender says."""
+    if None in shape:
+        shape = current().recv((len(shape),), torch.long, device, source, channel).tolist()
+    return current().recv(shape, dtype, device, source, channel)  # type: ignore[arg-type]
 
 
 COLLECTIVES = (all_reduce, all_gather)
