@@ -170,7 +170,11 @@ def _examples_for(traced: TracedModel) -> tuple[Example, Example]:
 def _examples(traced: TracedModel, second: Sizes = _EXAMPLES[1]) -> tuple[Example, Example]:
     """In the second the cache is longer than any window: there the keys that a layer with one sees no longer grow."""
     longest = max((int(kind.partition(":")[2]) for kind in traced.layer_kinds if ":" in kind), default=0)
-    return _example(traced, _EXAMPLES[0]), _example(traced, replace(second, past=second.past + longest))
+    first = replace(_EXAMPLES[0], source=_EXAMPLES[0].source + traced.fewest_frames)
+    # a multiple of what is one already, and so much more that more frames come out of convolutions
+    further = second.source * math.ceil(2 * traced.fewest_frames / second.source)
+    second = replace(second, past=second.past + longest, source=second.source + further)
+    return _example(traced, first), _example(traced, second)
 
 
 def _example(traced: TracedModel, sizes: Sizes) -> Example:

@@ -48,6 +48,7 @@ class ExampleInputs:
     dtype: torch.dtype  # of the model's parameters
     image_shape: tuple[int, ...] = ()  # of one image, [channels, height, width]; () for a model without
     has_encoder: bool = False  # that reads the main input, before a decoder
+    fewest_frames: int = 0  # of sound, that convolutions over time leave something of
     states: tuple[StateTensor, ...] = ()  # of a cache of the model's own, which are inputs one by one
     counts_past: bool = False  # masks cover `past` tokens, too, whatever the cache is
     forms: Mapping[str, InputForm] = field(default_factory=dict)  # of inputs that are not as input_shapes has them
@@ -172,7 +173,7 @@ def unmistakable_sizes(model: PreTrainedModel, other_than: Sizes | None = None) 
         return all(dim % size for dim in dims)
 
     candidates = [prime for prime in _primes(5, 300) if free(prime)]
-    sound = _frames_to_convolve(model)
+    sound = fewest_frames(model)
     if other_than is not None:
         taken = (other_than.batch, other_than.seq, other_than.past, other_than.source)
         candidates = [n for n in candidates if n not in taken]
@@ -192,7 +193,7 @@ def unmistakable_sizes(model: PreTrainedModel, other_than: Sizes | None = None) 
 _FRAMES = 47  # that an example of sound should have left; more than any other example size
 
 
-def _frames_to_convolve(model: PreTrainedModel) -> int:
+def fewest_frames(model: PreTrainedModel) -> int:
     """How many samples or frames the model's convolutions over time make _FRAMES of, at least; 0 without any that
     leaves fewer than it gets."""
     needed = _FRAMES

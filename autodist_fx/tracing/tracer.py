@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.fx import Proxy
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
@@ -113,6 +115,8 @@ class Tracer(hf_fx.HFTracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.Identity):
             return False  # it gives back what it gets, which need not be a tensor: None stays None
+        if is_parametrized(m) or isinstance(m, ParametrizationList) or type(m).__module__ == parametrizations.__name__:
+            return False  # its weight is computed of others (weight_norm): the graph computes it, too
         return isinstance(m, Conv1D) or changes_with_length(m) or super().is_leaf_module(m, module_qualified_name)
 
     def _proxy_placeholder(self, name: str, concrete_args: dict[str, Any] | None, *more: Any) -> Any:
