@@ -84,7 +84,7 @@ class _Lengths:
         for node in list(graph.nodes):  # a list: nodes are moved
             if node.op == "call_function" and node.target is torch.ops.aten.sym_size.int:
                 symbols = node.args[0].meta.get("symbols", ())
-                if node.args[0].op == "placeholder" and symbols[node.args[1]]:
+                if node.args[0] in self.inputs and symbols[node.args[1]]:
                     self.known.setdefault(symbols[node.args[1]], node)
                     self._hoist(node)
             elif node.op == "call_function" and node.target is getattr and node.args[1] == "device":
