@@ -109,6 +109,10 @@ def _read_off(number: Node, env: dict[Node, Node], graph: torch.fx.Graph) -> Nod
             env[number] = graph.call_function(torch.ops.aten.sym_size.int, (here, dim))
             env[number].meta = {**number.meta, "val": there.meta["val"].shape[dim]}
             return env[number]
+    known = all(not is_tensor(n) or n in env for n in number.all_input_nodes)
+    if number.op == "call_function" and number.all_input_nodes and known:
+        env[number] = graph.node_copy(number, lambda n: env[n] if n in env else _read_off(n, env, graph))
+        return env[number]
     raise PlanError(
         f"a later stage needs the length {number.name} ({number.meta.get('source')}), which is read off a tensor that "
         f"it does not have: use fewer stages"

@@ -5,6 +5,7 @@ fx has one graph for all inputs, so that a condition must come out the same for 
 - values that no input's data go into (`torch.arange(n)[0] > 0`) are computed, with the example's lengths;
 - what is asserted is taken for true, and what only an error follows (`if ...: raise`) for false: the graph makes no
   check of its inputs;
+- values that follow from the masks' being zeros and ones: no token is attended to globally (ranges.py);
 - "does this have any padding?", asked to skip work where not: `torch.all(mask == 1)` is taken for false and
   `(ids == pad).any()` for true, since masking nothing changes nothing. transformers' masking utilities are patched in
   the same sense.
@@ -23,6 +24,7 @@ from torch.fx import Node, Proxy
 from torch.fx.node import map_aggregate, map_arg
 from transformers.utils import fx as hf_fx
 
+from autodist_fx.tracing.ranges import certain
 from autodist_fx.tracing.raising import answer_without_error
 from passes.conditions import MARK
 
@@ -48,6 +50,9 @@ def decide(proxy: hf_fx.HFProxy) -> bool:
         return padded
     if asserted:
         return True
+    sure = certain(proxy.node, proxy.tracer)
+    if sure is not None:
+        return sure
     answers = set()
     try:
         for position in (1, _FAR) if proxy.tracer.phase == "step" else (0,):
