@@ -203,8 +203,10 @@ def fewest_frames(model: PreTrainedModel) -> int:
     needed = _FRAMES
     for module in reversed(list(model.modules())):
         if isinstance(module, nn.Conv1d) and isinstance(module.padding, tuple):
-            (stride,), (padding,), kernel = module.stride, module.padding, module.dilation[0] * (module.kernel_size[0] - 1)
-            needed = max(needed, (needed - 1) * stride + 1 + kernel - 2 * padding)
+            (stride,), (padding,), (dilation,), (kernel,) = (
+                module.stride, module.padding, module.dilation, module.kernel_size
+            )  # fmt: skip
+            needed = max(needed, (needed - 1) * stride + 1 + dilation * (kernel - 1) - 2 * padding)
     return needed if needed > _FRAMES else 0
 
 

@@ -177,7 +177,7 @@ class _Outliner:
             return region
         own = sorted(changed & set(inputs))
         name = f"{_LEAF}{self.function.name}_{loop.lineno}"
-        leaf = self._leaf(name.strip("_"), inputs, own, inner, outputs, loop)
+        leaf: Callable[..., Any] = self._leaf(name.strip("_"), inputs, own, inner, outputs, loop)
         if set(outputs) <= set(own) - _stored(inner):
             leaf = _as_large_as_before(leaf, [inputs.index(o) for o in outputs])
         self.leaves[name] = _Call(leaf, len(outputs))
@@ -390,7 +390,7 @@ def _is_outlined(*counts: Any) -> bool:
         numbers = [constant(c) if isinstance(c, Proxy) else c for c in counts]
     except TypeError:
         return True
-    return all(type(n) is int for n in numbers) and len(range(*numbers)) >= _UNROLLED
+    return all(type(n) is int for n in numbers) and len(range(*map(int, numbers))) >= _UNROLLED
 
 
 def _fit(values: tuple[Any, ...]) -> bool:
