@@ -147,9 +147,8 @@ def _transpose(node: Node, dim: int, rank: int) -> None:
 
 def _multiply_and_add(node: Node) -> None:
     """beta * input + alpha * (batch1 @ batch2)."""
-    added, one, other = (
-        node.args[i] if i < len(node.args) else node.kwargs[name] for i, name in enumerate(("input", "batch1", "batch2"))
-    )
+    names = ("input", "batch1", "batch2")
+    added, one, other = (node.args[i] if i < len(node.args) else node.kwargs[name] for i, name in enumerate(names))
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
 
     def call(target: Callable[..., Any], *args: Any, like: Node = node) -> Node:
