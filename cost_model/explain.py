@@ -44,10 +44,15 @@ class LinearGroup:
     label: str  # "model.layers.*.mlp.up_proj"
     role: str
     modules: tuple[str, ...]
-    weight: ParamPlan | None  # the first one's
+    weights: tuple[ParamPlan, ...]  # of those whose weight is known
     layout: int  # of the weight, by position in PartitionPlan.layouts; -1 where each rank holds it whole
     local: str  # shape on each tp rank, "[384|192]x576"
     stages: tuple[int, ...]
+
+    @property
+    def shape(self) -> str:
+        """Of a whole weight, "1536x576"; "-" where it is not known."""
+        return "x".join(map(str, self.weights[0].shape)) if self.weights else "-"
 
 
 def plan_text(plan: PartitionPlan) -> str:
@@ -180,15 +185,15 @@ def linear_groups(plan: PartitionPlan) -> list[LinearGroup]:
         if rows_of[pattern] > 1 and len(ranges) <= RANGES_SHOWN:
             label = ", ".join(ranges)
         stages = tuple(sorted({stage for op, _ in ops for stage in op.stages}))
-        found.append(LinearGroup(label, role, names, ops[0][1], layout, local, stages))
+        weights = tuple(weight for _, weight in ops if weight)
+        found.append(LinearGroup(label, role, names, weights, layout, local, stages))
     return found
 
 
 def _linear_section(plan: PartitionPlan) -> Section:
     rows = [("module", "role", "times", "weight", "on each tp rank")]
     for group in linear_groups(plan):
-        shape = "x".join(map(str, group.weight.shape)) if group.weight else "-"
-        rows.append((group.label, group.role, f"x{len(group.modules)}", shape, group.local))
+        rows.append((group.label, group.role, f"x{len(group.modules)}", group.shape, group.local))
     return Section("Linears and embeddings", tuple(rows) if len(rows) > 1 else (), left=(0, 1, 3, 4), flexible=0)
 
 
