@@ -81,8 +81,8 @@ def _footer(plan: PartitionPlan) -> str:
     sizes = ", ".join(f"{symbol}={length}" for symbol, length in plan.sizes)
     return (
         f"Predicted for {show_name(plan.hardware)} at {shorten(sizes) or 'the traced sizes'} (B sequences, S tokens a "
-        f"step, P tokens cached before, E tokens that an encoder reads). Plan version {plan.version}, graph {plan.fingerprint[:12]}. "
-        "Made by autodist-fx show."
+        f"step, P tokens cached before, E tokens that an encoder reads). Plan version {plan.version}, "
+        f"graph {plan.fingerprint[:12]}. Made by autodist-fx show."
     )
 
 
