@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element
 
 from autodist_fx.report.parts import STAGES_SHOWN, cell, left_out, name, note, section, show_name, table
@@ -42,10 +42,19 @@ def sent_tensors(plan: PartitionPlan) -> list[Sent]:
     return found
 
 
-def crossing(plan: PartitionPlan, before: int) -> list[Sent]:
-    """What goes over the border behind stage `before`, also on its way further; the largest first."""
-    over = [sent for sent in sent_tensors(plan) if sent.source <= before < sent.targets[-1]]
-    return sorted(over, key=lambda sent: -sent.nbytes)
+def crossing(sent: list[Sent], before: int) -> list[Sent]:
+    """What goes over the border behind stage `before`, with those of its targets that lie behind it; largest first."""
+    over = []
+    for tensor in sent:
+        targets = tuple(k for k in tensor.targets if k > before)
+        if tensor.source <= before and targets:
+            over.append(replace(tensor, targets=targets))
+    return sorted(over, key=lambda tensor: -tensor.nbytes)
+
+
+def bytes_of(sent: list[Sent]) -> int:
+    """From one tp rank; a tensor for two stages is sent twice."""
+    return sum(tensor.nbytes * len(tensor.targets) for tensor in sent)
 
 
 def why_sent(op: OpPlan) -> str:

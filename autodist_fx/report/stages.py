@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from xml.etree.ElementTree import Element
 
-from autodist_fx.report.borders import Sent, crossing
+from autodist_fx.report.borders import Sent, bytes_of, crossing, sent_tensors
 from autodist_fx.report.memory import memory_bar, parts_of
-from autodist_fx.report.parts import STAGES_SHOWN, badge, left_out, name, note, ranks_text, section
+from autodist_fx.report.parts import STAGES_SHOWN, badge, left_out, name, note, ranks_text, section, show_name
 from cost_model.explain import bytes_text, compress_names, count_text, name_pattern, ranges_text, seconds_text
 from cost_model.plan import OpPlan, PartitionPlan, StageSummary
 from cost_model.plan_html import element
@@ -19,10 +19,11 @@ TENSORS_SHOWN = 4  # at an arrow
 def stages_section(plan: PartitionPlan) -> Element:
     roles = _roles(plan)
     also = _also_in(plan)
+    sent = sent_tensors(plan)
     columns: list[Element] = []
     for s in plan.stages[:STAGES_SHOWN]:
         if s.index:
-            columns.append(_arrow(plan, s.index - 1))
+            columns.append(_arrow(plan, sent, s.index - 1))
         columns.append(_stage(plan, s, roles, also))
     return section(
         "stages",
@@ -30,7 +31,7 @@ def stages_section(plan: PartitionPlan) -> Element:
         "Stages and their layers" if plan.mesh.pp > 1 else "Layers",
         element("div", *columns, cls="pipeline", tabindex="0", role="region", aria_label="Pipeline stages"),
         left_out(len(plan.stages), STAGES_SHOWN, "stages"),
-        note("Seconds and bytes of one forward pass, on a stage's slowest and fullest tp rank."),
+        note("Seconds and bytes of one forward pass on a stage's slowest and fullest tp rank; what one tp rank sends."),
     )
 
 
@@ -70,7 +71,8 @@ def _stage(
     for layer in s.layers:
         groups.setdefault(name_pattern(layer), []).append(layer)
     blocks = [
-        _block(layers, roles.get((s.index, pattern), Counter()), s.index, also) for pattern, layers in groups.items()
+        _block(layers, roles.get((s.index, pattern), Counter()), s.index, also)
+        for pattern, layers in list(groups.items())[:BLOCKS_SHOWN]
     ]
     facts = [
         ("compute", seconds_text(s.compute_seconds)),
@@ -82,8 +84,8 @@ def _stage(
     return element(
         "article",
         element("h3", f"Stage {s.index}", element("small", ranks_text(plan.mesh.tp, s.index))),
-        element("ol", *(blocks[:BLOCKS_SHOWN] or [element("li", "no weights", cls="block")]), cls="layers"),
-        left_out(len(blocks), BLOCKS_SHOWN, "groups of layers"),
+        element("ol", *(blocks or [element("li", "no weights", cls="block")]), cls="layers"),
+        left_out(len(groups), BLOCKS_SHOWN, "groups of layers"),
         element("dl", *(element("div", element("dt", k), element("dd", v)) for k, v in facts), cls="facts"),
         memory_bar(parts_of(s), most, None),
         cls="stage",
@@ -93,8 +95,7 @@ def _stage(
 def _block(layers: list[str], roles: Counter[str], stage: int, also: dict[str, list[int]]) -> Element:
     times = element("span", f"×{len(layers)}", cls="times") if len(layers) > 1 else None
     shared = [
-        f"{compress_names([layer])[0].rpartition('.')[2]} also in stage "
-        f"{ranges_text(k for k in also[layer] if k != stage)}"
+        f"{show_name(layer.rpartition('.')[2])} also in stage {ranges_text(k for k in also[layer] if k != stage)}"
         for layer in layers
         if layer in also
     ]
@@ -107,17 +108,17 @@ def _block(layers: list[str], roles: Counter[str], stage: int, also: dict[str, l
     )
 
 
-def _arrow(plan: PartitionPlan, before: int) -> Element:
+def _arrow(plan: PartitionPlan, everything: list[Sent], before: int) -> Element:
     """What crosses the border behind stage `before`."""
-    sent = crossing(plan, before)
+    sent = crossing(everything, before)
     items = [element("li", name(x.label), element("span", bytes_text(x.nbytes), cls="amount"), _targets(x, before))
              for x in sent[:TENSORS_SHOWN]]  # fmt: skip
     again = len(plan.stages[before + 1].recomputed)
     return element(
         "div",
-        element("div", bytes_text(sum(x.nbytes for x in sent)) if sent else "nothing", cls="arrow"),
+        element("div", bytes_text(bytes_of(sent)) if sent else "nothing", cls="arrow"),
         element("ul", *items) if items else None,
-        left_out(len(sent), TENSORS_SHOWN, f"({bytes_text(sum(x.nbytes for x in sent[TENSORS_SHOWN:]))})"),
+        left_out(len(sent), TENSORS_SHOWN, f"({bytes_text(bytes_of(sent[TENSORS_SHOWN:]))})"),
         element("p", f"{again} {'op' if again == 1 else 'ops'} computed again", cls="again") if again else None,
         cls="border",
         role="group",
@@ -128,5 +129,6 @@ def _arrow(plan: PartitionPlan, before: int) -> Element:
 def _targets(sent: Sent, before: int) -> Element | None:
     if sent.targets == (before + 1,):
         return None
+    source = f"from stage {sent.source} " if sent.source < before else ""
     plural = "s" if len(sent.targets) > 1 else ""
-    return element("span", f"to stage{plural} {ranges_text(sent.targets)}", cls="to")
+    return element("span", f"{source}to stage{plural} {ranges_text(sent.targets)}", cls="to")
