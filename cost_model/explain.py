@@ -143,7 +143,8 @@ def plan_header(plan: PartitionPlan) -> list[str]:
 
 
 def _stage_section(plan: PartitionPlan) -> Section:
-    rows = [("stage", "ranks", "layers", "compute", "comm", "FLOPs", "weights", "KV", "activ.", "total", "recomputes")]
+    memory = ("weights", "KV", "activ.", "work", "total")
+    rows = [("stage", "ranks", "layers", "compute", "comm", "FLOPs", *memory, "recomputes")]
     for s in plan.stages:
         first, last = s.index * plan.mesh.tp, (s.index + 1) * plan.mesh.tp - 1
         rows.append((
@@ -156,6 +157,7 @@ def _stage_section(plan: PartitionPlan) -> Section:
             bytes_text(s.weight_bytes),
             bytes_text(s.kv_cache_bytes),
             bytes_text(s.activation_bytes),
+            bytes_text(s.workspace_bytes),
             bytes_text(s.memory_bytes),
             _ops(len(s.recomputed)) if s.recomputed else "-",
         ))  # fmt: skip
