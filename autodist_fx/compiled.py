@@ -138,6 +138,10 @@ class CompiledModel:
         """Every decision made; print it, save it, compare it."""
         return self._main.whole_plan or self._main.plan
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the plan."""
+        return self.plan._repr_html_()
+
     @property
     def mesh(self) -> Mesh:
         return self._main.plan.mesh
