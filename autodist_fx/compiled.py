@@ -91,7 +91,9 @@ def compile(
         sizes=tuple((sizes or {}).items()),
         memory_bytes=max_memory,
     )
-    checks: dict[str, Any] = {"verify_programs": verify, "train": train, "dump_dir": dump_dir, "always": concrete_args or {}}
+    checks: dict[str, Any] = {
+        "verify_programs": verify, "train": train, "dump_dir": dump_dir, "always": concrete_args or {},
+    }  # fmt: skip
     if use_cache and has_own_cache(_class_of(model)):
         prompt, step = Variant.make_phases(model, request, concrete_args, plan)
         compiled = CompiledModel(model, request, step, prompt=prompt, **checks)

@@ -11,8 +11,8 @@ Every value has a gradient of one of three kinds, by what computed it:
 
 A reader that computes in parts, of a "whole" value, reads it through copy_to_tp. Values that every rank has whole, and
 yet of "terms" (the one KV head of a fused q|k|v), go on as such through what all ranks do alike, up to where they meet
-a "whole" value: there one_gradient turns one into the other. In the words of Megatron-LM (Shoeybi et al. 2019) copy_to_tp
-is f and all_reduce g; in those of PyTorch's spmd_types "whole" is I, "terms" R or V, "partial" P.
+a "whole" value: there one_gradient turns one into the other. In Megatron-LM's words (Shoeybi et al. 2019) copy_to_tp is
+f and all_reduce g; in those of PyTorch's spmd_types "whole" is I, "terms" R or V, "partial" P.
 
 Also notes what of each parameter's gradient is owed (`ctx.param_uses`), which passes/grad_sums.py makes sums of.
 """

@@ -17,7 +17,7 @@ from autodist_fx.runtime.thread_communicator import ThreadCommunicator, ThreadWo
 from cost_model.placement import Interval
 from passes.comm_ops import Communicator, Tape, using
 from passes.context import ParamShard
-from passes.grad_sums import Box, GradSum
+from passes.grad_sums import Box
 from passes.program import RankProgram
 
 GRADIENT_CHANNEL = 1 << 24  # plus the channel of what it is the gradient of: apart from all that is sent forward
@@ -77,22 +77,28 @@ def run_backward(
 
 def add_up(programs: Sequence[RankProgram], gradients: Sequence[Gradients]) -> None:
     """Pays what the programs' `grad_sums` say, in place: each rank then has the whole gradient of what it holds."""
-    paid: set[GradSum] = set()
-    for program in programs:
-        for owed in program.grad_sums or ():
-            if owed in paid:
-                continue
-            paid.add(owed)
-            terms = [_piece(programs[r], gradients[r], path, owed.box) for r, path in owed.terms]
-            known = [term for term in terms if term is not None]
-            if not known:
-                continue  # nothing of the loss depends on it
-            total = sum(known[1:], start=known[0])
-            for r, path in owed.holders:
-                parameter = programs[r].graph_module.get_parameter(path)
-                whole = gradients[r].get(path)
-                gradients[r][path] = torch.zeros_like(parameter) if whole is None else whole.clone()
-                gradients[r][path][_place(programs[r].param_shards[path], owed.box)] = total
+    names = [_one_name(program) for program in programs]
+    for owed in dict.fromkeys(s for program in programs for s in program.grad_sums or ()):
+        places = [(rank, names[rank][path], programs[rank].param_shards[path]) for rank, path in owed.holders]
+        terms = [(rank, names[rank][path]) for rank, path in owed.terms]
+        known = [
+            gradients[rank][name][_place(shard, owed.box)]
+            for rank, name, shard in places
+            if (rank, name) in terms and name in gradients[rank]
+        ]
+        if not known:
+            continue  # nothing of the loss depends on it
+        total = sum(known[1:], start=known[0])
+        for rank, name, shard in places:
+            whole = gradients[rank].get(name)
+            gradients[rank][name] = total.new_zeros(shard.local_shape) if whole is None else whole.clone()
+            gradients[rank][name][_place(shard, owed.box)] = total
+
+
+def _one_name(program: RankProgram) -> dict[str, str]:
+    """Every path of a parameter -> the first path of the same tensor."""
+    first = {id(p): name for name, p in program.graph_module.named_parameters()}
+    return {name: first[id(p)] for name, p in program.graph_module.named_parameters(remove_duplicate=False)}
 
 
 def glued(programs: Sequence[RankProgram], gradients: Sequence[Gradients]) -> Gradients:
@@ -127,11 +133,6 @@ def _tolerance(x: torch.Tensor) -> float:
     """How far two sums of the same terms may be apart."""
     largest = float(x.abs().max()) if x.numel() else 0.0
     return 1e3 * torch.finfo(x.dtype).eps * largest
-
-
-def _piece(program: RankProgram, own: Gradients, path: str, box: Box) -> torch.Tensor | None:
-    gradient = own.get(path)
-    return None if gradient is None else gradient[_place(program.param_shards[path], box)]
 
 
 def _place(shard: ParamShard, box: Box) -> tuple[slice, ...]:
