@@ -22,6 +22,7 @@ from cost_model.planner import PlanRequest
 from cost_model.planner import plan as make_plan
 from cost_model.subplan import subplan
 from passes.functionalize import functionalize
+from passes.grad_sums import ParamUse
 from passes.normalize import normalize
 from passes.op_graph import build_op_graph, fingerprint, parameter_names
 from passes.program import RankProgram
@@ -53,6 +54,7 @@ class Variant:
     forms: dict[str, InputForm]  # of those that are
     output_order: tuple[str, ...]
     programs: dict[int, RankProgram] = field(default_factory=dict)
+    stage_uses: dict[int, tuple[ParamUse, ...]] = field(default_factory=dict)  # what emit_rank keeps there
     loaded: bool = False
     # Of a model whose decoder reads an encoder's output through a cache: this is the decoder's step, `encoder` what
     # fills that cache, and `whole_plan` the plan that both are parts of.

@@ -42,10 +42,10 @@ _HOW = """\
 Each type is built tiny from its config class, with random numbers in every parameter, run by itself, split over each
 mesh (tp x pp), simulated, and compared: **right** is a relative error of at most 1e-6 in float64, or 1e-4 where the
 model itself cannot run in float64 (marked f32). *Sharded* is the share of the bytes of matmul weights and embeddings
-that no rank of 2x1 holds whole; *AR* and *AG* the all_reduces and all_gathers per layer of a forward there. *KV cache* is a prompt, then token
-by token, against the whole sequence at once (or against the model's own cache, where that gives something else).
-**refused** is an error on purpose, **crashed** is not; both give their reasons below. "no pads": the model's own output
-is not finite with padding."""
+that no rank of 2x1 holds whole; *AR* and *AG* the all_reduces and all_gathers per layer of a forward there. *KV cache*
+is a prompt, then token by token, against the whole sequence at once (or against the model's own cache, where that gives
+something else). **refused** is an error on purpose, **crashed** is not; both give their reasons below. "no pads": the
+model's own output is not finite with padding."""
 
 
 def is_right(result: Result, meshes: Iterable[str]) -> bool:

@@ -93,7 +93,7 @@ def test_the_page_counts_and_gives_reasons() -> None:
     assert "build here without extra packages: **4**" in page
     assert "right on 2x1, 1x2: **2**" in page and "per layer: **1**" in page
     assert "- **bad** (2x1, 1x2, KV cache 2x1, KV cache 1x2) wrong: it does" in page  # like reasons, one line
-    assert "| 20%     | 2   | 9.5 |" in page and "AG > 2" in page
+    assert "| 20%     | 2  | 9.5 |" in page and "AG > 2" in page
     assert "- **gone** (Gone): needs a\\_b" in page
 
 
