@@ -236,6 +236,7 @@ class CompiledModel:
         if cache is None:
             cache = SimulatedCache([local_cache(variant.traced.config, p) for p in variant.programs.values()])
             if variant.encoder is not None:
+                given = variant.encoder.with_encoder_mask(given)
                 encoded = self._encode(variant, given, cache)
         if variant.encoder is not None:
             given = {**cache.encoder_inputs, **given}

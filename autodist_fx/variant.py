@@ -137,6 +137,22 @@ class Variant:
         if conditions is not None:
             conditions.check(inputs, past)
 
+    def with_encoder_mask(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """`inputs`, with a mask of ones of what the encoder reads, where the graph takes one and none is given."""
+        known = self.traced.forms()
+        if "attention_mask" not in known or inputs.get("attention_mask") is not None:
+            return dict(inputs)
+        lengths = {
+            letter: size
+            for name, form in known.items()
+            if isinstance(inputs.get(name), torch.Tensor)
+            for letter, size in zip(form.dims, inputs[name].shape)
+        }
+        device = next(x.device for x in inputs.values() if isinstance(x, torch.Tensor))
+        mask = known["attention_mask"]
+        shape = [lengths[d] if isinstance(d, str) else d for d in mask.dims]
+        return {**inputs, "attention_mask": torch.ones(shape, dtype=mask.dtype, device=device)}
+
     def takes(self, forms: Mapping[str, InputForm], call: Call) -> bool:
         """Whether this is the graph for a call: with a cache, what the call leaves out is filled in."""
         if self.traced.use_cache != call.use_cache or self.fixed != call.fixed:

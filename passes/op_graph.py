@@ -17,6 +17,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from cost_model.errors import PlanError
 from cost_model.op_graph import Op, OpGraph, TensorRef, TensorSpec
 from passes.normalize import is_pure, op_name
 
@@ -277,7 +278,13 @@ def _handles(*names: str) -> Callable[[Handler], Handler]:
 
 
 def _shape(node: Node) -> torch.Size:
-    return node.meta["val"].shape
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        raise PlanError(
+            f"{node.name} ({node.meta.get('source')}) is a {type(value).__name__} that the model takes apart itself: "
+            f"only tensors can be split; trace with use_cache=False, if it is the cache"
+        )
+    return value.shape
 
 
 @_handles("linear")

@@ -43,6 +43,8 @@ class OtherExample:
     def _computed(self, node: Node) -> Any:
         if node.op == "placeholder":
             return self.inputs[str(node.target)]
+        if getattr(node.target, "__name__", "") == "state_input":  # one in all but name (phases.py)
+            return self.inputs[str(node.args[0])]
         quiet = ("_disable_module_getattr", "_disable_call_module")  # or what is read and called here is traced, too
         before = {name: getattr(self.tracer, name, False) for name in quiet}
         for name in quiet:

@@ -147,7 +147,10 @@ def _trace(
             if "use_cache" in fixed:
                 fixed["use_cache"] = True
             inputs = _examples(model, names, ()).make(sizes)
-            tracer = Tracer(model, inputs)
+            other = unmistakable_sizes(model, other_than=sizes)
+            other = Sizes(other.batch, *((other.seq, 0) if left is None else (1, other.past)))
+            states_too = () if left is None else tuple(left.tensors.values())
+            tracer = Tracer(model, inputs, _examples(model, names, states_too).make(other))
             tracer.objects = dict(made)
             tracer.phase = "prompt" if left is None else "step"
             if left is not None:

@@ -13,27 +13,31 @@ from autodist_fx.compiled import CompiledModel
 from model_coverage.inputs import NEW_TOKENS, Inputs
 
 
-def eager_decoding(model: PreTrainedModel, inputs: Inputs) -> list[torch.Tensor] | None:
-    """Logits [tokens that count, vocab] that decoding may give; None if the model has no cache of any kind.
+Parts = list[torch.Tensor]  # logits [batch, tokens, vocab] of each step
+
+
+def eager_decoding(model: PreTrainedModel, inputs: Inputs) -> list[Parts] | None:
+    """The logits that decoding may give; None if the model has no cache of any kind.
 
     Two truths where both exist: the whole sequence at once, and the model's own decoding with its own cache.
     """
     if not {"past_key_values", "use_cache"} & set(inspect.signature(model.forward).parameters):
         return None
-    truths = []
-    kept = _kept(inputs)
+    truths: list[Parts] = []
     try:
         whole = forward(model, {**inputs, **_positions(model, inputs)})
-        truths.append(whole.logits[kept])
+        truths.append([whole.logits[:, start:stop] for start, stop in _steps(inputs)])
     except Exception:
         pass
     try:
-        cache, parts = None, []
+        accepted, cache, parts = inspect.signature(model.forward).parameters, None, []
+        name = next((n for n in ("past_key_values", "state") if n in accepted), "")  # without: modules keep their states
         for start, stop in _steps(inputs):
-            step = model(**_slice(model, inputs, start, stop), past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
+            given = {name: cache} if name else {"cache_position": torch.arange(start, stop)}
+            step = model(**_slice(model, inputs, start, stop), **given, use_cache=True)
+            cache = step.get(name)
             parts.append(step.logits)
-        truths.append(torch.cat(parts, 1)[kept])
+        truths.append(parts)
     except Exception:
         pass
     return truths or None
@@ -49,14 +53,27 @@ def forward(model: PreTrainedModel, inputs: Inputs) -> ModelOutput:
         return model(**inputs, use_cache=False)
 
 
-def decode_with_cache(compiled: CompiledModel, model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
-    """Logits [tokens that count, vocab] of the split model."""
+def decode_with_cache(compiled: CompiledModel, model: PreTrainedModel, inputs: Inputs) -> Parts:
+    """The logits of the split model."""
     cache, parts = None, []
     for start, stop in _steps(inputs):
         step = compiled.simulate(**_slice(model, inputs, start, stop), past_key_values=cache)
         cache = step.past_key_values
         parts.append(step.logits)
-    return torch.cat(parts, 1)[_kept(inputs)]
+    return parts
+
+
+def counted(parts: Parts, like: Parts, inputs: Inputs) -> torch.Tensor:
+    """Those logits [tokens, vocab] of `parts` that count: of tokens of which `like` has logits, too (some models give
+    only the last token's in a step), and that are no padding."""
+    kept, found = _kept(inputs), []
+    for part, other, (start, stop) in zip(parts, like, _steps(inputs), strict=True):
+        tokens = other.shape[1]
+        if tokens <= stop - start and part.shape[1] >= tokens:
+            found.append(part[:, -tokens:][kept[:, stop - tokens : stop]])
+        else:  # something else than one a token
+            found.append(part.reshape(-1, part.shape[-1]))
+    return torch.cat(found)
 
 
 def _steps(inputs: Inputs) -> Iterator[tuple[int, int]]:

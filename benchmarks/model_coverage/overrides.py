@@ -29,6 +29,7 @@ _EFFICIENTNET = {"width_coefficient": 0.05, "depth_coefficient": 0.3, "hidden_di
 # Task, model type, or "task:model type" -> arguments of the config; a mapping under a sub-config's name goes into it.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "causal-lm": {"is_decoder": True},  # without it BERT and its kin look at later tokens, too
+    "bamba": {"attn_layer_indices": [1]},  # without an attention layer it cannot decode
     "blt": {
         "encoder_hash_byte_group_size": [2, 3], "encoder_hash_byte_group_vocab": 64, "patch_in_forward": False,
         "encoder_config": {**_BLT_PART, "hidden_size_global": 64}, "global_config": {"hidden_size": 64},
