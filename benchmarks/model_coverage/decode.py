@@ -12,7 +12,6 @@ from transformers.utils import ModelOutput
 from autodist_fx.compiled import CompiledModel
 from model_coverage.inputs import NEW_TOKENS, Inputs
 
-
 Parts = list[torch.Tensor]  # logits [batch, tokens, vocab] of each step
 
 
@@ -31,7 +30,7 @@ def eager_decoding(model: PreTrainedModel, inputs: Inputs) -> list[Parts] | None
         pass
     try:
         accepted, cache, parts = inspect.signature(model.forward).parameters, None, []
-        name = next((n for n in ("past_key_values", "state") if n in accepted), "")  # without: modules keep their states
+        name = next((n for n in ("past_key_values", "state") if n in accepted), "")  # "": modules keep it
         for start, stop in _steps(inputs):
             given = {name: cache} if name else {"cache_position": torch.arange(start, stop)}
             step = model(**_slice(model, inputs, start, stop), **given, use_cache=True)
