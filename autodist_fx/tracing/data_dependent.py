@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers.utils import fx as hf_fx
 
 from autodist_fx.tracing.constants import constant
+from autodist_fx.tracing.ranges import value_range
 from passes.data_dependent import bincount, expectation, join_rows, made_up_length, selected, split_rows
 from passes.strided import strided
 
@@ -65,6 +66,13 @@ class Counts(list[Any]):
     def __init__(self, proxy: hf_fx.HFProxy, length: int) -> None:
         super().__init__(proxy[i] for i in range(length))
         self.proxy = proxy
+
+
+class Lengths(list[Any]):
+    """Lengths where a model has a tensor of counts."""
+
+    def tolist(self) -> Lengths:
+        return self
 
 
 class Offset:
@@ -119,6 +127,11 @@ def rewritten(tracer: hf_fx.HFTracer, kind: str, target: Any, args: tuple[Any, .
         pieces = tracer.create_proxy("call_function", split_rows, (args[0], counts.proxy, len(counts), number), {})
         tracer.whole_of_split[pieces.node] = args[0]
         return pieces
+    if name == "unique_consecutive" and (found := value_range(args[0].node, tracer)) and found[0] == found[1]:
+        values = torch.tensor([found[0]], dtype=args[0]._metadata.dtype)  # one value, as often as there are elements
+        return (values, Lengths([args[0].shape[0]])) if kwargs.get("return_counts") else values
+    if name in ("split", "split_with_sizes") and len(args) > 1 and isinstance(args[1], Lengths) and len(args[1]) == 1:
+        return args[:1]
     if name in ("cat", "concat") and args and isinstance(args[0], (list, tuple)):
         whole = _rows_of_one_split(args[0])
         if whole is not None:
