@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element
 
 from autodist_fx.report.parts import STAGES_SHOWN, cell, left_out, name, note, section, show_name, table
-from cost_model.explain import bytes_text, ranges_text
+from cost_model.explain import bytes_text, ranges_text, seconds_text
 from cost_model.plan import OpPlan, PartitionPlan
 from cost_model.plan_html import element
 
 TENSORS_SHOWN = 400  # in the table
+OPTIONS_SHOWN = 9  # places next to one cut
 NAMES_SHOWN = 60  # of ops computed again in one stage
 CACHE_KIND = "cache_update"
 
@@ -93,10 +94,40 @@ def borders_section(plan: PartitionPlan) -> Element | None:
         "What crosses between stages",
         table(header, rows, "Tensors sent between stages") if rows else note("Nothing is sent."),
         left_out(len(sent), TENSORS_SHOWN, "tensors"),
+        *_cuts(plan),
         element("h3", "Computed again instead of being sent") if again else None,
         note("Costs fewer seconds than sending, or cannot be sent, as a plain number.") if again else None,
         *again,
     )
+
+
+def _cuts(plan: PartitionPlan) -> list[Element]:
+    """The places next to each cut, and what the stages on both sides would take."""
+    if not plan.cuts:
+        return []
+    rows = []
+    for border, cut in enumerate(plan.cuts[:STAGES_SHOWN]):
+        for i, option in enumerate(cut.options[:OPTIONS_SHOWN]):
+            slower = max(option.before_seconds, option.after_seconds)
+            rows.append(
+                element(
+                    "tr",
+                    cell(f"{border} | {border + 1}" if i == 0 else "", cls="nowrap"),
+                    cell(name(option.module or option.op)),
+                    cell(seconds_text(option.before_seconds), cls="num"),
+                    cell(seconds_text(option.after_seconds), cls="num"),
+                    cell(seconds_text(slower), cls="num"),
+                    cell(bytes_text(option.nbytes), cls="num"),
+                    cell("cut here" if i == cut.chosen else "", cls="nowrap strong"),
+                    cls="chosen" if i == cut.chosen else None,
+                )
+            )
+    header = [("Border", ""), ("In front of", ""), ("Stage before", "num"), ("Stage behind", "num"),
+              ("Slower of both", "num"), ("Crosses", "num"), ("", "")]  # fmt: skip
+    about = ("The cuts that make the slowest stage fastest, under the devices' memory; then those that fewer bytes "
+             "cross. Seconds are of compute and collectives; bytes are of whole tensors.")  # fmt: skip
+    details = element("details", element("summary", "The places next to each cut"), table(header, rows, "Cuts"))
+    return [element("h3", "Why the cuts are where they are"), note(about), details]
 
 
 def _made_by(op: OpPlan) -> Element:

@@ -26,7 +26,7 @@ def _parts(stage: StageSummary, weights: int, cache: int) -> Parts:
         ("weights", weights),
         ("kv", cache),
         ("activations", stage.activation_bytes),
-        ("workspace", getattr(stage, "workspace_bytes", 0)),
+        ("workspace", stage.workspace_bytes),
     )
 
 

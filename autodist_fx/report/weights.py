@@ -5,7 +5,18 @@ from __future__ import annotations
 from math import prod
 from xml.etree.ElementTree import Element
 
-from autodist_fx.report.parts import badge, cell, left_out, name, note, section, show_name, table
+from autodist_fx.report.parts import (
+    badge,
+    bytes_change,
+    cell,
+    left_out,
+    name,
+    note,
+    seconds_change,
+    section,
+    show_name,
+    table,
+)
 from autodist_fx.report.split_bar import SplitBars, matrix
 from cost_model.explain import (
     LinearGroup,
@@ -16,9 +27,10 @@ from cost_model.explain import (
     ranges_text,
 )
 from cost_model.plan import ParamPlan, PartitionPlan
-from cost_model.plan_html import element
+from cost_model.plan_html import element, shorten
 
 ROWS_SHOWN = 700
+ROLES_SHOWN = 4  # that a linear could have instead
 
 
 def weights_section(plan: PartitionPlan) -> list[Element | None]:
@@ -31,7 +43,8 @@ def _linears(plan: PartitionPlan, groups: list[LinearGroup], bars: SplitBars) ->
     if not groups:
         return None
     header = [("Module", ""), ("Role", ""), ("Times", "num"), ("Weight", ""), ("Split over tp ranks", "wide"),
-              ("On each tp rank", ""), ("Largest", "num"), ("All layers", "num"), ("Stages", "num")]  # fmt: skip
+              ("On each tp rank", ""), ("Instead", ""), ("Largest", "num"), ("All layers", "num"),
+              ("Stages", "num")]  # fmt: skip
     rows = [_linear(plan, group, bars) for group in groups[:ROWS_SHOWN]]
     search = element(
         "p",
@@ -46,7 +59,8 @@ def _linears(plan: PartitionPlan, groups: list[LinearGroup], bars: SplitBars) ->
         "Linears",
         "Linears and embeddings",
         note("Each weight in its proportions, and beside it the dim that is cut, to scale; colours and numbers are tp "
-             "ranks. Layers that are treated alike share a row."),
+             "ranks. Layers that are treated alike share a row. Instead: other roles, and what a forward pass would "
+             "take longer with one of the layers in that role. A faster role was not taken where more would be held."),
         search,
         table(header, rows, "Linears and embeddings", id="linears-table", data_sortable="yes"),
         left_out(len(groups), ROWS_SHOWN, "rows"),
@@ -66,11 +80,27 @@ def _linear(plan: PartitionPlan, group: LinearGroup, bars: SplitBars) -> Element
         cell(show_name(group.shape, 60).replace("x", "×"), prod(weight.shape) if weight else 0, "nowrap"),
         cell(_drawn(plan, weight, group.layout, bars), share, "wide"),
         cell(show_name(group.local, 60).replace("x", "×"), share * whole, "nowrap"),
+        cell(_instead(group), cls="nowrap aside"),
         cell(bytes_text(share * whole) if weight else "–", share * whole, "num"),
         cell(bytes_text(in_all) if weight else "–", in_all, "num"),
         cell(ranges_text(group.stages), group.stages[0], "num"),
         data_layers=_numbers(group.modules),
     )
+
+
+def _instead(group: LinearGroup) -> Element | str:
+    """The other roles that it could have, and how much slower a forward would be with each."""
+    lines = []
+    for other in group.alternatives:
+        if other.role == group.role:
+            continue
+        role = show_name(other.role, 16)
+        if other.impossible:
+            lines.append(element("div", element("s", role), title=shorten(other.impossible)))
+            continue
+        about = f"{seconds_change(other.seconds)} a forward, {bytes_change(other.weight_bytes)} of weights held"
+        lines.append(element("div", f"{role} {seconds_change(other.seconds)}", title=about))
+    return element("small", *lines[:ROLES_SHOWN]) if lines else "–"
 
 
 def _drawn(plan: PartitionPlan, weight: ParamPlan | None, index: int, bars: SplitBars) -> Element:

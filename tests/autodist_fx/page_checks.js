@@ -73,7 +73,7 @@ if (table) {
     found.focused = document.activeElement === button;
     found.sorted[title] = [1, 2, 3].map(() => {
       button.click();
-      return [header(title).getAttribute("aria-sort"), shown(), [...table.tBodies[0].rows].map((row) => row.cells[7].dataset.v)];
+      return [header(title).getAttribute("aria-sort"), shown(), [...table.tBodies[0].rows].map((row) => row.cells[8].dataset.v)];
     });
   }
 }

@@ -189,25 +189,45 @@ def test_each_hop_crosses_the_borders_between_its_ends():
     assert len(sent) == len(plan.hops) - 2  # the mask from stage 0 to three stages is one tensor
 
 
+def tracks_of(plan):
+    """The pieces of each bar of the timeline: (kind, start, seconds), in shares of the longest bar."""
+    tracks = [e for e in timeline_section(plan).iter() if e.get("class") == "track"]
+    return [[(piece.get("class"), *position(piece)) for piece in track] for track in tracks]
+
+
 def test_the_timeline_runs_stage_after_stage_up_to_the_predicted_seconds():
     plan = large_plan(400)
-    alone = plan.one_device_seconds
-    end = max(plan.predicted_seconds, alone)
-    tracks = [e for e in timeline_section(plan).iter() if e.get("class") == "track"]
+    total, alone = plan.predicted_seconds, plan.one_device_seconds
+    *stages, split, one = tracks_of(plan)
     at = 0.0
-    for s, track in zip(plan.stages, tracks, strict=False):
-        lengths = {}
-        for piece in track:
-            left, width = position(piece)
-            assert left == pytest.approx(at, abs=2e-5)
-            at = left + width
-            lengths[piece.get("class")] = lengths.get(piece.get("class"), 0.0) + width * end
-        assert lengths == {
-            "compute": pytest.approx(s.compute_seconds, abs=1e-4 * end),
-            "comm": pytest.approx(s.comm_seconds, abs=1e-4 * end),
-        }
-    assert at == pytest.approx(plan.predicted_seconds / end, abs=1e-4)
-    assert position(tracks[-1][0]) == (0.0, pytest.approx(alone / end, abs=1e-4))
+    for s, pieces in zip(plan.stages, stages, strict=True):
+        lengths = {"compute": 0.0, "said": 0.0}
+        for kind, start, length in pieces:
+            assert start == pytest.approx(at, abs=2e-5)
+            at = start + length
+            lengths["compute" if kind == "compute" else "said"] += length * total
+        rounding = 1e-5 * len(pieces) * total
+        assert lengths["compute"] == pytest.approx(s.compute_seconds, abs=rounding)
+        assert lengths["said"] == pytest.approx(s.comm_seconds, abs=rounding)
+    assert at == pytest.approx(1.0, abs=1e-4)
+    ends = [bar[-1][1] + bar[-1][2] for bar in (split, one)]
+    assert ends == pytest.approx([total / max(total, alone), alone / max(total, alone)], abs=1e-4)
+
+
+def test_the_timeline_has_collectives_where_they_run():
+    plan = small_plan()
+    seconds = [(1.0, 0.0), (2.0, 0.5), (4.0, 0.0), (0.0, 0.25), (1.0, 0.25), (2.0, 0.0)]
+    ops = tuple(
+        replace(op, home=1, stages=(1,), compute_seconds=a, comm_seconds=b) for op, (a, b) in zip(plan.ops, seconds)
+    )
+    stages = tuple(replace(s, compute_seconds=10.0, comm_seconds=2.0, recomputed=()) for s in plan.stages)
+    first, second, *_ = tracks_of(replace(plan, ops=ops, stages=stages, hops=()))
+    assert [(kind, length) for kind, _, length in second] == [
+        (kind, pytest.approx(n / 24, abs=1e-5))
+        for kind, n in [("receive", 1.0), ("compute", 3.0), ("comm", 0.5), ("compute", 4.0), ("comm", 0.25),
+                        ("compute", 1.0), ("comm", 0.25), ("compute", 2.0)]
+    ]  # fmt: skip
+    assert [kind for kind, *_ in first] == ["receive", "compute"]  # of no op is anything known
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
