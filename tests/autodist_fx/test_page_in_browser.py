@@ -88,7 +88,8 @@ def test_readable_at_8_x_4_ranks(tmp_path, width, dark):
 def test_the_checks_see_a_page_that_is_broken(tmp_path):
     style = ".facts dd { margin-left: -5rem; } .badge { width: 1rem; } .lane i { margin-left: 2rem; }"
     page = plan_page(small_plan()).replace("</style>", style + "body { width: 2000px; }</style>")
-    found = look_at(page.replace("</main>", '<script>nothing();</script><img src="missing.png"></main>'), tmp_path)
+    more = '<script>nothing();</script><img src="http://127.0.0.1:9/x.png"></main>'
+    found = look_at(page.replace("</main>", more), tmp_path)
     assert found["errors"] == ["Uncaught ReferenceError: nothing is not defined"]
     assert all(found[key] for key in ("overlaps", "spills", "outside", "requests")) and found["scrolls"] > 0
 
