@@ -46,6 +46,7 @@ class OpPlan:
     output_layouts: tuple[int, ...] = ()
     compute_seconds: float = 0.0
     comm_seconds: float = 0.0  # of the collectives that `gather` asks for
+    comm_bytes: int = 0  # of the whole tensors that they make
     choice: int = -1  # position in PartitionPlan.choices of the roles it could have; -1 where there is no choice
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -87,7 +86,7 @@ class _Planner:
                 if price >= PRICES["shard"]:
                     raise
                 price = max(10 * price, 1e-12)  # memory costs more until the plan fits
-        self.alternatives = AlternativeCosts(self.search, result, _role)
+        self.alternatives = AlternativeCosts(self.search, result, role_of)
         return self._write(model, fingerprint, stages)
 
     # -- the pipeline search ---------------------------------------------------------------------------------------
@@ -104,12 +103,12 @@ class _Planner:
         return self.pipeline.solve(self.mesh.pp, None if limit is None else [limit] * self.mesh.pp)
 
     def _send_seconds(self, ref: TensorRef) -> float:
-        """Of one tensor to another stage, both ends: one launches the send, one the recv. A tensor with a length that
-        the receiver cannot tell from the model's inputs cannot be sent."""
-        spec = self.search.spec(ref)
-        if any(symbol.startswith("?") for symbol in spec.symbols):
-            return math.inf
-        return send_seconds(spec.nbytes, self.hardware.pp_link) + self.hardware.pp_link.launch_seconds
+        """Of one tensor to another stage, both ends: one launches the send, one the recv. Where the receiver cannot
+        tell a length from the model's inputs, the shape goes ahead: 8 bytes a dim."""
+        spec, link = self.search.spec(ref), self.hardware.pp_link
+        told = any(symbol.startswith("?") for symbol in spec.symbols)
+        ahead = send_seconds(8 * len(spec.shape), link) + link.launch_seconds if told else 0.0
+        return ahead + send_seconds(spec.nbytes, link) + link.launch_seconds
 
     def _op_cost(self, op: Op) -> OpCost:
         strategy = self.strategies[op.name]
@@ -172,7 +171,7 @@ class _Planner:
 
     def _op_plan(self, op: Op, home: int, stages: set[int]) -> OpPlan:
         s = self.strategies[op.name]
-        choice = self.alternatives.of(op)
+        role, choice = role_of(op, s), self.alternatives.of(op)
         return OpPlan(
             name=op.name,
             kind=op.kind,
@@ -182,13 +181,14 @@ class _Planner:
             outputs=s.outputs,
             gather=s.gather,
             letter=s.letter,
-            role=_role(op, s),
+            role=role,
             module=op.module,
-            weight=next((r.op for r in op.inputs if self.graph[r.op].attrs.get("matmul")), "") if _role(op, s) else "",
+            weight=next((r.op for r in op.inputs if self.graph[r.op].attrs.get("matmul")), "") if role else "",
             input_layouts=tuple(self._layout_index(r, p) for r, p in zip(op.inputs, s.inputs, strict=True)),
             output_layouts=tuple(self._layout_index(TensorRef(op.name, j), p) for j, p in enumerate(s.outputs)),
             compute_seconds=rounded(self.search.compute_seconds(op, s)),
             comm_seconds=rounded(self.search.gather_seconds(op, s)),
+            comm_bytes=sum(self.search.spec(TensorRef(op.name, j)).nbytes for j, whole in enumerate(s.gather) if whole),
             choice=self.choices.setdefault(choice, len(self.choices)) if choice else -1,
         )
 
@@ -313,7 +313,8 @@ def all_lengths(sizes: Mapping[str, int]) -> dict[str, int]:
     return full
 
 
-def _role(op: Op, strategy: Strategy) -> str:
+def role_of(op: Op, strategy: Strategy) -> str:
+    """The strategy in the field's words, for linears, convolutions and embeddings; "" for other ops."""
     if op.kind in ("linear", "conv"):
         return strategy.letter if strategy.letter in ("column", "row", "groups") else "replicate"
     if op.kind == "embedding":
