@@ -22,8 +22,8 @@ from autodist_fx.report.split_bar import CELLS, SplitBars, matrix
 from autodist_fx.report.terminal import print_plan
 from autodist_fx.report.timeline import timeline_section
 from cost_model.explain import param_bytes, plan_sections
-from cost_model.placement import Layout
-from cost_model.plan import Hop, PartitionPlan
+from cost_model.placement import Layout, Placement
+from cost_model.plan import Hop, ParamPlan, PartitionPlan
 from cost_model.plan_html import plan_fragment
 
 LIMIT = 3_000_000
@@ -158,6 +158,23 @@ def test_memory_of_each_rank_is_what_it_holds():
         assert [r["weights"] for r in ranks] == [held_by_hand(plan, s.index, r) + 1000 for r in range(2)]
         assert ranks[0]["weights"] > ranks[1]["weights"]  # 6 heads against 3
         assert max(sum(r.values()) for r in ranks) == s.memory_bytes
+
+
+def test_an_expert_that_lies_on_one_rank_is_drawn_and_counted_there():
+    """64 experts of 16 bytes: 40 on tp rank 0, 24 on tp rank 1."""
+    plan = small_plan()
+    linear = next(op for op in plan.ops if op.role == "row")
+    names = [f"model.layers.0.experts.{i}" for i in range(64)]
+    owned = [Placement("O", 0 if i < 40 else 1) for i in range(64)]
+    ops = tuple(replace(linear, name=n, module=n, weight=n + ".weight", home=0, stages=(0,)) for n in names)
+    params = tuple(ParamPlan(n + ".weight", (2, 4), "bfloat16", o, -1, (0,), True) for n, o in zip(names, owned))
+    more = replace(plan, ops=plan.ops + ops, params=plan.params + params)
+    before, after = ([dict(parts)["weights"] for parts in rank_parts(p, 0)] for p in (plan, more))
+    # a stage's bytes are the fullest rank's: that they did not grow means 640 fewer bytes of buffers
+    assert [b - a for a, b in zip(before, after)] == [40 * 16 - 640, 24 * 16 - 640]
+    (row,) = [row for row in plan_page(more).split("<tr") if "experts" in row and "×64" in row]
+    pieces = re.findall(r"tp rank (\d): (\d+)–(\d+)", row)
+    assert pieces == [("0", "0", "39"), ("1", "40", "63")] and "64 whole weights" in row
 
 
 def test_a_kv_cache_is_cut_as_its_heads_are():
