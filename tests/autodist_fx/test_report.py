@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plan_examples import large_plan, small_plan
 from rich.console import Console
+from transformers import LlamaConfig
 
+from autodist_fx.compiled import compile
 from autodist_fx.report.borders import bytes_of, crossing, sent_tensors
 from autodist_fx.report.dot import plan_dot
 from autodist_fx.report.memory import memory_rows, rank_parts
@@ -381,3 +383,23 @@ def test_graphviz_reads_it(plan):
         pytest.skip("no dot: apt-get install graphviz")
     drawn = subprocess.run(["dot", "-Tsvg"], input=text, capture_output=True, text=True, timeout=60, check=True)
     assert not drawn.stderr and drawn.stdout.count("<g ") > 10 and "<script" not in drawn.stdout
+
+
+def test_a_compiled_model_with_fewer_kv_heads_than_ranks():
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=64)  # fmt: skip
+    compiled = compile(config, tp=4, pp=2, use_cache=True, verify=False)
+    assert compiled._repr_html_() == plan_fragment(compiled.plan)
+    keys = [p for p in compiled.plan.params if "k_proj" in p.name]
+    bar = SplitBars(compiled.plan.layouts, 4).bar(keys[0].layout)
+    assert [[(*position(piece), piece.get("class")) for piece in lane] for lane in bar] == [
+        [(0.0, 0.5, "r0"), (0.5, 0.5, "r2")],
+        [(0.0, 0.5, "r1"), (0.5, 0.5, "r3")],
+    ]
+    # on each rank as much as a program of it holds
+    for stage in range(2):
+        held = [dict(parts)["weights"] for parts in rank_parts(compiled.plan, stage)]
+        for tp_rank, nbytes in enumerate(held):
+            graph = compiled.rank(4 * stage + tp_rank)
+            tensors = [*graph.parameters(), *graph.buffers()]
+            assert nbytes == pytest.approx(sum(t.numel() * t.element_size() for t in tensors), rel=1e-9)
