@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from xml.etree.ElementTree import Element
 
-from autodist_fx.report.parts import STAGES_SHOWN, left_out, note, ranks_text, section, span
+from autodist_fx.report.parts import STAGES_SHOWN, left_out, note, ranks_text, section
 from cost_model.explain import seconds_text
 from cost_model.plan import PartitionPlan, StageSummary
 from cost_model.plan_html import element
@@ -80,24 +80,31 @@ def _pieces(plan: PartitionPlan, stage: StageSummary, shortest: float) -> list[t
 
 
 def _row(title: str, who: str, pieces: list[tuple[str, float]], at: float, end: float) -> Element:
-    drawn = []
-    start, seconds = at, sum(length for _, length in pieces)
+    """A bar from `at` on. Its commonest kind is drawn behind all of it, so that no seams show between thin pieces."""
+    seconds = sum(length for _, length in pieces)
+    behind = max(pieces, key=lambda piece: piece[1])[0]
+    drawn, start = [_rectangle(behind, at, seconds, end, sum(n for kind, n in pieces if kind == behind))], at
     for kind, length in pieces:
-        if length > 0:
-            what = KINDS[kind]
-            drawn.append(
-                element("i", cls=kind, style=span(start / end, length / end), title=f"{what}: {seconds_text(length)}")
-            )
-            start += length
+        if kind != behind and length > 0:
+            drawn.append(_rectangle(kind, start, length, end, length))
+        start += length
     said = f"{title}: from {seconds_text(at)} to {seconds_text(at + seconds)}"
+    # SVG, whose pieces of less than a pixel are drawn fainter; as boxes they would be a pixel wide, or nothing.
+    picture = element("svg", *drawn, viewBox="0 0 100 1", preserveAspectRatio="none", role="img", aria_label=said)
     return element(
         "div",
         element("div", element("span", title, cls="strong"), element("small", who), cls="who"),
-        element("div", *drawn, cls="track", role="img", aria_label=said),
+        element("div", picture, cls="track"),
         element("div", seconds_text(seconds), cls="num"),
         cls="line",
         role="listitem",
     )
+
+
+def _rectangle(kind: str, start: float, length: float, end: float, said: float) -> Element:
+    x, width = f"{100 * start / end:.4f}", f"{100 * length / end:.4f}"
+    title = element("title", f"{KINDS[kind]}: {seconds_text(said)}")
+    return element("rect", title, x=x, y="0", width=width, height="1", cls=kind)
 
 
 def _axis(end: float) -> Element:

@@ -40,9 +40,9 @@ function look() {
   for (const e of document.querySelectorAll(".badge, .rank, .lane i, .bar.whole span, .arrow, .tiles dd, .axis span"))
     if (e.scrollWidth > e.clientWidth + 1) found.spills.push(`${e.className}: ${e.textContent.slice(0, 40)}`);
   // pieces of bars outside of their bar
-  for (const e of document.querySelectorAll(".lane i, .track i, .stack i")) {
+  for (const e of document.querySelectorAll(".lane i, .track rect, .stack i")) {
     const [r, p] = [e, e.parentElement].map((x) => x.getBoundingClientRect());
-    if (r.left < p.left - 1 || r.right > p.right + 1) found.outside.push(e.title);
+    if (r.left < p.left - 1 || r.right > p.right + 1) found.outside.push(e.title || e.textContent);
   }
 }
 

@@ -209,9 +209,9 @@ def test_each_hop_crosses_the_borders_between_its_ends():
 
 
 def tracks_of(plan):
-    """The pieces of each bar of the timeline: (kind, start, seconds), in shares of the longest bar."""
-    tracks = [e for e in timeline_section(plan).iter() if e.get("class") == "track"]
-    return [[(piece.get("class"), *position(piece)) for piece in track] for track in tracks]
+    """The rectangles of each bar of the timeline: (kind, start, length), in shares of the longest bar."""
+    tracks = [e for e in timeline_section(plan).iter("svg")]
+    return [[(r.get("class"), float(r.get("x")) / 100, float(r.get("width")) / 100) for r in t] for t in tracks]
 
 
 def test_the_timeline_runs_stage_after_stage_up_to_the_predicted_seconds():
@@ -219,18 +219,15 @@ def test_the_timeline_runs_stage_after_stage_up_to_the_predicted_seconds():
     total, alone = plan.predicted_seconds, plan.one_device_seconds
     *stages, split, one = tracks_of(plan)
     at = 0.0
-    for s, pieces in zip(plan.stages, stages, strict=True):
-        lengths = {"compute": 0.0, "said": 0.0}
-        for kind, start, length in pieces:
-            assert start == pytest.approx(at, abs=2e-5)
-            at = start + length
-            lengths["compute" if kind == "compute" else "said"] += length * total
-        rounding = 1e-5 * len(pieces) * total
-        assert lengths["compute"] == pytest.approx(s.compute_seconds, abs=rounding)
-        assert lengths["said"] == pytest.approx(s.comm_seconds, abs=rounding)
-    assert at == pytest.approx(1.0, abs=1e-4)
-    ends = [bar[-1][1] + bar[-1][2] for bar in (split, one)]
-    assert ends == pytest.approx([total / max(total, alone), alone / max(total, alone)], abs=1e-4)
+    for s, (whole, *pieces) in zip(plan.stages, stages, strict=True):
+        assert whole == ("compute", pytest.approx(at, abs=2e-6), pytest.approx(s.seconds / total, abs=2e-6))
+        said = sum(length for _, _, length in pieces)
+        assert said == pytest.approx(s.comm_seconds / total, abs=1e-6 * len(pieces))
+        assert all(at - 2e-6 <= start and start + length <= at + whole[2] + 4e-6 for _, start, length in pieces)
+        at += whole[2]
+    assert at == pytest.approx(1.0, abs=1e-5)
+    ends = [bar[0][1] + bar[0][2] for bar in (split, one)]
+    assert ends == pytest.approx([total / max(total, alone), alone / max(total, alone)], abs=1e-5)
 
 
 def test_the_timeline_has_collectives_where_they_run():
@@ -241,12 +238,12 @@ def test_the_timeline_has_collectives_where_they_run():
     )
     stages = tuple(replace(s, compute_seconds=10.0, comm_seconds=2.0, recomputed=()) for s in plan.stages)
     first, second, *_ = tracks_of(replace(plan, ops=ops, stages=stages, hops=()))
-    assert [(kind, length) for kind, _, length in second] == [
-        (kind, pytest.approx(n / 24, abs=1e-5))
-        for kind, n in [("receive", 1.0), ("compute", 3.0), ("comm", 0.5), ("compute", 4.0), ("comm", 0.25),
-                        ("compute", 1.0), ("comm", 0.25), ("compute", 2.0)]
-    ]  # fmt: skip
-    assert [kind for kind, *_ in first] == ["receive", "compute"]  # of no op is anything known
+    # the second stage: 12 to 24 s, of which the first is not the ops' own
+    expected = [("compute", 12, 12), ("receive", 12, 1), ("comm", 16, 0.5), ("comm", 20.5, 0.25), ("comm", 21.75, 0.25)]
+    assert [kind for kind, *_ in second] == [kind for kind, *_ in expected]
+    for (_, *drawn), (_, *lengths) in zip(second, expected):
+        assert drawn == pytest.approx([n / 24 for n in lengths], abs=1e-6)
+    assert [kind for kind, *_ in first] == ["compute", "receive"]  # of its ops nothing is known
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
