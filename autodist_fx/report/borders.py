@@ -8,6 +8,7 @@ from xml.etree.ElementTree import Element
 
 from autodist_fx.report.parts import STAGES_SHOWN, cell, left_out, name, note, section, show_name, table
 from cost_model.explain import bytes_text, ranges_text, seconds_text
+from cost_model.explain_cut import cut_reason
 from cost_model.plan import OpPlan, PartitionPlan
 from cost_model.plan_html import element
 
@@ -102,32 +103,32 @@ def borders_section(plan: PartitionPlan) -> Element | None:
 
 
 def _cuts(plan: PartitionPlan) -> list[Element]:
-    """The places next to each cut, and what the stages on both sides would take."""
+    """Where each cut is and why; to unfold, what the stages on both sides would take at the places next to it."""
     if not plan.cuts:
         return []
-    rows = []
+    found = [element("h3", "Why the cuts are where they are"),
+             note("Seconds of compute and collectives; bytes of whole tensors.")]  # fmt: skip
+    header = [("Cut before", ""), ("Stage in front", "num"), ("Stage behind", "num"), ("Slower of both", "num"),
+              ("Crosses", "num"), ("", "")]  # fmt: skip
     for border, cut in enumerate(plan.cuts[:STAGES_SHOWN]):
+        rows = []
         for i, option in enumerate(cut.options[:OPTIONS_SHOWN]):
-            slower = max(option.before_seconds, option.after_seconds)
+            seconds = (option.before_seconds, option.after_seconds, max(option.before_seconds, option.after_seconds))
             rows.append(
                 element(
                     "tr",
-                    cell(f"{border} | {border + 1}" if i == 0 else "", cls="nowrap"),
                     cell(name(option.module or option.op)),
-                    cell(seconds_text(option.before_seconds), cls="num"),
-                    cell(seconds_text(option.after_seconds), cls="num"),
-                    cell(seconds_text(slower), cls="num"),
+                    *(cell(seconds_text(s), cls="num") for s in seconds),
                     cell(bytes_text(option.nbytes), cls="num"),
                     cell("cut here" if i == cut.chosen else "", cls="nowrap strong"),
                     cls="chosen" if i == cut.chosen else None,
                 )
             )
-    header = [("Border", ""), ("In front of", ""), ("Stage before", "num"), ("Stage behind", "num"),
-              ("Slower of both", "num"), ("Crosses", "num"), ("", "")]  # fmt: skip
-    about = ("The cuts that make the slowest stage fastest, under the devices' memory; then those that fewer bytes "
-             "cross. Seconds are of compute and collectives; bytes are of whole tensors.")  # fmt: skip
-    details = element("details", element("summary", "The places next to each cut"), table(header, rows, "Cuts"))
-    return [element("h3", "Why the cuts are where they are"), note(about), details]
+        here = cut.options[cut.chosen]
+        summary = element("summary", f"{border} | {border + 1}: before ", name(here.module or here.op), ": ",
+                          show_name(cut_reason(plan, border), 400))  # fmt: skip
+        found.append(element("details", summary, table(header, rows, f"Places next to cut {border}")))
+    return found
 
 
 def _made_by(op: OpPlan) -> Element:
