@@ -36,6 +36,7 @@ from cost_model.mesh import Mesh
 from cost_model.op_graph import OpGraph
 from cost_model.plan import PartitionPlan
 from cost_model.planner import PlanRequest
+from passes.graph_changes import GraphChanges, graph_changes
 from passes.graph_text import graph_diff
 from passes.pass_manager import emit_rank
 from passes.program import RankProgram
@@ -200,6 +201,10 @@ class CompiledModel:
     def graph_diff(self, rank: int) -> str:
         """Unified diff from the traced, normalised graph to that rank's."""
         return graph_diff(self.graph, self.rank(rank))
+
+    def graph_changes(self, rank: int) -> GraphChanges:
+        """The same, counted: which kinds of nodes were inserted, replaced, removed or changed."""
+        return graph_changes(self.graph, self.rank(rank))
 
     def verify(self) -> None:
         """Prove every rank's program (passes/verify.py). Raises VerificationError, which names the node."""
