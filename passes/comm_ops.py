@@ -92,22 +92,26 @@ def _has_gradient(x: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-def send(x: torch.Tensor, to: int, channel: int, gradient: bool = False) -> None:
-    """`gradient`: on a tape, its gradient is waited for on the way back."""
+def send(x: torch.Tensor, to: int, channel: int, sized: bool = False, gradient: bool = False) -> None:
+    """`sized`: its shape goes ahead, which the receiver cannot tell from the model's inputs. `gradient`: on a tape, its
+    gradient is waited for on the way back."""
     tape = getattr(_local, "tape", None)
-    if tape is None:
-        current().send(x, to, channel)
-        return
-    if gradient:
-        tape.sent.append((x, to, channel))
-    current().send(x.detach(), to, channel)
+    if tape is not None:
+        if gradient:
+            tape.sent.append((x, to, channel))
+        x = x.detach()
+    if sized:
+        current().send(torch.tensor(x.shape, device=x.device), to, channel)
+    current().send(x, to, channel)
 
 
 def recv(
-    shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int, gradient: bool = False
+    shape: Sequence[int | None], dtype: torch.dtype, device: Any, source: int, channel: int, gradient: bool = False
 ) -> torch.Tensor:
-    """`gradient`: on a tape, its gradient is sent back."""
-    x = current().recv(shape, dtype, device, source, channel)
+    """A dim None is of the length that the sender says. `gradient`: on a tape, its gradient is sent back."""
+    if None in shape:
+        shape = current().recv((len(shape),), torch.long, device, source, channel).tolist()
+    x = current().recv(shape, dtype, device, source, channel)  # type: ignore[arg-type]
     tape = getattr(_local, "tape", None)
     if gradient and tape is not None:
         tape.received.append((x.requires_grad_(), source, channel))

@@ -189,7 +189,7 @@ class _Reader:
         if node.target is send:
             value = node.args[0]
             self.sent[key] = self.kinds[value] if value in self.needs else None  # type: ignore[index]
-        flag = argument(node, 3 if node.target is send else 5, "gradient", False)
+        flag = argument(node, 4 if node.target is send else 5, "gradient", False)
         if flag is not (self.sent[key] is not None):
             self._fail(
                 node,
