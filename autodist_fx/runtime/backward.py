@@ -41,7 +41,9 @@ def go_back(
     wanted = [*parameters, *leaves]
     found: list[torch.Tensor | None] = [None] * len(wanted)
     if roots and wanted:
-        found = list(torch.autograd.grad(roots, wanted, known, allow_unused=True))
+        # in this thread: one for all ranks of a simulation on a GPU would wait for itself
+        with torch.autograd.set_multithreading_enabled(False):
+            found = list(torch.autograd.grad(roots, wanted, known, allow_unused=True))
     for (x, source, channel), gradient in zip(tape.received, found[len(parameters) :], strict=True):
         back = torch.zeros_like(x) if gradient is None else gradient.contiguous()
         communicator.send(back, source, GRADIENT_CHANNEL + channel)
@@ -133,7 +135,7 @@ def glued(programs: Sequence[RankProgram], gradients: Sequence[Gradients]) -> Gr
             shard = program.param_shards[path]
             if shard.source not in found:
                 found[shard.source] = gradient.new_zeros(shard.shape)
-                owners[shard.source] = torch.full(shard.shape, -1, dtype=torch.int32)
+                owners[shard.source] = torch.full(shard.shape, -1, dtype=torch.int32, device=gradient.device)
             whole, owner = found[shard.source], owners[shard.source]
             for box, piece in _pieces(shard, gradient):
                 there, theirs = whole[box], owner[box]
