@@ -16,7 +16,7 @@ from autodist_fx.adapters import without_wrapper
 from autodist_fx.call import Call, read_call
 from autodist_fx.errors import AutodistError
 from autodist_fx.outputs import merged, nested
-from autodist_fx.runtime.backward import add_up, glued, run_backward
+from autodist_fx.runtime.backward import glued, run_backward
 from autodist_fx.runtime.local_cache import encoder_view, local_cache
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, join
 from autodist_fx.runtime.simulate import simulate
@@ -84,6 +84,8 @@ def compile(
 
     Errors: TracingError, MeshError, NoPlanFits, PlanError, VerificationError; all are AutodistError.
     """
+    if train and use_cache:
+        raise AutodistError("train=True is for whole sequences: leave use_cache out")
     model = without_wrapper(model)
     request = PlanRequest(
         mesh=Mesh(tp, pp) if plan is None else plan.mesh,
@@ -267,9 +269,7 @@ class CompiledModel:
         self._load(variant)
         variant.check_lengths(call.tensors, 0)
         programs = list(variant.programs.values())
-        _, of_ranks = run_backward(programs, call.tensors)
-        add_up(programs, of_ranks)
-        found = glued(programs, of_ranks)
+        found = glued(programs, run_backward(programs, call.tensors)[1])
         model: PreTrainedModel = self._model  # type: ignore[assignment]
         by_any_name = dict(model.named_parameters(remove_duplicate=False))
         by_tensor = {id(by_any_name[name]): gradient for name, gradient in found.items()}
@@ -407,7 +407,7 @@ class CompiledModel:
                 layer_kinds=variant.traced.layer_kinds,
                 dump_dir=self._dump_dir,
                 sources=variant.sources,
-                train=self._train,
+                train=self._train and not variant.traced.use_cache,
                 stage_uses=variant.stage_uses,
             )
         return variant.programs[rank]
