@@ -75,14 +75,17 @@ def graph_to_json(module: torch.fx.GraphModule, kinds: Kinds = KINDS) -> dict[st
     }
 
 
-def _tensors_to_json(module: nn.Module) -> list[dict[str, Any]]:
-    first: dict[int, str] = {}
+def _tensors_to_json(module: torch.fx.GraphModule) -> list[dict[str, Any]]:
+    """Those that the graph reads, or a layer that it calls has."""
+    used, first = used_tensors(module), dict[int, str]()
     found = []
     for kind, named in (
         ("parameter", module.named_parameters(remove_duplicate=False)),
         ("buffer", module.named_buffers(remove_duplicate=False)),
     ):
         for name, tensor in named:
+            if name not in used:
+                continue
             entry: dict[str, Any] = {"name": name, "kind": kind}
             if id(tensor) in first:
                 entry["same_as"] = first[id(tensor)]
@@ -91,6 +94,20 @@ def _tensors_to_json(module: nn.Module) -> list[dict[str, Any]]:
             first.setdefault(id(tensor), name)
             found.append(entry)
     return found
+
+
+def used_tensors(module: torch.fx.GraphModule) -> dict[str, torch.Tensor]:
+    """By path, what a graph reads and what the layers that it calls have."""
+    found: dict[str, torch.Tensor] = {}
+    for node in module.graph.nodes:
+        target = str(node.target)
+        if node.op == "get_attr":
+            found[target] = fetch(module, target)
+        elif node.op == "call_module":
+            called = module.get_submodule(target)
+            own = (*called.named_parameters(recurse=False), *called.named_buffers(recurse=False))
+            found.update({f"{target}.{name}": tensor for name, tensor in own})
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
 
 
 def _node_to_json(node: Node) -> dict[str, Any]:

@@ -24,15 +24,15 @@ _OURS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "VocabParallelEmbedding": (VocabParallelEmbedding, ("intervals", "rows", "num_embeddings")),
 }
 _TORCH = """
-    Linear Embedding LayerNorm RMSNorm GroupNorm Identity Dropout Dropout1d Dropout2d AlphaDropout
-    GELU ReLU ReLU6 SiLU Tanh Sigmoid LeakyReLU ELU CELU SELU Mish Hardtanh Hardswish Hardsigmoid Softplus Softsign
-    LogSigmoid Tanhshrink Softshrink Hardshrink GLU PReLU Threshold Softmax LogSoftmax Softmin
-    ZeroPad1d ZeroPad2d ConstantPad1d ConstantPad2d ConstantPad3d ReflectionPad1d ReflectionPad2d ReplicationPad1d
-    ReplicationPad2d Upsample PixelShuffle PixelUnshuffle Unfold Fold Flatten Unflatten
-    AvgPool1d AvgPool2d AvgPool3d MaxPool1d MaxPool2d MaxPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d
-    AdaptiveMaxPool1d AdaptiveMaxPool2d Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d
-    BatchNorm1d BatchNorm2d BatchNorm3d Bilinear CosineSimilarity
-""".split()
+    Linear Embedding LayerNorm RMSNorm GroupNorm Identity Dropout Dropout1d Dropout2d AlphaDropout GELU ReLU ReLU6
+    SiLU Tanh Sigmoid LeakyReLU ELU CELU SELU Mish Hardtanh Hardswish Hardsigmoid Softplus Softsign LogSigmoid
+    Tanhshrink Softshrink Hardshrink GLU PReLU Threshold Softmax LogSoftmax Softmin ZeroPad1d ZeroPad2d
+    ConstantPad1d ConstantPad2d ConstantPad3d ReflectionPad1d ReflectionPad2d ReplicationPad1d ReplicationPad2d
+    Upsample PixelShuffle PixelUnshuffle Unfold Fold Flatten Unflatten AvgPool1d AvgPool2d AvgPool3d MaxPool1d
+    MaxPool2d MaxPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d
+    Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d BatchNorm1d BatchNorm2d BatchNorm3d
+    Bilinear CosineSimilarity
+"""
 # torch lists what a forward reads for TorchScript; these lists leave something out.
 _MORE = {
     "PixelShuffle": ("upscale_factor",), "PixelUnshuffle": ("downscale_factor",), "Upsample": ("mode",),
@@ -45,7 +45,7 @@ KINDS: Kinds = _OURS | {
         getattr(nn, name),
         tuple(dict.fromkeys((*getattr(getattr(nn, name), "__constants__", ()), *_MORE.get(name, ())))),
     )
-    for name in _TORCH
+    for name in _TORCH.split()
 }
 
 
@@ -63,7 +63,7 @@ def made(description: Mapping[str, Any], kinds: Kinds) -> nn.Module:
     """The module, in eval mode, with every parameter and buffer None. KeyError for a class or attribute that the table
     does not have."""
     cls, attributes = kinds[description["class"]]
-    module = cls.__new__(cls)
+    module: nn.Module = object.__new__(cls)
     nn.Module.__init__(module)
     for name, value in description.items():
         if name != "class":

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
+from autodist_fx.cache_kinds import CROSS, one_cache
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, new_cache
-from autodist_fx.tracing.cross_cache import CROSS, both_kinds, model_cache, one_cache
+from autodist_fx.tracing.cross_cache import both_kinds, model_cache
 from autodist_fx.tracing.input_forms import InputForm
 from autodist_fx.tracing.input_shapes import input_dims
 from autodist_fx.tracing.states import StateTensor
