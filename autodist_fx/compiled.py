@@ -165,13 +165,24 @@ class CompiledModel:
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
         """Real values by name of every buffer and constant that the programs use."""
-        modules = [v.traced.graph_module for v in (self._main.encoder, self._main) if v is not None]
+        parts = (self._main.encoder, self._prompt, self._main)
+        modules = [v.traced.graph_module for v in parts if v is not None]
         return {name: b for module in modules for name, b in module.named_buffers(remove_duplicate=False)}
 
     def encoder_program(self, rank: int) -> RankProgram | None:
         """What global rank `rank` runs once for an input, before `program` at each step of a decoder; None where the
         model, or this form of it, has no such part. It writes what the steps read into their cache."""
         return None if self._main.encoder is None else self._program(self._main.encoder, rank)
+
+    def prompt_program(self, rank: int) -> RankProgram | None:
+        """What global rank `rank` runs for a prompt, where the model has a cache of its own; `program` is then that of
+        each step after it. None for all other models."""
+        return None if self._prompt is None else self._program(self._prompt, rank)
+
+    @property
+    def prompt_plan(self) -> PartitionPlan | None:
+        """The plan of the prompt's programs, where these are others than the steps'."""
+        return None if self._prompt is None else self._prompt.plan
 
     def rank(self, rank: int) -> torch.fx.GraphModule:
         """The GraphModule of global rank `rank`."""
