@@ -98,6 +98,11 @@ def parts_of(compiled: CompiledModel) -> list[Part]:
         asked = {"input_ids", "attention_mask"}
         if cached[0].encoder is None and not any(_is_whole(v, asked) for v in variants):
             variants.append(compiled.new_variant(use_cache=False, input_names=sorted(asked, reverse=True)))
+    return named_parts(variants)
+
+
+def named_parts(variants: Sequence[Variant]) -> list[Part]:
+    """These forms under names, with the encoders that fill their caches; the first of them comes first."""
     parts: list[Part] = []
     for variant in variants:
         if variant.encoder is not None:
