@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+STATE_PREFIX = "state_"  # of inputs and outputs that are tensors of a cache of the model's own
 CROSS = "cross"  # filled once, with what an encoder gives
 
 

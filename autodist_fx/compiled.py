@@ -137,7 +137,7 @@ class CompiledModel:
         self._prompt = prompt  # what the main variant, a step, comes after, in a model with a cache of its own
         self._request = request
         self._main = self._step = variant
-        self._verify_programs = verify_programs
+        self.verifies = verify_programs
         self._train = train
         self._dump_dir = dump_dir
         self._variants = [variant]
@@ -310,10 +310,10 @@ class CompiledModel:
         if past and tokens != 1:
             raise AutodistError(f"{self.plan.model} takes one token at a time after its prompt, and got {tokens}")
         if self._prompt is None:
-            self._prompt, step = self._new_phases()
+            self._prompt, step = self.new_phases()
             self._step = step
             self._variants.append(step)
-            if self._verify_programs:
+            if self.verifies:
                 self.verify()
         variant = self._step if past else self._prompt
         self._load(variant)
@@ -366,7 +366,7 @@ class CompiledModel:
             joined,
             hardware=self._request.hardware,
             objective=self._request.objective,
-            verify=self._verify_programs,
+            verify=self.verifies,
             dump_dir=self._dump_dir,
         )
 
@@ -417,7 +417,7 @@ class CompiledModel:
         """Another form of the model, planned for its own lengths; verified like the first."""
         request = replace(self._request, sizes=())
         variant = Variant.make(self._model, request, use_cache, input_names, fixed, None)
-        if self._verify_programs:
+        if self.verifies:
             self._verify(variant)
         return variant
 
@@ -443,11 +443,12 @@ class CompiledModel:
             filled_in = _FILLED_IN - {"input_ids"} if "inputs_embeds" in given else _FILLED_IN
             names = None if given <= _FILLED_IN else self._accepted(given | filled_in | {"past_key_values"})
         variant = Variant.make(self._model, self._request, call.use_cache, names, call.fixed, None, forms)
-        if self._verify_programs:
+        if self.verifies:
             self._verify(variant)
         return variant
 
-    def _new_phases(self) -> tuple[Variant, Variant]:
+    def new_phases(self) -> tuple[Variant, Variant]:
+        """(prompt, step) of a model with a cache of its own."""
         return Variant.make_phases(self._model, self._request, None, None)
 
     def _program(self, variant: Variant, rank: int) -> RankProgram:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from passes import comm_ops, data_dependent, functionalize, parallel_layers
+from passes import comm_ops, data_dependent, functionalize, parallel_layers, strided
 
 _TORCH = """
     abs acos add addbmm addcdiv addcmul addmm all amax amin aminmax any arange argmax argmin argsort asin atan
@@ -57,10 +57,11 @@ _OPERATOR = """
 _BUILTINS = "getattr int float bool abs max min len round sum"  # getattr: of ATTRIBUTES alone
 _MATH = "ceil floor sqrt log log2 exp prod trunc"
 _OURS: dict[Any, str] = {
-    comm_ops: "all_reduce all_gather send recv",
+    comm_ops: "all_reduce all_gather copy_to_tp send recv",
     data_dependent: "selected split_rows join_rows bincount",
     functionalize: "with_item copied changed_by",
-    parallel_layers: "partial_mean one_term",
+    parallel_layers: "partial_mean one_term one_gradient",
+    strided: "strided",
 }
 
 # Of tensors, of the sizes and dtypes that graphs compute with, and (the last line) of a KV cache.

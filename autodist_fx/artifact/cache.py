@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
@@ -38,10 +39,12 @@ _SPARE = 1.05  # of the disk, beyond the weights
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """Where an artifact is kept, or will be; the directory's name is its key. `tokenizer` goes along."""
+    """Where an artifact is kept, or will be; the directory's name is its key. `tokenizer` goes along. `looked_up`: all
+    ranks have looked already, and found none."""
 
     path: Path
     tokenizer: PreTrainedTokenizerBase | None = None
+    looked_up: bool = False
 
     @property
     def key(self) -> str:
@@ -100,7 +103,7 @@ def from_cache(
             status["found"] = hashlib.sha256(artifact.manifest.to_text().encode()).hexdigest()
         except (AutodistError, OSError) as error:
             status["damage"] = str(error)
-    answers = [json.loads(text) for text in everyone(joined.communicator, joined.rank, joined.mesh.size, json.dumps(status))]
+    answers = _everyone(joined, status)
     damage = next((answer["damage"] for answer in answers if answer["damage"]), None)
     if damage is not None:
         if joined.rank == 0:
@@ -124,21 +127,20 @@ def keep(
     """
     from autodist_fx.artifact.save import beside, refuse_foreign, take_place
 
-    communicator, rank, size = joined.communicator, joined.rank, joined.mesh.size
-    scratch = beside(entry.path)
+    rank, scratch = joined.rank, beside(entry.path)
     plan = {"scratch": str(scratch), "weight_bytes": weight_bytes, "error": ""}
     if rank == 0:
         try:
             refuse_foreign(entry.path)
             scratch.mkdir(parents=True)
             _drop_stale(entry.path)
-        except (AutodistError, OSError) as error:
-            plan["error"] = str(error)
-    told = [json.loads(text) for text in everyone(communicator, rank, size, json.dumps(plan))]
-    error, scratch = told[0]["error"], Path(told[0]["scratch"])
-    error = error or (_no_room(scratch, sum(t["weight_bytes"] for t in told)) if rank == 0 else "")
-    written = {"error": error, "files": {}}
-    if not error:
+        except (AutodistError, OSError) as failure:
+            plan["error"] = str(failure)
+    told = _everyone(joined, plan)
+    scratch = Path(told[0]["scratch"])
+    refusal = told[0]["error"] or (_no_room(scratch, sum(t["weight_bytes"] for t in told)) if rank == 0 else "")
+    written: dict[str, Any] = {"error": refusal, "files": {}}
+    if not refusal:
         staging = Staging(scratch)
         try:
             if not scratch.is_dir():
@@ -147,7 +149,7 @@ def keep(
             written["files"] = {name: asdict(record) for name, record in staging.records.items()}
         except (AutodistError, OSError) as failure:
             written["error"] = str(failure)
-    answers = [json.loads(text) for text in everyone(communicator, rank, size, json.dumps(written))]
+    answers = _everyone(joined, written)
     if rank == 0:
         try:
             if failed := next((a["error"] for a in answers if a["error"]), None):
@@ -159,6 +161,11 @@ def keep(
             warnings.warn(f"the split was not kept in the cache: {failure}", stacklevel=2)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _everyone(joined: JoinedRank, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
+    texts = everyone(joined.communicator, joined.rank, joined.mesh.size, json.dumps(mine))
+    return [json.loads(text) for text in texts]
 
 
 def _records(of_ranks: Sequence[Mapping[str, Mapping[str, object]]]) -> dict[str, FileRecord]:

@@ -103,9 +103,12 @@ def program_to_dict(program: RankProgram, keys: Mapping[str, str]) -> dict[str, 
 
 
 def program_from_dict(
-    data: Mapping[str, Any], rank: int, mesh: Mesh, weights: Mapping[str, torch.Tensor], where: str
+    data: Mapping[str, Any], rank: int, mesh: Mesh, weights: Mapping[str, torch.Tensor] | None, where: str
 ) -> RankProgram:
-    """The program with its weights. ArtifactError names the file: another rank's or mesh's, or malformed."""
+    """The program with its weights, on meta where `weights` is None.
+
+    ArtifactError names the file: another rank's or mesh's, or malformed.
+    """
     if data.get("rank") != rank or data.get("mesh") != [mesh.tp, mesh.pp]:
         raise ArtifactError(
             f"{where} is of rank {data.get('rank')!r} of the mesh {data.get('mesh')!r}, and should be of rank {rank} "
@@ -114,6 +117,8 @@ def program_from_dict(
     keys = data.get("keys")
 
     def tensor(name: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if weights is None:
+            return torch.empty(shape, dtype=dtype, device="meta")
         key = keys.get(name) if isinstance(keys, dict) else None
         found = weights.get(key) if isinstance(key, str) else None
         if found is None:

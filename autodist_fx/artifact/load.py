@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,14 +115,17 @@ class Artifact:
     def generation_config(self) -> GenerationConfig | None:
         if not self._files.has("generation_config.json"):
             return None
-        return self._configuration("generation_config.json", GenerationConfig.from_dict)
+        # which notes more than from_dict does, for generate
+        return self._configuration(
+            "generation_config.json", lambda fields: GenerationConfig.from_pretrained(str(self.directory))
+        )
 
     def _configuration(self, name: str, read: Any) -> Any:
         path = self.directory / name
         fields = json_object(self._files.read(name), str(path), strict=False)  # transformers writes Infinity
         try:
             return read(fields)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ArtifactError(f"{path} cannot be read ({reason}){_AGAIN}") from error
 
@@ -172,10 +175,14 @@ class Artifact:
     def program(self, rank: int, form: str | None = None, device: torch.device | str = "cpu") -> RankProgram:
         """Everything that global rank `rank` runs, with its weights; of the main form where none is named."""
         self.mesh.coordinates(rank)  # names a rank that is not there
-        name = f"{self.forms[form or self.model_fields['main']].folder}/rank{rank}.json"
-        data = self._files.read_json(name)
-        weights = self._weights_of(rank, torch.device(device))
-        return program_from_dict(data, rank, self.mesh, weights, str(self.directory / name))
+        name = form or self.model_fields["main"]
+        if name not in self.forms:
+            raise AutodistError(f"{self.directory} has no form {name!r}: it has {', '.join(self.forms)}")
+        return self._read_program(rank, self.forms[name], self._weights_of(rank, torch.device(device)))
+
+    def _read_program(self, rank: int, form: Form, weights: Mapping[str, torch.Tensor] | None) -> RankProgram:
+        name = f"{form.folder}/rank{rank}.json"
+        return program_from_dict(self._files.read_json(name), rank, self.mesh, weights, str(self.directory / name))
 
     def rank(self, rank: int) -> torch.fx.GraphModule:
         """The GraphModule of global rank `rank`, with its weights."""
@@ -235,29 +242,33 @@ class Artifact:
         agree(joined.communicator, joined.rank, self.mesh.size, [self.manifest.to_text()], what="artifact")
         return self.share(joined)
 
-    def share(self, joined: JoinedRank, whole_sequences: Any = None) -> DistributedCausalLM:
+    def share(
+        self, joined: JoinedRank, whole_sequences: Callable[[tuple[str, ...], RankProgram], RankProgram] | None = None
+    ) -> DistributedCausalLM:
         """The share of `joined`. `whole_sequences(input_names, program)` makes a graph that the artifact lacks."""
         began, rss_before = time.perf_counter(), rss_bytes()
         form = self._generating_form()
         program = self.program(joined.rank, form.name, joined.device)
-        common: dict[str, Any] = {"generation_config": self.generation_config, "device": joined.device}
+
+        def make_program(names: tuple[str, ...]) -> RankProgram:
+            found = self._form_of_whole_sequences(names)
+            if found is not None:
+                return self.program(joined.rank, found.name, joined.device)
+            if whole_sequences is not None:
+                return whole_sequences(names, program)
+            raise AutodistError(
+                f"{self.directory} has no graph of whole sequences that takes {', '.join(names)} (it has "
+                f"{self._described()}): save one by calling simulate with them first, or use from_pretrained"
+            )
+
+        given = program, joined.communicator, self.config, self.generation_config
         if form.encoder:
             encoder = self.program(joined.rank, form.encoder, joined.device)
-            split = self._with_encoder(program, encoder, joined, common)
+            split = self._with_encoder(given, encoder, joined.device)
+        elif form.phase:
+            split = self._with_own_cache(given, form, make_program, joined)
         else:
-
-            def make_program(names: tuple[str, ...]) -> RankProgram:
-                found = self._form_of_whole_sequences(names)
-                if found is not None:
-                    return self.program(joined.rank, found.name, joined.device)
-                if whole_sequences is not None:
-                    return whole_sequences(names, program)
-                raise AutodistError(
-                    f"{self.directory} has no graph of whole sequences that takes {', '.join(names)} (it has "
-                    f"{self._described()}): save one by calling simulate with them first, or use from_pretrained"
-                )
-
-            split = TwoGraphCausalLM(program, joined.communicator, self.config, make_program=make_program, **common)
+            split = TwoGraphCausalLM(*given, device=joined.device, make_program=make_program)
         weights = self._weights_of(joined.rank, joined.device)
         split.plan = self.plan
         split.load_report = LoadReport(
@@ -271,7 +282,7 @@ class Artifact:
         return split
 
     def _with_encoder(
-        self, program: RankProgram, encoder: RankProgram, joined: JoinedRank, common: Mapping[str, Any]
+        self, given: tuple[Any, ...], encoder: RankProgram, device: torch.device
     ) -> DistributedCausalLM:
         from autodist_fx.runtime.seq2seq import DistributedSeq2SeqLM, seq2seq_class
 
@@ -281,19 +292,40 @@ class Artifact:
 
             split_class, skeleton = seq2seq_class(class_for(self.config)), empty_model(self.config)
         return split_class(
-            program,
-            joined.communicator,
-            self.config,
+            *given,
+            device=device,
             encoder=encoder,
             main_input_name=self.model_fields["main_input_name"],
             skeleton=skeleton,
-            **common,
+        )
+
+    def _with_own_cache(
+        self,
+        given: tuple[Any, ...],
+        step: Form,
+        make_program: Callable[[tuple[str, ...]], RankProgram],
+        joined: JoinedRank,
+    ) -> DistributedCausalLM:
+        """Which states change hands is read off the graphs of the other stages, too: without their weights."""
+        from autodist_fx.runtime.own_cache import DistributedOwnCacheLM
+
+        prompt = next((form for form in self.forms.values() if form.phase == "prompt"), None)
+        if prompt is None:
+            raise ArtifactError(f"{self.directory} has steps and no prompt{_AGAIN}")
+        column = [self.mesh.rank(stage, given[0].tp_rank) for stage in range(self.mesh.pp)]
+        return DistributedOwnCacheLM(
+            *given,
+            device=joined.device,
+            make_program=make_program,
+            prompt=self.program(joined.rank, prompt.name, joined.device),
+            prompts=[self._read_program(rank, prompt, None) for rank in column],
+            steps=[self._read_program(rank, step, None) for rank in column],
         )
 
     def _generating_form(self) -> Form:
         encoders = {form.encoder for form in self.forms.values()}
         for form in self.forms.values():
-            if form.use_cache and not form.phase and form.name not in encoders:
+            if form.use_cache and form.phase != "prompt" and form.name not in encoders:
                 return form
         raise AutodistError(
             f"{self.directory} holds {self.manifest.model} in no form that processes generate with: use "
@@ -302,7 +334,7 @@ class Artifact:
 
     def _form_of_whole_sequences(self, names: tuple[str, ...]) -> Form | None:
         for form in self.forms.values():
-            if not form.use_cache and not form.phase and set(form.inputs) == set(names) and not form.fixed:
+            if not form.use_cache and set(form.inputs) == set(names) and not form.fixed:
                 return form
         return None
 

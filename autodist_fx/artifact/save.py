@@ -86,18 +86,19 @@ def save_compiled(
 
 def parts_of(compiled: CompiledModel) -> list[Part]:
     """The forms that were compiled, the main one first; then what `generate` and `model(...)` over processes run."""
-    variants = list(compiled.variants)
-    model = compiled.shape
+    variants, model = list(compiled.variants), compiled.shape
     cached = [v for v in variants if v.traced.use_cache]
-    generates = isinstance(model, GenerationMixin) and model.can_generate() and not any(v.traced.phase for v in cached)
-    if generates and not compiled.has_own_cache:
-        if not cached:
-            decode = compiled.new_variant(use_cache=True, fixed=last_logits_only(model))
-            variants.append(decode)
-            cached.append(decode)
-        asked = {"input_ids", "attention_mask"}
-        if cached[0].encoder is None and not any(_is_whole(v, asked) for v in variants):
-            variants.append(compiled.new_variant(use_cache=False, input_names=sorted(asked, reverse=True)))
+    if isinstance(model, GenerationMixin) and model.can_generate():
+        if not cached and compiled.has_own_cache:
+            cached = [*compiled.new_phases()]
+            variants += cached
+        elif not cached:
+            cached = [compiled.new_variant(use_cache=True, fixed=last_logits_only(model))]
+            variants += cached
+        asked = ["input_ids", "attention_mask"]
+        takes = set(asked) <= inspect.signature(model.forward).parameters.keys()
+        if takes and cached[0].encoder is None and not any(_is_whole(v, set(asked)) for v in variants):
+            variants.append(compiled.new_variant(use_cache=False, input_names=asked))
     return named_parts(variants)
 
 
@@ -128,11 +129,11 @@ def _free(name: str, parts: Sequence[Part]) -> str:
 
 
 def _programs(parts: Sequence[Part], rank: int, load: Load) -> Iterator[tuple[Part, RankProgram]]:
-    """Each part's program of one rank, with its weights; what two of them hold alike is there once."""
+    """Each part's program of one rank, for inference, with its weights; what two of them hold alike is there once."""
     done: list[RankProgram] = []
     for part in parts:
         variant = part.variant
-        if variant.loaded:
+        if variant.loaded and variant.programs[rank].grad_sums is None:
             program = variant.programs[rank]
         else:
             program = emit_rank(

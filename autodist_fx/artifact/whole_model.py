@@ -48,7 +48,7 @@ class LoadedModel(CompiledModel):
             "calling simulate like this before save"
         )
 
-    def _new_phases(self) -> tuple[Variant, Variant]:
+    def new_phases(self) -> tuple[Variant, Variant]:
         raise AutodistError("this artifact has no form with the model's own cache: compile it with use_cache=True")
 
 
@@ -70,6 +70,7 @@ def load_whole(artifact: Artifact, files: CheckedFiles) -> LoadedModel:
         main,
         always=fields.get("always") or {},
         verify_programs=True,
+        train=False,
         dump_dir=None,
         prompt=prompt,
     )

@@ -24,8 +24,8 @@ from torch.fx import Node, Proxy
 from torch.fx.node import map_aggregate, map_arg
 from transformers.utils import fx as hf_fx
 
-from autodist_fx.tracing.ranges import certain
 from autodist_fx.tracing.raising import answer_without_error
+from autodist_fx.tracing.ranges import certain
 from passes.conditions import MARK
 
 

@@ -87,7 +87,7 @@ def test_models_with_a_cache_of_their_own(family: str, tmp_path: Path) -> None:
     compiled = adx.compile(model, tp=2, pp=2, use_cache=True)
     before = _decoded(compiled, ids, mask)
     artifact = _reloaded(compiled, tmp_path / "saved")
-    assert {form.name for form in artifact.forms.values()} == {"step", "prompt"}
+    assert {form.name for form in artifact.forms.values()} == {"step", "prompt", "whole"}
     assert all(torch.equal(a, b) for a, b in zip(_decoded(artifact, ids, mask), before, strict=True))
 
 
