@@ -238,7 +238,8 @@ def _dtype(dtype: torch.dtype) -> str:
 
 def _write_tokenizer(staging: Staging, tokenizer: PreTrainedTokenizerBase) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save_pretrained(scratch)
+        # a fast tokenizer is all in tokenizer.json; what it was made from (a whole GGUF file) is not copied
+        tokenizer.save_pretrained(scratch, **({"legacy_format": False} if tokenizer.is_fast else {}))
         for path in sorted(Path(scratch).iterdir()):
             staging.write(f"{TOKENIZER}/{path.name}", path.read_bytes())
 
