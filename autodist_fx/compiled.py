@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from autodist_fx.adapters import without_wrapper
 from autodist_fx.call import Call, read_call
 from autodist_fx.errors import AutodistError
+from autodist_fx.numeric.conversation import verify_numeric
 from autodist_fx.outputs import merged, nested
 from autodist_fx.runtime.local_cache import encoder_view, local_cache
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, join
@@ -179,11 +180,24 @@ class CompiledModel:
         """Unified diff from the traced, normalised graph to that rank's."""
         return graph_diff(self.graph, self.rank(rank))
 
-    def verify(self) -> None:
-        """Prove every rank's program (passes/verify.py). Raises VerificationError, which names the node."""
-        if self._prompt is not None:
-            self._verify(self._prompt)
-        self._verify(self._main)
+    def verify(self, *, numeric: bool = False) -> None:
+        """Prove every rank's program (passes/verify.py). Raises VerificationError, which names the node.
+
+        `numeric`: also run all ranks in this process, in float64 and on drawn weights, and compare them with the model's
+        own graph (autodist_fx/numeric): a second opinion, which knows nothing of plans and rules. Needs no weights,
+        and little memory for a model of any size.
+        """
+        together = [[self._main]] if self._prompt is None else [[self._prompt, self._step]]
+        if self._prompt is not None and self._main is not self._step:
+            together.append([self._main])
+        for variants in together:
+            for variant in variants:
+                self._verify(variant)
+            if numeric:
+                verify_numeric(variants, self._all_programs, self.buffers)
+
+    def _all_programs(self, variant: Variant) -> list[RankProgram]:
+        return [self._program(variant, rank) for rank in range(self.mesh.size)]
 
     def simulate(self, **inputs: Any) -> Any:
         """All ranks in this process, a thread each; the outputs that `model(**inputs)` would have.
@@ -358,11 +372,11 @@ class CompiledModel:
         return variant.programs[rank]
 
     def _verify(self, variant: Variant) -> None:
-        programs = [self._program(variant, rank) for rank in range(self.mesh.size)]
+        programs = self._all_programs(variant)
         verify_programs(programs, variant.plan, variant.graph, variant.traced.graph_module)
         if variant.encoder is not None:
             self._verify(variant.encoder)
-            writers = [self._program(variant.encoder, rank) for rank in range(self.mesh.size)]
+            writers = self._all_programs(variant.encoder)
             written = variant.encoder.plan, variant.encoder.graph
             verify_handover(writers, written, programs, (variant.plan, variant.graph))
 
