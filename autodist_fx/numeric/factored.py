@@ -48,9 +48,14 @@ class Factored(torch.Tensor):
                 return func(*args, **keywords)
             run = _OPS.get(name)
             found = NotImplemented if run is None else run(*args, **keywords)
-            if found is not NotImplemented:
-                return found
-            return func(*(_product(a) for a in args), **{k: _product(v) for k, v in keywords.items()})
+            return func(*args, **keywords) if found is NotImplemented else found
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """What reaches torch itself has no line in `_OPS`."""
+        return func(*(_product(a) for a in args), **{k: _product(v) for k, v in (kwargs or {}).items()})
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Factored({list(self.shape)})"
