@@ -205,18 +205,31 @@ class CompiledModel:
     def verify(self, *, numeric: bool = False) -> None:
         """Prove every rank's program (passes/verify.py). Raises VerificationError, which names the node.
 
-        `numeric`: also run all ranks in this process, in float64 and on drawn weights, and compare them with the model's
-        own graph (autodist_fx/numeric): a second opinion, which knows nothing of plans and rules. Needs no weights,
-        and little memory for a model of any size.
+        `numeric`: `verify_numeric`, too.
         """
-        together = [[self._main]] if self._prompt is None else [[self._prompt, self._step]]
-        if self._prompt is not None and self._main is not self._step:
-            together.append([self._main])
-        for variants in together:
+        for variants in self._together():
             for variant in variants:
                 self._verify(variant)
-            if numeric:
-                verify_numeric(variants, self._all_programs, self.buffers)
+        if numeric:
+            self.verify_numeric()
+
+    def verify_numeric(self) -> None:
+        """Run all ranks in this process, in float64 on drawn weights, and compare with the model's own graph, which
+        knows nothing of plans and rules (autodist_fx/numeric); with `train`, gradients too, of models of up to 2**24
+        parameters. Needs no weights, and little memory for a model of any size.
+
+        Raises VerificationError, which names the rank, the output, and for a small model the first node that differs;
+        AutodistError where the model itself does not run on made-up inputs.
+        """
+        for variants in self._together():
+            verify_numeric(variants, self._all_programs, self.buffers)
+
+    def _together(self) -> list[list[Variant]]:
+        """The forms there are; a prompt's and its step's are one."""
+        if self._prompt is None:
+            return [[self._main]]
+        phases = [self._prompt, self._step]
+        return [phases] if self._main is self._step else [phases, [self._main]]
 
     def _all_programs(self, variant: Variant) -> list[RankProgram]:
         return [self._program(variant, rank) for rank in range(self.mesh.size)]
