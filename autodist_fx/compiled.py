@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from autodist_fx.adapters import without_wrapper
 from autodist_fx.call import Call, read_call
 from autodist_fx.errors import AutodistError
+from autodist_fx.numeric.conversation import verify_numeric
 from autodist_fx.outputs import merged, nested
 from autodist_fx.runtime.backward import glued, run_backward
 from autodist_fx.runtime.local_cache import encoder_view, local_cache
@@ -210,11 +211,37 @@ class CompiledModel:
         """The same, counted: which kinds of nodes were inserted, replaced, removed or changed."""
         return graph_changes(self.graph, self.rank(rank))
 
-    def verify(self) -> None:
-        """Prove every rank's program (passes/verify.py). Raises VerificationError, which names the node."""
-        if self._prompt is not None:
-            self._verify(self._prompt)
-        self._verify(self._main)
+    def verify(self, *, numeric: bool = False) -> None:
+        """Prove every rank's program (passes/verify.py). Raises VerificationError, which names the node.
+
+        `numeric`: `verify_numeric`, too.
+        """
+        for variants in self._together():
+            for variant in variants:
+                self._verify(variant)
+        if numeric:
+            self.verify_numeric()
+
+    def verify_numeric(self) -> None:
+        """Run all ranks in this process, in float64 on drawn weights, and compare with the model's own graph, which
+        knows nothing of plans and rules (autodist_fx/numeric); with `train`, gradients too, of models of up to 2**24
+        parameters. Needs no weights, and little memory for a model of any size.
+
+        Raises VerificationError, which names the rank, the output, and for a small model the first node that differs;
+        AutodistError where the model itself does not run on made-up inputs.
+        """
+        for variants in self._together():
+            verify_numeric(variants, self._all_programs, self.buffers)
+
+    def _together(self) -> list[list[Variant]]:
+        """The forms there are; a prompt's and its step's are one."""
+        if self._prompt is None:
+            return [[self._main]]
+        phases = [self._prompt, self._step]
+        return [phases] if self._main is self._step else [phases, [self._main]]
+
+    def _all_programs(self, variant: Variant) -> list[RankProgram]:
+        return [self._program(variant, rank) for rank in range(self.mesh.size)]
 
     def simulate(self, **inputs: Any) -> Any:
         """All ranks in this process, a thread each; the outputs that `model(**inputs)` would have.
@@ -472,11 +499,11 @@ class CompiledModel:
         return variant.programs[rank]
 
     def _verify(self, variant: Variant) -> None:
-        programs = [self._program(variant, rank) for rank in range(self.mesh.size)]
+        programs = self._all_programs(variant)
         verify_programs(programs, variant.plan, variant.graph, variant.traced.graph_module)
         if variant.encoder is not None:
             self._verify(variant.encoder)
-            writers = [self._program(variant.encoder, rank) for rank in range(self.mesh.size)]
+            writers = self._all_programs(variant.encoder)
             written = variant.encoder.plan, variant.encoder.graph
             verify_handover(writers, written, programs, (variant.plan, variant.graph))
 
