@@ -13,7 +13,7 @@ from math import prod
 
 from cost_model.op_graph import DTYPE_BYTES
 from cost_model.placement import Layout
-from cost_model.plan import Hop, OpPlan, ParamPlan, PartitionPlan
+from cost_model.plan import Alternative, Hop, OpPlan, ParamPlan, PartitionPlan
 
 WIDTH = 120
 HOPS_SHOWN = 6  # tensors named of each border
@@ -49,6 +49,7 @@ class LinearGroup:
     layout: int  # of the weight, by position in PartitionPlan.layouts; -1 where each rank holds it whole
     local: str  # shape on each tp rank, "[384|192]x576"
     stages: tuple[int, ...]
+    alternatives: tuple[Alternative, ...]  # of the first one
 
     @property
     def shape(self) -> str:
@@ -201,7 +202,7 @@ def linear_groups(plan: PartitionPlan) -> list[LinearGroup]:
             label = ", ".join(ranges)
         stages = tuple(sorted({stage for op, _ in ops for stage in op.stages}))
         weights = tuple(weight for _, weight in ops if weight)
-        found.append(LinearGroup(label, role, names, weights, layout, local, stages))
+        found.append(LinearGroup(label, role, names, weights, layout, local, stages, plan.alternatives(ops[0][0])))
     return found
 
 
