@@ -12,9 +12,9 @@ from cost_model.explain_cut import cut_reason
 from cost_model.plan import OpPlan, PartitionPlan
 from cost_model.plan_html import element
 
-TENSORS_SHOWN = 400  # in the table
-OPTIONS_SHOWN = 9  # places next to one cut
-NAMES_SHOWN = 60  # of ops computed again in one stage
+TENSORS_SHOWN = 200  # in the table
+OPTIONS_SHOWN = 7  # places next to one cut
+NAMES_SHOWN = 24  # of ops computed again in one stage
 CACHE_KIND = "cache_update"
 
 
@@ -140,7 +140,7 @@ def _recomputed(plan: PartitionPlan, stage: int) -> Element:
     names = plan.stages[stage].recomputed
     kinds = Counter(plan.op(op).kind for op in names)
     said = ", ".join(f"{show_name(kind, 40)} ×{n}" if n > 1 else show_name(kind, 40)
-                     for kind, n in kinds.most_common(12))  # fmt: skip
+                     for kind, n in kinds.most_common(8))  # fmt: skip
     listed: list[Element | str] = []
     for op in names[:NAMES_SHOWN]:
         listed += [name(op), " "]

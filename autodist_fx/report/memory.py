@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from xml.etree.ElementTree import Element
 
-from autodist_fx.report.parts import left_out, note, section, span
+from autodist_fx.report.parts import cell, left_out, note, section, span, table
 from cost_model.explain import bytes_text, param_bytes, ranges_text
 from cost_model.placement import Placement
 from cost_model.plan import PartitionPlan, StageSummary
@@ -104,8 +104,9 @@ def memory_section(plan: PartitionPlan) -> Element:
     scale = max(most, device) if most > 0.3 * device else most
     kinds = [kind for kind in KINDS if any(dict(parts)[kind] for _, _, parts in rows)]
     legend = [element("li", element("i", cls=f"key {kind}"), KINDS[kind]) for kind in kinds]
-    header = ["Stage", "Ranks", "", "Total", *(f"of {bytes_text(device)}" for _ in [0] if device),
-              *(KINDS[kind] for kind in kinds)]  # fmt: skip
+    of_device = [(f"Of {bytes_text(device)}", "num")] if device else []
+    header = [("Stage", ""), ("Ranks", ""), ("To scale", "wide"), ("Total", "num"), *of_device,
+              *((KINDS[kind].capitalize() if kind != "kv" else KINDS[kind], "num") for kind in kinds)]  # fmt: skip
     body = []
     for stage, ranks, parts in rows[:BARS_SHOWN]:
         total = sum(n for _, n in parts)
@@ -113,29 +114,20 @@ def memory_section(plan: PartitionPlan) -> Element:
         body.append(
             element(
                 "tr",
-                element("td", str(stage)),
-                element("td", ranges_text(ranks).replace("-", "–") + each, cls="nowrap"),
-                element("td", memory_bar(parts, scale, device), cls="wide"),
-                element("td", bytes_text(total), cls="num strong"),
-                element("td", f"{total / device:.0%}", cls="num") if device else None,
-                *(element("td", bytes_text(dict(parts)[kind]), cls="num") for kind in kinds),
+                cell(str(stage)),
+                cell(ranges_text(ranks).replace("-", "–") + each, cls="nowrap"),
+                cell(memory_bar(parts, scale, device), cls="wide"),
+                cell(bytes_text(total), cls="num strong"),
+                cell(f"{total / device:.0%}", cls="num") if device else None,
+                *(cell(bytes_text(dict(parts)[kind]), cls="num") for kind in kinds),
             )
         )
-    head = [element("th", title or element("span", "drawn", cls="hidden"), scope="col",
-                    cls="num" if i > 2 else None) for i, title in enumerate(header)]  # fmt: skip
     return section(
         "memory",
         "Memory",
         "Memory of each rank",
         element("ul", *legend, cls="legend"),
-        element(
-            "div",
-            element("table", element("thead", element("tr", *head)), element("tbody", *body)),
-            cls="scroll",
-            tabindex="0",
-            role="region",
-            aria_label="Memory of each rank",
-        ),
+        table(header, body, "Memory of each rank"),
         left_out(len(rows), BARS_SHOWN, "bars"),
         note(
             f"The longest bar is the fullest rank: {most / device:.0%} of what a device has."
