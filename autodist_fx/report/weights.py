@@ -167,7 +167,7 @@ def _others(plan: PartitionPlan, groups: list[LinearGroup], bars: SplitBars) -> 
         "Norms, biases and other parameters",
         element(
             "details",
-            element("summary", f"{count} parameters in {len(found)} rows"),
+            element("summary", f"{count} parameters, {len(found)} row{'s' if len(found) > 1 else ''}"),
             table(header, rows, "Other parameters", data_sortable="yes"),
             left_out(len(found), ROWS_SHOWN, "rows"),
         ),
