@@ -96,15 +96,26 @@ def memory_bar(parts: Parts, scale: int, limit: int | None) -> Element:
     return element("div", *pieces, cls="stack", role="img", aria_label=said or "nothing")
 
 
+def device_bytes(plan: PartitionPlan, stage: int) -> int:
+    """What a device of the stage has; 0 where that is not known."""
+    return plan.device_memory_bytes
+
+
+def share_of_device(plan: PartitionPlan, stage: int, nbytes: int) -> str:
+    """ "6% of 74.5 GiB"; empty where the device's memory is not known."""
+    device = device_bytes(plan, stage)
+    return f"{nbytes / device:.0%} of {bytes_text(device)}" if device else ""
+
+
 def memory_section(plan: PartitionPlan) -> Element:
-    device = plan.device_memory_bytes
     rows = memory_rows(plan)
     most = max((sum(n for _, n in parts) for _, _, parts in rows), default=0)
-    # To the scale of a device where that leaves something to see, else of the fullest rank.
-    scale = max(most, device) if most > 0.3 * device else most
+    largest = max((device_bytes(plan, stage) for stage, _, _ in rows), default=0)
+    # To the scale of the largest device where that leaves something to see, else of the fullest rank.
+    scale = max(most, largest) if most > 0.3 * largest else most
     kinds = [kind for kind in KINDS if any(dict(parts)[kind] for _, _, parts in rows)]
     legend = [element("li", element("i", cls=f"key {kind}"), KINDS[kind]) for kind in kinds]
-    of_device = [(f"Of {bytes_text(device)}", "num")] if device else []
+    of_device = [("Of its device", "num")] if largest else []
     header = [("Stage", ""), ("Ranks", ""), ("To scale", "wide"), ("Total", "num"), *of_device,
               *((KINDS[kind].capitalize() if kind != "kv" else KINDS[kind], "num") for kind in kinds)]  # fmt: skip
     body = []
@@ -116,9 +127,9 @@ def memory_section(plan: PartitionPlan) -> Element:
                 "tr",
                 cell(str(stage)),
                 cell(ranges_text(ranks).replace("-", "–") + each, cls="nowrap"),
-                cell(memory_bar(parts, scale, device), cls="wide"),
+                cell(memory_bar(parts, scale, device_bytes(plan, stage)), cls="wide"),
                 cell(bytes_text(total), cls="num strong"),
-                cell(f"{total / device:.0%}", cls="num") if device else None,
+                cell(share_of_device(plan, stage, total), cls="num") if largest else None,
                 *(cell(bytes_text(dict(parts)[kind]), cls="num") for kind in kinds),
             )
         )
@@ -129,11 +140,5 @@ def memory_section(plan: PartitionPlan) -> Element:
         element("ul", *legend, cls="legend"),
         table(header, body, "Memory of each rank"),
         left_out(len(rows), BARS_SHOWN, "bars"),
-        note(
-            f"The longest bar is the fullest rank: {most / device:.0%} of what a device has."
-            if device and scale == most < device
-            else "A bar as wide as the column is a full device."
-            if device and scale == device
-            else "The longest bar is the fullest rank."
-        ),
+        note("The longest bar is the fullest rank." if scale == most else "As wide as the column: a full device."),
     )
