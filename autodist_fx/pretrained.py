@@ -26,6 +26,7 @@ from autodist_fx.weights.names import resolve_names
 from autodist_fx.weights.resolve import resolve
 from autodist_fx.weights.share import share_weights
 from autodist_fx.weights.source import WeightSource
+from cost_model.devices import DeviceMap, Memory
 from cost_model.hardware import Hardware
 from cost_model.mesh import Mesh
 from cost_model.plan import PartitionPlan
@@ -42,6 +43,10 @@ def from_pretrained(
     device: str | torch.device | None = None,
     hardware: str | Hardware | None = None,
     objective: str = "shard",
+    pin: Mapping[str, str] | None = None,
+    cuts: Sequence[int | str] | None = None,
+    max_memory: Memory | None = None,
+    device_map: DeviceMap | None = None,
     plan: PartitionPlan | str | Path | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -62,7 +67,8 @@ def from_pretrained(
     tp, pp: as in `compile` (1 where not given). Global rank = stage * tp + tp_rank.
     dtype: of the weights ("bfloat16", torch.bfloat16, ...); None or "auto": the checkpoint's own, float32 for GGUF.
     device: "cpu", "cuda" (a device a rank, of those that CUDA_VISIBLE_DEVICES shows); None: CUDA where there is some.
-    hardware, objective, plan: as in `compile`; `plan` may be a file. dump_dir: each rank's graph after each pass.
+    hardware, objective, pin, cuts, max_memory, device_map, plan: as in `compile`; `plan` may be a file.
+    dump_dir: each rank's graph after each pass.
     revision, token, cache_dir, local_files_only: as in transformers' from_pretrained.
     verify: rank 0 proves the programs of all ranks before any runs.
     timeout: seconds to wait for another rank, at the start and ever after.
@@ -86,9 +92,15 @@ def from_pretrained(
     checkpoint = resolve(
         name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    options = _Options(
-        mesh=mesh, hardware=hardware, objective=objective, verify=verify, dump_dir=dump_dir, progress=progress
-    )
+    planning = {
+        "hardware": hardware,
+        "objective": objective,
+        "pin": pin,
+        "cuts": cuts,
+        "max_memory": max_memory,
+        "device_map": device_map,
+    }
+    options = _Options(mesh=mesh, planning=planning, verify=verify, dump_dir=dump_dir, progress=progress)
     files = [f"{path.name} {path.stat().st_size}" for path in checkpoint.paths]
     return _distribute(
         empty_model(checkpoint.config, wanted_dtype(dtype, checkpoint.config)),
@@ -105,15 +117,13 @@ def distribute(
     model: PreTrainedModel,
     joined: JoinedRank,
     *,
-    hardware: str | Hardware | None,
-    objective: str,
+    planning: Mapping[str, Any],
     verify: bool,
     dump_dir: str | Path | None,
 ) -> DistributedCausalLM:
-    """The share of `joined` in a model that every rank has in memory; see CompiledModel.to_distributed."""
-    options = _Options(
-        mesh=joined.mesh, hardware=hardware, objective=objective, verify=verify, dump_dir=dump_dir, progress=None
-    )
+    """The share of `joined` in a model that every rank has in memory; see CompiledModel.to_distributed. `planning`:
+    arguments of compile that say what to plan for."""
+    options = _Options(mesh=joined.mesh, planning=planning, verify=verify, dump_dir=dump_dir, progress=None)
     return _distribute(
         model,
         lambda: ModuleSource(model),
@@ -162,8 +172,7 @@ def compile_for_generation(model: PreTrainedModel | PretrainedConfig, **options:
 @dataclass(frozen=True, slots=True)
 class _Options:
     mesh: Mesh
-    hardware: str | Hardware | None
-    objective: str
+    planning: Mapping[str, Any]  # hardware, objective, pin, ...: as compile takes them
     verify: bool
     dump_dir: str | Path | None
     progress: Callable[[int, int], None] | None
@@ -171,8 +180,7 @@ class _Options:
     @property
     def for_compile(self) -> dict[str, Any]:
         """verify=False: emitting other ranks' programs is rank 0's work alone."""
-        keywords = {"hardware": self.hardware, "objective": self.objective, "verify": False, "dump_dir": self.dump_dir}
-        return {"tp": self.mesh.tp, "pp": self.mesh.pp, **keywords}
+        return {"tp": self.mesh.tp, "pp": self.mesh.pp, **self.planning, "verify": False, "dump_dir": self.dump_dir}
 
 
 def _distribute(

@@ -18,7 +18,7 @@ from autodist_fx.tracing.cross_cache import CROSS
 from cost_model.errors import PlanError
 from cost_model.op_graph import OpGraph
 from cost_model.plan import PartitionPlan
-from cost_model.planner import PlanRequest
+from cost_model.plan_request import PlanRequest
 from cost_model.planner import plan as make_plan
 from cost_model.subplan import subplan
 from passes.functionalize import functionalize

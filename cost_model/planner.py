@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from cost_model.comm_cost import send_seconds
 from cost_model.compute_cost import op_flops
+from cost_model.cuts import cut_positions
+from cost_model.devices import NO_LIMIT
 from cost_model.errors import NoPlanFits, PlanError
 from cost_model.explain import plan_warnings
-from cost_model.hardware import Hardware
+from cost_model.hardware import Hardware, Link
 from cost_model.memory import peak_live_bytes
-from cost_model.mesh import Mesh
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef
-from cost_model.op_rules import RuleTable
+from cost_model.pins import pinned_roles, pins_text, to_blame
 from cost_model.pipeline import OpCost, PipelineSearch, Stage
 from cost_model.placement import REPLICATE, Layout, Placement
 from cost_model.plan import Hop, OpPlan, ParamPlan, PartitionPlan, StageSummary
+from cost_model.plan_request import PRICES, PlanRequest
+from cost_model.roles import role_of
 from cost_model.shard_layouts import LayoutTable
 from cost_model.tensor_parallel import Strategy, TensorParallelSearch
 
-# Seconds per byte of matmul weight held beyond an even share. "shard": a microsecond a byte, so that a 16 KB matrix
-# weighs more than dozens of collectives: who asks for tp=N asks for sharded weights. "latency": time decides alone.
-PRICES = {"shard": 1e-6, "latency": 0.0}
 # Lengths at which seconds and bytes are predicted where the caller names none: one sequence of 128 tokens; for a model
 # with a KV cache one step of decoding, which is where generation spends its time.
 FORWARD_SIZES = {"B": 1, "S": 128, "P": 0}
@@ -31,63 +31,88 @@ DECODE_SIZES = {"B": 1, "S": 1, "P": 512}
 SOURCE_SIZE = 128  # "E": what an encoder before the decoder reads
 
 
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """What a plan is made for.
+# Searches made already, by what they depend on: several plans of one graph share them.
+SharedSearches = dict[tuple[object, ...], TensorParallelSearch]
 
-    `sizes` maps "B" (batch), "S" (tokens per step), "P" (tokens cached before) and "E" (what an encoder reads) to
-    lengths, where they are not to be FORWARD_SIZES or DECODE_SIZES; `memory_bytes` is a device's limit for weights and
-    caches (None: no limit).
+
+def plan(
+    graph: OpGraph, request: PlanRequest, *, model: str, fingerprint: str, shared: SharedSearches | None = None
+) -> PartitionPlan:
+    """Choose every op's placement and every cut. `shared` is filled with searches, for another plan of the same graph.
+
+    Raises MeshError (no such cut), NoPlanFits (an explicit memory limit cannot be met), PlanError (bad request: a pin
+    or a cut that names nothing, is impossible, or contradicts another).
     """
+    shared = {} if shared is None else shared
+    try:
+        planner = _Planner(graph, request, shared)
+        stages = planner.choose()
+    except (NoPlanFits, _Infeasible) as error:
+        blamed = to_blame(request.pins, lambda pins: _fails(graph, replace(request, pins=tuple(pins)), shared))
+        if blamed:
+            together = "the pin" if len(blamed) == 1 else "together the pins"
+            raise type(error)(f"{together} {pins_text(blamed)} cannot be met: {error}") from error
+        raise
+    return planner.write(model, fingerprint, stages)
 
-    mesh: Mesh
-    hardware: Hardware
-    objective: str = "shard"
-    sizes: tuple[tuple[str, int], ...] = ()
-    memory_bytes: int | None = None
+
+class _Infeasible(PlanError):
+    """The tensor-parallel search has no solution."""
 
 
-def plan(graph: OpGraph, request: PlanRequest, *, model: str, fingerprint: str) -> PartitionPlan:
-    """Choose every op's placement and every cut.
-
-    Raises MeshError (no such cut), NoPlanFits (an explicit memory limit cannot be met), PlanError (bad request).
-    """
-    if request.objective not in PRICES:
-        raise PlanError(f"no objective {request.objective!r}: choose one of {', '.join(PRICES)}")
-    return _Planner(graph, request).plan(model, fingerprint)
+def _fails(graph: OpGraph, request: PlanRequest, shared: SharedSearches) -> bool:
+    try:
+        _Planner(graph, request, shared).choose()
+    except (NoPlanFits, _Infeasible):
+        return True
+    return False
 
 
 class _Planner:
-    def __init__(self, graph: OpGraph, request: PlanRequest) -> None:
+    def __init__(self, graph: OpGraph, request: PlanRequest, shared: SharedSearches) -> None:
         self.graph = graph
         self.request = request
         self.mesh = request.mesh
-        self.hardware = replace(request.hardware, tp_link=request.hardware.tp_link_on(request.mesh))
         decodes = any(op.kind == "cache_update" for op in graph)
         source = {"E": SOURCE_SIZE} if any("E" in spec.symbols for op in graph for spec in op.outputs) else {}
         self.lengths = {**(DECODE_SIZES if decodes else FORWARD_SIZES), **source, **dict(request.sizes)}
         self.sizes = all_lengths(self.lengths)
-        self.layouts = LayoutTable(graph, self.mesh.tp, RuleTable())
-        self.search = TensorParallelSearch(graph, self.mesh.tp, self.hardware, self.sizes, self.layouts)
+        self.pinned = pinned_roles(graph, request.pins)
+        self.of_stage = [self._search(device, shared) for device in request.stage_devices]
+        # One sharding for all stages, chosen for the device that the whole model takes longest on.
+        self.search = max(dict.fromkeys(self.of_stage), key=_unsplit_seconds) if request.devices else self.of_stage[0]
+        self.hardware = self.search.hardware
+        self.layouts = self.search.layouts
         self.interned: dict[Layout, int] = {}
 
-    def plan(self, model: str, fingerprint: str) -> PartitionPlan:
+    def _search(self, device: Hardware, shared: SharedSearches) -> TensorParallelSearch:
+        on_mesh = replace(device, tp_link=device.tp_link_on(self.mesh))
+        fixed = (self.mesh.tp, tuple(self.sizes.items()), tuple(self.pinned.items()))
+        key = (*fixed, on_mesh)
+        if key not in shared:
+            tp = self.mesh.tp
+            layouts = next((x.layouts for x in shared.values() if x.tp == tp), None) or LayoutTable(self.graph, tp)
+            shared[key] = TensorParallelSearch(self.graph, tp, on_mesh, self.sizes, layouts, self.pinned)
+        return shared[key]
+
+    def choose(self) -> list[Stage]:
+        """Raises NoPlanFits, _Infeasible, MeshError, PlanError."""
         price = PRICES[self.request.objective]
-        limit = self.request.memory_bytes
         while True:
-            self.strategies = self.search.solve(price).strategies
             try:
-                stages = self._cut(limit)
-                break
+                self.strategies = self.search.solve(price).strategies
+            except ValueError as error:
+                raise _Infeasible(str(error)) from error
+            try:
+                return self._cut()
             except NoPlanFits:
                 if price >= PRICES["shard"]:
                     raise
                 price = max(10 * price, 1e-12)  # memory costs more until the plan fits
-        return self._write(model, fingerprint, stages)
 
     # -- the pipeline search ---------------------------------------------------------------------------------------
 
-    def _cut(self, limit: int | None) -> list[Stage]:
+    def _cut(self) -> list[Stage]:
         costs = {op.name: self._op_cost(op) for op in self.graph if op.kind not in SOURCES}
         sends = {
             TensorRef(op.name, j): self._send_seconds(TensorRef(op.name, j))
@@ -96,7 +121,17 @@ class _Planner:
         }
         weights = {op.name: self._weight_bytes(op) for op in self.graph if op.kind in ("param", "buffer")}
         self.pipeline = PipelineSearch(self.graph, costs, sends, weights)
-        return self.pipeline.solve(self.mesh.pp, None if limit is None else [limit] * self.mesh.pp)
+        cuts, seconds = self.request.cuts, None
+        if len(set(self.of_stage)) > 1:
+            of_search = {x: {name: self._seconds(x, self.graph[name]) for name in costs} for x in set(self.of_stage)}
+            seconds = [of_search[x] for x in self.of_stage]
+        return self.pipeline.solve(
+            self.mesh.pp,
+            self.request.memory_bytes,
+            seconds=seconds,
+            cuts=cut_positions(self.graph, self.pipeline.sequence, cuts, self.mesh.pp) if cuts else None,
+            balance="bytes" if self.request.objective == "memory" else "seconds",
+        )
 
     def _send_seconds(self, ref: TensorRef) -> float:
         """Of one tensor to another stage, both ends: one launches the send, one the recv. A tensor with a length that
@@ -110,10 +145,14 @@ class _Planner:
         strategy = self.strategies[op.name]
         takes_weights = any(self.graph[ref.op].kind == "param" for ref in op.inputs)
         return OpCost(
-            seconds=self.search.compute_seconds(op, strategy) + self.search.gather_seconds(op, strategy),
+            seconds=self._seconds(self.search, op),
             state_bytes=self._cache_bytes(op),
             repeatable=not (op.mutates or takes_weights or any(strategy.gather)),
         )
+
+    def _seconds(self, search: TensorParallelSearch, op: Op) -> float:
+        strategy = self.strategies[op.name]
+        return search.compute_seconds(op, strategy) + search.gather_seconds(op, strategy)
 
     def _weight_bytes(self, op: Op) -> int:
         return self.search.local(TensorRef(op.name), self.strategies[op.name].outputs[0]).nbytes
@@ -122,11 +161,12 @@ class _Planner:
         if op.kind != "cache_update":
             return 0
         outs = self.strategies[op.name].outputs
-        return sum(self.search.local(TensorRef(op.name, j), p).nbytes for j, p in enumerate(outs))
+        per_batch = sum(self.search.local(TensorRef(op.name, j), p).nbytes for j, p in enumerate(outs))
+        return per_batch * self.request.in_flight
 
     # -- writing it down -------------------------------------------------------------------------------------------
 
-    def _write(self, model: str, fingerprint: str, stages: list[Stage]) -> PartitionPlan:
+    def write(self, model: str, fingerprint: str, stages: list[Stage]) -> PartitionPlan:
         homes: dict[str, int] = {}
         computed: dict[str, set[int]] = {}
         for k, stage in enumerate(stages):
@@ -143,7 +183,7 @@ class _Planner:
             mesh=self.mesh,
             model=model,
             fingerprint=fingerprint,
-            hardware=self.request.hardware.name,
+            hardware=", ".join(dict.fromkeys(d.name for d in self.request.stage_devices)),
             objective=self.request.objective,
             sizes=tuple(self.lengths.items()),
             ops=ops,
@@ -152,9 +192,15 @@ class _Planner:
             hops=hops,
             stages=tuple(self._summary(k, stage, computed, hops) for k, stage in enumerate(stages)),
             one_device_seconds=alone,
-            device_memory_bytes=self.request.memory_bytes or self.request.hardware.memory_bytes,
+            device_memory_bytes=min(self._memory(k) for k in range(self.mesh.pp)),
         )
         return replace(plan, warnings=tuple(plan_warnings(plan)))
+
+    def _memory(self, stage: int) -> int:
+        """Bytes that a device of the stage may hold."""
+        own = self.request.stage_devices[stage].memory_bytes
+        limits = self.request.memory_bytes
+        return own if limits is None or limits[stage] >= NO_LIMIT else limits[stage]
 
     def _layout_index(self, ref: TensorRef, placement: Placement) -> int:
         if not placement.is_shard:
@@ -165,6 +211,8 @@ class _Planner:
 
     def _op_plan(self, op: Op, home: int, stages: set[int]) -> OpPlan:
         s = self.strategies[op.name]
+        role = role_of(op, s.letter)
+        weights = [r.op for r in op.inputs if self.graph[r.op].attrs.get("matmul")]
         return OpPlan(
             name=op.name,
             kind=op.kind,
@@ -174,9 +222,9 @@ class _Planner:
             outputs=s.outputs,
             gather=s.gather,
             letter=s.letter,
-            role=_role(op, s),
+            role=role,
             module=op.module,
-            weight=next((r.op for r in op.inputs if self.graph[r.op].attrs.get("matmul")), "") if _role(op, s) else "",
+            weight=weights[0] if role and weights else "",
             input_layouts=tuple(self._layout_index(r, p) for r, p in zip(op.inputs, s.inputs, strict=True)),
             output_layouts=tuple(self._layout_index(TensorRef(op.name, j), p) for j, p in enumerate(s.outputs)),
         )
@@ -239,13 +287,14 @@ class _Planner:
             ref.op for op in ops for ref in op.inputs if self.graph[ref.op].kind in ("param", "buffer")
         }
         hop_seconds = sum(
-            send_seconds(h.nbytes, self.hardware.hop_link(self.mesh, h.source, h.target)) for h in hops if h.target == k
+            send_seconds(h.nbytes, self._hop_link(h.source, h.target)) for h in hops if h.target == k
         )
+        search = self.of_stage[k]
         return StageSummary(
             index=k,
             layers=self._layers(ops),
-            compute_seconds=sum(self.search.compute_seconds(op, self.strategies[op.name]) for op in ops),
-            comm_seconds=sum(self.search.gather_seconds(op, self.strategies[op.name]) for op in ops) + hop_seconds,
+            compute_seconds=sum(search.compute_seconds(op, self.strategies[op.name]) for op in ops),
+            comm_seconds=sum(search.gather_seconds(op, self.strategies[op.name]) for op in ops) + hop_seconds,
             recomputed=stage.recomputed,
             flops=flops,
             weight_bytes=sum(self._weight_bytes(self.graph[name]) for name in held),
@@ -283,10 +332,19 @@ class _Planner:
         return tuple(found)
 
     def _one_device_seconds(self) -> float:
-        """The model unsplit on one device (on the whole machine, where ranks share one)."""
-        alone = self.request.hardware.alone(self.mesh.size)
-        search = TensorParallelSearch(self.graph, 1, alone, self.sizes, self.layouts)
-        return sum(search.compute_seconds(op, search.domain(op)[0]) for op in self.graph)
+        """The model unsplit on one device, the fastest (on the whole machine, where ranks share one)."""
+        layouts = LayoutTable(self.graph, 1)
+        alone = {device.alone(self.mesh.size) for device in self.request.stage_devices}
+        return min(
+            _unsplit_seconds(TensorParallelSearch(self.graph, 1, x, self.sizes, layouts)) for x in alone
+        )
+
+    def _hop_link(self, source: int, target: int) -> Link:
+        """Between two stages. Devices of two kinds are in two machines, and talk as the slower of both can."""
+        kinds = [self.request.stage_devices[stage] for stage in (source, target)]
+        if kinds[0].name == kinds[1].name:
+            return kinds[0].hop_link(self.mesh, source, target)
+        return min((kind.inter_node for kind in kinds), key=lambda link: link.bandwidth)
 
 
 def all_lengths(sizes: Mapping[str, int]) -> dict[str, int]:
@@ -300,9 +358,10 @@ def all_lengths(sizes: Mapping[str, int]) -> dict[str, int]:
     return full
 
 
-def _role(op: Op, strategy: Strategy) -> str:
-    if op.kind in ("linear", "conv"):
-        return strategy.letter if strategy.letter in ("column", "row", "groups") else "replicate"
-    if op.kind == "embedding":
-        return {"vocab": "vocab", "hidden": "hidden"}.get(strategy.letter, "replicate")
-    return ""
+def _unsplit_seconds(search: TensorParallelSearch) -> float:
+    """One forward pass with nothing sharded."""
+    total = 0.0
+    for op in search.graph:
+        replicated = (REPLICATE,) * len(op.inputs), (REPLICATE,) * len(op.outputs)
+        total += search.compute_seconds(op, Strategy("", *replicated, (False,) * len(op.outputs)))
+    return total

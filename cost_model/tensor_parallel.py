@@ -24,10 +24,12 @@ import numpy.typing as npt
 from cost_model.comm_cost import all_gather_seconds, all_reduce_seconds
 from cost_model.compute_cost import op_seconds
 from cost_model.decisions import deciding_ops
+from cost_model.errors import PlanError
 from cost_model.hardware import Hardware
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef, TensorSpec
 from cost_model.op_rules import RuleTable
 from cost_model.placement import PARTIAL, REPLICATE, Placement, shard
+from cost_model.roles import role_of
 from cost_model.shard_layouts import LayoutTable
 
 Table = npt.NDArray[np.float64]
@@ -58,8 +60,8 @@ class TensorParallelResult:
 class TensorParallelSearch:
     """Costs and domains of one (graph, tp, hardware); `solve` finds the cheapest assignment for a memory price.
 
-    `sizes` maps symbols ("B", "S", "T") to the lengths at which seconds are counted. `pins` maps op or parameter names
-    to the roles or letters allowed for them.
+    `sizes` maps symbols ("B", "S", "T") to the lengths at which seconds are counted. `pins` maps names of ops to the
+    role that each must have; PlanError, which says why, where one cannot.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class TensorParallelSearch:
         hardware: Hardware,
         sizes: Mapping[str, int],
         layouts: LayoutTable | None = None,
+        pins: Mapping[str, str] | None = None,
     ) -> None:
         self.graph = graph
         self.tp = tp
@@ -79,11 +82,46 @@ class TensorParallelSearch:
         self._from_weights = _depends_on_weights(graph)
         self._whole = deciding_ops(graph)
         self._seconds: dict[tuple[object, ...], float] = {}
+        self._solved: dict[float, TensorParallelResult] = {}
+        self.pins = dict(pins or {})
+        for name in self.pins:
+            self.domain(graph[name])
 
     # -- what an op can do -----------------------------------------------------------------------------------------
 
     def domain(self, op: Op) -> list[Strategy]:
-        """All strategies of `op`, the replicated one first."""
+        """All strategies of `op`, the replicated one first; of a pinned op those that have its role."""
+        every = self._strategies(op)
+        role = self.pins.get(op.name)
+        if role is None:
+            return every
+        allowed = [s for s in every if role_of(op, s.letter) == role]
+        if not allowed:
+            raise PlanError(f"{op.module or op.name} cannot be {role}: {self.why_not(op, role)}")
+        return allowed
+
+    def why_not(self, op: Op, role: str) -> str:
+        """In words, why no strategy of `op` has this role."""
+        if self.tp == 1:
+            return "tp=1 cuts nothing"
+        if op.name in self._whole:
+            return "what it computes decides where data goes, so that every rank computes it whole"
+        letters = [x for x in self.layouts.rules(op, self.graph.input_specs(op)).letters if x.name == role]
+        if not letters:
+            return f"the rule of {op.kind} has no such way to cut it ({op})"
+        (letter,) = letters
+        if letter.size < self.tp and letter.filled:
+            return f"its {letter.size} channels are fewer than tp={self.tp} ranks, and none may be left without"
+        links = [(op.inputs[x.slot], x.dim) for x in letter.inputs]
+        layouts = [self.layouts.layout(*link) for link in links]
+        if letter.reduces and any(x is not None and x.overlaps for x in layouts):
+            return f"what it sums over has fewer pieces (heads, say) than tp={self.tp} ranks, and some are on several"
+        return (
+            f"the {letter.size} elements that this would cut hang together (one head, say), and cannot be dealt to "
+            f"tp={self.tp} ranks"
+        )
+
+    def _strategies(self, op: Op) -> list[Strategy]:
         plain = Strategy("", (REPLICATE,) * len(op.inputs), (REPLICATE,) * len(op.outputs), (False,) * len(op.outputs))
         if self.tp == 1 or not op.outputs:
             return [plain]
@@ -198,7 +236,10 @@ class TensorParallelSearch:
     # -- the search ------------------------------------------------------------------------------------------------
 
     def solve(self, price: float) -> TensorParallelResult:
-        """The cheapest assignment. `price`: seconds per excess byte of matmul weight (see `excess_bytes`)."""
+        """The cheapest assignment. `price`: seconds per excess byte of matmul weight (see `excess_bytes`). Raises
+        ValueError where none is possible."""
+        if price in self._solved:
+            return self._solved[price]
         domains: dict[str, list[Strategy]] = {}
         unary: dict[str, Table] = {}
         outputs = set(self.graph.outputs)
@@ -225,7 +266,9 @@ class TensorParallelSearch:
                 key = (ref.op, op.name)
                 pairs[key] = pairs[key] + table if key in pairs else table
         choice, cost = eliminate(unary, pairs)
-        return TensorParallelResult({name: domains[name][k] for name, k in choice.items()}, cost)
+        found = TensorParallelResult({name: domains[name][k] for name, k in choice.items()}, cost)
+        self._solved[price] = found
+        return found
 
     def _edge_table(
         self, producers: Sequence[Strategy], consumers: Sequence[Strategy], ref: TensorRef, slot: int
