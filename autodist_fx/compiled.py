@@ -104,7 +104,7 @@ def compile(
         device_map=device_map,
     )
     checks: dict[str, Any] = {"verify_programs": verify, "dump_dir": dump_dir, "always": concrete_args or {}}
-    if use_cache and has_own_cache(_class_of(model)):
+    if use_cache and has_own_cache(class_of(model)):
         prompt, step = Variant.make_phases(model, request, concrete_args, plan)
         compiled = CompiledModel(model, request, step, prompt=prompt, **checks)
     else:
@@ -115,7 +115,7 @@ def compile(
     return compiled
 
 
-def _class_of(model: PreTrainedModel | PretrainedConfig) -> type[PreTrainedModel]:
+def class_of(model: PreTrainedModel | PretrainedConfig) -> type[PreTrainedModel]:
     return class_for(model) if isinstance(model, PretrainedConfig) else type(model)
 
 
@@ -210,7 +210,7 @@ class CompiledModel:
         """
         self._refuse_without_weights("simulate")
         call = read_call(self._model, inputs, self._always)  # type: ignore[arg-type]
-        if call.use_cache and has_own_cache(_class_of(self._model)):
+        if call.use_cache and has_own_cache(class_of(self._model)):
             return self._simulate_own_cache({**call.tensors, "past_key_values": call.cache}, call)
         given, cache = call.tensors, call.cache
         self._main.traced.check_images(given)

@@ -164,9 +164,13 @@ def wanted_dtype(dtype: torch.dtype | str | None, config: PretrainedConfig) -> t
 def compile_for_generation(model: PreTrainedModel | PretrainedConfig, **options: Any) -> CompiledModel:
     """`compile` with a KV cache, and logits of the last position only where the model offers that."""
     shape = empty_model(model) if isinstance(model, PretrainedConfig) else model
-    accepted = inspect.signature(shape.forward).parameters
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    return compile(shape, use_cache=True, concrete_args=last_only, **options)
+    return compile(shape, use_cache=True, concrete_args=generation_arguments(shape), **options)
+
+
+def generation_arguments(model: PreTrainedModel) -> dict[str, object]:
+    """What forward is told while generating, beside its inputs."""
+    accepted = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
 
 @dataclass(frozen=True, slots=True)

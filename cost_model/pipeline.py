@@ -199,8 +199,8 @@ class PipelineSearch:
                 modules = (self.graph[name].module for name in self.sequence[cuts[k] :])
                 raise NoPlanFits(
                     f"stage {k}, from {next(filter(None, modules), 'the start')}, holds "
-                    f"{bytes_text(held[k, k + 1])} of weights and KV cache, and its device {bytes_text(limit)}: move the "
-                    "cuts, or leave them to the search"
+                    f"{bytes_text(held[k, k + 1])} of weights and KV cache, and its device {bytes_text(limit)}: move "
+                    "the cuts, or leave them to the search"
                 )
 
     def _too_big(self, stages: int, memory_bytes: Sequence[int] | None) -> str:
@@ -208,8 +208,8 @@ class PipelineSearch:
         limits = [bytes_text(limit) for limit in dict.fromkeys(memory_bytes or [0])]
         holds = f"a device holds {limits[0]}" if len(limits) == 1 else f"the devices hold {', '.join(limits)}"
         return (
-            f"no cut into {stages} stages fits: weights and KV cache take {bytes_text(total)} over the stages of one tp "
-            f"rank, and {holds}: use more ranks (tp or pp), a smaller dtype, or raise max_memory"
+            f"no cut into {stages} stages fits: weights and KV cache take {bytes_text(total)} over the stages of one "
+            f"tp rank, and {holds}: use more ranks (tp or pp), a smaller dtype, or raise max_memory"
         )
 
     # -- what crosses --------------------------------------------------------------------------------------------------

@@ -56,6 +56,24 @@ def plan(
     return planner.write(model, fingerprint, stages)
 
 
+def forward_seconds(
+    graph: OpGraph, plan: PartitionPlan, request: PlanRequest, sizes: Mapping[str, int], shared: SharedSearches
+) -> float:
+    """Of one forward through all stages of a plan for `graph`, made for `request`, at other sizes than its own."""
+    planner = _Planner(graph, replace(request, sizes=tuple(sizes.items())), shared)
+    total = 0.0
+    for op in plan.ops:
+        s = Strategy(op.letter, op.inputs, op.outputs, op.gather)
+        for stage in op.stages:
+            search = planner.of_stage[stage]
+            total += search.compute_seconds(graph[op.name], s) + search.gather_seconds(graph[op.name], s)
+    for hop in plan.hops:
+        placement = REPLICATE if hop.whole else plan.op(hop.op).outputs[hop.index]
+        nbytes = planner.search.local(TensorRef(hop.op, hop.index), placement).nbytes
+        total += send_seconds(nbytes, planner.hop_link(hop.source, hop.target))
+    return total
+
+
 class _Infeasible(PlanError):
     """The tensor-parallel search has no solution."""
 
@@ -287,7 +305,7 @@ class _Planner:
             ref.op for op in ops for ref in op.inputs if self.graph[ref.op].kind in ("param", "buffer")
         }
         hop_seconds = sum(
-            send_seconds(h.nbytes, self._hop_link(h.source, h.target)) for h in hops if h.target == k
+            send_seconds(h.nbytes, self.hop_link(h.source, h.target)) for h in hops if h.target == k
         )
         search = self.of_stage[k]
         return StageSummary(
@@ -309,7 +327,8 @@ class _Planner:
         last_use: dict[str, int] = {}
         for i, op in enumerate(ops):
             strategy = self.strategies[op.name]
-            own = op.kind not in ("view", "permute", "slice", "expand", "split", "unbind", "cache_update")
+            views = ("view", "permute", "slice", "expand", "split", "unbind", "cache_update")
+            own = op.kind not in views and op.name not in self.graph.fused
             produces[op.name] = (
                 sum(self.search.local(TensorRef(op.name, j), p).nbytes for j, p in enumerate(strategy.outputs))
                 if own
@@ -339,7 +358,7 @@ class _Planner:
             _unsplit_seconds(TensorParallelSearch(self.graph, 1, x, self.sizes, layouts)) for x in alone
         )
 
-    def _hop_link(self, source: int, target: int) -> Link:
+    def hop_link(self, source: int, target: int) -> Link:
         """Between two stages. Devices of two kinds are in two machines, and talk as the slower of both can."""
         kinds = [self.request.stage_devices[stage] for stage in (source, target)]
         if kinds[0].name == kinds[1].name:

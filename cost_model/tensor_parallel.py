@@ -186,15 +186,23 @@ class TensorParallelSearch:
 
     def compute_seconds(self, op: Op, strategy: Strategy) -> float:
         """On the slowest tp rank."""
-        if op.kind in SOURCES:
+        if op.kind in SOURCES or op.name in self.graph.fused:
             return 0.0
-        ins = tuple(self.local(r, p) for r, p in zip(op.inputs, strategy.inputs, strict=True))
+        ins = tuple(self.local(self._read(r), p) for r, p in zip(op.inputs, strategy.inputs, strict=True))
         outs = tuple(self.local(TensorRef(op.name, j), p) for j, p in enumerate(strategy.outputs))
         key = (op.kind, ins, outs, tuple(sorted(op.attrs.items())))
         found = self._seconds.get(key)
         if found is None:
             found = self._seconds[key] = op_seconds(op, ins, outs, self.hardware)
         return found
+
+    def _read(self, ref: TensorRef) -> TensorRef:
+        """What an op really reads that reads `ref`: the keys of attention's own heads, say, and not their repetitions
+        (the same dims, fewer elements)."""
+        op = self.graph[ref.op]
+        if op.name in self.graph.fused and op.kind == "repeat_interleave":
+            return op.inputs[0]
+        return ref
 
     def gather_seconds(self, op: Op, strategy: Strategy) -> float:
         """Of the collectives that make its outputs whole."""

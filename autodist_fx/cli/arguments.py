@@ -10,10 +10,12 @@ from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from autodist_fx.compiled import CompiledModel
+from autodist_fx.errors import AutodistError
 from autodist_fx.pretrained import compile_for_generation, mesh_of, wanted_dtype
 from autodist_fx.tracing import empty_model
 from autodist_fx.weights.resolve import resolve_config
 from cost_model.plan import PartitionPlan
+from cost_model.plan_request import OBJECTIVES
 
 
 def at_least(low: int) -> Any:
@@ -41,10 +43,50 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--pp", type=at_least(1), metavar="M", help="pipeline stages (1)")
     model.add_argument("--plan", metavar="FILE", help="use this plan, made by `autodist-fx plan --save`")
     model.add_argument("--hardware", metavar="NAME", help="predict for cpu-gloo, a100, h100 or generic")
-    model.add_argument("--objective", default="shard", choices=("shard", "latency"), help="of the search (shard)")
+    model.add_argument("--objective", choices=OBJECTIVES, help="of the search (shard; with --devices: latency)")
+    model.add_argument(
+        "--pin", action="append", type=_pin, metavar="PATTERN=ROLE", help="fix a role, as in *.q_proj=replicate"
+    )
+    model.add_argument(
+        "--cut", action="append", type=_cut, metavar="MODULE|N", help="begin the next stage at this module or layer"
+    )
+    model.add_argument("--max-memory", metavar="40GiB[,..]", help="a device's, for weights and caches; or each stage's")
+    model.add_argument("--device-map", metavar="A[=40GiB],B,..", help="hardware (and memory) of each stage's devices")
     model.add_argument("--dtype", default="auto", help="of the weights: auto (the checkpoint's), float32, bfloat16 ...")
     model.add_argument("--revision", help="of a model on the hub: a branch, a tag or a commit")
     model.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept")
+
+
+def _pin(text: str) -> tuple[str, str]:
+    pattern, equals, role = text.rpartition("=")
+    if not (pattern and equals and role):
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=ROLE")
+    return pattern, role
+
+
+def _cut(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def planning_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What compile is to plan for, by its own names."""
+    pins: dict[str, str] = {}
+    for pattern, role in args.pin or ():
+        if pins.setdefault(pattern, role) != role:
+            raise AutodistError(f"--pin {pattern} is given twice, as {pins[pattern]} and as {role}: leave one out")
+    memory = args.max_memory.split(",") if args.max_memory else None
+    devices = None
+    if args.device_map:
+        entries = [entry.partition("=") for entry in args.device_map.split(",")]
+        devices = [{"hardware": name} | ({"memory": size} if size else {}) for name, _, size in entries]
+    return {
+        "hardware": args.hardware,
+        "objective": args.objective or "shard",
+        "pin": pins,
+        "cuts": args.cut,
+        "max_memory": memory[0] if memory and len(memory) == 1 else memory,
+        "device_map": devices,
+    }
 
 
 def compile_config(args: argparse.Namespace, sizes: dict[str, int] | None = None) -> CompiledModel:
@@ -63,8 +105,7 @@ def compile_for(
         empty_model(config, dtype),
         tp=mesh.tp,
         pp=mesh.pp,
-        hardware=args.hardware,
-        objective=args.objective,
+        **planning_options(args),
         plan=plan,
         sizes=sizes,
         verify=False,

@@ -6,14 +6,27 @@ Reads the model's config only: of a model on the hub nothing but config.json is 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 
-from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, compile_config
+from autodist_fx.choosing import choose_mesh
+from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, compile_config, planning_options
+from autodist_fx.errors import AutodistError
+from autodist_fx.pretrained import generation_arguments, wanted_dtype
+from autodist_fx.tracing import empty_model
+from autodist_fx.weights.resolve import resolve_config
+from cost_model.mesh_choice import MeshChoice
 from cost_model.plan_json import plan_to_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    parser.add_argument(
+        "--devices", type=at_least(1), metavar="N", help="choose tp and pp for so many, and show the runners-up"
+    )
+    parser.add_argument(
+        "--sequences", type=at_least(1), metavar="N", help="in flight over all --devices, by throughput (what fits)"
+    )
     parser.add_argument("--batch", type=at_least(1), help="sequences to predict for (1)")
     parser.add_argument("--seq", type=at_least(1), help="tokens a step to predict for (1: decoding)")
     parser.add_argument("--past", type=at_least(0), help="tokens cached before that step (512)")
@@ -24,9 +37,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     be_quiet()
     given = {"B": args.batch, "S": args.seq, "P": args.past}
-    plan = compile_config(args, sizes={symbol: n for symbol, n in given.items() if n is not None}).plan
-    print(plan_to_text(plan) if args.json else plan)
+    sizes = {symbol: n for symbol, n in given.items() if n is not None}
+    if args.devices is not None:
+        choice = choose_for(args, sizes)
+        plan = choice.best.plan
+        print(json.dumps(choice.to_dict(), indent=1) if args.json else choice)
+    else:
+        plan = compile_config(args, sizes=sizes).plan
+        print(plan_to_text(plan) if args.json else plan)
     if args.save:
         plan.save(args.save)
         print(f"saved to {args.save}", file=sys.stderr)
     return 0
+
+
+def choose_for(args: argparse.Namespace, sizes: dict[str, int]) -> MeshChoice:
+    """The choice for --devices."""
+    for name in ("tp", "pp", "plan", "device_map"):
+        if getattr(args, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise AutodistError(f"--devices chooses tp and pp, for devices that are alike: leave out {option}")
+    config = resolve_config(args.model, revision=args.revision, cache_dir=args.cache_dir)
+    shape = empty_model(config, wanted_dtype(args.dtype, config))
+    options = planning_options(args) | {"objective": args.objective or "latency"}
+    del options["device_map"]
+    return choose_mesh(
+        shape, args.devices, sequences=args.sequences, sizes=sizes, concrete_args=generation_arguments(shape), **options
+    )

@@ -16,7 +16,7 @@ from typing import Any
 
 import transformers
 
-from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, compile_for
+from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, compile_for, planning_options
 from autodist_fx.cli.generation import Answer, TimedStreamer, encode, split_answers
 from autodist_fx.errors import AutodistError
 from autodist_fx.pretrained import from_pretrained, mesh_of, wanted_dtype
@@ -125,8 +125,7 @@ def _generate(args: argparse.Namespace, prompts: list[str], plan: PartitionPlan 
         pp=mesh.pp,
         dtype=args.dtype,
         device=args.device,
-        hardware=args.hardware,
-        objective=args.objective,
+        **planning_options(args),
         plan=plan,
         revision=args.revision,
         cache_dir=args.cache_dir,
