@@ -98,7 +98,8 @@ def _header(plan: PartitionPlan) -> list[str]:
 
 
 def _stage_table(plan: PartitionPlan) -> list[str]:
-    rows = [["stage", "ranks", "layers", "compute", "comm", "FLOPs", "weights", "KV", "activ.", "total", "recomputes"]]
+    memory = ("weights", "KV", "activ.", "work", "total")
+    rows = [["stage", "ranks", "layers", "compute", "comm", "FLOPs", *memory, "recomputes"]]
     for s in plan.stages:
         first, last = s.index * plan.mesh.tp, (s.index + 1) * plan.mesh.tp - 1
         rows.append([
@@ -111,6 +112,7 @@ def _stage_table(plan: PartitionPlan) -> list[str]:
             bytes_text(s.weight_bytes),
             bytes_text(s.kv_cache_bytes),
             bytes_text(s.activation_bytes),
+            bytes_text(s.workspace_bytes),
             bytes_text(s.memory_bytes),
             _ops(len(s.recomputed)) if s.recomputed else "-",
         ])  # fmt: skip

@@ -212,6 +212,20 @@ class PipelineSearch:
             f"tp rank, and {holds}: use more ranks (tp or pp), a smaller dtype, or raise max_memory"
         )
 
+    def crossing(self, position: int) -> list[TensorRef]:
+        """The tensors that depend on weights, are made before `position` and used behind it."""
+        return [
+            ref
+            for ref, users in self.graph.users.items()
+            if ref.op in self.position
+            and ref.op in self._from_weights
+            and self.position[ref.op] < position <= max(self.position[user] for user, _ in users)
+        ]
+
+    def stage_seconds(self, start: int, stop: int) -> float:
+        """Of ops [start, stop), without sends and what is computed again."""
+        return self._seconds[stop] - self._seconds[start]
+
     # -- what crosses --------------------------------------------------------------------------------------------------
 
     def _stage(self, start: int, stop: int, seconds: Mapping[str, float] | None = None) -> Stage:

@@ -6,19 +6,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from cost_model.alternatives import AlternativeCosts, refuse_impossible_roles
 from cost_model.comm_cost import send_seconds
 from cost_model.compute_cost import op_flops
+from cost_model.cut_options import cut_plans
 from cost_model.cuts import cut_positions
 from cost_model.devices import NO_LIMIT
 from cost_model.errors import NoPlanFits, PlanError
 from cost_model.explain import plan_warnings
 from cost_model.hardware import Hardware, Link
-from cost_model.memory import peak_live_bytes
+from cost_model.memory import collective_workspace_bytes, peak_activation_bytes, workspace_bytes
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef
 from cost_model.pins import pinned_roles, pins_text, to_blame
 from cost_model.pipeline import OpCost, PipelineSearch, Stage
 from cost_model.placement import REPLICATE, Layout, Placement
-from cost_model.plan import Hop, OpPlan, ParamPlan, PartitionPlan, StageSummary
+from cost_model.plan import Alternative, Hop, OpPlan, ParamPlan, PartitionPlan, StageSummary, rounded
 from cost_model.plan_request import PRICES, PlanRequest
 from cost_model.roles import role_of
 from cost_model.shard_layouts import LayoutTable
@@ -102,6 +104,7 @@ class _Planner:
         self.hardware = self.search.hardware
         self.layouts = self.search.layouts
         self.interned: dict[Layout, int] = {}
+        self.choices: dict[tuple[Alternative, ...], int] = {}
 
     def _search(self, device: Hardware, shared: SharedSearches) -> TensorParallelSearch:
         on_mesh = replace(device, tp_link=device.tp_link_on(self.mesh))
@@ -111,6 +114,7 @@ class _Planner:
             tp = self.mesh.tp
             layouts = next((x.layouts for x in shared.values() if x.tp == tp), None) or LayoutTable(self.graph, tp)
             shared[key] = TensorParallelSearch(self.graph, tp, on_mesh, self.sizes, layouts, self.pinned)
+            refuse_impossible_roles(shared[key])
         return shared[key]
 
     def choose(self) -> list[Stage]:
@@ -118,9 +122,10 @@ class _Planner:
         price = PRICES[self.request.objective]
         while True:
             try:
-                self.strategies = self.search.solve(price).strategies
+                self.result = self.search.solve(price)
             except ValueError as error:
                 raise _Infeasible(str(error)) from error
+            self.strategies = self.result.strategies
             try:
                 return self._cut()
             except NoPlanFits:
@@ -185,6 +190,7 @@ class _Planner:
     # -- writing it down -------------------------------------------------------------------------------------------
 
     def write(self, model: str, fingerprint: str, stages: list[Stage]) -> PartitionPlan:
+        self.alternatives = AlternativeCosts(self.search, self.result)
         homes: dict[str, int] = {}
         computed: dict[str, set[int]] = {}
         for k, stage in enumerate(stages):
@@ -211,6 +217,8 @@ class _Planner:
             stages=tuple(self._summary(k, stage, computed, hops) for k, stage in enumerate(stages)),
             one_device_seconds=alone,
             device_memory_bytes=min(self._memory(k) for k in range(self.mesh.pp)),
+            choices=tuple(self.choices),
+            cuts=cut_plans(self.pipeline, stages, lambda ref: self.search.spec(ref).nbytes),
         )
         return replace(plan, warnings=tuple(plan_warnings(plan)))
 
@@ -231,6 +239,7 @@ class _Planner:
         s = self.strategies[op.name]
         role = role_of(op, s.letter)
         weights = [r.op for r in op.inputs if self.graph[r.op].attrs.get("matmul")]
+        choice = self.alternatives.of(op)
         return OpPlan(
             name=op.name,
             kind=op.kind,
@@ -245,6 +254,9 @@ class _Planner:
             weight=weights[0] if role and weights else "",
             input_layouts=tuple(self._layout_index(r, p) for r, p in zip(op.inputs, s.inputs, strict=True)),
             output_layouts=tuple(self._layout_index(TensorRef(op.name, j), p) for j, p in enumerate(s.outputs)),
+            compute_seconds=rounded(self.search.compute_seconds(op, s)),
+            comm_seconds=rounded(self.search.gather_seconds(op, s)),
+            choice=self.choices.setdefault(choice, len(self.choices)) if choice else -1,
         )
 
     def _param_plan(self, op: Op, computed: Mapping[str, set[int]]) -> ParamPlan:
@@ -290,17 +302,21 @@ class _Planner:
         names = [name for name in self.pipeline.sequence if k in computed[name]]
         ops = [self.graph[name] for name in names]
         collectives: dict[str, tuple[int, int]] = {}
-        flops = 0.0
+        flops, workspace = 0.0, 0
         for op in ops:
             s = self.strategies[op.name]
             ins = tuple(self.search.local(r, p) for r, p in zip(op.inputs, s.inputs, strict=True))
             outs = tuple(self.search.local(TensorRef(op.name, j), p) for j, p in enumerate(s.outputs))
             flops += op_flops(op, ins, outs)
+            workspace = max(workspace, workspace_bytes(op, ins, outs))
             for j, (placement, gather) in enumerate(zip(s.outputs, s.gather, strict=True)):
                 if gather:
                     name = "all_reduce" if placement.is_partial else "all_gather"
                     count, nbytes = collectives.get(name, (0, 0))
-                    collectives[name] = (count + 1, nbytes + self.search.spec(TensorRef(op.name, j)).nbytes)
+                    whole = self.search.spec(TensorRef(op.name, j)).nbytes
+                    collectives[name] = (count + 1, nbytes + whole)
+                    beside = collective_workspace_bytes(placement, whole, outs[j].nbytes, self.mesh.tp)
+                    workspace = max(workspace, beside)
         held = {
             ref.op for op in ops for ref in op.inputs if self.graph[ref.op].kind in ("param", "buffer")
         }
@@ -317,27 +333,26 @@ class _Planner:
             flops=flops,
             weight_bytes=sum(self._weight_bytes(self.graph[name]) for name in held),
             kv_cache_bytes=sum(self._cache_bytes(op) for op in ops),
-            activation_bytes=self._activation_bytes(ops, hops, k),
+            activation_bytes=self._activation_bytes(ops, stage),
+            workspace_bytes=workspace,
             collectives=tuple((name, count, nbytes) for name, (count, nbytes) in sorted(collectives.items())),
         )
 
-    def _activation_bytes(self, ops: list[Op], hops: tuple[Hop, ...], stage: int) -> int:
-        order = [op.name for op in ops]
-        produces: dict[str, int] = {}
-        last_use: dict[str, int] = {}
-        for i, op in enumerate(ops):
-            strategy = self.strategies[op.name]
-            views = ("view", "permute", "slice", "expand", "split", "unbind", "cache_update")
-            own = op.kind not in views and op.name not in self.graph.fused
-            produces[op.name] = (
-                sum(self.search.local(TensorRef(op.name, j), p).nbytes for j, p in enumerate(strategy.outputs))
-                if own
-                else 0
-            )
-            last_use[op.name] = max(last_use.get(op.name, i), i)
-            for ref in op.inputs:
-                last_use[ref.op] = i
-        return peak_live_bytes(order, produces, last_use)
+    def _activation_bytes(self, ops: list[Op], stage: Stage) -> int:
+        names = {op.name for op in ops}
+        later = {ref for ref in self.graph.outputs if ref.op in names}
+        for ref, users in self.graph.users.items():
+            if ref.op in names and any(user not in names for user, _ in users):
+                later.add(ref)  # sent on
+        return peak_activation_bytes(ops, self._held_bytes, later, stage.received)
+
+    def _held_bytes(self, ref: TensorRef) -> int:
+        """Of a tensor on one tp rank, as it lies and, where it is gathered, whole."""
+        strategy = self.strategies[ref.op]
+        if ref.op in self.graph.fused:
+            return 0
+        nbytes = self.search.local(ref, strategy.outputs[ref.index]).nbytes
+        return nbytes + (self.search.spec(ref).nbytes if strategy.gather[ref.index] else 0)
 
     def _layers(self, ops: list[Op]) -> tuple[str, ...]:
         """Module paths up to their first number ("model.layers.3"), in order, of the ops that use weights."""

@@ -6,25 +6,22 @@ consumers there are. A producer and a consumer agree when the tensor lies as the
 can cut its own piece out of a whole tensor). Memory enters as a price per byte of a matmul's weight that a rank holds
 beyond an even share.
 
-The minimum over all assignments is found by min-sum variable elimination (bucket elimination: Dechter, "Bucket
-elimination: a unifying framework for reasoning", 1999) in min-degree order; transformer graphs have a treewidth of 2 to
-6 once shape arithmetic is left out, so tables stay small and the time grows linearly with the number of layers.
+The minimum over all assignments is found by min-sum variable elimination (elimination.py); transformer graphs have a
+treewidth of 2 to 6 once shape arithmetic is left out, so tables stay small and the time grows linearly with the number
+of layers.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import networkx as nx
 import numpy as np
-import numpy.typing as npt
 
 from cost_model.comm_cost import all_gather_seconds, all_reduce_seconds
 from cost_model.compute_cost import op_seconds
 from cost_model.decisions import deciding_ops
-from cost_model.errors import PlanError
+from cost_model.elimination import Elimination, Table
 from cost_model.hardware import Hardware
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef, TensorSpec
 from cost_model.op_rules import RuleTable
@@ -32,7 +29,6 @@ from cost_model.placement import PARTIAL, REPLICATE, Placement, shard
 from cost_model.roles import role_of
 from cost_model.shard_layouts import LayoutTable
 
-Table = npt.NDArray[np.float64]
 INFEASIBLE = np.inf
 # Breaks ties towards whole tensors: a residual that stays a sum over ranks costs no more to move, but a later
 # all_reduce then adds up values that have grown, and loses more of a 16-bit dtype. Far below any real difference.
@@ -51,17 +47,22 @@ class Strategy:
 
 @dataclass(frozen=True, slots=True)
 class TensorParallelResult:
-    """The chosen strategy of every op, and the optimum's cost in seconds (price of memory included)."""
+    """The chosen strategy of every op, and the optimum's cost in seconds (price of memory included).
+
+    `elimination` knows what other choices from the `domains` would cost.
+    """
 
     strategies: Mapping[str, Strategy]
     cost: float
+    domains: Mapping[str, Sequence[Strategy]]
+    elimination: Elimination
 
 
 class TensorParallelSearch:
     """Costs and domains of one (graph, tp, hardware); `solve` finds the cheapest assignment for a memory price.
 
     `sizes` maps symbols ("B", "S", "T") to the lengths at which seconds are counted. `pins` maps names of ops to the
-    role that each must have; PlanError, which says why, where one cannot.
+    role that each must have.
     """
 
     def __init__(
@@ -84,42 +85,16 @@ class TensorParallelSearch:
         self._seconds: dict[tuple[object, ...], float] = {}
         self._solved: dict[float, TensorParallelResult] = {}
         self.pins = dict(pins or {})
-        for name in self.pins:
-            self.domain(graph[name])
 
     # -- what an op can do -----------------------------------------------------------------------------------------
 
     def domain(self, op: Op) -> list[Strategy]:
-        """All strategies of `op`, the replicated one first; of a pinned op those that have its role."""
+        """All strategies of `op`, the replicated one first; of a pinned op those that have its role, if any."""
         every = self._strategies(op)
         role = self.pins.get(op.name)
         if role is None:
             return every
-        allowed = [s for s in every if role_of(op, s.letter) == role]
-        if not allowed:
-            raise PlanError(f"{op.module or op.name} cannot be {role}: {self.why_not(op, role)}")
-        return allowed
-
-    def why_not(self, op: Op, role: str) -> str:
-        """In words, why no strategy of `op` has this role."""
-        if self.tp == 1:
-            return "tp=1 cuts nothing"
-        if op.name in self._whole:
-            return "what it computes decides where data goes, so that every rank computes it whole"
-        letters = [x for x in self.layouts.rules(op, self.graph.input_specs(op)).letters if x.name == role]
-        if not letters:
-            return f"the rule of {op.kind} has no such way to cut it ({op})"
-        (letter,) = letters
-        if letter.size < self.tp and letter.filled:
-            return f"its {letter.size} channels are fewer than tp={self.tp} ranks, and none may be left without"
-        links = [(op.inputs[x.slot], x.dim) for x in letter.inputs]
-        layouts = [self.layouts.layout(*link) for link in links]
-        if letter.reduces and any(x is not None and x.overlaps for x in layouts):
-            return f"what it sums over has fewer pieces (heads, say) than tp={self.tp} ranks, and some are on several"
-        return (
-            f"the {letter.size} elements that this would cut hang together (one head, say), and cannot be dealt to "
-            f"tp={self.tp} ranks"
-        )
+        return [s for s in every if role_of(op, s.letter) == role]
 
     def _strategies(self, op: Op) -> list[Strategy]:
         plain = Strategy("", (REPLICATE,) * len(op.inputs), (REPLICATE,) * len(op.outputs), (False,) * len(op.outputs))
@@ -163,6 +138,10 @@ class TensorParallelSearch:
                 gather = tuple(not p.is_replicate for p in s.outputs)
                 both.append(Strategy(s.letter, s.inputs, s.outputs, gather))
         return both
+
+    def decides(self, op: Op) -> bool:
+        """True of what decides a choice (decisions.py): whole on every rank, however cheap it would be to cut."""
+        return op.name in self._whole
 
     # -- what it costs -----------------------------------------------------------------------------------------------
 
@@ -273,10 +252,10 @@ class TensorParallelSearch:
                     continue
                 key = (ref.op, op.name)
                 pairs[key] = pairs[key] + table if key in pairs else table
-        choice, cost = eliminate(unary, pairs)
-        found = TensorParallelResult({name: domains[name][k] for name, k in choice.items()}, cost)
-        self._solved[price] = found
-        return found
+        found = Elimination(unary, pairs)
+        chosen = {name: domains[name][k] for name, k in found.choice.items()}
+        self._solved[price] = TensorParallelResult(chosen, found.cost, domains, found)
+        return self._solved[price]
 
     def _edge_table(
         self, producers: Sequence[Strategy], consumers: Sequence[Strategy], ref: TensorRef, slot: int
@@ -298,69 +277,3 @@ def _depends_on_weights(graph: OpGraph) -> set[str]:
         if op.kind == "param" or any(ref.op in found for ref in op.inputs):
             found.add(op.name)
     return found
-
-
-def eliminate(
-    unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table]
-) -> tuple[dict[str, int], float]:
-    """argmin and min of sum(unary[v][x_v]) + sum(pairs[u, v][x_u, x_v]), exactly.
-
-    Every table in `pairs` has shape [domain of u, domain of v]; infinities forbid a combination. Raises ValueError
-    when nothing is feasible.
-    """
-    interaction: nx.Graph[str] = nx.Graph()
-    interaction.add_nodes_from(unary)
-    factors: dict[str, list[tuple[tuple[str, ...], Table]]] = {v: [] for v in unary}
-    for (u, v), table in pairs.items():
-        interaction.add_edge(u, v)
-        factors[u].append(((u, v), table))
-        factors[v].append(((u, v), table))
-    heap = [(interaction.degree(v), i, v) for i, v in enumerate(unary)]
-    number = {v: i for _, i, v in heap}
-    heapq.heapify(heap)
-    done: set[str] = set()
-    steps: list[tuple[str, tuple[str, ...], npt.NDArray[np.intp]]] = []
-    total = 0.0
-    while heap:
-        degree, _, v = heapq.heappop(heap)
-        if v in done or degree != interaction.degree(v):
-            continue  # an outdated entry
-        scope = tuple(sorted(interaction.neighbors(v), key=number.__getitem__))
-        axes = {name: axis for axis, name in enumerate((*scope, v))}
-        joint: Table = unary[v].reshape((1,) * len(scope) + (-1,))
-        for names, table in factors[v]:
-            joint = joint + _aligned(names, table, axes)
-        best = joint.argmin(axis=-1)
-        reduced = np.take_along_axis(joint, best[..., None], axis=-1)[..., 0]
-        steps.append((v, scope, best))
-        done.add(v)
-        old = set(map(id, (t for _, t in factors.pop(v))))
-        interaction.remove_node(v)
-        for name in scope:
-            factors[name] = [f for f in factors[name] if id(f[1]) not in old]
-        if scope:
-            for name in scope:
-                factors[name].append((scope, reduced))
-            for i, a in enumerate(scope):
-                for b in scope[i + 1 :]:
-                    interaction.add_edge(a, b)
-            for name in scope:
-                heapq.heappush(heap, (interaction.degree(name), number[name], name))
-        else:
-            total += float(reduced)
-    if not np.isfinite(total):
-        raise ValueError("no combination of strategies is feasible")
-    choice: dict[str, int] = {}
-    for v, scope, best in reversed(steps):
-        choice[v] = int(best[tuple(choice[name] for name in scope)])
-    return choice, total
-
-
-def _aligned(names: tuple[str, ...], table: Table, axes: Mapping[str, int]) -> Table:
-    """`table` over `names` with its dims put where `axes` wants them, size 1 elsewhere."""
-    order = sorted(range(len(names)), key=lambda i: axes[names[i]])
-    moved = table.transpose(order)
-    shape = [1] * len(axes)
-    for i in order:
-        shape[axes[names[i]]] = table.shape[i]
-    return moved.reshape(shape)
