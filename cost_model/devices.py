@@ -18,7 +18,6 @@ _UNITS = {"": 1, "b": 1} | {
     for unit, base in (("b", 1000), ("ib", 1024))
     for power, prefix in enumerate("kmgt", start=1)
 }
-NO_LIMIT = 2**62  # bytes
 _AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 
 
@@ -33,19 +32,21 @@ def bytes_of(given: object, what: str = "max_memory") -> int:
     raise PlanError(f'{what} is {given!r}: give bytes, or a text such as "40GiB" or "40GB"')
 
 
-def memory_of_stages(given: Memory | None, mesh: Mesh) -> tuple[int, ...] | None:
+def memory_of_stages(given: Memory | None, mesh: Mesh, devices: Sequence[Hardware]) -> tuple[int, ...] | None:
     """Bytes that a device of each stage may hold: one amount for all, or one for each stage, in order or by number.
 
-    A mapping may leave stages out: they take all of their device (None where nothing is given at all).
-    Raises PlanError.
+    A mapping may leave stages out: they may take all of their device. None where nothing is given at all. `devices[k]`
+    is stage k's. Raises PlanError.
     """
     if given is None:
         return None
     if isinstance(given, int | str):
         return (bytes_of(given),) * mesh.pp
     by_stage = _by_stage(given, mesh, "max_memory")
-    stages = range(mesh.pp)
-    return tuple(bytes_of(by_stage[k], f"max_memory of stage {k}") if k in by_stage else NO_LIMIT for k in stages)
+    return tuple(
+        bytes_of(by_stage[k], f"max_memory of stage {k}") if k in by_stage else devices[k].memory_bytes
+        for k in range(mesh.pp)
+    )
 
 
 def devices_of_stages(given: DeviceMap | None, mesh: Mesh) -> tuple[Hardware, ...]:

@@ -82,15 +82,16 @@ def request_for(
     """A request from what users write (see `autodist_fx.compile`). With a device map each stage keeps within the memory
     of its devices, or within `max_memory` where that is less. Raises PlanError naming the argument."""
     devices = devices_of_stages(device_map, mesh)
-    memory = memory_of_stages(max_memory, mesh)
-    if devices:
-        limits = memory or (devices[k].memory_bytes for k in range(mesh.pp))
-        memory = tuple(min(limit, device.memory_bytes) for limit, device in zip(limits, devices, strict=True))
-    if hardware is None and not devices:
+    hardware = hardware or (devices[0] if devices else None)
+    if hardware is None:
         raise PlanError("say what hardware the plan is for")
+    memory = memory_of_stages(max_memory, mesh, devices or (hardware,) * mesh.pp)
+    if devices:
+        own = tuple(device.memory_bytes for device in devices)
+        memory = tuple(map(min, memory or own, own))
     return PlanRequest(
         mesh=mesh,
-        hardware=hardware or devices[0],
+        hardware=hardware,
         objective=objective,
         sizes=tuple((sizes or {}).items()),
         memory_bytes=memory,

@@ -11,7 +11,6 @@ from cost_model.comm_cost import send_seconds
 from cost_model.compute_cost import op_flops
 from cost_model.cut_options import cut_plans
 from cost_model.cuts import cut_positions
-from cost_model.devices import NO_LIMIT
 from cost_model.errors import NoPlanFits, PlanError
 from cost_model.explain import plan_warnings
 from cost_model.hardware import Hardware, Link
@@ -20,7 +19,7 @@ from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef
 from cost_model.pins import pinned_roles, pins_text, to_blame
 from cost_model.pipeline import OpCost, PipelineSearch, Stage
 from cost_model.placement import REPLICATE, Layout, Placement
-from cost_model.plan import Alternative, Hop, OpPlan, ParamPlan, PartitionPlan, StageSummary, rounded
+from cost_model.plan import Alternative, Device, Hop, OpPlan, ParamPlan, PartitionPlan, Request, StageSummary, rounded
 from cost_model.plan_request import PRICES, PlanRequest
 from cost_model.roles import role_of
 from cost_model.shard_layouts import LayoutTable
@@ -216,17 +215,17 @@ class _Planner:
             hops=hops,
             stages=tuple(self._summary(k, stage, computed, hops) for k, stage in enumerate(stages)),
             one_device_seconds=alone,
-            device_memory_bytes=min(self._memory(k) for k in range(self.mesh.pp)),
+            device_memory_bytes=max(self.request.memory_bytes or (x.memory_bytes for x in self.request.stage_devices)),
             choices=tuple(self.choices),
             cuts=cut_plans(self.pipeline, stages, lambda ref: self.search.spec(ref).nbytes),
+            request=Request(
+                self.request.pins,
+                self.request.cuts,
+                self.request.memory_bytes or (),
+                tuple(Device(x.name, x.memory_bytes) for x in self.request.devices),
+            ),
         )
         return replace(plan, warnings=tuple(plan_warnings(plan)))
-
-    def _memory(self, stage: int) -> int:
-        """Bytes that a device of the stage may hold."""
-        own = self.request.stage_devices[stage].memory_bytes
-        limits = self.request.memory_bytes
-        return own if limits is None or limits[stage] >= NO_LIMIT else limits[stage]
 
     def _layout_index(self, ref: TensorRef, placement: Placement) -> int:
         if not placement.is_shard:
