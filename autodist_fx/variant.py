@@ -15,6 +15,7 @@ from autodist_fx.call import Call, unusual
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import InputForm, Sizes, TracedModel, trace, trace_phases
 from autodist_fx.tracing.cross_cache import CROSS
+from cost_model.check_plan import check_plan
 from cost_model.errors import PlanError
 from cost_model.op_graph import OpGraph
 from cost_model.plan import PartitionPlan
@@ -95,6 +96,7 @@ class Variant:
             given = make_plan(graph, request, model=traced.model_class, fingerprint=print_of_it)
         else:
             _refuse_foreign(given, print_of_it, traced.model_class)
+            check_plan(given, graph)
         names = parameter_names(traced.graph_module)
         known, order = traced.forms(), _output_order(traced.graph_module)
         if CROSS in traced.layer_kinds:
