@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.adapters import without_wrapper
-from autodist_fx.compiled import class_of, default_hardware
+from autodist_fx.compiled import class_of, hardware_for
 from autodist_fx.tracing import has_own_cache, trace, trace_phases
 from autodist_fx.variant import planned_graph
 from cost_model import mesh_choice
@@ -49,7 +49,7 @@ def choose_mesh(
     """
     model = without_wrapper(model)
     request = request_for(
-        Mesh(), default_hardware(hardware), objective=objective, sizes=sizes, pin=pin, cuts=cuts, max_memory=max_memory
+        Mesh(), hardware_for(hardware), objective=objective, sizes=sizes, pin=pin, cuts=cuts, max_memory=max_memory
     )
     if use_cache and has_own_cache(class_of(model)):
         _, traced = trace_phases(model, concrete_args)

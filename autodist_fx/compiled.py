@@ -31,11 +31,12 @@ from autodist_fx.weights.load import load_rank
 from autodist_fx.weights.module_source import ModuleSource
 from cost_model import hardware as presets
 from cost_model.devices import DeviceMap, Memory
+from cost_model.errors import PlanError
 from cost_model.hardware import Hardware
 from cost_model.mesh import Mesh
 from cost_model.op_graph import OpGraph
 from cost_model.plan import PartitionPlan
-from cost_model.plan_request import PlanRequest, request_for
+from cost_model.plan_request import PlanRequest, options_of, request_for
 from passes.graph_text import graph_diff
 from passes.pass_manager import emit_rank
 from passes.program import RankProgram
@@ -86,23 +87,25 @@ def compile(
     device_map: stages on devices that differ, one entry a stage: ["a100", "h100"], or {"0": {"hardware": "h100",
         "memory": "40GiB"}, ...}. Stages end where each device, at its own speed and with its own memory, keeps up with
         the others. The ranks of one stage must be alike. Sharding is chosen for the slowest device.
-    plan: a plan made earlier for this model; no search then. PlanError if it is another model's.
+    plan: a plan made earlier for this model; no search then, and objective, pin, ... are the plan's. PlanError if it is
+        another model's, or contradicts itself (edited by hand).
     verify: prove every rank's program before returning it (CompiledModel.verify).
     dump_dir: gets every rank's graph after each pass, as text.
 
     Errors: TracingError, MeshError, NoPlanFits, PlanError, VerificationError; all are AutodistError.
     """
     model = without_wrapper(model)
-    request = request_for(
-        Mesh(tp, pp) if plan is None else plan.mesh,
-        None if hardware is None and device_map else default_hardware(hardware),
-        objective=objective,
-        sizes=sizes,
-        pin=pin,
-        cuts=cuts,
-        max_memory=max_memory,
-        device_map=device_map,
-    )
+    fixed = {"pin": pin, "cuts": cuts, "max_memory": max_memory, "device_map": device_map}
+    options: dict[str, Any] = {"objective": objective, **fixed}
+    if plan is not None:
+        given = [name for name, value in fixed.items() if value]
+        if given:
+            raise PlanError(f"a plan is used as it is, and {given[0]} would change it: leave out one of them")
+        # What it was made for holds for other forms of the model, too, which have plans of their own.
+        options = options_of(plan)
+        hardware = hardware or options["hardware"]
+    options["hardware"] = hardware_for(hardware, options["device_map"])
+    request = request_for(Mesh(tp, pp) if plan is None else plan.mesh, sizes=sizes, **options)
     checks: dict[str, Any] = {"verify_programs": verify, "dump_dir": dump_dir, "always": concrete_args or {}}
     if use_cache and has_own_cache(class_of(model)):
         prompt, step = Variant.make_phases(model, request, concrete_args, plan)
@@ -119,8 +122,10 @@ def class_of(model: PreTrainedModel | PretrainedConfig) -> type[PreTrainedModel]
     return class_for(model) if isinstance(model, PretrainedConfig) else type(model)
 
 
-def default_hardware(name: str | Hardware | None) -> Hardware:
-    """That of a name; for None "generic" where CUDA is there, "cpu-gloo" where not."""
+def hardware_for(name: str | Hardware | None, device_map: DeviceMap | None = None) -> Hardware | None:
+    """That of a name; for None what the device map says, else "generic" where CUDA is there, "cpu-gloo" where not."""
+    if name is None and device_map:
+        return None
     if name is None:
         name = "generic" if torch.cuda.is_available() else "cpu-gloo"
     return presets.hardware(name)

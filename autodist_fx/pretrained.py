@@ -31,6 +31,7 @@ from cost_model.hardware import Hardware
 from cost_model.mesh import Mesh
 from cost_model.plan import PartitionPlan
 from cost_model.plan_json import plan_to_text
+from cost_model.plan_request import options_of
 from passes.program import RankProgram
 
 
@@ -181,10 +182,10 @@ class _Options:
     dump_dir: str | Path | None
     progress: Callable[[int, int], None] | None
 
-    @property
-    def for_compile(self) -> dict[str, Any]:
+    def for_compile(self, plan: PartitionPlan | None = None) -> dict[str, Any]:
         """verify=False: emitting other ranks' programs is rank 0's work alone."""
-        return {"tp": self.mesh.tp, "pp": self.mesh.pp, **self.planning, "verify": False, "dump_dir": self.dump_dir}
+        planning = self.planning if plan is None else {"plan": plan, "hardware": self.planning["hardware"]}
+        return {"tp": self.mesh.tp, "pp": self.mesh.pp, **planning, "verify": False, "dump_dir": self.dump_dir}
 
 
 def _distribute(
@@ -228,12 +229,14 @@ def _distribute(
         finally:
             source.close()
 
-    main = compile_for_generation(model, plan=plan, **options.for_compile)
+    main = compile_for_generation(model, **options.for_compile(plan))
+    if plan is not None:
+        options = replace(options, planning=options_of(plan))
     program = agreed(main)
     report = load(main, program)
 
     def whole_sequences(input_names: tuple[str, ...]) -> RankProgram:
-        compiled = compile(model, use_cache=False, input_names=input_names, **options.for_compile)
+        compiled = compile(model, use_cache=False, input_names=input_names, **options.for_compile())
         other = agreed(compiled)
         left = share_weights(program, other)
         if left.param_shards:  # slices that this layout has and the other has not

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cost_model.cuts import Cut
 from cost_model.devices import DeviceMap, Memory, devices_of_stages, memory_of_stages
 from cost_model.errors import PlanError
-from cost_model.hardware import Hardware
+from cost_model.hardware import PRESETS, Hardware
 from cost_model.mesh import Mesh
 from cost_model.pins import Pin
+from cost_model.plan import PLAN_VERSION, PartitionPlan
 
 # Seconds per byte of matmul weight held beyond an even share, while the search chooses. "shard": a microsecond a byte,
 # so that a 16 KB matrix weighs more than dozens of collectives: who asks for tp=N asks for sharded weights. "latency"
@@ -99,3 +102,53 @@ def request_for(
         cuts=tuple(cuts or ()),
         devices=devices,
     )
+
+
+def options_of(plan: PartitionPlan) -> dict[str, Any]:
+    """Arguments of `request_for` that ask for `plan` again; hardware that is no preset is left out."""
+    asked = plan.request
+    devices = [{"hardware": d.hardware, "memory": d.memory} for d in asked.device_map if d.hardware in PRESETS]
+    return {
+        "hardware": plan.hardware if plan.hardware in PRESETS else None,
+        "objective": plan.objective,
+        "pin": dict(asked.pins),
+        "cuts": asked.cuts,
+        "max_memory": asked.max_memory or None,
+        "device_map": devices if len(devices) == len(asked.device_map) and devices else None,
+    }
+
+
+def options_in_file(path: str | Path) -> dict[str, Any]:
+    """What a plan file, perhaps edited by hand, asks for: its mesh as `tp` and `pp`, and arguments of `request_for`.
+
+    Nothing else in the file is read, and all but `version` may be left out. Raises PlanError.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PlanError(f"cannot read the plan file {path}: {error}") from error
+    if not isinstance(data, Mapping) or data.get("version") != PLAN_VERSION:
+        raise PlanError(f"{path} is no plan of version {PLAN_VERSION}: make one with `autodist-fx plan --save`")
+    found: dict[str, Any] = {}
+    parts = {name: data.get(name, {}) for name in ("mesh", "sizes", "request")}
+    for name, part in parts.items():
+        if not isinstance(part, Mapping):
+            raise PlanError(f"{path}: {name} is {part!r}: expected an object")
+    unknown = [key for key in parts["request"] if key not in ("pins", "cuts", "max_memory", "device_map")]
+    if unknown:
+        raise PlanError(f"{path}: request.{unknown[0]}: unknown field; known are pins, cuts, max_memory, device_map")
+    found |= {axis: parts["mesh"].get(axis, 1) for axis in ("tp", "pp")}
+    found |= {"sizes": parts["sizes"], "objective": data.get("objective", "shard")}
+    asked = parts["request"]
+    if not asked.get("device_map"):
+        found["hardware"] = data.get("hardware")
+    pins, cuts = asked.get("pins", {}), asked.get("cuts", [])
+    if not (isinstance(pins, Mapping) and all(isinstance(role, str) for role in pins.values())):
+        raise PlanError(f"{path}: request.pins is {pins!r}: expected roles by pattern")
+    if not (isinstance(cuts, list) and all(isinstance(cut, str | int) for cut in cuts)):
+        raise PlanError(f"{path}: request.cuts is {cuts!r}: expected a list of modules or layer numbers")
+    for symbol, n in parts["sizes"].items():
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise PlanError(f"{path}: sizes.{symbol} is {n!r}: expected a whole number")
+    found |= {"pin": pins, "cuts": cuts}
+    return found | {name: asked.get(name) or None for name in ("max_memory", "device_map")}

@@ -69,7 +69,7 @@ def _cut(text: str) -> int | str:
 
 
 def planning_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What compile is to plan for, by its own names."""
+    """What compile is to plan for, by its own names; what is not given on the command line is left out."""
     pins: dict[str, str] = {}
     for pattern, role in args.pin or ():
         if pins.setdefault(pattern, role) != role:
@@ -79,37 +79,32 @@ def planning_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.device_map:
         entries = [entry.partition("=") for entry in args.device_map.split(",")]
         devices = [{"hardware": name} | ({"memory": size} if size else {}) for name, _, size in entries]
-    return {
+    options = {
         "hardware": args.hardware,
-        "objective": args.objective or "shard",
+        "objective": args.objective,
         "pin": pins,
         "cuts": args.cut,
         "max_memory": memory[0] if memory and len(memory) == 1 else memory,
         "device_map": devices,
     }
+    return {name: value for name, value in options.items() if value}
 
 
-def compile_config(args: argparse.Namespace, sizes: dict[str, int] | None = None) -> CompiledModel:
-    """The split of the model whose config --model has; no weights are looked for, nothing is verified."""
+def compile_config(args: argparse.Namespace, **options: Any) -> CompiledModel:
+    """The split of the model whose config --model has; no weights are looked for, nothing is verified. `options` of
+    compile count where the command line says nothing."""
     config = resolve_config(args.model, revision=args.revision, cache_dir=args.cache_dir)
-    return compile_for(args, config, wanted_dtype(args.dtype, config), sizes)
+    return compile_for(args, config, wanted_dtype(args.dtype, config), **options)
 
 
 def compile_for(
-    args: argparse.Namespace, config: PretrainedConfig, dtype: torch.dtype, sizes: dict[str, int] | None = None
+    args: argparse.Namespace, config: PretrainedConfig, dtype: torch.dtype, **options: Any
 ) -> CompiledModel:
     """The same for a config that was found already."""
     plan = PartitionPlan.load(args.plan) if args.plan else None
-    mesh = mesh_of(plan, args.tp, args.pp)
-    return compile_for_generation(
-        empty_model(config, dtype),
-        tp=mesh.tp,
-        pp=mesh.pp,
-        **planning_options(args),
-        plan=plan,
-        sizes=sizes,
-        verify=False,
-    )
+    mesh = mesh_of(plan, args.tp or options.pop("tp", None), args.pp or options.pop("pp", None))
+    wanted = {**options, **planning_options(args), "tp": mesh.tp, "pp": mesh.pp}
+    return compile_for_generation(empty_model(config, dtype), plan=plan, verify=False, **wanted)
 
 
 def be_quiet() -> None:

@@ -125,7 +125,7 @@ def _generate(args: argparse.Namespace, prompts: list[str], plan: PartitionPlan 
         pp=mesh.pp,
         dtype=args.dtype,
         device=args.device,
-        **planning_options(args),
+        **({} if plan is not None else planning_options(args)),
         plan=plan,
         revision=args.revision,
         cache_dir=args.cache_dir,
