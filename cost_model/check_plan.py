@@ -40,6 +40,7 @@ class _Checked:
         _same_names("parameter", params, list(self.params))
         if [op.name for op in self.plan.ops] != [op.name for op in computed]:
             raise PlanError(f"the plan's ops do not stand in execution order: {_WAY_OUT}")
+        self._stages()
         for op in computed:
             planned = self.plan.op(op.name)
             self._strategy(op, planned)
@@ -53,7 +54,6 @@ class _Checked:
         for op in self.graph:
             if op.kind == "param":
                 self._param(op)
-        self._stages()
         self._hops()
 
     # -- one op ------------------------------------------------------------------------------------------------------

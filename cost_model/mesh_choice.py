@@ -27,6 +27,7 @@ from cost_model.planner import SharedSearches, forward_seconds, plan
 
 OBJECTIVES = ("latency", "throughput", "memory")
 LOAD = 256  # sequences in flight a device, at most: what vLLM admits by default (max_num_seqs)
+USABLE = 0.9  # of a device's memory: the rest is the context's, the allocator's and the collectives' (vLLM's default)
 NEAR = 1.1  # times the best's seconds: a mesh of fewer devices that near is worth a word
 
 
@@ -105,7 +106,7 @@ def choose_mesh(
     sequences: int | None = None,
 ) -> MeshChoice:
     """Plans every mesh whose ranks divide `devices`, and ranks them by `request.objective`; the request's mesh is not
-    looked at, its memory limit (of the first stage) holds for every device, else the device's own memory.
+    looked at, its memory limit (of the first stage) holds for every device, else USABLE of the device's own memory.
 
     `sequences`: in flight over all devices under load; None: as many as each mesh has memory for.
 
@@ -164,7 +165,8 @@ class _Chooser:
         self.sequences = sequences
         self.names = {"model": model, "fingerprint": fingerprint}
         self.shared: SharedSearches = {}
-        self.memory_bytes = request.memory_bytes[0] if request.memory_bytes else request.hardware.memory_bytes
+        own = int(USABLE * request.hardware.memory_bytes)
+        self.memory_bytes = request.memory_bytes[0] if request.memory_bytes else own
         self.is_loaded = request.objective == "throughput"
 
     def candidate(self, mesh: Mesh) -> Candidate:
@@ -256,5 +258,7 @@ def _remarks(choice: MeshChoice) -> Sequence[str]:
             remarks.append(f"{small.mesh}, with {small.mesh.size} of the devices, is only {slower:.0%} slower.")
     if choice.objective == "throughput" and best.copies > 1:
         remarks.append(f"{best.copies} copies of {best.mesh} side by side, each with its share of the sequences.")
+    if choice.objective == "throughput" and any(c.mesh.pp > 1 for c in choice.candidates):
+        remarks.append("Tokens/s of pp > 1 are those of a pipeline that as many micro-batches as stages keep full.")
     remarks += [f"{mesh}: {why}" for mesh, why in choice.impossible]
     return remarks

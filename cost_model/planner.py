@@ -128,7 +128,7 @@ class _Planner:
             try:
                 return self._cut()
             except NoPlanFits:
-                if price >= PRICES["shard"]:
+                if self.mesh.tp == 1 or price >= PRICES["shard"]:
                     raise
                 price = max(10 * price, 1e-12)  # memory costs more until the plan fits
 
@@ -366,11 +366,8 @@ class _Planner:
 
     def _one_device_seconds(self) -> float:
         """The model unsplit on one device, the fastest (on the whole machine, where ranks share one)."""
-        layouts = LayoutTable(self.graph, 1)
         alone = {device.alone(self.mesh.size) for device in self.request.stage_devices}
-        return min(
-            _unsplit_seconds(TensorParallelSearch(self.graph, 1, x, self.sizes, layouts)) for x in alone
-        )
+        return min(_unsplit_seconds(TensorParallelSearch(self.graph, 1, x, self.sizes, self.layouts)) for x in alone)
 
     def hop_link(self, source: int, target: int) -> Link:
         """Between two stages. Devices of two kinds are in two machines, and talk as the slower of both can."""
