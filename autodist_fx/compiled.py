@@ -16,6 +16,7 @@ from autodist_fx.adapters import without_wrapper
 from autodist_fx.call import Call, read_call
 from autodist_fx.errors import AutodistError
 from autodist_fx.outputs import merged, nested
+from autodist_fx.runtime.backward import add_up, glued, run_backward
 from autodist_fx.runtime.local_cache import encoder_view, local_cache
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, join
 from autodist_fx.runtime.simulate import simulate
@@ -63,6 +64,7 @@ def compile(
     max_memory: Memory | None = None,
     device_map: DeviceMap | None = None,
     plan: PartitionPlan | None = None,
+    train: bool = False,
     verify: bool = True,
     dump_dir: str | Path | None = None,
 ) -> CompiledModel:
@@ -89,6 +91,7 @@ def compile(
         the others. The ranks of one stage must be alike. Sharding is chosen for the slowest device.
     plan: a plan made earlier for this model; no search then, and objective, pin, ... are the plan's. PlanError if it is
         another model's, or contradicts itself (edited by hand).
+    train: let the programs carry what a backward pass needs, too (CompiledModel.gradients).
     verify: prove every rank's program before returning it (CompiledModel.verify).
     dump_dir: gets every rank's graph after each pass, as text.
 
@@ -106,7 +109,9 @@ def compile(
         hardware = hardware or options["hardware"]
     options["hardware"] = hardware_for(hardware, options["device_map"])
     request = request_for(Mesh(tp, pp) if plan is None else plan.mesh, sizes=sizes, **options)
-    checks: dict[str, Any] = {"verify_programs": verify, "dump_dir": dump_dir, "always": concrete_args or {}}
+    checks: dict[str, Any] = {
+        "verify_programs": verify, "train": train, "dump_dir": dump_dir, "always": concrete_args or {},
+    }  # fmt: skip
     if use_cache and has_own_cache(class_of(model)):
         prompt, step = Variant.make_phases(model, request, concrete_args, plan)
         compiled = CompiledModel(model, request, step, prompt=prompt, **checks)
@@ -142,6 +147,7 @@ class CompiledModel:
         *,
         always: Mapping[str, object],
         verify_programs: bool,
+        train: bool,
         dump_dir: str | Path | None,
         prompt: Variant | None = None,
     ) -> None:
@@ -151,6 +157,7 @@ class CompiledModel:
         self._request = request
         self._main = self._step = variant
         self._verify_programs = verify_programs
+        self._train = train
         self._dump_dir = dump_dir
         self._variants = [variant]
 
@@ -158,6 +165,10 @@ class CompiledModel:
     def plan(self) -> PartitionPlan:
         """Every decision made; print it, save it, compare it."""
         return self._main.whole_plan or self._main.plan
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the plan."""
+        return self.plan._repr_html_()
 
     @property
     def mesh(self) -> Mesh:
@@ -184,13 +195,24 @@ class CompiledModel:
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
         """Real values by name of every buffer and constant that the programs use."""
-        modules = [v.traced.graph_module for v in (self._main.encoder, self._main) if v is not None]
+        parts = (self._main.encoder, self._prompt, self._main)
+        modules = [v.traced.graph_module for v in parts if v is not None]
         return {name: b for module in modules for name, b in module.named_buffers(remove_duplicate=False)}
 
     def encoder_program(self, rank: int) -> RankProgram | None:
         """What global rank `rank` runs once for an input, before `program` at each step of a decoder; None where the
         model, or this form of it, has no such part. It writes what the steps read into their cache."""
         return None if self._main.encoder is None else self._program(self._main.encoder, rank)
+
+    def prompt_program(self, rank: int) -> RankProgram | None:
+        """What global rank `rank` runs for a prompt, where the model has a cache of its own; `program` is then that of
+        each step after it. None for all other models."""
+        return None if self._prompt is None else self._program(self._prompt, rank)
+
+    @property
+    def prompt_plan(self) -> PartitionPlan | None:
+        """The plan of the prompt's programs, where these are others than the steps'."""
+        return None if self._prompt is None else self._prompt.plan
 
     def rank(self, rank: int) -> torch.fx.GraphModule:
         """The GraphModule of global rank `rank`."""
@@ -242,6 +264,32 @@ class CompiledModel:
         outputs = self._run(variant, [{**filled, "past_key_values": own} for own in cache.ranks])
         cache.length += _step_length(given)
         return self._returned(variant, call, {**encoded, **outputs, "past_key_values": cache})
+
+    def gradients(self, **inputs: Any) -> dict[str, torch.Tensor]:
+        """Run forward and backward on all ranks in this process: the gradients that `model(**inputs).loss.backward()`
+        leaves in `model`, by the names of its `named_parameters()`, each whole; those it leaves at None are left out.
+
+        Needs `compile(..., train=True)`, a model with weights, and inputs that it computes a loss from (`labels=...`).
+        The model stays as it is, and so do its own `.grad`. Raises AutodistError where one of these is missing;
+        CommunicationError where ranks that hold the same elements have different gradients of them.
+        """
+        if not self._train:
+            raise AutodistError("these programs are for inference: compile with train=True for gradients")
+        self._refuse_without_weights("gradients")
+        call = read_call(self._model, inputs, self._always)  # type: ignore[arg-type]
+        if call.use_cache:
+            raise AutodistError("gradients are of a whole sequence: leave past_key_values and use_cache out")
+        variant = self._variant_for(call, 0)
+        self._load(variant)
+        variant.check_lengths(call.tensors, 0)
+        programs = list(variant.programs.values())
+        _, of_ranks = run_backward(programs, call.tensors)
+        add_up(programs, of_ranks)
+        found = glued(programs, of_ranks)
+        model: PreTrainedModel = self._model  # type: ignore[assignment]
+        by_any_name = dict(model.named_parameters(remove_duplicate=False))
+        by_tensor = {id(by_any_name[name]): gradient for name, gradient in found.items()}
+        return {n: by_tensor[id(p)] for n, p in model.named_parameters() if p.requires_grad and id(p) in by_tensor}
 
     def _run(self, variant: Variant, per_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The flat outputs of all ranks together. AutodistError that names an id outside the table it is for."""
@@ -374,6 +422,8 @@ class CompiledModel:
                 layer_kinds=variant.traced.layer_kinds,
                 dump_dir=self._dump_dir,
                 sources=variant.sources,
+                train=self._train,
+                stage_uses=variant.stage_uses,
             )
         return variant.programs[rank]
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -15,10 +15,11 @@ from autodist_fx.compiled import CompiledModel, compile
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.agreement import agree
 from autodist_fx.runtime.generation import DistributedCausalLM
+from autodist_fx.runtime.own_cache import DistributedOwnCacheLM
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, JoinedRank, join
 from autodist_fx.runtime.seq2seq import DistributedSeq2SeqLM, seq2seq_class
 from autodist_fx.runtime.two_graphs import TwoGraphCausalLM
-from autodist_fx.tracing import empty_model, has_own_cache, meta_copy
+from autodist_fx.tracing import empty_model, meta_copy
 from autodist_fx.weights.checkpoint import open_source
 from autodist_fx.weights.load import LoadReport, load_rank
 from autodist_fx.weights.module_source import ModuleSource
@@ -199,16 +200,11 @@ def _distribute(
     generation_config: GenerationConfig | None,
 ) -> DistributedCausalLM:
     """`model` says how names are tied and called, and holds the buffers that no checkpoint has; it may be on meta."""
-    if has_own_cache(type(model)):
-        raise AutodistError(
-            f"{type(model).__name__} keeps its states in a cache of its own, which processes do not split "
-            "yet: use adx.compile(model, tp=..., pp=..., use_cache=True).simulate(...), or a model with a KV cache"
-        )
-
     def agreed(compiled: CompiledModel) -> RankProgram:
         check = compiled.verify if options.verify else None
         program = compiled.program(joined.rank)
-        facts_of_all = [plan_to_text(compiled.plan), *facts]
+        plans = [p for p in (compiled.prompt_plan, compiled.plan) if p is not None]
+        facts_of_all = [*map(plan_to_text, plans), *facts]
         agree(joined.communicator, joined.rank, options.mesh.size, facts_of_all, check=check)
         return program
 
@@ -244,57 +240,53 @@ def _distribute(
         other.graph_module.eval()
         return other
 
-    if main.encoder_program(joined.rank) is not None:
-        return _with_encoder(model, main, program, joined, load, report, generation_config)
-    split = TwoGraphCausalLM(
-        program,
-        joined.communicator,
-        main.config,
-        generation_config,
-        device=joined.device,
-        make_program=whole_sequences,
-    )
-    split.plan = main.plan
-    split.load_report = report
-    return split
-
-
-def _with_encoder(
-    model: PreTrainedModel,
-    main: CompiledModel,
-    program: RankProgram,
-    joined: JoinedRank,
-    load: Callable[[CompiledModel, RankProgram], LoadReport],
-    report: LoadReport,
-    generation_config: GenerationConfig | None,
-) -> DistributedSeq2SeqLM:
-    """`program` is loaded; the encoder's is loaded here, but for what both hold."""
-    encoder = main.encoder_program(joined.rank)
-    assert encoder is not None
-    left = share_weights(program, encoder)
-    if left.param_shards:
-        more = load(main, left)
-        report = replace(
-            more,
-            shard_bytes=report.shard_bytes + more.shard_bytes,
-            bytes_read=report.bytes_read + more.bytes_read,
-            seconds=report.seconds + more.seconds,
-            rss_before_bytes=report.rss_before_bytes,
+    encoder, prompt = main.encoder_program(joined.rank), main.prompt_program(joined.rank)
+    other = encoder or prompt
+    if other is not None:
+        report = _load_beside(program, other, lambda left: load(main, left), report)
+    given = program, joined.communicator, main.config, generation_config
+    split: DistributedCausalLM
+    if encoder is not None:
+        split_class = seq2seq_class(type(model))
+        split = split_class(
+            *given,
+            device=joined.device,
+            encoder=encoder,
+            main_input_name=model.main_input_name,
+            skeleton=None if split_class is DistributedSeq2SeqLM else meta_copy(model),
         )
-    split_class = seq2seq_class(type(model))
-    split = split_class(
-        program,
-        joined.communicator,
-        main.config,
-        generation_config,
-        device=joined.device,
-        encoder=encoder,
-        main_input_name=model.main_input_name,
-        skeleton=None if split_class is DistributedSeq2SeqLM else meta_copy(model),
-    )
+    elif prompt is not None:
+        column = [options.mesh.rank(stage, program.tp_rank) for stage in range(options.mesh.pp)]
+        split = DistributedOwnCacheLM(
+            *given,
+            device=joined.device,
+            make_program=whole_sequences,
+            prompt=prompt,
+            prompts=[cast(RankProgram, main.prompt_program(rank)) for rank in column],
+            steps=[main.program(rank) for rank in column],
+        )
+    else:
+        split = TwoGraphCausalLM(*given, device=joined.device, make_program=whole_sequences)
     split.plan = main.plan
     split.load_report = report
     return split
+
+
+def _load_beside(
+    program: RankProgram, other: RankProgram, load: Callable[[RankProgram], LoadReport], report: LoadReport
+) -> LoadReport:
+    """Give `other` the weights of `program`, which is loaded, and load what it holds besides; both reports in one."""
+    left = share_weights(program, other)
+    if not left.param_shards:
+        return report
+    more = load(left)
+    return replace(
+        more,
+        shard_bytes=report.shard_bytes + more.shard_bytes,
+        bytes_read=report.bytes_read + more.bytes_read,
+        seconds=report.seconds + more.seconds,
+        rss_before_bytes=report.rss_before_bytes,
+    )
 
 
 def _buffers(compiled: CompiledModel, model: PreTrainedModel, source: WeightSource) -> Mapping[str, torch.Tensor]:

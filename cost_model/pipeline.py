@@ -279,7 +279,7 @@ class PipelineSearch:
             if can_send:
                 flow.add_edge(("wanted", name), ("computed", name), capacity=sends[name])
             else:
-                flow.add_edge(("wanted", name), ("computed", name))  # a number, or of unknown shape: never sent
+                flow.add_edge(("wanted", name), ("computed", name))  # a number: never sent
             flow.add_edge(("computed", name), "end", capacity=seconds[name])
             for ref in op.inputs:
                 if ref.op in self.position:

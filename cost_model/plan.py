@@ -210,6 +210,12 @@ class PartitionPlan:
 
         return plan_text(self)
 
+    def _repr_html_(self) -> str:
+        """For notebooks: stages, prediction and warnings; linears, collectives and hops to unfold."""
+        from cost_model.plan_html import plan_fragment
+
+        return plan_fragment(self)
+
     def to_dict(self) -> dict[str, Any]:
         from cost_model.plan_json import plan_to_dict
 

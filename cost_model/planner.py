@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -156,12 +155,12 @@ class _Planner:
         )
 
     def _send_seconds(self, ref: TensorRef) -> float:
-        """Of one tensor to another stage, both ends: one launches the send, one the recv. A tensor with a length that
-        the receiver cannot tell from the model's inputs cannot be sent."""
-        spec = self.search.spec(ref)
-        if any(symbol.startswith("?") for symbol in spec.symbols):
-            return math.inf
-        return send_seconds(spec.nbytes, self.hardware.pp_link) + self.hardware.pp_link.launch_seconds
+        """Of one tensor to another stage, both ends: one launches the send, one the recv. Where the receiver cannot
+        tell a length from the model's inputs, the shape goes ahead: 8 bytes a dim."""
+        spec, link = self.search.spec(ref), self.hardware.pp_link
+        told = any(symbol.startswith("?") for symbol in spec.symbols)
+        ahead = send_seconds(8 * len(spec.shape), link) + link.launch_seconds if told else 0.0
+        return ahead + send_seconds(spec.nbytes, link) + link.launch_seconds
 
     def _op_cost(self, op: Op) -> OpCost:
         strategy = self.strategies[op.name]

@@ -7,6 +7,8 @@ What is checked is what will run, the emitted graphs; the plan and the model's o
     verify_rank       each node is the model's tensor, or a known share of it, or a sum still owed that an all_reduce
                       pays before anything takes it for the whole; local shapes fit
     verify_groups     sums have each term once, outputs come out once, cache layers too
+    verify_gradients  of programs to be trained: backward, each value's gradient is whole, or a term of a sum that is
+                      added up once (verify_grad_sums: those of parameters)
 
     verify_literals   numbers that the op graph does not have (the scale of a softmax, an eps), where the model's own
                       graph is given to compare with
@@ -24,6 +26,7 @@ from cost_model.plan import PartitionPlan
 from passes.program import RankProgram
 from passes.verify_comm import check_communication
 from passes.verify_facts import Tools
+from passes.verify_gradients import check_gradients
 from passes.verify_groups import check_caches, check_group, check_outputs
 from passes.verify_literals import nodes_by_name
 from passes.verify_rank import interpret
@@ -51,6 +54,7 @@ def verify(
         check_group([facts[r] for r in plan.mesh.tp_group(stage)])
     check_outputs(facts, plan, graph)
     check_caches(facts, plan, graph)
+    check_gradients(facts, plan.mesh.pp)
 
 
 def _check_programs(programs: Sequence[RankProgram], plan: PartitionPlan, graph: OpGraph) -> None:

@@ -12,6 +12,7 @@ from autodist_fx.errors import AutodistError
 _COMMANDS = {
     "run": "generate text, split over ranks",
     "plan": "print how a model would be split, from its config alone",
+    "show": "a saved plan as tables, as an HTML page, or for Graphviz",
     "verify": "prove every rank's program of a split",
     "graph-diff": "what the passes changed in one rank's graph",
 }
@@ -39,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave(failure: str) -> None:
-    """The other ranks end too, and say why."""
-    from autodist_fx.runtime.process_group import leave  # which imports torch
-
-    leave(failure)
+    """The other ranks end too, and say why; there are some only where the runtime was imported."""
+    runtime = sys.modules.get("autodist_fx.runtime.process_group")
+    if runtime is not None:
+        runtime.leave(failure)
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from autodist_fx.errors import TracingError
@@ -47,6 +48,7 @@ class ExampleInputs:
     dtype: torch.dtype  # of the model's parameters
     image_shape: tuple[int, ...] = ()  # of one image, [channels, height, width]; () for a model without
     has_encoder: bool = False  # that reads the main input, before a decoder
+    fewest_frames: int = 0  # of sound, that convolutions over time leave something of
     states: tuple[StateTensor, ...] = ()  # of a cache of the model's own, which are inputs one by one
     counts_past: bool = False  # masks cover `past` tokens, too, whatever the cache is
     forms: Mapping[str, InputForm] = field(default_factory=dict)  # of inputs that are not as input_shapes has them
@@ -171,17 +173,35 @@ def unmistakable_sizes(model: PreTrainedModel, other_than: Sizes | None = None) 
         return all(dim % size for dim in dims)
 
     candidates = [prime for prime in _primes(5, 300) if free(prime)]
+    sound = fewest_frames(model)
     if other_than is not None:
         taken = (other_than.batch, other_than.seq, other_than.past, other_than.source)
         candidates = [n for n in candidates if n not in taken]
+        sound *= 2  # or as many frames might come out of the convolutions
     for batch, seq, past in itertools.permutations(candidates[:8], 3):
         if batch < seq and free(seq + past):
             source, kept = [size for size in candidates if size not in (batch, seq, past, seq + past)][:2]
+            if sound > source:
+                source = next(n for n in _primes(sound, 2 * sound) if free(n))
             return Sizes(batch, seq, past, source, kept)
     raise TracingError(
         f"{type(model).__name__}: no example sizes are left that differ from every dimension of the model. Please "
         f"report its config"
     )
+
+
+_FRAMES = 47  # that an example of sound should have left; more than any other example size
+
+
+def fewest_frames(model: PreTrainedModel) -> int:
+    """How many samples or frames the model's convolutions over time make _FRAMES of, at least; 0 without any that
+    leaves fewer than it gets."""
+    needed = _FRAMES
+    for module in reversed(list(model.modules())):
+        if isinstance(module, nn.Conv1d) and isinstance(module.padding, tuple):
+            (stride,), (padding,), kernel = module.stride, module.padding, module.dilation[0] * (module.kernel_size[0] - 1)
+            needed = max(needed, (needed - 1) * stride + 1 + kernel - 2 * padding)
+    return needed if needed > _FRAMES else 0
 
 
 def _integers(value: object) -> Iterator[int]:

@@ -22,6 +22,7 @@ from autodist_fx.tracing.example_inputs import (
     Sizes,
     default_inputs,
     embedding_dim,
+    fewest_frames,
     has_encoder,
     image_shape,
     unmistakable_sizes,
@@ -50,6 +51,11 @@ class TracedModel:
     def has_encoder(self) -> bool:
         """An encoder reads the main input (length "E"), and a decoder the decoder_... inputs (length "S")."""
         return self._examples.has_encoder
+
+    @property
+    def fewest_frames(self) -> int:
+        """Of sound, that its convolutions over time leave something of; 0 for a model without."""
+        return self._examples.fewest_frames
 
     def check_images(self, inputs: Mapping[str, Any]) -> None:
         """Raises AutodistError where images are of another size than those that the graph was made for."""
@@ -112,6 +118,7 @@ def trace(
                 dtype=meta_model.dtype,
                 image_shape=image_shape(meta_model.config),
                 has_encoder=has_encoder(meta_model),
+                fewest_frames=fewest_frames(meta_model),
                 forms=dict(forms or {}),
             )
             if use_cache:
