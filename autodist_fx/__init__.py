@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from autodist_fx.errors import AutodistError
     from autodist_fx.pretrained import from_pretrained
     from autodist_fx.runtime.generation import DistributedCausalLM
+    from cost_model.mesh_choice import MeshChoice
     from cost_model.plan import PartitionPlan
 
 __all__ = [
     "AutodistError",
     "CompiledModel",
     "DistributedCausalLM",
+    "MeshChoice",
     "PartitionPlan",
     "choose_mesh",
     "compile",
@@ -28,6 +30,7 @@ _HOMES = {
     "AutodistError": "autodist_fx.errors",
     "CompiledModel": "autodist_fx.compiled",
     "DistributedCausalLM": "autodist_fx.runtime.generation",
+    "MeshChoice": "cost_model.mesh_choice",
     "PartitionPlan": "cost_model.plan",
     "choose_mesh": "autodist_fx.choosing",
     "compile": "autodist_fx.compiled",
