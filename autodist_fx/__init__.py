@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autodist_fx.artifact.load import Artifact, load
     from autodist_fx.choosing import choose_mesh
     from autodist_fx.compiled import CompiledModel, compile
     from autodist_fx.errors import AutodistError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from cost_model.plan import PartitionPlan
 
 __all__ = [
+    "Artifact",
     "AutodistError",
     "CompiledModel",
     "DistributedCausalLM",
@@ -23,10 +25,12 @@ __all__ = [
     "choose_mesh",
     "compile",
     "from_pretrained",
+    "load",
 ]
 
 # Imported at first use: torch and transformers take seconds, and a process that only starts ranks needs neither.
 _HOMES = {
+    "Artifact": "autodist_fx.artifact.load",
     "AutodistError": "autodist_fx.errors",
     "CompiledModel": "autodist_fx.compiled",
     "DistributedCausalLM": "autodist_fx.runtime.generation",
@@ -35,6 +39,7 @@ _HOMES = {
     "choose_mesh": "autodist_fx.choosing",
     "compile": "autodist_fx.compiled",
     "from_pretrained": "autodist_fx.pretrained",
+    "load": "autodist_fx.artifact.load",
 }
 
 

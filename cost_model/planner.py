@@ -254,6 +254,7 @@ class _Planner:
             output_layouts=tuple(self._layout_index(TensorRef(op.name, j), p) for j, p in enumerate(s.outputs)),
             compute_seconds=rounded(self.search.compute_seconds(op, s)),
             comm_seconds=rounded(self.search.gather_seconds(op, s)),
+            comm_bytes=sum(self.search.spec(TensorRef(op.name, j)).nbytes for j, whole in enumerate(s.gather) if whole),
             choice=self.choices.setdefault(choice, len(self.choices)) if choice else -1,
         )
 
