@@ -11,10 +11,10 @@ import torch
 import torch.fx
 from transformers import PretrainedConfig, PreTrainedModel
 
+from autodist_fx.cache_kinds import CROSS
 from autodist_fx.call import Call, unusual
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import InputForm, Sizes, TracedModel, trace, trace_phases
-from autodist_fx.tracing.cross_cache import CROSS
 from cost_model.errors import PlanError
 from cost_model.op_graph import OpGraph
 from cost_model.plan import PartitionPlan

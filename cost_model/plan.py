@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cost_model.errors import PlanError
 from cost_model.mesh import Mesh
 from cost_model.placement import Interval, Layout, Placement
+
+if TYPE_CHECKING:
+    from cost_model.plan_diff import PlanDiff
 
 PLAN_VERSION = 2
 
@@ -46,6 +49,7 @@ class OpPlan:
     output_layouts: tuple[int, ...] = ()
     compute_seconds: float = 0.0
     comm_seconds: float = 0.0  # of the collectives that `gather` asks for
+    comm_bytes: int = 0  # of the whole tensors that they make
     choice: int = -1  # position in PartitionPlan.choices of the roles it could have; -1 where there is no choice
 
 
@@ -191,6 +195,12 @@ class PartitionPlan:
         from cost_model.plan_html import plan_fragment
 
         return plan_fragment(self)
+
+    def diff(self, after: PartitionPlan) -> PlanDiff:
+        """What is different in `after`. Raises PlanError when that is a plan of another model."""
+        from cost_model.plan_diff import diff_plans
+
+        return diff_plans(self, after)
 
     def to_dict(self) -> dict[str, Any]:
         from cost_model.plan_json import plan_to_dict

@@ -15,7 +15,7 @@ large plans small, some are left out where they say nothing:
              gather          when no output is gathered
              letter, role, module, weight                when empty
              input_layouts, output_layouts, choice       when all are -1
-             compute_seconds, comm_seconds               when 0
+             compute_seconds, comm_seconds, comm_bytes   when 0
     choices  seconds, weight_bytes                       when 0
              impossible                                  when empty
     params   layout -1, stages of one: written out; there are few
@@ -110,9 +110,9 @@ def _op_to_dict(op: OpPlan) -> dict[str, Any]:
         data["input_layouts"] = list(op.input_layouts)
     if op.output_layouts != (-1,) * len(op.outputs):
         data["output_layouts"] = list(op.output_layouts)
-    for key, seconds in (("compute_seconds", op.compute_seconds), ("comm_seconds", op.comm_seconds)):
-        if seconds:
-            data[key] = seconds
+    for key in ("compute_seconds", "comm_seconds", "comm_bytes"):
+        if number := getattr(op, key):
+            data[key] = number
     if op.choice >= 0:
         data["choice"] = op.choice
     return data

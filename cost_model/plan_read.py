@@ -104,6 +104,7 @@ def _op(f: Fields, mesh: Mesh, layouts: tuple[Layout, ...], choices: Choices) ->
         output_layouts=f.layout_indices("output_layouts", outputs, layouts),
         compute_seconds=f.number("compute_seconds", default=0.0),
         comm_seconds=f.number("comm_seconds", default=0.0),
+        comm_bytes=f.integer("comm_bytes", default=0),
         choice=f.integer("choice", low=-1, high=len(choices) - 1, default=-1),
     )
     if op.choice >= 0 and not any(a.role == op.role and not a.impossible for a in choices[op.choice]):

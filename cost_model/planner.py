@@ -86,7 +86,7 @@ class _Planner:
                 if price >= PRICES["shard"]:
                     raise
                 price = max(10 * price, 1e-12)  # memory costs more until the plan fits
-        self.alternatives = AlternativeCosts(self.search, result, _role)
+        self.alternatives = AlternativeCosts(self.search, result, role_of)
         return self._write(model, fingerprint, stages)
 
     # -- the pipeline search ---------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class _Planner:
 
     def _op_plan(self, op: Op, home: int, stages: set[int]) -> OpPlan:
         s = self.strategies[op.name]
-        choice = self.alternatives.of(op)
+        role, choice = role_of(op, s), self.alternatives.of(op)
         return OpPlan(
             name=op.name,
             kind=op.kind,
@@ -181,13 +181,14 @@ class _Planner:
             outputs=s.outputs,
             gather=s.gather,
             letter=s.letter,
-            role=_role(op, s),
+            role=role,
             module=op.module,
-            weight=next((r.op for r in op.inputs if self.graph[r.op].attrs.get("matmul")), "") if _role(op, s) else "",
+            weight=next((r.op for r in op.inputs if self.graph[r.op].attrs.get("matmul")), "") if role else "",
             input_layouts=tuple(self._layout_index(r, p) for r, p in zip(op.inputs, s.inputs, strict=True)),
             output_layouts=tuple(self._layout_index(TensorRef(op.name, j), p) for j, p in enumerate(s.outputs)),
             compute_seconds=rounded(self.search.compute_seconds(op, s)),
             comm_seconds=rounded(self.search.gather_seconds(op, s)),
+            comm_bytes=sum(self.search.spec(TensorRef(op.name, j)).nbytes for j, whole in enumerate(s.gather) if whole),
             choice=self.choices.setdefault(choice, len(self.choices)) if choice else -1,
         )
 
@@ -312,7 +313,8 @@ def all_lengths(sizes: Mapping[str, int]) -> dict[str, int]:
     return full
 
 
-def _role(op: Op, strategy: Strategy) -> str:
+def role_of(op: Op, strategy: Strategy) -> str:
+    """The strategy in the field's words, for linears, convolutions and embeddings; "" for other ops."""
     if op.kind in ("linear", "conv"):
         return strategy.letter if strategy.letter in ("column", "row", "groups") else "replicate"
     if op.kind == "embedding":

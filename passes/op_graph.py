@@ -406,17 +406,11 @@ def _getitem(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
 def basic_index(node: Node) -> tuple[tuple[int, int, int, int], ...] | None:
     """(input dim, output dim, start, step) of every dim that x[...] keeps; None for anything but slices, integers,
     None and Ellipsis. A start that follows the inputs counts as 0: such dims are never sharded."""
-    shape = _shape(node.args[0])
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    if any(not (i is None or i is Ellipsis or isinstance(i, slice) or type(i) is int) for i in index):
+    shape, index = _shape(node.args[0]), spelled_index(node)
+    if any(not (i is None or isinstance(i, slice) or type(i) is int) for i in index):
         return None
-    kept = sum(1 for i in index if isinstance(i, slice) or type(i) is int)
-    spelled: list[Any] = []
-    for i in index:
-        spelled += [slice(None)] * (len(shape) - kept) if i is Ellipsis else [i]
-    spelled += [slice(None)] * (len(shape) - sum(1 for i in spelled if i is not None))
     dims, in_dim, out_dim = [], 0, 0
-    for i in spelled:
+    for i in index:
         if i is None:
             out_dim += 1
         elif isinstance(i, slice):
@@ -426,6 +420,17 @@ def basic_index(node: Node) -> tuple[tuple[int, int, int, int], ...] | None:
         else:
             in_dim += 1
     return tuple(dims)
+
+
+def spelled_index(node: Node) -> list[Any]:
+    """The index of x[...], an item for each dim of x (and None for each new one): without an Ellipsis."""
+    rank = len(_shape(node.args[0]))
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    kept = sum(1 for i in index if i is not None and i is not Ellipsis)
+    spelled: list[Any] = []
+    for i in index:
+        spelled += [slice(None)] * (rank - kept) if i is Ellipsis else [i]
+    return spelled + [slice(None)] * (rank - sum(1 for i in spelled if i is not None))
 
 
 @_handles("split", "chunk", "tensor_split", "split_with_sizes")

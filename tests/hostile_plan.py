@@ -36,6 +36,13 @@ def hostile_plan() -> PartitionPlan:
             replace(s, layers=tuple(map(bad, s.layers)), recomputed=tuple(map(bad, s.recomputed)),
                     collectives=tuple((bad(name), n, b) for name, n, b in s.collectives)) for s in plan.stages
         ),
+        choices=tuple(
+            tuple(replace(a, role=bad(a.role), impossible=bad(a.impossible)) for a in choice) for choice in plan.choices
+        ),
+        cuts=tuple(
+            replace(cut, options=tuple(replace(o, op=bad(o.op), module=bad(o.module)) for o in cut.options))
+            for cut in plan.cuts
+        ),
         warnings=(ATTACK,),
     )  # fmt: skip
 

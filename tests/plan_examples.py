@@ -30,7 +30,8 @@ def _linear(name: str, module: str, role: str, layout: int, home: int) -> OpPlan
         name, "linear", home, (home,), (x, w), (out,), (role == "row",), letter="" if role == "replicate" else role,
         role=role, module=module, weight=module + ".weight", input_layouts=at,
         output_layouts=(layout if role == "column" else -1,), compute_seconds=0.00123,
-        comm_seconds=0.0005 if role == "row" else 0.0, choice={"column": 0, "row": 1, "replicate": -1}[role],
+        comm_seconds=0.0005 if role == "row" else 0.0, comm_bytes=589824 if role == "row" else 0,
+        choice={"column": 0, "row": 1, "replicate": -1}[role],
     )  # fmt: skip
 
 

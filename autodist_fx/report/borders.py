@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element
 
 from autodist_fx.report.parts import STAGES_SHOWN, cell, left_out, name, note, section, show_name, table
-from cost_model.explain import bytes_text, ranges_text
+from cost_model.explain import bytes_text, ranges_text, seconds_text
+from cost_model.explain_cut import cut_reason
 from cost_model.plan import OpPlan, PartitionPlan
 from cost_model.plan_html import element
 
 TENSORS_SHOWN = 400  # in the table
+OPTIONS_SHOWN = 9  # places next to one cut
 NAMES_SHOWN = 60  # of ops computed again in one stage
 CACHE_KIND = "cache_update"
 
@@ -93,10 +95,40 @@ def borders_section(plan: PartitionPlan) -> Element | None:
         "What crosses between stages",
         table(header, rows, "Tensors sent between stages") if rows else note("Nothing is sent."),
         left_out(len(sent), TENSORS_SHOWN, "tensors"),
+        *_cuts(plan),
         element("h3", "Computed again instead of being sent") if again else None,
         note("Costs fewer seconds than sending, or cannot be sent, as a plain number.") if again else None,
         *again,
     )
+
+
+def _cuts(plan: PartitionPlan) -> list[Element]:
+    """Where each cut is and why; to unfold, what the stages on both sides would take at the places next to it."""
+    if not plan.cuts:
+        return []
+    found = [element("h3", "Why the cuts are where they are"),
+             note("Seconds of compute and collectives; bytes of whole tensors.")]  # fmt: skip
+    header = [("Cut before", ""), ("Stage in front", "num"), ("Stage behind", "num"), ("Slower of both", "num"),
+              ("Crosses", "num"), ("", "")]  # fmt: skip
+    for border, cut in enumerate(plan.cuts[:STAGES_SHOWN]):
+        rows = []
+        for i, option in enumerate(cut.options[:OPTIONS_SHOWN]):
+            seconds = (option.before_seconds, option.after_seconds, max(option.before_seconds, option.after_seconds))
+            rows.append(
+                element(
+                    "tr",
+                    cell(name(option.module or option.op)),
+                    *(cell(seconds_text(s), cls="num") for s in seconds),
+                    cell(bytes_text(option.nbytes), cls="num"),
+                    cell("cut here" if i == cut.chosen else "", cls="nowrap strong"),
+                    cls="chosen" if i == cut.chosen else None,
+                )
+            )
+        here = cut.options[cut.chosen]
+        summary = element("summary", f"{border} | {border + 1}: before ", name(here.module or here.op), ": ",
+                          show_name(cut_reason(plan, border), 400))  # fmt: skip
+        found.append(element("details", summary, table(header, rows, f"Places next to cut {border}")))
+    return found
 
 
 def _made_by(op: OpPlan) -> Element:

@@ -7,6 +7,7 @@ from xml.etree.ElementTree import Element
 
 from autodist_fx.report.parts import left_out, note, section, span
 from cost_model.explain import bytes_text, param_bytes, ranges_text
+from cost_model.placement import Placement
 from cost_model.plan import PartitionPlan, StageSummary
 from cost_model.plan_html import element
 
@@ -26,27 +27,32 @@ def _parts(stage: StageSummary, weights: int, cache: int) -> Parts:
         ("weights", weights),
         ("kv", cache),
         ("activations", stage.activation_bytes),
-        ("workspace", getattr(stage, "workspace_bytes", 0)),
+        ("workspace", stage.workspace_bytes),
     )
 
 
 def rank_parts(plan: PartitionPlan, stage: int) -> list[Parts]:
     """Of each tp rank. Weights and caches are the rank's own; the rest is the fullest rank's, which a plan knows."""
     summary = plan.stages[stage]
+    ranks = range(plan.mesh.tp)
     by_layout: dict[int, int] = {}
+    owned = [0] * plan.mesh.tp
     for param in plan.params:
-        if stage in param.stages:
+        owner = owner_of(param.placement)
+        if stage in param.stages and owner < 0:
             by_layout[param.layout] = by_layout.get(param.layout, 0) + param_bytes(param)
-    largest = sum(_held(plan, layout, nbytes, None) for layout, nbytes in by_layout.items())
-    buffers = max(0, summary.weight_bytes - largest)  # buffers count as weights, and are on no list
+        elif stage in param.stages and owner < plan.mesh.tp:
+            owned[owner] += param_bytes(param)
+    held = [[_held(plan, layout, nbytes, rank) for rank in ranks] for layout, nbytes in by_layout.items()] + [owned]
+    # Buffers count as weights, and are on no list. A stage's bytes are the sum of what is most on any rank.
+    buffers = max(0, summary.weight_bytes - sum(map(max, held)))
     caches = {i for op in plan.ops if op.kind == CACHE_KIND and stage in op.stages for i in op.output_layouts}
     found = []
-    for rank in range(plan.mesh.tp):
-        weights = buffers + sum(_held(plan, layout, nbytes, rank) for layout, nbytes in by_layout.items())
+    for rank in ranks:
         # Sizes of single caches are not in a plan. Where all are cut alike, the rank's share of the fullest is.
         shares = {_share(plan, layout, rank) for layout in caches}
         cache = summary.kv_cache_bytes * (shares.pop() if len(shares) == 1 else 1.0)
-        found.append(_parts(summary, weights, round(cache)))
+        found.append(_parts(summary, sum(row[rank] for row in held) + buffers, round(cache)))
     return found
 
 
@@ -59,13 +65,15 @@ def memory_rows(plan: PartitionPlan) -> list[tuple[int, list[int], Parts]]:
     return rows
 
 
-def _held(plan: PartitionPlan, index: int, nbytes: int, rank: int | None) -> int:
-    """Of `nbytes` that lie in a layout, those on a tp rank, or on the fullest one (None)."""
+def owner_of(placement: Placement) -> int:
+    """The one tp rank that holds a weight whole, as an expert's that was dealt to it; -1 where all hold some of it."""
+    return placement.dim if placement.kind == "O" else -1
+
+
+def _held(plan: PartitionPlan, index: int, nbytes: int, rank: int) -> int:
+    """Of `nbytes` that lie in a layout, those on a tp rank."""
     layout = plan.layout(index)
-    if layout is None or not layout.size:
-        return nbytes
-    length = layout.max_local_size if rank is None else layout.local_size(rank)
-    return nbytes * length // layout.size
+    return nbytes if layout is None or not layout.size else nbytes * layout.local_size(rank) // layout.size
 
 
 def _share(plan: PartitionPlan, index: int, rank: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element
 
+from cost_model.explain import bytes_text, seconds_text
 from cost_model.plan_html import element, shorten
 
 NAME_SHOWN = 96  # characters of a name; longer ones lose their middle
@@ -81,6 +82,14 @@ def table(header: Sequence[tuple[str, str]], rows: Sequence[Element], label: str
 def left_out(total: int, shown: int, what: str) -> Element | None:
     """Says how many of a list are not shown; None where all are."""
     return note(f"and {total - shown} more {what}") if total > shown else None
+
+
+def seconds_change(seconds: float) -> str:
+    return f"{'−' if seconds < 0 else '+'}{seconds_text(abs(seconds))}"
+
+
+def bytes_change(nbytes: int) -> str:
+    return f"{'−' if nbytes < 0 else '+'}{bytes_text(abs(nbytes))}"
 
 
 def ranks_text(tp: int, stage: int) -> str:

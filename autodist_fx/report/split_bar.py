@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from xml.etree.ElementTree import Element
 
 from autodist_fx.report.overview import colour
@@ -40,6 +41,12 @@ class SplitBars:
             return None
         self._left -= pieces
         return bar
+
+    def counts(self, counts: list[int]) -> Element | None:
+        """How many of a number of whole things each tp rank has, in the order of ranks."""
+        ends = list(accumulate(counts, initial=0))
+        parts = tuple(((a, b),) if b > a else () for a, b in pairwise(ends))
+        return self._draw(Layout(ends[-1], parts))
 
     def _draw(self, layout: Layout) -> Element | None:
         pieces = [(r, a, b) for r, part in enumerate(layout.parts) for a, b in part]

@@ -79,7 +79,7 @@ def _memory(plan: PartitionPlan) -> Table:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for i, title in enumerate(columns):
         table.add_column(title, justify="right" if i > 1 else "left", no_wrap=True)
     return table
