@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from cost_model.errors import PlanError
 from cost_model.mesh import Mesh
-from cost_model.placement import Interval, Layout, Placement
+from cost_model.placement import PLACEMENTS, Interval, Layout, Placement
 from cost_model.plan import PLAN_VERSION, Hop, OpPlan, ParamPlan, PartitionPlan, StageSummary
 
 T = TypeVar("T")
@@ -199,12 +199,16 @@ def _op(f: _Fields, mesh: Mesh, layouts: tuple[Layout, ...]) -> OpPlan:
     if home not in stages:
         raise f.error("stages", f"the home stage {home} is not among them")
     inputs, outputs = f.placements("inputs"), f.placements("outputs")
+    _check_owners(f, "inputs", inputs, mesh)
+    _check_owners(f, "outputs", outputs, mesh)
     gather = f.flags("gather", default=(False,) * len(outputs))
     if len(gather) != len(outputs):
         raise f.error("gather", f"{len(gather)} flags for {len(outputs)} outputs")
     for j, flag in enumerate(gather):
         if flag and outputs[j].is_replicate:
             raise f.error(f"gather[{j}]", "the output is R, whole on every rank as it is")
+        if flag and outputs[j].is_owned:
+            raise f.error(f"gather[{j}]", f"the output is {outputs[j]}: no collective makes it whole on every rank")
     op = OpPlan(
         name=f.text("name"),
         kind=f.text("kind"),
@@ -229,7 +233,8 @@ def _param(f: _Fields, mesh: Mesh, layouts: tuple[Layout, ...]) -> ParamPlan:
     placement = f.placement("placement")
     layout = f.integer("layout", low=-1, high=len(layouts) - 1)
     if placement.is_partial:
-        raise f.error("placement", "a parameter is R or S(<dim>), never P")
+        raise f.error("placement", "a parameter is R, S(<dim>), D(<dim>) or O(<rank>), never P")
+    _check_owners(f, "placement", (placement,), mesh)
     _check_layout(f, "layout", placement, layout)
     if placement.is_shard:
         if placement.dim >= len(shape):
@@ -330,6 +335,12 @@ def _add(found: dict[str, N], item: N, f: _Fields) -> None:
     if item.name in found:
         raise f.error("name", f"{item.name!r} is listed twice")
     found[item.name] = item
+
+
+def _check_owners(f: _Fields, key: str, placements: tuple[Placement, ...], mesh: Mesh) -> None:
+    for placement in placements:
+        if placement.is_owned and placement.dim >= mesh.tp:
+            raise f.error(key, f"{placement} names no tp rank of {mesh}")
 
 
 def _check_layout(f: _Fields, key: str, placement: Placement, layout: int) -> None:
@@ -496,15 +507,16 @@ _PLACEMENTS: dict[str, Placement] = {}  # a plan names the same few ten thousand
 
 def _placement(value: Any, path: str) -> Placement:
     if not isinstance(value, str):
-        raise PlanError(f"{path}: not a placement: {_show(value)} (expected R, P or S(<dim>))")
+        raise PlanError(f"{path}: not a placement: {_show(value)} (expected {PLACEMENTS})")
     found = _PLACEMENTS.get(value)
     if found is None:
         try:
             found = Placement.parse(value)
         except ValueError as error:
-            raise PlanError(f"{path}: not a placement: {_show(value)} (expected R, P or S(<dim>))") from error
-        if str(found) != value or found.dim > 63:  # S(01), digits of other scripts; torch has at most 64 dims
-            raise PlanError(f"{path}: not a placement: {_show(value)} (expected R, P or S(<dim>))")
+            raise PlanError(f"{path}: not a placement: {_show(value)} (expected {PLACEMENTS})") from error
+        # S(01), digits of other scripts; torch has at most 64 dims
+        if str(found) != value or (found.is_shard and found.dim > 63):
+            raise PlanError(f"{path}: not a placement: {_show(value)} (expected {PLACEMENTS})")
         _PLACEMENTS[value] = found
     return found
 

@@ -19,7 +19,7 @@ from cost_model.pipeline import OpCost, PipelineSearch, Stage
 from cost_model.placement import REPLICATE, Layout, Placement
 from cost_model.plan import Hop, OpPlan, ParamPlan, PartitionPlan, StageSummary
 from cost_model.shard_layouts import LayoutTable
-from cost_model.tensor_parallel import Strategy, TensorParallelSearch
+from cost_model.tensor_parallel import EXPERT, Strategy, TensorParallelSearch
 
 # Seconds per byte of matmul weight held beyond an even share. "shard": a microsecond a byte, so that a 16 KB matrix
 # weighs more than dozens of collectives: who asks for tp=N asks for sharded weights. "latency": time decides alone.
@@ -102,8 +102,10 @@ class _Planner:
         """Of one tensor to another stage, both ends: one launches the send, one the recv. A tensor with a length that
         the receiver cannot tell from the model's inputs cannot be sent."""
         spec = self.search.spec(ref)
-        if any(symbol.startswith("?") for symbol in spec.symbols):
+        if any(symbol.startswith("?") for symbol in self.graph.spec(ref).symbols):
             return math.inf
+        if self.strategies[ref.op].letter == EXPERT and not self.strategies[ref.op].gather[ref.index]:
+            return math.inf  # a layer's experts are one stage's: each rank has its own of them
         return send_seconds(spec.nbytes, self.hardware.pp_link) + self.hardware.pp_link.launch_seconds
 
     def _op_cost(self, op: Op) -> OpCost:
@@ -116,7 +118,7 @@ class _Planner:
         )
 
     def _weight_bytes(self, op: Op) -> int:
-        return self.search.local(TensorRef(op.name), self.strategies[op.name].outputs[0]).nbytes
+        return self.search.held_bytes(op, self.strategies[op.name])
 
     def _cache_bytes(self, op: Op) -> int:
         if op.kind != "cache_update":
@@ -159,7 +161,7 @@ class _Planner:
     def _layout_index(self, ref: TensorRef, placement: Placement) -> int:
         if not placement.is_shard:
             return -1
-        layout = self.layouts.layout(ref, placement.dim)
+        layout = self.search.layout(ref, placement)
         assert layout is not None, f"{ref} is {placement} without a layout"
         return self.interned.setdefault(layout, len(self.interned))
 
@@ -229,7 +231,7 @@ class _Planner:
             s = self.strategies[op.name]
             ins = tuple(self.search.local(r, p) for r, p in zip(op.inputs, s.inputs, strict=True))
             outs = tuple(self.search.local(TensorRef(op.name, j), p) for j, p in enumerate(s.outputs))
-            flops += op_flops(op, ins, outs)
+            flops += op_flops(op, ins, outs) * self.search.on_slowest(op, s)
             for j, (placement, gather) in enumerate(zip(s.outputs, s.gather, strict=True)):
                 if gather:
                     name = "all_reduce" if placement.is_partial else "all_gather"
@@ -302,7 +304,7 @@ def all_lengths(sizes: Mapping[str, int]) -> dict[str, int]:
 
 def _role(op: Op, strategy: Strategy) -> str:
     if op.kind in ("linear", "conv"):
-        return strategy.letter if strategy.letter in ("column", "row", "groups") else "replicate"
+        return strategy.letter if strategy.letter in ("column", "row", "groups", EXPERT) else "replicate"
     if op.kind == "embedding":
         return {"vocab": "vocab", "hidden": "hidden"}.get(strategy.letter, "replicate")
     return ""

@@ -14,6 +14,7 @@ elimination: a unifying framework for reasoning", 1999) in min-degree order; tra
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,14 +25,16 @@ import numpy.typing as npt
 from cost_model.comm_cost import all_gather_seconds, all_reduce_seconds
 from cost_model.compute_cost import op_seconds
 from cost_model.decisions import deciding_ops
+from cost_model.experts import Siblings, find_experts
 from cost_model.hardware import Hardware
-from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef, TensorSpec
+from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef, TensorSpec, expected_length
 from cost_model.op_rules import RuleTable
-from cost_model.placement import PARTIAL, REPLICATE, Placement, shard
+from cost_model.placement import PARTIAL, REPLICATE, Layout, Placement, shard
 from cost_model.shard_layouts import LayoutTable
 
 Table = npt.NDArray[np.float64]
 INFEASIBLE = np.inf
+EXPERT = "expert"  # the letter of a strategy that has whole experts dealt to the ranks
 # Breaks ties towards whole tensors: a residual that stays a sum over ranks costs no more to move, but a later
 # all_reduce then adds up values that have grown, and loses more of a 16-bit dtype. Far below any real difference.
 PARTIAL_INPUT_SECONDS = 1e-9
@@ -78,12 +81,20 @@ class TensorParallelSearch:
         self._specs: dict[TensorRef, TensorSpec] = {}
         self._from_weights = _depends_on_weights(graph)
         self._whole = deciding_ops(graph)
+        self.experts = find_experts(graph, tp, self.layouts.rules)
         self._seconds: dict[tuple[object, ...], float] = {}
+        self._rows: dict[str, float | None] = {}
 
     # -- what an op can do -----------------------------------------------------------------------------------------
 
     def domain(self, op: Op) -> list[Strategy]:
-        """All strategies of `op`, the replicated one first."""
+        """All strategies of `op`, the replicated one first, that of whole experts last."""
+        way = self.experts.ways.get(op.name)
+        if way is None:
+            return self._own_domain(op)
+        return [*self._own_domain(op), *self._gathered(Strategy(EXPERT, way.inputs, way.outputs, ()))]
+
+    def _own_domain(self, op: Op) -> list[Strategy]:
         plain = Strategy("", (REPLICATE,) * len(op.inputs), (REPLICATE,) * len(op.outputs), (False,) * len(op.outputs))
         if self.tp == 1 or not op.outputs:
             return [plain]
@@ -118,13 +129,14 @@ class TensorParallelSearch:
             partial = tuple(PARTIAL if i in slots else REPLICATE for i in range(len(op.inputs)))
             out = (PARTIAL,) * len(op.outputs)
             found.setdefault((partial, out), Strategy("", partial, out, (False,) * len(out)))
-        both = []
-        for s in found.values():
-            both.append(s)
-            if any(not p.is_replicate for p in s.outputs):
-                gather = tuple(not p.is_replicate for p in s.outputs)
-                both.append(Strategy(s.letter, s.inputs, s.outputs, gather))
-        return both
+        return [both for s in found.values() for both in self._gathered(s)]
+
+    def _gathered(self, strategy: Strategy) -> list[Strategy]:
+        """The strategy as it is, and with its outputs made whole, where a collective does that."""
+        letter, inputs, outputs = strategy.letter, strategy.inputs, strategy.outputs
+        gather = tuple(p.is_partial or p.kind == "S" for p in outputs)
+        plain = Strategy(letter, inputs, outputs, (False,) * len(outputs))
+        return [plain, Strategy(letter, inputs, outputs, gather)] if any(gather) else [plain]
 
     # -- what it costs -----------------------------------------------------------------------------------------------
 
@@ -132,22 +144,44 @@ class TensorParallelSearch:
         """The whole tensor at the search's sizes."""
         found = self._specs.get(ref)
         if found is None:
-            found = self._specs[ref] = self.graph.spec(ref).at(self.sizes)
+            at = self.graph.spec(ref).at(self.sizes)
+            found = self._specs[ref] = TensorSpec(at.shape, at.dtype)
         return found
 
+    def layout(self, ref: TensorRef, placement: Placement) -> Layout | None:
+        """Of a sharded tensor."""
+        if placement.is_dealt:
+            return self.experts.layouts[ref, placement.dim]
+        return self.layouts.layout(ref, placement.dim)
+
     def local(self, ref: TensorRef, placement: Placement) -> TensorSpec:
-        """What the slowest rank holds of it."""
+        """What the slowest rank holds of it; of what lies on one rank, that."""
         spec = self.spec(ref)
         if not placement.is_shard:
             return spec
-        layout = self.layouts.layout(ref, placement.dim)
+        layout = self.layout(ref, placement)
         if layout is None:
             return spec
         shape = (*spec.shape[: placement.dim], layout.max_local_size, *spec.shape[placement.dim + 1 :])
-        return TensorSpec(shape, spec.dtype, spec.symbols)
+        return TensorSpec(shape, spec.dtype)
+
+    def held_bytes(self, op: Op, strategy: Strategy) -> int:
+        """Of a parameter on the fullest rank; of an expert's, its part of what that rank has of all its siblings."""
+        nbytes = self.local(TensorRef(op.name), strategy.outputs[0]).nbytes
+        siblings = self._siblings(op, strategy)
+        return nbytes if siblings is None else nbytes * siblings.most // siblings.count
+
+    def on_slowest(self, op: Op, strategy: Strategy) -> float:
+        """The part of the op's whole work that counts for the slowest rank: less than 1 for one of dealt experts."""
+        siblings = self._siblings(op, strategy)
+        return 1.0 if siblings is None else siblings.share
+
+    def _siblings(self, op: Op, strategy: Strategy) -> Siblings | None:
+        return self.experts.siblings.get(op.name) if strategy.letter == EXPERT else None
 
     def compute_seconds(self, op: Op, strategy: Strategy) -> float:
-        """On the slowest tp rank."""
+        """On the slowest tp rank. An op on rows that values choose costs less where often none is chosen, and, one of
+        dealt experts, its part of the time of the rank that has most to do."""
         if op.kind in SOURCES:
             return 0.0
         ins = tuple(self.local(r, p) for r, p in zip(op.inputs, strategy.inputs, strict=True))
@@ -156,7 +190,26 @@ class TensorParallelSearch:
         found = self._seconds.get(key)
         if found is None:
             found = self._seconds[key] = op_seconds(op, ins, outs, self.hardware)
-        return found
+        siblings, rows = self._siblings(op, strategy), self._rows_expected(op)
+        if siblings is None and rows is None:
+            return found
+        fixed = min(found, self.hardware.view_seconds if found < self.hardware.op_seconds else self.hardware.op_seconds)
+        work, share = (found - fixed) * min(1.0, 1.0 if rows is None else rows), 1.0
+        if siblings is not None:
+            fixed *= siblings.share
+            share = siblings.share if rows is None else busiest_share(siblings, rows, self.tp)
+        return fixed + work * share
+
+    def _rows_expected(self, op: Op) -> float | None:
+        """How many rows its tensors have whose number follows values; None without such."""
+        if op.name not in self._rows:
+            specs = (*op.outputs, *self.graph.input_specs(op))
+            self._rows[op.name] = next(
+                (expected_length(symbol, n, self.sizes) for spec in specs
+                 for n, symbol in zip(spec.shape, spec.symbols) if "~" in symbol),
+                None,
+            )  # fmt: skip
+        return self._rows[op.name]
 
     def gather_seconds(self, op: Op, strategy: Strategy) -> float:
         """Of the collectives that make its outputs whole."""
@@ -174,7 +227,11 @@ class TensorParallelSearch:
         How even the shards are is not a matter of strategy: a rank with 6 of 9 heads has its whole grains. Nor is it
         that a KV head which all ranks read is on all of them.
         """
-        if op.kind != "param" or not op.attrs.get("matmul") or not strategy.outputs[0].is_replicate:
+        if op.kind != "param" or not op.attrs.get("matmul"):
+            return 0.0
+        if strategy.letter == EXPERT:  # that is a matter of strategy: 5 experts on 2 ranks, or half of each
+            return self.held_bytes(op, strategy) - self.spec(TensorRef(op.name)).nbytes / self.tp
+        if not strategy.outputs[0].is_replicate:
             return 0.0
         if op.name in self._whole or self.layouts.is_kept_whole(TensorRef(op.name)):
             return 0.0
@@ -189,8 +246,10 @@ class TensorParallelSearch:
         have = producer.outputs[index]
         if have == wanted:
             return 0.0
-        if not (have.is_replicate or producer.gather[index]):
+        if wanted.is_dealt or not (have.is_replicate or producer.gather[index]):
             return INFEASIBLE
+        if wanted.is_owned and self.graph[ref.op].kind == "param" and ref.op in self.experts.ways:
+            return INFEASIBLE  # an expert's own weight: nobody else needs it
         if wanted.is_partial:  # rank 0 has it and the others zeros: an op that writes them
             return self.hardware.op_seconds + self.spec(ref).nbytes / self.hardware.memory_bandwidth
         return self.slice_seconds(ref, have, wanted)
@@ -222,8 +281,13 @@ class TensorParallelSearch:
                 table = self._edge_table(domains[ref.op], domains[op.name], ref, slot)
                 if table is None:
                     continue
-                key = (ref.op, op.name)
-                pairs[key] = pairs[key] + table if key in pairs else table
+                if len(domains[ref.op]) == 1:  # nothing to choose there: no interaction
+                    unary[op.name] = unary[op.name] + table[0]
+                elif len(domains[op.name]) == 1:
+                    unary[ref.op] = unary[ref.op] + table[:, 0]
+                else:
+                    key = (ref.op, op.name)
+                    pairs[key] = pairs[key] + table if key in pairs else table
         choice, cost = eliminate(unary, pairs)
         return TensorParallelResult({name: domains[name][k] for name, k in choice.items()}, cost)
 
@@ -238,6 +302,16 @@ class TensorParallelSearch:
             if wanted not in columns:
                 columns[wanted] = [self.agreement(p, ref.index, wanted, ref) for p in producers]
         return np.array([columns[c.inputs[slot]] for c in consumers]).T
+
+
+def busiest_share(siblings: Siblings, rows: float, tp: int) -> float:
+    """Of all rows that `siblings` get, `rows` each, the share that the busiest rank is expected to have.
+
+    m rows thrown into n ranks: the fullest has about m/n + sqrt(2 m/n ln n) (M. Raab, A. Steger, "Balls into bins", 1998).
+    """
+    total = siblings.count * rows
+    mean = total * siblings.share
+    return min(1.0, (mean + math.sqrt(2 * mean * math.log(tp))) / total) if total else siblings.share
 
 
 def _depends_on_weights(graph: OpGraph) -> set[str]:

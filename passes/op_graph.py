@@ -159,6 +159,7 @@ class _Builder:
             module=_module_path(node),
             source=node.meta.get("source", ""),
             mutates=not is_pure(node) and node.op != "placeholder",
+            numbers=tuple(n.name for n in node.all_input_nodes if n in self.refs and not self._specs(n)),
         )
         self.ops.append(op)
         self.refs[node] = TensorRef(node.name)
@@ -398,7 +399,8 @@ def _squeeze(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
 def _getitem(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
     dims = basic_index(node)
     if dims is not None:
-        return "slice", inputs[:1], {"dims": dims}
+        picks = picked_elements(node)
+        return "slice", inputs[:1], {"dims": dims, "picks": picks} if picks else {"dims": dims}
     kept = op_graph_indexing.index_by_tensors(node)
     return None if kept is None else ("index", inputs, {"dims": kept})
 
@@ -426,6 +428,23 @@ def basic_index(node: Node) -> tuple[tuple[int, int, int, int], ...] | None:
         else:
             in_dim += 1
     return tuple(dims)
+
+
+def picked_elements(node: Node) -> tuple[tuple[int, int], ...]:
+    """(input dim, element) of every dim of constant length that x[...] takes one element of."""
+    x, index = node.args[0], node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    shape, symbols = _shape(x), x.meta.get("symbols") or ("",) * len(_shape(x))
+    before = index.index(Ellipsis) if Ellipsis in index else len(index)
+    behind = sum(1 for i in index[before + 1 :] if i is not None)
+    found, dim = [], 0
+    for position, item in enumerate(index):
+        if item is Ellipsis:
+            dim = len(shape) - behind
+        elif item is not None:
+            if type(item) is int and not symbols[dim]:
+                found.append((dim, item % shape[dim]))
+            dim += 1
+    return tuple(found)
 
 
 @_handles("split", "chunk", "tensor_split", "split_with_sizes")

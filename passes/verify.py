@@ -8,6 +8,8 @@ What is checked is what will run, the emitted graphs; the plan and the model's o
                       pays before anything takes it for the whole; local shapes fit
     verify_groups     sums have each term once, outputs come out once, cache layers too
 
+    verify_experts    experts that ranks have whole: each adds its term once, on the rank that has it
+
     verify_literals   numbers that the op graph does not have (the scale of a softmax, an eps), where the model's own
                       graph is given to compare with
 """
@@ -23,6 +25,7 @@ from cost_model.op_graph import SOURCES, OpGraph
 from cost_model.plan import PartitionPlan
 from passes.program import RankProgram
 from passes.verify_comm import check_communication
+from passes.verify_experts import check_experts
 from passes.verify_facts import Tools
 from passes.verify_groups import check_caches, check_group, check_outputs
 from passes.verify_literals import nodes_by_name
@@ -49,6 +52,7 @@ def verify(
     facts = [interpret(program, tools) for program in programs]  # by stage: senders before receivers
     for stage in range(plan.mesh.pp):
         check_group([facts[r] for r in plan.mesh.tp_group(stage)])
+        check_experts([facts[r] for r in plan.mesh.tp_group(stage)], plan)
     check_outputs(facts, plan, graph)
     check_caches(facts, plan, graph)
 

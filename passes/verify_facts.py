@@ -75,6 +75,7 @@ class RankFacts:
     collectives: list[tuple[Node, TensorRef]] = field(default_factory=list)
     outputs: dict[str, TensorRef] = field(default_factory=dict)
     updates: list[tuple[str, int, Node]] = field(default_factory=list)  # (op, local cache layer)
+    terms: dict[str, Node] = field(default_factory=dict)  # op -> what adds this rank's terms of a sum of experts
 
 
 class RankState:
@@ -116,7 +117,13 @@ class RankState:
         value = self.values.get(of) if isinstance(of, Node) else None
         if not isinstance(value, Value):
             fail(self.program, node, f"takes {of}, which is no tensor of the model", "passes/extract_stage.py")
+        if value.held.owner not in (-1, self.program.tp_rank):
+            fail(self.program, node, f"takes {of}, which is {value.held}", "passes/drop_elsewhere.py")
         return value
+
+    def may_count_as(self, found: Held, planned: Held) -> bool:
+        """What a rank has whole may count as what it alone has; what another has is nothing that this one may use."""
+        return found == planned or (planned.owner >= 0 and (planned.owner != self.program.tp_rank or found == WHOLE))
 
     def shard_value(self, shard: ParamShard) -> Value:
         lies = WHOLE if shard.dim is None else held(shard.dim, shard.intervals, shard.shape[shard.dim])
