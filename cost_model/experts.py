@@ -52,10 +52,11 @@ class ExpertTable:
     ways: dict[str, Way] = field(default_factory=dict)
     layouts: dict[tuple[TensorRef, int], Layout] = field(default_factory=dict)
     siblings: dict[str, Siblings] = field(default_factory=dict)  # of ops and parameters that lie on one rank
+    twins: dict[str, str] = field(default_factory=dict)  # op of one expert -> the same of its layer's first expert
 
 
 def find_experts(graph: OpGraph, tp: int, rules: RuleTable) -> ExpertTable:
-    """Empty where nothing can be dealt: one rank, or fewer siblings than ranks."""
+    """Empty for one rank. Siblings that are fewer than ranks have twins, and no ways."""
     table = ExpertTable()
     if tp == 1:
         return table
@@ -114,16 +115,12 @@ class _Finder:
         return found
 
     def alike(self, bodies: Sequence[_Body]) -> list[list[_Body]]:
-        """Bodies with weights of their own, or parts of one weight, in groups of equal ones: at least one a rank."""
+        """Bodies in groups of equal ones that share nothing."""
         groups: dict[int, list[_Body]] = {}
         for body in bodies:
             if body.ops:
                 groups.setdefault(self._signature(body), []).append(body)
-        return [
-            group
-            for group in groups.values()
-            if len(group) >= self.tp and len({op for b in group for op in b.ops}) == sum(len(b.ops) for b in group)
-        ]
+        return [g for g in groups.values() if len({op for b in g for op in b.ops}) == sum(len(b.ops) for b in g)]
 
     def _signature(self, body: _Body) -> int:
         """Equal for bodies that are the same ops on the same shapes, tied in the same way."""
@@ -156,6 +153,14 @@ class _Finder:
 
     def deal(self, bodies: Sequence[_Body], join: Op | None = None) -> None:
         """Writes down how everything lies when the bodies are dealt to the ranks, if weights are among it."""
+        first, *others = [self._in_order(body.ops) for body in bodies]
+        for order in others:
+            self.table.twins.update((op.name, twin.name) for op, twin in zip(order, first, strict=True))
+        links = [body.link.name for body in bodies if body.link is not None]
+        # all but the last, whose result is wanted otherwise than theirs
+        self.table.twins.update((name, links[0]) for name in links[1:-1])
+        if len(bodies) < self.tp:
+            return
         share, extra = divmod(len(bodies), self.tp)
         rank_of = [r for r in range(self.tp) for _ in range(share + (r < extra))]
         owner = {name: r for body, r in zip(bodies, rank_of, strict=True) for name in body.ops}

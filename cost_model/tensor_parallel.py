@@ -248,8 +248,8 @@ class TensorParallelSearch:
             return 0.0
         if wanted.is_dealt or not (have.is_replicate or producer.gather[index]):
             return INFEASIBLE
-        if wanted.is_owned and self.graph[ref.op].kind == "param" and ref.op in self.experts.ways:
-            return INFEASIBLE  # an expert's own weight: nobody else needs it
+        if wanted.is_owned and ref.op in self.experts.ways:
+            return INFEASIBLE  # an expert is dealt whole or not at all
         if wanted.is_partial:  # rank 0 has it and the others zeros: an op that writes them
             return self.hardware.op_seconds + self.spec(ref).nbytes / self.hardware.memory_bandwidth
         return self.slice_seconds(ref, have, wanted)
@@ -257,13 +257,22 @@ class TensorParallelSearch:
     # -- the search ------------------------------------------------------------------------------------------------
 
     def solve(self, price: float) -> TensorParallelResult:
-        """The cheapest assignment. `price`: seconds per excess byte of matmul weight (see `excess_bytes`)."""
-        domains: dict[str, list[Strategy]] = {}
-        unary: dict[str, Table] = {}
+        """The cheapest assignment. `price`: seconds per excess byte of matmul weight (see `excess_bytes`).
+
+        Experts of one layer that are alike are treated alike: one variable for all that do the same.
+        """
+        domains = {op.name: self.domain(op) for op in self.graph}
+        costs: dict[str, Table] = {}
         outputs = set(self.graph.outputs)
-        for op in self.graph:
-            domain = self.domain(op)
-            costs = np.array([
+        variable: dict[str, str] = {}
+        for op in sorted(self.graph, key=lambda op: op.name in self.experts.twins):  # twins after those they are of
+            domain = domains[op.name]
+            twin = self.experts.twins.get(op.name, op.name)
+            if twin != op.name and list(map(_form, domain)) == list(map(_form, domains[twin])):
+                variable[op.name], costs[op.name] = twin, costs[twin]
+                continue
+            variable[op.name] = op.name
+            costs[op.name] = np.array([
                 self.compute_seconds(op, s)
                 + self.gather_seconds(op, s)
                 + price * self.excess_bytes(op, s)
@@ -273,23 +282,29 @@ class TensorParallelSearch:
             for j in range(len(op.outputs)):
                 if TensorRef(op.name, j) in outputs:  # what leaves the model is whole
                     for k, s in enumerate(domain):
-                        costs[k] += self.agreement(s, j, REPLICATE, TensorRef(op.name, j))
-            domains[op.name], unary[op.name] = domain, costs
+                        costs[op.name][k] += self.agreement(s, j, REPLICATE, TensorRef(op.name, j))
+        unary: dict[str, Table] = {}
+        for name, v in variable.items():
+            unary[v] = unary[v] + costs[name] if v in unary else costs[name]
         pairs: dict[tuple[str, str], Table] = {}
         for op in self.graph:
-            for slot, ref in enumerate(op.inputs):
-                table = self._edge_table(domains[ref.op], domains[op.name], ref, slot)
+            edges = [(ref.op, self._edge_table(domains[ref.op], domains[op.name], ref, slot))
+                     for slot, ref in enumerate(op.inputs)]  # fmt: skip
+            edges += [(number, _number_table(domains[number], domains[op.name])) for number in op.numbers]
+            for producer, table in edges:
                 if table is None:
                     continue
-                if len(domains[ref.op]) == 1:  # nothing to choose there: no interaction
-                    unary[op.name] = unary[op.name] + table[0]
+                u, v = variable[producer], variable[op.name]
+                if len(domains[producer]) == 1:  # nothing to choose there: no interaction
+                    unary[v] = unary[v] + table[0]
                 elif len(domains[op.name]) == 1:
-                    unary[ref.op] = unary[ref.op] + table[:, 0]
+                    unary[u] = unary[u] + table[:, 0]
+                elif u == v:
+                    unary[v] = unary[v] + table.diagonal()
                 else:
-                    key = (ref.op, op.name)
-                    pairs[key] = pairs[key] + table if key in pairs else table
+                    pairs[u, v] = pairs[u, v] + table if (u, v) in pairs else table
         choice, cost = eliminate(unary, pairs)
-        return TensorParallelResult({name: domains[name][k] for name, k in choice.items()}, cost)
+        return TensorParallelResult({name: domains[name][choice[v]] for name, v in variable.items()}, cost)
 
     def _edge_table(
         self, producers: Sequence[Strategy], consumers: Sequence[Strategy], ref: TensorRef, slot: int
@@ -302,6 +317,21 @@ class TensorParallelSearch:
             if wanted not in columns:
                 columns[wanted] = [self.agreement(p, ref.index, wanted, ref) for p in producers]
         return np.array([columns[c.inputs[slot]] for c in consumers]).T
+
+
+def _number_table(producers: Sequence[Strategy], consumers: Sequence[Strategy]) -> Table | None:
+    """A number that one rank alone computes is read by that rank alone."""
+    if len(producers) == 1:
+        return None
+    return np.array([
+        [INFEASIBLE if p.letter == EXPERT != c.letter else 0.0 for c in consumers] for p in producers
+    ])  # fmt: skip
+
+
+def _form(strategy: Strategy) -> tuple[object, ...]:
+    """But for which rank has what one rank has alone."""
+    kinds = tuple(p.kind if p.is_owned else p for p in (*strategy.inputs, *strategy.outputs))
+    return strategy.letter, kinds, strategy.gather
 
 
 def busiest_share(siblings: Siblings, rows: float, tp: int) -> float:

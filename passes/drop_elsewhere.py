@@ -25,14 +25,14 @@ def drop_elsewhere(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.G
     """`module`, or, where something is dropped, one without it and its weights."""
     dropped: set[Node] = set()  # or used by what was
     for node in reversed(list(module.graph.nodes)):
-        if node in dropped and not node.users and node.op not in ("placeholder", "output") and is_pure(node):
+        op = ctx.plan.op(node.name) if ctx.plan.has_op(node.name) else None
+        unused = node in dropped and not node.users and node.op not in ("placeholder", "output") and is_pure(node)
+        if unused and not (op is not None and any(op.gather)):  # a collective is every rank's
             dropped.update(node.all_input_nodes)
             module.graph.erase_node(node)
+        elif op is None:
             continue
-        op = ctx.plan.op(node.name) if ctx.plan.has_op(node.name) else None
-        if op is None:
-            continue
-        if op.owner not in (None, ctx.tp_rank):  # what else used it is gone already
+        elif op.owner not in (None, ctx.tp_rank):  # what else used it is gone already
             if op.is_term:
                 before = node.args[0]
                 if ctx.plan.has_op(before.name) and ctx.plan.op(before.name).is_term:

@@ -12,6 +12,7 @@ from passes.data_dependent import join_own_rows
 from passes.verify_derive import check_shape
 from passes.verify_facts import RankFacts, RankState, Value, named
 from passes.verify_report import fail, fail_plainly
+from passes.verify_shapes import Tensor
 from passes.verify_types import PARTIAL, WHOLE, Held, elements
 
 _DROP = "passes/drop_elsewhere.py"
@@ -59,7 +60,7 @@ def is_term(state: RankState, op: Op) -> bool:
 
 def term(state: RankState, node: Node, op: Op, types: tuple[Held, ...]) -> None:
     """x is a sum owed by all; what is added to it is here, whole, and on no other rank (check_experts)."""
-    here = all(t == WHOLE or t.owner == state.program.tp_rank for t in types[1:])
+    here = all(map(state.has_whole, types[1:]))
     if types[0] != PARTIAL or not here or state.planned(op) != (PARTIAL,):
         lie = ", ".join(f"{named(r)} is {t}" for r, t in zip(op.inputs, types, strict=True))
         fail(state.program, node, f"adds one rank's term to a sum that all owe: {lie}", _DROP)
@@ -110,6 +111,15 @@ def picks_own(state: RankState, op: Op, types: tuple[Held, ...]) -> bool:
     """x[3] of a weight whose elements are dealt out: one rank has element 3, and takes it."""
     picks = op.attrs.get("picks", ()) if op.kind == "slice" else ()
     return len(picks) == 1 and types[0].is_sharded and types[0].dim == picks[0][0]
+
+
+def part_elsewhere(state: RankState, op: Op, part: Value) -> Tensor | None:
+    """The shape here of a part of a split that is another rank's: no elements."""
+    if op.kind != "split" or part.held.owner in (-1, state.program.tp_rank):
+        return None
+    (*shape,), dtype = state.local(part)
+    shape[op.attrs["dim"]] = 0
+    return Tensor((tuple(shape), dtype))
 
 
 def check_pick(state: RankState, node: Node, op: Op, lies: Held, picks: tuple[tuple[int, int], ...]) -> None:

@@ -121,6 +121,10 @@ class RankState:
             fail(self.program, node, f"takes {of}, which is {value.held}", "passes/drop_elsewhere.py")
         return value
 
+    def has_whole(self, held: Held) -> bool:
+        """Whether this rank has the whole tensor, alone or not."""
+        return held == WHOLE or held.owner == self.program.tp_rank
+
     def may_count_as(self, found: Held, planned: Held) -> bool:
         """What a rank has whole may count as what it alone has; what another has is nothing that this one may use."""
         return found == planned or (planned.owner >= 0 and (planned.owner != self.program.tp_rank or found == WHOLE))

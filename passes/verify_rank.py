@@ -31,6 +31,7 @@ from passes.verify_experts import (
     is_joined,
     is_term,
     joined,
+    part_elsewhere,
     passed_over,
     picks_own,
     term,
@@ -155,7 +156,7 @@ def _number(state: RankState, node: Node) -> None:
     if any(not isinstance(a, Node) or a not in state.known for a in node.all_input_nodes):
         fail(state.program, node, "takes a value that is not known", _STAGE)
     sharded = [a for a in tensor_arguments(node) if isinstance(state.values.get(a), Value)]
-    sharded = [a for a in sharded if state.value(node, a).held != WHOLE]
+    sharded = [a for a in sharded if not state.has_whole(state.value(node, a).held)]
     if sharded and node.target not in (torch.ops.aten.sym_size.int, getattr):
         fail(
             state.program, node,
@@ -269,7 +270,7 @@ def _finish(state: RankState, node: Node, op: Op, outputs: tuple[Held, ...]) -> 
     if is_tensor(node):
         expected: Any = state.local(values[0])
     else:
-        expected = tuple(state.local(v) for v in values)
+        expected = tuple(part_elsewhere(state, op, v) or state.local(v) for v in values)
     if op.kind not in ("cache_update", "cache_read"):  # gives back what it is given, and what was there
         check_shape(state, node, expected)
     if not is_tensor(node):
