@@ -104,10 +104,11 @@ class WholeWeights:
 
     def _picked(self, ref: TensorRef, op: Op) -> _Dealt | None:
         """x[3], read by an expert: element 3 is its own."""
-        picks = op.attrs.get("picks", ()) if op.kind == "slice" else ()
+        picks: tuple[tuple[int, int], ...] = op.attrs.get("picks", ()) if op.kind == "slice" else ()
         if len(picks) != 1:
             return None
-        (dim, index), ranks = picks[0], np.full(self.graph.spec(ref).shape[picks[0][0]], _NOBODY, dtype=np.int64)
+        dim, index = picks[0]
+        ranks = np.full(self.graph.spec(ref).shape[dim], _NOBODY, dtype=np.int64)
         ranks[index] = self.owner[op.name]
         return _Dealt(dim, ranks)
 

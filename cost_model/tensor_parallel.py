@@ -337,7 +337,8 @@ def _form(strategy: Strategy) -> tuple[object, ...]:
 def busiest_share(siblings: Siblings, rows: float, tp: int) -> float:
     """Of all rows that `siblings` get, `rows` each, the share that the busiest rank is expected to have.
 
-    m rows thrown into n ranks: the fullest has about m/n + sqrt(2 m/n ln n) (M. Raab, A. Steger, "Balls into bins", 1998).
+    m rows thrown into n ranks: the fullest has about m/n + sqrt(2 m/n ln n) (M. Raab, A. Steger, "Balls into bins - a
+    simple and tight analysis", 1998).
     """
     total = siblings.count * rows
     mean = total * siblings.share

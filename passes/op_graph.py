@@ -437,7 +437,7 @@ def picked_elements(node: Node) -> tuple[tuple[int, int], ...]:
     before = index.index(Ellipsis) if Ellipsis in index else len(index)
     behind = sum(1 for i in index[before + 1 :] if i is not None)
     found, dim = [], 0
-    for position, item in enumerate(index):
+    for item in index:
         if item is Ellipsis:
             dim = len(shape) - behind
         elif item is not None:

@@ -25,7 +25,6 @@ from cost_model.op_graph import SOURCES, OpGraph
 from cost_model.plan import PartitionPlan
 from passes.program import RankProgram
 from passes.verify_comm import check_communication
-from passes.verify_experts import check_experts
 from passes.verify_facts import Tools
 from passes.verify_groups import check_caches, check_group, check_outputs
 from passes.verify_literals import nodes_by_name
@@ -52,7 +51,6 @@ def verify(
     facts = [interpret(program, tools) for program in programs]  # by stage: senders before receivers
     for stage in range(plan.mesh.pp):
         check_group([facts[r] for r in plan.mesh.tp_group(stage)])
-        check_experts([facts[r] for r in plan.mesh.tp_group(stage)], plan)
     check_outputs(facts, plan, graph)
     check_caches(facts, plan, graph)
 

@@ -1,17 +1,19 @@
-"""Experts dealt whole to ranks: every term of a sum is added by one rank, the one that has what it is made of."""
+"""Experts dealt whole to ranks: every term of a sum is added by one rank, the one that has what it is made of.
+
+A rank's sum may leave out what the plan has on another rank, and nothing else: its next term, or what takes the sum,
+has to read the model's sum before it but for such terms. So, over all ranks, each term is added once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 from torch.fx import Node
 
 from cost_model.op_graph import Op, TensorRef
-from cost_model.plan import PartitionPlan
 from passes.data_dependent import join_own_rows
 from passes.verify_derive import check_shape
-from passes.verify_facts import RankFacts, RankState, Value, named
-from passes.verify_report import fail, fail_plainly
+from passes.verify_facts import RankState, Value, named
+from passes.verify_report import fail
 from passes.verify_shapes import Tensor
 from passes.verify_types import PARTIAL, WHOLE, Held, elements
 
@@ -59,12 +61,11 @@ def is_term(state: RankState, op: Op) -> bool:
 
 
 def term(state: RankState, node: Node, op: Op, types: tuple[Held, ...]) -> None:
-    """x is a sum owed by all; what is added to it is here, whole, and on no other rank (check_experts)."""
+    """x is a sum owed by all; what is added to it is here, whole, and so is nothing of it on another rank."""
     here = all(map(state.has_whole, types[1:]))
     if types[0] != PARTIAL or not here or state.planned(op) != (PARTIAL,):
         lie = ", ".join(f"{named(r)} is {t}" for r, t in zip(op.inputs, types, strict=True))
         fail(state.program, node, f"adds one rank's term to a sum that all owe: {lie}", _DROP)
-    state.facts.terms[op.name] = node
 
 
 def joined(state: RankState, node: Node, op: Op) -> None:
@@ -83,7 +84,6 @@ def joined(state: RankState, node: Node, op: Op) -> None:
         fail(state.program, node, f"counts rows by {named(lengths.ref)}, which is {lengths.held}", _DROP)
     value = Value(TensorRef(op.name), PARTIAL)
     check_shape(state, node, state.local(value))
-    state.facts.terms[op.name] = node
     state.set(node, value)
 
 
@@ -91,25 +91,12 @@ def is_joined(node: Node) -> bool:
     return node.op == "call_function" and node.target is join_own_rows
 
 
-def check_experts(group: Sequence[RankFacts], plan: PartitionPlan) -> None:
-    """Each term of a sum is added by its rank; what joins such terms does so on every rank."""
-    stage = group[0].program.stage
-    for op in plan.ops:
-        owed = bool(op.outputs) and op.outputs[0].is_partial and any(p.is_owned for p in op.inputs)
-        if not owed or stage not in op.stages:
-            continue
-        for facts in group:
-            wanted = op.owner in (None, facts.program.tp_rank)
-            if wanted and op.name not in facts.terms:
-                fail_plainly(f"rank {facts.program.rank} never adds {op.name}, which is its own to add", _DROP)
-
-
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
 def picks_own(state: RankState, op: Op, types: tuple[Held, ...]) -> bool:
     """x[3] of a weight whose elements are dealt out: one rank has element 3, and takes it."""
-    picks = op.attrs.get("picks", ()) if op.kind == "slice" else ()
+    picks: tuple[tuple[int, int], ...] = op.attrs.get("picks", ()) if op.kind == "slice" else ()
     return len(picks) == 1 and types[0].is_sharded and types[0].dim == picks[0][0]
 
 
@@ -117,9 +104,8 @@ def part_elsewhere(state: RankState, op: Op, part: Value) -> Tensor | None:
     """The shape here of a part of a split that is another rank's: no elements."""
     if op.kind != "split" or part.held.owner in (-1, state.program.tp_rank):
         return None
-    (*shape,), dtype = state.local(part)
-    shape[op.attrs["dim"]] = 0
-    return Tensor((tuple(shape), dtype))
+    whole, dim = state.graph.spec(part.ref), op.attrs["dim"]
+    return Tensor(((*whole.shape[:dim], 0, *whole.shape[dim + 1 :]), getattr(torch, whole.dtype)))
 
 
 def check_pick(state: RankState, node: Node, op: Op, lies: Held, picks: tuple[tuple[int, int], ...]) -> None:

@@ -75,7 +75,6 @@ class RankFacts:
     collectives: list[tuple[Node, TensorRef]] = field(default_factory=list)
     outputs: dict[str, TensorRef] = field(default_factory=dict)
     updates: list[tuple[str, int, Node]] = field(default_factory=list)  # (op, local cache layer)
-    terms: dict[str, Node] = field(default_factory=dict)  # op -> what adds this rank's terms of a sum of experts
 
 
 class RankState:

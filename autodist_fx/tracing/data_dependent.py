@@ -122,9 +122,9 @@ def rewritten(tracer: hf_fx.HFTracer, kind: str, target: Any, args: tuple[Any, .
         split = _one_split_of(args[0])
         if split is not None:
             rows = tracer.create_proxy("call_method", "size", (tracer.whole_of_split[split], 0), {})
-            counts = hf_fx.HFProxy(split.args[1], tracer)
-            counts.install_metadata(tracer.examples_of[split.args[1]])
-            return tracer.create_proxy("call_function", join_rows, (list(args[0]), rows, counts), {})
+            lengths = hf_fx.HFProxy(split.args[1], tracer)
+            lengths.install_metadata(tracer.examples_of[split.args[1]])
+            return tracer.create_proxy("call_function", join_rows, (list(args[0]), rows, lengths), {})
     if name == "bincount" and isinstance(kwargs.get("minlength"), int):
         return tracer.create_proxy("call_function", bincount, (args[0], kwargs["minlength"]), {})
     if name in ("cpu", "numpy") and kind == "call_method":

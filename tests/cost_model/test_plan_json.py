@@ -190,7 +190,10 @@ MISTAKES = {
     "ops[5].name: 'linear_4' is listed twice": _set("ops", 5, "name", to="linear_4"),
     "ops[5]: expected an object, got a list": _set("ops", 5, to=[]),
     "ops[5].module: has characters that cannot be printed": _set("ops", 5, "module", to="a\x1b[2J"),
-    "params[1].placement: a parameter is R or S(<dim>), never P": _set("params", 1, "placement", to="P"),
+    "params[1].placement: a parameter is R, S(<dim>), D(<dim>) or O(<rank>), never P": (
+        _set("params", 1, "placement", to="P")
+    ),
+    "params[1].placement: O(7) names no tp rank": _set("params", 1, "placement", to="O(7)"),
     "params[1].placement: S(2) of a tensor with 2 dims": _set("params", 1, "placement", to="S(2)"),
     "params[1].layout: layout 1 is of 1536 elements, the dim has 576": _set("params", 1, "layout", to=1),
     "params[1].shape[0]: -1 is out of range (0 or more)": _set("params", 1, "shape", 0, to=-1),
