@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from autodist_fx.adapters import without_wrapper
 from autodist_fx.call import Call, read_call
 from autodist_fx.errors import AutodistError
+from autodist_fx.numeric.conversation import verify_numeric
 from autodist_fx.outputs import merged, nested
+from autodist_fx.runtime.backward import glued, run_backward
 from autodist_fx.runtime.local_cache import encoder_view, local_cache
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, join
 from autodist_fx.runtime.simulate import simulate
 from autodist_fx.runtime.table_checks import outside_a_table
 from autodist_fx.tracing import (
     STATE_PREFIX,
+    InputForm,
     class_for,
+    empty_model,
     forms_of,
     has_own_cache,
 )
@@ -35,6 +39,7 @@ from cost_model.mesh import Mesh
 from cost_model.op_graph import OpGraph
 from cost_model.plan import PartitionPlan
 from cost_model.planner import PlanRequest
+from passes.graph_changes import GraphChanges, graph_changes
 from passes.graph_text import graph_diff
 from passes.pass_manager import emit_rank
 from passes.program import RankProgram
@@ -58,6 +63,7 @@ def compile(
     sizes: Mapping[str, int] | None = None,
     max_memory: int | None = None,
     plan: PartitionPlan | None = None,
+    train: bool = False,
     verify: bool = True,
     dump_dir: str | Path | None = None,
 ) -> CompiledModel:
@@ -75,11 +81,14 @@ def compile(
         decoder reads) to predict for; by default one sequence of 128 tokens, with use_cache one step after 512.
     max_memory: bytes a device holds; the search then meets it or raises NoPlanFits.
     plan: a plan made earlier for this model; no search then. PlanError if it is another model's.
+    train: let the programs carry what a backward pass needs, too (CompiledModel.gradients).
     verify: prove every rank's program before returning it (CompiledModel.verify).
     dump_dir: gets every rank's graph after each pass, as text.
 
     Errors: TracingError, MeshError, NoPlanFits, PlanError, VerificationError; all are AutodistError.
     """
+    if train and use_cache:
+        raise AutodistError("train=True is for whole sequences: leave use_cache out")
     model = without_wrapper(model)
     request = PlanRequest(
         mesh=Mesh(tp, pp) if plan is None else plan.mesh,
@@ -88,7 +97,9 @@ def compile(
         sizes=tuple((sizes or {}).items()),
         memory_bytes=max_memory,
     )
-    checks: dict[str, Any] = {"verify_programs": verify, "dump_dir": dump_dir, "always": concrete_args or {}}
+    checks: dict[str, Any] = {
+        "verify_programs": verify, "train": train, "dump_dir": dump_dir, "always": concrete_args or {},
+    }  # fmt: skip
     if use_cache and has_own_cache(_class_of(model)):
         prompt, step = Variant.make_phases(model, request, concrete_args, plan)
         compiled = CompiledModel(model, request, step, prompt=prompt, **checks)
@@ -121,6 +132,7 @@ class CompiledModel:
         *,
         always: Mapping[str, object],
         verify_programs: bool,
+        train: bool,
         dump_dir: str | Path | None,
         prompt: Variant | None = None,
     ) -> None:
@@ -129,7 +141,8 @@ class CompiledModel:
         self._prompt = prompt  # what the main variant, a step, comes after, in a model with a cache of its own
         self._request = request
         self._main = self._step = variant
-        self._verify_programs = verify_programs
+        self.verifies = verify_programs
+        self._train = train
         self._dump_dir = dump_dir
         self._variants = [variant]
 
@@ -137,6 +150,10 @@ class CompiledModel:
     def plan(self) -> PartitionPlan:
         """Every decision made; print it, save it, compare it."""
         return self._main.whole_plan or self._main.plan
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the plan."""
+        return self.plan._repr_html_()
 
     @property
     def mesh(self) -> Mesh:
@@ -163,13 +180,24 @@ class CompiledModel:
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
         """Real values by name of every buffer and constant that the programs use."""
-        modules = [v.traced.graph_module for v in (self._main.encoder, self._main) if v is not None]
+        parts = (self._main.encoder, self._prompt, self._main)
+        modules = [v.traced.graph_module for v in parts if v is not None]
         return {name: b for module in modules for name, b in module.named_buffers(remove_duplicate=False)}
 
     def encoder_program(self, rank: int) -> RankProgram | None:
         """What global rank `rank` runs once for an input, before `program` at each step of a decoder; None where the
         model, or this form of it, has no such part. It writes what the steps read into their cache."""
         return None if self._main.encoder is None else self._program(self._main.encoder, rank)
+
+    def prompt_program(self, rank: int) -> RankProgram | None:
+        """What global rank `rank` runs for a prompt, where the model has a cache of its own; `program` is then that of
+        each step after it. None for all other models."""
+        return None if self._prompt is None else self._program(self._prompt, rank)
+
+    @property
+    def prompt_plan(self) -> PartitionPlan | None:
+        """The plan of the prompt's programs, where these are others than the steps'."""
+        return None if self._prompt is None else self._prompt.plan
 
     def rank(self, rank: int) -> torch.fx.GraphModule:
         """The GraphModule of global rank `rank`."""
@@ -179,11 +207,41 @@ class CompiledModel:
         """Unified diff from the traced, normalised graph to that rank's."""
         return graph_diff(self.graph, self.rank(rank))
 
-    def verify(self) -> None:
-        """Prove every rank's program (passes/verify.py). Raises VerificationError, which names the node."""
-        if self._prompt is not None:
-            self._verify(self._prompt)
-        self._verify(self._main)
+    def graph_changes(self, rank: int) -> GraphChanges:
+        """The same, counted: which kinds of nodes were inserted, replaced, removed or changed."""
+        return graph_changes(self.graph, self.rank(rank))
+
+    def verify(self, *, numeric: bool = False) -> None:
+        """Prove every rank's program (passes/verify.py). Raises VerificationError, which names the node.
+
+        `numeric`: `verify_numeric`, too.
+        """
+        for variants in self._together():
+            for variant in variants:
+                self._verify(variant)
+        if numeric:
+            self.verify_numeric()
+
+    def verify_numeric(self) -> None:
+        """Run all ranks in this process, in float64 on drawn weights, and compare with the model's own graph, which
+        knows nothing of plans and rules (autodist_fx/numeric); with `train`, gradients too, of models of up to 2**24
+        parameters. Needs no weights, and little memory for a model of any size.
+
+        Raises VerificationError, which names the rank, the output, and for a small model the first node that differs;
+        AutodistError where the model itself does not run on made-up inputs.
+        """
+        for variants in self._together():
+            verify_numeric(variants, self._all_programs, self.buffers)
+
+    def _together(self) -> list[list[Variant]]:
+        """The forms there are; a prompt's and its step's are one."""
+        if self._prompt is None:
+            return [[self._main]]
+        phases = [self._prompt, self._step]
+        return [phases] if self._main is self._step else [phases, [self._main]]
+
+    def _all_programs(self, variant: Variant) -> list[RankProgram]:
+        return [self._program(variant, rank) for rank in range(self.mesh.size)]
 
     def simulate(self, **inputs: Any) -> Any:
         """All ranks in this process, a thread each; the outputs that `model(**inputs)` would have.
@@ -194,7 +252,7 @@ class CompiledModel:
         """
         self._refuse_without_weights("simulate")
         call = read_call(self._model, inputs, self._always)  # type: ignore[arg-type]
-        if call.use_cache and has_own_cache(_class_of(self._model)):
+        if call.use_cache and self.has_own_cache:
             return self._simulate_own_cache({**call.tensors, "past_key_values": call.cache}, call)
         given, cache = call.tensors, call.cache
         self._main.traced.check_images(given)
@@ -221,6 +279,30 @@ class CompiledModel:
         outputs = self._run(variant, [{**filled, "past_key_values": own} for own in cache.ranks])
         cache.length += _step_length(given)
         return self._returned(variant, call, {**encoded, **outputs, "past_key_values": cache})
+
+    def gradients(self, **inputs: Any) -> dict[str, torch.Tensor]:
+        """Run forward and backward on all ranks in this process: the gradients that `model(**inputs).loss.backward()`
+        leaves in `model`, by the names of its `named_parameters()`, each whole; those it leaves at None are left out.
+
+        Needs `compile(..., train=True)`, a model with weights, and inputs that it computes a loss from (`labels=...`).
+        The model stays as it is, and so do its own `.grad`. Raises AutodistError where one of these is missing;
+        CommunicationError where ranks that hold the same elements have different gradients of them.
+        """
+        if not self._train:
+            raise AutodistError("these programs are for inference: compile with train=True for gradients")
+        self._refuse_without_weights("gradients")
+        call = read_call(self._model, inputs, self._always)  # type: ignore[arg-type]
+        if call.use_cache:
+            raise AutodistError("gradients are of a whole sequence: leave past_key_values and use_cache out")
+        variant = self._variant_for(call, 0)
+        self._load(variant)
+        variant.check_lengths(call.tensors, 0)
+        programs = list(variant.programs.values())
+        found = glued(programs, run_backward(programs, call.tensors)[1])
+        model: PreTrainedModel = self._model  # type: ignore[assignment]
+        by_any_name = dict(model.named_parameters(remove_duplicate=False))
+        by_tensor = {id(by_any_name[name]): gradient for name, gradient in found.items()}
+        return {n: by_tensor[id(p)] for n, p in model.named_parameters() if p.requires_grad and id(p) in by_tensor}
 
     def _run(self, variant: Variant, per_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The flat outputs of all ranks together. AutodistError that names an id outside the table it is for."""
@@ -260,10 +342,10 @@ class CompiledModel:
         if past and tokens != 1:
             raise AutodistError(f"{self.plan.model} takes one token at a time after its prompt, and got {tokens}")
         if self._prompt is None:
-            self._prompt, step = Variant.make_phases(self._model, self._request, None, None)
+            self._prompt, step = self.new_phases()
             self._step = step
             self._variants.append(step)
-            if self._verify_programs:
+            if self.verifies:
                 self.verify()
         variant = self._step if past else self._prompt
         self._load(variant)
@@ -316,11 +398,60 @@ class CompiledModel:
             joined,
             hardware=self._request.hardware,
             objective=self._request.objective,
-            verify=self._verify_programs,
+            verify=self.verifies,
             dump_dir=self._dump_dir,
         )
 
+    def save(self, directory: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Write plan, graphs and weights of all ranks as an artifact (docs/artifact.md), for `adx.load(directory)`.
+
+        With the forms of the model that were used so far, and those that generating takes. `tokenizer` goes along, for
+        `autodist-fx run --artifact`. An artifact that is there already is replaced. Raises ArtifactError; AutodistError
+        where the model has no weights; GraphFormatError where a graph has an op that no file can hold.
+        """
+        from autodist_fx.artifact.save import save_compiled
+
+        self._refuse_without_weights("save")
+        source = ModuleSource(self._model)
+        save_compiled(
+            self,
+            directory,
+            lambda variant, program: self._fill(variant, program, source),
+            generation_config=getattr(self._model, "generation_config", None),
+            tokenizer=tokenizer,
+        )
+
     # -- variants ------------------------------------------------------------------------------------------------------
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The traced forms made so far, the main one first; in a model with a cache of its own, steps' prompts too."""
+        others = [v for v in (self._prompt, *self._variants) if v is not None and v is not self._main]
+        return (self._main, *others)
+
+    @property
+    def always(self) -> Mapping[str, object]:
+        """Arguments of every call (concrete_args)."""
+        return self._always
+
+    @property
+    def shape(self) -> PreTrainedModel:
+        """The model, or one like it on meta."""
+        return empty_model(self._model) if isinstance(self._model, PretrainedConfig) else self._model
+
+    @property
+    def has_own_cache(self) -> bool:
+        return has_own_cache(_class_of(self._model))
+
+    def new_variant(
+        self, *, use_cache: bool, input_names: Sequence[str] | None = None, fixed: Mapping[str, object] | None = None
+    ) -> Variant:
+        """Another form of the model, planned for its own lengths; verified like the first."""
+        request = replace(self._request, sizes=())
+        variant = Variant.make(self._model, request, use_cache, input_names, fixed, None)
+        if self.verifies:
+            self._verify(variant)
+        return variant
 
     def _accepted(self, names: frozenset[str]) -> tuple[str, ...]:
         """Without those of our own filling-in that the model's forward does not take."""
@@ -333,16 +464,24 @@ class CompiledModel:
         for variant in self._variants:
             if variant.takes(forms, call):
                 return variant
+        variant = self._new_variant_for(call, forms)
+        self._variants.append(variant)
+        return variant
+
+    def _new_variant_for(self, call: Call, forms: Mapping[str, InputForm]) -> Variant:
         given = frozenset(forms)
         names: tuple[str, ...] | None = self._accepted(given)
         if call.use_cache:
             filled_in = _FILLED_IN - {"input_ids"} if "inputs_embeds" in given else _FILLED_IN
             names = None if given <= _FILLED_IN else self._accepted(given | filled_in | {"past_key_values"})
         variant = Variant.make(self._model, self._request, call.use_cache, names, call.fixed, None, forms)
-        if self._verify_programs:
+        if self.verifies:
             self._verify(variant)
-        self._variants.append(variant)
         return variant
+
+    def new_phases(self) -> tuple[Variant, Variant]:
+        """(prompt, step) of a model with a cache of its own."""
+        return Variant.make_phases(self._model, self._request, None, None)
 
     def _program(self, variant: Variant, rank: int) -> RankProgram:
         self.mesh.coordinates(rank)  # names a rank that is not there
@@ -354,15 +493,17 @@ class CompiledModel:
                 layer_kinds=variant.traced.layer_kinds,
                 dump_dir=self._dump_dir,
                 sources=variant.sources,
+                train=self._train and not variant.traced.use_cache,
+                stage_uses=variant.stage_uses,
             )
         return variant.programs[rank]
 
     def _verify(self, variant: Variant) -> None:
-        programs = [self._program(variant, rank) for rank in range(self.mesh.size)]
+        programs = self._all_programs(variant)
         verify_programs(programs, variant.plan, variant.graph, variant.traced.graph_module)
         if variant.encoder is not None:
             self._verify(variant.encoder)
-            writers = [self._program(variant.encoder, rank) for rank in range(self.mesh.size)]
+            writers = self._all_programs(variant.encoder)
             written = variant.encoder.plan, variant.encoder.graph
             verify_handover(writers, written, programs, (variant.plan, variant.graph))
 
@@ -373,12 +514,15 @@ class CompiledModel:
             self._load(variant.encoder)
         self._refuse_without_weights("simulate")
         source = ModuleSource(self._model)
-        buffers = dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))
         variant.programs = {rank: self._program(variant, rank) for rank in range(self.mesh.size)}
         for program in variant.programs.values():
-            load_rank(program, source, buffers=buffers, base_model_prefix=self._model.base_model_prefix)
-            program.graph_module.eval()
+            self._fill(variant, program, source)
         variant.loaded = True
+
+    def _fill(self, variant: Variant, program: RankProgram, source: ModuleSource) -> None:
+        buffers = dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))
+        load_rank(program, source, buffers=buffers, base_model_prefix=self._model.base_model_prefix)
+        program.graph_module.eval()
 
     def _refuse_without_weights(self, what: str) -> None:
         if isinstance(self._model, PretrainedConfig) or any(p.is_meta for p in self._model.parameters()):

@@ -6,24 +6,30 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from autodist_fx.artifact.cache import CacheEntry, cache_directory, entry_for, from_cache, keep
+from autodist_fx.artifact.files import Staging
+from autodist_fx.artifact.load import Artifact
+from autodist_fx.artifact.manifest import FileRecord
+from autodist_fx.artifact.save import finish, named_parts, write_common, write_rank
 from autodist_fx.compiled import CompiledModel, compile
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.agreement import agree
 from autodist_fx.runtime.generation import DistributedCausalLM
+from autodist_fx.runtime.own_cache import DistributedOwnCacheLM
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, JoinedRank, join
 from autodist_fx.runtime.seq2seq import DistributedSeq2SeqLM, seq2seq_class
 from autodist_fx.runtime.two_graphs import TwoGraphCausalLM
-from autodist_fx.tracing import empty_model, has_own_cache, meta_copy
+from autodist_fx.tracing import empty_model, meta_copy
 from autodist_fx.weights.checkpoint import open_source
 from autodist_fx.weights.load import LoadReport, load_rank
 from autodist_fx.weights.module_source import ModuleSource
 from autodist_fx.weights.names import resolve_names
-from autodist_fx.weights.resolve import resolve
+from autodist_fx.weights.resolve import locate, resolve
 from autodist_fx.weights.share import share_weights
 from autodist_fx.weights.source import WeightSource
 from cost_model.hardware import Hardware
@@ -55,6 +61,7 @@ def from_pretrained(
     master_addr: str | None = None,
     master_port: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    cache: bool | str | Path | CacheEntry | None = None,
 ) -> DistributedCausalLM:
     """This process's share of a checkpoint's model, split over `tp * pp` processes. Called in each of them, alike.
 
@@ -68,6 +75,9 @@ def from_pretrained(
     timeout: seconds to wait for another rank, at the start and ever after.
     rank, world_size, master_addr, master_port: who this process is; torchrun says it by environment variables.
     progress: called with (bytes loaded, bytes in all) after each tensor.
+    cache: where splits are kept, for a start without tracing, planning and slicing: a directory, True (the place that
+        ADX_CACHE names, or one beside the hub's cache), or False; None is what ADX_CACHE says, by default False.
+        An entry takes as much room as the model. Not with `dump_dir`, which is of the passes. See docs/artifact.md.
 
     `.load_report` of the result says what loading took. Raises AutodistError, in one line, on every rank.
     """
@@ -82,23 +92,70 @@ def from_pretrained(
         master_port=master_port,
         timeout_seconds=timeout,
     )
-    # CheckpointError, here and below, comes out on every rank that sees the cause; the watchdog ends the others.
-    checkpoint = resolve(
-        name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
+    where: dict[str, Any] = {
+        "revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only,
+    }  # fmt: skip
     options = _Options(
         mesh=mesh, hardware=hardware, objective=objective, verify=verify, dump_dir=dump_dir, progress=progress
     )
-    files = [f"{path.name} {path.stat().st_size}" for path in checkpoint.paths]
-    return _distribute(
-        empty_model(checkpoint.config, wanted_dtype(dtype, checkpoint.config)),
-        lambda: open_source(checkpoint),
-        joined,
-        options,
-        facts=files,
-        plan=given,
-        generation_config=checkpoint.generation_config,
+
+    def opened() -> tuple[_Rank, GenerationConfig]:
+        # CheckpointError comes out on every rank that sees the cause; the watchdog ends the others.
+        checkpoint = resolve(name, **where)
+        files = [f"{path.name} {path.stat().st_size}" for path in checkpoint.paths]
+        model = empty_model(checkpoint.config, wanted_dtype(dtype, checkpoint.config))
+        return _Rank(model, lambda: open_source(checkpoint), joined, options, files), checkpoint.generation_config
+
+    entry = None if dump_dir is not None else _entry(cache, name, where, dtype, given, options)
+    if entry is not None and not entry.looked_up:
+
+        def share(artifact: Artifact) -> DistributedCausalLM:
+            return artifact.share(joined, lambda names, program: opened()[0].whole_sequences(names, program))
+
+        found = from_cache(entry, joined, share)
+        if found is not None:
+            return found
+    me, generation_config = opened()
+    return _distribute(me, plan=given, generation_config=generation_config, entry=entry)
+
+
+def _entry(
+    cache: bool | str | Path | CacheEntry | None,
+    name: str | Path,
+    where: Mapping[str, Any],
+    dtype: torch.dtype | str | None,
+    plan: PartitionPlan | None,
+    options: _Options,
+) -> CacheEntry | None:
+    """The cache's entry for this split, None without a cache."""
+    if isinstance(cache, CacheEntry):
+        return cache
+    directory = cache_directory(cache)
+    if directory is None:
+        return None
+    asked = {"dtype": str(dtype), "plan": "" if plan is None else plan_to_text(plan), **options.for_compile}
+    return entry_for(directory, locate(name, **where), asked)
+
+
+def cache_entry(
+    cache: bool | str | Path | None,
+    name: str | Path,
+    *,
+    dtype: str | None,
+    plan: PartitionPlan | None,
+    tp: int,
+    pp: int,
+    hardware: str | Hardware | None,
+    objective: str,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> CacheEntry | None:
+    """The entry that `from_pretrained` with these arguments looks up; None where splits are not kept."""
+    options = _Options(
+        mesh=Mesh(tp, pp), hardware=hardware, objective=objective, verify=True, dump_dir=None, progress=None
     )
+    where: dict[str, Any] = {"revision": revision, "token": None, "cache_dir": cache_dir, "local_files_only": None}
+    return _entry(cache, name, where, dtype, plan, options)
 
 
 def distribute(
@@ -114,15 +171,8 @@ def distribute(
     options = _Options(
         mesh=joined.mesh, hardware=hardware, objective=objective, verify=verify, dump_dir=dump_dir, progress=None
     )
-    return _distribute(
-        model,
-        lambda: ModuleSource(model),
-        joined,
-        options,
-        facts=(),
-        plan=None,
-        generation_config=model.generation_config,
-    )
+    me = _Rank(model, lambda: ModuleSource(model), joined, options, facts=())
+    return _distribute(me, plan=None, generation_config=model.generation_config)
 
 
 def mesh_of(plan: PartitionPlan | None, tp: int | None, pp: int | None) -> Mesh:
@@ -175,116 +225,164 @@ class _Options:
         return {"tp": self.mesh.tp, "pp": self.mesh.pp, **keywords}
 
 
-def _distribute(
-    model: PreTrainedModel,
-    open_weights: Callable[[], WeightSource],
-    joined: JoinedRank,
-    options: _Options,
-    *,
-    facts: Sequence[str],
-    plan: PartitionPlan | None,
-    generation_config: GenerationConfig | None,
-) -> DistributedCausalLM:
-    """`model` says how names are tied and called, and holds the buffers that no checkpoint has; it may be on meta."""
-    if has_own_cache(type(model)):
-        raise AutodistError(
-            f"{type(model).__name__} keeps its states in a cache of its own, which processes do not split "
-            "yet: use adx.compile(model, tp=..., pp=..., use_cache=True).simulate(...), or a model with a KV cache"
-        )
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    """What makes this process's programs. `model` says how names are tied and called, and holds the buffers that no
+    checkpoint has; it may be on meta."""
 
-    def agreed(compiled: CompiledModel) -> RankProgram:
-        check = compiled.verify if options.verify else None
-        program = compiled.program(joined.rank)
-        facts_of_all = [plan_to_text(compiled.plan), *facts]
-        agree(joined.communicator, joined.rank, options.mesh.size, facts_of_all, check=check)
+    model: PreTrainedModel
+    open_weights: Callable[[], WeightSource]
+    joined: JoinedRank
+    options: _Options
+    facts: Sequence[str]
+
+    def agreed(self, compiled: CompiledModel) -> RankProgram:
+        check = compiled.verify if self.options.verify else None
+        program = compiled.program(self.joined.rank)
+        plans = [p for p in (compiled.prompt_plan, compiled.plan) if p is not None]
+        facts_of_all = [*map(plan_to_text, plans), *self.facts]
+        agree(self.joined.communicator, self.joined.rank, self.options.mesh.size, facts_of_all, check=check)
         return program
 
-    def load(compiled: CompiledModel, program: RankProgram) -> LoadReport:
-        source = open_weights()
+    def load(self, compiled: CompiledModel, program: RankProgram) -> LoadReport:
+        source = self.open_weights()
         try:
-            return load_rank(
-                program,
+            return load_program(
+                self.model,
                 source,
-                device=joined.device,
-                buffers=_buffers(compiled, model, source),
-                base_model_prefix=model.base_model_prefix,
-                tied=_tied(model),
-                key_mapping=getattr(model, "_checkpoint_conversion_mapping", None),
-                requires_grad=False,  # these graphs are for inference: nothing to record
-                progress=options.progress,
+                compiled.buffers,
+                program,
+                device=self.joined.device,
+                progress=self.options.progress,
             )
         finally:
             source.close()
 
-    main = compile_for_generation(model, plan=plan, **options.for_compile)
-    program = agreed(main)
-    report = load(main, program)
-
-    def whole_sequences(input_names: tuple[str, ...]) -> RankProgram:
-        compiled = compile(model, use_cache=False, input_names=input_names, **options.for_compile)
-        other = agreed(compiled)
-        left = share_weights(program, other)
+    def whole_sequences(self, input_names: tuple[str, ...], beside: RankProgram) -> RankProgram:
+        """The program for whole sequences of these inputs, with the weights of `beside` where both hold them alike."""
+        compiled = compile(self.model, use_cache=False, input_names=input_names, **self.options.for_compile)
+        program = self.agreed(compiled)
+        left = share_weights(beside, program)
         if left.param_shards:  # slices that this layout has and the other has not
-            load(compiled, left)
-        other.graph_module.eval()
-        return other
-
-    if main.encoder_program(joined.rank) is not None:
-        return _with_encoder(model, main, program, joined, load, report, generation_config)
-    split = TwoGraphCausalLM(
-        program,
-        joined.communicator,
-        main.config,
-        generation_config,
-        device=joined.device,
-        make_program=whole_sequences,
-    )
-    split.plan = main.plan
-    split.load_report = report
-    return split
+            self.load(compiled, left)
+        program.graph_module.eval()
+        return program
 
 
-def _with_encoder(
+def load_program(
     model: PreTrainedModel,
-    main: CompiledModel,
+    source: WeightSource,
+    buffers: Mapping[str, torch.Tensor],
     program: RankProgram,
-    joined: JoinedRank,
-    load: Callable[[CompiledModel, RankProgram], LoadReport],
-    report: LoadReport,
-    generation_config: GenerationConfig | None,
-) -> DistributedSeq2SeqLM:
-    """`program` is loaded; the encoder's is loaded here, but for what both hold."""
-    encoder = main.encoder_program(joined.rank)
-    assert encoder is not None
-    left = share_weights(program, encoder)
-    if left.param_shards:
-        more = load(main, left)
-        report = replace(
-            more,
-            shard_bytes=report.shard_bytes + more.shard_bytes,
-            bytes_read=report.bytes_read + more.bytes_read,
-            seconds=report.seconds + more.seconds,
-            rss_before_bytes=report.rss_before_bytes,
-        )
-    split_class = seq2seq_class(type(model))
-    split = split_class(
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadReport:
+    """Fill a program of `model` from a checkpoint; `buffers` are those of its graphs. For inference: no gradients."""
+    return load_rank(
         program,
-        joined.communicator,
-        main.config,
-        generation_config,
-        device=joined.device,
-        encoder=encoder,
-        main_input_name=model.main_input_name,
-        skeleton=None if split_class is DistributedSeq2SeqLM else meta_copy(model),
+        source,
+        device=device,
+        buffers=_missing_buffers(buffers, model, source),
+        base_model_prefix=model.base_model_prefix,
+        tied=_tied(model),
+        key_mapping=getattr(model, "_checkpoint_conversion_mapping", None),
+        requires_grad=False,
+        progress=progress,
     )
+
+
+def _distribute(
+    me: _Rank,
+    *,
+    plan: PartitionPlan | None,
+    generation_config: GenerationConfig | None,
+    entry: CacheEntry | None = None,
+) -> DistributedCausalLM:
+    """Compiled, agreed upon and loaded; kept in the cache where there is an entry for it."""
+    model, joined, mesh = me.model, me.joined, me.options.mesh
+    main = compile_for_generation(model, plan=plan, **me.options.for_compile)
+    program = me.agreed(main)
+    report = me.load(main, program)
+    encoder, prompt = main.encoder_program(joined.rank), main.prompt_program(joined.rank)
+    other = encoder or prompt
+    if other is not None:
+        report = _load_beside(program, other, lambda left: me.load(main, left), report)
+    if entry is not None:
+        _keep(entry, joined, main, generation_config)
+    given = program, joined.communicator, main.config, generation_config
+
+    def make_program(input_names: tuple[str, ...]) -> RankProgram:
+        return me.whole_sequences(input_names, program)
+
+    split: DistributedCausalLM
+    if encoder is not None:
+        split_class = seq2seq_class(type(model))
+        split = split_class(
+            *given,
+            device=joined.device,
+            encoder=encoder,
+            main_input_name=model.main_input_name,
+            skeleton=None if split_class is DistributedSeq2SeqLM else meta_copy(model),
+        )
+    elif prompt is not None:
+        column = [mesh.rank(stage, program.tp_rank) for stage in range(mesh.pp)]
+        split = DistributedOwnCacheLM(
+            *given,
+            device=joined.device,
+            make_program=make_program,
+            prompt=prompt,
+            prompts=[cast(RankProgram, main.prompt_program(rank)) for rank in column],
+            steps=[main.program(rank) for rank in column],
+        )
+    else:
+        split = TwoGraphCausalLM(*given, device=joined.device, make_program=make_program)
     split.plan = main.plan
     split.load_report = report
     return split
 
 
-def _buffers(compiled: CompiledModel, model: PreTrainedModel, source: WeightSource) -> Mapping[str, torch.Tensor]:
+def _keep(
+    entry: CacheEntry, joined: JoinedRank, main: CompiledModel, generation_config: GenerationConfig | None
+) -> None:
+    """What this rank has, loaded, goes into the cache; a model with an op that no file can hold does not."""
+    parts = named_parts(main.variants)
+    programs = [(part, part.variant.programs[joined.rank]) for part in parts]
+
+    def write(staging: Staging) -> None:
+        if joined.rank == 0:
+            write_common(
+                staging, parts, main.plan, main.shape, generation_config, entry.tokenizer, main.always
+            )
+        write_rank(staging, joined.rank, programs)
+
+    def end(staging: Staging, files: Mapping[str, FileRecord], key: str) -> None:
+        finish(staging, parts, main.plan, files, key)
+
+    keep(entry, joined, sum(program.weight_bytes for _, program in programs), write, end)
+
+
+def _load_beside(
+    program: RankProgram, other: RankProgram, load: Callable[[RankProgram], LoadReport], report: LoadReport
+) -> LoadReport:
+    """Give `other` the weights of `program`, which is loaded, and load what it holds besides; both reports in one."""
+    left = share_weights(program, other)
+    if not left.param_shards:
+        return report
+    more = load(left)
+    return replace(
+        more,
+        shard_bytes=report.shard_bytes + more.shard_bytes,
+        bytes_read=report.bytes_read + more.bytes_read,
+        seconds=report.seconds + more.seconds,
+        rss_before_bytes=report.rss_before_bytes,
+    )
+
+
+def _missing_buffers(
+    values: Mapping[str, torch.Tensor], model: PreTrainedModel, source: WeightSource
+) -> Mapping[str, torch.Tensor]:
     """Real values by name of what the checkpoint lacks: non-persistent buffers, and constants of the graph."""
-    values = compiled.buffers
     saved = set(values) & model.state_dict().keys()
     found = resolve_names(saved, source.names(), base_model_prefix=model.base_model_prefix) if saved else {}
     return {name: value for name, value in values.items() if name not in found and not value.is_meta}
@@ -298,5 +396,7 @@ def _tied(model: PreTrainedModel) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-__all__ = ["compile_for_generation", "distribute", "from_pretrained", "mesh_of", "wanted_dtype"]
+__all__ = [
+    "cache_entry", "compile_for_generation", "distribute", "from_pretrained", "load_program", "mesh_of", "wanted_dtype",
+]  # fmt: skip
 

@@ -11,10 +11,10 @@ import torch
 import torch.fx
 from transformers import PretrainedConfig, PreTrainedModel
 
+from autodist_fx.cache_kinds import CROSS
 from autodist_fx.call import Call, unusual
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import InputForm, Sizes, TracedModel, trace, trace_phases
-from autodist_fx.tracing.cross_cache import CROSS
 from cost_model.errors import PlanError
 from cost_model.op_graph import OpGraph
 from cost_model.plan import PartitionPlan
@@ -22,6 +22,7 @@ from cost_model.planner import PlanRequest
 from cost_model.planner import plan as make_plan
 from cost_model.subplan import subplan
 from passes.functionalize import functionalize
+from passes.grad_sums import ParamUse
 from passes.normalize import normalize
 from passes.op_graph import build_op_graph, fingerprint, parameter_names
 from passes.program import RankProgram
@@ -36,6 +37,9 @@ _EXAMPLES = (
     Sizes(batch=11, seq=23, past=29, source=19, kept=7),
     Sizes(batch=13, seq=31, past=43, source=37, kept=17),
 )
+# Lengths for the first example of a model that cuts sequences into chunks of several sizes: one is taken for which the
+# next multiple of each is another number.
+_LENGTHS_BEFORE_CHUNKS = (23, 19, 25, 17, 21, 33, 35, 37, 41, 45)
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Variant:
     forms: dict[str, InputForm]  # of those that are
     output_order: tuple[str, ...]
     programs: dict[int, RankProgram] = field(default_factory=dict)
+    stage_uses: dict[int, tuple[ParamUse, ...]] = field(default_factory=dict)  # what emit_rank keeps there
     loaded: bool = False
     # Of a model whose decoder reads an encoder's output through a cache: this is the decoder's step, `encoder` what
     # fills that cache, and `whole_plan` the plan that both are parts of.
@@ -159,18 +164,26 @@ def _examples_for(traced: TracedModel) -> tuple[Example, Example]:
     points = bending_points(traced.graph_module, _examples(traced))
     if not points:
         return _examples(traced)  # new ones: a run fills their caches
-    second = _EXAMPLES[1]
+    first, second = _EXAMPLES
     chunks = math.lcm(*points)
     seq = chunks * math.ceil((2 * max(points) + second.seq) / chunks)
     if seq < 2**20:
-        return _examples(traced, replace(second, seq=seq, source=seq + chunks))
+        told_apart = (n for n in _LENGTHS_BEFORE_CHUNKS if len({-(-n // p) * p for p in points}) == len(points))
+        first = replace(first, seq=next(told_apart, first.seq), source=next(told_apart, first.source))
+        return _examples(traced, first, replace(second, seq=seq, source=seq + chunks))
     raise TracingError(f"no example lengths tell what depends on {sorted(points)}: please report the model's config")
 
 
-def _examples(traced: TracedModel, second: Sizes = _EXAMPLES[1]) -> tuple[Example, Example]:
+def _examples(
+    traced: TracedModel, first: Sizes = _EXAMPLES[0], second: Sizes = _EXAMPLES[1]
+) -> tuple[Example, Example]:
     """In the second the cache is longer than any window: there the keys that a layer with one sees no longer grow."""
     longest = max((int(kind.partition(":")[2]) for kind in traced.layer_kinds if ":" in kind), default=0)
-    return _example(traced, _EXAMPLES[0]), _example(traced, replace(second, past=second.past + longest))
+    first = replace(first, source=first.source + traced.fewest_frames)
+    # a multiple of what is one already, and so much more that more frames come out of convolutions
+    further = second.source * math.ceil(2 * traced.fewest_frames / second.source)
+    second = replace(second, past=second.past + longest, source=second.source + further)
+    return _example(traced, first), _example(traced, second)
 
 
 def _example(traced: TracedModel, sizes: Sizes) -> Example:

@@ -6,36 +6,87 @@ Layers that are treated alike share a row, so that 80 layers read like one.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import prod
 
 from cost_model.op_graph import DTYPE_BYTES
 from cost_model.placement import Layout
-from cost_model.plan import Hop, OpPlan, ParamPlan, PartitionPlan
+from cost_model.plan import Alternative, Hop, OpPlan, ParamPlan, PartitionPlan
 
 WIDTH = 120
 HOPS_SHOWN = 6  # tensors named of each border
 RANGES_SHOWN = 4  # of layers named in one cell
+UNBALANCED = 1.25  # times the mean of the stages: the slowest bounds a pipeline that is kept full
 SHARE_EXPECTED = 0.9  # of the bytes of matmul weights, sharded: with less, tp is not what its user thinks
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of what is said of a plan: a table whose first row is its header, lines under it, or both.
+
+    Columns in `left` are aligned left, the others right; `flexible` is the one that may be broken to fit.
+    """
+
+    title: str
+    rows: tuple[tuple[str, ...], ...] = ()
+    lines: tuple[str, ...] = ()
+    left: tuple[int, ...] = ()
+    flexible: int | None = None
+    indent: str = ""  # of a line's continuation
+
+
+@dataclass(frozen=True, slots=True)
+class LinearGroup:
+    """Linears or embeddings that differ in their layer's number only: a role, a weight's shape and its layout."""
+
+    label: str  # "model.layers.*.mlp.up_proj"
+    role: str
+    modules: tuple[str, ...]
+    weights: tuple[ParamPlan, ...]  # of those whose weight is known
+    layout: int  # of the weight, by position in PartitionPlan.layouts; -1 where each rank holds it whole
+    local: str  # shape on each tp rank, "[384|192]x576"
+    stages: tuple[int, ...]
+    alternatives: tuple[Alternative, ...]  # of the first one
+
+    @property
+    def shape(self) -> str:
+        """Of a whole weight, "1536x576"; "-" where it is not known."""
+        return "x".join(map(str, self.weights[0].shape)) if self.weights else "-"
+
+
 def plan_text(plan: PartitionPlan) -> str:
-    """The whole plan. Header, stages, linears, collectives, hops, parameters, prediction and warnings."""
-    sections = [
-        _header(plan),
-        _titled("Stages, one forward, each on its slowest tp rank", _stage_table(plan)),
-        _titled("Linears and embeddings", _linear_table(plan)),
-        _titled("Collectives in one forward, bytes of whole tensors", _collective_table(plan)),
-        _titled("Sent between stages, bytes from one tp rank", _hop_lines(plan)),
-        _titled("Parameters", _param_lines(plan)),
-        _titled("Prediction", _prediction_lines(plan)),
-    ]
-    warnings = list(dict.fromkeys([*plan_warnings(plan), *plan.warnings]))
-    if warnings:
-        sections.append(_titled("Warnings", [line for w in warnings for line in _wrapped("! " + w, indent="  ")]))
+    """The whole plan: header, then `plan_sections`."""
+    return sections_text(plan_header(plan), plan_sections(plan))
+
+
+def sections_text(header: Sequence[str], sections: Iterable[Section]) -> str:
+    """One under the other, in lines of at most WIDTH."""
+    blocks = [header, *map(_section_lines, sections)]
     # Tables fit by themselves unless a name in a plan is absurd; then its line is cut rather than the page broken.
-    return "\n\n".join("\n".join(part for line in lines for part in _fitted(line)) for lines in sections if lines)
+    return "\n\n".join("\n".join(part for line in lines for part in _fitted(line)) for lines in blocks)
+
+
+def plan_sections(plan: PartitionPlan) -> list[Section]:
+    """Stages, linears, collectives, hops, parameters, prediction and warnings; those that have something to say."""
+    warnings = tuple("! " + warning for warning in all_warnings(plan))
+    sections = [
+        _stage_section(plan),
+        _linear_section(plan),
+        _collective_section(plan),
+        Section("Sent between stages, bytes from one tp rank", lines=_hop_lines(plan), indent=" " * 8),
+        _param_section(plan),
+        Section("Prediction", lines=prediction_lines(plan)),
+        Section("Warnings", lines=warnings, indent="  "),
+    ]
+    return [section for section in sections if section.rows or section.lines]
+
+
+def all_warnings(plan: PartitionPlan) -> list[str]:
+    """`plan_warnings`, and what the plan itself carries; each once."""
+    return list(dict.fromkeys([*plan_warnings(plan), *plan.warnings]))
 
 
 def plan_warnings(plan: PartitionPlan) -> list[str]:
@@ -44,7 +95,7 @@ def plan_warnings(plan: PartitionPlan) -> list[str]:
     if plan.device_memory_bytes:
         too_large = [s for s in plan.stages if s.memory_bytes > plan.device_memory_bytes]
         if too_large:
-            stages = _ranges(s.index for s in too_large)
+            stages = ranges_text(s.index for s in too_large)
             one, many = f"stage {stages} does not fit: it needs", f"stages {stages} do not fit: they need up to"
             what = one if len(too_large) == 1 else many
             warnings.append(
@@ -63,6 +114,13 @@ def plan_warnings(plan: PartitionPlan) -> list[str]:
             f"{plan.mesh.size} ranks against {seconds_text(plan.one_device_seconds)} on one "
             f"({ratio:.2f} times as long){reason}"
         )
+    mean = plan.predicted_seconds / len(plan.stages) if plan.stages else 0.0
+    slowest = max(plan.stages, key=lambda s: s.seconds, default=None)
+    if slowest is not None and mean > 0 and slowest.seconds > UNBALANCED * mean:
+        warnings.append(
+            f"the stages are unbalanced: stage {slowest.index} takes {seconds_text(slowest.seconds)}, the mean is "
+            f"{seconds_text(mean)}; with several batches in flight the others wait for it"
+        )
     share = sharded_share(plan)
     if plan.mesh.tp > 1 and share < SHARE_EXPECTED:
         warnings.append(
@@ -74,19 +132,20 @@ def plan_warnings(plan: PartitionPlan) -> list[str]:
 
 def sharded_share(plan: PartitionPlan) -> float:
     """Share, 0.0 to 1.0, of the bytes of matmul weights that no rank holds whole; 1.0 when there are none."""
-    total = sum(_param_bytes(p) for p in plan.params if p.matmul)
-    return sum(_param_bytes(p) for p in plan.params if p.matmul and _is_sharded(plan, p)) / total if total else 1.0
+    total = sum(param_bytes(p) for p in plan.params if p.matmul)
+    return sum(param_bytes(p) for p in plan.params if p.matmul and _is_sharded(plan, p)) / total if total else 1.0
 
 
 def whole_param_bytes(plan: PartitionPlan) -> int:
     """Bytes of all parameters, each once."""
-    return sum(_param_bytes(p) for p in plan.params)
+    return sum(param_bytes(p) for p in plan.params)
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
-def _header(plan: PartitionPlan) -> list[str]:
+def plan_header(plan: PartitionPlan) -> list[str]:
+    """Two lines: what is split how, and its size."""
     ranks = f"{plan.mesh.size} rank{'s' if plan.mesh.size > 1 else ''}"
     sizes = ", ".join(f"{symbol}={length}" for symbol, length in plan.sizes)
     count = sum(prod(p.shape) for p in plan.params)
@@ -97,11 +156,12 @@ def _header(plan: PartitionPlan) -> list[str]:
     ]
 
 
-def _stage_table(plan: PartitionPlan) -> list[str]:
-    rows = [["stage", "ranks", "layers", "compute", "comm", "FLOPs", "weights", "KV", "activ.", "total", "recomputes"]]
+def _stage_section(plan: PartitionPlan) -> Section:
+    memory = ("weights", "KV", "activ.", "work", "total")
+    rows = [("stage", "ranks", "layers", "compute", "comm", "FLOPs", *memory, "recomputes")]
     for s in plan.stages:
         first, last = s.index * plan.mesh.tp, (s.index + 1) * plan.mesh.tp - 1
-        rows.append([
+        rows.append((
             str(s.index),
             f"{first}-{last}" if last > first else str(first),
             ", ".join(compress_names(s.layers)) or "-",
@@ -111,59 +171,71 @@ def _stage_table(plan: PartitionPlan) -> list[str]:
             bytes_text(s.weight_bytes),
             bytes_text(s.kv_cache_bytes),
             bytes_text(s.activation_bytes),
+            bytes_text(s.workspace_bytes),
             bytes_text(s.memory_bytes),
             _ops(len(s.recomputed)) if s.recomputed else "-",
-        ])  # fmt: skip
-    return table(rows, left=(0, 1, 2), flexible=2)
+        ))  # fmt: skip
+    title = "Stages, one forward, each on its slowest tp rank"
+    return Section(title, tuple(rows), left=(0, 1, 2), flexible=2)
 
 
-def _linear_table(plan: PartitionPlan) -> list[str]:
+def linear_groups(plan: PartitionPlan) -> list[LinearGroup]:
+    """Every op with a role, in the plan's order; layers that are treated alike share a group."""
     params = {p.name: p for p in plan.params}
-    groups: dict[tuple[str, str, str, str], list[str]] = {}
+    groups: dict[tuple[str, str, str, int, str], list[tuple[OpPlan, ParamPlan | None]]] = {}
     for op in plan.ops:
         if not op.role:
             continue
-        weight = _weight_of(op, params)
+        weight = weight_of(op, params)
         shape = "x".join(map(str, weight.shape)) if weight else "-"
-        local = _local_shape(plan, op, weight)
-        groups.setdefault((_pattern(op.module or op.name), op.role, shape, local), []).append(op.module or op.name)
-    if not groups:
-        return []
-    patterns = [pattern for pattern, *_ in groups]
-    rows = [["module", "role", "times", "weight", "on each tp rank"]]
-    for (pattern, role, shape, local), names in groups.items():
+        layout = weight.layout if weight else (*op.input_layouts, -1, -1)[1]
+        key = (name_pattern(op.module or op.name), op.role, shape, layout, local_shape(plan, op, weight))
+        groups.setdefault(key, []).append((op, weight))
+    rows_of = Counter(pattern for pattern, *_ in groups)
+    found = []
+    for (pattern, role, _, layout, local), ops in groups.items():
+        names = tuple(op.module or op.name for op, _ in ops)
         # A pattern in several rows: name the layers, or nobody could tell them apart.
-        alone = patterns.count(pattern) == 1
         ranges = compress_names(names)
         label = names[0] if len(names) == 1 else pattern
-        if not alone and len(ranges) <= RANGES_SHOWN:
+        if rows_of[pattern] > 1 and len(ranges) <= RANGES_SHOWN:
             label = ", ".join(ranges)
-        rows.append([label, role, f"x{len(names)}", shape, local])
-    return table(rows, left=(0, 1, 3, 4), flexible=0)
+        stages = tuple(sorted({stage for op, _ in ops for stage in op.stages}))
+        weights = tuple(weight for _, weight in ops if weight)
+        found.append(LinearGroup(label, role, names, weights, layout, local, stages, plan.alternatives(ops[0][0])))
+    return found
 
 
-def _collective_table(plan: PartitionPlan) -> list[str]:
+def _linear_section(plan: PartitionPlan) -> Section:
+    rows = [("module", "role", "times", "weight", "on each tp rank")]
+    for group in linear_groups(plan):
+        rows.append((group.label, group.role, f"x{len(group.modules)}", group.shape, group.local))
+    return Section("Linears and embeddings", tuple(rows) if len(rows) > 1 else (), left=(0, 1, 3, 4), flexible=0)
+
+
+def _collective_section(plan: PartitionPlan) -> Section:
+    title = "Collectives in one forward, bytes of whole tensors"
     groups: dict[tuple[tuple[str, int, int], ...], list[int]] = {}
     for s in plan.stages:
         groups.setdefault(s.collectives, []).append(s.index)
     if not any(groups):
-        return ["none"]
-    rows = [["stage", "collective", "times", "bytes"]]
+        return Section(title, lines=("none",))
+    rows = [("stage", "collective", "times", "bytes")]
     total: dict[str, tuple[int, int]] = {}
     for collectives, stages in groups.items():
-        label = "stages " + _ranges(stages) + ", each" if len(stages) > 1 else f"stage {stages[0]}"
+        label = "stages " + ranges_text(stages) + ", each" if len(stages) > 1 else f"stage {stages[0]}"
         for name, count, nbytes in collectives:
-            rows.append([label, name, str(count), bytes_text(nbytes)])
+            rows.append((label, name, str(count), bytes_text(nbytes)))
             n, b = total.get(name, (0, 0))
             total[name] = n + count * len(stages), b + nbytes * len(stages)
     if len(plan.stages) > 1:
-        rows += [["all stages", name, str(n), bytes_text(b)] for name, (n, b) in total.items()]
-    return table(rows, left=(0, 1))
+        rows += [("all stages", name, str(n), bytes_text(b)) for name, (n, b) in total.items()]
+    return Section(title, tuple(rows), left=(0, 1))
 
 
-def _hop_lines(plan: PartitionPlan) -> list[str]:
+def _hop_lines(plan: PartitionPlan) -> tuple[str, ...]:
     if plan.mesh.pp == 1:
-        return []
+        return ()
     borders: dict[tuple[int, int], list[Hop]] = {}
     for hop in plan.hops:
         borders.setdefault((hop.source, hop.target), []).append(hop)
@@ -174,8 +246,8 @@ def _hop_lines(plan: PartitionPlan) -> list[str]:
         if len(hops) > HOPS_SHOWN:
             rest = hops[HOPS_SHOWN:]
             named.append(f"and {len(rest)} more ({bytes_text(sum(h.nbytes for h in rest))})")
-        lines += _wrapped(f"{source} -> {target}  {', '.join(named)}", indent=" " * 8)
-    return lines or ["nothing"]
+        lines.append(f"{source} -> {target}  {', '.join(named)}")
+    return tuple(lines) or ("nothing",)
 
 
 def _hop_text(plan: PartitionPlan, hop: Hop) -> str:
@@ -184,25 +256,25 @@ def _hop_text(plan: PartitionPlan, hop: Hop) -> str:
     return f"{name} ({bytes_text(hop.nbytes)}{'' if hop.whole or placement.is_replicate else f', {placement}'})"
 
 
-def _param_lines(plan: PartitionPlan) -> list[str]:
-    rows = [["", "whole", "sharded", "replicated", "share sharded"]]
+def _param_section(plan: PartitionPlan) -> Section:
+    rows = [("", "whole", "sharded", "replicated", "share sharded")]
     for label, params in (
         ("weights of matmuls and embeddings", [p for p in plan.params if p.matmul]),
         ("norms, biases and others", [p for p in plan.params if not p.matmul]),
     ):
-        total = sum(_param_bytes(p) for p in params)
-        sharded = sum(_param_bytes(p) for p in params if _is_sharded(plan, p))
+        total = sum(param_bytes(p) for p in params)
+        sharded = sum(param_bytes(p) for p in params if _is_sharded(plan, p))
         share = f"{sharded / total:.1%}" if total else "-"
-        rows.append([label, bytes_text(total), bytes_text(sharded), bytes_text(total - sharded), share])
-    lines = table(rows, left=(0,)) if plan.mesh.tp > 1 else []
+        rows.append((label, bytes_text(total), bytes_text(sharded), bytes_text(total - sharded), share))
+    lines: tuple[str, ...] = ()
     tied = [p for p in plan.params if len(p.stages) > 1]
     if tied:
-        names = ", ".join(f"{label} (stages {_ranges(stages)})" for label, stages in _by_stages(tied))
-        lines += _wrapped(f"held by several stages: {names}", indent="  ")
-    return lines
+        names = ", ".join(f"{label} (stages {ranges_text(stages)})" for label, stages in _by_stages(tied))
+        lines = (f"held by several stages: {names}",)
+    return Section("Parameters", tuple(rows) if plan.mesh.tp > 1 else (), lines, left=(0,), indent="  ")
 
 
-def _prediction_lines(plan: PartitionPlan) -> list[str]:
+def prediction_lines(plan: PartitionPlan) -> tuple[str, ...]:
     compute, comm = sum(s.compute_seconds for s in plan.stages), sum(s.comm_seconds for s in plan.stages)
     total = plan.predicted_seconds
     share = f", {comm / total:.0%} of it communication" if total > 0 and plan.mesh.size > 1 else ""
@@ -224,20 +296,20 @@ def _prediction_lines(plan: PartitionPlan) -> list[str]:
             f"fullest stage {fullest.index} with {bytes_text(fullest.memory_bytes)} "
             f"of {bytes_text(plan.device_memory_bytes)} a device"
         )
-    return lines
+    return tuple(lines)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _weight_of(op: OpPlan, params: dict[str, ParamPlan]) -> ParamPlan | None:
+def weight_of(op: OpPlan, params: dict[str, ParamPlan]) -> ParamPlan | None:
     """The op's weight: as the plan says, else the one matmul weight that its module owns."""
     if op.weight:
         return params.get(op.weight)
     return params.get(f"{op.module}.weight")
 
 
-def _local_shape(plan: PartitionPlan, op: OpPlan, weight: ParamPlan | None) -> str:
+def local_shape(plan: PartitionPlan, op: OpPlan, weight: ParamPlan | None) -> str:
     """The weight's shape on each tp rank: "[320|256]x576", "288x576" where all are alike."""
     if weight is None:  # at least how the op wants its weight, which is its second input in every role
         placement, index = (op.inputs[1], op.input_layouts[1]) if len(op.input_layouts) > 1 else (None, -1)
@@ -265,7 +337,8 @@ def _lengths(layout: Layout) -> str:
     return "[" + "|".join(f"{n}*{length}" if n > 2 else "|".join([str(length)] * n) for n, length in runs) + "]"
 
 
-def _param_bytes(param: ParamPlan) -> int:
+def param_bytes(param: ParamPlan) -> int:
+    """Of the whole parameter."""
     return prod(param.shape) * DTYPE_BYTES.get(param.dtype, 4)
 
 
@@ -286,7 +359,7 @@ def _by_stages(params: Iterable[ParamPlan]) -> list[tuple[str, tuple[int, ...]]]
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def _pattern(name: str) -> str:
+def name_pattern(name: str) -> str:
     """Numbers in a module path as stars: "model.layers.3.mlp" -> "model.layers.*.mlp"."""
     return _NUMBER.sub("*", name)
 
@@ -302,10 +375,10 @@ def compress_names(names: Iterable[str]) -> list[str]:
         # The number that counts layers is the first; what stands behind it has to be equal.
         at = found[0]
         groups.setdefault((name[: at.start()], name[at.end() :]), []).append(int(at.group()))
-    return [key[0] if len(key) == 1 else f"{key[0]}{_ranges(numbers)}{key[1]}" for key, numbers in groups.items()]
+    return [key[0] if len(key) == 1 else f"{key[0]}{ranges_text(numbers)}{key[1]}" for key, numbers in groups.items()]
 
 
-def _ranges(numbers: Iterable[int]) -> str:
+def ranges_text(numbers: Iterable[int]) -> str:
     """0, 1, 2, 5 -> "0-2,5"."""
     runs: list[list[int]] = []
     for n in sorted(set(numbers)):
@@ -415,18 +488,33 @@ def _broken_words(text: str, width: int, indent: int) -> list[str]:
     return lines
 
 
-def _titled(title: str, lines: list[str]) -> list[str]:
-    return [title, *lines] if lines else []
+def _section_lines(section: Section) -> list[str]:
+    lines = [line for text in section.lines for line in _wrapped(text, section.indent)]
+    rows = table(section.rows, section.left, section.flexible) if section.rows else []
+    return [section.title, *rows, *lines]
 
 
 __all__ = [
+    "LinearGroup",
+    "Section",
+    "all_warnings",
     "bytes_text",
     "compress_names",
     "count_text",
+    "linear_groups",
+    "name_pattern",
+    "param_bytes",
+    "plan_header",
+    "plan_sections",
     "plan_text",
+    "local_shape",
     "plan_warnings",
+    "prediction_lines",
+    "ranges_text",
     "seconds_text",
+    "sections_text",
     "sharded_share",
     "table",
+    "weight_of",
     "whole_param_bytes",
 ]

@@ -1,4 +1,5 @@
-"""Bytes that a rank holds at the worst moment of a forward pass: liveness over ops in execution order.
+"""Bytes that a rank holds at the worst moment of a forward pass: liveness over ops in execution order, and the
+workspace of the op that needs most.
 
 A tensor lives from the op that makes it to the last op that reads it, itself or through a view; then its memory is free
 again, as it is under reference counting once the emitted graph deletes it. Allocators round up and fragment; no
@@ -8,9 +9,11 @@ constant for that is added here.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from math import prod
 
 from cost_model.compute_cost import VIEWS
-from cost_model.op_graph import SOURCES, Op, TensorRef
+from cost_model.op_graph import SOURCES, Op, TensorRef, TensorSpec
+from cost_model.placement import Placement
 
 CACHE_KIND = "cache_update"
 
@@ -75,16 +78,34 @@ def peak_activation_bytes(
         reads[op.name] = {ref.op for ref in op.inputs}
         if op.kind in VIEWS:
             views.add(op.name)
-        elif op.kind not in SOURCES:
+        elif op.kind not in SOURCES and op.kind != CACHE_KIND:  # its outputs are the cache
             produces[op.name] = sum(nbytes(TensorRef(op.name, j)) for j in range(len(op.outputs)))
-    last = last_uses(order, reads, views, (ref.op for ref in kept))
-    for op in ops:
-        if op.kind == CACHE_KIND:
-            # Its outputs are the cache. What is allocated beside it is the cache of before, until the new one is made.
-            last.pop(op.name, None)
-    return peak_live_bytes(order, produces, last)
+    return peak_live_bytes(order, produces, last_uses(order, reads, views, (ref.op for ref in kept)))
 
 
 def kv_cache_bytes(ops: Iterable[Op], nbytes: Callable[[TensorRef], int]) -> int:
     """Bytes of the KV cache that `ops` keep: all keys and values that their cache updates return, on one rank."""
     return sum(nbytes(TensorRef(op.name, j)) for op in ops if op.kind == CACHE_KIND for j in range(len(op.outputs)))
+
+
+def workspace_bytes(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> int:
+    """Bytes that `op`, on tensors of these (local) shapes, needs beside its inputs and outputs while it runs.
+
+    cache_update  the keys (or values) so far, until the longer ones are made: the larger of its outputs
+    sdpa          the log-sum-exp of every query and head, float32 (FlashAttention-2, Dao 2023, section 3.1): 4 * b*h*s
+    otherwise     0: what libraries take once and keep (cuBLAS' workspace, NCCL's buffers) is not counted
+    """
+    if op.kind == CACHE_KIND:
+        return max((spec.nbytes for spec in outputs), default=0)
+    if op.kind == "sdpa" and inputs:
+        return 4 * prod(inputs[0].shape[:-1])
+    return 0
+
+
+def collective_workspace_bytes(placement: Placement, whole_bytes: int, local_bytes: int, ranks: int) -> int:
+    """Bytes beside a collective's input and output, as the runtime's communicators run it.
+
+    all_reduce (of a P): the sum beside the summands. all_gather (of an S): every rank's shard, as long as the longest,
+    before they are glued. An upper bound: large sums are made in place, and large shards arrive in pieces.
+    """
+    return whole_bytes if placement.is_partial else ranks * local_bytes

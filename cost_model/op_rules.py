@@ -112,22 +112,35 @@ def _with_small_lengths(
     equal ops would not be shared, and their arrays would be as long.
     """
     specs = (*inputs, *outputs)
-    unknown = {n: 0 for s in specs for n, symbol in zip(s.shape, s.symbols, strict=False) if "~" in symbol}
+    follow = {n: symbol for s in specs for n, symbol in zip(s.shape, s.symbols, strict=False) if "?" in symbol}
+    unknown = {n: 0 for n, symbol in follow.items() if "~" in symbol}
     if unknown:
         taken = {n for s in specs for n in s.shape}
         primes = (p for p in itertools.count(11, 2) if p not in taken and all(p % k for k in range(3, p, 2)))
-        unknown.update(zip(sorted(unknown), primes))
+        # viewed as [rows, an equal part for each]: the small length has such parts, too
+        for n, prime in zip(sorted(unknown), primes):
+            unknown[n] = prime * math.lcm(*(n // part for part in follow if _is_part(part, n)))
 
     def small(spec: TensorSpec) -> Shape:
         if not unknown or not spec.symbols:
             return spec.shape
         shape = []
         for n, symbol in zip(spec.shape, spec.symbols, strict=True):
-            length = next((u for u in unknown if n % u == 0), None) if "?" in symbol else None
-            shape.append(n if length is None else n // length * unknown[length])
+            whole = next((u for u in unknown if n % u == 0), None) if "?" in symbol else None
+            part = next((u for u in unknown if _is_part(n, u)), None) if "?" in symbol else None
+            if whole is not None:
+                n = n // whole * unknown[whole]
+            elif part is not None:
+                n = unknown[part] // (part // n)
+            shape.append(n)
         return tuple(shape)
 
     return tuple(map(small, inputs)), tuple(map(small, outputs))
+
+
+def _is_part(part: int, whole: int) -> bool:
+    """Whether a made-up length is so many times another; they are huge, and the times no more than sequences."""
+    return whole % part == 0 and whole <= 1024 * part
 
 
 def _passing(in_slot: int, out_slot: int, shape: Shape, in_dim: int, out_dim: int, name: str = "") -> Letter:

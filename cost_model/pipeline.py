@@ -175,6 +175,20 @@ class PipelineSearch:
             f"raise max_memory"
         )
 
+    def crossing(self, position: int) -> list[TensorRef]:
+        """The tensors that depend on weights, are made before `position` and used behind it."""
+        return [
+            ref
+            for ref, users in self.graph.users.items()
+            if ref.op in self.position
+            and ref.op in self._from_weights
+            and self.position[ref.op] < position <= max(self.position[user] for user, _ in users)
+        ]
+
+    def stage_seconds(self, start: int, stop: int) -> float:
+        """Of ops [start, stop), without sends and what is computed again."""
+        return self._seconds[stop] - self._seconds[start]
+
     # -- what crosses --------------------------------------------------------------------------------------------------
 
     def _stage(self, start: int, stop: int) -> Stage:
@@ -228,7 +242,7 @@ class PipelineSearch:
             if can_send:
                 flow.add_edge(("wanted", name), ("computed", name), capacity=sends[name])
             else:
-                flow.add_edge(("wanted", name), ("computed", name))  # a number, or of unknown shape: never sent
+                flow.add_edge(("wanted", name), ("computed", name))  # a number: never sent
             flow.add_edge(("computed", name), "end", capacity=cost.seconds)
             for ref in op.inputs:
                 if ref.op in self.position:

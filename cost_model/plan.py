@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cost_model.errors import PlanError
 from cost_model.mesh import Mesh
 from cost_model.placement import Interval, Layout, Placement
 
-PLAN_VERSION = 1
+if TYPE_CHECKING:
+    from cost_model.plan_diff import PlanDiff
+
+PLAN_VERSION = 2
+
+
+def rounded(seconds: float) -> float:
+    """To three digits, which is more than predictions are worth, and keeps plan files small."""
+    return float(f"{seconds:.3g}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +30,7 @@ class OpPlan:
     `letter` is the name of the sharded letter of its op rule ("" when it runs replicated), `role` its name in the
     field's words for linears and embeddings ("column", "row", "vocab", "replicate", "").
     `gather[j]` says that output j is also made whole on every tp rank (all_reduce of a P, all_gather of an S).
+    Seconds are of one forward on the slowest tp rank, on each stage that computes it, rounded by `rounded`.
     """
 
     name: str
@@ -38,6 +47,10 @@ class OpPlan:
     # layout of each sharded dim, by position in PartitionPlan.layouts; -1 where the tensor is not sharded
     input_layouts: tuple[int, ...] = ()
     output_layouts: tuple[int, ...] = ()
+    compute_seconds: float = 0.0
+    comm_seconds: float = 0.0  # of the collectives that `gather` asks for
+    comm_bytes: int = 0  # of the whole tensors that they make
+    choice: int = -1  # position in PartitionPlan.choices of the roles it could have; -1 where there is no choice
 
     @property
     def owner(self) -> int | None:
@@ -49,6 +62,21 @@ class OpPlan:
     def is_term(self) -> bool:
         """Whether it adds what one rank has to a sum that all owe."""
         return self.owner is not None and bool(self.outputs) and self.outputs[0].is_partial
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A role that an op could have, and what the plan would be with it: everything else then chosen anew, as well as
+    can be. For the role that the op has, all zero.
+
+    The search minimises seconds, plus what its objective asks for each byte of a weight that ranks hold whole: so a
+    role may be faster and yet not taken.
+    """
+
+    role: str
+    seconds: float = 0.0  # that one forward then takes longer (below zero: less), compute and collectives of all ops
+    weight_bytes: int = 0  # that the ranks with most of each weight then hold more (below zero: less)
+    impossible: str = ""  # why not, in words: then there are no costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +109,25 @@ class Hop:
 
 
 @dataclass(frozen=True, slots=True)
+class CutOption:
+    """A place where a cut could be, the other cuts staying where they are."""
+
+    op: str  # the first op of the stage behind it
+    module: str
+    before_seconds: float  # of the stage in front of it: compute and collectives, without sends and recomputed ops
+    after_seconds: float  # of the stage behind it
+    nbytes: int  # of the whole tensors that cross it and depend on weights
+
+
+@dataclass(frozen=True, slots=True)
+class CutPlan:
+    """The border between two stages that follow each other: the places next to it, in order, and which was taken."""
+
+    options: tuple[CutOption, ...]
+    chosen: int  # position in `options`
+
+
+@dataclass(frozen=True, slots=True)
 class StageSummary:
     """What the plan predicts of one stage, on its slowest tp rank at the plan's sizes."""
 
@@ -93,6 +140,7 @@ class StageSummary:
     weight_bytes: int
     kv_cache_bytes: int
     activation_bytes: int
+    workspace_bytes: int  # what the op that needs most needs beside its inputs and outputs (memory.py)
     collectives: tuple[tuple[str, int, int], ...]  # (name, count, bytes in all) per forward
 
     @property
@@ -101,7 +149,7 @@ class StageSummary:
 
     @property
     def memory_bytes(self) -> int:
-        return self.weight_bytes + self.kv_cache_bytes + self.activation_bytes
+        return self.weight_bytes + self.kv_cache_bytes + self.activation_bytes + self.workspace_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +169,8 @@ class PartitionPlan:
     stages: tuple[StageSummary, ...]
     one_device_seconds: float
     device_memory_bytes: int
+    choices: tuple[tuple[Alternative, ...], ...] = ()  # the roles that ops could have; equal ones, of layers, once
+    cuts: tuple[CutPlan, ...] = ()  # the border behind each stage but the last
     warnings: tuple[str, ...] = ()
     version: int = PLAN_VERSION
     _by_name: dict[str, OpPlan] = field(default_factory=dict, repr=False, compare=False, init=False)
@@ -137,6 +187,10 @@ class PartitionPlan:
     def layout(self, index: int) -> Layout | None:
         return None if index < 0 else self.layouts[index]
 
+    def alternatives(self, op: OpPlan) -> tuple[Alternative, ...]:
+        """The roles that the op could have, its own among them; none where there is no choice."""
+        return () if op.choice < 0 else self.choices[op.choice]
+
     @property
     def predicted_seconds(self) -> float:
         """One forward pass through all stages, one after the other (latency), hops included."""
@@ -146,6 +200,18 @@ class PartitionPlan:
         from cost_model.explain import plan_text
 
         return plan_text(self)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: stages, prediction and warnings; linears, collectives and hops to unfold."""
+        from cost_model.plan_html import plan_fragment
+
+        return plan_fragment(self)
+
+    def diff(self, after: PartitionPlan) -> PlanDiff:
+        """What is different in `after`. Raises PlanError when that is a plan of another model."""
+        from cost_model.plan_diff import diff_plans
+
+        return diff_plans(self, after)
 
     def to_dict(self) -> dict[str, Any]:
         from cost_model.plan_json import plan_to_dict
@@ -184,4 +250,15 @@ class PartitionPlan:
             raise PlanError(f"{path}: {error}") from error
 
 
-__all__ = ["Hop", "Interval", "OpPlan", "ParamPlan", "PartitionPlan", "StageSummary"]
+__all__ = [
+    "Alternative",
+    "CutOption",
+    "CutPlan",
+    "Hop",
+    "Interval",
+    "OpPlan",
+    "ParamPlan",
+    "PartitionPlan",
+    "StageSummary",
+    "rounded",
+]

@@ -6,18 +6,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from cost_model.alternatives import AlternativeCosts
 from cost_model.comm_cost import send_seconds
 from cost_model.compute_cost import op_flops
+from cost_model.cut_options import cut_plans
 from cost_model.errors import NoPlanFits, PlanError
 from cost_model.explain import plan_warnings
 from cost_model.hardware import Hardware
-from cost_model.memory import peak_live_bytes
+from cost_model.memory import collective_workspace_bytes, peak_activation_bytes, workspace_bytes
 from cost_model.mesh import Mesh
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef
 from cost_model.op_rules import RuleTable
 from cost_model.pipeline import OpCost, PipelineSearch, Stage
 from cost_model.placement import REPLICATE, Layout, Placement
-from cost_model.plan import Hop, OpPlan, ParamPlan, PartitionPlan, StageSummary
+from cost_model.plan import Alternative, Hop, OpPlan, ParamPlan, PartitionPlan, StageSummary, rounded
 from cost_model.shard_layouts import LayoutTable
 from cost_model.tensor_parallel import EXPERT, Strategy, TensorParallelSearch
 
@@ -70,12 +72,14 @@ class _Planner:
         self.layouts = LayoutTable(graph, self.mesh.tp, RuleTable())
         self.search = TensorParallelSearch(graph, self.mesh.tp, self.hardware, self.sizes, self.layouts)
         self.interned: dict[Layout, int] = {}
+        self.choices: dict[tuple[Alternative, ...], int] = {}
 
     def plan(self, model: str, fingerprint: str) -> PartitionPlan:
         price = PRICES[self.request.objective]
         limit = self.request.memory_bytes
         while True:
-            self.strategies = self.search.solve(price).strategies
+            result = self.search.solve(price)
+            self.strategies = result.strategies
             try:
                 stages = self._cut(limit)
                 break
@@ -83,6 +87,7 @@ class _Planner:
                 if price >= PRICES["shard"]:
                     raise
                 price = max(10 * price, 1e-12)  # memory costs more until the plan fits
+        self.alternatives = AlternativeCosts(self.search, result, role_of)
         return self._write(model, fingerprint, stages)
 
     # -- the pipeline search ---------------------------------------------------------------------------------------
@@ -99,14 +104,14 @@ class _Planner:
         return self.pipeline.solve(self.mesh.pp, None if limit is None else [limit] * self.mesh.pp)
 
     def _send_seconds(self, ref: TensorRef) -> float:
-        """Of one tensor to another stage, both ends: one launches the send, one the recv. A tensor with a length that
-        the receiver cannot tell from the model's inputs cannot be sent."""
-        spec = self.search.spec(ref)
-        if any(symbol.startswith("?") for symbol in self.graph.spec(ref).symbols):
-            return math.inf
+        """Of one tensor to another stage, both ends: one launches the send, one the recv. Where the receiver cannot
+        tell a length from the model's inputs, the shape goes ahead: 8 bytes a dim."""
         if self.strategies[ref.op].letter == EXPERT and not self.strategies[ref.op].gather[ref.index]:
             return math.inf  # a layer's experts are one stage's: each rank has its own of them
-        return send_seconds(spec.nbytes, self.hardware.pp_link) + self.hardware.pp_link.launch_seconds
+        spec, link = self.search.spec(ref), self.hardware.pp_link
+        told = any(symbol.startswith("?") for symbol in self.graph.spec(ref).symbols)
+        ahead = send_seconds(8 * len(spec.shape), link) + link.launch_seconds if told else 0.0
+        return ahead + send_seconds(spec.nbytes, link) + link.launch_seconds
 
     def _op_cost(self, op: Op) -> OpCost:
         strategy = self.strategies[op.name]
@@ -155,6 +160,8 @@ class _Planner:
             stages=tuple(self._summary(k, stage, computed, hops) for k, stage in enumerate(stages)),
             one_device_seconds=alone,
             device_memory_bytes=self.request.memory_bytes or self.request.hardware.memory_bytes,
+            choices=tuple(self.choices),
+            cuts=cut_plans(self.pipeline, stages, lambda ref: self.search.spec(ref).nbytes),
         )
         return replace(plan, warnings=tuple(plan_warnings(plan)))
 
@@ -167,6 +174,7 @@ class _Planner:
 
     def _op_plan(self, op: Op, home: int, stages: set[int]) -> OpPlan:
         s = self.strategies[op.name]
+        role, choice = role_of(op, s), self.alternatives.of(op)
         return OpPlan(
             name=op.name,
             kind=op.kind,
@@ -176,11 +184,15 @@ class _Planner:
             outputs=s.outputs,
             gather=s.gather,
             letter=s.letter,
-            role=_role(op, s),
+            role=role,
             module=op.module,
-            weight=next((r.op for r in op.inputs if self.graph[r.op].attrs.get("matmul")), "") if _role(op, s) else "",
+            weight=next((r.op for r in op.inputs if self.graph[r.op].attrs.get("matmul")), "") if role else "",
             input_layouts=tuple(self._layout_index(r, p) for r, p in zip(op.inputs, s.inputs, strict=True)),
             output_layouts=tuple(self._layout_index(TensorRef(op.name, j), p) for j, p in enumerate(s.outputs)),
+            compute_seconds=rounded(self.search.compute_seconds(op, s)),
+            comm_seconds=rounded(self.search.gather_seconds(op, s)),
+            comm_bytes=sum(self.search.spec(TensorRef(op.name, j)).nbytes for j, whole in enumerate(s.gather) if whole),
+            choice=self.choices.setdefault(choice, len(self.choices)) if choice else -1,
         )
 
     def _param_plan(self, op: Op, computed: Mapping[str, set[int]]) -> ParamPlan:
@@ -226,17 +238,21 @@ class _Planner:
         names = [name for name in self.pipeline.sequence if k in computed[name]]
         ops = [self.graph[name] for name in names]
         collectives: dict[str, tuple[int, int]] = {}
-        flops = 0.0
+        flops, workspace = 0.0, 0
         for op in ops:
             s = self.strategies[op.name]
             ins = tuple(self.search.local(r, p) for r, p in zip(op.inputs, s.inputs, strict=True))
             outs = tuple(self.search.local(TensorRef(op.name, j), p) for j, p in enumerate(s.outputs))
             flops += op_flops(op, ins, outs) * self.search.on_slowest(op, s)
+            workspace = max(workspace, workspace_bytes(op, ins, outs))
             for j, (placement, gather) in enumerate(zip(s.outputs, s.gather, strict=True)):
                 if gather:
                     name = "all_reduce" if placement.is_partial else "all_gather"
                     count, nbytes = collectives.get(name, (0, 0))
-                    collectives[name] = (count + 1, nbytes + self.search.spec(TensorRef(op.name, j)).nbytes)
+                    whole = self.search.spec(TensorRef(op.name, j)).nbytes
+                    collectives[name] = (count + 1, nbytes + whole)
+                    beside = collective_workspace_bytes(placement, whole, outs[j].nbytes, self.mesh.tp)
+                    workspace = max(workspace, beside)
         held = {
             ref.op for op in ops for ref in op.inputs if self.graph[ref.op].kind in ("param", "buffer")
         }
@@ -252,26 +268,24 @@ class _Planner:
             flops=flops,
             weight_bytes=sum(self._weight_bytes(self.graph[name]) for name in held),
             kv_cache_bytes=sum(self._cache_bytes(op) for op in ops),
-            activation_bytes=self._activation_bytes(ops, hops, k),
+            activation_bytes=self._activation_bytes(ops, stage),
+            workspace_bytes=workspace,
             collectives=tuple((name, count, nbytes) for name, (count, nbytes) in sorted(collectives.items())),
         )
 
-    def _activation_bytes(self, ops: list[Op], hops: tuple[Hop, ...], stage: int) -> int:
-        order = [op.name for op in ops]
-        produces: dict[str, int] = {}
-        last_use: dict[str, int] = {}
-        for i, op in enumerate(ops):
-            strategy = self.strategies[op.name]
-            own = op.kind not in ("view", "permute", "slice", "expand", "split", "unbind", "cache_update")
-            produces[op.name] = (
-                sum(self.search.local(TensorRef(op.name, j), p).nbytes for j, p in enumerate(strategy.outputs))
-                if own
-                else 0
-            )
-            last_use[op.name] = max(last_use.get(op.name, i), i)
-            for ref in op.inputs:
-                last_use[ref.op] = i
-        return peak_live_bytes(order, produces, last_use)
+    def _activation_bytes(self, ops: list[Op], stage: Stage) -> int:
+        names = {op.name for op in ops}
+        later = {ref for ref in self.graph.outputs if ref.op in names}
+        for ref, users in self.graph.users.items():
+            if ref.op in names and any(user not in names for user, _ in users):
+                later.add(ref)  # sent on
+        return peak_activation_bytes(ops, self._held_bytes, later, stage.received)
+
+    def _held_bytes(self, ref: TensorRef) -> int:
+        """Of a tensor on one tp rank, as it lies and, where it is gathered, whole."""
+        strategy = self.strategies[ref.op]
+        nbytes = self.search.local(ref, strategy.outputs[ref.index]).nbytes
+        return nbytes + (self.search.spec(ref).nbytes if strategy.gather[ref.index] else 0)
 
     def _layers(self, ops: list[Op]) -> tuple[str, ...]:
         """Module paths up to their first number ("model.layers.3"), in order, of the ops that use weights."""
@@ -302,7 +316,8 @@ def all_lengths(sizes: Mapping[str, int]) -> dict[str, int]:
     return full
 
 
-def _role(op: Op, strategy: Strategy) -> str:
+def role_of(op: Op, strategy: Strategy) -> str:
+    """The strategy in the field's words, for linears, convolutions and embeddings; "" for other ops."""
     if op.kind in ("linear", "conv"):
         return strategy.letter if strategy.letter in ("column", "row", "groups", EXPERT) else "replicate"
     if op.kind == "embedding":

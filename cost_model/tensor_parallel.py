@@ -6,25 +6,23 @@ consumers there are. A producer and a consumer agree when the tensor lies as the
 can cut its own piece out of a whole tensor). Memory enters as a price per byte of a matmul's weight that a rank holds
 beyond an even share.
 
-The minimum over all assignments is found by min-sum variable elimination (bucket elimination: Dechter, "Bucket
-elimination: a unifying framework for reasoning", 1999) in min-degree order; transformer graphs have a treewidth of 2 to
-6 once shape arithmetic is left out, so tables stay small and the time grows linearly with the number of layers.
+The minimum over all assignments is found by min-sum variable elimination (elimination.py); transformer graphs have a
+treewidth of 2 to 6 once shape arithmetic is left out, so tables stay small and the time grows linearly with the number
+of layers.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import networkx as nx
 import numpy as np
-import numpy.typing as npt
 
 from cost_model.comm_cost import all_gather_seconds, all_reduce_seconds
 from cost_model.compute_cost import op_seconds
 from cost_model.decisions import deciding_ops
+from cost_model.elimination import Elimination, Table
 from cost_model.experts import Siblings, find_experts
 from cost_model.hardware import Hardware
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef, TensorSpec, expected_length
@@ -32,7 +30,6 @@ from cost_model.op_rules import RuleTable
 from cost_model.placement import PARTIAL, REPLICATE, Layout, Placement, shard
 from cost_model.shard_layouts import LayoutTable
 
-Table = npt.NDArray[np.float64]
 INFEASIBLE = np.inf
 EXPERT = "expert"  # the letter of a strategy that has whole experts dealt to the ranks
 # Breaks ties towards whole tensors: a residual that stays a sum over ranks costs no more to move, but a later
@@ -52,10 +49,21 @@ class Strategy:
 
 @dataclass(frozen=True, slots=True)
 class TensorParallelResult:
-    """The chosen strategy of every op, and the optimum's cost in seconds (price of memory included)."""
+    """The chosen strategy of every op, and the optimum's cost in seconds (price of memory included).
+
+    `elimination` knows what other choices from the `domains` would cost.
+    """
 
     strategies: Mapping[str, Strategy]
     cost: float
+    domains: Mapping[str, Sequence[Strategy]]
+    elimination: Elimination
+    variable: Mapping[str, str]  # op -> the op whose choice is its own, too: itself, but for alike experts
+
+    def forced(self, op: str, value: int) -> dict[str, int]:
+        """The ops that choose otherwise when `op` (and what is alike) has choice `value`; see Elimination."""
+        changed = self.elimination.forced(self.variable[op], value)
+        return {name: changed[v] for name, v in self.variable.items() if v in changed}
 
 
 class TensorParallelSearch:
@@ -137,6 +145,10 @@ class TensorParallelSearch:
         gather = tuple(p.is_partial or p.kind == "S" for p in outputs)
         plain = Strategy(letter, inputs, outputs, (False,) * len(outputs))
         return [plain, Strategy(letter, inputs, outputs, gather)] if any(gather) else [plain]
+
+    def decides(self, op: Op) -> bool:
+        """True of what decides a choice (decisions.py): whole on every rank, however cheap it would be to cut."""
+        return op.name in self._whole
 
     # -- what it costs -----------------------------------------------------------------------------------------------
 
@@ -303,8 +315,9 @@ class TensorParallelSearch:
                     unary[v] = unary[v] + table.diagonal()
                 else:
                     pairs[u, v] = pairs[u, v] + table if (u, v) in pairs else table
-        choice, cost = eliminate(unary, pairs)
-        return TensorParallelResult({name: domains[name][choice[v]] for name, v in variable.items()}, cost)
+        found = Elimination(unary, pairs)
+        chosen = {name: domains[name][found.choice[v]] for name, v in variable.items()}
+        return TensorParallelResult(chosen, found.cost, domains, found, variable)
 
     def _edge_table(
         self, producers: Sequence[Strategy], consumers: Sequence[Strategy], ref: TensorRef, slot: int
@@ -352,69 +365,3 @@ def _depends_on_weights(graph: OpGraph) -> set[str]:
         if op.kind == "param" or any(ref.op in found for ref in op.inputs):
             found.add(op.name)
     return found
-
-
-def eliminate(
-    unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table]
-) -> tuple[dict[str, int], float]:
-    """argmin and min of sum(unary[v][x_v]) + sum(pairs[u, v][x_u, x_v]), exactly.
-
-    Every table in `pairs` has shape [domain of u, domain of v]; infinities forbid a combination. Raises ValueError
-    when nothing is feasible.
-    """
-    interaction: nx.Graph[str] = nx.Graph()
-    interaction.add_nodes_from(unary)
-    factors: dict[str, list[tuple[tuple[str, ...], Table]]] = {v: [] for v in unary}
-    for (u, v), table in pairs.items():
-        interaction.add_edge(u, v)
-        factors[u].append(((u, v), table))
-        factors[v].append(((u, v), table))
-    heap = [(interaction.degree(v), i, v) for i, v in enumerate(unary)]
-    number = {v: i for _, i, v in heap}
-    heapq.heapify(heap)
-    done: set[str] = set()
-    steps: list[tuple[str, tuple[str, ...], npt.NDArray[np.intp]]] = []
-    total = 0.0
-    while heap:
-        degree, _, v = heapq.heappop(heap)
-        if v in done or degree != interaction.degree(v):
-            continue  # an outdated entry
-        scope = tuple(sorted(interaction.neighbors(v), key=number.__getitem__))
-        axes = {name: axis for axis, name in enumerate((*scope, v))}
-        joint: Table = unary[v].reshape((1,) * len(scope) + (-1,))
-        for names, table in factors[v]:
-            joint = joint + _aligned(names, table, axes)
-        best = joint.argmin(axis=-1)
-        reduced = np.take_along_axis(joint, best[..., None], axis=-1)[..., 0]
-        steps.append((v, scope, best))
-        done.add(v)
-        old = set(map(id, (t for _, t in factors.pop(v))))
-        interaction.remove_node(v)
-        for name in scope:
-            factors[name] = [f for f in factors[name] if id(f[1]) not in old]
-        if scope:
-            for name in scope:
-                factors[name].append((scope, reduced))
-            for i, a in enumerate(scope):
-                for b in scope[i + 1 :]:
-                    interaction.add_edge(a, b)
-            for name in scope:
-                heapq.heappush(heap, (interaction.degree(name), number[name], name))
-        else:
-            total += float(reduced)
-    if not np.isfinite(total):
-        raise ValueError("no combination of strategies is feasible")
-    choice: dict[str, int] = {}
-    for v, scope, best in reversed(steps):
-        choice[v] = int(best[tuple(choice[name] for name in scope)])
-    return choice, total
-
-
-def _aligned(names: tuple[str, ...], table: Table, axes: Mapping[str, int]) -> Table:
-    """`table` over `names` with its dims put where `axes` wants them, size 1 elsewhere."""
-    order = sorted(range(len(names)), key=lambda i: axes[names[i]])
-    moved = table.transpose(order)
-    shape = [1] * len(axes)
-    for i in order:
-        shape[axes[names[i]]] = table.shape[i]
-    return moved.reshape(shape)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cost_model.mesh import Mesh
-from cost_model.placement import Interval
+from cost_model.placement import Interval, Layout
 from cost_model.plan import PartitionPlan
+from passes.grad_sums import ParamUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,9 @@ class RankContext:
     plan: PartitionPlan
     rank: int
     param_shards: dict[str, ParamShard] = field(default_factory=dict)
+    param_layouts: dict[str, Layout | None] = field(default_factory=dict)  # of the sharded dim of each parameter
     cache_layers: tuple[int, ...] = ()  # global cache layer index of each local one, set by localize_cache
+    param_uses: tuple[ParamUse, ...] = ()  # of this stage, set by insert_gradient_sums
 
     @property
     def mesh(self) -> Mesh:

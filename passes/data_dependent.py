@@ -12,18 +12,23 @@ from collections.abc import Sequence
 
 import torch
 
-# Of made-up lengths: (numel * _STRIDE + number) * _SHARES + share. All numbers of calls are below _STRIDE (a prime).
-_STRIDE, _SHARES = 100_003, 1024
+# Of made-up lengths: ((numel * _STRIDE + number) * _SHARES + share) * _ROUNDINGS + rounding. All numbers of calls are
+# below _STRIDE (a prime).
+_STRIDE, _SHARES, _ROUNDINGS = 100_003, 1024, 512
 
 
-def made_up_length(numel: int, number: int, share: int) -> int:
-    """A length that says what it was made of: of `numel` elements, one in `share` is expected to be chosen."""
-    return (numel * _STRIDE + number % _STRIDE) * _SHARES + min(share, _SHARES - 1)
+def made_up_length(numel: int, number: int, share: int, multiple_of: int = 1) -> int:
+    """A length that says what it was made of: of `numel` elements, one in `share` is expected to be chosen.
+
+    `multiple_of`: what is selected may be as much in each of so many rows, and models view it so.
+    """
+    length = ((numel * _STRIDE + number % _STRIDE) * _SHARES + min(share, _SHARES - 1)) * _ROUNDINGS
+    return length + (-length % multiple_of if 1 < multiple_of <= _ROUNDINGS else 0)
 
 
 def expectation(length: int) -> tuple[int, int] | None:
     """(numel, share) of a made-up length; None for any other."""
-    rest, share = divmod(length, _SHARES)
+    rest, share = divmod(length // _ROUNDINGS, _SHARES)
     numel = rest // _STRIDE
     return (numel, share) if numel > 0 and share > 0 else None
 
@@ -35,7 +40,7 @@ def selected(mask: torch.Tensor, number: int, share: int) -> tuple[torch.Tensor,
     """
     if mask.device.type != "meta":
         return torch.where(mask)
-    length = made_up_length(mask.numel(), number, share)
+    length = made_up_length(mask.numel(), number, share, len(mask) if mask.dim() > 1 else 1)
     return tuple(torch.empty(length, dtype=torch.long, device="meta") for _ in range(mask.dim()))
 
 

@@ -17,6 +17,7 @@ import torch.fx
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from cost_model.errors import PlanError
 from cost_model.plan import Hop
 from passes.arguments import is_tensor, tensor_source
 from passes.context import RankContext
@@ -49,8 +50,9 @@ def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.Gra
             env[node] = graph.node_copy(node)  # those that nothing uses go below
         elif plan.has_op(node.name):
             if stage in plan.op(node.name).stages or node in numbers:
-                env[node] = graph.node_copy(node, env.__getitem__)
-                made[source] = env[node]
+                if node not in numbers or all(n in env for n in node.all_input_nodes):
+                    env[node] = graph.node_copy(node, lambda n: env[n] if n in env else _read_off(n, env, graph))
+                    made[source] = env[node]
         elif node.args[0] in env:  # an element of a tuple that is computed here
             env[node] = graph.node_copy(node, env.__getitem__)
             made[source] = env[node]
@@ -92,6 +94,29 @@ def _numbers(whole: torch.fx.GraphModule, ctx: RankContext) -> set[Node]:
         if ctx.plan.has_op(node.name) and ctx.stage in ctx.plan.op(node.name).stages:
             note(node)
     return needed
+
+
+def _read_off(number: Node, env: dict[Node, Node], graph: torch.fx.Graph) -> Node:
+    """A length that another stage reads off a tensor of its own: off one that this stage has.
+
+    Raises PlanError where it has none of that length.
+    """
+    symbol = number.meta.get("symbol")
+    for there, here in reversed(env.items()):
+        symbols = there.meta.get("symbols")
+        if symbol and is_tensor(there) and symbol in symbols:
+            dim = symbols.index(symbol)
+            env[number] = graph.call_function(torch.ops.aten.sym_size.int, (here, dim))
+            env[number].meta = {**number.meta, "val": there.meta["val"].shape[dim]}
+            return env[number]
+    known = all(not is_tensor(n) or n in env for n in number.all_input_nodes)
+    if number.op == "call_function" and number.all_input_nodes and known:
+        env[number] = graph.node_copy(number, lambda n: env[n] if n in env else _read_off(n, env, graph))
+        return env[number]
+    raise PlanError(
+        f"a later stage needs the length {number.name} ({number.meta.get('source')}), which is read off a tensor that "
+        f"it does not have: use fewer stages"
+    )
 
 
 def _incoming(graph: torch.fx.Graph, node: Node, hop: Hop) -> Node:

@@ -4,7 +4,8 @@
     after   %incoming_h = recv((%batch, %seq, 64), torch.float32, %device, source=0, channel=0);  ...
             send(%h2, to=2, channel=1);  return {"logits": ...}
 
-A tp rank talks to the rank at its own place in the other stage.
+A tp rank talks to the rank at its own place in the other stage. A length that the receiver cannot tell from the model's
+inputs (frames after convolutions, tokens that a mask selects) is None in the recv, and the send is `sized`.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def insert_send_recv(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx
     outputs, owed = output.args[0]
     for hop, value in zip((h for h in ctx.plan.hops if h.source == ctx.stage), owed, strict=True):
         with graph.inserting_before(output):
+            told = {"sized": True} if any(map(_is_unknown, value.meta["symbols"])) else {}
             node = graph.call_function(
-                send, (value,), {"to": ctx.mesh.rank(hop.target, ctx.tp_rank), "channel": hop.channel}
+                send, (value,), {"to": ctx.mesh.rank(hop.target, ctx.tp_rank), "channel": hop.channel, **told}
             )
         node.meta = {**value.meta, "hop": hop}
     output.args = (outputs,)
@@ -62,9 +64,13 @@ def _shape(node: Node, hop: Hop, ctx: RankContext, lengths: _Lengths) -> tuple[A
     if placement.is_shard and layout is not None and not hop.whole:
         sizes[placement.dim] = layout.local_size(ctx.tp_rank)
     return tuple(
-        lengths.node(symbol, hop) if symbol else size
+        (None if _is_unknown(symbol) else lengths.node(symbol, hop)) if symbol else size
         for size, symbol in zip(sizes, node.meta["symbols"], strict=True)
     )
+
+
+def _is_unknown(symbol: str) -> bool:
+    return symbol.startswith("?")
 
 
 class _Lengths:
@@ -78,7 +84,7 @@ class _Lengths:
         for node in list(graph.nodes):  # a list: nodes are moved
             if node.op == "call_function" and node.target is torch.ops.aten.sym_size.int:
                 symbols = node.args[0].meta.get("symbols", ())
-                if node.args[0].op == "placeholder" and symbols[node.args[1]]:
+                if node.args[0] in self.inputs and symbols[node.args[1]]:
                     self.known.setdefault(symbols[node.args[1]], node)
                     self._hoist(node)
             elif node.op == "call_function" and node.target is getattr and node.args[1] == "device":

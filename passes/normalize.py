@@ -4,8 +4,8 @@
     after   batch = getitem(input_ids.shape, 0); reshape = torch.reshape(q, (batch, seq, 8, 64))
 
 Done in this order, since each step leaves work for the next: constants and lengths are recognised by running the graph
-at two sizes; views get their full shapes; ops that change nothing go; repeated KV heads become one op; equal
-computations become one; what nothing uses goes.
+at two sizes; views get their full shapes; heads folded into the batch get a dim of their own; ops that change nothing
+go; repeated KV heads become one op; equal computations become one; what nothing uses goes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from passes.functionalize import functionalize
 from passes.shapes import Example, annotate
 from passes.spell_out_calls import spell_out_calls
 from passes.spell_out_modules import spell_out_modules
+from passes.unmerge_batch import unmerge_batch
 
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
 _EXPANDS = ("expand", "expand_as", "broadcast_to")
@@ -78,6 +79,7 @@ def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Examp
     graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))
     _drop_unused_cache_arguments(graph)
     _spell_out_views(graph, second)
+    unmerge_batch(graph, op_name)
     for step in (_drop_no_ops, _repeat_heads, _merge_equal):
         step(graph)
         graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))

@@ -408,17 +408,11 @@ def _getitem(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
 def basic_index(node: Node) -> tuple[tuple[int, int, int, int], ...] | None:
     """(input dim, output dim, start, step) of every dim that x[...] keeps; None for anything but slices, integers,
     None and Ellipsis. A start that follows the inputs counts as 0: such dims are never sharded."""
-    shape = _shape(node.args[0])
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    if any(not (i is None or i is Ellipsis or isinstance(i, slice) or type(i) is int) for i in index):
+    shape, index = _shape(node.args[0]), spelled_index(node)
+    if any(not (i is None or isinstance(i, slice) or type(i) is int) for i in index):
         return None
-    kept = sum(1 for i in index if isinstance(i, slice) or type(i) is int)
-    spelled: list[Any] = []
-    for i in index:
-        spelled += [slice(None)] * (len(shape) - kept) if i is Ellipsis else [i]
-    spelled += [slice(None)] * (len(shape) - sum(1 for i in spelled if i is not None))
     dims, in_dim, out_dim = [], 0, 0
-    for i in spelled:
+    for i in index:
         if i is None:
             out_dim += 1
         elif isinstance(i, slice):
@@ -432,19 +426,22 @@ def basic_index(node: Node) -> tuple[tuple[int, int, int, int], ...] | None:
 
 def picked_elements(node: Node) -> tuple[tuple[int, int], ...]:
     """(input dim, element) of every dim of constant length that x[...] takes one element of."""
-    x, index = node.args[0], node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    shape, symbols = _shape(x), x.meta.get("symbols") or ("",) * len(_shape(x))
-    before = index.index(Ellipsis) if Ellipsis in index else len(index)
-    behind = sum(1 for i in index[before + 1 :] if i is not None)
-    found, dim = [], 0
-    for item in index:
-        if item is Ellipsis:
-            dim = len(shape) - behind
-        elif item is not None:
-            if type(item) is int and not symbols[dim]:
-                found.append((dim, item % shape[dim]))
-            dim += 1
-    return tuple(found)
+    shape, symbols = _shape(node.args[0]), node.args[0].meta.get("symbols")
+    items = [item for item in spelled_index(node) if item is not None]
+    return tuple(
+        (d, item % shape[d]) for d, item in enumerate(items) if type(item) is int and not (symbols and symbols[d])
+    )
+
+
+def spelled_index(node: Node) -> list[Any]:
+    """The index of x[...], an item for each dim of x (and None for each new one): without an Ellipsis."""
+    rank = len(_shape(node.args[0]))
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    kept = sum(1 for i in index if i is not None and i is not Ellipsis)
+    spelled: list[Any] = []
+    for i in index:
+        spelled += [slice(None)] * (rank - kept) if i is Ellipsis else [i]
+    return spelled + [slice(None)] * (rank - sum(1 for i in spelled if i is not None))
 
 
 @_handles("split", "chunk", "tensor_split", "split_with_sizes")

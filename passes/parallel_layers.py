@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from passes.comm_gradients import OneGradient, OneTerm
+
 
 class _ParallelLinear(nn.Module):
     """y = x @ weight.T + bias on this rank's share of the weight; [o, i], or [i, o] when `transposed`."""
@@ -48,19 +50,28 @@ class VocabParallelEmbedding(nn.Module):
 
     `intervals` are the rows [start, stop) held, in the order in which they lie in `weight`, of `rows` in the whole
     table. An id outside the whole table is an error, as in nn.Embedding, on the rank at that end of the table.
+    `padding_idx`, of the whole table: the row that gets no gradient.
     """
 
     def __init__(
-        self, intervals: Sequence[tuple[int, int]], rows: int, embedding_dim: int, *, dtype: torch.dtype
+        self,
+        intervals: Sequence[tuple[int, int]],
+        rows: int,
+        embedding_dim: int,
+        *,
+        dtype: torch.dtype,
+        padding_idx: int | None = None,
     ) -> None:
         super().__init__()
         self.intervals, self.rows = tuple(intervals), rows
+        self.padding_idx = None if padding_idx is None else padding_idx % rows
+        self._local_padding = None if padding_idx is None else self._local(padding_idx % rows)
         self.num_embeddings = sum(stop - start for start, stop in self.intervals)
         self.weight = nn.Parameter(torch.empty(self.num_embeddings, embedding_dim, dtype=dtype, device="meta"))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.num_embeddings == 0:
-            return self.weight.new_zeros((*ids.shape, self.weight.shape[1]))
+            return self.weight.sum(0).expand(*ids.shape, -1)  # zeros, which backward comes through as elsewhere
         if len(self.intervals) == 1:
             start, stop = self.intervals[0]
             # An id below the first row or above the last is nobody's: left as it is, the lookup refuses it.
@@ -79,10 +90,21 @@ class VocabParallelEmbedding(nn.Module):
                 rows = torch.where(inside, ids - start + before, rows)
                 elsewhere = elsewhere & ~inside
                 before += stop - start
-        return F.embedding(rows, self.weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        found = F.embedding(rows, self.weight, self._local_padding)
+        return found.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+
+    def _local(self, row: int) -> int | None:
+        """Where a row of the whole table lies in `weight`."""
+        before = 0
+        for start, stop in self.intervals:
+            if start <= row < stop:
+                return before + row - start
+            before += stop - start
+        return None
 
     def extra_repr(self) -> str:
-        return f"intervals={self.intervals}, embedding_dim={self.weight.shape[1]}"
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"intervals={self.intervals}, embedding_dim={self.weight.shape[1]}{padding}"
 
 
 def partial_mean(x: torch.Tensor, dim: int | Sequence[int], keepdim: bool, count: int) -> torch.Tensor:
@@ -92,4 +114,13 @@ def partial_mean(x: torch.Tensor, dim: int | Sequence[int], keepdim: bool, count
 
 def one_term(x: torch.Tensor, tp_rank: int) -> torch.Tensor:
     """A whole tensor as a sum that is owed over ranks: rank 0 has it, the others have zeros. Nobody is asked."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return OneTerm.apply(x, tp_rank)  # type: ignore[no-any-return]
     return x if tp_rank == 0 else torch.zeros_like(x)
+
+
+def one_gradient(x: torch.Tensor, tp_rank: int) -> torch.Tensor:
+    """`x` itself, for readers that know its whole gradient where each rank is to have a term: rank 0 has it all."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return OneGradient.apply(x, tp_rank)  # type: ignore[no-any-return]
+    return x

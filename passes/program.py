@@ -9,6 +9,7 @@ import torch.fx
 
 from cost_model.mesh import Mesh
 from passes.context import ParamShard
+from passes.grad_sums import GradSum
 
 
 @dataclass
@@ -27,6 +28,7 @@ class RankProgram:
     param_shards: Mapping[str, ParamShard]  # by name in graph_module
     cache_layers: tuple[int, ...]  # the global cache layer behind each local one
     cache_kinds: tuple[str, ...] = ()  # what each local one is: "full", "sliding:4096", "cross"
+    grad_sums: tuple[GradSum, ...] | None = None  # owed after a backward pass; None: the program has none
 
     @property
     def stage(self) -> int:

@@ -61,7 +61,7 @@ class Sizes:
             self._names[a[x], b[x]] = x
 
     def symbol(self, first: int, second: int) -> str:
-        """ "" for a constant, "B" for a known length, "B*16" for a multiple of one, "?5" for one that follows the
+        """ "" for a constant, "B" for a known length, "B*16" for a multiple of one, "?5|8" for one that follows the
         inputs in an unknown way, "?5~B*S/8" where it can at least be said what to expect."""
         if first == second:
             return ""
@@ -74,7 +74,7 @@ class Sizes:
             whole = self.symbol(one[0], other[0])
             if not whole.startswith("?"):
                 return f"?{first}~{whole}/{one[1]}"  # so many are expected to be selected
-        return f"?{first}"
+        return f"?{first}|{second}"
 
     def of_shape(self, first: torch.Size, second: torch.Size) -> tuple[str, ...]:
         if len(first) != len(second):
@@ -110,7 +110,8 @@ def bending_points(graph_module: torch.fx.GraphModule, examples: tuple[Example, 
 
 def annotate(graph_module: torch.fx.GraphModule, examples: tuple[Example, Example]) -> dict[torch.fx.Node, Any]:
     """Write `meta["val"]` (a meta tensor, a number, or a tuple of them; at the first example) and, for tensors,
-    `meta["symbols"]` (one name a dim, "" where constant; a tuple of such for a tuple) on every node.
+    `meta["symbols"]` (one name a dim, "" where constant; a tuple of such for a tuple) on every node; for an integer
+    `meta["symbol"]`, its name.
 
     Returns every node's value at the second example.
     """
@@ -121,6 +122,8 @@ def annotate(graph_module: torch.fx.GraphModule, examples: tuple[Example, Exampl
         node.meta["val"] = value
         if isinstance(value, torch.Tensor):
             node.meta["symbols"] = sizes.of_shape(value.shape, second[node].shape)
+        elif type(value) is int and type(second[node]) is int:
+            node.meta["symbol"] = sizes.symbol(value, second[node])
         elif isinstance(value, (tuple, list)):
             node.meta["symbols"] = tuple(
                 sizes.of_shape(x.shape, y.shape) if isinstance(x, torch.Tensor) else None

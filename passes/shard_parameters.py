@@ -19,6 +19,7 @@ from cost_model.placement import Interval, Placement
 from cost_model.plan import OpPlan
 from passes.arguments import fetch, place, tensor_arguments
 from passes.context import ParamShard, RankContext
+from passes.op_graph import argument
 from passes.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 Key = tuple[str, int | None, tuple[Interval, ...]]
@@ -60,6 +61,7 @@ class _Sharder:
         source = self.sources[id(tensor)]
         shard = ParamShard(name, source, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), dim, intervals)
         self.ctx.param_shards[name] = shard
+        self.ctx.param_layouts[name] = None if dim is None else layout
         key = (source, dim, intervals)
         if key not in self.shared:
             empty = torch.empty(shard.local_shape, dtype=tensor.dtype, device="meta")
@@ -107,7 +109,11 @@ class _Sharder:
             layout = self.ctx.plan.layout(op.input_layouts[1])
             assert layout is not None
             new: nn.Module = VocabParallelEmbedding(
-                layout.parts[self.ctx.tp_rank], layout.size, weight.shape[1], dtype=weight.dtype
+                layout.parts[self.ctx.tp_rank],
+                layout.size,
+                weight.shape[1],
+                dtype=weight.dtype,
+                padding_idx=getattr(original, "padding_idx", None),
             )
         else:
             transposed = not isinstance(original, nn.Linear)  # transformers' Conv1D keeps [i, o]
@@ -155,7 +161,13 @@ class _Sharder:
             layout = self.ctx.plan.layout(op.input_layouts[1])
             assert layout is not None
             table = fetch(self.module, weight.target)
-            new = VocabParallelEmbedding(layout.parts[self.ctx.tp_rank], layout.size, table.shape[1], dtype=table.dtype)
+            new = VocabParallelEmbedding(
+                layout.parts[self.ctx.tp_rank],
+                layout.size,
+                table.shape[1],
+                dtype=table.dtype,
+                padding_idx=argument(node, 2, "padding_idx"),
+            )
             new.weight = table
             path = f"{node.name}_table"
             place(self.module, path, new)
@@ -163,10 +175,12 @@ class _Sharder:
             self.ctx.param_shards[f"{path}.weight"] = ParamShard(
                 f"{path}.weight", old.source, old.shape, old.dtype, old.dim, old.intervals
             )
+            self.ctx.param_layouts[f"{path}.weight"] = self.ctx.param_layouts[weight.target]
             node.op, node.target, node.args, node.kwargs = "call_module", path, (node.args[0],), {}
             if not weight.users:
                 self.module.graph.erase_node(weight)
                 del self.ctx.param_shards[weight.target]
+                del self.ctx.param_layouts[weight.target]
                 *path_to, name = weight.target.split(".")
                 delattr(self.module.get_submodule(".".join(path_to)), name)
 

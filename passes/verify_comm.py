@@ -85,6 +85,13 @@ def check_messages(
                     f"({described(node)})",
                     _SEND_RECV,
                 )  # fmt: skip
+            if one is sends and bool(node.kwargs.get("sized")) != (None in argument(theirs, 0, "shape")):
+                fail(
+                    programs[key[1]], theirs,
+                    f"waits for {argument(theirs, 0, 'shape')}, and rank {key[0]} sends "
+                    f"{'its shape ahead' if node.kwargs.get('sized') else 'no shape ahead'} ({described(node)})",
+                    _SEND_RECV,
+                )  # fmt: skip
     pairs = dict.fromkeys((key[0], key[1]) for key in sends)
     for source, target in pairs:
         order = [key[2] for key in sends if key[:2] == (source, target)]

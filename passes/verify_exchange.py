@@ -11,6 +11,7 @@ from torch.fx import Node
 from cost_model.op_graph import TensorRef
 from passes import comm_ops
 from passes.op_graph import argument
+from passes.parallel_layers import one_gradient
 from passes.verify_comm import message
 from passes.verify_facts import RankState, Sent, Value, named
 from passes.verify_report import fail
@@ -18,6 +19,7 @@ from passes.verify_types import PARTIAL, WHOLE, held
 
 _COLLECTIVES = "passes/insert_collectives.py"
 _SEND_RECV = "passes/insert_send_recv.py"
+_GRADIENTS = "passes/insert_gradient_sums.py"
 
 
 def _all_reduce(state: RankState, node: Node) -> None:
@@ -85,6 +87,8 @@ def _recv(state: RankState, node: Node) -> None:
         fail(state.program, node, f"waits for {len(shape)} dims, and {sent.local} comes", _SEND_RECV)
     for dim, (size, comes) in enumerate(zip(shape, sent.local[0], strict=True)):
         symbol = symbols[dim] if symbols else ""
+        if size is None and symbol.startswith("?"):
+            continue  # the sender says it: verify_comm has checked that
         if isinstance(size, Node) != bool(symbol):
             fail(
                 state.program, node,
@@ -104,9 +108,19 @@ def _recv(state: RankState, node: Node) -> None:
     state.set(node, sent.value)
 
 
+def _same(state: RankState, node: Node) -> None:
+    """Forward nothing is done; verify_gradients says whether anything is right backward."""
+    value = state.value(node, node.args[0])
+    if value.held != WHOLE:
+        fail(state.program, node, f"takes what is {value.held}, and is for whole tensors", _GRADIENTS)
+    state.set(node, value)
+
+
 EXCHANGES: dict[Any, Callable[[RankState, Node], None]] = {
     comm_ops.all_reduce: _all_reduce,
     comm_ops.all_gather: _all_gather,
     comm_ops.send: _send,
     comm_ops.recv: _recv,
+    comm_ops.copy_to_tp: _same,
+    one_gradient: _same,
 }

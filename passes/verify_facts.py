@@ -69,6 +69,7 @@ class RankFacts:
     """What a rank's graph was found to do that concerns its group."""
 
     program: RankProgram
+    values: dict[Node, Value | tuple[Value, ...]] = field(default_factory=dict)  # what each node stands for
     # op -> (node, size of what is summed over, this rank's piece of it)
     sums: dict[str, tuple[Node, int, tuple[Interval, ...]]] = field(default_factory=dict)
     biases: dict[str, tuple[Node, bool]] = field(default_factory=dict)  # op that owes a sum -> does it add its bias
@@ -85,7 +86,7 @@ class RankState:
         self.plan, self.graph = tools.plan, tools.graph
         self.module = program.graph_module
         self.facts = RankFacts(program)
-        self.values: dict[Node, Value | tuple[Value, ...]] = {}
+        self.values = self.facts.values
         self.known: dict[Node, Any] = {}  # local shapes and numbers, for the meta runner
         self._refs: dict[Node, TensorRef] = {}
         self.classify = Classifier(self.module, self._refs)

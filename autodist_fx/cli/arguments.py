@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from autodist_fx.compiled import CompiledModel
-from autodist_fx.pretrained import compile_for_generation, mesh_of, wanted_dtype
-from autodist_fx.tracing import empty_model
-from autodist_fx.weights.resolve import resolve_config
 from cost_model.plan import PartitionPlan
+
+if TYPE_CHECKING:
+    from autodist_fx.compiled import CompiledModel
+
+# What traces models is imported by those who do: it takes seconds, and a split on disk needs none of it.
 
 
 def at_least(low: int) -> Any:
@@ -31,11 +32,14 @@ def at_least(low: int) -> Any:
     return number
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--model, --tp, --pp, --plan and what goes with them."""
     model = parser.add_argument_group("the model and its split")
     model.add_argument(
-        "--model", required=True, metavar="PATH|HUB_ID|smollm2", help="a directory, a .gguf file, or an id on the hub"
+        "--model",
+        required=required,
+        metavar="PATH|HUB_ID|smollm2",
+        help="a directory, a .gguf file, or an id on the hub",
     )
     model.add_argument("--tp", type=at_least(1), metavar="N", help="ranks that share each tensor (1)")
     model.add_argument("--pp", type=at_least(1), metavar="M", help="pipeline stages (1)")
@@ -49,6 +53,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def compile_config(args: argparse.Namespace, sizes: dict[str, int] | None = None) -> CompiledModel:
     """The split of the model whose config --model has; no weights are looked for, nothing is verified."""
+    from autodist_fx.pretrained import wanted_dtype
+    from autodist_fx.weights.resolve import resolve_config
+
     config = resolve_config(args.model, revision=args.revision, cache_dir=args.cache_dir)
     return compile_for(args, config, wanted_dtype(args.dtype, config), sizes)
 
@@ -57,6 +64,9 @@ def compile_for(
     args: argparse.Namespace, config: PretrainedConfig, dtype: torch.dtype, sizes: dict[str, int] | None = None
 ) -> CompiledModel:
     """The same for a config that was found already."""
+    from autodist_fx.pretrained import compile_for_generation, mesh_of
+    from autodist_fx.tracing import empty_model
+
     plan = PartitionPlan.load(args.plan) if args.plan else None
     mesh = mesh_of(plan, args.tp, args.pp)
     return compile_for_generation(

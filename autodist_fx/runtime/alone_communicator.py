@@ -15,7 +15,7 @@ from passes.comm_ops import Parts
 class AloneCommunicator:
     """Has nobody to talk to: collectives give back what they were given."""
 
-    rank = 0
+    rank = tp_rank = 0
 
     def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         return x

@@ -52,9 +52,9 @@ class DistCommunicator:
     ) -> None:
         self.mesh, self.device, self.rank = mesh, device, dist.get_rank()
         self._timeout, self._explain = timeout, explain
-        self._stage, self._tp_rank = mesh.coordinates(self.rank)
+        self._stage, self.tp_rank = mesh.coordinates(self.rank)
         self._ranks = mesh.tp_group(self._stage)
-        self._peers = [r for r in range(mesh.tp) if r != self._tp_rank]
+        self._peers = [r for r in range(mesh.tp) if r != self.tp_rank]
         self._alone = mesh.tp == 1
         self.device_mesh: DeviceMesh | None = init_device_mesh(
             device.type, (mesh.pp, mesh.tp), mesh_dim_names=("pp", "tp")
@@ -90,8 +90,8 @@ class DistCommunicator:
                 raise self._failure("setting up shared memory", self._ranks, error) from None
 
         patient = len(os.sched_getaffinity(0)) < self.mesh.size
-        memory = open_shared_memory(self._tp_rank, tp, gather, self._timeout, patient=patient)
-        return None if memory is None else SharedCollectives(memory, self._tp_rank, tp)
+        memory = open_shared_memory(self.tp_rank, tp, gather, self._timeout, patient=patient)
+        return None if memory is None else SharedCollectives(memory, self.tp_rank, tp)
 
     def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         if self._alone:
@@ -121,7 +121,7 @@ class DistCommunicator:
             return total.add_(x)  # x is still on its way, so it must stay as it is
         shards = [torch.empty_like(x) for _ in self._peers]
         self._wait([(peer, tp.recv([shard], peer, _EXCHANGE_TAG)) for shard, peer in zip(shards, self._peers)])
-        shards.insert(self._tp_rank, x)
+        shards.insert(self.tp_rank, x)
         total = shards[0] + shards[1]  # in rank order: every rank gets the same bits
         for shard in shards[2:]:
             total.add_(shard)
@@ -129,7 +129,7 @@ class DistCommunicator:
 
     def all_gather(self, x: torch.Tensor, axis: str, dim: int, parts: Parts) -> torch.Tensor:
         layout = gather_layout(frozen_parts(parts))
-        check_shard(x, dim, layout, self._tp_rank)
+        check_shard(x, dim, layout, self.tp_rank)
         if self._alone:
             return glue([x], dim, layout)
         if not x.is_contiguous():
@@ -154,7 +154,7 @@ class DistCommunicator:
         self._last_exchange = sends
         shards, receives = [], []
         for rank, size in enumerate(layout.local_sizes):
-            if rank == self._tp_rank:
+            if rank == self.tp_rank:
                 shards.append(x)
                 continue
             shards.append(x.new_empty(_with_size(x.shape, dim, size)))
@@ -189,7 +189,7 @@ class DistCommunicator:
             return [(rank, tp.recv([into[rank][: stop - start]], rank, _EXCHANGE_TAG)) for rank in senders]
 
         awaited = receive(0)
-        wide[:, starts[self._tp_rank] : starts[self._tp_rank] + mine.shape[1]] = mine
+        wide[:, starts[self.tp_rank] : starts[self.tp_rank] + mine.shape[1]] = mine
         for number, (start, stop) in enumerate(chunks):
             arriving, awaited = awaited, receive(number + 1) if number + 1 < len(chunks) else []
             self._wait(arriving)

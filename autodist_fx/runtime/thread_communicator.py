@@ -156,7 +156,7 @@ class ThreadCommunicator:
 
     def __init__(self, world: ThreadWorld, rank: int) -> None:
         self._world, self.rank = world, rank
-        self._stage, self._tp_rank = world.mesh.coordinates(rank)
+        self._stage, self.tp_rank = world.mesh.coordinates(rank)
         self._group = world.mesh.tp_group(self._stage)
         self._meetings_held = 0
 
@@ -167,7 +167,7 @@ class ThreadCommunicator:
         layout = gather_layout(frozen_parts(parts))
         if len(layout.local_sizes) != len(self._group):
             raise CommunicationError(f"all_gather of {len(layout.local_sizes)} parts by {len(self._group)} ranks")
-        check_shard(x, dim, layout, self._tp_rank)
+        check_shard(x, dim, layout, self.tp_rank)
         dim %= x.dim()
         rest = [*x.shape[:dim], "*", *x.shape[dim + 1 :]]
         said = f"all_gather along dim {dim} of {str(x.dtype).removeprefix('torch.')}{rest}".replace("'", "")

@@ -6,10 +6,13 @@ sizes: what comes out equal is constant, and Python may look at it; what differs
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -53,9 +56,11 @@ class OtherExample:
 
     def _run(self, node: Node) -> Any:
         if node.op == "get_attr":
-            value: Any = self.tracer.root
-            for atom in str(node.target).split("."):
-                value = getattr(value, atom)
+            value: Any = next((t for t, name in self.tracer.tensor_attrs.items() if name == node.target), None)
+            if value is None:  # no plain attribute, which the traced model may have set to something traced
+                value = self.tracer.root
+                for atom in str(node.target).split("."):
+                    value = getattr(value, atom)
             return value.to("meta") if isinstance(value, torch.Tensor) else value
         args, kwargs = map_arg((node.args, node.kwargs), self._values.__getitem__)
         if node.op == "call_module":
@@ -98,3 +103,36 @@ CONVERSIONS: dict[str, Callable[[hf_fx.HFProxy], Any]] = {
     "__floor__": _converted(math.floor),
     "__trunc__": _converted(math.trunc),
 }
+
+
+_OPERATORS = {
+    "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "divide": operator.truediv,
+    "floor_divide": operator.floordiv, "remainder": operator.mod,
+}  # fmt: skip
+
+
+def numpy_ufunc(proxy: hf_fx.HFProxy, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+    """`np.sqrt(q.shape[-1])`, `np.int64(8) - x.shape[1]`: what numpy calls where one of a ufunc's arguments is traced.
+
+    Arithmetic is the graph's; anything else is computed of numbers that are the same for all inputs.
+    """
+    operation = _OPERATORS.get(ufunc.__name__)
+    if operation is not None and method == "__call__" and not kwargs:
+        return operation(*(x.item() if isinstance(x, np.generic) else x for x in inputs))
+    if operation is not None and method == "reduce":  # np.prod(x.shape[1:])
+        return functools.reduce(operation, proxy)
+    return getattr(ufunc, method)(*(constant(x) if isinstance(x, hf_fx.HFProxy) else x for x in inputs), **kwargs)
+
+
+def within_range(args: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
+    """Arguments of torch.full whose value is infinite where the dtype has none such: `full(n, finfo(float64).min)`.
+
+    torch makes float32 of a number without a dtype, and refuses what overflows. A model does that for masks which a
+    trace has always, and the model itself only where something is masked.
+    """
+    dtype = dtype or torch.get_default_dtype()
+    value = getattr(args[1], "_metadata", args[1]) if len(args) == 2 else None
+    if type(value) is not float or not dtype.is_floating_point:
+        return args
+    overflows = math.isfinite(value) and abs(value) > torch.finfo(dtype).max
+    return (args[0], math.copysign(math.inf, value)) if overflows else args

@@ -23,6 +23,7 @@ from transformers.utils import fx as hf_fx
 
 from autodist_fx.tracing.constants import constant
 from passes.data_dependent import bincount, expectation, join_rows, made_up_length, selected, split_rows
+from passes.strided import strided
 
 _REORDERED = ("permute", "transpose", "to", "int", "long", "bool", "contiguous")
 _PART = ("getitem", "squeeze", "select", *_REORDERED)
@@ -127,6 +128,14 @@ def rewritten(tracer: hf_fx.HFTracer, kind: str, target: Any, args: tuple[Any, .
             return tracer.create_proxy("call_function", join_rows, (list(args[0]), rows, lengths), {})
     if name == "bincount" and isinstance(kwargs.get("minlength"), int):
         return tracer.create_proxy("call_function", bincount, (args[0], kwargs["minlength"]), {})
+    if name == "as_strided":
+        return tracer.create_proxy("call_function", strided, args, kwargs)
+    if name == "stride" and kind == "call_method":
+        return _contiguous_strides(*args, **kwargs)
+    if name == "item" and _is_truth(args[0]):
+        return args[0]  # Python asks it for its truth (decisions.py)
+    if name in ("div", "divide") and kwargs.get("rounding_mode") in ("trunc", "floor") and all(map(_is_length, args)):
+        return args[0] // args[1]  # lengths are not negative
     if name in ("cpu", "numpy") and kind == "call_method":
         return args[0]  # asked for to loop over it: the graph's nodes stay where they are
     if name in ("getitem", "setitem") and isinstance(args[1], slice):
@@ -134,12 +143,60 @@ def rewritten(tracer: hf_fx.HFTracer, kind: str, target: Any, args: tuple[Any, .
         if run is not None and name == "getitem":
             return _runs(tracer, args[0], run)[run.index - 1]
         if run is not None:
-            everywhere = tracer.create_proxy("call_function", torch.arange, (len_of(tracer, args[0]),), {})
+            device = {"device": args[0].device}
+            everywhere = tracer.create_proxy("call_function", torch.arange, (len_of(tracer, args[0]),), device)
             rows = _runs(tracer, everywhere, run)[run.index - 1]
             return tracer.create_proxy(kind, target, (args[0], rows, args[2]), {})
     if name == "getitem" and _has_unrolled(args[1]):
         return tracer.create_proxy(kind, target, (args[0], _as_index(args[1])), kwargs)
+    if name == "getitem" and isinstance(args[0], hf_fx.HFProxy):
+        items = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if any(map(_ends_before_the_end, items)) and all(isinstance(i, (slice, int)) for i in items):
+            counted = tuple(_from_the_start(args[0], d, i) for d, i in enumerate(items))
+            return tracer.create_proxy(kind, target, (args[0], counted), kwargs)
+        if any(map(_is_mask, items)):  # x[mask, :] is x[rows, columns, :] of where the mask is set
+            spelled = tuple(i for item in items for i in (_coordinates(tracer, item) if _is_mask(item) else (item,)))
+            return tracer.create_proxy(kind, target, (args[0], spelled), kwargs)
     return None
+
+
+def _coordinates(tracer: hf_fx.HFTracer, mask: hf_fx.HFProxy) -> list[hf_fx.HFProxy]:
+    """Of the elements that are set, one tensor a dim."""
+    indices = _selected(tracer, mask)
+    return [indices[d] for d in _dims(indices)]
+
+
+def _contiguous_strides(x: hf_fx.HFProxy, dim: int | None = None) -> Any:
+    """What `strided` goes by."""
+    strides: list[Any] = [1]
+    for size in range(x.dim() - 1, 0, -1):
+        strides.insert(0, strides[0] * x.shape[size])
+    return tuple(strides) if dim is None else strides[dim]
+
+
+def _ends_before_the_end(index: Any) -> bool:
+    """x[:-n], where n is a length."""
+    known = getattr(index.stop, "_metadata", None) if isinstance(index, slice) else None
+    return type(known) is int and known < 0
+
+
+def _from_the_start(x: hf_fx.HFProxy, dim: int, index: Any) -> Any:
+    """x[: len(x) - n] for x[:-n]: also where n is 0, of which the model asks (`if padding: x = x[:-padding]`)."""
+    return slice(index.start, x.shape[dim] + index.stop, index.step) if _ends_before_the_end(index) else index
+
+
+def _is_truth(value: Any) -> bool:
+    known = getattr(value, "_metadata", None)
+    return isinstance(known, torch.Tensor) and known.dtype == torch.bool and known.dim() == 0
+
+
+def _is_length(value: Any) -> bool:
+    return type(getattr(value, "_metadata", value)) is int
+
+
+def _is_mask(index: Any) -> bool:
+    known = getattr(index, "_metadata", None) if isinstance(index, hf_fx.HFProxy) else None
+    return isinstance(known, torch.Tensor) and known.dtype == torch.bool and known.dim() > 0
 
 
 def _runs(tracer: hf_fx.HFTracer, rows: hf_fx.HFProxy, run: Offset) -> hf_fx.HFProxy:

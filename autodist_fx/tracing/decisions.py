@@ -3,9 +3,12 @@
 fx has one graph for all inputs, so that a condition must come out the same for all. Three kinds do, and are common:
 
 - values that no input's data go into (`torch.arange(n)[0] > 0`) are computed, with the example's lengths;
-- what is asserted is taken for true: the graph makes no check of its inputs;
-- "does this mask have any padding?", asked to skip work where not: `torch.all(mask == 1)` is taken for false, since
-  masking with a mask of ones changes nothing. transformers' masking utilities are patched in the same sense.
+- what is asserted is taken for true, and what only an error follows (`if ...: raise`) for false: the graph makes no
+  check of its inputs;
+- values that follow from the masks' being zeros and ones: no token is attended to globally (ranges.py);
+- "does this have any padding?", asked to skip work where not: `torch.all(mask == 1)` is taken for false and
+  `(ids == pad).any()` for true, since masking nothing changes nothing. transformers' masking utilities are patched in
+  the same sense.
 """
 
 from __future__ import annotations
@@ -21,25 +24,35 @@ from torch.fx import Node, Proxy
 from torch.fx.node import map_aggregate, map_arg
 from transformers.utils import fx as hf_fx
 
+from autodist_fx.tracing.raising import answer_without_error
+from autodist_fx.tracing.ranges import certain
 from passes.conditions import MARK
 
 
 def decide(proxy: hf_fx.HFProxy) -> bool:
     """What `bool(proxy)` is for every input. Raises TypeError where that depends on the data."""
     known = getattr(proxy, "_metadata", None)
-    asserted = _is_asserted(sys._getframe(1))
+    frame = sys._getframe(1)
+    asserted = _is_asserted(frame)
+    without_error = None if asserted else answer_without_error(frame)
+    if without_error is not None:
+        return without_error
     if known is None and not asserted:
         return Proxy.__bool__(proxy)
     if not isinstance(known, torch.Tensor):
         # Of lengths: it may be otherwise at another call. What transformers' common code asks (is one token enough to
         # be causal?) comes to the same, and is not kept.
-        if not asserted and sys._getframe(1).f_code.co_filename in proxy.tracer.source_files:
+        if not asserted and frame.f_code.co_filename in proxy.tracer.source_files:
             proxy.node.meta[MARK] = bool(known)
         return asserted or bool(known)
-    if _asks_for_all_ones(proxy.node):
-        return False
+    padded = _asks_for_padding(proxy.node)
+    if padded is not None:
+        return padded
     if asserted:
         return True
+    sure = certain(proxy.node, proxy.tracer)
+    if sure is not None:
+        return sure
     answers = set()
     try:
         for position in (1, _FAR) if proxy.tracer.phase == "step" else (0,):
@@ -139,17 +152,20 @@ def is_instance(value: Any, classes: Any) -> bool:
     return isinstance(value, classes) or (isinstance(known, torch.Tensor) and isinstance(known, classes))
 
 
-def _asks_for_all_ones(node: Node) -> bool:
-    """all(x == 1), where x is an input of the model or a part of one."""
-    if getattr(node.target, "__name__", node.target) != "all" or len(node.args) != 1:
-        return False
+def _asks_for_padding(node: Node) -> bool | None:
+    """The answer to all(x == 1) and to any(x == number), where x is an input of the model or a part of one."""
+    name = getattr(node.target, "__name__", node.target)
+    if name not in ("all", "any") or len(node.args) != 1:
+        return None
     compared = node.args[0]
     if not isinstance(compared, Node) or compared.target not in (operator.eq, torch.eq, "eq", "__eq__"):
-        return False
-    mask, one = compared.args
-    while isinstance(mask, Node) and mask.op != "placeholder" and mask.target is operator.getitem:
-        mask = mask.args[0]
-    return isinstance(mask, Node) and mask.op == "placeholder" and one == 1
+        return None
+    given, number = compared.args
+    while isinstance(given, Node) and given.op != "placeholder" and given.target is operator.getitem:
+        given = given.args[0]
+    if not isinstance(given, Node) or given.op != "placeholder" or not isinstance(number, int):
+        return None
+    return True if name == "any" else False if number == 1 else None
 
 
 def _computed(node: Node, tracer: Any, position: int, done: dict[Node, Any]) -> Any:

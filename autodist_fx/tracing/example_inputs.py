@@ -8,13 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
+from autodist_fx.cache_kinds import CROSS, one_cache
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, new_cache
-from autodist_fx.tracing.cross_cache import CROSS, both_kinds, model_cache, one_cache
+from autodist_fx.tracing.cross_cache import both_kinds, model_cache
 from autodist_fx.tracing.input_forms import InputForm
-from autodist_fx.tracing.input_shapes import input_dims
+from autodist_fx.tracing.input_shapes import input_dims, patches_demanded
 from autodist_fx.tracing.states import StateTensor
 
 INPUTS_WITH_CACHE = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position")
@@ -47,6 +49,7 @@ class ExampleInputs:
     dtype: torch.dtype  # of the model's parameters
     image_shape: tuple[int, ...] = ()  # of one image, [channels, height, width]; () for a model without
     has_encoder: bool = False  # that reads the main input, before a decoder
+    fewest_frames: int = 0  # of sound, that convolutions over time leave something of
     states: tuple[StateTensor, ...] = ()  # of a cache of the model's own, which are inputs one by one
     counts_past: bool = False  # masks cover `past` tokens, too, whatever the cache is
     forms: Mapping[str, InputForm] = field(default_factory=dict)  # of inputs that are not as input_shapes has them
@@ -149,12 +152,16 @@ def embedding_dim(model: PreTrainedModel) -> int:
 
 
 def image_shape(config: PretrainedConfig) -> tuple[int, ...]:
-    """[channels, height, width] of the images that a config is for; 224 x 224 where it doesn't say."""
+    """[channels, height, width] of the images that a config is for; 224 x 224 where it doesn't say. [patches, numbers]
+    where they come in patches of any aspect ratio."""
     vision = getattr(config, "vision_config", config)
+    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
+    if (patches := patches_demanded(config)) is not None:
+        return patches, channels * vision.patch_size**2
     size = getattr(vision, "image_size", None) or getattr(getattr(vision, "backbone_config", None), "image_size", None)
     size = size or _USUAL_IMAGE_SIZE
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
-    return getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3, height, width
+    return channels, height, width
 
 
 def unmistakable_sizes(model: PreTrainedModel, other_than: Sizes | None = None) -> Sizes:
@@ -171,17 +178,37 @@ def unmistakable_sizes(model: PreTrainedModel, other_than: Sizes | None = None) 
         return all(dim % size for dim in dims)
 
     candidates = [prime for prime in _primes(5, 300) if free(prime)]
+    sound = fewest_frames(model)
     if other_than is not None:
         taken = (other_than.batch, other_than.seq, other_than.past, other_than.source)
         candidates = [n for n in candidates if n not in taken]
+        sound *= 2  # or as many frames might come out of the convolutions
     for batch, seq, past in itertools.permutations(candidates[:8], 3):
         if batch < seq and free(seq + past):
             source, kept = [size for size in candidates if size not in (batch, seq, past, seq + past)][:2]
+            if sound > source:
+                source = next(n for n in _primes(sound, 2 * sound) if free(n))
             return Sizes(batch, seq, past, source, kept)
     raise TracingError(
         f"{type(model).__name__}: no example sizes are left that differ from every dimension of the model. Please "
         f"report its config"
     )
+
+
+_FRAMES = 47  # that an example of sound should have left; more than any other example size
+
+
+def fewest_frames(model: PreTrainedModel) -> int:
+    """How many samples or frames the model's convolutions over time make _FRAMES of, at least; 0 without any that
+    leaves fewer than it gets."""
+    needed = _FRAMES
+    for module in reversed(list(model.modules())):
+        if isinstance(module, nn.Conv1d) and isinstance(module.padding, tuple):
+            (stride,), (padding,), (dilation,), (kernel,) = (
+                module.stride, module.padding, module.dilation, module.kernel_size
+            )  # fmt: skip
+            needed = max(needed, (needed - 1) * stride + 1 + dilation * (kernel - 1) - 2 * padding)
+    return needed if needed > _FRAMES else 0
 
 
 def _integers(value: object) -> Iterator[int]:

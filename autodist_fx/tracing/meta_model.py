@@ -34,6 +34,10 @@ def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
     for parameter in model.parameters():
         # to("meta") of a parameter is a tensor of that shape, strides and dtype, without storage.
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    for module in model.modules():
+        for tensor in _tensors(tuple(vars(module).values())):
+            if not tensor.is_leaf:  # what a call computed of parameters, which deepcopy refuses
+                memo[id(tensor)] = tensor.detach()
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
         _forget_calls(module)
@@ -46,7 +50,7 @@ def _forget_calls(module: nn.Module) -> None:
     They are plain attributes, neither parameters nor buffers, which a method writes, and which the constructor leaves
     empty: a table that it makes stays, though a method may move it to another device.
     """
-    left = [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+    left = [name for name, value in vars(module).items() if next(_tensors(value), None) is not None]
     if left:
         written = {
             instruction.argval
@@ -58,6 +62,15 @@ def _forget_calls(module: nn.Module) -> None:
         }
         for name in written.intersection(left) - _made_by_constructor(type(module)):
             setattr(module, name, None)
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    """A tensor, or those in a tuple or list."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
 
 
 def _made_by_constructor(cls: type[nn.Module]) -> set[str]:

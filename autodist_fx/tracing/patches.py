@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils, model
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import fx as hf_fx
 
-from autodist_fx.tracing.constants import CONVERSIONS
+from autodist_fx.tracing.constants import CONVERSIONS, numpy_ufunc
 from autodist_fx.tracing.decisions import decide, is_instance, longest
 from autodist_fx.tracing.loops import outlined_loops
 
@@ -93,6 +93,7 @@ def traceable(
         patch(torch, "autocast", _autocast)
         for name, convert in CONVERSIONS.items():
             patch(hf_fx.HFProxy, name, convert)
+        patch(hf_fx.HFProxy, "__array_ufunc__", numpy_ufunc)
         patch(hf_fx.HFProxy, "__bool__", decide)
         patch(torch._dynamo, "mark_static_address", _nothing)  # a hint for torch.compile, which takes tensors only
         patch(hf_fx.HFProxy, "ndim", property(_dims))  # `[(0, 0)] * x.ndim`

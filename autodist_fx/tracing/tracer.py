@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.fx import Proxy
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 from transformers.utils import fx as hf_fx
 
-from autodist_fx.tracing.constants import OtherExample
+from autodist_fx.tracing.constants import OtherExample, within_range
 from autodist_fx.tracing.cross_cache import PARTS
 from autodist_fx.tracing.data_dependent import rewritten, unrolled
 from autodist_fx.tracing.decisions import lengths_for_tensors
@@ -111,6 +113,10 @@ class Tracer(hf_fx.HFTracer):
             patches.__exit__(None, None, None)  # HFTracer restores only if it is not told of an error
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, nn.Identity):
+            return False  # it gives back what it gets, which need not be a tensor: None stays None
+        if is_parametrized(m) or isinstance(m, ParametrizationList) or type(m).__module__ == parametrizations.__name__:
+            return False  # its weight is computed of others (weight_norm): the graph computes it, too
         return isinstance(m, Conv1D) or changes_with_length(m) or super().is_leaf_module(m, module_qualified_name)
 
     def _proxy_placeholder(self, name: str, concrete_args: dict[str, Any] | None, *more: Any) -> Any:
@@ -129,6 +135,8 @@ class Tracer(hf_fx.HFTracer):
         computing_shapes = getattr(self, "_disable_call_module", False)
         if m._buffers and not computing_shapes and self.is_leaf_module(m, ""):
             return super().call_module(m, _with_meta_buffers(m), args, kwargs)
+        if not computing_shapes and not self.is_leaf_module(m, "") and type(m).train is not nn.Module.train:
+            m.train(m.training)  # some make a table of their parameters when they are told so: the graph makes it, too
         return super().call_module(m, forward, args, kwargs)
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
@@ -160,6 +168,7 @@ class Tracer(hf_fx.HFTracer):
             named["proxy_factory_fn"] = lambda node: CacheProxy(node, self)
         if kind == "call_function" and getattr(target, "__name__", "") in _TAKE_SIZES:
             args, kwargs = lengths_for_tensors(args), {k: lengths_for_tensors(v) for k, v in kwargs.items()}
+            args = within_range(args, kwargs.get("dtype")) if target.__name__ == "full" else args
         if kind == "call_function" and target is operator.getitem and len(args) == 2:
             args = (args[0], lengths_for_tensors(args[1]))  # x[: torch.tensor(length)]
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **named)

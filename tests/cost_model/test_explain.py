@@ -34,10 +34,10 @@ LlamaForCausalLM on tp=2 x pp=2 (4 ranks of cpu-gloo), objective default
 38 M parameters, 72.6 MiB; 25 ops; predicted at B=4, S=128, T=128; graph 0123456789ab
 
 Stages, one forward, each on its slowest tp rank
-stage  ranks  layers            compute     comm  FLOPs  weights       KV   activ.    total  recomputes
------  -----  ----------------  -------  -------  -----  -------  -------  -------  -------  ----------
-0      0-1    model.layers.0-1  12.3 ms  4.20 ms  1.5 G  120 MiB  1.5 MiB  7.0 MiB  128 MiB           -
-1      2-3    model.layers.2-3  13.3 ms  4.20 ms  1.5 G  120 MiB  1.5 MiB  7.0 MiB  128 MiB        1 op
+stage  ranks  layers            compute     comm  FLOPs  weights       KV   activ.     work    total  recomputes
+-----  -----  ----------------  -------  -------  -----  -------  -------  -------  -------  -------  ----------
+0      0-1    model.layers.0-1  12.3 ms  4.20 ms  1.5 G  120 MiB  1.5 MiB  6.0 MiB  1.0 MiB  128 MiB           -
+1      2-3    model.layers.2-3  13.3 ms  4.20 ms  1.5 G  120 MiB  1.5 MiB  6.0 MiB  1.0 MiB  128 MiB        1 op
 
 Linears and embeddings
 module                           role    times  weight     on each tp rank

@@ -19,12 +19,13 @@ from torch import nn
 import autodist_fx as adx
 from cost_model.comm_cost import all_gather_seconds, all_reduce_seconds
 from cost_model.compute_cost import op_seconds
+from cost_model.elimination import Elimination
 from cost_model.errors import NoPlanFits
 from cost_model.hardware import A100, CPU_GLOO, Hardware
 from cost_model.op_graph import OpGraph, TensorRef
 from cost_model.placement import REPLICATE, Placement
 from cost_model.planner import all_lengths
-from cost_model.tensor_parallel import Strategy, TensorParallelSearch, eliminate
+from cost_model.tensor_parallel import Strategy, TensorParallelSearch
 
 # -- variable elimination
 
@@ -66,10 +67,20 @@ def test_elimination_equals_trying_everything(
     least = min(cost_of(dict(zip(unary, choice)), unary, pairs) for choice in every)
     if least == np.inf:
         with pytest.raises(ValueError, match="no combination"):
-            eliminate(unary, pairs)
+            Elimination(unary, pairs)
         return
-    choice, cost = eliminate(unary, pairs)
-    assert cost == least == cost_of(choice, unary, pairs)
+    found = Elimination(unary, pairs)
+    assert found.cost == least == cost_of(found.choice, unary, pairs)
+    for name, table in unary.items():  # and so does forcing each value of each variable
+        for k in range(len(table)):
+            others = itertools.product(*([k] if v == name else range(len(t)) for v, t in unary.items()))
+            best = min(cost_of(dict(zip(unary, choice)), unary, pairs) for choice in others)
+            assert found.dearer_by(name)[k] == best - least
+            if best < np.inf:
+                assert cost_of({**found.choice, **found.forced(name, k)}, unary, pairs) == best
+            else:
+                with pytest.raises(ValueError, match="cannot be"):
+                    found.forced(name, k)
 
 
 def test_elimination_of_a_long_chain_is_quick() -> None:
@@ -84,7 +95,7 @@ def test_elimination_of_a_long_chain_is_quick() -> None:
                 step = pairs[f"v{i - 1}", f"v{i}"][j, k] if i else 0
                 graph.add_edge((i - 1, j), (i, k), weight=unary[f"v{i}"][k] + step)
     lengths = nx.single_source_dijkstra_path_length(graph, (-1, 0))
-    assert eliminate(unary, pairs)[1] == min(lengths[999, k] for k in range(3))
+    assert Elimination(unary, pairs).cost == min(lengths[999, k] for k in range(3))
 
 
 # -- the search against all strategies ---------------------------------------------------------------------------------

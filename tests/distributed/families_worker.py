@@ -1,4 +1,4 @@
-"""One rank that generates with every checkpoint in a folder. `families_worker.py CHECKPOINTS TP RESULTS`
+"""One rank that generates with every checkpoint in a folder. `families_worker.py CHECKPOINTS TP PP RESULTS`
 
 One process for all of them: starting one takes longer than all the models. Writes RESULTS/RANK.pt: by the checkpoint's
 name the tokens of each way to generate, and the bytes that the rank read, of how many.
@@ -28,10 +28,10 @@ def generated(model) -> dict[str, list[list[int]]]:
 
 
 if __name__ == "__main__":
-    checkpoints, tp, results = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    checkpoints, (tp, pp), results = Path(sys.argv[1]), map(int, sys.argv[2:4]), Path(sys.argv[4])
     found = {}
     for checkpoint in sorted(checkpoints.iterdir()):
-        split = adx.from_pretrained(checkpoint, tp=tp, pp=1, device="cpu", timeout=60)
+        split = adx.from_pretrained(checkpoint, tp=tp, pp=pp, device="cpu", timeout=60)
         report = split.load_report
         found[checkpoint.name] = generated(split), torch.tensor([report.bytes_read, report.checkpoint_bytes])
     torch.save(found, results / f"{split.rank}.pt")

@@ -40,16 +40,38 @@ SHAPES: dict[str, dict[str, Any]] = {
 TOKENS = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def test_same_tokens_on_two_ranks(tmp_path: Path) -> None:
+# with caches of their own: recurrences alone, beside attention in a layer, and between layers of attention
+OWN_CACHES: dict[str, dict[str, Any]] = {
+    "mamba": {"hidden_size": 24, "num_hidden_layers": 3, "state_size": 5, "time_step_rank": 3},
+    "falcon_h1": {
+        "hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 31, "num_attention_heads": 6, "head_dim": 8,
+        "num_key_value_heads": 3, "mamba_n_heads": 3, "mamba_d_head": 8, "mamba_d_ssm": 24, "mamba_d_state": 7,
+        "mamba_n_groups": 1, "mamba_chunk_size": 4,
+    },
+    "lfm2": {
+        "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 3,
+        "intermediate_size": 31, "layer_types": ["conv", "full_attention", "conv"],
+    },
+    "rwkv": {"hidden_size": 24, "num_hidden_layers": 3, "attention_hidden_size": 24, "context_length": 64},
+}  # fmt: skip
+TOKENS = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize(
+    "shapes, tp, pp",
+    ((SHAPES, 2, 1), (OWN_CACHES, 2, 1), (OWN_CACHES, 1, 2)),
+    ids=("tp", "caches-of-their-own-tp", "caches-of-their-own-pp"),
+)
+def test_same_tokens_on_two_ranks(shapes: dict[str, dict[str, Any]], tp: int, pp: int, tmp_path: Path) -> None:
     checkpoints, results = tmp_path / "checkpoints", tmp_path / "results"
     expected = {}
     results.mkdir()
-    for family, shape in SHAPES.items():
+    for family, shape in shapes.items():
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TOKENS, **shape))
         randomized(model.float().eval()).save_pretrained(checkpoints / family)
         expected[family] = generated(model)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(HERE / "families_worker.py"), str(checkpoints), "2", str(results)]
+    command += [str(HERE / "families_worker.py"), str(checkpoints), str(tp), str(pp), str(results)]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):

@@ -6,9 +6,13 @@ from dataclasses import replace
 
 from cost_model.mesh import Mesh
 from cost_model.placement import PARTIAL, REPLICATE, Layout, shard
-from cost_model.plan import Hop, OpPlan, ParamPlan, PartitionPlan, StageSummary
+from cost_model.plan import Alternative, CutOption, CutPlan, Hop, OpPlan, ParamPlan, PartitionPlan, StageSummary
 
 R, P = REPLICATE, PARTIAL
+CHOICES = (
+    (Alternative("column"), Alternative("row", 0.002, 0), Alternative("replicate", -0.001, 331776)),
+    (Alternative("row"), Alternative("column", impossible="no grain to cut"), Alternative("replicate", 0.003, 331776)),
+)
 HEADS = Layout(576, (((0, 384),), ((384, 576),)))  # 9 heads of 64 with 3 KV heads: 2 groups and 1
 HIDDEN = Layout(1536, (((0, 768),), ((768, 1536),)))
 VOCAB = Layout(49152, (((0, 24576),), ((24576, 49152),)))
@@ -25,7 +29,9 @@ def _linear(name: str, module: str, role: str, layout: int, home: int) -> OpPlan
     return OpPlan(
         name, "linear", home, (home,), (x, w), (out,), (role == "row",), letter="" if role == "replicate" else role,
         role=role, module=module, weight=module + ".weight", input_layouts=at,
-        output_layouts=(layout if role == "column" else -1,),
+        output_layouts=(layout if role == "column" else -1,), compute_seconds=0.00123,
+        comm_seconds=0.0005 if role == "row" else 0.0, comm_bytes=589824 if role == "row" else 0,
+        choice={"column": 0, "row": 1, "replicate": -1}[role],
     )  # fmt: skip
 
 
@@ -85,15 +91,27 @@ def small_plan(layers: int = 4, tp: int = 2, pp: int = 2) -> PartitionPlan:
             flops=1.5e9,
             weight_bytes=120 * 2**20,
             kv_cache_bytes=3 * 2**19,
-            activation_bytes=7 * 2**20,
+            activation_bytes=6 * 2**20,
+            workspace_bytes=2**20,
             collectives=(("all_reduce", 2 * per_stage, 1179648 * per_stage), ("all_gather", 1, 50331648)),
         )
         for s in range(pp)
     )
+    cuts = tuple(
+        CutPlan(
+            tuple(
+                CutOption(f"add_{i}", f"model.layers.{i}", 0.01 + i / 1000, 0.12 - i / 1000, 589824)
+                for i in (0, (s + 1) * per_stage - 1)
+            ),
+            1,
+        )
+        for s in range(pp - 1)
+    )
     return PartitionPlan(
         mesh=Mesh(tp=tp, pp=pp), model="LlamaForCausalLM", fingerprint="0123456789abcdef" * 4, hardware="cpu-gloo",
         objective="default", sizes=(("B", 4), ("S", 128), ("T", 128)), ops=tuple(ops), params=tuple(params),
-        layouts=layouts, hops=hops, stages=stages, one_device_seconds=0.05, device_memory_bytes=8 * 2**30,
+        layouts=layouts, hops=hops, stages=stages, choices=CHOICES, cuts=cuts, one_device_seconds=0.05,
+        device_memory_bytes=8 * 2**30,
     )  # fmt: skip
 
 

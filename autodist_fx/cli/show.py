@@ -1,0 +1,47 @@
+"""Show a saved plan: as tables in the terminal, as one HTML page, or for Graphviz.
+
+FILE is what `autodist-fx plan --save` wrote. Neither torch nor the model is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from autodist_fx.errors import AutodistError
+from cost_model.plan import PartitionPlan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("plan", metavar="FILE", help="a plan, as JSON")
+    parser.add_argument("--html", metavar="FILE", help="write one self-contained page; - is standard output")
+    parser.add_argument("--dot", metavar="FILE", help="write a graph for Graphviz; - is standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    plan = PartitionPlan.load(args.plan)
+    if args.html:
+        from autodist_fx.report.page import plan_page
+
+        _write(args.html, plan_page(plan))
+    if args.dot:
+        from autodist_fx.report.dot import plan_dot
+
+        _write(args.dot, plan_dot(plan))
+    if not (args.html or args.dot):
+        from autodist_fx.report.terminal import print_plan
+
+        print_plan(plan)
+    return 0
+
+
+def _write(path: str, text: str) -> None:
+    if path == "-":
+        print(text, end="")
+        return
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise AutodistError(f"cannot write {path}: {error.strerror or error}") from error
+    print(f"wrote {path}", file=sys.stderr)

@@ -1,0 +1,85 @@
+"""A plan in the terminal: the sections of the plain text as rich tables, roles in colour, memory and time as bars."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.bar import Bar
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from autodist_fx.report.memory import memory_rows
+from cost_model.explain import WIDTH, Section, bytes_text, plan_header, plan_sections, ranges_text, seconds_text
+from cost_model.plan import PartitionPlan
+
+ROLE_STYLES = {
+    "column": "blue", "row": "yellow", "vocab": "green", "hidden": "cyan", "groups": "magenta", "expert": "magenta",
+    "replicate": "red",
+}  # fmt: skip
+BAR_WIDTH = 44
+
+
+def print_plan(plan: PartitionPlan, console: Console | None = None) -> None:
+    """To standard output by default; where that is no terminal, without colours and as wide as the plain text."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = WIDTH
+    first, *more = plan_header(plan)
+    console.print(Text(first, style="bold"), *map(Text, more), sep="\n")
+    for section in plan_sections(plan):
+        console.print(Text("\n" + section.title, style="bold"))
+        console.print(_section(section))
+        if section.title.startswith("Stages"):
+            console.print(Text("\nTimeline of one forward", style="bold"), _timeline(plan), sep="\n")
+            console.print(Text("\nMemory of each rank", style="bold"), _memory(plan), sep="\n")
+
+
+def _section(section: Section) -> RenderableType:
+    parts: list[RenderableType] = []
+    if section.rows:
+        header, *rows = section.rows
+        table = _table()
+        for i, title in enumerate(header):
+            side = "left" if i in section.left else "right"
+            # Names may be folded; numbers and shapes stay in one piece.
+            table.add_column(Text(title), justify=side, overflow="fold", no_wrap=i != section.flexible)  # type: ignore[arg-type]
+        role = header.index("role") if "role" in header else -1
+        for row in rows:
+            # Text: no name in a plan is taken for rich's markup.
+            table.add_row(*(Text(c, ROLE_STYLES.get(c, "") if i == role else "") for i, c in enumerate(row)))
+        parts.append(table)
+    style = "yellow" if section.title == "Warnings" else ""
+    parts += [Text(line, style) for line in section.lines]
+    return Group(*parts)
+
+
+def _timeline(plan: PartitionPlan) -> Table:
+    end = max(plan.predicted_seconds, plan.one_device_seconds if plan.mesh.size > 1 else 0.0)
+    table, at = _table("", "", "from", "to"), 0.0
+    for s in plan.stages:
+        bar = Bar(end or 1.0, at, at + s.seconds, width=BAR_WIDTH, color="blue")
+        table.add_row(f"stage {s.index}", bar, seconds_text(at) if at else "0", seconds_text(at + s.seconds))
+        at += s.seconds
+    if plan.mesh.size > 1 and plan.one_device_seconds:
+        bar = Bar(end, 0.0, plan.one_device_seconds, width=BAR_WIDTH, color="bright_black")
+        table.add_row("one device", bar, "0", seconds_text(plan.one_device_seconds))
+    return table
+
+
+def _memory(plan: PartitionPlan) -> Table:
+    rows = memory_rows(plan)
+    most = max((sum(n for _, n in parts) for _, _, parts in rows), default=0)
+    table = _table("", "", "in all", "of a device")
+    for _, ranks, parts in rows:
+        total = sum(n for _, n in parts)
+        share = f"{total / plan.device_memory_bytes:.0%}" if plan.device_memory_bytes else "-"
+        label = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranges_text(ranks)}, each"
+        table.add_row(label, Bar(most or 1, 0, total, width=BAR_WIDTH, color="green"), bytes_text(total), share)
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for i, title in enumerate(columns):
+        table.add_column(title, justify="right" if i > 1 else "left", no_wrap=True)
+    return table

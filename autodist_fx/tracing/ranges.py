@@ -1,0 +1,93 @@
+"""Between which numbers the values of a traced tensor lie: enough to see that no token is marked as something special.
+
+    attention_mask                 0 to 1: transformers' masks hold zeros and ones
+    (1 - attention_mask) * min     min to 0
+    (that > 0).any()               False, whatever the mask
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+Range = tuple[float, float]
+
+_SAME = (
+    "getitem", "to", "float", "long", "int", "bool", "type_as", "unsqueeze", "squeeze", "view", "reshape", "expand",
+    "flatten", "transpose", "permute", "contiguous", "clone", "repeat", "any", "all", "item", "detach",
+)  # fmt: skip
+_COMPARED = {
+    "gt": operator.gt, "lt": operator.lt, "ge": operator.ge, "le": operator.le, "eq": operator.eq, "ne": operator.ne,
+}  # fmt: skip
+
+
+def certain(node: Node, tracer: Any) -> bool | None:
+    """What a condition is for every input; None where that depends on them."""
+    found = value_range(node, tracer)
+    return None if found is None or bool(found[0]) != bool(found[1]) or found[0] * found[1] < 0 else bool(found[0])
+
+
+def value_range(value: Any, tracer: Any) -> Range | None:
+    """(least, greatest) of the elements of a node, or of a number; None where nothing is known."""
+    if not isinstance(value, Node):
+        return (float(value), float(value)) if isinstance(value, (bool, int, float)) else None
+    known = tracer.examples_of.get(value)
+    if isinstance(known, float):
+        return known, known  # the least number of a dtype, say; lengths are integers
+    name = getattr(value.target, "__name__", value.target)
+    if value.op == "placeholder":
+        is_mask = isinstance(known, torch.Tensor) and not known.is_floating_point()
+        return (0.0, 1.0) if is_mask and str(name).endswith("attention_mask") else None
+    if value.op not in ("call_function", "call_method") or not value.args:
+        return None
+    ranges = [value_range(a, tracer) for a in value.args]
+    first = ranges[0]
+    if name == "pad":
+        filled = float(value.kwargs.get("value", value.args[3] if len(value.args) > 3 else 0.0) or 0.0)
+        return None if first is None else (min(first[0], filled), max(first[1], filled))
+    if name in ("ones", "zeros", "new_ones", "new_zeros", "ones_like", "zeros_like"):
+        return (1.0, 1.0) if "ones" in str(name) else (0.0, 0.0)
+    if name == "masked_fill" and ranges[2] is not None:
+        if _is_not_zero(value.args[1], value.args[0]):
+            first = (0.0, 0.0)  # of what was not zero, nothing is left
+        return None if first is None else (min(first[0], ranges[2][0]), max(first[1], ranges[2][1]))
+    if first is None:
+        return None
+    if name == "bool" or (name in ("to", "type") and torch.bool in value.args):
+        return _truth(first)
+    if name in _SAME:
+        return first
+    if name in ("neg", "rsub") and len(ranges) == 1:
+        return -first[1], -first[0]
+    second = ranges[1] if len(ranges) == 2 else None
+    if second is None:
+        return None
+    if name in ("add", "sub", "rsub", "mul"):
+        operation = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}.get(str(name))
+        ends = [(operation or (lambda x, y: y - x))(x, y) for x in first for y in second]
+        return None if any(map(math.isnan, ends)) else (min(ends), max(ends))
+    if name in _COMPARED:
+        if first[1] < second[0] or first[0] > second[1] or (first[0] == first[1] and second[0] == second[1]):
+            answer = float(_COMPARED[str(name)](first[0], second[0]))
+            return answer, answer
+        if name in ("gt", "le") and first[1] <= second[0]:
+            return (0.0, 0.0) if name == "gt" else (1.0, 1.0)
+        if name in ("lt", "ge") and first[0] >= second[1]:
+            return (0.0, 0.0) if name == "lt" else (1.0, 1.0)
+        return 0.0, 1.0
+    return None
+
+
+def _truth(found: Range) -> Range:
+    has_zero = found[0] <= 0 <= found[1]
+    return 0.0 if has_zero else 1.0, 0.0 if found == (0.0, 0.0) else 1.0
+
+
+def _is_not_zero(mask: Any, x: Any) -> bool:
+    """Whether the mask says where `x` is not zero."""
+    name = getattr(mask.target, "__name__", mask.target) if isinstance(mask, Node) else ""
+    return name in ("bool", "to") and mask.args[0] is x and (name == "bool" or torch.bool in mask.args)

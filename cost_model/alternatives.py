@@ -1,0 +1,110 @@
+"""What else could have been chosen for an op, at what cost, or why not: for people who ask a plan for its reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from cost_model.op_graph import Op, TensorRef
+from cost_model.op_rules import Letter
+from cost_model.plan import Alternative, rounded
+from cost_model.tensor_parallel import Strategy, TensorParallelResult, TensorParallelSearch
+
+Role = Callable[[Op, Strategy], str]
+
+
+class AlternativeCosts:
+    """The roles that each op of one solved search could have. `role` names a strategy in the field's words."""
+
+    def __init__(self, search: TensorParallelSearch, result: TensorParallelResult, role: Role) -> None:
+        self.search = search
+        self.result = result
+        self.role = role
+        self._known: dict[str, tuple[Alternative, ...]] = {}  # by variable: alike experts choose alike
+
+    def of(self, op: Op) -> tuple[Alternative, ...]:
+        """All roles that the op's rule knows, its own first; () where there is nothing to choose."""
+        variable = self.result.variable[op.name]
+        if variable not in self._known:
+            self._known[variable] = self._of(op)
+        return self._known[variable]
+
+    def _of(self, op: Op) -> tuple[Alternative, ...]:
+        domain = self.result.domains[op.name]
+        own = self.role(op, self.result.strategies[op.name])
+        letters = {self.role(op, _along(letter, op)): letter for letter in self._rule_letters(op)}
+        possible: dict[str, list[int]] = {}
+        for k, strategy in enumerate(domain):
+            possible.setdefault(self.role(op, strategy), []).append(k)
+        roles = dict.fromkeys([own, *possible, *letters])
+        if not own or self.search.tp == 1 or len(roles) == 1:
+            return ()
+        found = []
+        for role in roles:
+            if role == own:
+                found.append(Alternative(role))
+            elif role in possible:
+                found.append(self._forced(op, role, possible[role]))
+            else:
+                found.append(Alternative(role, impossible=why_not(self.search, op, letters[role])))
+        return tuple(found)
+
+    def _rule_letters(self, op: Op) -> tuple[Letter, ...]:
+        return self.search.layouts.rules(op, self.search.graph.input_specs(op)).letters
+
+    def _forced(self, op: Op, role: str, values: list[int]) -> Alternative:
+        dearer_by = self.result.elimination.dearer_by(self.result.variable[op.name])
+        best = min(values, key=lambda k: dearer_by[k])
+        if dearer_by[best] == float("inf"):
+            return Alternative(role, impossible="no op next to it can write or read its tensors so")
+        changed = {
+            name: self.result.domains[name][k]
+            for name, k in self.result.forced(op.name, best).items()
+        }
+        seconds, nbytes = self._difference(changed)
+        return Alternative(role, rounded(seconds), nbytes)
+
+    def _difference(self, changed: Mapping[str, Strategy]) -> tuple[float, int]:
+        """Seconds, and bytes of weights on the rank that holds most of each, that the changed strategies add."""
+        search, before = self.search, self.result.strategies
+        seconds, nbytes = 0.0, 0
+        edges: dict[tuple[str, int], TensorRef] = {}
+        for name, now in changed.items():
+            op, was = search.graph[name], before[name]
+            seconds += search.compute_seconds(op, now) - search.compute_seconds(op, was)
+            seconds += search.gather_seconds(op, now) - search.gather_seconds(op, was)
+            if op.kind == "param":
+                nbytes += search.held_bytes(op, now) - search.held_bytes(op, was)
+            edges.update(((name, slot), ref) for slot, ref in enumerate(op.inputs))
+            for j in range(len(op.outputs)):
+                ref = TensorRef(name, j)
+                edges.update((user, ref) for user in search.graph.users.get(ref, ()))
+        for (user, slot), ref in edges.items():
+            now, was = changed.get(user, before[user]), before[user]
+            seconds += search.agreement(changed.get(ref.op, before[ref.op]), ref.index, now.inputs[slot], ref)
+            seconds -= search.agreement(before[ref.op], ref.index, was.inputs[slot], ref)
+        return seconds, nbytes
+
+
+def _along(letter: Letter, op: Op) -> Strategy:
+    """Enough of a strategy to ask for its role."""
+    return Strategy(letter.name, (), (), (False,) * len(op.outputs))
+
+
+def why_not(search: TensorParallelSearch, op: Op, letter: Letter) -> str:
+    """Why no strategy of `op` cuts it along this letter of its rule."""
+    if search.decides(op):
+        return "it decides where data goes (a router, say), and is whole on every rank: rounding must change no choice"
+    dims = [(op.inputs[x.slot], x.dim) for x in letter.inputs]
+    dims += [(TensorRef(op.name, x.slot), x.dim) for x in letter.outputs]
+    if any(search.graph.spec(ref).is_dynamic(dim) for ref, dim in dims):
+        return "that length follows the model's inputs"
+    if letter.filled and letter.size < search.tp:
+        return f"{letter.size} cannot be cut into {search.tp} parts, and none may be empty"
+    layouts = [search.layouts.layout(ref, dim) for ref, dim in dims]
+    if all(layout is None for layout in layouts):
+        return f"no grain to cut: its {letter.size} elements belong together (one head, say) and every rank reads all"
+    if letter.reduces and any(layout is not None and layout.overlaps for layout in layouts):
+        return "several ranks hold the same elements (a shared KV head, say), and a sum would count them twice"
+    if letter.filled:
+        return f"some of {search.tp} ranks would get no part, and none may be empty"
+    return "nothing that it reads or writes is cut there"

@@ -1,0 +1,172 @@
+"""Min-sum variable elimination: the cheapest assignment of many variables with few choices each, exactly.
+
+Bucket elimination (Dechter, "Bucket elimination: a unifying framework for reasoning", 1999) in min-degree order. What
+is kept of each step is a clique of a tree, so that a second pass, from the roots back (the calibration of a junction
+tree: Lauritzen and Spiegelhalter, 1988), tells of every single choice what the rest would cost at best.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import networkx as nx
+import numpy as np
+import numpy.typing as npt
+
+Table = npt.NDArray[np.float64]
+TIE = 1e-12  # relative: below this, a difference is rounding
+
+
+@dataclass(slots=True)
+class _Clique:
+    """One step: `variable` was eliminated, with the variables of `scope` still there."""
+
+    variable: str
+    scope: tuple[str, ...]
+    joint: Table  # over scope and, last, the variable: the cost of it and of what was eliminated into it
+    best: npt.NDArray[np.intp]  # over scope: the variable's best choice
+    reduced: Table  # over scope: its cost
+
+
+class Elimination:
+    """argmin (`choice`) and min (`cost`) of sum(unary[v][x_v]) + sum(pairs[u, v][x_u, x_v]).
+
+    Every table in `pairs` has shape [choices of u, choices of v]; infinities forbid a combination. Raises ValueError
+    when nothing is feasible.
+    """
+
+    def __init__(self, unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table]) -> None:
+        self._cliques = _eliminate(unary, pairs)
+        self.cost = sum(float(c.reduced) for c in self._cliques.values() if not c.scope)
+        if not np.isfinite(self.cost):
+            raise ValueError("no combination of strategies is feasible")
+        self.choice: dict[str, int] = {}
+        for clique in reversed(self._cliques.values()):
+            self.choice[clique.variable] = int(clique.best[tuple(self.choice[name] for name in clique.scope)])
+        self._parents: dict[str, str] = {}
+        self._children: dict[str, list[str]] = {}
+        self._beliefs: dict[str, Table] = {}
+
+    def dearer_by(self, variable: str) -> Table:
+        """For each choice of the variable: by how much the cheapest assignment that has it is dearer than `cost`."""
+        belief = self._belief(variable)
+        costs = belief.reshape(-1, belief.shape[-1]).min(axis=0)
+        return np.where(np.isfinite(costs), np.maximum(costs - costs[self.choice[variable]], 0.0), np.inf)
+
+    def forced(self, variable: str, value: int) -> dict[str, int]:
+        """What else than in `choice` the cheapest assignment with variable = value has, it itself included.
+
+        Raises ValueError when there is none.
+        """
+        if value == self.choice[variable]:
+            return {}
+        if not np.isfinite(self._belief(variable)[..., value].min()):
+            raise ValueError(f"{variable} cannot be {value}")
+        # Outwards from the variable's clique. What hangs behind variables that stay as they are stays as it is.
+        assigned = {variable: value}
+        came_from, at = "", variable
+        while True:
+            clique = self._cliques[at]
+            self._assign(clique, assigned)
+            self._descend(at, came_from, assigned)
+            above = self._parents.get(at)
+            if above is None or all(assigned[name] == self.choice[name] for name in clique.scope):
+                break
+            came_from, at = at, above
+        return {name: k for name, k in assigned.items() if k != self.choice[name]}
+
+    def _assign(self, clique: _Clique, assigned: dict[str, int]) -> None:
+        """The best values of the clique's variables that have none yet; as they were, where that is as good."""
+        names = (*clique.scope, clique.variable)
+        free = [name for name in names if name not in assigned]
+        belief = self._belief(clique.variable)[tuple(assigned.get(name, slice(None)) for name in names)]
+        as_before = tuple(self.choice[name] for name in free)
+        least = float(belief.min())
+        if belief[as_before] <= least + TIE * abs(least):
+            assigned.update(zip(free, as_before))
+        else:
+            assigned.update(zip(free, (int(k) for k in np.unravel_index(int(belief.argmin()), belief.shape))))
+
+    def _descend(self, top: str, done: str, assigned: dict[str, int]) -> None:
+        stack = [child for child in self._children[top] if child != done]
+        while stack:
+            clique = self._cliques[stack.pop()]
+            values = tuple(assigned[name] for name in clique.scope)
+            if values != tuple(self.choice[name] for name in clique.scope):
+                assigned[clique.variable] = int(clique.best[values])
+                stack += self._children[clique.variable]
+
+    def _belief(self, variable: str) -> Table:
+        """Over the clique's scope and variable: the least cost of its whole tree with these values."""
+        if not self._beliefs:
+            self._calibrate()
+        return self._beliefs[variable]
+
+    def _calibrate(self) -> None:
+        order = {name: i for i, name in enumerate(self._cliques)}
+        self._children = {name: [] for name in self._cliques}
+        for name, clique in reversed(self._cliques.items()):
+            if not clique.scope:
+                self._beliefs[name] = clique.joint
+                continue
+            above = min(clique.scope, key=order.__getitem__)
+            self._parents[name] = above
+            self._children[above].append(name)
+            names = (*self._cliques[above].scope, above)
+            belief = self._beliefs[above].min(axis=tuple(i for i, x in enumerate(names) if x not in clique.scope))
+            kept = [x for x in names if x in clique.scope]
+            belief = belief.transpose([kept.index(x) for x in clique.scope])
+            # what the clique itself brought is taken out again; infinite either way where it is infinite
+            outside = np.subtract(belief, clique.reduced, out=np.zeros_like(belief), where=np.isfinite(clique.reduced))
+            self._beliefs[name] = clique.joint + outside[..., None]
+
+
+def _eliminate(unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table]) -> dict[str, _Clique]:
+    """By variable, in the order of elimination."""
+    interaction: nx.Graph[str] = nx.Graph()
+    interaction.add_nodes_from(unary)
+    factors: dict[str, list[tuple[tuple[str, ...], Table]]] = {v: [] for v in unary}
+    for (u, v), table in pairs.items():
+        interaction.add_edge(u, v)
+        factors[u].append(((u, v), table))
+        factors[v].append(((u, v), table))
+    heap = [(interaction.degree(v), i, v) for i, v in enumerate(unary)]
+    number = {v: i for _, i, v in heap}
+    heapq.heapify(heap)
+    cliques: dict[str, _Clique] = {}
+    while heap:
+        degree, _, v = heapq.heappop(heap)
+        if v in cliques or degree != interaction.degree(v):
+            continue  # an outdated entry
+        scope = tuple(sorted(interaction.neighbors(v), key=number.__getitem__))
+        axes = {name: axis for axis, name in enumerate((*scope, v))}
+        joint: Table = unary[v].reshape((1,) * len(scope) + (-1,))
+        for names, table in factors[v]:
+            joint = joint + _aligned(names, table, axes)
+        best = joint.argmin(axis=-1)
+        reduced = np.take_along_axis(joint, best[..., None], axis=-1)[..., 0]
+        cliques[v] = _Clique(v, scope, joint, best, reduced)
+        old = set(map(id, (t for _, t in factors.pop(v))))
+        interaction.remove_node(v)
+        for name in scope:
+            factors[name] = [f for f in factors[name] if id(f[1]) not in old]
+        for name in scope:
+            factors[name].append((scope, reduced))
+        for i, a in enumerate(scope):
+            for b in scope[i + 1 :]:
+                interaction.add_edge(a, b)
+        for name in scope:
+            heapq.heappush(heap, (interaction.degree(name), number[name], name))
+    return cliques
+
+
+def _aligned(names: tuple[str, ...], table: Table, axes: Mapping[str, int]) -> Table:
+    """`table` over `names` with its dims put where `axes` wants them, size 1 elsewhere."""
+    order = sorted(range(len(names)), key=lambda i: axes[names[i]])
+    moved = table.transpose(order)
+    shape = [1] * len(axes)
+    for i in order:
+        shape[axes[names[i]]] = table.shape[i]
+    return moved.reshape(shape)
