@@ -96,6 +96,7 @@ def compile(
         objective=objective,
         sizes=tuple((sizes or {}).items()),
         memory_bytes=max_memory,
+        whole_experts=not train,
     )
     checks: dict[str, Any] = {
         "verify_programs": verify, "train": train, "dump_dir": dump_dir, "always": concrete_args or {},

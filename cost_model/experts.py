@@ -55,12 +55,12 @@ class ExpertTable:
     twins: dict[str, str] = field(default_factory=dict)  # op of one expert -> the same of its layer's first expert
 
 
-def find_experts(graph: OpGraph, tp: int, rules: RuleTable) -> ExpertTable:
-    """Empty for one rank. Siblings that are fewer than ranks have twins, and no ways."""
+def find_experts(graph: OpGraph, tp: int, rules: RuleTable, may_deal: bool = True) -> ExpertTable:
+    """Empty for one rank. Siblings that may not be dealt, or are fewer than ranks, have twins and no ways."""
     table = ExpertTable()
     if tp == 1:
         return table
-    finder = _Finder(graph, tp, rules, table)
+    finder = _Finder(graph, tp, rules, table, may_deal)
     for links in _chains(graph):
         bodies = [_Body(finder.body(link.inputs[1:], {link.name}), link) for link in links]
         for siblings in finder.alike(bodies):
@@ -88,7 +88,8 @@ def _chains(graph: OpGraph) -> list[list[Op]]:
 
 
 class _Finder:
-    def __init__(self, graph: OpGraph, tp: int, rules: RuleTable, table: ExpertTable) -> None:
+    def __init__(self, graph: OpGraph, tp: int, rules: RuleTable, table: ExpertTable, may_deal: bool) -> None:
+        self.may_deal = may_deal
         self.graph, self.tp, self.rules, self.table = graph, tp, rules, table
         self.outputs = {ref.op for ref in graph.outputs}
         self.users: dict[str, set[str]] = {}
@@ -159,7 +160,7 @@ class _Finder:
         links = [body.link.name for body in bodies if body.link is not None]
         # all but the last, whose result is wanted otherwise than theirs
         self.table.twins.update((name, links[0]) for name in links[1:-1])
-        if len(bodies) < self.tp:
+        if len(bodies) < self.tp or not self.may_deal:
             return
         share, extra = divmod(len(bodies), self.tp)
         rank_of = [r for r in range(self.tp) for _ in range(share + (r < extra))]

@@ -39,7 +39,7 @@ class PlanRequest:
 
     `sizes` maps "B" (batch), "S" (tokens per step), "P" (tokens cached before) and "E" (what an encoder reads) to
     lengths, where they are not to be FORWARD_SIZES or DECODE_SIZES; `memory_bytes` is a device's limit for weights and
-    caches (None: no limit).
+    caches (None: no limit). `whole_experts`: experts may be dealt to ranks, which programs to be trained do not know.
     """
 
     mesh: Mesh
@@ -47,6 +47,7 @@ class PlanRequest:
     objective: str = "shard"
     sizes: tuple[tuple[str, int], ...] = ()
     memory_bytes: int | None = None
+    whole_experts: bool = True
 
 
 def plan(graph: OpGraph, request: PlanRequest, *, model: str, fingerprint: str) -> PartitionPlan:
@@ -70,7 +71,9 @@ class _Planner:
         self.lengths = {**(DECODE_SIZES if decodes else FORWARD_SIZES), **source, **dict(request.sizes)}
         self.sizes = all_lengths(self.lengths)
         self.layouts = LayoutTable(graph, self.mesh.tp, RuleTable())
-        self.search = TensorParallelSearch(graph, self.mesh.tp, self.hardware, self.sizes, self.layouts)
+        self.search = TensorParallelSearch(
+            graph, self.mesh.tp, self.hardware, self.sizes, self.layouts, whole_experts=request.whole_experts
+        )
         self.interned: dict[Layout, int] = {}
         self.choices: dict[tuple[Alternative, ...], int] = {}
 

@@ -80,6 +80,7 @@ class TensorParallelSearch:
         hardware: Hardware,
         sizes: Mapping[str, int],
         layouts: LayoutTable | None = None,
+        whole_experts: bool = True,
     ) -> None:
         self.graph = graph
         self.tp = tp
@@ -89,7 +90,7 @@ class TensorParallelSearch:
         self._specs: dict[TensorRef, TensorSpec] = {}
         self._from_weights = _depends_on_weights(graph)
         self._whole = deciding_ops(graph)
-        self.experts = find_experts(graph, tp, self.layouts.rules)
+        self.experts = find_experts(graph, tp, self.layouts.rules, whole_experts)
         self._seconds: dict[tuple[object, ...], float] = {}
         self._rows: dict[str, float | None] = {}
 
