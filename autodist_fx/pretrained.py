@@ -11,6 +11,11 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from autodist_fx.artifact.cache import CacheEntry, cache_directory, entry_for, from_cache, keep
+from autodist_fx.artifact.files import Staging
+from autodist_fx.artifact.load import Artifact
+from autodist_fx.artifact.manifest import FileRecord
+from autodist_fx.artifact.save import finish, named_parts, write_common, write_rank
 from autodist_fx.compiled import CompiledModel, compile
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.agreement import agree
@@ -24,13 +29,15 @@ from autodist_fx.weights.checkpoint import open_source
 from autodist_fx.weights.load import LoadReport, load_rank
 from autodist_fx.weights.module_source import ModuleSource
 from autodist_fx.weights.names import resolve_names
-from autodist_fx.weights.resolve import resolve
+from autodist_fx.weights.resolve import locate, resolve
 from autodist_fx.weights.share import share_weights
 from autodist_fx.weights.source import WeightSource
+from cost_model.devices import DeviceMap, Memory
 from cost_model.hardware import Hardware
 from cost_model.mesh import Mesh
 from cost_model.plan import PartitionPlan
 from cost_model.plan_json import plan_to_text
+from cost_model.plan_request import options_of
 from passes.program import RankProgram
 
 
@@ -43,6 +50,10 @@ def from_pretrained(
     device: str | torch.device | None = None,
     hardware: str | Hardware | None = None,
     objective: str = "shard",
+    pin: Mapping[str, str] | None = None,
+    cuts: Sequence[int | str] | None = None,
+    max_memory: Memory | None = None,
+    device_map: DeviceMap | None = None,
     plan: PartitionPlan | str | Path | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -56,6 +67,7 @@ def from_pretrained(
     master_addr: str | None = None,
     master_port: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    cache: bool | str | Path | CacheEntry | None = None,
 ) -> DistributedCausalLM:
     """This process's share of a checkpoint's model, split over `tp * pp` processes. Called in each of them, alike.
 
@@ -63,12 +75,16 @@ def from_pretrained(
     tp, pp: as in `compile` (1 where not given). Global rank = stage * tp + tp_rank.
     dtype: of the weights ("bfloat16", torch.bfloat16, ...); None or "auto": the checkpoint's own, float32 for GGUF.
     device: "cpu", "cuda" (a device a rank, of those that CUDA_VISIBLE_DEVICES shows); None: CUDA where there is some.
-    hardware, objective, plan: as in `compile`; `plan` may be a file. dump_dir: each rank's graph after each pass.
+    hardware, objective, pin, cuts, max_memory, device_map, plan: as in `compile`; `plan` may be a file.
+    dump_dir: each rank's graph after each pass.
     revision, token, cache_dir, local_files_only: as in transformers' from_pretrained.
     verify: rank 0 proves the programs of all ranks before any runs.
     timeout: seconds to wait for another rank, at the start and ever after.
     rank, world_size, master_addr, master_port: who this process is; torchrun says it by environment variables.
     progress: called with (bytes loaded, bytes in all) after each tensor.
+    cache: where splits are kept, for a start without tracing, planning and slicing: a directory, True (the place that
+        ADX_CACHE names, or one beside the hub's cache), or False; None is what ADX_CACHE says, by default False.
+        An entry takes as much room as the model. Not with `dump_dir`, which is of the passes. See docs/artifact.md.
 
     `.load_report` of the result says what loading took. Raises AutodistError, in one line, on every rank.
     """
@@ -83,47 +99,88 @@ def from_pretrained(
         master_port=master_port,
         timeout_seconds=timeout,
     )
-    # CheckpointError, here and below, comes out on every rank that sees the cause; the watchdog ends the others.
-    checkpoint = resolve(
-        name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
-    options = _Options(
-        mesh=mesh, hardware=hardware, objective=objective, verify=verify, dump_dir=dump_dir, progress=progress
-    )
-    files = [f"{path.name} {path.stat().st_size}" for path in checkpoint.paths]
-    return _distribute(
-        empty_model(checkpoint.config, wanted_dtype(dtype, checkpoint.config)),
-        lambda: open_source(checkpoint),
-        joined,
-        options,
-        facts=files,
-        plan=given,
-        generation_config=checkpoint.generation_config,
-    )
+    where: dict[str, Any] = {
+        "revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only,
+    }  # fmt: skip
+    planning = {
+        "hardware": hardware,
+        "objective": objective,
+        "pin": pin,
+        "cuts": cuts,
+        "max_memory": max_memory,
+        "device_map": device_map,
+    }
+    options = _Options(mesh=mesh, planning=planning, verify=verify, dump_dir=dump_dir, progress=progress)
+
+    def opened() -> tuple[_Rank, GenerationConfig]:
+        # CheckpointError comes out on every rank that sees the cause; the watchdog ends the others.
+        checkpoint = resolve(name, **where)
+        files = [f"{path.name} {path.stat().st_size}" for path in checkpoint.paths]
+        model = empty_model(checkpoint.config, wanted_dtype(dtype, checkpoint.config))
+        return _Rank(model, lambda: open_source(checkpoint), joined, options, files), checkpoint.generation_config
+
+    entry = None if dump_dir is not None else _entry(cache, name, where, dtype, given, options)
+    if entry is not None and not entry.looked_up:
+
+        def share(artifact: Artifact) -> DistributedCausalLM:
+            return artifact.share(joined, lambda names, program: opened()[0].whole_sequences(names, program))
+
+        found = from_cache(entry, joined, share)
+        if found is not None:
+            return found
+    me, generation_config = opened()
+    return _distribute(me, plan=given, generation_config=generation_config, entry=entry)
+
+
+def _entry(
+    cache: bool | str | Path | CacheEntry | None,
+    name: str | Path,
+    where: Mapping[str, Any],
+    dtype: torch.dtype | str | None,
+    plan: PartitionPlan | None,
+    options: _Options,
+) -> CacheEntry | None:
+    """The cache's entry for this split, None without a cache."""
+    if isinstance(cache, CacheEntry):
+        return cache
+    directory = cache_directory(cache)
+    if directory is None:
+        return None
+    asked = {"dtype": str(dtype), "plan": "" if plan is None else plan_to_text(plan), **options.for_compile()}
+    return entry_for(directory, locate(name, **where), asked)
+
+
+def cache_entry(
+    cache: bool | str | Path | None,
+    name: str | Path,
+    *,
+    dtype: str | None,
+    plan: PartitionPlan | None,
+    mesh: Mesh,
+    planning: Mapping[str, Any],
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> CacheEntry | None:
+    """The entry for a split that is asked for like this; None where splits are not kept. `planning`: arguments of
+    compile that say what to plan for."""
+    options = _Options(mesh=mesh, planning=planning, verify=True, dump_dir=None, progress=None)
+    where: dict[str, Any] = {"revision": revision, "token": None, "cache_dir": cache_dir, "local_files_only": None}
+    return _entry(cache, name, where, dtype, plan, options)
 
 
 def distribute(
     model: PreTrainedModel,
     joined: JoinedRank,
     *,
-    hardware: str | Hardware | None,
-    objective: str,
+    planning: Mapping[str, Any],
     verify: bool,
     dump_dir: str | Path | None,
 ) -> DistributedCausalLM:
-    """The share of `joined` in a model that every rank has in memory; see CompiledModel.to_distributed."""
-    options = _Options(
-        mesh=joined.mesh, hardware=hardware, objective=objective, verify=verify, dump_dir=dump_dir, progress=None
-    )
-    return _distribute(
-        model,
-        lambda: ModuleSource(model),
-        joined,
-        options,
-        facts=(),
-        plan=None,
-        generation_config=model.generation_config,
-    )
+    """The share of `joined` in a model that every rank has in memory; see CompiledModel.to_distributed. `planning`:
+    arguments of compile that say what to plan for."""
+    options = _Options(mesh=joined.mesh, planning=planning, verify=verify, dump_dir=dump_dir, progress=None)
+    me = _Rank(model, lambda: ModuleSource(model), joined, options, facts=())
+    return _distribute(me, plan=None, generation_config=model.generation_config)
 
 
 def mesh_of(plan: PartitionPlan | None, tp: int | None, pp: int | None) -> Mesh:
@@ -155,81 +212,121 @@ def wanted_dtype(dtype: torch.dtype | str | None, config: PretrainedConfig) -> t
 def compile_for_generation(model: PreTrainedModel | PretrainedConfig, **options: Any) -> CompiledModel:
     """`compile` with a KV cache, and logits of the last position only where the model offers that."""
     shape = empty_model(model) if isinstance(model, PretrainedConfig) else model
-    accepted = inspect.signature(shape.forward).parameters
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    return compile(shape, use_cache=True, concrete_args=last_only, **options)
+    return compile(shape, use_cache=True, concrete_args=generation_arguments(shape), **options)
+
+
+def generation_arguments(model: PreTrainedModel) -> dict[str, object]:
+    """What forward is told while generating, beside its inputs."""
+    accepted = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
 
 @dataclass(frozen=True, slots=True)
 class _Options:
     mesh: Mesh
-    hardware: str | Hardware | None
-    objective: str
+    planning: Mapping[str, Any]  # hardware, objective, pin, ...: as compile takes them
     verify: bool
     dump_dir: str | Path | None
     progress: Callable[[int, int], None] | None
 
-    @property
-    def for_compile(self) -> dict[str, Any]:
+    def for_compile(self, plan: PartitionPlan | None = None) -> dict[str, Any]:
         """verify=False: emitting other ranks' programs is rank 0's work alone."""
-        keywords = {"hardware": self.hardware, "objective": self.objective, "verify": False, "dump_dir": self.dump_dir}
-        return {"tp": self.mesh.tp, "pp": self.mesh.pp, **keywords}
+        planning = self.planning if plan is None else {"plan": plan, "hardware": self.planning["hardware"]}
+        return {"tp": self.mesh.tp, "pp": self.mesh.pp, **planning, "verify": False, "dump_dir": self.dump_dir}
 
 
-def _distribute(
-    model: PreTrainedModel,
-    open_weights: Callable[[], WeightSource],
-    joined: JoinedRank,
-    options: _Options,
-    *,
-    facts: Sequence[str],
-    plan: PartitionPlan | None,
-    generation_config: GenerationConfig | None,
-) -> DistributedCausalLM:
-    """`model` says how names are tied and called, and holds the buffers that no checkpoint has; it may be on meta."""
-    def agreed(compiled: CompiledModel) -> RankProgram:
-        check = compiled.verify if options.verify else None
-        program = compiled.program(joined.rank)
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    """What makes this process's programs. `model` says how names are tied and called, and holds the buffers that no
+    checkpoint has; it may be on meta."""
+
+    model: PreTrainedModel
+    open_weights: Callable[[], WeightSource]
+    joined: JoinedRank
+    options: _Options
+    facts: Sequence[str]
+
+    def agreed(self, compiled: CompiledModel) -> RankProgram:
+        check = compiled.verify if self.options.verify else None
+        program = compiled.program(self.joined.rank)
         plans = [p for p in (compiled.prompt_plan, compiled.plan) if p is not None]
-        facts_of_all = [*map(plan_to_text, plans), *facts]
-        agree(joined.communicator, joined.rank, options.mesh.size, facts_of_all, check=check)
+        facts_of_all = [*map(plan_to_text, plans), *self.facts]
+        agree(self.joined.communicator, self.joined.rank, self.options.mesh.size, facts_of_all, check=check)
         return program
 
-    def load(compiled: CompiledModel, program: RankProgram) -> LoadReport:
-        source = open_weights()
+    def load(self, compiled: CompiledModel, program: RankProgram) -> LoadReport:
+        source = self.open_weights()
         try:
-            return load_rank(
-                program,
+            return load_program(
+                self.model,
                 source,
-                device=joined.device,
-                buffers=_buffers(compiled, model, source),
-                base_model_prefix=model.base_model_prefix,
-                tied=_tied(model),
-                key_mapping=getattr(model, "_checkpoint_conversion_mapping", None),
-                requires_grad=False,  # these graphs are for inference: nothing to record
-                progress=options.progress,
+                compiled.buffers,
+                program,
+                device=self.joined.device,
+                progress=self.options.progress,
             )
         finally:
             source.close()
 
-    main = compile_for_generation(model, plan=plan, **options.for_compile)
-    program = agreed(main)
-    report = load(main, program)
-
-    def whole_sequences(input_names: tuple[str, ...]) -> RankProgram:
-        compiled = compile(model, use_cache=False, input_names=input_names, **options.for_compile)
-        other = agreed(compiled)
-        left = share_weights(program, other)
+    def whole_sequences(self, input_names: tuple[str, ...], beside: RankProgram) -> RankProgram:
+        """The program for whole sequences of these inputs, with the weights of `beside` where both hold them alike."""
+        compiled = compile(self.model, use_cache=False, input_names=input_names, **self.options.for_compile())
+        program = self.agreed(compiled)
+        left = share_weights(beside, program)
         if left.param_shards:  # slices that this layout has and the other has not
-            load(compiled, left)
-        other.graph_module.eval()
-        return other
+            self.load(compiled, left)
+        program.graph_module.eval()
+        return program
 
+
+def load_program(
+    model: PreTrainedModel,
+    source: WeightSource,
+    buffers: Mapping[str, torch.Tensor],
+    program: RankProgram,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadReport:
+    """Fill a program of `model` from a checkpoint; `buffers` are those of its graphs. For inference: no gradients."""
+    return load_rank(
+        program,
+        source,
+        device=device,
+        buffers=_missing_buffers(buffers, model, source),
+        base_model_prefix=model.base_model_prefix,
+        tied=_tied(model),
+        key_mapping=getattr(model, "_checkpoint_conversion_mapping", None),
+        requires_grad=False,
+        progress=progress,
+    )
+
+
+def _distribute(
+    me: _Rank,
+    *,
+    plan: PartitionPlan | None,
+    generation_config: GenerationConfig | None,
+    entry: CacheEntry | None = None,
+) -> DistributedCausalLM:
+    """Compiled, agreed upon and loaded; kept in the cache where there is an entry for it."""
+    model, joined, mesh = me.model, me.joined, me.options.mesh
+    main = compile_for_generation(model, **me.options.for_compile(plan))
+    if plan is not None:  # what it was made for holds for whole sequences, too, which get a plan of their own
+        me = replace(me, options=replace(me.options, planning=options_of(plan)))
+    program = me.agreed(main)
+    report = me.load(main, program)
     encoder, prompt = main.encoder_program(joined.rank), main.prompt_program(joined.rank)
     other = encoder or prompt
     if other is not None:
-        report = _load_beside(program, other, lambda left: load(main, left), report)
+        report = _load_beside(program, other, lambda left: me.load(main, left), report)
+    if entry is not None:
+        _keep(entry, joined, main, generation_config)
     given = program, joined.communicator, main.config, generation_config
+
+    def make_program(input_names: tuple[str, ...]) -> RankProgram:
+        return me.whole_sequences(input_names, program)
+
     split: DistributedCausalLM
     if encoder is not None:
         split_class = seq2seq_class(type(model))
@@ -241,20 +338,40 @@ def _distribute(
             skeleton=None if split_class is DistributedSeq2SeqLM else meta_copy(model),
         )
     elif prompt is not None:
-        column = [options.mesh.rank(stage, program.tp_rank) for stage in range(options.mesh.pp)]
+        column = [mesh.rank(stage, program.tp_rank) for stage in range(mesh.pp)]
         split = DistributedOwnCacheLM(
             *given,
             device=joined.device,
-            make_program=whole_sequences,
+            make_program=make_program,
             prompt=prompt,
             prompts=[cast(RankProgram, main.prompt_program(rank)) for rank in column],
             steps=[main.program(rank) for rank in column],
         )
     else:
-        split = TwoGraphCausalLM(*given, device=joined.device, make_program=whole_sequences)
+        split = TwoGraphCausalLM(*given, device=joined.device, make_program=make_program)
     split.plan = main.plan
     split.load_report = report
     return split
+
+
+def _keep(
+    entry: CacheEntry, joined: JoinedRank, main: CompiledModel, generation_config: GenerationConfig | None
+) -> None:
+    """What this rank has, loaded, goes into the cache; a model with an op that no file can hold does not."""
+    parts = named_parts(main.variants)
+    programs = [(part, part.variant.programs[joined.rank]) for part in parts]
+
+    def write(staging: Staging) -> None:
+        if joined.rank == 0:
+            write_common(
+                staging, parts, main.plan, main.shape, generation_config, entry.tokenizer, main.always
+            )
+        write_rank(staging, joined.rank, programs)
+
+    def end(staging: Staging, files: Mapping[str, FileRecord], key: str) -> None:
+        finish(staging, parts, main.plan, files, key)
+
+    keep(entry, joined, sum(program.weight_bytes for _, program in programs), write, end)
 
 
 def _load_beside(
@@ -274,9 +391,10 @@ def _load_beside(
     )
 
 
-def _buffers(compiled: CompiledModel, model: PreTrainedModel, source: WeightSource) -> Mapping[str, torch.Tensor]:
+def _missing_buffers(
+    values: Mapping[str, torch.Tensor], model: PreTrainedModel, source: WeightSource
+) -> Mapping[str, torch.Tensor]:
     """Real values by name of what the checkpoint lacks: non-persistent buffers, and constants of the graph."""
-    values = compiled.buffers
     saved = set(values) & model.state_dict().keys()
     found = resolve_names(saved, source.names(), base_model_prefix=model.base_model_prefix) if saved else {}
     return {name: value for name, value in values.items() if name not in found and not value.is_meta}
@@ -290,5 +408,7 @@ def _tied(model: PreTrainedModel) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-__all__ = ["compile_for_generation", "distribute", "from_pretrained", "mesh_of", "wanted_dtype"]
+__all__ = [
+    "cache_entry", "compile_for_generation", "distribute", "from_pretrained", "load_program", "mesh_of", "wanted_dtype",
+]  # fmt: skip
 

@@ -23,7 +23,8 @@ def subplan(plan: PartitionPlan, graph: OpGraph, fingerprint: str) -> PartitionP
             params.append(replace(param, stages=stages))
     by_name = {op.name: op for op in ops}
     hops = tuple(hop for hop in plan.hops if _is_wanted(hop, plan, graph, by_name))
-    return replace(plan, fingerprint=fingerprint, ops=ops, params=tuple(params), hops=hops)
+    # what other cuts would cost is of the whole
+    return replace(plan, fingerprint=fingerprint, ops=ops, params=tuple(params), hops=hops, cuts=())
 
 
 def _computed(graph: OpGraph):  # type: ignore[no-untyped-def]

@@ -7,23 +7,25 @@ Starts the ranks itself, on this machine. Under torchrun it is one of them inste
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import transformers
+from transformers import PreTrainedTokenizerBase
 
-from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, compile_for
+from autodist_fx.artifact.cache import ENVIRONMENT, CacheEntry, from_cache
+from autodist_fx.artifact.load import Artifact
+from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, planning_options
 from autodist_fx.cli.generation import Answer, TimedStreamer, encode, split_answers
 from autodist_fx.errors import AutodistError
-from autodist_fx.pretrained import from_pretrained, mesh_of, wanted_dtype
 from autodist_fx.runtime.launch import launch_local
-from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, choose_device, started_by_torchrun
-from autodist_fx.weights.checkpoint import load_tokenizer
-from autodist_fx.weights.resolve import resolve
+from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, choose_device, join, started_by_torchrun
 from cost_model.mesh import Mesh
 from cost_model.plan import PartitionPlan
 
@@ -44,7 +46,13 @@ _SAMPLING: tuple[tuple[str, Any, str], ...] = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_model_arguments(parser, required=False)
+    saved = parser.add_argument_group("splits on disk")
+    saved.add_argument("--artifact", metavar="DIR", help="run what `autodist-fx compile --out DIR` wrote; no --model")
+    saved.add_argument("--no-cache", action="store_true", help="neither use nor keep a split of --model (ADX_CACHE)")
+    # From the process that starts the ranks, to all of them alike.
+    saved.add_argument("--cache-entry", help=argparse.SUPPRESS)
+    saved.add_argument("--cached", action="store_true", help=argparse.SUPPRESS)
     text = parser.add_argument_group("the text")
     text.add_argument("--prompt", metavar="TEXT", help="one prompt; its answer is streamed")
     text.add_argument("--batch-file", metavar="FILE", help="one prompt a line, answered together")
@@ -72,11 +80,10 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     if args.rank is None and (args.world_size, args.master_addr, args.master_port) != (None, None, None):
         raise AutodistError("--world-size, --master-addr and --master-port say where --rank R belongs: add --rank")
-    plan = PartitionPlan.load(args.plan) if args.plan else None
-    mesh = mesh_of(plan, args.tp, args.pp)
-    if args.rank is None and not started_by_torchrun() and mesh.size > 1:
-        return _start_ranks(args, prompts, mesh)
-    _generate(args, prompts, plan, mesh)
+    source: _Source = _Saved(args, Artifact(args.artifact)) if args.artifact else _Checkpoint(args)
+    if args.rank is None and not started_by_torchrun() and source.mesh.size > 1:
+        return _start_ranks(args, prompts, source)
+    _generate(args, prompts, source)
     return 0
 
 
@@ -95,49 +102,157 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _start_ranks(args: argparse.Namespace, prompts: list[str], mesh: Mesh) -> int:
-    """Look at everything and plan here, once: what is wrong is then said once, and the ranks need not search."""
-    choose_device(args.device, mesh.size - 1, mesh.size)
-    checkpoint = resolve(args.model, revision=args.revision, cache_dir=args.cache_dir)
-    encode(load_tokenizer(checkpoint), prompts, chat=not args.no_chat_template)
-    compiled = compile_for(args, checkpoint.config, wanted_dtype(args.dtype, checkpoint.config))
-    with tempfile.TemporaryDirectory(prefix="autodist-fx-") as directory:
-        plan_file = str(Path(directory) / "plan.json")
-        compiled.plan.save(plan_file)
-        # The last --plan counts.
-        return launch_local(
-            [sys.executable, "-m", "autodist_fx.cli.main", *args.argv, "--plan", plan_file], mesh.size
+class _Source(Protocol):
+    """Where the ranks' programs come from."""
+
+    mesh: Mesh
+
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    def share(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """This process's rank of the model."""
+
+    def for_ranks(self, scratch: Path) -> list[str]:
+        """Look at everything, once, so that what is wrong is said once; further arguments for the ranks."""
+
+
+class _Saved:
+    """An artifact, or an entry of the cache."""
+
+    def __init__(self, args: argparse.Namespace, artifact: Artifact) -> None:
+        self.args, self.artifact, self.mesh = args, artifact, artifact.mesh
+        if (args.model or args.plan) and args.artifact:
+            raise AutodistError("--artifact holds the model and its plan: leave --model and --plan out")
+        if (args.tp or self.mesh.tp, args.pp or self.mesh.pp) != (self.mesh.tp, self.mesh.pp):
+            raise AutodistError(f"{artifact.directory} is split for {self.mesh}: leave --tp and --pp out")
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return _right_if(self.artifact.tokenizer(), self.artifact.config.is_encoder_decoder)
+
+    def share(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        args = self.args
+        return self.artifact.to_distributed(device=args.device, timeout=_timeout(args), **_place(args))
+
+    def for_ranks(self, scratch: Path) -> list[str]:
+        return []
+
+
+class _Checkpoint:
+    """A model as --model names it; by way of the cache, if there is one."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        if args.model is None:
+            raise AutodistError("name a model with --model, or a split on disk with --artifact")
+        self.args = args
+        self.plan = PartitionPlan.load(args.plan) if args.plan else None
+        self.mesh = Mesh(args.tp or 1, args.pp or 1)
+        self.entry: CacheEntry | None = None
+        if args.cached:
+            self.entry = CacheEntry(Path(args.cache_entry))
+            return
+        from autodist_fx.pretrained import cache_entry, mesh_of
+
+        self.mesh = mesh_of(self.plan, args.tp, args.pp)
+        if args.cache_entry:
+            self.entry = CacheEntry(Path(args.cache_entry))
+        elif not (args.no_cache or args.dump_dir or os.environ.get(ENVIRONMENT) == "0"):
+            self.entry = cache_entry(
+                True,
+                args.model,
+                dtype=args.dtype,
+                plan=self.plan,
+                mesh=self.mesh,
+                planning=planning_options(args),
+                revision=args.revision,
+                cache_dir=args.cache_dir,
+            )
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.entry is not None and self.entry.is_there:
+            with contextlib.suppress(AutodistError):  # a damaged entry is dealt with when the ranks read it
+                kept = Artifact(self.entry.path)
+                return _right_if(kept.tokenizer(), kept.config.is_encoder_decoder)
+        from autodist_fx.weights.checkpoint import load_tokenizer
+
+        checkpoint = self._resolve()
+        return _right_if(load_tokenizer(checkpoint), checkpoint.config.is_encoder_decoder)
+
+    def share(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        args, entry = self.args, self.entry
+        if args.cached and entry is not None:
+            joined = join(self.mesh, device=args.device, timeout_seconds=_timeout(args))
+            found = from_cache(entry, joined, lambda kept: kept.share(joined))
+            if found is not None:
+                return found
+            joined.close()
+        from autodist_fx.pretrained import from_pretrained
+
+        return from_pretrained(
+            args.model,
+            tp=self.mesh.tp,
+            pp=self.mesh.pp,
+            dtype=args.dtype,
+            device=args.device,
+            **({} if self.plan is not None else planning_options(args)),
+            plan=self.plan,
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+            verify=not args.no_verify,
+            dump_dir=args.dump_dir,
+            timeout=_timeout(args),
+            cache=False if entry is None else CacheEntry(entry.path, tokenizer, looked_up=args.cached),
+            **_place(args),
         )
 
+    def for_ranks(self, scratch: Path) -> list[str]:
+        further = [] if self.entry is None else ["--cache-entry", str(self.entry.path)]
+        if self.entry is not None and self.entry.is_there:
+            return [*further, "--cached"]
+        from autodist_fx.cli.arguments import compile_for
+        from autodist_fx.pretrained import wanted_dtype
 
-def _generate(args: argparse.Namespace, prompts: list[str], plan: PartitionPlan | None, mesh: Mesh) -> None:
+        config = self._resolve().config
+        plan_file = scratch / "plan.json"
+        compile_for(self.args, config, wanted_dtype(self.args.dtype, config)).plan.save(plan_file)
+        return [*further, "--plan", str(plan_file)]  # planned here, the ranks need not search; the last --plan counts
+
+    def _resolve(self) -> Any:
+        from autodist_fx.weights.resolve import resolve
+
+        return resolve(self.args.model, revision=self.args.revision, cache_dir=self.args.cache_dir)
+
+
+def _right_if(tokenizer: PreTrainedTokenizerBase, has_encoder: bool) -> PreTrainedTokenizerBase:
+    if has_encoder:
+        tokenizer.padding_side = "right"  # an encoder counts its positions from the left
+    return tokenizer
+
+
+def _timeout(args: argparse.Namespace) -> float:
+    return args.timeout or (DEFAULT_TIMEOUT_SECONDS if args.rank is None else _DAY)
+
+
+def _place(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("rank", "world_size", "master_addr", "master_port")
+    return {name: getattr(args, name) for name in names}
+
+
+def _start_ranks(args: argparse.Namespace, prompts: list[str], source: _Source) -> int:
+    choose_device(args.device, source.mesh.size - 1, source.mesh.size)
+    encode(source.tokenizer(), prompts, chat=not args.no_chat_template)
+    with tempfile.TemporaryDirectory(prefix="autodist-fx-") as directory:
+        further = source.for_ranks(Path(directory))
+        command = [sys.executable, "-m", "autodist_fx.cli.main", *args.argv, *further]
+        return launch_local(command, source.mesh.size)
+
+
+def _generate(args: argparse.Namespace, prompts: list[str], source: _Source) -> None:
     """This process is a rank."""
     began = time.perf_counter()
     # First, since a prompt that cannot be encoded should not wait for the weights.
-    checkpoint = resolve(args.model, revision=args.revision, cache_dir=args.cache_dir)
-    tokenizer = load_tokenizer(checkpoint)
-    if checkpoint.config.is_encoder_decoder:
-        tokenizer.padding_side = "right"  # an encoder counts its positions from the left
+    tokenizer = source.tokenizer()
     inputs = encode(tokenizer, prompts, chat=not args.no_chat_template)
-    model = from_pretrained(
-        args.model,
-        tp=mesh.tp,
-        pp=mesh.pp,
-        dtype=args.dtype,
-        device=args.device,
-        hardware=args.hardware,
-        objective=args.objective,
-        plan=plan,
-        revision=args.revision,
-        cache_dir=args.cache_dir,
-        verify=not args.no_verify,
-        dump_dir=args.dump_dir,
-        timeout=args.timeout or (DEFAULT_TIMEOUT_SECONDS if args.rank is None else _DAY),
-        rank=args.rank,
-        world_size=args.world_size,
-        master_addr=args.master_addr,
-        master_port=args.master_port,
-    )
+    mesh, model = source.mesh, source.share(tokenizer)
     load_seconds = time.perf_counter() - began
     speaks = model.rank == 0 or args.rank is not None
     streams = speaks and not args.json and len(prompts) == 1 and (args.num_beams or 1) == 1
@@ -199,7 +314,7 @@ def _as_dict(
 ) -> dict[str, Any]:
     report = model.load_report
     return {
-        "model": args.model,
+        "model": args.model or args.artifact,
         "tp": mesh.tp,
         "pp": mesh.pp,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,8 +33,7 @@ def agree(
     mine = hashlib.sha256("\0".join(facts).encode()).digest()
     if rank != 0:
         communicator.send(_tensor(mine), 0, _CHANNEL)
-        length = int(communicator.recv((1,), torch.long, "cpu", 0, _CHANNEL)[0])
-        verdict = _bytes(communicator.recv((length,), torch.uint8, "cpu", 0, _CHANNEL)).decode() if length else ""
+        verdict = _receive(communicator, 0)
         if verdict:
             raise _error(verdict)
         return
@@ -53,13 +53,34 @@ def agree(
             check()
         except AutodistError as error:
             failure = error
-    text = b"" if failure is None else f"{type(failure).__name__}: {failure}".encode()
     for other in others:
-        communicator.send(torch.tensor([len(text)]), other, _CHANNEL)
-        if text:
-            communicator.send(_tensor(text), other, _CHANNEL)
+        _send(communicator, "" if failure is None else f"{type(failure).__name__}: {failure}", other)
     if failure is not None:
         raise failure
+
+
+def everyone(communicator: Communicator, rank: int, world_size: int, text: str) -> list[str]:
+    """Every rank's `text`, by rank. Called on every rank; through rank 0."""
+    if rank != 0:
+        _send(communicator, text, 0)
+        texts: list[str] = json.loads(_receive(communicator, 0))
+        return texts
+    texts = [text, *(_receive(communicator, other) for other in range(1, world_size))]
+    for other in range(1, world_size):
+        _send(communicator, json.dumps(texts), other)
+    return texts
+
+
+def _send(communicator: Communicator, text: str, to: int) -> None:
+    data = text.encode()
+    communicator.send(torch.tensor([len(data)]), to, _CHANNEL)
+    if data:
+        communicator.send(_tensor(data), to, _CHANNEL)
+
+
+def _receive(communicator: Communicator, source: int) -> str:
+    length = int(communicator.recv((1,), torch.long, "cpu", source, _CHANNEL)[0])
+    return _bytes(communicator.recv((length,), torch.uint8, "cpu", source, _CHANNEL)).decode() if length else ""
 
 
 def _error(verdict: str) -> AutodistError:

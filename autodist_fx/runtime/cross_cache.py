@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from autodist_fx.cache_kinds import CROSS
 from autodist_fx.runtime.local_cache import SplitCache
-from autodist_fx.tracing.cross_cache import CROSS
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from transformers import DynamicCache, PretrainedConfig
 
-from autodist_fx.tracing.cross_cache import CROSS, one_cache
+from autodist_fx.cache_kinds import CROSS, one_cache
 from passes.program import RankProgram
 
 C = TypeVar("C", bound=DynamicCache)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from autodist_fx.cache_kinds import STATE_PREFIX
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.local_cache import SplitCache
 from autodist_fx.runtime.two_graphs import TwoGraphCausalLM
-from autodist_fx.tracing import STATE_PREFIX
 from passes.comm_ops import using
 from passes.program import RankProgram
 

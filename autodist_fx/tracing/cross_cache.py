@@ -15,12 +15,11 @@ import torch
 import torch.fx
 from torch.fx import Node
 from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from autodist_fx.cache_kinds import CROSS
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, layer_kinds
 
-CROSS = "cross"
 PARTS = ("self_attention_cache", "cross_attention_cache")  # of an EncoderDecoderCache
 # Methods that take a layer's number, and its position among the arguments.
 _LAYER_ARGUMENT = {"update": 3, "get_seq_length": 1, "get_mask_sizes": 2}
@@ -61,15 +60,6 @@ def both_kinds(config: PretrainedConfig, count: int) -> tuple[str, ...]:
     own = _own_kinds(config)
     of_window = any(":" in kind for kind in own)
     return tuple(CROSS if i % 2 else own[i // 2] if of_window else "full" for i in range(count))
-
-
-def one_cache(kinds: Sequence[str], cache_class: type[DynamicCache] = DynamicCache) -> DynamicCache:
-    """An empty cache with a layer for each kind."""
-    cache = cache_class()
-    for kind in kinds:
-        name, _, window = kind.partition(":")
-        cache.layers.append(DynamicSlidingWindowLayer(sliding_window=int(window)) if window else DynamicLayer())
-    return cache
 
 
 def merge_caches(graph: torch.fx.Graph) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
+from autodist_fx.cache_kinds import CROSS, one_cache
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, new_cache
-from autodist_fx.tracing.cross_cache import CROSS, both_kinds, model_cache, one_cache
+from autodist_fx.tracing.cross_cache import both_kinds, model_cache
 from autodist_fx.tracing.input_forms import InputForm
 from autodist_fx.tracing.input_shapes import input_dims, patches_demanded
 from autodist_fx.tracing.states import StateTensor

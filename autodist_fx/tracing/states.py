@@ -22,7 +22,8 @@ from torch import nn
 from torch.fx import Proxy
 from transformers import PretrainedConfig, PreTrainedModel
 
-PREFIX = "state_"
+from autodist_fx.cache_kinds import STATE_PREFIX as PREFIX
+
 _TOKENS = 3  # of the made-up prompt that the model prepares its inputs for
 
 

@@ -67,6 +67,11 @@ class TracedModel:
                     f"them, or set image_size in the model's config before compiling"
                 )
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of one image, [channels, height, width]; () for a model without."""
+        return self._examples.image_shape
+
     def forms(self) -> dict[str, InputForm]:
         """Of each input of the graph, but the cache."""
         found = {name: self._examples.form(name) for name in self.input_names}

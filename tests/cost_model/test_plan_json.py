@@ -111,7 +111,7 @@ def plans(draw):
         ops.append(OpPlan(
             f"op{i}", draw(names), draw(st.sampled_from(at)), at, inputs, outputs, gather, draw(names | st.just("")),
             draw(st.sampled_from(roles or ["", "column", "row", "vocab", "replicate"])), draw(names | st.just("")),
-            draw(names | st.just("")), input_layouts, output_layouts, draw(seconds), draw(seconds),
+            draw(names | st.just("")), input_layouts, output_layouts, draw(seconds), draw(seconds), draw(counts),
             choice if roles else -1,
         ))  # fmt: skip
     params = []
@@ -187,7 +187,7 @@ MISTAKES = {
     "ops[4].inputs[1]: not a placement: 'S(00)'": _set("ops", 4, "inputs", 1, to="S(00)"),
     "ops[4].inputs[1]: not a placement: 3": _set("ops", 4, "inputs", 1, to=3),
     "ops[4].outputs: expected a list, got a text": _set("ops", 4, "outputs", to="R"),
-    "ops[4].colour: unknown field; known are choice, comm_seconds,": _set("ops", 4, "colour", to="red"),
+    "ops[4].colour: unknown field; known are choice, comm_bytes,": _set("ops", 4, "colour", to="red"),
     "ops[4].kind: missing": _del("ops", 4, "kind"),
     "ops[4].kind: expected a text, got null": _set("ops", 4, "kind", to=None),
     "ops[4].home: 2 is out of range (0 to 1)": _set("ops", 4, "home", to=2),
@@ -221,7 +221,10 @@ MISTAKES = {
     "cuts[0].options[1].op: no op named 'gone'": _set("cuts", 0, "options", 1, "op", to="gone"),
     "cuts[0].options[1].before_seconds: missing": _del("cuts", 0, "options", 1, "before_seconds"),
     "stages[0].workspace_bytes: missing": _del("stages", 0, "workspace_bytes"),
-    "params[1].placement: a parameter is R or S(<dim>), never P": _set("params", 1, "placement", to="P"),
+    "params[1].placement: a parameter is R, S(<dim>), D(<dim>) or O(<rank>), never P": (
+        _set("params", 1, "placement", to="P")
+    ),
+    "params[1].placement: O(7) names no tp rank": _set("params", 1, "placement", to="O(7)"),
     "params[1].placement: S(2) of a tensor with 2 dims": _set("params", 1, "placement", to="S(2)"),
     "params[1].layout: layout 1 is of 1536 elements, the dim has 576": _set("params", 1, "layout", to=1),
     "params[1].shape[0]: -1 is out of range (0 or more)": _set("params", 1, "shape", 0, to=-1),

@@ -1,0 +1,59 @@
+"""Write a split to disk: the plan, every rank's graph and weights, config and tokenizer, for `run --artifact`.
+
+Needs the checkpoint; running it afterwards does not. One rank's weights are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from autodist_fx.artifact.save import refuse_foreign, save_compiled
+from autodist_fx.cli.arguments import add_model_arguments, be_quiet, compile_for
+from autodist_fx.errors import CheckpointError
+from autodist_fx.pretrained import load_program, wanted_dtype
+from autodist_fx.variant import Variant
+from autodist_fx.weights.checkpoint import load_tokenizer, open_source
+from autodist_fx.weights.resolve import resolve
+from passes.program import RankProgram
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="an artifact that is there already is replaced")
+    parser.add_argument("--no-verify", action="store_true", help="do not prove the ranks' programs first")
+
+
+def run(args: argparse.Namespace) -> int:
+    be_quiet()
+    began, out = time.perf_counter(), Path(args.out).expanduser()
+    refuse_foreign(out)
+    checkpoint = resolve(args.model, revision=args.revision, cache_dir=args.cache_dir)
+    compiled = compile_for(args, checkpoint.config, wanted_dtype(args.dtype, checkpoint.config))
+    compiled.verifies = not args.no_verify
+    if compiled.verifies:
+        compiled.verify()
+    try:
+        tokenizer = load_tokenizer(checkpoint)
+    except CheckpointError:
+        tokenizer = None  # not every model reads text
+    source, model = open_source(checkpoint), compiled.shape
+
+    def load(variant: Variant, program: RankProgram) -> None:
+        buffers = dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))
+        load_program(model, source, buffers, program)
+        program.graph_module.eval()
+
+    try:
+        save_compiled(
+            compiled, out, load, generation_config=checkpoint.generation_config, tokenizer=tokenizer
+        )
+    finally:
+        source.close()
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(
+        f"{compiled.plan.model} on {compiled.mesh}: {size / 2**20:.0f} MiB written to {args.out} in "
+        f"{time.perf_counter() - began:.1f} s"
+    )
+    return 0
