@@ -42,7 +42,8 @@ def test_a_second_start_does_not_compile_and_gives_the_same(llama: Path, tmp_pat
     (entry,) = (tmp_path / "cache").iterdir()
     assert read_manifest(entry).key == entry.name
     split = adx.from_pretrained(llama, device="cpu", cache=tmp_path / "cache")
-    expected = adx.from_pretrained(llama, device="cpu")(IDS).logits  # a graph that is not kept: made from the checkpoint
+    # a graph that is not kept: made from the checkpoint
+    expected = adx.from_pretrained(llama, device="cpu")(IDS).logits
     assert torch.equal(split(IDS).logits, expected)
 
 
