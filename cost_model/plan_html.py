@@ -18,11 +18,11 @@ STYLE = """
 .adx-plan p{margin:.15em 0}
 .adx-plan summary{cursor:pointer;font-weight:600;margin-top:.5em}
 .adx-plan .adx-scroll{overflow-x:auto}
-.adx-plan table{border-collapse:collapse;margin:.35em 0;font-variant-numeric:tabular-nums}
+.adx-plan table{border-collapse:collapse;margin:.35em 0;font-size:inherit;font-variant-numeric:tabular-nums}
 .adx-plan th,.adx-plan td{padding:.15em .7em;text-align:right;vertical-align:top;background:none;
-white-space:normal;overflow-wrap:anywhere;border:0;border-bottom:1px solid rgba(128,128,128,.3)}
+white-space:nowrap;border:0;border-bottom:1px solid rgba(128,128,128,.3)}
 .adx-plan th{font-weight:600}
-.adx-plan .adx-left{text-align:left}
+.adx-plan .adx-left{text-align:left;white-space:normal;overflow-wrap:break-word;max-width:28em}
 """
 
 

@@ -6,7 +6,10 @@
      "layouts": [{"size": 9, "parts": [[[0, 5]], [[5, 9]]]}],
      "choices": [[{"role": "column"}, {"role": "row", "seconds": 2.4e-05}, {"role": "replicate", ...}]],
      "hops": [...], "stages": [...], "cuts": [...],
-     "one_device_seconds": 0.39, "device_memory_bytes": 8589934592, "warnings": []}
+     "one_device_seconds": 0.39, "device_memory_bytes": 8589934592, "warnings": [],
+     "request": {"pins": {"*.q_proj": "replicate"}, "cuts": ["model.layers.12"], "max_memory": [], "device_map": []}}
+
+`request` is what to edit by hand: `autodist-fx plan --from plan.json` makes the plan anew from it.
 
 Fields have the names of plan.py; plan.schema.json (JSON Schema 2020-12) beside this file says what each is. To keep
 large plans small, some are left out where they say nothing:
@@ -15,7 +18,7 @@ large plans small, some are left out where they say nothing:
              gather          when no output is gathered
              letter, role, module, weight                when empty
              input_layouts, output_layouts, choice       when all are -1
-             compute_seconds, comm_seconds               when 0
+             compute_seconds, comm_seconds, comm_bytes   when 0
     choices  seconds, weight_bytes                       when 0
              impossible                                  when empty
     params   layout -1, stages of one: written out; there are few
@@ -92,6 +95,12 @@ def plan_to_dict(plan: PartitionPlan) -> dict[str, Any]:
         "one_device_seconds": plan.one_device_seconds,
         "device_memory_bytes": plan.device_memory_bytes,
         "warnings": list(plan.warnings),
+        "request": {
+            "pins": dict(plan.request.pins),
+            "cuts": list(plan.request.cuts),
+            "max_memory": list(plan.request.max_memory),
+            "device_map": [{"hardware": d.hardware, "memory": d.memory} for d in plan.request.device_map],
+        },
     }  # fmt: skip
 
 
@@ -110,9 +119,9 @@ def _op_to_dict(op: OpPlan) -> dict[str, Any]:
         data["input_layouts"] = list(op.input_layouts)
     if op.output_layouts != (-1,) * len(op.outputs):
         data["output_layouts"] = list(op.output_layouts)
-    for key, seconds in (("compute_seconds", op.compute_seconds), ("comm_seconds", op.comm_seconds)):
-        if seconds:
-            data[key] = seconds
+    for key in ("compute_seconds", "comm_seconds", "comm_bytes"):
+        if number := getattr(op, key):
+            data[key] = number
     if op.choice >= 0:
         data["choice"] = op.choice
     return data

@@ -19,7 +19,7 @@ _SHORT = {
 
 def graph_text(module: torch.fx.GraphModule) -> str:
     """Every node with its type, target and arguments. Shapes are those of the whole tensors."""
-    return "\n".join(_line(module, node) for node in module.graph.nodes)
+    return "\n".join(node_text(module, node) for node in module.graph.nodes)
 
 
 def graph_diff(before: torch.fx.GraphModule, after: torch.fx.GraphModule, *, context: int = 3) -> str:
@@ -35,23 +35,42 @@ def graph_diff(before: torch.fx.GraphModule, after: torch.fx.GraphModule, *, con
     return "\n".join(lines)
 
 
-def _line(module: torch.fx.GraphModule, node: torch.fx.Node) -> str:
+def node_text(module: torch.fx.GraphModule, node: torch.fx.Node, named: bool = True) -> str:
+    """One node's line. Without `named`, the nodes that it reads are all called "_"."""
+
+    def text(value: Any) -> str:
+        return _value(value) if named else _value(torch.fx.node.map_arg(value, lambda read: _ANY))
+
     if node.op == "output":
-        return f"return {_value(node.args[0])}"
+        return f"return {text(node.args[0])}"
     kind = _type(node)
     left = f"{node.name}{' : ' + kind if kind else ''}"
     if node.op == "placeholder":
         return f"{left} = input"
     if node.op == "get_attr":
         return f"{left} = {node.target}"
-    arguments = ", ".join([*(_value(a) for a in node.args), *(f"{k}={_value(v)}" for k, v in node.kwargs.items())])
+    arguments = ", ".join([*(text(a) for a in node.args), *(f"{k}={text(v)}" for k, v in node.kwargs.items())])
     if node.op == "call_module":
         called = module.get_submodule(str(node.target))
         return f"{left} = {node.target}({arguments})  # {_module(called)}"
-    name = getattr(node.target, "__name__", str(node.target))
-    if node.op == "call_method":
-        name = f".{node.target}"
-    return f"{left} = {name}({arguments})"
+    return f"{left} = {'.' if node.op == 'call_method' else ''}{node_kind(module, node)}({arguments})"
+
+
+def node_kind(module: torch.fx.GraphModule, node: torch.fx.Node) -> str:
+    """The name of its op, or the class of the module that it calls; "input", "get_attr" and "return" of the others."""
+    if node.op == "call_module":
+        return type(module.get_submodule(str(node.target))).__name__
+    if node.op in ("call_function", "call_method"):
+        return str(getattr(node.target, "__name__", node.target))
+    return {"placeholder": "input", "output": "return"}.get(node.op, node.op)
+
+
+class _Any:
+    def __repr__(self) -> str:
+        return "_"
+
+
+_ANY = _Any()
 
 
 def _module(module: torch.nn.Module) -> str:

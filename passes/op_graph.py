@@ -10,7 +10,7 @@ without a line here becomes an op without a rule, which is replicated: slower, n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -52,12 +52,14 @@ _ELEMENTWISE_MODULES = {
 _READS_THROUGH = ("slice", "view", "permute", "split", "unbind", "to", "identity", "index")
 
 
-def build_op_graph(graph_module: torch.fx.GraphModule, names: dict[int, str] | None = None) -> OpGraph:
+def build_op_graph(
+    graph_module: torch.fx.GraphModule, names: dict[int, str] | None = None, fused: Collection[str] = ()
+) -> OpGraph:
     """The OpGraph of a normalised graph. Op names are node names; parameters and buffers go by their path.
 
-    `names`: `parameter_names` of the model, where the graph is a part of it.
+    `names`: `parameter_names` of the model, where the graph is a part of it. `fused`: nodes that fuse_ops will remove.
     """
-    return _Builder(graph_module, names).build()
+    return _Builder(graph_module, names).build(fused)
 
 
 def fingerprint(graph: OpGraph) -> str:
@@ -89,7 +91,7 @@ class _Builder:
         self.names = parameter_names(graph_module) if names is None else names
         self.matmul_weights: set[str] = set()
 
-    def build(self) -> OpGraph:
+    def build(self, fused: Collection[str]) -> OpGraph:
         outputs: list[TensorRef] = []
         for node in self.module.graph.nodes:
             if node.op == "output":
@@ -106,7 +108,7 @@ class _Builder:
             else o
             for o in self.ops
         ]
-        return OpGraph(ops, [ref for ref in dict.fromkeys(outputs) if self._has_tensor(ref, ops)])
+        return OpGraph(ops, [ref for ref in dict.fromkeys(outputs) if self._has_tensor(ref, ops)], fused)
 
     @staticmethod
     def _has_tensor(ref: TensorRef, ops: list[Op]) -> bool:
@@ -406,17 +408,11 @@ def _getitem(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
 def basic_index(node: Node) -> tuple[tuple[int, int, int, int], ...] | None:
     """(input dim, output dim, start, step) of every dim that x[...] keeps; None for anything but slices, integers,
     None and Ellipsis. A start that follows the inputs counts as 0: such dims are never sharded."""
-    shape = _shape(node.args[0])
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    if any(not (i is None or i is Ellipsis or isinstance(i, slice) or type(i) is int) for i in index):
+    shape, index = _shape(node.args[0]), spelled_index(node)
+    if any(not (i is None or isinstance(i, slice) or type(i) is int) for i in index):
         return None
-    kept = sum(1 for i in index if isinstance(i, slice) or type(i) is int)
-    spelled: list[Any] = []
-    for i in index:
-        spelled += [slice(None)] * (len(shape) - kept) if i is Ellipsis else [i]
-    spelled += [slice(None)] * (len(shape) - sum(1 for i in spelled if i is not None))
     dims, in_dim, out_dim = [], 0, 0
-    for i in spelled:
+    for i in index:
         if i is None:
             out_dim += 1
         elif isinstance(i, slice):
@@ -426,6 +422,17 @@ def basic_index(node: Node) -> tuple[tuple[int, int, int, int], ...] | None:
         else:
             in_dim += 1
     return tuple(dims)
+
+
+def spelled_index(node: Node) -> list[Any]:
+    """The index of x[...], an item for each dim of x (and None for each new one): without an Ellipsis."""
+    rank = len(_shape(node.args[0]))
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    kept = sum(1 for i in index if i is not None and i is not Ellipsis)
+    spelled: list[Any] = []
+    for i in index:
+        spelled += [slice(None)] * (rank - kept) if i is Ellipsis else [i]
+    return spelled + [slice(None)] * (rank - sum(1 for i in spelled if i is not None))
 
 
 @_handles("split", "chunk", "tensor_split", "split_with_sizes")

@@ -1,4 +1,4 @@
-"""as_strided as a function of values: of a contiguous tensor, whatever the memory of the one it is called on looks like.
+"""as_strided as a function of values: of a contiguous tensor, however the one it is called on lies in memory.
 
 A rank's tensors are laid out in memory as its own ops happen to leave them (gathered, received, cut), so strides of the
 whole model's tensors say nothing about them. The front end writes this in place of `x.as_strided`, and a contiguous

@@ -10,8 +10,8 @@ What is checked is what will run, the emitted graphs; the plan and the model's o
     verify_gradients  of programs to be trained: backward, each value's gradient is whole, or a term of a sum that is
                       added up once (verify_grad_sums: those of parameters)
 
-    verify_literals   numbers that the op graph does not have (the scale of a softmax, an eps), where the model's own
-                      graph is given to compare with
+    verify_literals   numbers and settings that the op graph does not have (the scale of a softmax, an eps, which element
+                      an index takes), where the model's own graph is given to compare with
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from collections.abc import Sequence
 import torch.fx
 
 from cost_model.errors import VerificationError
-from cost_model.op_graph import SOURCES, OpGraph
+from cost_model.op_graph import SOURCES, OpGraph, TensorRef
 from cost_model.plan import PartitionPlan
+from passes.arguments import fetch, is_tensor, tensor_source
+from passes.op_graph import parameter_names
 from passes.program import RankProgram
 from passes.verify_comm import check_communication
 from passes.verify_facts import Tools
@@ -52,9 +54,24 @@ def verify(
     facts = [interpret(program, tools) for program in programs]  # by stage: senders before receivers
     for stage in range(plan.mesh.pp):
         check_group([facts[r] for r in plan.mesh.tp_group(stage)])
-    check_outputs(facts, plan, graph)
+    check_outputs(facts, plan, graph, None if whole is None else _output_names(whole, graph))
     check_caches(facts, plan, graph)
     check_gradients(facts, plan.mesh.pp)
+
+
+def _output_names(whole: torch.fx.GraphModule, graph: OpGraph) -> dict[str, TensorRef]:
+    """By the name that it has in what the model returns, as RankFacts.outputs."""
+    sources = parameter_names(whole)
+    found: dict[str, TensorRef] = {}
+    output = next(node for node in reversed(whole.graph.nodes) if node.op == "output")
+    for name, value in output.args[0].items():
+        tensors: list[torch.fx.Node] = []
+        torch.fx.node.map_arg(value, lambda n, tensors=tensors: tensors.append(n) if is_tensor(n) else None)
+        for position, node in enumerate(tensors):
+            own = fetch(whole, str(node.target)) if node.op == "get_attr" else None
+            ref = TensorRef(*tensor_source(node)) if own is None else TensorRef(sources[id(own)])
+            found[name if len(tensors) == 1 else f"{name}[{position}]"] = ref
+    return found
 
 
 def _check_programs(programs: Sequence[RankProgram], plan: PartitionPlan, graph: OpGraph) -> None:

@@ -166,8 +166,10 @@ class _Reader:
         fail(self.facts.program, node, what, _HERE)
 
     def _named(self, node: Node) -> str:
+        """ "mul_3", or where the node has a name of its own "mul_3 (fused_mul_3)"."""
         value = self.facts.values.get(node)
-        return named(value.ref) if isinstance(value, Value) else node.name
+        own = named(value.ref) if isinstance(value, Value) else node.name
+        return own if own == node.name else f"{own} ({node.name})"
 
     def _is_parameter(self, node: Node) -> bool:
         return node.op == "get_attr" and node in self.needs
@@ -232,7 +234,7 @@ class _Reader:
                 if not self._is_parameter(a) and self.kinds[a] == WHOLE:
                     self._fail(
                         node,
-                        f"reads the whole of {self._named(a)} ({a.name}) and computes a part: each rank has a term of "
+                        f"reads the whole of {self._named(a)} and computes a part: each rank has a term of "
                         "its gradient, and nothing adds them up (copy_to_tp)",
                     )
             terms, kind = True, PARTIAL if any(v.held.partial for v in values) else TERMS
@@ -260,7 +262,7 @@ class _Reader:
             elif a in self.needs and self.kinds[a] == WHOLE:
                 self._fail(
                     node,
-                    f"takes a piece of the whole {self._named(a)} ({a.name}): each rank has a part of its gradient, "
+                    f"takes a piece of the whole {self._named(a)}: each rank has a part of its gradient, "
                     "and nothing adds them up (copy_to_tp)",
                 )
         self.kinds[node] = TERMS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -72,14 +72,22 @@ def _check_biases(group: Sequence[RankFacts]) -> None:
 _SHARDS = "passes/shard_parameters.py"
 
 
-def check_outputs(facts: Sequence[RankFacts], plan: PartitionPlan, graph: OpGraph) -> None:
-    """Every output of the model comes out of exactly one stage."""
+def check_outputs(
+    facts: Sequence[RankFacts], plan: PartitionPlan, graph: OpGraph, names: Mapping[str, TensorRef] | None = None
+) -> None:
+    """Every output of the model comes out of exactly one stage, and under its name where `names` are given."""
     stages: dict[TensorRef, set[int]] = {}
     for of_rank in facts:
         for name, ref in of_rank.outputs.items():
             if ref not in graph.outputs:
                 fail_plainly(
                     f"{on_rank(of_rank.program)} returns {ref.op} as {name}, which is no output of the model", _STAGE
+                )
+            if names is not None and names.get(name) != ref:
+                fail_plainly(
+                    f"{on_rank(of_rank.program)} returns {ref.op} as {name}, and the model returns "
+                    + (f"{names[name].op} under that name" if name in names else f"{', '.join(names)} only"),
+                    _STAGE,
                 )
             stages.setdefault(ref, set()).add(of_rank.program.stage)
     for ref in graph.outputs:

@@ -182,7 +182,7 @@ def _op(state: RankState, node: Node, op: Op) -> None:
         fail(state.program, node, f"takes {len(given)} tensors where the model's op takes {len(op.inputs)}", _SHARDS)
     types = _types(state, node, op, given)
     check_same_op(state, node, op, types)
-    check_literals(state, node, op)
+    check_literals(state, node, op, types)
     expected = state.planned(op)
     if op.kind == "repeat_interleave" and (types[0] != WHOLE or expected[0] != WHOLE):
         done = repeated(state, node, op, types[0], expected[0])

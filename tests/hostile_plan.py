@@ -36,16 +36,23 @@ def hostile_plan() -> PartitionPlan:
             replace(s, layers=tuple(map(bad, s.layers)), recomputed=tuple(map(bad, s.recomputed)),
                     collectives=tuple((bad(name), n, b) for name, n, b in s.collectives)) for s in plan.stages
         ),
+        choices=tuple(
+            tuple(replace(a, role=bad(a.role), impossible=bad(a.impossible)) for a in choice) for choice in plan.choices
+        ),
+        cuts=tuple(
+            replace(cut, options=tuple(replace(o, op=bad(o.op), module=bad(o.module)) for o in cut.options))
+            for cut in plan.cuts
+        ),
         warnings=(ATTACK,),
     )  # fmt: skip
 
 
 def enormous_plan(layers: int = 10_000) -> PartitionPlan:
-    """That many layers of which no two have a pattern in common, with names of 500 characters and many warnings."""
+    """That many layers of which no two have a pattern in common, with names of 500 characters, and many warnings."""
     plan = small_plan()
     linear = next(op for op in plan.ops if op.role == "column")
     weight = next(p for p in plan.params if p.name == linear.weight)
-    names = [f"{'block' * 98}_{i:05d}_" for i in range(layers)]
+    names = [f"{'a&b<c' * 98}_{i:05d}_" for i in range(layers)]
     return replace(
         plan,
         ops=plan.ops + tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, compile_config
 
@@ -10,14 +11,19 @@ from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, c
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--rank", type=at_least(0), default=0, metavar="R", help="global rank: stage * tp + tp_rank")
+    parser.add_argument("--json", action="store_true", help="print the counts alone, as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     be_quiet()
     compiled = compile_config(args)
-    diff = compiled.graph_diff(args.rank).splitlines()
-    print("\n".join(diff))
-    added = sum(line.startswith("+") and not line.startswith("+++") for line in diff)
-    removed = sum(line.startswith("-") and not line.startswith("---") for line in diff)
-    print(f"rank {args.rank} of {compiled.mesh}: {removed} lines of the whole graph removed, {added} added")
+    changes = compiled.graph_changes(args.rank)
+    if args.json:
+        print(json.dumps({"rank": args.rank, **changes.to_dict()}, indent=1))
+        return 0
+    if changes:
+        print(compiled.graph_diff(args.rank))
+        print()
+    print(f"rank {args.rank} of {compiled.mesh}, nodes of its graph against the whole one's:")
+    print(changes or "nothing changed")
     return 0

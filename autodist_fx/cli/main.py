@@ -14,6 +14,8 @@ _COMMANDS = {
     "compile": "write a split to disk: plan, graphs and weights of all ranks",
     "plan": "print how a model would be split, from its config alone",
     "show": "a saved plan as tables, as an HTML page, or for Graphviz",
+    "explain": "why a saved plan is as it is, and what else would cost",
+    "diff": "what differs between two saved plans; exit code 1 if they differ",
     "verify": "prove every rank's program of a split",
     "graph-diff": "what the passes changed in one rank's graph",
 }
@@ -21,7 +23,7 @@ USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 2 for an error that the user can mend, 130 for Ctrl-C."""
+    """The exit code: 0, 1 where `diff` finds differences, 2 for an error that the user can mend, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parser(arguments).parse_args(arguments)
     args.argv = arguments

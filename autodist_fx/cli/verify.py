@@ -6,23 +6,40 @@ With --artifact: read a split from the disk, every file of it, and prove the sam
 from __future__ import annotations
 
 import argparse
+import inspect
 import time
 
 from autodist_fx.artifact.load import Artifact
 from autodist_fx.cli.arguments import add_model_arguments, be_quiet, compile_config
+from autodist_fx.compiled import CompiledModel
+from autodist_fx.compiled import compile as compile_model
 from autodist_fx.errors import AutodistError
+from autodist_fx.pretrained import mesh_of, wanted_dtype
+from autodist_fx.tracing import empty_model
+from autodist_fx.tracing.example_inputs import default_inputs
+from autodist_fx.weights.resolve import resolve_config
+from cost_model.plan import PartitionPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, required=False)
     parser.add_argument("--artifact", metavar="DIR", help="of what `autodist-fx compile --out DIR` wrote; no --model")
-
+    parser.add_argument(
+        "--numeric", action="store_true",
+        help="also run all ranks in this process, in float64 on drawn weights, and compare with the model's own graph",
+    )  # fmt: skip
+    parser.add_argument(
+        "--train", action="store_true", help="of the programs for training: what the backward pass owes, too"
+    )
 
 def run(args: argparse.Namespace) -> int:
     be_quiet()
-    if (args.model is None) == (args.artifact is None):
-        raise AutodistError("name a model with --model, or a split on disk with --artifact")
-    compiled = compile_config(args) if args.artifact is None else Artifact(args.artifact)
+    if (args.model is None) == (args.artifact is None) or (args.artifact and args.train):
+        raise AutodistError("name a model with --model, or a split on disk with --artifact, which is for inference")
+    if args.artifact:
+        compiled: CompiledModel = Artifact(args.artifact).whole
+    else:
+        compiled = _compile_for_training(args) if args.train else compile_config(args)
     began = time.perf_counter()
     compiled.verify()
     ranks = compiled.mesh.size
@@ -31,4 +48,24 @@ def run(args: argparse.Namespace) -> int:
         f"rank{'s' if ranks > 1 else ''} {'made' if args.artifact is None else 'read'} and verified in "
         f"{time.perf_counter() - began:.1f} s"
     )
+    if args.numeric:
+        began = time.perf_counter()
+        compiled.verify_numeric()
+        seconds = time.perf_counter() - began
+        print(f"run in float64 against the model's own graph: all that leaves a rank is equal ({seconds:.1f} s)")
     return 0
+
+
+def _compile_for_training(args: argparse.Namespace) -> CompiledModel:
+    """With labels among the inputs, where the model computes a loss from them."""
+    config = resolve_config(args.model, revision=args.revision, cache_dir=args.cache_dir)
+    model = empty_model(config, wanted_dtype(args.dtype, config))
+    names = default_inputs(model, use_cache=False)
+    if "labels" in inspect.signature(model.forward).parameters:
+        names = (*names, "labels")
+    plan = PartitionPlan.load(args.plan) if args.plan else None
+    mesh = mesh_of(plan, args.tp, args.pp)
+    return compile_model(
+        model, tp=mesh.tp, pp=mesh.pp, plan=plan, hardware=args.hardware, objective=args.objective, input_names=names,
+        train=True, verify=False,
+    )  # fmt: skip

@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element
 
 from autodist_fx.report.parts import STAGES_SHOWN, cell, left_out, name, note, section, show_name, table
-from cost_model.explain import bytes_text, ranges_text
+from cost_model.explain import bytes_text, ranges_text, seconds_text
+from cost_model.explain_cut import cut_reason
 from cost_model.plan import OpPlan, PartitionPlan
 from cost_model.plan_html import element
 
-TENSORS_SHOWN = 400  # in the table
-NAMES_SHOWN = 60  # of ops computed again in one stage
+TENSORS_SHOWN = 200  # in the table
+OPTIONS_SHOWN = 7  # places next to one cut
+KINDS_SHOWN = 8  # of ops computed again in one stage
+NAMES_SHOWN = 24  # of ops computed again in one stage
 CACHE_KIND = "cache_update"
 
 
@@ -93,10 +96,40 @@ def borders_section(plan: PartitionPlan) -> Element | None:
         "What crosses between stages",
         table(header, rows, "Tensors sent between stages") if rows else note("Nothing is sent."),
         left_out(len(sent), TENSORS_SHOWN, "tensors"),
+        *_cuts(plan),
         element("h3", "Computed again instead of being sent") if again else None,
         note("Costs fewer seconds than sending, or cannot be sent, as a plain number.") if again else None,
         *again,
     )
+
+
+def _cuts(plan: PartitionPlan) -> list[Element]:
+    """Where each cut is and why; to unfold, what the stages on both sides would take at the places next to it."""
+    if not plan.cuts:
+        return []
+    found = [element("h3", "Why the cuts are where they are"),
+             note("Seconds of compute and collectives; bytes of whole tensors.")]  # fmt: skip
+    header = [("Cut before", ""), ("Stage in front", "num"), ("Stage behind", "num"), ("Slower of both", "num"),
+              ("Crosses", "num"), ("", "")]  # fmt: skip
+    for border, cut in enumerate(plan.cuts[:STAGES_SHOWN]):
+        rows = []
+        for i, option in enumerate(cut.options[:OPTIONS_SHOWN]):
+            seconds = (option.before_seconds, option.after_seconds, max(option.before_seconds, option.after_seconds))
+            rows.append(
+                element(
+                    "tr",
+                    cell(name(option.module or option.op)),
+                    *(cell(seconds_text(s), cls="num") for s in seconds),
+                    cell(bytes_text(option.nbytes), cls="num"),
+                    cell("cut here" if i == cut.chosen else "", cls="nowrap strong"),
+                    cls="chosen" if i == cut.chosen else None,
+                )
+            )
+        here = cut.options[cut.chosen]
+        summary = element("summary", f"{border} | {border + 1}: before ", name(here.module or here.op), ": ",
+                          show_name(cut_reason(plan, border), 400))  # fmt: skip
+        found.append(element("details", summary, table(header, rows, f"Places next to cut {border}")))
+    return found
 
 
 def _made_by(op: OpPlan) -> Element:
@@ -107,8 +140,9 @@ def _made_by(op: OpPlan) -> Element:
 def _recomputed(plan: PartitionPlan, stage: int) -> Element:
     names = plan.stages[stage].recomputed
     kinds = Counter(plan.op(op).kind for op in names)
-    said = ", ".join(f"{show_name(kind, 40)} ×{n}" if n > 1 else show_name(kind, 40)
-                     for kind, n in kinds.most_common(12))  # fmt: skip
+    said = [show_name(kind, 40) + (f" ×{n}" if n > 1 else "") for kind, n in kinds.most_common(KINDS_SHOWN)]
+    if len(kinds) > KINDS_SHOWN:
+        said.append("…")
     listed: list[Element | str] = []
     for op in names[:NAMES_SHOWN]:
         listed += [name(op), " "]
@@ -116,6 +150,6 @@ def _recomputed(plan: PartitionPlan, stage: int) -> Element:
     ops = "1 op" if len(names) == 1 else f"{len(names)} ops"
     return element(
         "details",
-        element("summary", f"stage {stage}: {ops} ({said})"),
+        element("summary", f"stage {stage}: {ops} ({', '.join(said)})"),
         element("p", *listed, more, cls="names"),
     )

@@ -28,7 +28,7 @@ def plan_dot(plan: PartitionPlan) -> str:
     shapes = {module: f"{g.shape} → {g.local}" for g in linear_groups(plan) for module in g.modules}
     lines = [
         "digraph plan {",
-        f'  graph [fontname="Helvetica", labeljust=l, label={_quoted(f"{plan.model} on {plan.mesh}")}]',
+        f'  graph [fontname="Helvetica", labeljust=l, labelloc=t, label={_quoted(f"{plan.model} on {plan.mesh}")}]',
         '  node [shape=box, style="rounded,filled", fillcolor="#e6e9f0", color="#8a93a6", fontname="Helvetica"]',
         '  edge [color="#6b7488", fontname="Helvetica", fontsize=10]',
     ]

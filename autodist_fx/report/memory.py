@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import groupby
 from xml.etree.ElementTree import Element
 
-from autodist_fx.report.parts import left_out, note, section, span
+from autodist_fx.report.parts import cell, left_out, note, section, span, table
 from cost_model.explain import bytes_text, param_bytes, ranges_text
+from cost_model.placement import Placement
 from cost_model.plan import PartitionPlan, StageSummary
 from cost_model.plan_html import element
 
@@ -26,27 +27,32 @@ def _parts(stage: StageSummary, weights: int, cache: int) -> Parts:
         ("weights", weights),
         ("kv", cache),
         ("activations", stage.activation_bytes),
-        ("workspace", getattr(stage, "workspace_bytes", 0)),
+        ("workspace", stage.workspace_bytes),
     )
 
 
 def rank_parts(plan: PartitionPlan, stage: int) -> list[Parts]:
     """Of each tp rank. Weights and caches are the rank's own; the rest is the fullest rank's, which a plan knows."""
     summary = plan.stages[stage]
+    ranks = range(plan.mesh.tp)
     by_layout: dict[int, int] = {}
+    owned = [0] * plan.mesh.tp
     for param in plan.params:
-        if stage in param.stages:
+        owner = owner_of(param.placement)
+        if stage in param.stages and owner < 0:
             by_layout[param.layout] = by_layout.get(param.layout, 0) + param_bytes(param)
-    largest = sum(_held(plan, layout, nbytes, None) for layout, nbytes in by_layout.items())
-    buffers = max(0, summary.weight_bytes - largest)  # buffers count as weights, and are on no list
+        elif stage in param.stages and owner < plan.mesh.tp:
+            owned[owner] += param_bytes(param)
+    held = [[_held(plan, layout, nbytes, rank) for rank in ranks] for layout, nbytes in by_layout.items()] + [owned]
+    # Buffers count as weights, and are on no list. A stage's bytes are the sum of what is most on any rank.
+    buffers = max(0, summary.weight_bytes - sum(map(max, held)))
     caches = {i for op in plan.ops if op.kind == CACHE_KIND and stage in op.stages for i in op.output_layouts}
     found = []
-    for rank in range(plan.mesh.tp):
-        weights = buffers + sum(_held(plan, layout, nbytes, rank) for layout, nbytes in by_layout.items())
+    for rank in ranks:
         # Sizes of single caches are not in a plan. Where all are cut alike, the rank's share of the fullest is.
         shares = {_share(plan, layout, rank) for layout in caches}
         cache = summary.kv_cache_bytes * (shares.pop() if len(shares) == 1 else 1.0)
-        found.append(_parts(summary, weights, round(cache)))
+        found.append(_parts(summary, sum(row[rank] for row in held) + buffers, round(cache)))
     return found
 
 
@@ -59,13 +65,15 @@ def memory_rows(plan: PartitionPlan) -> list[tuple[int, list[int], Parts]]:
     return rows
 
 
-def _held(plan: PartitionPlan, index: int, nbytes: int, rank: int | None) -> int:
-    """Of `nbytes` that lie in a layout, those on a tp rank, or on the fullest one (None)."""
+def owner_of(placement: Placement) -> int:
+    """The one tp rank that holds a weight whole, as an expert's that was dealt to it; -1 where all hold some of it."""
+    return placement.dim if placement.kind == "O" else -1
+
+
+def _held(plan: PartitionPlan, index: int, nbytes: int, rank: int) -> int:
+    """Of `nbytes` that lie in a layout, those on a tp rank."""
     layout = plan.layout(index)
-    if layout is None or not layout.size:
-        return nbytes
-    length = layout.max_local_size if rank is None else layout.local_size(rank)
-    return nbytes * length // layout.size
+    return nbytes if layout is None or not layout.size else nbytes * layout.local_size(rank) // layout.size
 
 
 def _share(plan: PartitionPlan, index: int, rank: int) -> float:
@@ -88,16 +96,28 @@ def memory_bar(parts: Parts, scale: int, limit: int | None) -> Element:
     return element("div", *pieces, cls="stack", role="img", aria_label=said or "nothing")
 
 
+def device_bytes(plan: PartitionPlan, stage: int) -> int:
+    """What a device of the stage has; 0 where that is not known."""
+    return plan.device_memory_bytes
+
+
+def share_of_device(plan: PartitionPlan, stage: int, nbytes: int) -> str:
+    """ "6% of 74.5 GiB"; empty where the device's memory is not known."""
+    device = device_bytes(plan, stage)
+    return f"{nbytes / device:.0%} of {bytes_text(device)}" if device else ""
+
+
 def memory_section(plan: PartitionPlan) -> Element:
-    device = plan.device_memory_bytes
     rows = memory_rows(plan)
     most = max((sum(n for _, n in parts) for _, _, parts in rows), default=0)
-    # To the scale of a device where that leaves something to see, else of the fullest rank.
-    scale = max(most, device) if most > 0.3 * device else most
+    largest = max((device_bytes(plan, stage) for stage, _, _ in rows), default=0)
+    # To the scale of the largest device where that leaves something to see, else of the fullest rank.
+    scale = max(most, largest) if most > 0.3 * largest else most
     kinds = [kind for kind in KINDS if any(dict(parts)[kind] for _, _, parts in rows)]
     legend = [element("li", element("i", cls=f"key {kind}"), KINDS[kind]) for kind in kinds]
-    header = ["Stage", "Ranks", "", "Total", *(f"of {bytes_text(device)}" for _ in [0] if device),
-              *(KINDS[kind] for kind in kinds)]  # fmt: skip
+    of_device = [("Of its device", "num")] if largest else []
+    header = [("Stage", ""), ("Ranks", ""), ("To scale", "wide"), ("Total", "num"), *of_device,
+              *((KINDS[kind].capitalize() if kind != "kv" else KINDS[kind], "num") for kind in kinds)]  # fmt: skip
     body = []
     for stage, ranks, parts in rows[:BARS_SHOWN]:
         total = sum(n for _, n in parts)
@@ -105,35 +125,20 @@ def memory_section(plan: PartitionPlan) -> Element:
         body.append(
             element(
                 "tr",
-                element("td", str(stage)),
-                element("td", ranges_text(ranks).replace("-", "–") + each, cls="nowrap"),
-                element("td", memory_bar(parts, scale, device), cls="wide"),
-                element("td", bytes_text(total), cls="num strong"),
-                element("td", f"{total / device:.0%}", cls="num") if device else None,
-                *(element("td", bytes_text(dict(parts)[kind]), cls="num") for kind in kinds),
+                cell(str(stage)),
+                cell(ranges_text(ranks).replace("-", "–") + each, cls="nowrap"),
+                cell(memory_bar(parts, scale, device_bytes(plan, stage)), cls="wide"),
+                cell(bytes_text(total), cls="num strong"),
+                cell(share_of_device(plan, stage, total), cls="num") if largest else None,
+                *(cell(bytes_text(dict(parts)[kind]), cls="num") for kind in kinds),
             )
         )
-    head = [element("th", title or element("span", "drawn", cls="hidden"), scope="col",
-                    cls="num" if i > 2 else None) for i, title in enumerate(header)]  # fmt: skip
     return section(
         "memory",
         "Memory",
         "Memory of each rank",
         element("ul", *legend, cls="legend"),
-        element(
-            "div",
-            element("table", element("thead", element("tr", *head)), element("tbody", *body)),
-            cls="scroll",
-            tabindex="0",
-            role="region",
-            aria_label="Memory of each rank",
-        ),
+        table(header, body, "Memory of each rank"),
         left_out(len(rows), BARS_SHOWN, "bars"),
-        note(
-            f"The longest bar is the fullest rank: {most / device:.0%} of what a device has."
-            if device and scale == most < device
-            else "A bar as wide as the column is a full device."
-            if device and scale == device
-            else "The longest bar is the fullest rank."
-        ),
+        note("The longest bar is the fullest rank." if scale == most else "As wide as the column: a full device."),
     )

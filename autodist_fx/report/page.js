@@ -46,7 +46,9 @@ for (const input of document.querySelectorAll("input[data-search]")) {
 }
 
 function matches(row, word) {
-  row.text ??= row.textContent.toLowerCase().replaceAll("x", "×");
+  // not in drawings, nor in what a linear is not
+  const cells = [...row.cells].filter((cell) => !cell.matches(".wide, .aside"));
+  row.text ??= cells.map((cell) => cell.textContent).join(" ").toLowerCase().replaceAll("x", "×");
   if (row.text.includes(word)) return true;
   const number = /(?<=^|\.)\d+(?=\.|$)/.exec(word);
   return (

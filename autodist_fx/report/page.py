@@ -14,13 +14,14 @@ from autodist_fx.report.parts import note, section, show_name
 from autodist_fx.report.stages import stages_section
 from autodist_fx.report.timeline import timeline_section
 from autodist_fx.report.weights import weights_section
-from cost_model.explain import plan_sections
+from cost_model.explain import Section, plan_sections
+from cost_model.explain_whole import whole_sections
 from cost_model.plan import PartitionPlan
 from cost_model.plan_html import element, section_table, shorten, to_html
 
 
 def plan_page(plan: PartitionPlan) -> str:
-    """The page as text, under 3 MB for any plan: what repeats shares a row, and long lists are cut with a count."""
+    """The page as text, under 3 MB however large the plan: what repeats shares a row, long lists are cut short."""
     script, style = _file("page.js"), _file("page.css")
     # A plan file may come from anywhere. Its texts are escaped; should that fail, no script but this one runs.
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -31,7 +32,7 @@ def plan_page(plan: PartitionPlan) -> str:
         memory_section(plan),
         borders_section(plan),
         *weights_section(plan),
-        _collectives(plan),
+        _totals(plan),
     ]
     shown = [part for part in sections if part is not None]
     links = [element("a", part.get("data-nav", ""), href="#" + part.get("id", "")) for part in shown]
@@ -60,9 +61,13 @@ def _file(name: str) -> str:
     return files("autodist_fx.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _collectives(plan: PartitionPlan) -> Element | None:
-    """Collectives and parameters, as the text has them."""
-    parts = [p for p in plan_sections(plan) if p.rows and p.title.startswith(("Collectives", "Parameters"))]
+def _totals(plan: PartitionPlan) -> Element | None:
+    """The dearest ops, bytes moved, collectives and parameters: tables that the text has, too."""
+    parts = [
+        part
+        for part in (*whole_sections(plan), *plan_sections(plan))
+        if part.rows and part.title.startswith(("The dearest", "Bytes moved", "Collectives", "Parameters"))
+    ]
     if not parts:
         return None
     tables = [
@@ -71,10 +76,15 @@ def _collectives(plan: PartitionPlan) -> Element | None:
             element("h3", part.title),
             element("div", section_table(part), cls="scroll", tabindex="0", role="region", aria_label=part.title),
             *(note(show_name(line, 400)) for line in part.lines),
+            cls="across" if _is_broad(part) else None,
         )
-        for part in parts
+        for part in sorted(parts, key=lambda part: not _is_broad(part))
     ]
-    return section("totals", "Totals", "Collectives and parameters", element("div", *tables, cls="side-by-side"))
+    return section("totals", "Totals", "Where time and bytes go", element("div", *tables, cls="side-by-side"))
+
+
+def _is_broad(part: Section) -> bool:
+    return len(part.rows[0]) > 5
 
 
 def _footer(plan: PartitionPlan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from xml.etree.ElementTree import Element
 
 from autodist_fx.report.overview import colour
@@ -9,7 +10,7 @@ from autodist_fx.report.parts import span
 from cost_model.placement import Layout
 from cost_model.plan_html import element
 
-PIECES_DRAWN = 15_000  # on a page; past it, bars are left out and the text beside them has to do
+PIECES_DRAWN = 6_000  # on a page; past it, bars are left out and the text beside them has to do
 PIECES_OF_A_BAR = 600
 CELLS = 200  # that a dim in more pieces is drawn in
 # Shares of a bar that are wide enough for a rank's number of so many digits (a bar is 220 px or more).
@@ -40,6 +41,12 @@ class SplitBars:
             return None
         self._left -= pieces
         return bar
+
+    def counts(self, counts: list[int]) -> Element | None:
+        """How many of a number of whole things each tp rank has, in the order of ranks."""
+        ends = list(accumulate(counts, initial=0))
+        parts = tuple(((a, b),) if b > a else () for a, b in pairwise(ends))
+        return self._draw(Layout(ends[-1], parts))
 
     def _draw(self, layout: Layout) -> Element | None:
         pieces = [(r, a, b) for r, part in enumerate(layout.parts) for a, b in part]

@@ -5,69 +5,107 @@ from __future__ import annotations
 import math
 from xml.etree.ElementTree import Element
 
-from autodist_fx.report.parts import STAGES_SHOWN, left_out, note, ranks_text, section, span
+from autodist_fx.report.parts import STAGES_SHOWN, left_out, note, ranks_text, section
 from cost_model.explain import seconds_text
-from cost_model.plan import PartitionPlan
+from cost_model.plan import PartitionPlan, StageSummary
 from cost_model.plan_html import element
 
+SHORTEST = 1e-12  # seconds of a forward pass that there is a timeline of
 TICKS = 5
+PIECES_ACROSS = 600  # of a timeline, at most
+KINDS = {"compute": "compute", "comm": "collectives", "receive": "receive from the stage before", "alone": "one device"}
 
 
 def timeline_section(plan: PartitionPlan) -> Element | None:
     total = plan.predicted_seconds
-    if total <= 0:
+    if not SHORTEST <= total < math.inf:
         return None
-    alone = plan.one_device_seconds if plan.mesh.size > 1 else 0.0
-    end = max(total, alone)
     rows, at = [], 0.0
     for s in plan.stages:
-        pieces = [("compute", s.compute_seconds), ("comm", s.comm_seconds)]
         if s.index < STAGES_SHOWN:
-            rows.append(_row(f"Stage {s.index}", ranks_text(plan.mesh.tp, s.index), pieces, at, end, s.seconds))
+            pieces = _pieces(plan, s, total / PIECES_ACROSS)
+            rows.append(_row(f"Stage {s.index}", ranks_text(plan.mesh.tp, s.index), pieces, at, total))
         at += s.seconds
-    if alone:
-        rows.append(_row("One device", "the whole model", [("alone", alone)], 0.0, end, alone))
+    kinds = ["compute", *(["comm"] if plan.mesh.tp > 1 else []), *(["receive"] if plan.mesh.pp > 1 else [])]
     return section(
         "timeline",
         "Timeline",
         "One forward pass over ranks",
-        element(
-            "ul",
-            element("li", element("i", cls="key compute"), "compute"),
-            element("li", element("i", cls="key comm"), "communication"),
-            element("li", element("i", cls="key alone"), "one device, for comparison") if alone else None,
-            cls="legend",
-        ),
-        element("div", _axis(end), *rows, cls="timeline", role="list"),
+        element("ul", *(element("li", element("i", cls=f"key {k}"), KINDS[k]) for k in kinds), cls="legend"),
+        element("div", _axis(total), *rows, cls="timeline", role="list"),
         left_out(len(plan.stages), STAGES_SHOWN, "stages"),
         note(
-            "Stage after stage, as the first token sees it. Ranks of a stage work at once, and are drawn as one. "
-            "Communication stands behind the compute of its stage; in fact it is spread between the stage's ops."
+            "Stage after stage, as a single request sees it; ranks of a stage work at the same time. Ops and "
+            "collectives in the order in which they run, on the stage's slowest rank."
         ),
+        *_against_one_device(plan),
     )
 
 
-def _row(
-    title: str, who: str, pieces: list[tuple[str, float]], at: float, end: float, seconds: float
-) -> Element:
-    drawn = []
-    start = at
+def _against_one_device(plan: PartitionPlan) -> list[Element]:
+    total, alone = plan.predicted_seconds, plan.one_device_seconds
+    if plan.mesh.size == 1 or not SHORTEST <= alone < math.inf:
+        return []
+    end = max(total, alone)
+    compute = sum(s.compute_seconds for s in plan.stages)
+    split = [("compute", compute), ("comm", total - compute)]
+    rows = [
+        _row("This split", f"{plan.mesh.size} ranks", split, 0.0, end),
+        _row("One device", "the whole model", [("alone", alone)], 0.0, end),
+    ]
+    return [element("h3", "Against one device"), element("div", *rows, cls="timeline", role="list")]
+
+
+def _pieces(plan: PartitionPlan, stage: StageSummary, shortest: float) -> list[tuple[str, float]]:
+    """(kind, seconds) in the order in which they happen: what arrives, then ops and the collectives behind them.
+
+    Collectives that follow each other within `shortest` seconds are drawn as one, behind the compute between them.
+    """
+    ops = [op for op in plan.ops if stage.index in op.stages]
+    computed, said = sum(op.compute_seconds for op in ops), sum(op.comm_seconds for op in ops)
+    # Seconds of ops are rounded, those of stages are not; what the ops do not say, is receiving.
+    compute_scale = stage.compute_seconds / computed if computed else 0.0
+    said_scale = min(1.0, stage.comm_seconds / said) if said else 0.0
+    received = stage.comm_seconds - said * said_scale
+    if not compute_scale:
+        return [("receive", received), ("compute", stage.compute_seconds), ("comm", stage.comm_seconds - received)]
+    pieces = [("receive", received)]
+    compute = comm = 0.0
+    for op in ops:
+        if comm and compute + comm >= shortest and op.compute_seconds:
+            pieces += [("compute", compute), ("comm", comm)]
+            compute = comm = 0.0
+        compute += op.compute_seconds * compute_scale
+        comm += op.comm_seconds * said_scale
+    return [*pieces, ("compute", compute), ("comm", comm)]
+
+
+def _row(title: str, who: str, pieces: list[tuple[str, float]], at: float, end: float) -> Element:
+    """A bar from `at` on. Its commonest kind is drawn behind all of it, so that no seams show between thin pieces."""
+    seconds = sum(length for _, length in pieces)
+    behind = max(pieces, key=lambda piece: piece[1])[0]
+    drawn, start = [_rectangle(behind, at, seconds, end, sum(n for kind, n in pieces if kind == behind))], at
     for kind, length in pieces:
-        if length > 0:
-            what = {"compute": "compute", "comm": "communication", "alone": "one device"}[kind]
-            drawn.append(
-                element("i", cls=kind, style=span(start / end, length / end), title=f"{what}: {seconds_text(length)}")
-            )
-            start += length
+        if kind != behind and length > 0:
+            drawn.append(_rectangle(kind, start, length, end, length))
+        start += length
     said = f"{title}: from {seconds_text(at)} to {seconds_text(at + seconds)}"
+    # SVG, whose pieces of less than a pixel are drawn fainter; as boxes they would be a pixel wide, or nothing.
+    picture = element("svg", *drawn, viewBox="0 0 100 1", preserveAspectRatio="none", role="img", aria_label=said)
     return element(
         "div",
         element("div", element("span", title, cls="strong"), element("small", who), cls="who"),
-        element("div", *drawn, cls="track", role="img", aria_label=said),
+        element("div", picture, cls="track"),
         element("div", seconds_text(seconds), cls="num"),
         cls="line",
         role="listitem",
     )
+
+
+def _rectangle(kind: str, start: float, length: float, end: float, said: float) -> Element:
+    x, width = f"{100 * start / end:.4f}", f"{100 * length / end:.4f}"
+    title = element("title", f"{KINDS[kind]}: {seconds_text(said)}")
+    return element("rect", title, x=x, y="0", width=width, height="1", cls=kind)
 
 
 def _axis(end: float) -> Element:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from xml.etree.ElementTree import Element
 
-from autodist_fx.report.parts import badge, cell, left_out, name, note, section, show_name, table
+from autodist_fx.report.memory import owner_of
+from autodist_fx.report.parts import (
+    badge,
+    bytes_change,
+    cell,
+    left_out,
+    name,
+    note,
+    seconds_change,
+    section,
+    show_name,
+    table,
+)
 from autodist_fx.report.split_bar import SplitBars, matrix
 from cost_model.explain import (
     LinearGroup,
@@ -16,9 +29,10 @@ from cost_model.explain import (
     ranges_text,
 )
 from cost_model.plan import ParamPlan, PartitionPlan
-from cost_model.plan_html import element
+from cost_model.plan_html import element, shorten
 
-ROWS_SHOWN = 700
+ROWS_SHOWN = 400
+ROLES_SHOWN = 4  # that a linear could have instead
 
 
 def weights_section(plan: PartitionPlan) -> list[Element | None]:
@@ -31,7 +45,8 @@ def _linears(plan: PartitionPlan, groups: list[LinearGroup], bars: SplitBars) ->
     if not groups:
         return None
     header = [("Module", ""), ("Role", ""), ("Times", "num"), ("Weight", ""), ("Split over tp ranks", "wide"),
-              ("On each tp rank", ""), ("Largest", "num"), ("All layers", "num"), ("Stages", "num")]  # fmt: skip
+              ("On each tp rank", ""), ("Instead", ""), ("Largest", "num"), ("All layers", "num"),
+              ("Stages", "num")]  # fmt: skip
     rows = [_linear(plan, group, bars) for group in groups[:ROWS_SHOWN]]
     search = element(
         "p",
@@ -46,7 +61,8 @@ def _linears(plan: PartitionPlan, groups: list[LinearGroup], bars: SplitBars) ->
         "Linears",
         "Linears and embeddings",
         note("Each weight in its proportions, and beside it the dim that is cut, to scale; colours and numbers are tp "
-             "ranks. Layers that are treated alike share a row."),
+             "ranks. Layers that are treated alike share a row. Instead: other roles, and what a forward pass would "
+             "take longer with one of the layers in that role. A faster role was not taken where more would be held."),
         search,
         table(header, rows, "Linears and embeddings", id="linears-table", data_sortable="yes"),
         left_out(len(groups), ROWS_SHOWN, "rows"),
@@ -64,8 +80,9 @@ def _linear(plan: PartitionPlan, group: LinearGroup, bars: SplitBars) -> Element
         cell(badge(group.role)),
         cell(f"×{len(group.modules)}", len(group.modules), "num"),
         cell(show_name(group.shape, 60).replace("x", "×"), prod(weight.shape) if weight else 0, "nowrap"),
-        cell(_drawn(plan, weight, group.layout, bars), share, "wide"),
+        cell(_drawn(plan, group.weights, group.layout, bars), share, "wide"),
         cell(show_name(group.local, 60).replace("x", "×"), share * whole, "nowrap"),
+        cell(_instead(group), cls="nowrap aside"),
         cell(bytes_text(share * whole) if weight else "–", share * whole, "num"),
         cell(bytes_text(in_all) if weight else "–", in_all, "num"),
         cell(ranges_text(group.stages), group.stages[0], "num"),
@@ -73,18 +90,38 @@ def _linear(plan: PartitionPlan, group: LinearGroup, bars: SplitBars) -> Element
     )
 
 
-def _drawn(plan: PartitionPlan, weight: ParamPlan | None, index: int, bars: SplitBars) -> Element:
+def _instead(group: LinearGroup) -> Element | str:
+    """The other roles that it could have, and how much slower a forward would be with each."""
+    lines = []
+    for other in group.alternatives:
+        if other.role == group.role:
+            continue
+        role = show_name(other.role, 16)
+        if other.impossible:
+            lines.append(element("div", element("s", role), title=shorten(other.impossible, 200)))
+            continue
+        about = f"{seconds_change(other.seconds)} a forward, {bytes_change(other.weight_bytes)} of weights held"
+        lines.append(element("div", f"{role} {seconds_change(other.seconds)}", title=about))
+    return element("small", *lines[:ROLES_SHOWN]) if lines else "–"
+
+
+def _drawn(plan: PartitionPlan, weights: Sequence[ParamPlan], index: int, bars: SplitBars) -> Element:
+    """A row's picture: of its first weight, or of how many of its weights each rank has, where it has them whole."""
+    owners = [owner_of(weight.placement) for weight in weights]
+    if owners and min(owners) >= 0:
+        counts = [owners.count(rank) for rank in range(plan.mesh.tp)]
+        return element("div", bars.counts(counts), element("small", f"{len(owners)} whole weights", cls="dim"))
     bar = bars.bar(index)
     layout = plan.layout(index)
     if bar is None:
         return element("span", "too many pieces to draw", cls="note")
-    if weight is None:
+    if not weights:
         return bar
-    dim, words = weight.placement.dim, None
+    shape, dim, words = weights[0].shape, weights[0].placement.dim, None
     if layout is not None and not layout.is_whole and plan.mesh.tp > 1:
-        kind = {(0, 2): "rows", (1, 2): "columns"}.get((dim, len(weight.shape)), f"elements of dim {dim}")
+        kind = {(0, 2): "rows", (1, 2): "columns"}.get((dim, len(shape)), f"elements of dim {dim}")
         words = element("small", f"{layout.size} {kind}", cls="dim")
-    small = matrix(weight.shape, layout, dim)
+    small = matrix(shape, layout, dim)
     return element("div", small, element("div", bar, words), cls="drawing" if small is not None else None)
 
 
@@ -97,14 +134,15 @@ def _numbers(modules: tuple[str, ...]) -> str | None:
 def _others(plan: PartitionPlan, groups: list[LinearGroup], bars: SplitBars) -> Element | None:
     """Parameters of no linear: norms, biases, tables of positions; those that share shape and split in one row."""
     listed = {weight.name for group in groups for weight in group.weights}
-    found: dict[tuple[str, tuple[int, ...], str, int], list[ParamPlan]] = {}
+    found: dict[tuple[str, tuple[int, ...], str, int, bool], list[ParamPlan]] = {}
     for param in plan.params:
         if param.name not in listed:
-            found.setdefault((name_pattern(param.name), param.shape, param.dtype, param.layout), []).append(param)
+            key = (name_pattern(param.name), param.shape, param.dtype, param.layout, owner_of(param.placement) >= 0)
+            found.setdefault(key, []).append(param)
     if not found:
         return None
     rows = []
-    for (pattern, shape, dtype, layout), params in list(found.items())[:ROWS_SHOWN]:
+    for (pattern, shape, dtype, layout, _), params in list(found.items())[:ROWS_SHOWN]:
         nbytes = sum(map(param_bytes, params))
         label = pattern if len(params) > 1 else params[0].name
         stages = {stage for p in params for stage in p.stages}
@@ -115,7 +153,7 @@ def _others(plan: PartitionPlan, groups: list[LinearGroup], bars: SplitBars) -> 
                 cell(f"×{len(params)}", len(params), "num"),
                 cell("×".join(map(str, shape[:8])) or "scalar", prod(shape), "nowrap"),
                 cell(show_name(dtype, 20)),
-                cell(_drawn(plan, params[0], layout, bars), None, "wide"),
+                cell(_drawn(plan, params, layout, bars), None, "wide"),
                 cell(bytes_text(nbytes), nbytes, "num"),
                 cell(ranges_text(stages), min(stages), "num"),
             )
@@ -129,7 +167,7 @@ def _others(plan: PartitionPlan, groups: list[LinearGroup], bars: SplitBars) -> 
         "Norms, biases and other parameters",
         element(
             "details",
-            element("summary", f"{count} parameters in {len(found)} rows"),
+            element("summary", f"{count} parameters, {len(found)} row{'s' if len(found) > 1 else ''}"),
             table(header, rows, "Other parameters", data_sortable="yes"),
             left_out(len(found), ROWS_SHOWN, "rows"),
         ),

@@ -1,8 +1,9 @@
-"""A forward and a backward pass of every rank of a mesh, in this process, and the parameters' gradients of it.
+"""A forward and a backward pass of a rank's program, and the gradients of its parameters.
 
 A stage is one piece to autograd: what it receives are leaves, what it sends are roots beside the loss. After its
 forward pass a rank waits for the gradients of all that it has sent, goes back through its graph once, and sends each
 leaf's gradient back to where it came from. Later stages never wait for earlier ones, so that nobody waits for ever.
+Then the sums that are owed of parameters' gradients are paid, in the order that all ranks have them in.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from passes.grad_sums import Box
 from passes.program import RankProgram
 
 GRADIENT_CHANNEL = 1 << 24  # plus the channel of what it is the gradient of: apart from all that is sent forward
+SUM_CHANNEL = 1 << 25
 Gradients = dict[str, torch.Tensor]  # by the parameter's path in a rank's module
 
 
@@ -39,66 +41,88 @@ def go_back(
     wanted = [*parameters, *leaves]
     found: list[torch.Tensor | None] = [None] * len(wanted)
     if roots and wanted:
-        found = list(torch.autograd.grad(roots, wanted, known, allow_unused=True))
+        # in this thread: one for all ranks of a simulation on a GPU would wait for itself
+        with torch.autograd.set_multithreading_enabled(False):
+            found = list(torch.autograd.grad(roots, wanted, known, allow_unused=True))
     for (x, source, channel), gradient in zip(tape.received, found[len(parameters) :], strict=True):
         back = torch.zeros_like(x) if gradient is None else gradient.contiguous()
         communicator.send(back, source, GRADIENT_CHANNEL + channel)
     return found[: len(parameters)]
 
 
-def run_backward(
-    programs: Sequence[RankProgram], inputs: Mapping[str, Any], root: str = "loss"
-) -> tuple[torch.Tensor, list[Gradients]]:
-    """(the output `root`, each rank's gradients of it, before any sum over ranks). The programs are of ranks 0, 1, ...
+def pay_sums(program: RankProgram, gradients: Gradients, communicator: Communicator) -> None:
+    """Pays, in place, what the program's `grad_sums` say: the rank then has the whole gradient of all that it holds.
 
-    Raises AutodistError where no rank returns such an output, or one of more than one element; what a rank raised.
+    Called on all ranks alike. Terms are added in one order, so that every rank has the same bits.
     """
-
-    def run_rank(rank: int, communicator: ThreadCommunicator) -> tuple[torch.Tensor | None, Gradients]:
-        program, tape = programs[rank], Tape()
-        with using(communicator, tape), torch.enable_grad():
-            outputs = program.graph_module(**{n: inputs[n] for n in program.input_names if n in inputs})
-            loss = outputs.get(root)
-            if loss is not None and loss.numel() != 1:
-                raise AutodistError(f"{root} has {loss.numel()} elements: gradients are of one number")
-            parameters = {n: p for n, p in program.graph_module.named_parameters() if p.requires_grad}
-            if loss is not None and not loss.requires_grad:
-                raise AutodistError(f"{root} depends on no parameter of rank {rank} that wants a gradient")
-            found = go_back(tape, communicator, loss, list(parameters.values()))
-        gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
-        return None if loss is None else loss.detach(), gradients
-
-    of_ranks = ThreadWorld(programs[0].mesh).run(run_rank)
-    loss = next((x for x, _ in of_ranks if x is not None), None)
-    if loss is None:
-        raise AutodistError(f"the model returned no {root}: pass what it computes one from (labels=...)")
-    return loss, [gradients for _, gradients in of_ranks]
-
-
-def add_up(programs: Sequence[RankProgram], gradients: Sequence[Gradients]) -> None:
-    """Pays what the programs' `grad_sums` say, in place: each rank then has the whole gradient of what it holds."""
-    names = [_one_name(program) for program in programs]
-    for owed in dict.fromkeys(s for program in programs for s in program.grad_sums or ()):
-        places = [(rank, names[rank][path], programs[rank].param_shards[path]) for rank, path in owed.holders]
-        terms = [(rank, names[rank][path]) for rank, path in owed.terms]
-        known = [
-            gradients[rank][name][_place(shard, owed.box)]
-            for rank, name, shard in places
-            if (rank, name) in terms and name in gradients[rank]
-        ]
-        if not known:
-            continue  # nothing of the loss depends on it
-        total = sum(known[1:], start=known[0])
-        for rank, name, shard in places:
-            whole = gradients[rank].get(name)
-            gradients[rank][name] = total.new_zeros(shard.local_shape) if whole is None else whole.clone()
-            gradients[rank][name][_place(shard, owed.box)] = total
+    names = _one_name(program)
+    for owed in program.grad_sums or ():
+        own = {path: _place(program.param_shards[path], owed.box) for r, path in owed.holders if r == program.rank}
+        for path in own:
+            parameter = program.graph_module.get_parameter(path)
+            known = gradients.get(names[path])  # None: nothing of the loss depends on it here
+            gradients[names[path]] = torch.zeros_like(parameter) if known is None else known.clone()
+        mine = [path for r, path in owed.terms if r == program.rank]
+        # copies: they are on their way while the total takes their places
+        pieces = {path: gradients[names[path]][own[path]].clone() for path in mine}
+        for peer in owed.ranks:
+            for path in mine if peer != program.rank else ():
+                communicator.send(pieces[path], peer, SUM_CHANNEL)
+        like = gradients[names[next(iter(own))]]
+        shape = [stop - start for start, stop in owed.box]
+        total = like.new_zeros(shape)
+        for r, path in owed.terms:
+            here = r == program.rank
+            total += pieces[path] if here else communicator.recv(shape, like.dtype, like.device, r, SUM_CHANNEL)
+        for path, place in own.items():
+            gradients[names[path]][place] = total
 
 
 def _one_name(program: RankProgram) -> dict[str, str]:
     """Every path of a parameter -> the first path of the same tensor."""
     first = {id(p): name for name, p in program.graph_module.named_parameters()}
     return {name: first[id(p)] for name, p in program.graph_module.named_parameters(remove_duplicate=False)}
+
+
+def rank_gradients(
+    program: RankProgram, inputs: Mapping[str, Any], communicator: Communicator, root: str = "loss"
+) -> tuple[torch.Tensor | None, Gradients]:
+    """(the output `root`, or None on a rank that does not return it; the rank's gradients of it, sums paid).
+
+    Called on all ranks of the mesh alike, with a program to be trained (`grad_sums`). Raises AutodistError where
+    `root` has more than one element, or depends on no parameter.
+    """
+    tape = Tape()
+    with using(communicator, tape), torch.enable_grad():
+        outputs = program.graph_module(**{n: inputs[n] for n in program.input_names if n in inputs})
+        loss = outputs.get(root)
+        if loss is not None and loss.numel() != 1:
+            raise AutodistError(f"{root} has {loss.numel()} elements: gradients are of one number")
+        if loss is not None and not loss.requires_grad:
+            raise AutodistError(f"{root} depends on no parameter that wants a gradient")
+        parameters = {n: p for n, p in program.graph_module.named_parameters() if p.requires_grad}
+        found = go_back(tape, communicator, loss, list(parameters.values()))
+    gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+    pay_sums(program, gradients, communicator)
+    return None if loss is None else loss.detach(), gradients
+
+
+def run_backward(
+    programs: Sequence[RankProgram], inputs: Mapping[str, Any], root: str = "loss"
+) -> tuple[torch.Tensor, list[Gradients]]:
+    """All ranks in this process: (the output `root`, each rank's gradients). The programs are of ranks 0, 1, ...
+
+    Raises what rank_gradients raises, and AutodistError where no rank returns such an output.
+    """
+
+    def run_rank(rank: int, communicator: ThreadCommunicator) -> tuple[torch.Tensor | None, Gradients]:
+        return rank_gradients(programs[rank], inputs, communicator, root)
+
+    of_ranks = ThreadWorld(programs[0].mesh).run(run_rank)
+    loss = next((x for x, _ in of_ranks if x is not None), None)
+    if loss is None:
+        raise AutodistError(f"the model returned no {root}: pass what it computes one from (labels=...)")
+    return loss, [gradients for _, gradients in of_ranks]
 
 
 def glued(programs: Sequence[RankProgram], gradients: Sequence[Gradients]) -> Gradients:
@@ -111,7 +135,7 @@ def glued(programs: Sequence[RankProgram], gradients: Sequence[Gradients]) -> Gr
             shard = program.param_shards[path]
             if shard.source not in found:
                 found[shard.source] = gradient.new_zeros(shard.shape)
-                owners[shard.source] = torch.full(shard.shape, -1, dtype=torch.int32)
+                owners[shard.source] = torch.full(shard.shape, -1, dtype=torch.int32, device=gradient.device)
             whole, owner = found[shard.source], owners[shard.source]
             for box, piece in _pieces(shard, gradient):
                 there, theirs = whole[box], owner[box]

@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from passes.normalize import op_name
 from passes.op_graph import argument
 
 
@@ -37,6 +38,23 @@ def outside_a_table(whole: torch.fx.GraphModule, inputs: Mapping[str, Any]) -> s
             where = f" ({node.meta['source']})" if node.meta.get("source") else ""
             return f"{what} holds {int(wrong[0])}, and {table}: 0 to {rows - 1} are allowed{where}"
     return None
+
+
+def lookups(whole: torch.fx.GraphModule) -> dict[str, int]:
+    """By input: how many ids it may hold, where it is looked up in tables (the smallest) or names classes."""
+    found: dict[str, int] = {}
+    for node in whole.graph.nodes:
+        lookup = _lookup(whole, node)
+        if lookup is not None:
+            index = lookup[0]
+            while index.op.startswith("call_") and op_name(index) in _KEEP_VALUES:
+                index = index.args[0]
+            if index.op == "placeholder":
+                found[str(index.target)] = min(lookup[1], found.get(str(index.target), lookup[1]))
+    return found
+
+
+_KEEP_VALUES = ("to", "long", "view", "reshape", "contiguous", "clone")
 
 
 def _lookup(whole: torch.fx.GraphModule, node: Node) -> tuple[Node, int, int] | None:

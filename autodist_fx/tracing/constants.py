@@ -125,7 +125,7 @@ def numpy_ufunc(proxy: hf_fx.HFProxy, ufunc: np.ufunc, method: str, *inputs: Any
 
 
 def within_range(args: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
-    """Arguments of torch.full whose value is infinite where the dtype has no such number: `full(n, finfo(float64).min)`.
+    """Arguments of torch.full whose value is infinite where the dtype has none such: `full(n, finfo(float64).min)`.
 
     torch makes float32 of a number without a dtype, and refuses what overflows. A model does that for masks which a
     trace has always, and the model itself only where something is masked.

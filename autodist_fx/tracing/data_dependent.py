@@ -141,7 +141,8 @@ def rewritten(tracer: hf_fx.HFTracer, kind: str, target: Any, args: tuple[Any, .
         if run is not None and name == "getitem":
             return _runs(tracer, args[0], run)[run.index - 1]
         if run is not None:
-            everywhere = tracer.create_proxy("call_function", torch.arange, (len_of(tracer, args[0]),), {})
+            device = {"device": args[0].device}
+            everywhere = tracer.create_proxy("call_function", torch.arange, (len_of(tracer, args[0]),), device)
             rows = _runs(tracer, everywhere, run)[run.index - 1]
             return tracer.create_proxy(kind, target, (args[0], rows, args[2]), {})
     if name == "getitem" and _has_unrolled(args[1]):

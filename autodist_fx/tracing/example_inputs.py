@@ -16,7 +16,7 @@ from autodist_fx.errors import TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, new_cache
 from autodist_fx.tracing.cross_cache import both_kinds, model_cache
 from autodist_fx.tracing.input_forms import InputForm
-from autodist_fx.tracing.input_shapes import input_dims
+from autodist_fx.tracing.input_shapes import input_dims, patches_demanded
 from autodist_fx.tracing.states import StateTensor
 
 INPUTS_WITH_CACHE = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position")
@@ -152,12 +152,16 @@ def embedding_dim(model: PreTrainedModel) -> int:
 
 
 def image_shape(config: PretrainedConfig) -> tuple[int, ...]:
-    """[channels, height, width] of the images that a config is for; 224 x 224 where it doesn't say."""
+    """[channels, height, width] of the images that a config is for; 224 x 224 where it doesn't say. [patches, numbers]
+    where they come in patches of any aspect ratio."""
     vision = getattr(config, "vision_config", config)
+    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
+    if (patches := patches_demanded(config)) is not None:
+        return patches, channels * vision.patch_size**2
     size = getattr(vision, "image_size", None) or getattr(getattr(vision, "backbone_config", None), "image_size", None)
     size = size or _USUAL_IMAGE_SIZE
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
-    return getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3, height, width
+    return channels, height, width
 
 
 def unmistakable_sizes(model: PreTrainedModel, other_than: Sizes | None = None) -> Sizes:
@@ -200,8 +204,10 @@ def fewest_frames(model: PreTrainedModel) -> int:
     needed = _FRAMES
     for module in reversed(list(model.modules())):
         if isinstance(module, nn.Conv1d) and isinstance(module.padding, tuple):
-            (stride,), (padding,), kernel = module.stride, module.padding, module.dilation[0] * (module.kernel_size[0] - 1)
-            needed = max(needed, (needed - 1) * stride + 1 + kernel - 2 * padding)
+            (stride,), (padding,), (dilation,), (kernel,) = (
+                module.stride, module.padding, module.dilation, module.kernel_size
+            )  # fmt: skip
+            needed = max(needed, (needed - 1) * stride + 1 + dilation * (kernel - 1) - 2 * padding)
     return needed if needed > _FRAMES else 0
 
 

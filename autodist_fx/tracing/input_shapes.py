@@ -54,6 +54,9 @@ def input_dims(name: str, config: PretrainedConfig, has_encoder: bool) -> tuple[
         return None if dims is None else (dims, True)
     tokens = {**TOKENS, **ENCODER_DECODER_TOKENS} if has_encoder else TOKENS
     found = tokens.get(name)
+    patches = patches_demanded(config)
+    if patches is not None and name in ("pixel_attention_mask", "spatial_shapes"):
+        return (("B", patches) if name == "pixel_attention_mask" else ("B", 2)), False
     if found is None and name.endswith("_ids"):
         found = ("B", "S")
     if found == ("B", "E") and name == "attention_mask":
@@ -72,6 +75,13 @@ def _input_features(config: PretrainedConfig) -> Dims | None:
         if isinstance(bins, int):
             return ("B", "E", bins)
     return None
+
+
+def patches_demanded(config: PretrainedConfig) -> int | None:
+    """How many patches an image is padded to that comes as such; None for images of one size."""
+    vision = getattr(config, "vision_config", config)
+    patches = getattr(vision, "num_patches", None)
+    return patches if isinstance(patches, int) and getattr(vision, "image_size", None) is None else None
 
 
 def frames_demanded(config: PretrainedConfig) -> int | None:

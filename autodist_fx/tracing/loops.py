@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch.fx import Proxy
 
+from autodist_fx.tracing.constants import constant
+
 _UNROLLED = 16  # loops of known counts up to this are written out
 _COUNTS, _FITS, _LEAF, _OWN = "_is_outlined_", "_fit_a_node_", "_outlined_", "_own_"
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
@@ -175,7 +177,9 @@ class _Outliner:
             return region
         own = sorted(changed & set(inputs))
         name = f"{_LEAF}{self.function.name}_{loop.lineno}"
-        leaf = self._leaf(name.strip("_"), inputs, own, inner, outputs, loop)
+        leaf: Callable[..., Any] = self._leaf(name.strip("_"), inputs, own, inner, outputs, loop)
+        if set(outputs) <= set(own) - _stored(inner):
+            leaf = _as_large_as_before(leaf, [inputs.index(o) for o in outputs])
         self.leaves[name] = _Call(leaf, len(outputs))
         given = [chains.names.get(i) or _value_of(i) for i in inputs]
         everything = ast.Tuple(list(given), ast.Load())
@@ -382,9 +386,11 @@ def _value_of(name: str) -> ast.expr:
 
 def _is_outlined(*counts: Any) -> bool:
     """Whether a loop over range(*counts) would become a node: one of a length, or one of many steps."""
-    if any(isinstance(c, Proxy) for c in counts):
+    try:
+        numbers = [constant(c) if isinstance(c, Proxy) else c for c in counts]
+    except TypeError:
         return True
-    return all(type(c) is int for c in counts) and len(range(*counts)) >= _UNROLLED
+    return all(type(n) is int for n in numbers) and len(range(*map(int, numbers))) >= _UNROLLED
 
 
 def _fit(values: tuple[Any, ...]) -> bool:
@@ -405,10 +411,27 @@ def _own(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
+def _as_large_as_before(leaf: Callable[..., Any], written: Sequence[int]) -> Callable[..., Any]:
+    """A loop that only writes into tensors which are there before it (arguments number `written`), also for meta ones:
+    where it looks at values, as for where to write, these leave their shapes."""
+
+    @functools.wraps(leaf)
+    def run(*args: Any) -> Any:
+        try:
+            return leaf(*args)
+        except (RuntimeError, TypeError):
+            results = tuple(args[i] for i in written)
+            if not all(isinstance(r, torch.Tensor) and r.is_meta for r in results):
+                raise
+            return results[0].clone() if len(results) == 1 else tuple(r.clone() for r in results)
+
+    return run
+
+
 class _Call:
     """What the rewritten code calls instead of a loop: one node, and an item of it for each output."""
 
-    def __init__(self, leaf: types.FunctionType, outputs: int) -> None:
+    def __init__(self, leaf: Callable[..., Any], outputs: int) -> None:
         self.leaf, self.outputs = leaf, outputs
 
     def __call__(self, *args: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import linecache
 import types
@@ -12,23 +13,35 @@ from collections.abc import Iterator
 def answer_without_error(frame: types.FrameType) -> bool | None:
     """What a value must be, which is asked for its truth where `frame` stands, so that no error is raised by an `if`
     whose body does nothing else; None where it is not asked by such an `if`."""
-    start_line, end_line, start, end = _position(frame)
-    if start_line is None or end_line is None or start is None or end is None:
+    asked = _asked(frame)
+    if asked is None:
         return None
     for test in _tests_before_errors(frame.f_code.co_filename):
-        if test.lineno <= start_line and end_line <= (test.end_lineno or test.lineno):
-            for part, negated in _parts(test, False):
-                if (part.lineno, part.col_offset) == (start_line, start) and (
-                    part.end_lineno, part.end_col_offset) == (end_line, end):  # fmt: skip
-                    return negated
+        around = [(part, negated) for part, negated in _parts(test, False) if _contains(part, asked)]
+        if around:
+            part, negated = around[-1]  # the innermost one
+            return None if any(isinstance(n, ast.IfExp) for n in ast.walk(part)) else negated
     return None
 
 
-def _position(frame: types.FrameType) -> tuple[int | None, int | None, int | None, int | None]:
-    for offset, position in enumerate(frame.f_code.co_positions()):
-        if 2 * offset == frame.f_lasti:
-            return position
-    return None, None, None, None
+def _asked(frame: types.FrameType) -> dis.Positions | None:
+    """Where the expression is whose truth the frame is about to branch on, or gives to `bool`."""
+    before = None
+    for instruction in dis.get_instructions(frame.f_code):
+        if instruction.offset == frame.f_lasti:
+            if instruction.opname.startswith("POP_JUMP"):
+                return before
+            return instruction.positions if instruction.opname in ("CALL", "PRECALL") else None
+        if instruction.opname != "CACHE":
+            before = instruction.positions
+    return None
+
+
+def _contains(part: ast.expr, at: dis.Positions) -> bool:
+    if at.lineno is None or at.end_lineno is None or at.col_offset is None or at.end_col_offset is None:
+        return False
+    start, end = (part.lineno, part.col_offset), (part.end_lineno or 0, part.end_col_offset or 0)
+    return start <= (at.lineno, at.col_offset) and (at.end_lineno, at.end_col_offset) <= end
 
 
 @functools.cache

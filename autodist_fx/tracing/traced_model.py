@@ -106,12 +106,33 @@ def trace(
 
     Errors: TracingError, which names the model class, the line of its source, and the way out.
     """
+    try:
+        return _trace(model, input_names, use_cache, concrete_args or {}, forms or {}, passing_cache=False)
+    except TracingError as error:
+        if use_cache or "past_key_values" in (*(input_names or ()), *(concrete_args or ())):
+            raise
+        try:  # some run without a cache only where they make one for themselves
+            return _trace(model, input_names, use_cache, concrete_args or {}, forms or {}, passing_cache=True)
+        except TracingError:
+            raise error from error.__cause__
+
+
+def _trace(
+    model: PreTrainedModel | PretrainedConfig,
+    input_names: Sequence[str] | None,
+    use_cache: bool,
+    concrete_args: Mapping[str, object],
+    forms: Mapping[str, InputForm],
+    passing_cache: bool,
+) -> TracedModel:
     meta_model = empty_model(model) if isinstance(model, PretrainedConfig) else meta_copy(model)
     choose_attention(meta_model)
     accepted = [name for name, p in inspect.signature(meta_model.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
     names = _input_names(meta_model, accepted, input_names, use_cache)
-    fixed, keywords = _fixed_arguments(meta_model, accepted, names, use_cache, concrete_args or {})
-    records = any(name.startswith("output_") and value for name, value in (concrete_args or {}).items())
+    fixed, keywords = _fixed_arguments(meta_model, accepted, names, use_cache, concrete_args)
+    if passing_cache and "past_key_values" in fixed and not has_encoder(meta_model):
+        fixed["past_key_values"] = PassingCache(config=meta_model.config)
+    records = any(name.startswith("output_") and value for name, value in concrete_args.items())
     tracer = None
     try:
         with traceable(meta_model, use_cache=use_cache, records=records), torch.no_grad():
@@ -124,7 +145,7 @@ def trace(
                 image_shape=image_shape(meta_model.config),
                 has_encoder=has_encoder(meta_model),
                 fewest_frames=fewest_frames(meta_model),
-                forms=dict(forms or {}),
+                forms=dict(forms),
             )
             if use_cache:
                 examples = replace(examples, cache_layers=_cache_layers(meta_model, examples))

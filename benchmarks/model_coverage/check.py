@@ -21,14 +21,14 @@ from cost_model.explain import sharded_share
 from model_coverage.build import CannotBuild, build
 from model_coverage.decode import decode_with_cache, eager_decoding, forward
 from model_coverage.inputs import inputs_for
-from model_coverage.layers import all_reduces_per_layer
+from model_coverage.layers import collectives_per_layer
 from model_coverage.tasks import TASKS
 
 # Relative to the largest value of the output. Many models compute norms and rotary tables in float32 whatever their
 # dtype, so that a last bit of float64 can become a last bit of float32 (6e-8).
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 DECODING_MESHES = ((2, 1), (1, 2))
-MEASURED_MESH = (2, 1)  # share sharded and all_reduce per layer are of this one
+MEASURED_MESH = (2, 1)  # share sharded and collectives per layer are of this one
 Mesh = tuple[int, int]
 
 
@@ -143,7 +143,8 @@ def _check_mesh(subject: Subject, mesh: Mesh, result: dict[str, Any]) -> dict[st
     compiled = adx.compile(subject.model, tp=mesh[0], pp=mesh[1], input_names=tuple(subject.inputs))
     if mesh == MEASURED_MESH:
         result["share_sharded"] = sharded_share(compiled.plan)
-        result["all_reduces_per_layer"] = all_reduces_per_layer(compiled)
+        counts = collectives_per_layer(compiled)
+        result["all_reduces_per_layer"], result["all_gathers_per_layer"] = counts or (None, None)
     got = tensors(compiled.simulate(**subject.inputs))
     return _compare(got, subject.expected, TOLERANCE[subject.dtype])
 

@@ -11,6 +11,7 @@ from typing import Any
 from model_coverage.tasks import TASKS, Task
 
 SHARE_BAR, REDUCE_BAR = 0.9, 3.0  # of a plan worth having: matmul weight bytes sharded, all_reduces per layer
+GATHER_MARK = 2.0  # all_gathers per layer that are worth knowing of; no bar
 Result = dict[str, Any]
 
 
@@ -41,10 +42,10 @@ _HOW = """\
 Each type is built tiny from its config class, with random numbers in every parameter, run by itself, split over each
 mesh (tp x pp), simulated, and compared: **right** is a relative error of at most 1e-6 in float64, or 1e-4 where the
 model itself cannot run in float64 (marked f32). *Sharded* is the share of the bytes of matmul weights and embeddings
-that no rank of 2x1 holds whole; *AR* the all_reduces per layer of a forward there. *KV cache* is a prompt, then token
-by token, against the whole sequence at once (or against the model's own cache, where that gives something else).
-**refused** is an error on purpose, **crashed** is not; both give their reasons below. "no pads": the model's own output
-is not finite with padding."""
+that no rank of 2x1 holds whole; *AR* and *AG* the all_reduces and all_gathers per layer of a forward there. *KV cache*
+is a prompt, then token by token, against the whole sequence at once (or against the model's own cache, where that gives
+something else). **refused** is an error on purpose, **crashed** is not; both give their reasons below. "no pads": the
+model's own output is not finite with padding."""
 
 
 def is_right(result: Result, meshes: Iterable[str]) -> bool:
@@ -73,9 +74,11 @@ def _totals(tasks: Sequence[Task], by_task: dict[str, list[Result]], meshes: Seq
         share = f"{right / len(built):.0%}" if built else "-"
         decoding = str(sum(map(decodes_right, built))) if task.decodes else ""
         worth = str(sum(is_right(r, meshes) and _is_worth_it(r) for r in built))
-        rows.append([task.name, len(found), len(built), f"{right} ({share})", *counts, wrong, worth, decoding])
+        gathers = str(sum((r.get("all_gathers_per_layer") or 0.0) > GATHER_MARK for r in built))
+        rows.append([task.name, len(found), len(built), f"{right} ({share})", *counts, wrong, worth, gathers, decoding])
     header = ["task", "types", "built", "right on all", *meshes, "wrong on any"]
-    return table([*header, f"of the right: >= {SHARE_BAR:.0%} sharded, AR <= {REDUCE_BAR:.0f}", "KV cache right"], rows)
+    worth_it = f"of the right: >= {SHARE_BAR:.0%} sharded, AR <= {REDUCE_BAR:.0f}"
+    return table([*header, worth_it, f"AG > {GATHER_MARK:.0f}", "KV cache right"], rows)
 
 
 def _causal_bars(results: Sequence[Result], meshes: Sequence[str]) -> list[str]:
@@ -98,11 +101,13 @@ def _type_table(task: Task, results: Sequence[Result], meshes: Sequence[str]) ->
         share, reduces = result.get("share_sharded"), result.get("all_reduces_per_layer")
         notes = ["f32"] * (result.get("dtype") == "float32") + ["no pads"] * (result.get("padded") is False)
         row = [result["type"], *(_verdict(result, mesh) for mesh in meshes)]
-        row += ["-" if share is None else f"{share:.0%}", "-" if reduces is None else f"{reduces:.3g}"]
+        gathers = result.get("all_gathers_per_layer")
+        row += ["-" if share is None else f"{share:.0%}"]
+        row += ["-" if count is None else f"{count:.3g}" for count in (reduces, gathers)]
         if task.decodes:
             row.append(_decoding(result))
         rows.append([*row, ", ".join(notes), f"{result['seconds']:.1f}"])
-    header = ["type", *meshes, "sharded", "AR", *(["KV cache"] if task.decodes else []), "", "s"]
+    header = ["type", *meshes, "sharded", "AR", "AG", *(["KV cache"] if task.decodes else []), "", "s"]
     return table(header, rows)
 
 

@@ -7,7 +7,7 @@ function textBoxes() {
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node = walker.nextNode(); node; node = walker.nextNode()) {
     const parent = node.parentElement;
-    if (!node.data.trim() || parent.closest("script, style, .skip, .hidden:not(.badge)")) continue;
+    if (!node.data.trim() || parent.closest("script, style, .skip")) continue;
     const range = document.createRange();
     range.selectNodeContents(node);
     for (const rect of range.getClientRects()) {
@@ -40,44 +40,47 @@ function look() {
   for (const e of document.querySelectorAll(".badge, .rank, .lane i, .bar.whole span, .arrow, .tiles dd, .axis span"))
     if (e.scrollWidth > e.clientWidth + 1) found.spills.push(`${e.className}: ${e.textContent.slice(0, 40)}`);
   // pieces of bars outside of their bar
-  for (const e of document.querySelectorAll(".lane i, .track i, .stack i")) {
+  for (const e of document.querySelectorAll(".lane i, .track rect, .stack i")) {
     const [r, p] = [e, e.parentElement].map((x) => x.getBoundingClientRect());
-    if (r.left < p.left - 1 || r.right > p.right + 1) found.outside.push(e.title);
+    if (r.left < p.left - 1 || r.right > p.right + 1) found.outside.push(e.title || e.textContent);
   }
 }
 
-for (const details of document.querySelectorAll("details")) details.open = true;
-look();
-found.scrolls = document.documentElement.scrollWidth - innerWidth; // sideways, the whole page
-found.requests = performance.getEntriesByType("resource").map((entry) => entry.name);
-found.unreachable = [...document.querySelectorAll(".scroll, .pipeline")]
-  .filter((e) => e.scrollWidth > e.clientWidth && e.tabIndex < 0).length;
+// Once all that the page may have asked the network for has come, or not.
+addEventListener("load", () => {
+  for (const details of document.querySelectorAll("details")) details.open = true;
+  look();
+  found.scrolls = document.documentElement.scrollWidth - innerWidth; // sideways, the whole page
+  found.requests = performance.getEntriesByType("resource").map((entry) => entry.name);
+  found.unreachable = [...document.querySelectorAll(".scroll, .pipeline")]
+    .filter((e) => e.scrollWidth > e.clientWidth && e.tabIndex < 0).length;
 
-const table = document.getElementById("linears-table");
-if (table) {
-  const shown = () => [...table.tBodies[0].rows].filter((row) => !row.hidden).map((row) => row.cells[0].textContent);
-  const input = document.querySelector("input[data-search]");
-  found.searches = {};
-  for (const words of ["", ...SEARCHES]) {
-    input.value = words;
+  const table = document.getElementById("linears-table");
+  if (table) {
+    const shown = () => [...table.tBodies[0].rows].filter((row) => !row.hidden).map((row) => row.cells[0].textContent);
+    const input = document.querySelector("input[data-search]");
+    found.searches = {};
+    for (const words of ["", ...SEARCHES]) {
+      input.value = words;
+      input.dispatchEvent(new Event("input"));
+      found.searches[words] = shown();
+    }
+    input.value = "";
     input.dispatchEvent(new Event("input"));
-    found.searches[words] = shown();
+    const header = (title) => [...table.tHead.rows[0].cells].find((cell) => cell.textContent === title);
+    found.sorted = {};
+    for (const title of ["Module", "All layers"]) {
+      const button = header(title).querySelector("button");
+      button.focus(); // as with the tab key; a button's click is also what Enter and blank do
+      found.focused = document.activeElement === button;
+      found.sorted[title] = [1, 2, 3].map(() => {
+        button.click();
+        return [header(title).getAttribute("aria-sort"), shown(), [...table.tBodies[0].rows].map((row) => row.cells[8].dataset.v)];
+      });
+    }
   }
-  input.value = "";
-  input.dispatchEvent(new Event("input"));
-  const header = (title) => [...table.tHead.rows[0].cells].find((cell) => cell.textContent === title);
-  found.sorted = {};
-  for (const title of ["Module", "All layers"]) {
-    const button = header(title).querySelector("button");
-    button.focus(); // as with the tab key; a button's click is also what Enter and blank do
-    found.focused = document.activeElement === button;
-    found.sorted[title] = [1, 2, 3].map(() => {
-      button.click();
-      return [header(title).getAttribute("aria-sort"), shown(), [...table.tBodies[0].rows].map((row) => row.cells[7].dataset.v)];
-    });
-  }
-}
-const pre = document.createElement("pre");
-pre.id = "found";
-pre.textContent = JSON.stringify(found);
-document.body.append(pre);
+  const pre = document.createElement("pre");
+  pre.id = "found";
+  pre.textContent = JSON.stringify(found);
+  document.body.append(pre);
+});

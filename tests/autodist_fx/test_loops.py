@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import fx as hf_fx
 
 from autodist_fx.tracing import trace
 from autodist_fx.tracing.loops import outlined_loops
+from autodist_fx.tracing.tracer import Tracer
 
 
 class ListScan(nn.Module):
@@ -67,7 +67,7 @@ class UnrolledLoop(nn.Module):
 
 def _traced(module: nn.Module, x: torch.Tensor) -> torch.fx.GraphModule:
     with outlined_loops([__name__]), torch.no_grad():
-        tracer = hf_fx.HFTracer()
+        tracer = Tracer(module, {"x": x.to("meta")}, {"x": x.repeat(1, 2, 1).to("meta")})
         tracer._TORCH_METHODS_TO_PATCH = []
         graph = tracer.trace(module, dummy_inputs={"x": x.to("meta")})
     return torch.fx.GraphModule(module, graph)

@@ -36,9 +36,8 @@ def rendered(page, tmp_path, width=1400, dark=False):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-def look_at(plan, tmp_path, **options):
-    """What page_checks.js finds on the plan's page."""
-    page = plan_page(plan)
+def look_at(page, tmp_path, **options):
+    """What page_checks.js finds on a page."""
     script = Path(__file__).with_name("page_checks.js").read_text(encoding="utf-8")
     # The page's policy lets no script but its own run; that it does is the last test's matter.
     page, n = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', CATCH, page)
@@ -83,11 +82,20 @@ def varied_plan():
 
 @pytest.mark.parametrize("width, dark", [(1400, False), (700, True)])
 def test_readable_at_8_x_4_ranks(tmp_path, width, dark):
-    assert_sound(look_at(varied_plan(), tmp_path, width=width, dark=dark))
+    assert_sound(look_at(plan_page(varied_plan()), tmp_path, width=width, dark=dark))
+
+
+def test_the_checks_see_a_page_that_is_broken(tmp_path):
+    style = ".facts dd { margin-left: -5rem; } .badge { width: 1rem; } .lane i { margin-left: 2rem; }"
+    page = plan_page(small_plan()).replace("</style>", style + "body { width: 2000px; }</style>")
+    more = '<script>nothing();</script><img src="http://127.0.0.1:9/x.png"></main>'
+    found = look_at(page.replace("</main>", more), tmp_path)
+    assert found["errors"] == ["Uncaught ReferenceError: nothing is not defined"]
+    assert all(found[key] for key in ("overlaps", "spills", "outside", "requests")) and found["scrolls"] > 0
 
 
 def test_tables_are_searched_and_sorted(tmp_path):
-    found = look_at(small_plan(), tmp_path, width=1000)
+    found = look_at(plan_page(small_plan()), tmp_path, width=1000)
     assert_sound(found)
     layer = "model.layers.*."
     linears = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -120,6 +128,6 @@ def test_a_page_of_hostile_names_runs_its_own_script_and_no_other(tmp_path):
 
 
 def test_a_page_of_hostile_names_is_laid_out_all_the_same(tmp_path):
-    found = look_at(hostile_plan(), tmp_path)
+    found = look_at(plan_page(hostile_plan()), tmp_path)
     assert found["errors"] == [] and found["requests"] == [] and found["scrolls"] <= 0
     assert found["overlaps"] == []

@@ -12,8 +12,11 @@ from hostile_plan import ATTACK, enormous_plan, hostile_plan
 from hypothesis import given
 from hypothesis import strategies as st
 from plan_examples import large_plan, small_plan
+from plan_mutations import mutated
 from rich.console import Console
+from transformers import LlamaConfig
 
+from autodist_fx.compiled import compile
 from autodist_fx.report.borders import bytes_of, crossing, sent_tensors
 from autodist_fx.report.dot import plan_dot
 from autodist_fx.report.memory import memory_rows, rank_parts
@@ -21,9 +24,10 @@ from autodist_fx.report.page import plan_page
 from autodist_fx.report.split_bar import CELLS, SplitBars, matrix
 from autodist_fx.report.terminal import print_plan
 from autodist_fx.report.timeline import timeline_section
+from cost_model.errors import PlanError
 from cost_model.explain import param_bytes, plan_sections
-from cost_model.placement import Layout
-from cost_model.plan import Hop, PartitionPlan
+from cost_model.placement import Layout, Placement
+from cost_model.plan import Hop, ParamPlan, PartitionPlan
 from cost_model.plan_html import plan_fragment
 
 LIMIT = 3_000_000
@@ -160,6 +164,23 @@ def test_memory_of_each_rank_is_what_it_holds():
         assert max(sum(r.values()) for r in ranks) == s.memory_bytes
 
 
+def test_an_expert_that_lies_on_one_rank_is_drawn_and_counted_there():
+    """64 experts of 16 bytes: 40 on tp rank 0, 24 on tp rank 1."""
+    plan = small_plan()
+    linear = next(op for op in plan.ops if op.role == "row")
+    names = [f"model.layers.0.experts.{i}" for i in range(64)]
+    owned = [Placement("O", 0 if i < 40 else 1) for i in range(64)]
+    ops = tuple(replace(linear, name=n, module=n, weight=n + ".weight", home=0, stages=(0,)) for n in names)
+    params = tuple(ParamPlan(n + ".weight", (2, 4), "bfloat16", o, -1, (0,), True) for n, o in zip(names, owned))
+    more = replace(plan, ops=plan.ops + ops, params=plan.params + params)
+    before, after = ([dict(parts)["weights"] for parts in rank_parts(p, 0)] for p in (plan, more))
+    # a stage's bytes are the fullest rank's: that they did not grow means 640 fewer bytes of buffers
+    assert [b - a for a, b in zip(before, after)] == [40 * 16 - 640, 24 * 16 - 640]
+    (row,) = [row for row in plan_page(more).split("<tr") if "experts" in row and "×64" in row]
+    pieces = re.findall(r"tp rank (\d): (\d+)–(\d+)", row)
+    assert pieces == [("0", "0", "39"), ("1", "40", "63")] and "64 whole weights" in row
+
+
 def test_a_kv_cache_is_cut_as_its_heads_are():
     plan = small_plan()
     keys = next(op for op in plan.ops if op.role == "column")
@@ -189,25 +210,42 @@ def test_each_hop_crosses_the_borders_between_its_ends():
     assert len(sent) == len(plan.hops) - 2  # the mask from stage 0 to three stages is one tensor
 
 
+def tracks_of(plan):
+    """The rectangles of each bar of the timeline: (kind, start, length), in shares of the longest bar."""
+    tracks = [e for e in timeline_section(plan).iter("svg")]
+    return [[(r.get("class"), float(r.get("x")) / 100, float(r.get("width")) / 100) for r in t] for t in tracks]
+
+
 def test_the_timeline_runs_stage_after_stage_up_to_the_predicted_seconds():
     plan = large_plan(400)
-    alone = plan.one_device_seconds
-    end = max(plan.predicted_seconds, alone)
-    tracks = [e for e in timeline_section(plan).iter() if e.get("class") == "track"]
+    total, alone = plan.predicted_seconds, plan.one_device_seconds
+    *stages, split, one = tracks_of(plan)
     at = 0.0
-    for s, track in zip(plan.stages, tracks, strict=False):
-        lengths = {}
-        for piece in track:
-            left, width = position(piece)
-            assert left == pytest.approx(at, abs=2e-5)
-            at = left + width
-            lengths[piece.get("class")] = lengths.get(piece.get("class"), 0.0) + width * end
-        assert lengths == {
-            "compute": pytest.approx(s.compute_seconds, abs=1e-4 * end),
-            "comm": pytest.approx(s.comm_seconds, abs=1e-4 * end),
-        }
-    assert at == pytest.approx(plan.predicted_seconds / end, abs=1e-4)
-    assert position(tracks[-1][0]) == (0.0, pytest.approx(alone / end, abs=1e-4))
+    for s, (whole, *pieces) in zip(plan.stages, stages, strict=True):
+        assert whole == ("compute", pytest.approx(at, abs=2e-6), pytest.approx(s.seconds / total, abs=2e-6))
+        said = sum(length for _, _, length in pieces)
+        assert said == pytest.approx(s.comm_seconds / total, abs=1e-6 * len(pieces))
+        assert all(at - 2e-6 <= start and start + length <= at + whole[2] + 4e-6 for _, start, length in pieces)
+        at += whole[2]
+    assert at == pytest.approx(1.0, abs=1e-5)
+    ends = [bar[0][1] + bar[0][2] for bar in (split, one)]
+    assert ends == pytest.approx([total / max(total, alone), alone / max(total, alone)], abs=1e-5)
+
+
+def test_the_timeline_has_collectives_where_they_run():
+    plan = small_plan()
+    seconds = [(1.0, 0.0), (2.0, 0.5), (4.0, 0.0), (0.0, 0.25), (1.0, 0.25), (2.0, 0.0)]
+    ops = tuple(
+        replace(op, home=1, stages=(1,), compute_seconds=a, comm_seconds=b) for op, (a, b) in zip(plan.ops, seconds)
+    )
+    stages = tuple(replace(s, compute_seconds=10.0, comm_seconds=2.0, recomputed=()) for s in plan.stages)
+    first, second, *_ = tracks_of(replace(plan, ops=ops, stages=stages, hops=()))
+    # the second stage: 12 to 24 s, of which the first is not the ops' own
+    expected = [("compute", 12, 12), ("receive", 12, 1), ("comm", 16, 0.5), ("comm", 20.5, 0.25), ("comm", 21.75, 0.25)]
+    assert [kind for kind, *_ in second] == [kind for kind, *_ in expected]
+    for (_, *drawn), (_, *lengths) in zip(second, expected):
+        assert drawn == pytest.approx([n / 24 for n in lengths], abs=1e-6)
+    assert [kind for kind, *_ in first] == ["compute", "receive"]  # of its ops nothing is known
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -255,6 +293,31 @@ def test_an_enormous_plan_is_cut_short_and_says_so(show, layers):
     text = show(enormous_plan(layers))
     assert len(text.encode()) < LIMIT
     assert re.search(r"and [0-9]{4,} more", text)
+
+
+def test_whatever_plan_can_be_read_can_be_shown():
+    shown = 0
+    for seed in range(400):
+        try:
+            plan = PartitionPlan.from_dict(mutated(seed))
+        except PlanError:
+            continue
+        shown += 1
+        Page(plan_page(plan))
+        Page(plan_fragment(plan))
+        assert plan_dot(plan).startswith("digraph")
+        assert in_terminal(plan)
+    assert shown > 30
+
+
+def test_absurd_numbers_are_shown():
+    plan = small_plan()
+    for seconds in (1e-320, 1e308):
+        stages = tuple(replace(s, compute_seconds=seconds, comm_seconds=seconds, flops=1e308) for s in plan.stages)
+        Page(plan_page(replace(plan, stages=stages, one_device_seconds=seconds)))
+    params = tuple(replace(p, shape=(2**62,) * 4, layout=-1, placement=Placement("R")) for p in plan.params)
+    stages = tuple(replace(s, weight_bytes=2**62, kv_cache_bytes=2**62) for s in plan.stages)
+    Page(plan_page(replace(plan, params=params, stages=stages)))
 
 
 def test_many_stages_and_ranks_stay_small():
@@ -344,3 +407,23 @@ def test_graphviz_reads_it(plan):
         pytest.skip("no dot: apt-get install graphviz")
     drawn = subprocess.run(["dot", "-Tsvg"], input=text, capture_output=True, text=True, timeout=60, check=True)
     assert not drawn.stderr and drawn.stdout.count("<g ") > 10 and "<script" not in drawn.stdout
+
+
+def test_a_compiled_model_with_fewer_kv_heads_than_ranks():
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=64)  # fmt: skip
+    compiled = compile(config, tp=4, pp=2, use_cache=True, verify=False)
+    assert compiled._repr_html_() == plan_fragment(compiled.plan)
+    keys = [p for p in compiled.plan.params if "k_proj" in p.name]
+    bar = SplitBars(compiled.plan.layouts, 4).bar(keys[0].layout)
+    assert [[(*position(piece), piece.get("class")) for piece in lane] for lane in bar] == [
+        [(0.0, 0.5, "r0"), (0.5, 0.5, "r2")],
+        [(0.0, 0.5, "r1"), (0.5, 0.5, "r3")],
+    ]
+    # on each rank as much as a program of it holds
+    for stage in range(2):
+        held = [dict(parts)["weights"] for parts in rank_parts(compiled.plan, stage)]
+        for tp_rank, nbytes in enumerate(held):
+            graph = compiled.rank(4 * stage + tp_rank)
+            tensors = [*graph.parameters(), *graph.buffers()]
+            assert nbytes == pytest.approx(sum(t.numel() * t.element_size() for t in tensors), rel=1e-9)

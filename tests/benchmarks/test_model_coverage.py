@@ -65,6 +65,7 @@ def test_a_type_is_checked() -> None:
     result = check_type("causal-lm", "gpt2", [(2, 1)])
     assert result["meshes"]["2x1"]["verdict"] == "right" and result["decoding"]["2x1"]["verdict"] == "right"
     assert result["share_sharded"] == 1.0 and result["all_reduces_per_layer"] == 2.0
+    assert result["all_gathers_per_layer"] == 0.0
 
 
 def test_a_split_model_that_differs_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +84,7 @@ def _result(name: str, verdict: str, **more: Any) -> results.Result:
 def test_the_page_counts_and_gives_reasons() -> None:
     found = [
         _result("good", "right"),
-        _result("whole", "right", share_sharded=0.2),
+        _result("whole", "right", share_sharded=0.2, all_gathers_per_layer=9.5),
         _result("bad", "wrong"),
         _result("no", "refused", share_sharded=None, all_reduces_per_layer=None),
         {"task": "causal-lm", "type": "gone", "class": "Gone", "built": False, "reason": "needs a_b", "seconds": 0.1},
@@ -92,6 +93,7 @@ def test_the_page_counts_and_gives_reasons() -> None:
     assert "build here without extra packages: **4**" in page
     assert "right on 2x1, 1x2: **2**" in page and "per layer: **1**" in page
     assert "- **bad** (2x1, 1x2, KV cache 2x1, KV cache 1x2) wrong: it does" in page  # like reasons, one line
+    assert "| 20%     | 2  | 9.5 |" in page and "AG > 2" in page
     assert "- **gone** (Gone): needs a\\_b" in page
 
 

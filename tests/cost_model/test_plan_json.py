@@ -111,7 +111,7 @@ def plans(draw):
         ops.append(OpPlan(
             f"op{i}", draw(names), draw(st.sampled_from(at)), at, inputs, outputs, gather, draw(names | st.just("")),
             draw(st.sampled_from(roles or ["", "column", "row", "vocab", "replicate"])), draw(names | st.just("")),
-            draw(names | st.just("")), input_layouts, output_layouts, draw(seconds), draw(seconds),
+            draw(names | st.just("")), input_layouts, output_layouts, draw(seconds), draw(seconds), draw(counts),
             choice if roles else -1,
         ))  # fmt: skip
     params = []
@@ -187,7 +187,7 @@ MISTAKES = {
     "ops[4].inputs[1]: not a placement: 'S(00)'": _set("ops", 4, "inputs", 1, to="S(00)"),
     "ops[4].inputs[1]: not a placement: 3": _set("ops", 4, "inputs", 1, to=3),
     "ops[4].outputs: expected a list, got a text": _set("ops", 4, "outputs", to="R"),
-    "ops[4].colour: unknown field; known are choice, comm_seconds,": _set("ops", 4, "colour", to="red"),
+    "ops[4].colour: unknown field; known are choice, comm_bytes,": _set("ops", 4, "colour", to="red"),
     "ops[4].kind: missing": _del("ops", 4, "kind"),
     "ops[4].kind: expected a text, got null": _set("ops", 4, "kind", to=None),
     "ops[4].home: 2 is out of range (0 to 1)": _set("ops", 4, "home", to=2),

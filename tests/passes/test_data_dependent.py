@@ -36,6 +36,13 @@ def test_on_meta_no_two_calls_have_the_same_length() -> None:
     assert join_rows(pieces, 30).shape == x.shape
 
 
+def test_what_is_selected_of_rows_may_be_viewed_row_by_row() -> None:
+    for rows in (2, 13, 23):
+        found = selected(torch.empty(rows, 7, device="meta"), 5, 1)[0]
+        assert found.view(rows, -1).shape[0] == rows
+        assert expectation(len(found)) == (7 * rows, 1)
+
+
 def test_a_made_up_length_says_what_to_expect() -> None:
     assert expectation(made_up_length(30, 12_345, 8)) == (30, 8)
     sizes = Sizes({"B": 3, "S": 5}, {"B": 7, "S": 11})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -13,41 +14,49 @@ from cost_model.placement import REPLICATE
 from cost_model.plan import PartitionPlan
 from passes.context import RankContext
 from passes.extract_stage import extract_stage
-from passes.graph_text import graph_text
+from passes.graph_changes import graph_changes
+from passes.graph_text import graph_diff, graph_text
 from passes.insert_collectives import insert_collectives
 from passes.localize_shapes import localize_shapes
 from passes.op_graph import parameter_names
 from passes.shard_parameters import shard_parameters
 
 
-def inserted(whole: torch.fx.GraphModule, plan: PartitionPlan, rank: int) -> tuple[str, str]:
+def inserted_graphs(
+    whole: torch.fx.GraphModule, plan: PartitionPlan, rank: int
+) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
     """One rank's graph before and after the pass."""
     ctx = RankContext(plan, rank)
     module = shard_parameters(extract_stage(whole, ctx), ctx, parameter_names(whole))
     localize_shapes(module, ctx)
-    before = graph_text(module)
-    return before, graph_text(insert_collectives(module, ctx))
+    before = copy.deepcopy(module)
+    return before, insert_collectives(module, ctx)
+
+
+def inserted(whole: torch.fx.GraphModule, plan: PartitionPlan, rank: int) -> tuple[str, str]:
+    """The same as text."""
+    before, after = inserted_graphs(whole, plan, rank)
+    return graph_text(before), graph_text(after)
 
 
 def test_a_sum_that_is_owed_is_paid_behind_its_producer() -> None:
     whole = normalized(Mlp(), x=("B", "S", 8))
     plan = plan_for(whole, tp=2)
-    before, after = inserted(whole, plan, 0)
-    assert_expected_inline(before, """\
-x : f64[B, S, 8] = input
-up : f64[B, S, 12] = up(x)  # ColumnParallelLinear[6, 8]
-relu : f64[B, S, 12] = relu(up)
-down : f64[B, S, 8] = down(relu)  # RowParallelLinear[8, 6]
-add : f64[B, S, 8] = add(x, down)
-return ({y: add}, ())""")
-    assert_expected_inline(after, """\
-x : f64[B, S, 8] = input
-up : f64[B, S, 12] = up(x)  # ColumnParallelLinear[6, 8]
-relu : f64[B, S, 12] = relu(up)
-down : f64[B, S, 8] = down(relu)  # RowParallelLinear[8, 6]
-all_reduce : f64[B, S, 8] = all_reduce(down, axis='tp')
-add : f64[B, S, 8] = add(x, all_reduce)
-return ({y: add}, ())""")
+    before, after = inserted_graphs(whole, plan, 0)
+    assert_expected_inline(graph_diff(before, after), """\
+--- GraphModule
++++ MlpRank0
+@@ -2,5 +2,6 @@
+ up : f64[B, S, 12] = up(x)  # ColumnParallelLinear[6, 8]
+ relu : f64[B, S, 12] = relu(up)
+ down : f64[B, S, 8] = down(relu)  # RowParallelLinear[8, 6]
+-add : f64[B, S, 8] = add(x, down)
++all_reduce : f64[B, S, 8] = all_reduce(down, axis='tp')
++add : f64[B, S, 8] = add(x, all_reduce)
+ return ({y: add}, ())""")
+    assert_expected_inline(str(graph_changes(before, after)), """\
+inserted  all_reduce: 1
+rewired   add: 1""")
     assert_split_equals_whole(whole, plan, {"x": torch.randn(2, 5, 8, dtype=torch.float64)})
 
 
@@ -66,20 +75,23 @@ class Head(nn.Module):
 def test_many_consumers_share_one_gather_of_uneven_parts() -> None:
     whole = normalized(Head(), x=("B", "S", 8))
     plan = plan_for(whole, tp=2)
-    before, after = inserted(whole, plan, 1)
-    assert_expected_inline(before, """\
-x : f64[B, S, 8] = input
-head : f64[B, S, 11] = head(x)  # ColumnParallelLinear[5, 8]
-softmax : f64[B, S, 11] = .softmax(head, -1)
-log_softmax : f64[B, S, 11] = .log_softmax(head, -1)
-return ({y: head, p: softmax, q: log_softmax}, ())""")
-    assert_expected_inline(after, """\
-x : f64[B, S, 8] = input
-head : f64[B, S, 11] = head(x)  # ColumnParallelLinear[5, 8]
-all_gather : f64[B, S, 11] = all_gather(head, axis='tp', dim=2, parts=(((0, 6),), ((6, 11),)))
-softmax : f64[B, S, 11] = .softmax(all_gather, -1)
-log_softmax : f64[B, S, 11] = .log_softmax(all_gather, -1)
-return ({y: all_gather, p: softmax, q: log_softmax}, ())""")
+    before, after = inserted_graphs(whole, plan, 1)
+    assert_expected_inline(graph_diff(before, after), """\
+--- GraphModule
++++ HeadRank1
+@@ -1,5 +1,6 @@
+ x : f64[B, S, 8] = input
+ head : f64[B, S, 11] = head(x)  # ColumnParallelLinear[5, 8]
+-softmax : f64[B, S, 11] = .softmax(head, -1)
+-log_softmax : f64[B, S, 11] = .log_softmax(head, -1)
+-return ({y: head, p: softmax, q: log_softmax}, ())
++all_gather : f64[B, S, 11] = all_gather(head, axis='tp', dim=2, parts=(((0, 6),), ((6, 11),)))
++softmax : f64[B, S, 11] = .softmax(all_gather, -1)
++log_softmax : f64[B, S, 11] = .log_softmax(all_gather, -1)
++return ({y: all_gather, p: softmax, q: log_softmax}, ())""")
+    assert_expected_inline(str(graph_changes(before, after)), """\
+inserted  all_gather: 1
+rewired   log_softmax: 1, return: 1, softmax: 1""")
     assert_split_equals_whole(whole, plan, {"x": torch.randn(2, 5, 8, dtype=torch.float64)})
 
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
 from small_graphs import Ids, Mlp, Stack, assert_split_equals_whole, normalized, plan_for
 from torch import nn
 
+from cost_model.errors import VerificationError
 from cost_model.plan import PartitionPlan
+from passes.comm_ops import send
 from passes.context import RankContext
 from passes.extract_stage import extract_stage
 from passes.graph_text import graph_text
 from passes.insert_collectives import insert_collectives
 from passes.insert_send_recv import insert_send_recv
 from passes.localize_shapes import localize_shapes
-from passes.op_graph import parameter_names
+from passes.op_graph import build_op_graph, parameter_names
+from passes.pass_manager import emit_rank
 from passes.shard_parameters import shard_parameters
+from passes.verify import verify
 
 
 def prepared(whole: torch.fx.GraphModule, plan: PartitionPlan, rank: int) -> tuple[torch.fx.GraphModule, RankContext]:
@@ -127,17 +132,43 @@ incoming_add : f64[B, S, 8] = recv((sym_size_int, sym_size_int_1, 8), torch.floa
     assert_split_equals_whole(whole, inside, {"x": x})
 
 
-def test_a_length_that_no_input_has_goes_ahead_of_the_tensor() -> None:
-    whole = normalized(Stack([Mlp(), Mlp()]), x=("B", "S", 8))
+class Longer(nn.Module):
+    """Three tokens more than the input has: a length that no input has, on the border and in a view behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.b(torch.tanh(nn.functional.pad(self.a(x), (0, 0, 3, 0))))
+        length = x.shape[1]
+        x = self.c(torch.tanh(x))
+        return {"y": x.new_ones((length, 1)) * x.view(x.shape[0], length, 8)}
+
+
+def test_a_length_that_the_receiver_cannot_know_is_sent_ahead() -> None:
+    whole = normalized(Longer(), x=("B", "S", 8))
     plan = plan_for(whole, pp=2)
-    texts = []
-    for rank in (0, 1):
-        module, ctx = prepared(whole, plan, rank)
-        crossing = next(node for node in module.graph.nodes if node.name == "add" or "hop" in node.meta)
-        crossing.meta["symbols"] = ("B", "?42", "")
-        texts.append(graph_text(insert_send_recv(module, ctx)))
-    assert "send(add, to=1, channel=0, sized=True)" in texts[0]
-    assert "recv((sym_size_int, None, 8), torch.float64, " in texts[1]
+    module, ctx = prepared(whole, plan, 0)
+    assert "send(c, to=1, channel=0, sized=True)" in graph_text(insert_send_recv(module, ctx))
+    module, ctx = prepared(whole, plan, 1)
+    assert_expected_inline(graph_text(insert_send_recv(module, ctx)), """\
+x : f64[B, S, 8] = input
+sym_size_int_1 = sym_size.int(x, 0)
+getattr_1 = getattr(x, 'device')
+incoming_c : f64[B, ?26|34, 8] = recv((sym_size_int_1, None, 8), torch.float64, getattr_1, source=0, channel=0)
+sym_size_int = sym_size.int(incoming_c, 1)
+new_ones : f64[?26|34, 1] = .new_ones(incoming_c, (sym_size_int, 1))
+mul : f64[B, ?26|34, 8] = mul(new_ones, incoming_c)
+return {y: mul}""")
+    assert_split_equals_whole(whole, plan, {"x": torch.randn(2, 5, 8, dtype=torch.float64)})
+    assert_split_equals_whole(whole, plan_for(whole, tp=2, pp=2), {"x": torch.randn(1, 4, 8, dtype=torch.float64)})
+    programs = [emit_rank(whole, plan, rank) for rank in range(2)]
+    verify(programs, plan, build_op_graph(whole), whole)
+    sent = next(n for n in programs[0].graph_module.graph.nodes if n.target is send)
+    sent.kwargs = {k: v for k, v in sent.kwargs.items() if k != "sized"}
+    with pytest.raises(VerificationError, match="rank 0 sends no shape ahead"):
+        verify(programs, plan, build_op_graph(whole), whole)
 
 
 def test_one_stage_says_nothing() -> None:

@@ -40,3 +40,18 @@ def test_an_id_outside_the_table_is_refused_by_one_rank(cut, outside):
         except IndexError:
             refusals += 1
     assert refusals == 1
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_the_row_of_padding_gets_no_gradient(cut):
+    ids, padding = torch.tensor([[0, 3, 4, 10, 4], [7, 8, 4, 5, 3]]), 4
+    weights = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = torch.nn.Embedding.from_pretrained(TABLE, freeze=False, padding_idx=padding)
+    (whole(ids) * weights).sum().backward()
+    layers = ranks(cut)
+    for layer, intervals in zip(layers, cut, strict=True):
+        again = VocabParallelEmbedding(intervals, 11, 4, dtype=torch.float64, padding_idx=padding)
+        again.weight = layer.weight
+        (again(ids) * weights).sum().backward()
+        own = [whole.weight.grad[start:stop] for start, stop in intervals] or [TABLE[:0]]
+        assert torch.equal(layer.weight.grad, torch.cat(own))

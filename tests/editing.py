@@ -29,6 +29,7 @@ _VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
     "tuples": ("diffllama", {"num_attention_heads": 8, "num_key_value_heads": 4}),
     "opt-1": ("opt", {"num_hidden_layers": 1}),
     "llama-1": ("llama", {"num_hidden_layers": 1}),
+    "phi3-1kv": ("phi3", {"num_key_value_heads": 1}),
 }
 
 

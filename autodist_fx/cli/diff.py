@@ -1,0 +1,28 @@
+"""Say what differs between two saved plans of one model: cuts, roles, bytes, memory and seconds, before and after.
+
+Meshes and hardware may be different. The exit code is 0 when the plans are equal, 1 when they differ, 2 on errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from cost_model.plan import PartitionPlan
+
+DIFFERENT = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("before", metavar="A", help="a plan, as JSON")
+    parser.add_argument("after", metavar="B", help="another")
+    parser.add_argument("--json", action="store_true", help="the same, as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    diff = PartitionPlan.load(args.before).diff(PartitionPlan.load(args.after))
+    if args.json:
+        print(json.dumps(diff.to_dict(), indent=1))
+    elif diff:
+        print(diff)
+    return DIFFERENT if diff else 0

@@ -1,0 +1,41 @@
+"""Explain a saved plan: where its time and bytes go; of one op or one cut, what else could have been, at what cost.
+
+FILE is what `autodist-fx plan --save` wrote. Neither torch nor the model is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from cost_model.explain import Section, plan_header, sections_text
+from cost_model.explain_cut import cut_facts, cut_section
+from cost_model.explain_op import alike, op_facts, op_sections
+from cost_model.explain_whole import whole_facts, whole_sections
+from cost_model.find_ops import find_ops
+from cost_model.plan import PartitionPlan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("plan", metavar="FILE", help="a plan, as JSON")
+    parser.add_argument("--op", metavar="NAME", help="an op, a module's path, the end of one (q_proj), or a pattern")
+    parser.add_argument("--cut", type=int, metavar="K", help="the cut between stages K and K+1")
+    parser.add_argument("--json", action="store_true", help="the same, as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    plan = PartitionPlan.load(args.plan)
+    facts: dict[str, Any] = {}
+    sections: list[Section] = []
+    if args.op is not None:
+        groups = alike(plan, find_ops(plan, args.op))
+        facts["ops"] = [op_facts(plan, ops) for ops in groups]
+        sections += [section for ops in groups for section in op_sections(plan, ops)]
+    if args.cut is not None:
+        facts["cut"] = cut_facts(plan, args.cut)
+        sections.append(cut_section(plan, args.cut))
+    if args.op is None and args.cut is None:
+        facts, sections = whole_facts(plan), whole_sections(plan)
+    print(json.dumps(facts, indent=1) if args.json else sections_text(plan_header(plan), sections))
+    return 0

@@ -1,0 +1,53 @@
+"""Where ranks and model part: the first node of a rank whose value is not what the plan makes of the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from cost_model.plan import PartitionPlan
+from passes.program import RankProgram
+from passes.verify_report import described, on_rank
+from passes.verify_types import Held, as_planned, elements
+
+
+def first_difference(plan: PartitionPlan, programs: Sequence[RankProgram], whole: Any, ranks: Sequence[Any]) -> str:
+    """A sentence to be added to an error; "" where no node that the model has differs. `whole` and `ranks` are Doubles
+    that have run and kept their values."""
+    wanted = {node.name: value for node, value in whole.env.items()}
+    for stage in range(plan.mesh.pp):
+        group = plan.mesh.tp_group(stage)
+        values = [{node.name: (node, value) for node, value in ranks[r].env.items()} for r in group]
+        for name in values[0]:
+            if name not in wanted or not plan.has_op(name):
+                continue
+            for place, rank in enumerate(group):
+                if not _agrees(plan, name, wanted[name], values, place):
+                    node = values[place].get(name, values[0][name])[0]
+                    return f"; the first to differ is {on_rank(programs[rank])}, {described(node)}"
+    return ""
+
+
+def _agrees(
+    plan: PartitionPlan, name: str, whole: Any, values: Sequence[Mapping[str, tuple[Node, Any]]], place: int
+) -> bool:
+    found = values[place].get(name, (None, None))[1]
+    if not isinstance(whole, torch.Tensor) or not isinstance(found, torch.Tensor):
+        return True
+    op = plan.op(name)
+    lies = as_planned(op.outputs[0], plan.layout(op.output_layouts[0]), place)
+    if lies.partial:
+        terms = [v[name][1] for v in values if name in v]
+        found = sum(terms[1:], terms[0]) if all(t.shape == whole.shape for t in terms) else found
+    wanted = _share(whole, lies)
+    return found.shape == wanted.shape and torch.allclose(found, wanted.to(found.dtype), rtol=1e-6, equal_nan=True)
+
+
+def _share(whole: torch.Tensor, lies: Held) -> torch.Tensor:
+    if not lies.is_sharded:
+        return whole
+    index = torch.from_numpy(elements(lies, whole.shape[lies.dim]))
+    return whole.index_select(lies.dim, index)

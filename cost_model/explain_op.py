@@ -1,0 +1,125 @@
+"""Why an op runs as it does: its role, the roles it could have and what each would cost, the collectives it causes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cost_model.explain import (
+    Section,
+    bytes_text,
+    compress_names,
+    local_shape,
+    name_pattern,
+    ranges_text,
+    seconds_text,
+    weight_of,
+)
+from cost_model.plan import Alternative, OpPlan, PartitionPlan
+
+ROLES = {
+    "column": "each tp rank makes its part of the outputs",
+    "row": "each tp rank sums over its part of the inputs; the parts are added up",
+    "vocab": "each tp rank looks up its part of the rows; the parts are added up",
+    "hidden": "each tp rank has its part of every row",
+    "groups": "each tp rank has its part of the channels' groups",
+    "replicate": "every tp rank does all of it",
+}
+
+
+def alike(plan: PartitionPlan, ops: Sequence[OpPlan]) -> list[list[OpPlan]]:
+    """The ops in groups that the plan treats alike, whatever their layer and stage."""
+    groups: dict[object, list[OpPlan]] = {}
+    for op in ops:
+        costs = (op.compute_seconds, op.comm_seconds, op.comm_bytes)
+        key = (op.kind, op.role, op.letter, op.inputs, op.outputs, op.gather, op.input_layouts, op.output_layouts)
+        place = name_pattern(op.module) if op.module else op.name
+        groups.setdefault((key, costs, plan.alternatives(op), place), []).append(op)
+    return list(groups.values())
+
+
+def collectives_of(op: OpPlan) -> list[str]:
+    """Names, one for each output that is made whole."""
+    return ["all_reduce" if p.is_partial else "all_gather" for p, whole in zip(op.outputs, op.gather) if whole]
+
+
+def op_facts(plan: PartitionPlan, ops: Sequence[OpPlan]) -> dict[str, Any]:
+    """What `op_section` says of ops that are alike, as plain values."""
+    op = ops[0]
+    weight = weight_of(op, {p.name: p for p in plan.params}) if op.role else None
+    return {
+        "ops": [o.name for o in ops],
+        "modules": [o.module for o in ops],
+        "kind": op.kind,
+        "role": op.role,
+        "letter": op.letter,
+        "stages": sorted({stage for o in ops for stage in o.stages}),
+        "inputs": [str(p) for p in op.inputs],
+        "outputs": [str(p) for p in op.outputs],
+        "weight_shape": list(weight.shape) if weight else None,
+        "local_shape": local_shape(plan, op, weight) if weight else None,
+        "compute_seconds": op.compute_seconds,
+        "collectives": collectives_of(op),
+        "comm_seconds": op.comm_seconds,
+        "comm_bytes": op.comm_bytes,
+        "alternatives": [
+            {
+                "role": a.role, "chosen": a.role == op.role, "seconds": a.seconds, "weight_bytes": a.weight_bytes,
+                "impossible": a.impossible,
+            }
+            for a in plan.alternatives(op)
+        ],
+    }  # fmt: skip
+
+
+def op_sections(plan: PartitionPlan, ops: Sequence[OpPlan]) -> list[Section]:
+    """Two: what the op does, and what else it could have done. `ops` are alike."""
+    op, facts = ops[0], op_facts(plan, ops)
+    place = ", ".join(compress_names(o.module for o in ops)) if op.module else op.name
+    title = f"{place}: {op.kind}" + (f", x{len(ops)} (figures of each)" if len(ops) > 1 else f" ({op.name})")
+    lines = []
+    if op.role:
+        lines.append(f"role         {op.role}" + (f": {ROLES[op.role]}" if op.role in ROLES else ""))
+    elif op.letter:
+        lines.append(f"cut          along {op.letter}")
+    else:
+        lines.append("cut          not: every tp rank does all of it")
+    if facts["weight_shape"]:
+        shape = "x".join(map(str, facts["weight_shape"]))
+        lines.append(f"weight       {shape}, on each tp rank {facts['local_shape']}")
+    lines.append(f"stages       {ranges_text(facts['stages'])}")
+    lines.append(f"tensors      reads {', '.join(facts['inputs']) or 'none'}; leaves {', '.join(facts['outputs'])}")
+    lines.append(f"seconds      {seconds_text(op.compute_seconds)}")
+    names = ", ".join(facts["collectives"])
+    said = f"{names} of {bytes_text(op.comm_bytes)}, {seconds_text(op.comm_seconds)}" if names else "none"
+    lines.append(f"collectives  {said}")
+    return [Section(title, lines=tuple(lines), indent=" " * 13), _alternatives(plan, op)]
+
+
+def _alternatives(plan: PartitionPlan, op: OpPlan) -> Section:
+    title = "Roles it could have, everything else then chosen anew"
+    found = plan.alternatives(op)
+    if not found:
+        return Section(title, lines=("none: there is nothing to choose",))
+    rows = [("role", "one forward", "weights a rank", "")]
+    for a in sorted(found, key=lambda a: (a.role != op.role, bool(a.impossible), a.seconds)):
+        if a.impossible:
+            rows.append((a.role, "-", "-", f"not possible: {a.impossible}"))
+        elif a.role == op.role:
+            rows.append((a.role, seconds_text(plan.predicted_seconds), "as planned", "chosen"))
+        else:
+            costs = (_signed(a.seconds, seconds_text), _signed(a.weight_bytes, bytes_text))
+            rows.append((a.role, *costs, _verdict(plan, a)))
+    return Section(title, tuple(rows), left=(0, 3), flexible=3)
+
+
+def _signed(value: float, text: Any) -> str:
+    return f"{'-' if value < 0 else '+'}{text(abs(value))}" if value else "the same"
+
+
+def _verdict(plan: PartitionPlan, a: Alternative) -> str:
+    if a.seconds > 0:
+        return "dearer"
+    if a.weight_bytes > 0:
+        return f"{'faster' if a.seconds else 'as fast'}, but ranks hold more: not with objective {plan.objective}"
+    return "faster by so little that rounding decides" if a.seconds else "as good"
