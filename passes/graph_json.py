@@ -171,7 +171,7 @@ def _encoded(value: Any, node: Node | None) -> Any:
         return {"tuple": [_encoded(v, node) for v in value]}
     if isinstance(value, list):
         return [_encoded(v, node) for v in value]
-    if isinstance(value, dict):
+    if isinstance(value, dict) and all(isinstance(key, str) and _KEY.match(key) for key in value):
         return {"dict": {k: _encoded(v, node) for k, v in value.items()}}
     if isinstance(value, slice):
         return {"slice": [_encoded(v, node) for v in (value.start, value.stop, value.step)]}
