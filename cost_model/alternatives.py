@@ -18,9 +18,16 @@ class AlternativeCosts:
     def __init__(self, search: TensorParallelSearch, result: TensorParallelResult) -> None:
         self.search = search
         self.result = result
+        self._known: dict[str, tuple[Alternative, ...]] = {}  # by variable: alike experts choose alike
 
     def of(self, op: Op) -> tuple[Alternative, ...]:
         """All roles that the op's rule knows, its own first; () where there is nothing to choose."""
+        variable = self.result.variable[op.name]
+        if variable not in self._known:
+            self._known[variable] = self._of(op)
+        return self._known[variable]
+
+    def _of(self, op: Op) -> tuple[Alternative, ...]:
         domain = self.result.domains[op.name]
         own = role_of(op, self.result.strategies[op.name].letter)
         letters = {role_of(op, letter.name): letter for letter in _rule_letters(self.search, op)}
@@ -43,13 +50,13 @@ class AlternativeCosts:
         return tuple(found)
 
     def _forced(self, op: Op, role: str, values: list[int]) -> Alternative:
-        dearer_by = self.result.elimination.dearer_by(op.name)
+        dearer_by = self.result.elimination.dearer_by(self.result.variable[op.name])
         best = min(values, key=lambda k: dearer_by[k])
         if dearer_by[best] == float("inf"):
             return Alternative(role, impossible="no op next to it can write or read its tensors so")
         changed = {
             name: self.result.domains[name][k]
-            for name, k in self.result.elimination.forced(op.name, best).items()
+            for name, k in self.result.forced(op.name, best).items()
         }
         seconds, nbytes = self._difference(changed)
         return Alternative(role, rounded(seconds), nbytes)
@@ -64,8 +71,7 @@ class AlternativeCosts:
             seconds += search.compute_seconds(op, now) - search.compute_seconds(op, was)
             seconds += search.gather_seconds(op, now) - search.gather_seconds(op, was)
             if op.kind == "param":
-                ref = TensorRef(name)
-                nbytes += search.local(ref, now.outputs[0]).nbytes - search.local(ref, was.outputs[0]).nbytes
+                nbytes += search.held_bytes(op, now) - search.held_bytes(op, was)
             edges.update(((name, slot), ref) for slot, ref in enumerate(op.inputs))
             for j in range(len(op.outputs)):
                 ref = TensorRef(name, j)

@@ -317,6 +317,8 @@ def local_shape(plan: PartitionPlan, op: OpPlan, weight: ParamPlan | None) -> st
             return "-"
         return f"{placement} {_lengths(plan.layouts[index])}"
     dims = [str(n) for n in weight.shape]
+    if weight.placement.is_owned:
+        return "whole, on one rank each"
     if weight.layout >= 0:
         dims[weight.placement.dim] = _lengths(plan.layouts[weight.layout])
     return "x".join(dims)
@@ -342,6 +344,8 @@ def param_bytes(param: ParamPlan) -> int:
 
 def _is_sharded(plan: PartitionPlan, param: ParamPlan) -> bool:
     """False also when a layout gives some rank everything."""
+    if param.placement.is_owned:
+        return True
     return param.layout >= 0 and plan.layouts[param.layout].max_local_size < plan.layouts[param.layout].size
 
 

@@ -52,6 +52,17 @@ class OpPlan:
     comm_bytes: int = 0  # of the whole tensors that they make
     choice: int = -1  # position in PartitionPlan.choices of the roles it could have; -1 where there is no choice
 
+    @property
+    def owner(self) -> int | None:
+        """The tp rank that alone runs it, since it has to do with what lies there alone; None where all do."""
+        owners = {p.dim for p in (*self.inputs, *self.outputs) if p.is_owned}
+        return owners.pop() if len(owners) == 1 else None
+
+    @property
+    def is_term(self) -> bool:
+        """Whether it adds what one rank has to a sum that all owe."""
+        return self.owner is not None and bool(self.outputs) and self.outputs[0].is_partial
+
 
 @dataclass(frozen=True, slots=True)
 class Alternative:

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from cost_model.errors import PlanError
-from cost_model.json_fields import INT_LIMIT, Fields, check_layout, integer_of, list_of, show, text_of, type_name
+from cost_model.json_fields import (
+    INT_LIMIT,
+    Fields,
+    check_layout,
+    check_owners,
+    integer_of,
+    list_of,
+    show,
+    text_of,
+    type_name,
+)
 from cost_model.mesh import Mesh
 from cost_model.placement import Interval, Layout
 from cost_model.plan import (
@@ -111,12 +121,16 @@ def _op(f: Fields, mesh: Mesh, layouts: tuple[Layout, ...], choices: Choices) ->
     if home not in stages:
         raise f.error("stages", f"the home stage {home} is not among them")
     inputs, outputs = f.placements("inputs"), f.placements("outputs")
+    check_owners(f, "inputs", inputs, mesh)
+    check_owners(f, "outputs", outputs, mesh)
     gather = f.flags("gather", default=(False,) * len(outputs))
     if len(gather) != len(outputs):
         raise f.error("gather", f"{len(gather)} flags for {len(outputs)} outputs")
     for j, flag in enumerate(gather):
         if flag and outputs[j].is_replicate:
             raise f.error(f"gather[{j}]", "the output is R, whole on every rank as it is")
+        if flag and outputs[j].is_owned:
+            raise f.error(f"gather[{j}]", f"the output is {outputs[j]}: no collective makes it whole on every rank")
     op = OpPlan(
         name=f.text("name"),
         kind=f.text("kind"),
@@ -189,7 +203,8 @@ def _param(f: Fields, mesh: Mesh, layouts: tuple[Layout, ...]) -> ParamPlan:
     placement = f.placement("placement")
     layout = f.integer("layout", low=-1, high=len(layouts) - 1)
     if placement.is_partial:
-        raise f.error("placement", "a parameter is R or S(<dim>), never P")
+        raise f.error("placement", "a parameter is R, S(<dim>), D(<dim>) or O(<rank>), never P")
+    check_owners(f, "placement", (placement,), mesh)
     check_layout(f, "layout", placement, layout)
     if placement.is_shard:
         if placement.dim >= len(shape):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from cost_model.pipeline import OpCost, PipelineSearch, Stage
 from cost_model.placement import REPLICATE, Layout, Placement
 from cost_model.plan import Alternative, Device, Hop, OpPlan, ParamPlan, PartitionPlan, Request, StageSummary, rounded
 from cost_model.plan_request import PRICES, PlanRequest
-from cost_model.roles import role_of
+from cost_model.roles import EXPERT, role_of
 from cost_model.shard_layouts import LayoutTable
 from cost_model.tensor_parallel import Strategy, TensorParallelSearch
 
@@ -106,12 +107,13 @@ class _Planner:
 
     def _search(self, device: Hardware, shared: SharedSearches) -> TensorParallelSearch:
         on_mesh = replace(device, tp_link=device.tp_link_on(self.mesh))
-        fixed = (self.mesh.tp, tuple(self.sizes.items()), tuple(self.pinned.items()))
+        may_deal = self.request.whole_experts
+        fixed = (self.mesh.tp, tuple(self.sizes.items()), tuple(self.pinned.items()), may_deal)
         key = (*fixed, on_mesh)
         if key not in shared:
             tp = self.mesh.tp
             layouts = next((x.layouts for x in shared.values() if x.tp == tp), None) or LayoutTable(self.graph, tp)
-            shared[key] = TensorParallelSearch(self.graph, tp, on_mesh, self.sizes, layouts, self.pinned)
+            shared[key] = TensorParallelSearch(self.graph, tp, on_mesh, self.sizes, layouts, self.pinned, may_deal)
             refuse_impossible_roles(shared[key])
         return shared[key]
 
@@ -157,8 +159,10 @@ class _Planner:
     def _send_seconds(self, ref: TensorRef) -> float:
         """Of one tensor to another stage, both ends: one launches the send, one the recv. Where the receiver cannot
         tell a length from the model's inputs, the shape goes ahead: 8 bytes a dim."""
+        if self.strategies[ref.op].letter == EXPERT and not self.strategies[ref.op].gather[ref.index]:
+            return math.inf  # a layer's experts are one stage's: each rank has its own of them
         spec, link = self.search.spec(ref), self.hardware.pp_link
-        told = any(symbol.startswith("?") for symbol in spec.symbols)
+        told = any(symbol.startswith("?") for symbol in self.graph.spec(ref).symbols)
         ahead = send_seconds(8 * len(spec.shape), link) + link.launch_seconds if told else 0.0
         return ahead + send_seconds(spec.nbytes, link) + link.launch_seconds
 
@@ -176,7 +180,7 @@ class _Planner:
         return search.compute_seconds(op, strategy) + search.gather_seconds(op, strategy)
 
     def _weight_bytes(self, op: Op) -> int:
-        return self.search.local(TensorRef(op.name), self.strategies[op.name].outputs[0]).nbytes
+        return self.search.held_bytes(op, self.strategies[op.name])
 
     def _cache_bytes(self, op: Op) -> int:
         if op.kind != "cache_update":
@@ -229,7 +233,7 @@ class _Planner:
     def _layout_index(self, ref: TensorRef, placement: Placement) -> int:
         if not placement.is_shard:
             return -1
-        layout = self.layouts.layout(ref, placement.dim)
+        layout = self.search.layout(ref, placement)
         assert layout is not None, f"{ref} is {placement} without a layout"
         return self.interned.setdefault(layout, len(self.interned))
 
@@ -306,7 +310,7 @@ class _Planner:
             s = self.strategies[op.name]
             ins = tuple(self.search.local(r, p) for r, p in zip(op.inputs, s.inputs, strict=True))
             outs = tuple(self.search.local(TensorRef(op.name, j), p) for j, p in enumerate(s.outputs))
-            flops += op_flops(op, ins, outs)
+            flops += op_flops(op, ins, outs) * self.search.on_slowest(op, s)
             workspace = max(workspace, workspace_bytes(op, ins, outs))
             for j, (placement, gather) in enumerate(zip(s.outputs, s.gather, strict=True)):
                 if gather:

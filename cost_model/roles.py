@@ -1,11 +1,16 @@
-"""What a strategy is called in the field's words: column, row, vocab, hidden, groups, replicate."""
+"""What a strategy is called in the field's words: column, row, vocab, hidden, groups, expert, replicate."""
 
 from __future__ import annotations
 
 from cost_model.op_graph import Op
 
+EXPERT = "expert"  # the letter of a strategy that has whole experts dealt to the ranks
 # What an op of a kind may be beside "replicate": the letters of its rule that have a name of their own.
-ROLES = {"linear": ("column", "row"), "conv": ("column", "row", "groups"), "embedding": ("vocab", "hidden")}
+ROLES = {
+    "linear": ("column", "row", EXPERT),
+    "conv": ("column", "row", "groups", EXPERT),
+    "embedding": ("vocab", "hidden"),
+}
 
 
 def role_of(op: Op, letter: str) -> str:

@@ -161,6 +161,7 @@ class _Builder:
             module=_module_path(node),
             source=node.meta.get("source", ""),
             mutates=not is_pure(node) and node.op != "placeholder",
+            numbers=tuple(n.name for n in node.all_input_nodes if n in self.refs and not self._specs(n)),
         )
         self.ops.append(op)
         self.refs[node] = TensorRef(node.name)
@@ -400,7 +401,8 @@ def _squeeze(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
 def _getitem(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
     dims = basic_index(node)
     if dims is not None:
-        return "slice", inputs[:1], {"dims": dims}
+        picks = picked_elements(node)
+        return "slice", inputs[:1], {"dims": dims, "picks": picks} if picks else {"dims": dims}
     kept = op_graph_indexing.index_by_tensors(node)
     return None if kept is None else ("index", inputs, {"dims": kept})
 
@@ -422,6 +424,15 @@ def basic_index(node: Node) -> tuple[tuple[int, int, int, int], ...] | None:
         else:
             in_dim += 1
     return tuple(dims)
+
+
+def picked_elements(node: Node) -> tuple[tuple[int, int], ...]:
+    """(input dim, element) of every dim of constant length that x[...] takes one element of."""
+    shape, symbols = _shape(node.args[0]), node.args[0].meta.get("symbols")
+    items = [item for item in spelled_index(node) if item is not None]
+    return tuple(
+        (d, item % shape[d]) for d, item in enumerate(items) if type(item) is int and not (symbols and symbols[d])
+    )
 
 
 def spelled_index(node: Node) -> list[Any]:
