@@ -137,6 +137,8 @@ def _node_to_json(node: Node) -> dict[str, Any]:
         data["source"] = str(node.meta["source"])
     if node.meta.get("constant"):
         data["constant"] = True
+    if node.meta.get("stands_for"):
+        data["stands_for"] = str(node.meta["stands_for"])
     if node.op != "call_module" and (stack := node.meta.get("nn_module_stack")):
         data["module"] = str(next(reversed(stack.values()))[0])
     return data
@@ -171,7 +173,7 @@ def _encoded(value: Any, node: Node | None) -> Any:
         return {"tuple": [_encoded(v, node) for v in value]}
     if isinstance(value, list):
         return [_encoded(v, node) for v in value]
-    if isinstance(value, dict):
+    if isinstance(value, dict) and all(isinstance(key, str) and _KEY.match(key) for key in value):
         return {"dict": {k: _encoded(v, node) for k, v in value.items()}}
     if isinstance(value, slice):
         return {"slice": [_encoded(v, node) for v in (value.start, value.stop, value.step)]}
@@ -351,6 +353,8 @@ def _set_meta(node: Node, fields: Mapping[str, Any], name: str) -> None:
         node.meta["source"] = _printable(fields["source"], f"the source of {name}")
     if fields.get("constant") is True:
         node.meta["constant"] = True
+    if "stands_for" in fields:
+        node.meta["stands_for"] = _printable(fields["stands_for"], f"what {name} stands for")
     if "module" in fields:
         path = _printable(fields["module"], f"the module of {name}")
         node.meta["nn_module_stack"] = {path: (path, "")}

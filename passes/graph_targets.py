@@ -58,7 +58,7 @@ _BUILTINS = "getattr int float bool abs max min len round sum"  # getattr: of AT
 _MATH = "ceil floor sqrt log log2 exp prod trunc"
 _OURS: dict[Any, str] = {
     comm_ops: "all_reduce all_gather copy_to_tp send recv",
-    data_dependent: "selected split_rows join_rows bincount",
+    data_dependent: "selected split_rows join_rows join_own_rows bincount",
     functionalize: "with_item copied changed_by",
     parallel_layers: "partial_mean one_term one_gradient",
     strided: "strided",

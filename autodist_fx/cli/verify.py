@@ -1,4 +1,7 @@
-"""Compile the program of every rank, from the model's config alone, and prove that they fit together."""
+"""Compile the program of every rank, from the model's config alone, and prove that they fit together.
+
+With --artifact: read a split from the disk, every file of it, and prove the same of that.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import argparse
 import inspect
 import time
 
+from autodist_fx.artifact.load import Artifact
 from autodist_fx.cli.arguments import add_model_arguments, be_quiet, compile_config
 from autodist_fx.compiled import CompiledModel
 from autodist_fx.compiled import compile as compile_model
+from autodist_fx.errors import AutodistError
 from autodist_fx.pretrained import mesh_of, wanted_dtype
 from autodist_fx.tracing import empty_model
 from autodist_fx.tracing.example_inputs import default_inputs
@@ -17,7 +22,8 @@ from cost_model.plan import PartitionPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_model_arguments(parser, required=False)
+    parser.add_argument("--artifact", metavar="DIR", help="of what `autodist-fx compile --out DIR` wrote; no --model")
     parser.add_argument(
         "--numeric", action="store_true",
         help="also run all ranks in this process, in float64 on drawn weights, and compare with the model's own graph",
@@ -26,16 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train", action="store_true", help="of the programs for training: what the backward pass owes, too"
     )
 
-
 def run(args: argparse.Namespace) -> int:
     be_quiet()
-    compiled = _compile_for_training(args) if args.train else compile_config(args)
+    if (args.model is None) == (args.artifact is None) or (args.artifact and args.train):
+        raise AutodistError("name a model with --model, or a split on disk with --artifact, which is for inference")
+    if args.artifact:
+        compiled: CompiledModel = Artifact(args.artifact).whole
+    else:
+        compiled = _compile_for_training(args) if args.train else compile_config(args)
     began = time.perf_counter()
     compiled.verify()
     ranks = compiled.mesh.size
     print(
         f"{compiled.plan.model} on {compiled.mesh}: the program{'s' if ranks > 1 else ''} of {ranks} "
-        f"rank{'s' if ranks > 1 else ''} made and verified in {time.perf_counter() - began:.1f} s"
+        f"rank{'s' if ranks > 1 else ''} {'made' if args.artifact is None else 'read'} and verified in "
+        f"{time.perf_counter() - began:.1f} s"
     )
     if args.numeric:
         began = time.perf_counter()

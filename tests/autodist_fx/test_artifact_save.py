@@ -58,6 +58,18 @@ def test_decoders(family: str, tmp_path: Path) -> None:
         assert artifact.rank(rank).code == compiled.rank(rank).code
 
 
+@torch.no_grad()
+def test_experts_that_are_dealt_to_ranks(tmp_path: Path) -> None:
+    """A rank has the nodes of its own experts alone; verify knows what stands for what."""
+    four = {"num_hidden_layers": 1, "n_routed_experts": 4}
+    compiled = adx.compile(tiny_moe_model("deepseek_v2", **four), tp=2, use_cache=True)
+    assert "join_own_rows" in compiled.rank(0).code
+    ids, mask = padded_batch()
+    before = _decoded(compiled, ids, mask)
+    artifact = _reloaded(compiled, tmp_path / "saved")
+    assert all(torch.equal(a, b) for a, b in zip(_decoded(artifact, ids, mask), before, strict=True))
+
+
 @pytest.mark.parametrize("family", ["t5", "bart", "m2m_100", "whisper", "t5gemma"])
 @torch.no_grad()
 def test_encoder_decoders(family: str, tmp_path: Path) -> None:
