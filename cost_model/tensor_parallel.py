@@ -28,10 +28,10 @@ from cost_model.hardware import Hardware
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef, TensorSpec, expected_length
 from cost_model.op_rules import RuleTable
 from cost_model.placement import PARTIAL, REPLICATE, Layout, Placement, shard
+from cost_model.roles import EXPERT, role_of
 from cost_model.shard_layouts import LayoutTable
 
 INFEASIBLE = np.inf
-EXPERT = "expert"  # the letter of a strategy that has whole experts dealt to the ranks
 # Breaks ties towards whole tensors: a residual that stays a sum over ranks costs no more to move, but a later
 # all_reduce then adds up values that have grown, and loses more of a 16-bit dtype. Far below any real difference.
 PARTIAL_INPUT_SECONDS = 1e-9
@@ -69,8 +69,8 @@ class TensorParallelResult:
 class TensorParallelSearch:
     """Costs and domains of one (graph, tp, hardware); `solve` finds the cheapest assignment for a memory price.
 
-    `sizes` maps symbols ("B", "S", "T") to the lengths at which seconds are counted. `pins` maps op or parameter names
-    to the roles or letters allowed for them.
+    `sizes` maps symbols ("B", "S", "T") to the lengths at which seconds are counted. `pins` maps names of ops to the
+    role that each must have.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class TensorParallelSearch:
         hardware: Hardware,
         sizes: Mapping[str, int],
         layouts: LayoutTable | None = None,
+        pins: Mapping[str, str] | None = None,
         whole_experts: bool = True,
     ) -> None:
         self.graph = graph
@@ -93,15 +94,20 @@ class TensorParallelSearch:
         self.experts = find_experts(graph, tp, self.layouts.rules, whole_experts)
         self._seconds: dict[tuple[object, ...], float] = {}
         self._rows: dict[str, float | None] = {}
+        self._solved: dict[float, TensorParallelResult] = {}
+        self.pins = dict(pins or {})
 
     # -- what an op can do -----------------------------------------------------------------------------------------
 
     def domain(self, op: Op) -> list[Strategy]:
-        """All strategies of `op`, the replicated one first, that of whole experts last."""
+        """All strategies of `op`, the replicated one first, that of whole experts last; of a pinned op those that have
+        its role, if any."""
+        every = self._own_domain(op)
         way = self.experts.ways.get(op.name)
-        if way is None:
-            return self._own_domain(op)
-        return [*self._own_domain(op), *self._gathered(Strategy(EXPERT, way.inputs, way.outputs, ()))]
+        if way is not None:
+            every = [*every, *self._gathered(Strategy(EXPERT, way.inputs, way.outputs, ()))]
+        role = self.pins.get(op.name)
+        return every if role is None else [s for s in every if role_of(op, s.letter) == role]
 
     def _own_domain(self, op: Op) -> list[Strategy]:
         plain = Strategy("", (REPLICATE,) * len(op.inputs), (REPLICATE,) * len(op.outputs), (False,) * len(op.outputs))
@@ -195,9 +201,9 @@ class TensorParallelSearch:
     def compute_seconds(self, op: Op, strategy: Strategy) -> float:
         """On the slowest tp rank. An op on rows that values choose costs less where often none is chosen, and, one of
         dealt experts, its part of the time of the rank that has most to do."""
-        if op.kind in SOURCES:
+        if op.kind in SOURCES or op.name in self.graph.fused:
             return 0.0
-        ins = tuple(self.local(r, p) for r, p in zip(op.inputs, strategy.inputs, strict=True))
+        ins = tuple(self.local(self._read(r), p) for r, p in zip(op.inputs, strategy.inputs, strict=True))
         outs = tuple(self.local(TensorRef(op.name, j), p) for j, p in enumerate(strategy.outputs))
         key = (op.kind, ins, outs, tuple(sorted(op.attrs.items())))
         found = self._seconds.get(key)
@@ -223,6 +229,14 @@ class TensorParallelSearch:
                 None,
             )  # fmt: skip
         return self._rows[op.name]
+
+    def _read(self, ref: TensorRef) -> TensorRef:
+        """What an op really reads that reads `ref`: the keys of attention's own heads, say, and not their repetitions
+        (the same dims, fewer elements)."""
+        op = self.graph[ref.op]
+        if op.name in self.graph.fused and op.kind == "repeat_interleave":
+            return op.inputs[0]
+        return ref
 
     def gather_seconds(self, op: Op, strategy: Strategy) -> float:
         """Of the collectives that make its outputs whole."""
@@ -272,8 +286,11 @@ class TensorParallelSearch:
     def solve(self, price: float) -> TensorParallelResult:
         """The cheapest assignment. `price`: seconds per excess byte of matmul weight (see `excess_bytes`).
 
-        Experts of one layer that are alike are treated alike: one variable for all that do the same.
+        Experts of one layer that are alike are treated alike: one variable for all that do the same. Raises ValueError
+        where no assignment is possible.
         """
+        if price in self._solved:
+            return self._solved[price]
         domains = {op.name: self.domain(op) for op in self.graph}
         costs: dict[str, Table] = {}
         outputs = set(self.graph.outputs)
@@ -318,7 +335,8 @@ class TensorParallelSearch:
                     pairs[u, v] = pairs[u, v] + table if (u, v) in pairs else table
         found = Elimination(unary, pairs)
         chosen = {name: domains[name][found.choice[v]] for name, v in variable.items()}
-        return TensorParallelResult(chosen, found.cost, domains, found, variable)
+        self._solved[price] = TensorParallelResult(chosen, found.cost, domains, found, variable)
+        return self._solved[price]
 
     def _edge_table(
         self, producers: Sequence[Strategy], consumers: Sequence[Strategy], ref: TensorRef, slot: int
