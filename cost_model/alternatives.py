@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from cost_model.errors import PlanError
@@ -66,12 +67,15 @@ class AlternativeCosts:
         search, before = self.search, self.result.strategies
         seconds, nbytes = 0.0, 0
         edges: dict[tuple[str, int], TensorRef] = {}
+        alike = Counter(self.result.variable[name] for name in changed)
         for name, now in changed.items():
             op, was = search.graph[name], before[name]
-            seconds += search.compute_seconds(op, now) - search.compute_seconds(op, was)
-            seconds += search.gather_seconds(op, now) - search.gather_seconds(op, was)
-            if op.kind == "param":
-                nbytes += search.held_bytes(op, now) - search.held_bytes(op, was)
+            times = alike[name]  # 0 for one that costs what its twin does, which stands for all
+            if times:
+                seconds += times * (search.compute_seconds(op, now) - search.compute_seconds(op, was))
+                seconds += times * (search.gather_seconds(op, now) - search.gather_seconds(op, was))
+            if times and op.kind == "param":
+                nbytes += times * (search.held_bytes(op, now) - search.held_bytes(op, was))
             edges.update(((name, slot), ref) for slot, ref in enumerate(op.inputs))
             for j in range(len(op.outputs)):
                 ref = TensorRef(name, j)

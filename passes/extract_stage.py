@@ -5,7 +5,8 @@
                        return ({"logits": %b}, ())
 
 Graph inputs go to every stage. What the plan has recomputed is computed again; what it has sent becomes a placeholder
-here and a second output there, which insert_send_recv turns into communication.
+here and a second output there, which insert_send_recv turns into communication. Of experts that are dealt to tp ranks,
+a rank has its own (own_experts).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from cost_model.errors import PlanError
 from cost_model.plan import Hop
 from passes.arguments import is_tensor, tensor_source
 from passes.context import RankContext
+from passes.own_experts import copy_own
 
 
 def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.GraphModule:
@@ -49,10 +51,12 @@ def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.Gra
         if node.op == "get_attr":
             env[node] = graph.node_copy(node)  # those that nothing uses go below
         elif plan.has_op(node.name):
+            copied = None
             if stage in plan.op(node.name).stages or node in numbers:
                 if node not in numbers or all(n in env for n in node.all_input_nodes):
-                    env[node] = graph.node_copy(node, lambda n: env[n] if n in env else _read_off(n, env, graph))
-                    made[source] = env[node]
+                    copied = copy_own(graph, node, ctx, lambda n: env[n] if n in env else _read_off(n, env, graph))
+            if copied is not None:
+                env[node] = made[source] = copied
         elif node.args[0] in env:  # an element of a tuple that is computed here
             env[node] = graph.node_copy(node, env.__getitem__)
             made[source] = env[node]
@@ -69,8 +73,8 @@ def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.Gra
     owed = tuple(made[h.op, h.index] for h in plan.hops if h.source == stage)
     graph.output((outputs, owed))
     for node in reversed(list(graph.nodes)):
-        if node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
+        if not node.users and (node.op == "get_attr" or tensor_source(node)[0] != node.name):
+            graph.erase_node(node)  # a weight, or an element of a tuple
     module = torch.fx.GraphModule(whole, graph, class_name=f"{whole.__class__.__name__}Rank{ctx.rank}")
     module.meta["received"] = {s: [n.name for n in nodes] for s, nodes in received.items()}
     return module

@@ -10,7 +10,6 @@ import torch.fx
 from cost_model.errors import PlanError
 from cost_model.plan import PartitionPlan
 from passes.context import RankContext
-from passes.drop_elsewhere import drop_elsewhere
 from passes.extract_stage import extract_stage
 from passes.fuse_ops import fuse_ops
 from passes.grad_sums import GradSum, ParamUse, grad_sums, of_rank
@@ -82,8 +81,6 @@ def _run(
     passes: tuple[tuple[str, Callable[[torch.fx.GraphModule], torch.fx.GraphModule]], ...] = (
         # first, so that all others see this rank's nodes only
         ("extract_stage", lambda g: extract_stage(g, ctx)),
-        # before parameters: it says whose experts' weights a rank needs
-        ("drop_elsewhere", lambda g: drop_elsewhere(g, ctx)),
         # before shapes: it says which bias and which rows a rank has
         ("shard_parameters", lambda g: shard_parameters(g, ctx, names)),
         # while producers and consumers still agree on every tensor, sharded or not

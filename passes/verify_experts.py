@@ -17,7 +17,7 @@ from passes.verify_report import fail
 from passes.verify_shapes import Tensor
 from passes.verify_types import PARTIAL, WHOLE, Held, elements
 
-_DROP = "passes/drop_elsewhere.py"
+_EXPERTS = "passes/own_experts.py"
 _SHAPES = "passes/localize_shapes.py"
 _ADDS = ("index_add",)  # their result is their first input and something added to it
 
@@ -26,7 +26,7 @@ def check_owner(state: RankState, node: Node, op: Op) -> None:
     """An op of another rank's expert has no node here."""
     owner = state.plan.op(op.name).owner
     if owner not in (None, state.program.tp_rank):
-        fail(state.program, node, f"is computed here, and belongs to tp rank {owner} alone", _DROP)
+        fail(state.program, node, f"is computed here, and belongs to tp rank {owner} alone", _EXPERTS)
 
 
 # -- sums --------------------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def term(state: RankState, node: Node, op: Op, types: tuple[Held, ...]) -> None:
     here = all(map(state.has_whole, types[1:]))
     if types[0] != PARTIAL or not here or state.planned(op) != (PARTIAL,):
         lie = ", ".join(f"{named(r)} is {t}" for r, t in zip(op.inputs, types, strict=True))
-        fail(state.program, node, f"adds one rank's term to a sum that all owe: {lie}", _DROP)
+        fail(state.program, node, f"adds one rank's term to a sum that all owe: {lie}", _EXPERTS)
 
 
 def joined(state: RankState, node: Node, op: Op) -> None:
@@ -75,13 +75,13 @@ def joined(state: RankState, node: Node, op: Op) -> None:
     own = [i for i, placement in enumerate(plan.inputs) if placement.is_owned and placement.dim == rank]
     given = [state.value(node, piece) for piece in pieces]
     if [v.ref for v in given] != [op.inputs[i] for i in own] or any(v.held.owner != rank for v in given):
-        fail(state.program, node, f"joins {[named(v.ref) for v in given]}, and has pieces {own} of its own", _DROP)
+        fail(state.program, node, f"joins {[named(v.ref) for v in given]}, and has pieces {own} of its own", _EXPERTS)
     dealt = all(placement.is_owned for placement in plan.inputs[:-1])
     if not dealt or own != list(range(first, first + len(own))) or state.planned(op) != (PARTIAL,):
-        fail(state.program, node, f"puts pieces {own} at the place of number {first}", _DROP)
+        fail(state.program, node, f"puts pieces {own} at the place of number {first}", _EXPERTS)
     lengths = state.value(node, counts)
     if lengths != Value(op.inputs[-1], WHOLE):
-        fail(state.program, node, f"counts rows by {named(lengths.ref)}, which is {lengths.held}", _DROP)
+        fail(state.program, node, f"counts rows by {named(lengths.ref)}, which is {lengths.held}", _EXPERTS)
     value = Value(TensorRef(op.name), PARTIAL)
     check_shape(state, node, state.local(value))
     state.set(node, value)

@@ -118,7 +118,7 @@ class RankState:
         if not isinstance(value, Value):
             fail(self.program, node, f"takes {of}, which is no tensor of the model", "passes/extract_stage.py")
         if value.held.owner not in (-1, self.program.tp_rank):
-            fail(self.program, node, f"takes {of}, which is {value.held}", "passes/drop_elsewhere.py")
+            fail(self.program, node, f"takes {of}, which is {value.held}", "passes/own_experts.py")
         return value
 
     def has_whole(self, held: Held) -> bool:

@@ -156,7 +156,7 @@ def _check_dealt(
         if list(shards) != [group[placement.dim].rank] or first.dim is not None:
             fail_plainly(
                 f"{source} ({path}) belongs whole to tp rank {placement.dim} of stage {stage} alone: {_slices(shards)}",
-                "passes/drop_elsewhere.py",
+                "passes/own_experts.py",
             )
         return
     if first.dim is None:

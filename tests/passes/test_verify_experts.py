@@ -117,7 +117,7 @@ def another_experts_part(programs: Programs) -> None:
 CASES = [
     ("mixtral", term_lost, r"rank 1 .*index_add__3.*input 0 is zeros where the model's op reads index_add__2"),
     ("mixtral", last_term_lost, r"rank 0 .*input 0 is index_add_ where the model's op reads index_add__3"),
-    ("mixtral", term_added_twice, r"index_add.*(stands for no op|input 0 is)"),
+    ("mixtral", term_added_twice, r"index_add.*(stands for no op|input 0 is|belongs to tp rank 1 alone)"),
     ("mixtral", term_of_another_expert, r"index_add.*input 2 is"),
     ("mixtral", expert_owned_twice, r"belongs whole to tp rank 0 of stage 0 alone"),
     ("mixtral", expert_owned_by_nobody, r"no rank of stage 0 holds .*experts\.0\."),
