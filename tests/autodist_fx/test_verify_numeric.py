@@ -71,7 +71,7 @@ def test_gradients_that_are_not_added_up() -> None:
         copy = next(n for n in graph.nodes if getattr(n.target, "__name__", "") == "copy_to_tp")
         copy.replace_all_uses_with(copy.args[0])
         graph.erase_node(copy)
-    with pytest.raises(VerificationError, match="rank 0 ends with another gradient of model.embed_tokens.weight"):
+    with pytest.raises(VerificationError, match=r"rank 0 ends with another gradient of model\.embed"):
         compiled.verify_numeric()
 
 
