@@ -12,7 +12,7 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.numeric.check import TOLERANCE, Form, difference, failure, refusal
 from autodist_fx.numeric.doubles import Doubles, Weights, double_by_default, of_rank, of_whole
 from autodist_fx.numeric.factored import sliced
-from autodist_fx.runtime.backward import Gradients, add_up, go_back
+from autodist_fx.runtime.backward import Gradients, go_back, pay_sums
 from autodist_fx.runtime.thread_communicator import ThreadCommunicator, ThreadWorld
 from cost_model.errors import VerificationError
 from passes.arguments import fetch
@@ -33,8 +33,6 @@ def check_gradients(form: Form, weights: Weights, inputs: Mapping[str, Any]) -> 
             of_ranks: list[Gradients] = world.run(
                 lambda rank, communicator: _of_rank(form.programs[rank], weights, inputs, communicator)
             )
-            with torch.no_grad():
-                add_up(form.programs, of_ranks)
         except Exception as error:
             raise VerificationError(f"backward, {failure(error)}") from error
     largest = max((float(g.abs().max()) for g in wanted.values() if g.numel()), default=0.0)
@@ -44,13 +42,12 @@ def check_gradients(form: Form, weights: Weights, inputs: Mapping[str, Any]) -> 
             if not wants_gradient(parameter):
                 continue
             whole = wanted.get(shard.source)
-            own = found.get(path)
-            if whole is None or own is None:
-                differs = (own is not None and bool(own.any())) or (whole is not None and bool(whole.any()))
+            if whole is None:
+                differs = bool(found[path].any())
             else:
                 share = whole if shard.dim is None else sliced(whole, shard.dim, shard.intervals)
                 # what is nothing but rounding (of a bias that a softmax takes no notice of) is not compared
-                differs = difference(own, share, max(float(whole.abs().max()), 1e-6 * largest)) > TOLERANCE
+                differs = difference(found[path], share, max(float(whole.abs().max()), 1e-6 * largest)) > TOLERANCE
             if differs:
                 raise VerificationError(
                     f"rank {program.rank} ends with another gradient of {path} than its share of {shard.source}'s"
@@ -79,7 +76,7 @@ def _of_whole(form: Form, weights: Weights, inputs: Mapping[str, Any]) -> dict[s
 def _of_rank(
     program: RankProgram, weights: Weights, inputs: Mapping[str, Any], communicator: ThreadCommunicator
 ) -> Gradients:
-    """By the first of a parameter's paths, before any sum over ranks."""
+    """By the first of a parameter's paths; zeros where the loss does not depend on it here."""
     first = {id(p): name for name, p in program.graph_module.named_parameters()}
     leaves: dict[str, torch.Tensor] = {}
     plain: Callable[[str], torch.Tensor | None] = of_rank(program, weights)
@@ -88,11 +85,15 @@ def _of_rank(
         tensor = fetch(program.graph_module, path)
         return _leaf(leaves, first[id(tensor)], plain(path)) if wants_gradient(tensor) else plain(path)
 
+    for name in first.values():
+        tensor_at(name)
     tape = Tape()
     with using(communicator, tape):
         loss = Doubles(program.graph_module, tensor_at).values(inputs).get(_ROOT)
         found = go_back(tape, communicator, loss, list(leaves.values()))
-    return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+    gradients = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), found, strict=True)}
+    pay_sums(program, gradients, communicator)
+    return gradients
 
 
 def _leaf(leaves: dict[str, torch.Tensor], name: str, value: torch.Tensor | None) -> torch.Tensor | None:

@@ -136,3 +136,14 @@ def _(programs: Programs, rng: random.Random) -> str:
     a, b = old.box[dim]
     _replace(programs, old, (dataclasses.replace(old, box=(*old.box[:dim], (a + 1, b), *old.box[dim + 1 :])),))
     return f"{old.source}, dim {dim}"
+
+
+@mutation("gradient sums in another order")
+def _(programs: Programs, rng: random.Random) -> str:
+    """On one rank: the ranks would add up different tensors, or wait for each other."""
+    program = pick(rng, [p for p in programs if len(p.grad_sums or ()) > 1])
+    sums = list(program.grad_sums)
+    i = rng.randrange(len(sums) - 1)
+    sums[i], sums[i + 1] = sums[i + 1], sums[i]
+    program.grad_sums = tuple(sums)
+    return f"{sums[i].source} and {sums[i + 1].source} on rank {program.rank}"

@@ -13,7 +13,7 @@ from trial import numeric_verdict, run_mutant, static_verdict
 # Few, since each is compiled in every process: heads that are cut apart, biases, segments, a cache, gradients, stages.
 SUBJECTS: tuple[tuple[str, tuple[int, int], str], ...] = (
     ("llama", (3, 1), "cache"), ("opt", (2, 2), "forward"), ("phi3", (2, 1), "train"), ("gpt2", (3, 2), "cache"),
-    ("bloom", (3, 1), "forward"), ("gpt2", (2, 2), "train"), ("bert", (1, 2), "forward"),
+    ("bloom", (3, 1), "forward"), ("qwen3", (2, 2), "train"), ("bert", (1, 2), "forward"),
 )  # fmt: skip
 EACH = 1  # mutants of a kind
 
