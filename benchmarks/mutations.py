@@ -155,7 +155,7 @@ def conclusion(found: list[Outcome], correct: int, alarms: list[str]) -> str:
         f"{len(found)} mutants of {len({one.kind for one in found})} kinds, of which {len(changed)} change behaviour: "
         f"{static} of these are refused by the static proof, {numeric} by the numeric check, {either} by one of them. "
         f"{sum(bool(one.static) for one in hangs)} of {len(hangs)} that hang are refused before they run. "
-        f"Of {correct} correct programs {len(alarms)} are refused."
+        + (f"Of {correct} correct programs {len(alarms)} are refused." if correct else "")
     )
 
 
