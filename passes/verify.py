@@ -12,8 +12,8 @@ What is checked is what will run, the emitted graphs; the plan and the model's o
 
     verify_experts    experts that ranks have whole: each adds its term once, on the rank that has it
 
-    verify_literals   numbers and settings that the op graph does not have (the scale of a softmax, an eps, which element
-                      an index takes), where the model's own graph is given to compare with
+    verify_literals   numbers and settings that the op graph does not have (the scale of a softmax, an eps, which
+                      element an index takes), where the model's own graph is given to compare with
 """
 
 from __future__ import annotations

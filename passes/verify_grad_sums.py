@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import networkx as nx
+
 from cost_model.mesh import Mesh
 from passes.context import ParamShard
 from passes.grad_sums import Box, GradSum, Holder, cells, contains
@@ -69,6 +71,12 @@ def _agreed(programs: Sequence[RankProgram]) -> list[GradSum]:
             mine = [s for s in a.grad_sums or () if b.rank in s.ranks]
             if mine != [s for s in b.grad_sums or () if a.rank in s.ranks]:
                 fail_plainly(f"ranks {a.rank} and {b.rank} add up gradients of parameters in another order", _HERE)
+    order: nx.DiGraph[GradSum] = nx.DiGraph()
+    for program in programs:
+        nx.add_path(order, program.grad_sums or ())
+    if not nx.is_directed_acyclic_graph(order):
+        cycle = ", ".join(one.source for one, _ in nx.find_cycle(order))
+        fail_plainly(f"ranks would wait for each other for ever, adding up the gradients of {cycle} in turn", _HERE)
     return sums
 
 

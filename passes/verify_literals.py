@@ -1,5 +1,5 @@
 """Are the numbers in an emitted node's arguments those that the model has there? The op graph does not know them all
-(the scale of a softmax, an eps, which element an index takes), so they are compared with the whole model's own graph."""
+(the scale of a softmax, an eps, which element an index takes), so they are compared with the model's own graph."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _check_settings(state: RankState, node: Node, theirs: Node) -> None:
         differing = [f"{k}={mine.get(k)}" for k in {**mine, **wanted} if mine.get(k) != wanted.get(k)]
         fail(
             state.program, node,
-            f"is {type(module).__name__} with {', '.join(differing) or 'the same settings'}, and the model's is {model}",
+            f"is {type(module).__name__} with {', '.join(differing) or 'the same settings'}, and the model has {model}",
             _HERE,
         )  # fmt: skip
 

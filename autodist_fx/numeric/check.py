@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from autodist_fx.errors import AutodistError
+from autodist_fx.errors import AutodistError, CommunicationError
 from autodist_fx.numeric.doubles import Doubles, Weights, double_by_default, of_rank, of_whole
 from autodist_fx.numeric.locate import first_difference
 from autodist_fx.runtime.thread_communicator import ThreadCommunicator, ThreadWorld
@@ -42,14 +42,19 @@ class Form:
 
 def drawn_weights(form: Form, buffers: Mapping[str, torch.Tensor], seed: int = 0) -> Weights:
     """For all forms of a model: `form` is one that has all its parameters."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in form.whole.named_parameters(remove_duplicate=False):
         shapes.setdefault(form.names.get(id(tensor), name), tuple(tensor.shape))
     return Weights(shapes, buffers, seed)
 
 
 def check_call(
-    form: Form, weights: Weights, inputs: Mapping[str, Any], caches: Sequence[Any] | None = None, *, locate: bool = False
+    form: Form,
+    weights: Weights,
+    inputs: Mapping[str, Any],
+    caches: Sequence[Any] | None = None,
+    *,
+    locate: bool = False,
 ) -> dict[str, Any]:
     """Run the model and all ranks on the same inputs (and each on its own of `caches`); the model's outputs.
 
@@ -64,12 +69,8 @@ def check_call(
         whole = Doubles(form.whole, of_whole(form.whole, form.names, weights), keep=locate)
         try:
             expected = whole.values(given[0])
-        except AutodistError:
-            raise
         except Exception as error:
-            raise AutodistError(
-                f"the numeric check could not run {form.plan.model} itself on made-up inputs: {error}"
-            ) from error
+            raise refusal(form, error) from error
         ranks = [Doubles(p.graph_module, of_rank(p, weights), keep=locate) for p in form.programs]
         wrong = _run_ranks(form, ranks, given[1:], expected)
     if wrong:
@@ -89,19 +90,33 @@ def _run_ranks(
     try:
         outputs = ThreadWorld(form.plan.mesh).run(run)
     except Exception as error:
-        notes = " ".join(getattr(error, "__notes__", ()))
-        return f"run in float64, the ranks fail: {type(error).__name__}: {str(error).splitlines()[0]} {notes}"
+        return failure(error)
     missing = set(_tensors(expected))
     for rank, own in enumerate(outputs):
         for name, value in _tensors(own).items():
             wanted = _tensors(expected).get(name)
             if wanted is None:
                 return f"rank {rank} returns {name}, which the model does not return"
-            error = difference(value, wanted)
-            if error > TOLERANCE:
-                return f"{name} of rank {rank} differs from the model's, by {error:.1e} of its largest element"
+            apart = difference(value, wanted)
+            if apart > TOLERANCE:
+                return f"{name} of rank {rank} differs from the model's, by {apart:.1e} of its largest element"
             missing.discard(name)
     return f"no rank returns {sorted(missing)[0]}" if missing else ""
+
+
+def failure(error: Exception) -> str:
+    """What the ranks' failing says."""
+    if isinstance(error, AutodistError) and not isinstance(error, CommunicationError):
+        raise error  # the check's own limits
+    notes = " ".join(getattr(error, "__notes__", ()))
+    return f"run in float64, the ranks fail: {type(error).__name__}: {' '.join(str(error).split())[:300]} {notes}"
+
+
+def refusal(form: Form, error: Exception) -> AutodistError:
+    """What to raise where the model itself fails."""
+    if isinstance(error, AutodistError):
+        return error
+    return AutodistError(f"the numeric check could not run {form.plan.model} itself on made-up inputs: {error}")
 
 
 def _tensors(outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -115,8 +130,8 @@ def _tensors(outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return found
 
 
-def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest, relative to the largest element wanted; NaN equals NaN; infinite for another shape."""
+def difference(found: torch.Tensor, wanted: torch.Tensor, largest: float | None = None) -> float:
+    """The largest, relative to `largest`, by default that of `wanted`; NaN equals NaN; infinite for another shape."""
     if found.shape != wanted.shape or found.is_floating_point() != wanted.is_floating_point():
         return float("inf")
     if wanted.numel() == 0:
@@ -127,7 +142,8 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     same = torch.where(finite, found.isfinite(), (found == wanted) | (found.isnan() & wanted.isnan()))
     if not bool(same.all()):
         return float("inf")
-    largest = float(torch.where(finite, wanted, 0).abs().max())
+    if largest is None:
+        largest = float(torch.where(finite, wanted, 0).abs().max())
     return float(torch.where(finite, found - wanted, 0).abs().max()) / max(largest, 1e-300)
 
 

@@ -1,7 +1,7 @@
 """`verify_numeric`: all ranks run against each other in float64, and what leaves them is what the model computes.
 
 The model's traced graph and the ranks' emitted graphs run as they are, at their true sizes (factored.py), on drawn
-weights, of which each rank has its slices, and on made-up inputs of a few tokens; with a cache, a prompt and then a step.
+weights, of which each rank has its slices, and on made-up inputs of a few tokens; with a cache, a prompt, then a step.
 
 It shows that the emitted arithmetic, slices, shapes and messages compute the traced function, at these lengths. It says
 nothing of dtypes (all is float64), of the tracing itself, nor of lengths and masks that it doesn't try.
@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
-from cost_model.errors import VerificationError
+from autodist_fx.errors import AutodistError
 from autodist_fx.numeric.check import Form, check_call, drawn_weights
-from autodist_fx.numeric.doubles import Weights
+from autodist_fx.numeric.doubles import FEW_ELEMENTS, Weights
+from autodist_fx.numeric.gradients import check_gradients
 from autodist_fx.numeric.inputs import make_inputs
 from autodist_fx.runtime.local_cache import encoder_view, local_cache
 from autodist_fx.tracing import STATE_PREFIX
 from autodist_fx.variant import Variant
+from cost_model.errors import VerificationError
 from passes.program import RankProgram
 
 Programs = Callable[[Variant], Sequence[RankProgram]]
@@ -28,18 +30,24 @@ _BATCH, _PROMPT, _STEP, _SOURCE, _KEPT = 2, 5, 2, 6, 2
 
 
 def verify_numeric(
-    variants: Sequence[Variant], programs: Programs, buffers: Mapping[str, torch.Tensor], seed: int = 0
+    variants: Sequence[Variant],
+    programs: Programs,
+    buffers: Mapping[str, torch.Tensor],
+    seed: int = 0,
+    *,
+    locate: bool = True,
 ) -> None:
     """`variants`: a model's one form, or (prompt, step) of a model with a cache of its own; `buffers`: real values.
+    `locate`: find the first node that differs, where the model is small. With `train`, gradients too.
 
-    Raises VerificationError, which names the rank, the output, and for a model small enough the first node that differs.
+    Raises VerificationError, which names the rank, the output, and for a small model the first node that differs.
     AutodistError where the model itself does not run on made-up inputs.
     """
     check = _Conversation(programs, buffers, seed, locate=False)
     try:
         check.run(variants)
     except VerificationError:
-        if check.is_small:
+        if check.is_small and locate:
             _Conversation(programs, buffers, seed, locate=True).run(variants)
         raise
 
@@ -61,13 +69,21 @@ class _Conversation:
         elif first.traced.use_cache:
             self._cached(first, weights)
         else:
-            self._call(first, weights, self._inputs(first, _PROMPT + _STEP, 0))
+            inputs = self._inputs(first, _PROMPT + _STEP, 0)
+            self._call(first, weights, inputs)
+            if self._programs(first)[0].grad_sums is not None:
+                if not weights.are_few:
+                    raise AutodistError(
+                        f"the numeric check of gradients takes models of up to {FEW_ELEMENTS} parameters: check a "
+                        f"smaller config of the same model (verify without numeric proves gradients of any size)"
+                    )
+                check_gradients(self._form(first), weights, inputs)
 
     def _cached(self, variant: Variant, weights: Weights) -> None:
         """An encoder, where there is one; a prompt; a step."""
         form = self._form(variant)
         alike = (form.whole_program(), *form.programs)
-        caches = [local_cache(variant.traced.config, program) for program in alike]
+        caches: list[Any] = [local_cache(variant.traced.config, program) for program in alike]
         read: dict[str, Any] = {}
         if variant.encoder is not None:
             encoder = self._form(variant.encoder)

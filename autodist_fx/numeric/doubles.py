@@ -22,7 +22,7 @@ _WIDER = {
     torch.complex64: torch.complex128,
 }  # fmt: skip
 _CASTS = ("float", "half", "bfloat16")
-_FEW = 2**24  # elements of all weights that may be full matrices: 128 MiB
+FEW_ELEMENTS = 2**24  # of all weights that may be full matrices: 128 MiB
 _SMALL = 2**16  # of one that always is
 
 
@@ -32,7 +32,7 @@ class Weights:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], buffers: Mapping[str, torch.Tensor], seed: int) -> None:
         """`shapes` are the parameters', `buffers` what has values of its own."""
         self._shapes, self._buffers, self._seed = shapes, buffers, seed
-        self.are_few = sum(math.prod(shape) for shape in shapes.values()) <= _FEW
+        self.are_few = sum(math.prod(shape) for shape in shapes.values()) <= FEW_ELEMENTS
         self._made: dict[str, torch.Tensor] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:

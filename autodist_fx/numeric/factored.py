@@ -1,7 +1,7 @@
 """`Factored`: a weight of any size that is never there, as the product of two thin matrices.
 
-W = left @ right.T with `left` [..., n, r] and `right` [..., m, r]: a slice of W along a dim is a slice of one factor, and
-x @ W.T is (x @ right) @ left.T. So a model of 70 B parameters runs at its true sizes in megabytes.
+W = left @ right.T with `left` [..., n, r] and `right` [..., m, r]: a slice of W along a dim is a slice of one factor,
+and x @ W.T is (x @ right) @ left.T. So a model of 70 B parameters runs at its true sizes in megabytes.
 
 What that shows holds for full matrices, too: a program is a function of its weights, and where two programs differ for
 some weights, they differ for almost all factored ones, as long as r is no less than the degree to which a weight enters

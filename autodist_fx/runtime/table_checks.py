@@ -54,7 +54,7 @@ def lookups(whole: torch.fx.GraphModule) -> dict[str, int]:
     return found
 
 
-_KEEP_VALUES = ("to", "long", "view", "reshape", "contiguous", "clone")
+_KEEP_VALUES = ("to", "long", "view", "reshape", "contiguous", "clone", "getitem", "pad", "flatten")
 
 
 def _lookup(whole: torch.fx.GraphModule, node: Node) -> tuple[Node, int, int] | None:

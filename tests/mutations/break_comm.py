@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def _(programs: Programs, rng: random.Random) -> str:
     program = pick(rng, [p for p in programs if len(_collectives(p)) > 1])
     nodes = _collectives(program)
     place = {n: i for i, n in enumerate(program.graph_module.graph.nodes)}
-    free = [(a, b) for a, b in zip(nodes, nodes[1:], strict=False) if all(place[x] < place[a] for x in b.all_input_nodes)]
+    free = [(a, b) for a, b in pairwise(nodes) if all(place[x] < place[a] for x in b.all_input_nodes)]
     if free:
         a, b = rng.choice(free)
         a.prepend(b)
@@ -73,7 +74,7 @@ def _(programs: Programs, rng: random.Random) -> str:
         else:
             size, tp = n.meta["val"].shape[-1], program.mesh.tp
             bounds = [size * i // tp for i in range(tp + 1)]
-            parts = tuple(((a, b),) for a, b in zip(bounds, bounds[1:], strict=False))
+            parts = tuple(((a, b),) for a, b in pairwise(bounds))
             n.target, n.kwargs = all_gather, {"axis": "tp", "dim": n.meta["val"].dim() - 1, "parts": parts}
     return said(places)
 

@@ -323,8 +323,8 @@ def _(programs: Programs, rng: random.Random) -> str:
 
 
 _WITH_DIMS = (
-    "transpose", "permute", "unsqueeze", "squeeze", "cat", "stack", "softmax", "sum", "mean", "cumsum", "topk", "swapaxes",
-    "index_add", "unbind",
+    "transpose", "permute", "unsqueeze", "squeeze", "cat", "stack", "softmax", "sum", "mean", "cumsum", "topk",
+    "swapaxes", "index_add", "unbind",
 )  # fmt: skip
 
 

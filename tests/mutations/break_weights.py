@@ -41,7 +41,7 @@ def _(programs: Programs, rng: random.Random) -> str:
     at = pick(rng, [i for i, (a, b) in enumerate(shard.intervals) if b > a])
     intervals = list(shard.intervals)
     a, b = intervals[at]
-    step = pick(rng, [s for s in (-1, 1) if 0 <= a + s and b + s <= size])
+    step = pick(rng, [s for s in (-1, 1) if a + s >= 0 and b + s <= size])
     intervals[at] = (a + step, b + step)
     _set(program, shard, intervals)
     return f"{shard.name} on rank {program.rank}: {intervals}"

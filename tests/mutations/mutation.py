@@ -47,7 +47,9 @@ def pick_node(programs: Programs, rng: random.Random, fits: Callable[[Node], boo
     return program, rng.choice(nodes)
 
 
-def on_ranks(programs: Programs, program: RankProgram, node: Node, rng: random.Random) -> list[tuple[RankProgram, Node]]:
+def on_ranks(
+    programs: Programs, program: RankProgram, node: Node, rng: random.Random
+) -> list[tuple[RankProgram, Node]]:
     """The node alone, or with those of its name on all ranks of its stage: what a wrong pass would do to each."""
     if program.mesh.tp == 1 or rng.random() < 0.5:
         return [(program, node)]

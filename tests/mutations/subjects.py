@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from tiny_encoders import segments, text_batch, tiny_encoder
-from tiny_models import padded_batch, randomized, tiny_model
+from tiny_models import padded_batch, randomized, relative_error, tiny_model
 from tiny_moe import tiny_moe_model
 from tiny_seq2seq import seq2seq_inputs, tiny_seq2seq
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import autodist_fx as adx
 from autodist_fx.compiled import CompiledModel
 from autodist_fx.errors import CommunicationError, DeadlockError
+from autodist_fx.runtime.backward import run_backward
 from autodist_fx.runtime.local_cache import local_cache
 from autodist_fx.runtime.simulate import simulate
 from autodist_fx.weights.load import load_rank
@@ -55,6 +56,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: tiny_model("llama", num_attention_heads=10, num_key_value_heads=2, vocab_size=127),  # GQA, uneven
     "gpt2": lambda: tiny_model("gpt2", n_head=7, n_embd=56, vocab_size=127),  # fused q|k|v, transposed, tied
     "phi3": lambda: tiny_model("phi3", intermediate_size=53),  # fused q|k|v and gate|up
+    "phi3-mqa": lambda: tiny_model("phi3", num_key_value_heads=1),  # the KV head of a fused weight on every rank
     "bloom": _bloom,  # q, k, v interleaved per head; alibi
     "falcon": _falcon,  # q, k, v interleaved per group
     "opt": lambda: tiny_model("opt", num_attention_heads=7, hidden_size=56, word_embed_proj_dim=56),  # biases
@@ -79,13 +81,13 @@ class Subject:
 
     family: str
     mesh: Mesh
-    use_cache: bool
+    form: str  # "forward", "cache" or "train"
     compiled: CompiledModel
     calls: tuple[tuple[Mapping[str, torch.Tensor], ...], ...]  # conversations of calls
     expected: tuple[tuple[Mapping[str, torch.Tensor], ...], ...]
 
     def __str__(self) -> str:
-        return f"{self.family} {self.mesh[0]}x{self.mesh[1]}{' with a cache' if self.use_cache else ''}"
+        return f"{self.family} {self.mesh[0]}x{self.mesh[1]}{_SAID[self.form]}"
 
     def programs(self) -> Programs:
         """A copy, to be broken."""
@@ -106,8 +108,10 @@ class Subject:
                     base_model_prefix=model.base_model_prefix,
                 )  # fmt: skip
                 program.graph_module.recompile()
+            if self.form == "train":
+                return self._backward(programs)
             for calls, expected in zip(self.calls, self.expected, strict=True):
-                caches = [local_cache(model.config, program) for program in programs] if self.use_cache else []
+                caches = [local_cache(model.config, program) for program in programs] if self.form == "cache" else []
                 for given, wanted in zip(calls, expected, strict=True):
                     per_rank = [{**given, "past_key_values": cache} for cache in caches] or [given] * len(programs)
                     if not _same(simulate(programs, per_rank), wanted, given, self.mesh):
@@ -116,6 +120,28 @@ class Subject:
             return "hang"
         except Exception:
             return "error"
+        return ""
+
+    def _backward(self, programs: Programs) -> str:
+        for (given,), (wanted,) in zip(self.calls, self.expected, strict=True):
+            loss, gradients = run_backward(programs, given)
+            if relative_error(loss, wanted["loss"]) > TOLERANCE:
+                return "wrong"
+            largest = max(float(g.abs().max()) for name, g in wanted.items() if name != "loss")
+            for program, own in zip(programs, gradients, strict=True):
+                for path, gradient in own.items():
+                    shard = program.param_shards[path]
+                    whole = wanted[shard.source]
+                    rows = [i for a, b in shard.intervals for i in range(a, b)]
+                    share = whole if shard.dim is None else whole.index_select(shard.dim, torch.tensor(rows).long())
+                    if gradient.shape != share.shape:
+                        return "wrong"
+                    scale = max(float(whole.abs().max()), 1e-6 * largest)  # a bias of keys has none, but for rounding
+                    if share.numel() and not bool((gradient - share).abs().max() <= TOLERANCE * scale):
+                        return "wrong"
+                for path, parameter in program.graph_module.named_parameters():
+                    if path not in own and parameter.numel() and wanted[program.param_shards[path].source].any():
+                        return "wrong"
         return ""
 
 
@@ -148,10 +174,15 @@ def _same(
 
 
 @functools.cache
-def subject(family: str, mesh: Mesh, use_cache: bool = False) -> Subject:
+def subject(family: str, mesh: Mesh, form: str = "forward") -> Subject:
     """Compiled once per process; not verified."""
-    model = model_of(family)
-    compiled = adx.compile(model, tp=mesh[0], pp=mesh[1], use_cache=use_cache, verify=False)
+    model, use_cache = model_of(family), form == "cache"
+    if form == "train":
+        compiled = adx.compile(
+            model, tp=mesh[0], pp=mesh[1], verify=False, train=True, input_names=(*_MAIN_INPUTS[family], "labels")
+        )
+    else:
+        compiled = adx.compile(model, tp=mesh[0], pp=mesh[1], use_cache=use_cache, verify=False)
     names = compiled.program(0).input_names
     conversations = []
     for batch, seq in ((2, 9), (3, 6)):  # of two sizes, neither of them an example's
@@ -168,8 +199,15 @@ def subject(family: str, mesh: Mesh, use_cache: bool = False) -> Subject:
             inputs = {"input_ids": ids, "attention_mask": mask}
             if use_cache:
                 inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        if form == "train":
+            tokens = inputs["decoder_input_ids" if family == "t5" else "input_ids"]
+            inputs = {**inputs, "labels": tokens.roll(1, 1)}
         conversations.append(inputs)
     calls, expected = [], []
+    if form == "train":
+        given = [{name: inputs[name] for name in names} for inputs in conversations]
+        wanted = [({**_gradients(model, inputs)},) for inputs in given]
+        return Subject(family, mesh, form, compiled, tuple((g,) for g in given), tuple(wanted))
     with torch.no_grad():
         for inputs in conversations:
             steps = _steps(inputs) if use_cache else [inputs]
@@ -184,10 +222,24 @@ def subject(family: str, mesh: Mesh, use_cache: bool = False) -> Subject:
                 expected.append(tuple({"logits": piece} for piece in pieces))
             else:
                 expected.append((outputs,))
-    return Subject(family, mesh, use_cache, compiled, tuple(calls), tuple(expected))
+    return Subject(family, mesh, form, compiled, tuple(calls), tuple(expected))
 
 
 _NO_CACHE = {"use_cache": False}
+_SAID = {"forward": "", "cache": " with a cache", "train": " to be trained"}
+_MAIN_INPUTS = {
+    family: ("input_ids", "attention_mask", *(("decoder_input_ids",) if family == "t5" else ())) for family in MODELS
+}
+
+
+def _gradients(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The loss, and its gradient of each parameter by each of its names; zeros where it does not depend on one."""
+    with torch.enable_grad():
+        loss = model(**inputs).loss
+        named = dict(model.named_parameters(remove_duplicate=False))
+        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    gradients = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
+    return {"loss": loss.detach(), **gradients}
 
 
 def _takes_positions(model: PreTrainedModel) -> bool:
@@ -207,11 +259,11 @@ def _steps(inputs: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     ]  # fmt: skip
 
 
-def subjects() -> list[tuple[str, Mesh, bool]]:
+def subjects() -> list[tuple[str, Mesh, str]]:
     """All there are, as arguments of `subject`."""
     return [
-        (family, mesh, use_cache)
+        (family, mesh, form)
         for family in MODELS
         for mesh in MESHES
-        for use_cache in ((False, True) if family in CACHED else (False,))
+        for form in ("forward", "train", *(("cache",) if family in CACHED else ()))
     ]

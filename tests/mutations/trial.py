@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
 import traceback
 from dataclasses import dataclass
 
 import break_comm  # noqa: F401  (registers its mutations, as those below)
+import break_gradients  # noqa: F401
 import break_nodes  # noqa: F401
 import break_weights  # noqa: F401
-import torch
 from mutation import MUTATIONS, NotHere
-from subjects import Subject
+from subjects import Programs, Subject
 
-from autodist_fx.errors import AutodistError
+from autodist_fx.numeric.conversation import verify_numeric
 from cost_model.errors import VerificationError
 from passes.verify import verify
 
@@ -34,7 +36,6 @@ class Outcome:
         return bool(self.behaviour) and not self.static and not self.numeric
 
 
-@torch.no_grad()
 def run_mutant(kind: str, subject: Subject, seed: int) -> Outcome | None:
     """None where the subject has no place for that kind. Same arguments, same mutant."""
     rng = random.Random(f"{kind} {subject} {seed}")
@@ -45,12 +46,12 @@ def run_mutant(kind: str, subject: Subject, seed: int) -> Outcome | None:
         return None
     for program in programs:
         program.graph_module.recompile()
-    return Outcome(
-        kind, str(subject), what, static=static_verdict(subject, programs), numeric="", behaviour=subject.behaviour(programs)
-    )
+    static, numeric = static_verdict(subject, programs), numeric_verdict(subject, programs)
+    return Outcome(kind, str(subject), what, subject.behaviour(programs), static, numeric)
 
 
-def static_verdict(subject: Subject, programs: list) -> str:
+def static_verdict(subject: Subject, programs: Programs) -> str:
+    """What the proof says, "" where it says yes."""
     made = subject.compiled
     try:
         verify(programs, made.plan, made.op_graph, made.graph)
@@ -58,4 +59,15 @@ def static_verdict(subject: Subject, programs: list) -> str:
         return str(error)
     except Exception as error:  # a broken program is refused, and never breaks what refuses it
         return f"CRASH {type(error).__name__}: {error} {traceback.format_exc()[-600:]}"
+    return ""
+
+
+def numeric_verdict(subject: Subject, programs: Programs) -> str:
+    """What running in float64 says, "" where all is equal."""
+    made = subject.compiled
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            verify_numeric([made._main], lambda variant: programs, made.buffers, locate=False)
+    except VerificationError as error:
+        return str(error)
     return ""

@@ -347,6 +347,19 @@ def another_scale(programs: Programs) -> None:
     with_keyword(calls(programs[0], torch.nn.functional.scaled_dot_product_attention)[0], scale=1.0)
 
 
+@broken("gpt2", 2, 1, r"rank 1 .*h_0_ln_1 \(LayerNorm, .*is LayerNorm with eps=0.1, and the model has LayerNorm")
+def another_eps_of_a_module(programs: Programs) -> None:
+    programs[1].graph_module.get_submodule("transformer.h.0.ln_1").eps = 0.1
+
+
+@broken("bloom", 2, 1, r"getitem.*takes \(Ellipsis, 0, slice.* of dim 3, and the model takes \(Ellipsis, 1, slice")
+def element_that_an_index_takes(programs: Programs) -> None:
+    """Queries for keys."""
+    for program in programs:
+        node = next(n for n in calls(program, operator.getitem) if n.args[1] == (..., 1, slice(None)))
+        with_argument(node, 1, (..., 0, slice(None)))
+
+
 # -- local shapes ------------------------------------------------------------------------------------------------------
 
 
@@ -585,6 +598,13 @@ def output_lost(programs: Programs) -> None:
 def output_under_another_name(programs: Programs) -> None:
     output = next(n for n in programs[1].graph_module.graph.nodes if n.op == "output")
     output.args = ({"scores": output.args[0]["logits"]},)
+
+
+@broken("llama", 2, 1, r"returns lm_head as scores, and the model returns logits only")
+def output_under_another_name_on_every_rank(programs: Programs) -> None:
+    for program in programs:
+        output = next(n for n in program.graph_module.graph.nodes if n.op == "output")
+        output.args = ({"scores": output.args[0]["logits"]},)
 
 
 @broken("llama", 1, 1, r"returns mul_\d+ as logits, which is no output of the model")

@@ -1,0 +1,102 @@
+"""Gradients of all ranks in float64 against those of the model's own graph: what each rank has after the sums that its
+program owes is its slice of the whole gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from autodist_fx.errors import AutodistError
+from autodist_fx.numeric.check import TOLERANCE, Form, difference, failure, refusal
+from autodist_fx.numeric.doubles import Doubles, Weights, double_by_default, of_rank, of_whole
+from autodist_fx.numeric.factored import sliced
+from autodist_fx.runtime.backward import Gradients, go_back, pay_sums
+from autodist_fx.runtime.thread_communicator import ThreadCommunicator, ThreadWorld
+from cost_model.errors import VerificationError
+from passes.arguments import fetch
+from passes.comm_ops import Tape, using
+from passes.differentiable import wants_gradient
+from passes.program import RankProgram
+
+_ROOT = "loss"
+
+
+def check_gradients(form: Form, weights: Weights, inputs: Mapping[str, Any]) -> None:
+    """`weights` are few. Raises VerificationError, which names the rank and the parameter; AutodistError where the
+    model returns no loss for these inputs."""
+    with torch.enable_grad(), double_by_default():
+        wanted = _of_whole(form, weights, inputs)
+        world = ThreadWorld(form.plan.mesh)
+        try:
+            of_ranks: list[Gradients] = world.run(
+                lambda rank, communicator: _of_rank(form.programs[rank], weights, inputs, communicator)
+            )
+        except Exception as error:
+            raise VerificationError(f"backward, {failure(error)}") from error
+    largest = max((float(g.abs().max()) for g in wanted.values() if g.numel()), default=0.0)
+    for program, found in zip(form.programs, of_ranks, strict=True):
+        for path, parameter in program.graph_module.named_parameters():
+            shard = program.param_shards[path]
+            if not wants_gradient(parameter):
+                continue
+            whole = wanted.get(shard.source)
+            if whole is None:
+                differs = bool(found[path].any())
+            else:
+                share = whole if shard.dim is None else sliced(whole, shard.dim, shard.intervals)
+                # what is nothing but rounding (of a bias that a softmax takes no notice of) is not compared
+                differs = difference(found[path], share, max(float(whole.abs().max()), 1e-6 * largest)) > TOLERANCE
+            if differs:
+                raise VerificationError(
+                    f"rank {program.rank} ends with another gradient of {path} than its share of {shard.source}'s"
+                )
+
+
+def _of_whole(form: Form, weights: Weights, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """By the parameters' names; without those that the loss does not depend on."""
+    leaves: dict[str, torch.Tensor] = {}
+    plain = of_whole(form.whole, form.names, weights)
+
+    def tensor_at(path: str) -> torch.Tensor | None:
+        tensor = fetch(form.whole, path)
+        return _leaf(leaves, form.names[id(tensor)], plain(path)) if wants_gradient(tensor) else plain(path)
+
+    try:
+        loss = Doubles(form.whole, tensor_at).values(inputs).get(_ROOT)
+    except Exception as error:
+        raise refusal(form, error) from error
+    if loss is None or not loss.requires_grad:
+        raise AutodistError(f"{form.plan.model} returns no loss that could be gone back from: no gradients to check")
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+
+
+def _of_rank(
+    program: RankProgram, weights: Weights, inputs: Mapping[str, Any], communicator: ThreadCommunicator
+) -> Gradients:
+    """By the first of a parameter's paths; zeros where the loss does not depend on it here."""
+    first = {id(p): name for name, p in program.graph_module.named_parameters()}
+    leaves: dict[str, torch.Tensor] = {}
+    plain: Callable[[str], torch.Tensor | None] = of_rank(program, weights)
+
+    def tensor_at(path: str) -> torch.Tensor | None:
+        tensor = fetch(program.graph_module, path)
+        return _leaf(leaves, first[id(tensor)], plain(path)) if wants_gradient(tensor) else plain(path)
+
+    for name in first.values():
+        tensor_at(name)
+    tape = Tape()
+    with using(communicator, tape):
+        loss = Doubles(program.graph_module, tensor_at).values(inputs).get(_ROOT)
+        found = go_back(tape, communicator, loss, list(leaves.values()))
+    gradients = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), found, strict=True)}
+    pay_sums(program, gradients, communicator)
+    return gradients
+
+
+def _leaf(leaves: dict[str, torch.Tensor], name: str, value: torch.Tensor | None) -> torch.Tensor | None:
+    if value is not None and name not in leaves:
+        leaves[name] = value.detach().clone().requires_grad_()
+    return leaves.get(name)

@@ -1,0 +1,149 @@
+"""What a backward pass owes: copies whose gradients are added up, sums of parameters' gradients, what is sent back."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+from editing import Programs, add_after, bypass, with_keyword
+from mutation import mutation, on_ranks, pick, pick_node, said
+from torch.fx import Node
+
+from passes.comm_ops import copy_to_tp, recv, send
+from passes.differentiable import differentiable
+from passes.grad_sums import GradSum
+from passes.program import RankProgram
+
+
+def _is(*targets: Any) -> Any:
+    return lambda n: n.op == "call_function" and n.target in targets
+
+
+@mutation("copy_to_tp missing")
+def _(programs: Programs, rng: random.Random) -> str:
+    """As before: forward nothing changes."""
+    places = on_ranks(programs, *pick_node(programs, rng, _is(copy_to_tp)), rng)
+    for _program, node in places:
+        bypass(node)
+    return said(places)
+
+
+@mutation("copy_to_tp doubled")
+def _(programs: Programs, rng: random.Random) -> str:
+    places = on_ranks(programs, *pick_node(programs, rng, _is(copy_to_tp)), rng)
+    for _program, node in places:
+        again = add_after(node, copy_to_tp, (node,), dict(node.kwargs))
+        node.replace_all_uses_with(again, delete_user_cb=lambda user, again=again: user is not again)
+    return said(places)
+
+
+@mutation("copy_to_tp that one reader passes by")
+def _(programs: Programs, rng: random.Random) -> str:
+    program, node = pick_node(programs, rng, lambda n: n.target is copy_to_tp and len(n.users) > 1)
+    reader = pick(rng, list(node.users)).name
+    places = on_ranks(programs, program, node, rng)
+    for _program, n in places:
+        for user in list(n.users):
+            if user.name == reader:
+                user.replace_input_with(n, n.args[0])
+    return f"{said(places)}: {reader}"
+
+
+@mutation("copy_to_tp where none is owed")
+def _(programs: Programs, rng: random.Random) -> str:
+    """Of a value whose gradient is whole, or a term already: before a norm, a residual."""
+    if programs[0].mesh.tp == 1 or programs[0].grad_sums is None:
+        pick(rng, [])
+    program = pick(rng, programs)
+    needs = differentiable(program.graph_module, lambda n: n.target is recv)
+    nodes = [
+        n for n in needs
+        if n.op in ("call_module", "call_function") and n.target not in (copy_to_tp, recv) and n.users
+    ]  # fmt: skip
+    node = pick(rng, sorted(nodes, key=lambda n: n.name))
+    places = on_ranks(programs, program, node, rng)
+    for _program, n in places:
+        if not hasattr(n.meta.get("val"), "shape"):
+            pick(rng, [])
+        new = add_after(n, copy_to_tp, (n,), {"axis": "tp"})
+        n.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+    return said(places)
+
+
+@mutation("gradient not sent back")
+def _(programs: Programs, rng: random.Random) -> str:
+    """By one side, or by both."""
+    program, node = pick_node(programs, rng, lambda n: n.target in (send, recv) and bool(n.kwargs.get("gradient")))
+    both, channel = rng.random() < 0.5, node.kwargs["channel"]
+    nodes: list[Node] = [node]
+    if both:
+        nodes = [
+            n for p in programs for n in p.graph_module.graph.nodes
+            if n.target in (send, recv) and n.kwargs["channel"] == channel
+        ]  # fmt: skip
+    for n in nodes:
+        with_keyword(n, gradient=False)
+    return f"channel {channel}, {'both sides' if both else f'rank {program.rank}'}"
+
+
+# -- sums of parameters' gradients -------------------------------------------------------------------------------------
+
+
+def _sum(programs: Programs, rng: random.Random) -> GradSum:
+    return pick(rng, list(dict.fromkeys(s for p in programs for s in p.grad_sums or ())))  # type: ignore[no-any-return]
+
+
+def _replace(programs: list[RankProgram], old: GradSum, new: tuple[GradSum, ...]) -> None:
+    for p in programs:
+        found: list[GradSum] = []
+        for s in p.grad_sums or ():
+            found += [n for n in new if p.rank in n.ranks] if s == old else [s]
+        p.grad_sums = tuple(found)
+
+
+@mutation("gradient sum missing")
+def _(programs: Programs, rng: random.Random) -> str:
+    old = _sum(programs, rng)
+    ranks = programs if rng.random() < 0.85 else [programs[pick(rng, list(old.ranks))]]
+    _replace(ranks, old, ())
+    return f"{old.source} on {len(ranks)} ranks"
+
+
+@mutation("gradient summed twice")
+def _(programs: Programs, rng: random.Random) -> str:
+    """Once more under a box of its own: of one row less."""
+    old = _sum(programs, rng)
+    dim = pick(rng, [d for d, (a, b) in enumerate(old.box) if b - a > 1])
+    a, b = old.box[dim]
+    again = dataclasses.replace(old, box=(*old.box[:dim], (a, b - 1), *old.box[dim + 1 :]))
+    _replace(programs, old, (old, again))
+    return f"{old.source} {again.box}"
+
+
+@mutation("gradient sum without one of its terms")
+def _(programs: Programs, rng: random.Random) -> str:
+    old = _sum(programs, rng)
+    lost = pick(rng, old.terms)
+    _replace(programs, old, (dataclasses.replace(old, terms=tuple(t for t in old.terms if t != lost)),))
+    return f"{old.source}, without rank {lost[0]}"
+
+
+@mutation("gradient sum of fewer elements")
+def _(programs: Programs, rng: random.Random) -> str:
+    old = _sum(programs, rng)
+    dim = pick(rng, [d for d, (a, b) in enumerate(old.box) if b - a > 1])
+    a, b = old.box[dim]
+    _replace(programs, old, (dataclasses.replace(old, box=(*old.box[:dim], (a + 1, b), *old.box[dim + 1 :])),))
+    return f"{old.source}, dim {dim}"
+
+
+@mutation("gradient sums in another order")
+def _(programs: Programs, rng: random.Random) -> str:
+    """On one rank: the ranks would add up different tensors, or wait for each other."""
+    program = pick(rng, [p for p in programs if len(p.grad_sums or ()) > 1])
+    sums = list(program.grad_sums)
+    i = rng.randrange(len(sums) - 1)
+    sums[i], sums[i + 1] = sums[i + 1], sums[i]
+    program.grad_sums = tuple(sums)
+    return f"{sums[i].source} and {sums[i + 1].source} on rank {program.rank}"
