@@ -20,8 +20,8 @@ def find_ops(plan: PartitionPlan, name: str) -> list[OpPlan]:
     """
     if plan.has_op(name):
         return [plan.op(name)]
-    found = [op for op in plan.ops if op.module == name] or [
-        op for op in plan.ops if any(fnmatchcase(text, p) for text in (op.name, op.module) for p in (name, f"*.{name}"))
+    found = [op for op in plan.ops if name and op.module == name] or [
+        op for op in plan.ops if any(_means(name, text) for text in (op.name, op.module))
     ]
     found = [op for op in found if op.role] or found
     if not found:
@@ -30,6 +30,10 @@ def find_ops(plan: PartitionPlan, name: str) -> list[OpPlan]:
     if len(modules) > 1:
         raise PlanError(f"{name!r} means ops of {len(modules)} modules: {_listed(modules)}; name one of them")
     return found
+
+
+def _means(name: str, text: str) -> bool:
+    return bool(text) and (fnmatchcase(text, name) or fnmatchcase(text, f"*.{name}"))
 
 
 def _unknown(plan: PartitionPlan, name: str) -> str:

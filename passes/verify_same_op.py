@@ -14,6 +14,7 @@ from cost_model.op_graph import Op
 from passes.normalize import op_name
 from passes.op_graph import argument
 from passes.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, partial_mean
+from passes.verify_experts import check_pick, picks_own
 from passes.verify_facts import RankState
 from passes.verify_report import fail
 from passes.verify_types import PARTIAL, WHOLE, Derivation, Held, elements, held
@@ -27,7 +28,11 @@ def check_same_op(state: RankState, node: Node, op: Op, types: tuple[Held, ...])
     kind, attrs = _classified(state, node, op)
     if kind != op.kind:
         fail(state.program, node, f"does {kind} where the model does {op.kind}", _SHAPES)
-    if op.kind == "slice" and types[0].is_sharded:
+    if picks_own(state, op, types) and len(attrs.get("picks", ())) == 1:
+        check_pick(state, node, op, types[0], attrs["picks"])
+        if attrs["dims"] != op.attrs["dims"]:
+            fail(state.program, node, f"takes {attrs['dims']} where the model takes {op.attrs['dims']}", _SHAPES)
+    elif op.kind == "slice" and types[0].is_sharded:
         _check_slice(state, node, op, types[0], attrs["dims"])
     elif op.kind == "repeat_interleave" and op_name(node) != "index_select":
         if attrs["dim"] != op.attrs["dim"]:
