@@ -164,7 +164,7 @@ class _Inserter:
         if op.role == "row" and len(op.inputs) > 2:  # the sum over ranks adds the bias once
             biases = [str(a.target) for a in tensor_arguments(node)[2:] if a.op == "get_attr"]
             self.alone.update(dict.fromkeys(biases or [f"{node.target}.bias"], 0))
-        for owner in {p.dim for p in op.inputs if p.kind == "O"}:  # an expert that one rank has whole
+        for owner in {p.dim for p in op.inputs if p.is_owned}:  # an expert that one rank has whole
             own = [str(a.target) for a in tensor_arguments(node) if a.op == "get_attr"]
             self.alone.update(dict.fromkeys([*own, *own_parameters(self.module, node)], owner))
 
