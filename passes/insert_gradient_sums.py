@@ -24,7 +24,6 @@ from collections.abc import Iterator
 import torch
 import torch.fx
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from cost_model.errors import PlanError
 from passes.arguments import is_tensor, tensor_arguments, tensor_source
@@ -116,7 +115,8 @@ class _Inserter:
 
     def _visit(self, node: Node) -> None:
         if node.op == "output":
-            map_arg(node.args, lambda n: self._read(node, n, WHOLE))
+            for value in node.all_input_nodes:
+                self._read(node, value, WHOLE)
         elif node.target is send and node.op == "call_function":
             value = node.args[0]
             hop = node.meta["hop"]
@@ -132,9 +132,7 @@ class _Inserter:
             node.kwargs = {**node.kwargs, "gradient": True}
             hop = node.meta["hop"]
             lies = self.ctx.plan.op(hop.op).outputs[hop.index]
-            self.kinds[node] = PARTIAL if lies.is_partial and not hop.whole else WHOLE
-            if lies.is_shard and not hop.whole:
-                self.kinds[node] = TERMS
+            self.kinds[node] = WHOLE if hop.whole or lies.is_replicate else PARTIAL if lies.is_partial else TERMS
         elif node.op == "call_function" and node.target in (all_reduce, all_gather):
             self._read(node, node.args[0], TERMS if node.target is all_gather else PARTIAL)
             self.kinds[node] = WHOLE
@@ -152,7 +150,7 @@ class _Inserter:
 
     def _op(self, node: Node) -> None:
         op = self.ctx.plan.op(node.name)
-        inputs = [a for a in dict.fromkeys(tensor_arguments(node)) if a in self.needs]
+        inputs = [a for a in node.all_input_nodes if a in self.needs]
         if self._in_parts(node):
             wants, gives = TERMS, PARTIAL if any(p.is_partial for p in op.outputs) else TERMS
         else:
@@ -166,21 +164,20 @@ class _Inserter:
         if op.role == "row" and len(op.inputs) > 2:  # the sum over ranks adds the bias once
             biases = [str(a.target) for a in tensor_arguments(node)[2:] if a.op == "get_attr"]
             self.alone.update(dict.fromkeys(biases or [f"{node.target}.bias"], 0))
-        for owner in {p.dim for p in op.inputs if p.kind == "O"}:  # an expert that one rank has whole
+        for owner in {p.dim for p in op.inputs if p.is_owned}:  # an expert that one rank has whole
             own = [str(a.target) for a in tensor_arguments(node) if a.op == "get_attr"]
             self.alone.update(dict.fromkeys([*own, *own_parameters(self.module, node)], owner))
 
-    def _read(self, node: Node, value: Node, wants: str) -> Node:
+    def _read(self, node: Node, value: Node, wants: str) -> None:
         """Let `node` read `value` so that the gradient which comes back is of the kind that `value` has."""
         if value not in self.needs:
-            return value
+            return
         if self._is_parameter(value):
             self._note(str(value.target), wants == TERMS, value, node)
         elif wants == TERMS and self.kinds[value] == WHOLE:
             node.replace_input_with(value, self._behind(value, self.copies, copy_to_tp, {"axis": AXIS}))
         elif wants == WHOLE and self.kinds[value] == TERMS:
             node.replace_input_with(value, self._behind(value, self.ones, one_gradient, {"tp_rank": self.ctx.tp_rank}))
-        return value
 
     def _behind(self, value: Node, made: dict[Node, Node], target: object, keywords: dict[str, object]) -> Node:
         if value not in made:

@@ -25,7 +25,6 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.op_graph import TensorRef
-from passes.arguments import tensor_arguments
 from passes.comm_ops import all_gather, all_reduce, copy_to_tp, recv, send
 from passes.differentiable import differentiable, own_parameters
 from passes.op_graph import argument
@@ -225,8 +224,7 @@ class _Reader:
         self.kinds[node] = gives
 
     def _op(self, node: Node) -> None:
-        inputs = [a for a in dict.fromkeys(tensor_arguments(node)) if a in self.needs]
-        inputs += [a for a in node.all_input_nodes if a in self.needs and a not in inputs]
+        inputs = [a for a in node.all_input_nodes if a in self.needs]
         values = _each(self.facts.values[node])
         given = {self.kinds[a] for a in inputs if not self._is_parameter(a)}
         if values[0].ref.op in self.in_parts:
