@@ -7,16 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autodist_fx.artifact.load import Artifact, load
+    from autodist_fx.choosing import choose_mesh
     from autodist_fx.compiled import CompiledModel, compile
     from autodist_fx.errors import AutodistError
     from autodist_fx.pretrained import from_pretrained
     from autodist_fx.runtime.generation import DistributedCausalLM
+    from cost_model.mesh_choice import MeshChoice
     from cost_model.plan import PartitionPlan
 
 __all__ = [
-    "Artifact", "AutodistError", "CompiledModel", "DistributedCausalLM", "PartitionPlan", "compile", "from_pretrained",
+    "Artifact",
+    "AutodistError",
+    "CompiledModel",
+    "DistributedCausalLM",
+    "MeshChoice",
+    "PartitionPlan",
+    "choose_mesh",
+    "compile",
+    "from_pretrained",
     "load",
-]  # fmt: skip
+]
 
 # Imported at first use: torch and transformers take seconds, and a process that only starts ranks needs neither.
 _HOMES = {
@@ -24,7 +34,9 @@ _HOMES = {
     "AutodistError": "autodist_fx.errors",
     "CompiledModel": "autodist_fx.compiled",
     "DistributedCausalLM": "autodist_fx.runtime.generation",
+    "MeshChoice": "cost_model.mesh_choice",
     "PartitionPlan": "cost_model.plan",
+    "choose_mesh": "autodist_fx.choosing",
     "compile": "autodist_fx.compiled",
     "from_pretrained": "autodist_fx.pretrained",
     "load": "autodist_fx.artifact.load",

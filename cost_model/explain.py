@@ -93,7 +93,7 @@ def plan_warnings(plan: PartitionPlan) -> list[str]:
     """What to know before running the plan, a sentence each: it does not fit, it is slower than one device."""
     warnings = []
     if plan.device_memory_bytes:
-        too_large = [s for s in plan.stages if s.memory_bytes > plan.device_memory_bytes]
+        too_large = [s for s in plan.stages if s.memory_bytes > plan.memory_of_stage(s.index)]
         if too_large:
             stages = ranges_text(s.index for s in too_large)
             one, many = f"stage {stages} does not fit: it needs", f"stages {stages} do not fit: they need up to"
@@ -317,6 +317,8 @@ def local_shape(plan: PartitionPlan, op: OpPlan, weight: ParamPlan | None) -> st
             return "-"
         return f"{placement} {_lengths(plan.layouts[index])}"
     dims = [str(n) for n in weight.shape]
+    if weight.placement.is_owned:
+        return "whole, on one rank each"
     if weight.layout >= 0:
         dims[weight.placement.dim] = _lengths(plan.layouts[weight.layout])
     return "x".join(dims)
@@ -342,6 +344,8 @@ def param_bytes(param: ParamPlan) -> int:
 
 def _is_sharded(plan: PartitionPlan, param: ParamPlan) -> bool:
     """False also when a layout gives some rank everything."""
+    if param.placement.is_owned:
+        return True
     return param.layout >= 0 and plan.layouts[param.layout].max_local_size < plan.layouts[param.layout].size
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from cost_model.errors import PlanError
 from cost_model.mesh import Mesh
-from cost_model.placement import Layout, Placement
+from cost_model.placement import PLACEMENTS, Layout, Placement
 
 T = TypeVar("T")
 # Larger whole numbers than any real count or byte size; they would overflow where the plan is computed with.
@@ -171,15 +171,16 @@ _PLACEMENTS: dict[str, Placement] = {}  # a plan names the same few ten thousand
 
 def _placement(value: Any, path: str) -> Placement:
     if not isinstance(value, str):
-        raise PlanError(f"{path}: not a placement: {show(value)} (expected R, P or S(<dim>))")
+        raise PlanError(f"{path}: not a placement: {show(value)} (expected {PLACEMENTS})")
     found = _PLACEMENTS.get(value)
     if found is None:
         try:
             found = Placement.parse(value)
         except ValueError as error:
-            raise PlanError(f"{path}: not a placement: {show(value)} (expected R, P or S(<dim>))") from error
-        if str(found) != value or found.dim > 63:  # S(01), digits of other scripts; torch has at most 64 dims
-            raise PlanError(f"{path}: not a placement: {show(value)} (expected R, P or S(<dim>))")
+            raise PlanError(f"{path}: not a placement: {show(value)} (expected {PLACEMENTS})") from error
+        # S(01), digits of other scripts; torch has at most 64 dims
+        if str(found) != value or (found.is_shard and found.dim > 63):
+            raise PlanError(f"{path}: not a placement: {show(value)} (expected {PLACEMENTS})")
         _PLACEMENTS[value] = found
     return found
 
@@ -200,6 +201,12 @@ def show(value: Any, quote: bool = True) -> str:
         return type_name(value)
     text = text if len(text) <= 60 else text[:57] + "..."
     return text if quote else text.strip("'\"")
+
+
+def check_owners(f: Fields, key: str, placements: tuple[Placement, ...], mesh: Mesh) -> None:
+    for placement in placements:
+        if placement.is_owned and placement.dim >= mesh.tp:
+            raise f.error(key, f"{placement} names no tp rank of {mesh}")
 
 
 def check_layout(f: Fields, key: str, placement: Placement, layout: int) -> None:

@@ -6,7 +6,7 @@ of the search like any other, and a tied weight is one op with two users.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,15 +49,22 @@ class TensorSpec:
         return TensorSpec(shape, self.dtype, self.symbols)
 
 
+def expected_length(symbol: str, example: int, sizes: Mapping[str, int]) -> float:
+    """As `length`, but not rounded, and also below 1: "?7~B*S/4" of one token is 0.25."""
+    _, depends, expected = symbol.partition("~")
+    if not depends:
+        return length(symbol, example, sizes)
+    whole, _, share = expected.rpartition("/")
+    return length(whole, example, sizes) / int(share)
+
+
 def length(symbol: str, example: int, sizes: Mapping[str, int]) -> int:
     """What a dim called `symbol` ("B", "B*S", "B*16") is at these sizes; `example`, where a part of it is unknown.
 
     "?7~B*S/4" depends on values, and a quarter of B*S is expected: at least 1.
     """
-    _, depends, expected = symbol.partition("~")
-    if depends:
-        whole, _, share = expected.rpartition("/")
-        return max(1, round(length(whole, example, sizes) / int(share)))
+    if "~" in symbol:
+        return max(1, round(expected_length(symbol, example, sizes)))
     product = 1
     for factor in symbol.split("*"):
         if factor not in sizes and not factor.isdecimal():
@@ -86,6 +93,7 @@ class Op:
     module: str = ""  # qualified path of the module that ran it, e.g. "model.layers.0.self_attn"
     source: str = ""  # the user's line, e.g. "modeling_x.py:241"
     mutates: bool = False  # writes a cache, draws random numbers: never computed twice, never moved
+    numbers: tuple[str, ...] = ()  # ops that make no tensor, but numbers that this one reads
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{o.dtype}{list(o.shape)}" for o in self.outputs)
@@ -93,13 +101,19 @@ class Op:
 
 
 class OpGraph:
-    """Ops in execution order over a `networkx.DiGraph` whose edges are data dependencies (attribute `refs`)."""
+    """Ops in execution order over a `networkx.DiGraph` whose edges are data dependencies (attribute `refs`).
 
-    def __init__(self, ops: list[Op], outputs: list[TensorRef]) -> None:
+    `fused`: ops that the finished graph will not have, since the op that reads them does their work: they cost nothing,
+    and what it reads is what they would have read.
+    """
+
+    def __init__(self, ops: list[Op], outputs: list[TensorRef], fused: Collection[str] = ()) -> None:
         self.ops: dict[str, Op] = {}
         self.graph: nx.DiGraph[str] = nx.DiGraph()
         self.users: dict[TensorRef, list[tuple[str, int]]] = {}
+        self.number_users: dict[str, list[str]] = {}
         self.outputs = tuple(outputs)
+        self.fused = frozenset(fused)
         for op in ops:
             if op.name in self.ops:
                 raise ValueError(f"two ops named {op.name}")
@@ -110,6 +124,8 @@ class OpGraph:
                     raise ValueError(f"{op.name} uses {ref.op} before it is defined")
                 self.graph.add_edge(ref.op, op.name)
                 self.users.setdefault(ref, []).append((op.name, slot))
+            for number in op.numbers:
+                self.number_users.setdefault(number, []).append(op.name)
 
     def __iter__(self) -> Iterator[Op]:
         return iter(self.ops.values())

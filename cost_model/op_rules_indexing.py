@@ -73,10 +73,11 @@ def split_rows(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping
 
 @rule("join_rows")
 def join_rows(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """Pieces [some rows, ...] -> all rows [rows, ...]."""
+    """Pieces [some rows, ...], and how many rows each has -> all rows [rows, ...]."""
+    pieces = range(len(inputs) - 1)
     letters = [
-        Letter(f"d{d}", n, tuple(DimLink(i, d) for i in range(len(inputs))), (DimLink(0, d),))
+        Letter(f"d{d}", n, tuple(DimLink(i, d) for i in pieces), (DimLink(0, d),))
         for d, n in enumerate(outputs[0])
         if d > 0
     ]
-    return OpRule(tuple(letters), (tuple(range(len(inputs))),))
+    return OpRule(tuple(letters), (tuple(pieces),))

@@ -1,15 +1,21 @@
-"""How a tensor lies on the tp axis: Replicate, Shard(dim) or Partial, and which elements of a dim each rank holds."""
+"""How a tensor lies on the tp axis, and which elements of a dim each rank holds.
+
+    R       whole on every rank                S(dim)  cut along `dim`
+    P       a sum over the ranks is owed       O(rank) whole on one rank, and nowhere else: what one expert reads
+    D(dim)  cut along `dim` so that whole experts lie on a rank each, where S(dim) would cut each of them
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+PLACEMENTS = "R, P, S(<dim>), D(<dim>) or O(<rank>)"
 Interval = tuple[int, int]  # [start, stop) along one dim of the whole tensor
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Placement:
-    """`kind` is "R", "S" or "P"; `dim` is the sharded tensor dim of an "S", -1 otherwise."""
+    """`kind` is "R", "S", "D", "P" or "O"; `dim` is the sharded dim of an "S" or "D", the rank of an "O", else -1."""
 
     kind: str
     dim: int = -1
@@ -20,23 +26,31 @@ class Placement:
 
     @property
     def is_shard(self) -> bool:
-        return self.kind == "S"
+        return self.kind in ("S", "D")
+
+    @property
+    def is_dealt(self) -> bool:
+        return self.kind == "D"
+
+    @property
+    def is_owned(self) -> bool:
+        return self.kind == "O"
 
     @property
     def is_partial(self) -> bool:
         return self.kind == "P"
 
     def __str__(self) -> str:
-        return f"S({self.dim})" if self.kind == "S" else self.kind
+        return f"{self.kind}({self.dim})" if self.kind in ("S", "D", "O") else self.kind
 
     @classmethod
     def parse(cls, text: str) -> Placement:
         """Inverse of str(). Raises ValueError on anything else."""
         if text in ("R", "P"):
             return cls(text)
-        if text.startswith("S(") and text.endswith(")") and text[2:-1].isdecimal():
-            return cls("S", int(text[2:-1]))
-        raise ValueError(f"not a placement: {text!r} (expected R, P or S(<dim>))")
+        if text[:2] in ("S(", "D(", "O(") and text.endswith(")") and text[2:-1].isdecimal():
+            return cls(text[0], int(text[2:-1]))
+        raise ValueError(f"not a placement: {text!r} (expected {PLACEMENTS})")
 
 
 REPLICATE = Placement("R")
@@ -45,6 +59,14 @@ PARTIAL = Placement("P")  # a sum over the tp axis is still owed
 
 def shard(dim: int) -> Placement:
     return Placement("S", dim)
+
+
+def dealt(dim: int) -> Placement:
+    return Placement("D", dim)
+
+
+def owned(tp_rank: int) -> Placement:
+    return Placement("O", tp_rank)
 
 
 @dataclass(frozen=True, slots=True)

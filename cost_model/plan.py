@@ -52,6 +52,17 @@ class OpPlan:
     comm_bytes: int = 0  # of the whole tensors that they make
     choice: int = -1  # position in PartitionPlan.choices of the roles it could have; -1 where there is no choice
 
+    @property
+    def owner(self) -> int | None:
+        """The tp rank that alone runs it, since it has to do with what lies there alone; None where all do."""
+        owners = {p.dim for p in (*self.inputs, *self.outputs) if p.is_owned}
+        return owners.pop() if len(owners) == 1 else None
+
+    @property
+    def is_term(self) -> bool:
+        """Whether it adds what one rank has to a sum that all owe."""
+        return self.owner is not None and bool(self.outputs) and self.outputs[0].is_partial
+
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
@@ -142,6 +153,25 @@ class StageSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class Device:
+    """What a stage runs on: a preset of hardware.py by name, and its memory in bytes."""
+
+    hardware: str
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user fixed (see `autodist_fx.compile`); a plan is made anew from it, and from the mesh, the
+    hardware, the objective and the sizes."""
+
+    pins: tuple[tuple[str, str], ...] = ()  # (pattern, role): see pins.py
+    cuts: tuple[int | str, ...] = ()  # where stages 1, 2, ... begin: see cuts.py
+    max_memory: tuple[int, ...] = ()  # bytes of weights and caches on a device of each stage; () for no limit
+    device_map: tuple[Device, ...] = ()  # of each stage; () where all run on the plan's hardware
+
+
+@dataclass(frozen=True, slots=True)
 class PartitionPlan:
     """What each rank computes, holds and says. Values only: two plans are equal when everything in them is."""
 
@@ -161,6 +191,7 @@ class PartitionPlan:
     choices: tuple[tuple[Alternative, ...], ...] = ()  # the roles that ops could have; equal ones, of layers, once
     cuts: tuple[CutPlan, ...] = ()  # the border behind each stage but the last
     warnings: tuple[str, ...] = ()
+    request: Request = Request()
     version: int = PLAN_VERSION
     _by_name: dict[str, OpPlan] = field(default_factory=dict, repr=False, compare=False, init=False)
 
@@ -175,6 +206,10 @@ class PartitionPlan:
 
     def layout(self, index: int) -> Layout | None:
         return None if index < 0 else self.layouts[index]
+
+    def memory_of_stage(self, stage: int) -> int:
+        """Bytes that a device of the stage may hold."""
+        return self.request.max_memory[stage] if self.request.max_memory else self.device_memory_bytes
 
     def alternatives(self, op: OpPlan) -> tuple[Alternative, ...]:
         """The roles that the op could have, its own among them; none where there is no choice."""
@@ -243,11 +278,13 @@ __all__ = [
     "Alternative",
     "CutOption",
     "CutPlan",
+    "Device",
     "Hop",
     "Interval",
     "OpPlan",
     "ParamPlan",
     "PartitionPlan",
+    "Request",
     "StageSummary",
     "rounded",
 ]

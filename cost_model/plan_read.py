@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from cost_model.errors import PlanError
-from cost_model.json_fields import INT_LIMIT, Fields, check_layout, integer_of, list_of, show, text_of, type_name
+from cost_model.json_fields import (
+    INT_LIMIT,
+    Fields,
+    check_layout,
+    check_owners,
+    integer_of,
+    list_of,
+    show,
+    text_of,
+    type_name,
+)
 from cost_model.mesh import Mesh
 from cost_model.placement import Interval, Layout
 from cost_model.plan import (
@@ -14,10 +24,12 @@ from cost_model.plan import (
     Alternative,
     CutOption,
     CutPlan,
+    Device,
     Hop,
     OpPlan,
     ParamPlan,
     PartitionPlan,
+    Request,
     StageSummary,
 )
 
@@ -70,10 +82,37 @@ def plan_from_dict(data: Mapping[str, Any]) -> PartitionPlan:
         choices=choices,
         cuts=cuts,
         warnings=top.texts("warnings"),
+        request=_request(top.object("request"), mesh),
         version=version,
     )
     top.done()
     return plan
+
+
+def _request(f: Fields, mesh: Mesh) -> Request:
+    """What it asks for is looked at when a plan is made of it; here only its form."""
+    roles = f.object("pins")
+    pins = tuple((text_of(pattern, f.path("pins")), roles.text(pattern)) for pattern in roles.data)
+    cuts = tuple(_place(x, f.path(f"cuts[{i}]")) for i, x in enumerate(f.items("cuts")))
+    max_memory = f.integers("max_memory", low=1)
+    devices = tuple(f.objects("device_map", _device))
+    for name, given in (("max_memory", max_memory), ("device_map", devices)):
+        if len(given) not in (0, mesh.pp):
+            raise f.error(name, f"{len(given)} entries for {mesh.pp} stages; expected {mesh.pp}, or none")
+    f.done()
+    return Request(pins, cuts, max_memory, devices)
+
+
+def _place(value: Any, path: str) -> int | str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return integer_of(value, path, 0, INT_LIMIT)
+    return text_of(value, path)
+
+
+def _device(f: Fields) -> Device:
+    found = Device(f.text("hardware"), f.integer("memory", low=1))
+    f.done()
+    return found
 
 
 def _op(f: Fields, mesh: Mesh, layouts: tuple[Layout, ...], choices: Choices) -> OpPlan:
@@ -82,12 +121,16 @@ def _op(f: Fields, mesh: Mesh, layouts: tuple[Layout, ...], choices: Choices) ->
     if home not in stages:
         raise f.error("stages", f"the home stage {home} is not among them")
     inputs, outputs = f.placements("inputs"), f.placements("outputs")
+    check_owners(f, "inputs", inputs, mesh)
+    check_owners(f, "outputs", outputs, mesh)
     gather = f.flags("gather", default=(False,) * len(outputs))
     if len(gather) != len(outputs):
         raise f.error("gather", f"{len(gather)} flags for {len(outputs)} outputs")
     for j, flag in enumerate(gather):
         if flag and outputs[j].is_replicate:
             raise f.error(f"gather[{j}]", "the output is R, whole on every rank as it is")
+        if flag and outputs[j].is_owned:
+            raise f.error(f"gather[{j}]", f"the output is {outputs[j]}: no collective makes it whole on every rank")
     op = OpPlan(
         name=f.text("name"),
         kind=f.text("kind"),
@@ -160,7 +203,8 @@ def _param(f: Fields, mesh: Mesh, layouts: tuple[Layout, ...]) -> ParamPlan:
     placement = f.placement("placement")
     layout = f.integer("layout", low=-1, high=len(layouts) - 1)
     if placement.is_partial:
-        raise f.error("placement", "a parameter is R or S(<dim>), never P")
+        raise f.error("placement", "a parameter is R, S(<dim>), D(<dim>) or O(<rank>), never P")
+    check_owners(f, "placement", (placement,), mesh)
     check_layout(f, "layout", placement, layout)
     if placement.is_shard:
         if placement.dim >= len(shape):

@@ -13,6 +13,7 @@ of layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,10 +23,12 @@ from cost_model.comm_cost import all_gather_seconds, all_reduce_seconds
 from cost_model.compute_cost import op_seconds
 from cost_model.decisions import deciding_ops
 from cost_model.elimination import Elimination, Table
+from cost_model.experts import Siblings, find_experts
 from cost_model.hardware import Hardware
-from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef, TensorSpec
+from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef, TensorSpec, expected_length
 from cost_model.op_rules import RuleTable
-from cost_model.placement import PARTIAL, REPLICATE, Placement, shard
+from cost_model.placement import PARTIAL, REPLICATE, Layout, Placement, shard
+from cost_model.roles import EXPERT, role_of
 from cost_model.shard_layouts import LayoutTable
 
 INFEASIBLE = np.inf
@@ -55,13 +58,19 @@ class TensorParallelResult:
     cost: float
     domains: Mapping[str, Sequence[Strategy]]
     elimination: Elimination
+    variable: Mapping[str, str]  # op -> the op whose choice is its own, too: itself, but for alike experts
+
+    def forced(self, op: str, value: int) -> dict[str, int]:
+        """The ops that choose otherwise when `op` (and what is alike) has choice `value`; see Elimination."""
+        changed = self.elimination.forced(self.variable[op], value)
+        return {name: changed[v] for name, v in self.variable.items() if v in changed}
 
 
 class TensorParallelSearch:
     """Costs and domains of one (graph, tp, hardware); `solve` finds the cheapest assignment for a memory price.
 
-    `sizes` maps symbols ("B", "S", "T") to the lengths at which seconds are counted. `pins` maps op or parameter names
-    to the roles or letters allowed for them.
+    `sizes` maps symbols ("B", "S", "T") to the lengths at which seconds are counted. `pins` maps names of ops to the
+    role that each must have.
     """
 
     def __init__(
@@ -71,6 +80,8 @@ class TensorParallelSearch:
         hardware: Hardware,
         sizes: Mapping[str, int],
         layouts: LayoutTable | None = None,
+        pins: Mapping[str, str] | None = None,
+        whole_experts: bool = True,
     ) -> None:
         self.graph = graph
         self.tp = tp
@@ -80,12 +91,25 @@ class TensorParallelSearch:
         self._specs: dict[TensorRef, TensorSpec] = {}
         self._from_weights = _depends_on_weights(graph)
         self._whole = deciding_ops(graph)
+        self.experts = find_experts(graph, tp, self.layouts.rules, whole_experts)
         self._seconds: dict[tuple[object, ...], float] = {}
+        self._rows: dict[str, float | None] = {}
+        self._solved: dict[float, TensorParallelResult] = {}
+        self.pins = dict(pins or {})
 
     # -- what an op can do -----------------------------------------------------------------------------------------
 
     def domain(self, op: Op) -> list[Strategy]:
-        """All strategies of `op`, the replicated one first."""
+        """All strategies of `op`, the replicated one first, that of whole experts last; of a pinned op those that have
+        its role, if any."""
+        every = self._own_domain(op)
+        way = self.experts.ways.get(op.name)
+        if way is not None:
+            every = [*every, *self._gathered(Strategy(EXPERT, way.inputs, way.outputs, ()))]
+        role = self.pins.get(op.name)
+        return every if role is None else [s for s in every if role_of(op, s.letter) == role]
+
+    def _own_domain(self, op: Op) -> list[Strategy]:
         plain = Strategy("", (REPLICATE,) * len(op.inputs), (REPLICATE,) * len(op.outputs), (False,) * len(op.outputs))
         if self.tp == 1 or not op.outputs:
             return [plain]
@@ -120,13 +144,14 @@ class TensorParallelSearch:
             partial = tuple(PARTIAL if i in slots else REPLICATE for i in range(len(op.inputs)))
             out = (PARTIAL,) * len(op.outputs)
             found.setdefault((partial, out), Strategy("", partial, out, (False,) * len(out)))
-        both = []
-        for s in found.values():
-            both.append(s)
-            if any(not p.is_replicate for p in s.outputs):
-                gather = tuple(not p.is_replicate for p in s.outputs)
-                both.append(Strategy(s.letter, s.inputs, s.outputs, gather))
-        return both
+        return [both for s in found.values() for both in self._gathered(s)]
+
+    def _gathered(self, strategy: Strategy) -> list[Strategy]:
+        """The strategy as it is, and with its outputs made whole, where a collective does that."""
+        letter, inputs, outputs = strategy.letter, strategy.inputs, strategy.outputs
+        gather = tuple(p.is_partial or p.kind == "S" for p in outputs)
+        plain = Strategy(letter, inputs, outputs, (False,) * len(outputs))
+        return [plain, Strategy(letter, inputs, outputs, gather)] if any(gather) else [plain]
 
     def decides(self, op: Op) -> bool:
         """True of what decides a choice (decisions.py): whole on every rank, however cheap it would be to cut."""
@@ -138,31 +163,80 @@ class TensorParallelSearch:
         """The whole tensor at the search's sizes."""
         found = self._specs.get(ref)
         if found is None:
-            found = self._specs[ref] = self.graph.spec(ref).at(self.sizes)
+            at = self.graph.spec(ref).at(self.sizes)
+            found = self._specs[ref] = TensorSpec(at.shape, at.dtype)
         return found
 
+    def layout(self, ref: TensorRef, placement: Placement) -> Layout | None:
+        """Of a sharded tensor."""
+        if placement.is_dealt:
+            return self.experts.layouts[ref, placement.dim]
+        return self.layouts.layout(ref, placement.dim)
+
     def local(self, ref: TensorRef, placement: Placement) -> TensorSpec:
-        """What the slowest rank holds of it."""
+        """What the slowest rank holds of it; of what lies on one rank, that."""
         spec = self.spec(ref)
         if not placement.is_shard:
             return spec
-        layout = self.layouts.layout(ref, placement.dim)
+        layout = self.layout(ref, placement)
         if layout is None:
             return spec
         shape = (*spec.shape[: placement.dim], layout.max_local_size, *spec.shape[placement.dim + 1 :])
-        return TensorSpec(shape, spec.dtype, spec.symbols)
+        return TensorSpec(shape, spec.dtype)
+
+    def held_bytes(self, op: Op, strategy: Strategy) -> int:
+        """Of a parameter on the fullest rank; of an expert's, its part of what that rank has of all its siblings."""
+        nbytes = self.local(TensorRef(op.name), strategy.outputs[0]).nbytes
+        siblings = self._siblings(op, strategy)
+        return nbytes if siblings is None else nbytes * siblings.most // siblings.count
+
+    def on_slowest(self, op: Op, strategy: Strategy) -> float:
+        """The part of the op's whole work that counts for the slowest rank: less than 1 for one of dealt experts."""
+        siblings = self._siblings(op, strategy)
+        return 1.0 if siblings is None else siblings.share
+
+    def _siblings(self, op: Op, strategy: Strategy) -> Siblings | None:
+        return self.experts.siblings.get(op.name) if strategy.letter == EXPERT else None
 
     def compute_seconds(self, op: Op, strategy: Strategy) -> float:
-        """On the slowest tp rank."""
-        if op.kind in SOURCES:
+        """On the slowest tp rank. An op on rows that values choose costs less where often none is chosen, and, one of
+        dealt experts, its part of the time of the rank that has most to do."""
+        if op.kind in SOURCES or op.name in self.graph.fused:
             return 0.0
-        ins = tuple(self.local(r, p) for r, p in zip(op.inputs, strategy.inputs, strict=True))
+        ins = tuple(self.local(self._read(r), p) for r, p in zip(op.inputs, strategy.inputs, strict=True))
         outs = tuple(self.local(TensorRef(op.name, j), p) for j, p in enumerate(strategy.outputs))
         key = (op.kind, ins, outs, tuple(sorted(op.attrs.items())))
         found = self._seconds.get(key)
         if found is None:
             found = self._seconds[key] = op_seconds(op, ins, outs, self.hardware)
-        return found
+        siblings, rows = self._siblings(op, strategy), self._rows_expected(op)
+        if siblings is None and rows is None:
+            return found
+        fixed = min(found, self.hardware.view_seconds if found < self.hardware.op_seconds else self.hardware.op_seconds)
+        work, share = (found - fixed) * min(1.0, 1.0 if rows is None else rows), 1.0
+        if siblings is not None:
+            fixed *= siblings.share
+            share = siblings.share if rows is None else busiest_share(siblings, rows, self.tp)
+        return fixed + work * share
+
+    def _rows_expected(self, op: Op) -> float | None:
+        """How many rows its tensors have whose number follows values; None without such."""
+        if op.name not in self._rows:
+            specs = (*op.outputs, *self.graph.input_specs(op))
+            self._rows[op.name] = next(
+                (expected_length(symbol, n, self.sizes) for spec in specs
+                 for n, symbol in zip(spec.shape, spec.symbols) if "~" in symbol),
+                None,
+            )  # fmt: skip
+        return self._rows[op.name]
+
+    def _read(self, ref: TensorRef) -> TensorRef:
+        """What an op really reads that reads `ref`: the keys of attention's own heads, say, and not their repetitions
+        (the same dims, fewer elements)."""
+        op = self.graph[ref.op]
+        if op.name in self.graph.fused and op.kind == "repeat_interleave":
+            return op.inputs[0]
+        return ref
 
     def gather_seconds(self, op: Op, strategy: Strategy) -> float:
         """Of the collectives that make its outputs whole."""
@@ -180,7 +254,11 @@ class TensorParallelSearch:
         How even the shards are is not a matter of strategy: a rank with 6 of 9 heads has its whole grains. Nor is it
         that a KV head which all ranks read is on all of them.
         """
-        if op.kind != "param" or not op.attrs.get("matmul") or not strategy.outputs[0].is_replicate:
+        if op.kind != "param" or not op.attrs.get("matmul"):
+            return 0.0
+        if strategy.letter == EXPERT:  # that is a matter of strategy: 5 experts on 2 ranks, or half of each
+            return self.held_bytes(op, strategy) - self.spec(TensorRef(op.name)).nbytes / self.tp
+        if not strategy.outputs[0].is_replicate:
             return 0.0
         if op.name in self._whole or self.layouts.is_kept_whole(TensorRef(op.name)):
             return 0.0
@@ -195,8 +273,10 @@ class TensorParallelSearch:
         have = producer.outputs[index]
         if have == wanted:
             return 0.0
-        if not (have.is_replicate or producer.gather[index]):
+        if wanted.is_dealt or not (have.is_replicate or producer.gather[index]):
             return INFEASIBLE
+        if wanted.is_owned and ref.op in self.experts.ways:
+            return INFEASIBLE  # an expert is dealt whole or not at all
         if wanted.is_partial:  # rank 0 has it and the others zeros: an op that writes them
             return self.hardware.op_seconds + self.spec(ref).nbytes / self.hardware.memory_bandwidth
         return self.slice_seconds(ref, have, wanted)
@@ -204,13 +284,25 @@ class TensorParallelSearch:
     # -- the search ------------------------------------------------------------------------------------------------
 
     def solve(self, price: float) -> TensorParallelResult:
-        """The cheapest assignment. `price`: seconds per excess byte of matmul weight (see `excess_bytes`)."""
-        domains: dict[str, list[Strategy]] = {}
-        unary: dict[str, Table] = {}
+        """The cheapest assignment. `price`: seconds per excess byte of matmul weight (see `excess_bytes`).
+
+        Experts of one layer that are alike are treated alike: one variable for all that do the same. Raises ValueError
+        where no assignment is possible.
+        """
+        if price in self._solved:
+            return self._solved[price]
+        domains = {op.name: self.domain(op) for op in self.graph}
+        costs: dict[str, Table] = {}
         outputs = set(self.graph.outputs)
-        for op in self.graph:
-            domain = self.domain(op)
-            costs = np.array([
+        variable: dict[str, str] = {}
+        for op in sorted(self.graph, key=lambda op: op.name in self.experts.twins):  # twins after those they are of
+            domain = domains[op.name]
+            twin = self.experts.twins.get(op.name, op.name)
+            if twin != op.name and list(map(_form, domain)) == list(map(_form, domains[twin])):
+                variable[op.name], costs[op.name] = twin, costs[twin]
+                continue
+            variable[op.name] = op.name
+            costs[op.name] = np.array([
                 self.compute_seconds(op, s)
                 + self.gather_seconds(op, s)
                 + price * self.excess_bytes(op, s)
@@ -220,19 +312,31 @@ class TensorParallelSearch:
             for j in range(len(op.outputs)):
                 if TensorRef(op.name, j) in outputs:  # what leaves the model is whole
                     for k, s in enumerate(domain):
-                        costs[k] += self.agreement(s, j, REPLICATE, TensorRef(op.name, j))
-            domains[op.name], unary[op.name] = domain, costs
+                        costs[op.name][k] += self.agreement(s, j, REPLICATE, TensorRef(op.name, j))
+        unary: dict[str, Table] = {}
+        for name, v in variable.items():
+            unary[v] = unary[v] + costs[name] if v in unary else costs[name]
         pairs: dict[tuple[str, str], Table] = {}
         for op in self.graph:
-            for slot, ref in enumerate(op.inputs):
-                table = self._edge_table(domains[ref.op], domains[op.name], ref, slot)
+            edges = [(ref.op, self._edge_table(domains[ref.op], domains[op.name], ref, slot))
+                     for slot, ref in enumerate(op.inputs)]  # fmt: skip
+            edges += [(number, _number_table(domains[number], domains[op.name])) for number in op.numbers]
+            for producer, table in edges:
                 if table is None:
                     continue
-                key = (ref.op, op.name)
-                pairs[key] = pairs[key] + table if key in pairs else table
+                u, v = variable[producer], variable[op.name]
+                if len(domains[producer]) == 1:  # nothing to choose there: no interaction
+                    unary[v] = unary[v] + table[0]
+                elif len(domains[op.name]) == 1:
+                    unary[u] = unary[u] + table[:, 0]
+                elif u == v:
+                    unary[v] = unary[v] + table.diagonal()
+                else:
+                    pairs[u, v] = pairs[u, v] + table if (u, v) in pairs else table
         found = Elimination(unary, pairs)
-        chosen = {name: domains[name][k] for name, k in found.choice.items()}
-        return TensorParallelResult(chosen, found.cost, domains, found)
+        chosen = {name: domains[name][found.choice[v]] for name, v in variable.items()}
+        self._solved[price] = TensorParallelResult(chosen, found.cost, domains, found, variable)
+        return self._solved[price]
 
     def _edge_table(
         self, producers: Sequence[Strategy], consumers: Sequence[Strategy], ref: TensorRef, slot: int
@@ -245,6 +349,32 @@ class TensorParallelSearch:
             if wanted not in columns:
                 columns[wanted] = [self.agreement(p, ref.index, wanted, ref) for p in producers]
         return np.array([columns[c.inputs[slot]] for c in consumers]).T
+
+
+def _number_table(producers: Sequence[Strategy], consumers: Sequence[Strategy]) -> Table | None:
+    """A number that one rank alone computes is read by that rank alone."""
+    if len(producers) == 1:
+        return None
+    return np.array([
+        [INFEASIBLE if p.letter == EXPERT != c.letter else 0.0 for c in consumers] for p in producers
+    ])  # fmt: skip
+
+
+def _form(strategy: Strategy) -> tuple[object, ...]:
+    """But for which rank has what one rank has alone."""
+    kinds = tuple(p.kind if p.is_owned else p for p in (*strategy.inputs, *strategy.outputs))
+    return strategy.letter, kinds, strategy.gather
+
+
+def busiest_share(siblings: Siblings, rows: float, tp: int) -> float:
+    """Of all rows that `siblings` get, `rows` each, the share that the busiest rank is expected to have.
+
+    m rows thrown into n ranks: the fullest has about m/n + sqrt(2 m/n ln n) (M. Raab, A. Steger, "Balls into bins - a
+    simple and tight analysis", 1998).
+    """
+    total = siblings.count * rows
+    mean = total * siblings.share
+    return min(1.0, (mean + math.sqrt(2 * mean * math.log(tp))) / total) if total else siblings.share
 
 
 def _depends_on_weights(graph: OpGraph) -> set[str]:

@@ -44,7 +44,10 @@ def map_tensor_arguments(node: Node, change: Callable[[int, Node], Node]) -> Non
 
 
 def tensor_source(node: Node) -> tuple[str, int]:
-    """(op name, output index) of the tensor that a node stands for: getitem on a tuple is no op of its own."""
+    """(op name, output index) of the tensor that a node stands for: getitem on a tuple is no op of its own, and the
+    last term that a rank adds to a sum stands for the whole sum (drop_elsewhere)."""
+    if "stands_for" in node.meta:
+        return node.meta["stands_for"], 0
     if node.op == "call_function" and node.target.__name__ == "getitem" and isinstance(node.args[1], int):
         source = node.args[0]
         if isinstance(source.meta.get("val"), (tuple, list)):

@@ -51,11 +51,20 @@ def split_rows(x: torch.Tensor, counts: torch.Tensor, pieces: int, number: int) 
     return tuple(x.new_empty(made_up_length(len(x), number + i, pieces), *x.shape[1:]) for i in range(pieces))
 
 
-def join_rows(pieces: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
-    """torch.cat of pieces that have `rows` rows together."""
+def join_rows(pieces: Sequence[torch.Tensor], rows: int, counts: torch.Tensor) -> torch.Tensor:
+    """torch.cat of pieces that have `rows` rows together; `counts` [pieces] says how many each has."""
     if pieces[0].device.type != "meta":
         return torch.cat(list(pieces))
     return pieces[0].new_empty(rows, *pieces[0].shape[1:])
+
+
+def join_own_rows(pieces: Sequence[torch.Tensor], rows: int, counts: torch.Tensor, first: int) -> torch.Tensor:
+    """join_rows where only the pieces from number `first` on are there, as many as are given: zeros for the others."""
+    joined = pieces[0].new_zeros(rows, *pieces[0].shape[1:])
+    if joined.device.type != "meta":
+        own = torch.cat(list(pieces))
+        joined.narrow(0, int(counts[:first].sum()), len(own)).copy_(own)
+    return joined
 
 
 def bincount(x: torch.Tensor, bins: int) -> torch.Tensor:

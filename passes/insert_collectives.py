@@ -23,6 +23,7 @@ from cost_model.plan import Hop, OpPlan
 from passes.arguments import is_tensor, map_tensor_arguments, tensor_source
 from passes.comm_ops import all_gather, all_reduce
 from passes.context import RankContext
+from passes.data_dependent import join_own_rows
 from passes.parallel_layers import one_term
 
 AXIS = "tp"
@@ -54,6 +55,8 @@ class _Inserter:
         for node in nodes:
             if node.op == "output":
                 self._outputs(node)
+            elif node.target is join_own_rows:
+                continue  # takes what this rank alone has, and counts, which decide and hence are whole
             elif "reads_for" in node.meta:
                 op, slot = node.meta["reads_for"]
                 map_tensor_arguments(node, functools.partial(self._wanted_at, op, slot))

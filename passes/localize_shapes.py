@@ -60,11 +60,12 @@ def _split(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPla
     dim = argument(node, 2, "dim", 0) % node.args[0].meta["val"].dim()
     if not op.inputs[0].is_shard or op.inputs[0].dim != dim:
         return
-    pieces = node.meta["val"]
-    sizes = [
-        _layout(ctx, layout).local_size(ctx.tp_rank) if layout >= 0 else piece.shape[dim]
-        for layout, piece in zip(op.output_layouts, pieces, strict=True)
-    ]
+    sizes = []
+    for piece, placement, layout in zip(node.meta["val"], op.outputs, op.output_layouts, strict=True):
+        if placement.is_owned and placement.dim != ctx.tp_rank:
+            sizes.append(0)
+        else:
+            sizes.append(_layout(ctx, layout).local_size(ctx.tp_rank) if layout >= 0 else piece.shape[dim])
     node.op, node.target = "call_function", torch.split
     node.args, node.kwargs = (node.args[0], sizes, dim), {}
 
@@ -83,6 +84,10 @@ def _slice(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPla
     if dim >= len(position):
         return
     item = index[position[dim]]
+    if type(item) is int:  # one of the rank's experts
+        index[position[dim]] = _layout(ctx, op.input_layouts[0]).local_range(ctx.tp_rank, item, item + 1)[0]
+        node.args = (node.args[0], tuple(index))
+        return
     if not isinstance(item, slice) or (item.start is None and item.stop is None and item.step in (None, 1)):
         return
     layout = _layout(ctx, op.input_layouts[0])

@@ -10,7 +10,7 @@ without a line here becomes an op without a rule, which is replicated: slower, n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -52,12 +52,14 @@ _ELEMENTWISE_MODULES = {
 _READS_THROUGH = ("slice", "view", "permute", "split", "unbind", "to", "identity", "index")
 
 
-def build_op_graph(graph_module: torch.fx.GraphModule, names: dict[int, str] | None = None) -> OpGraph:
+def build_op_graph(
+    graph_module: torch.fx.GraphModule, names: dict[int, str] | None = None, fused: Collection[str] = ()
+) -> OpGraph:
     """The OpGraph of a normalised graph. Op names are node names; parameters and buffers go by their path.
 
-    `names`: `parameter_names` of the model, where the graph is a part of it.
+    `names`: `parameter_names` of the model, where the graph is a part of it. `fused`: nodes that fuse_ops will remove.
     """
-    return _Builder(graph_module, names).build()
+    return _Builder(graph_module, names).build(fused)
 
 
 def fingerprint(graph: OpGraph) -> str:
@@ -89,7 +91,7 @@ class _Builder:
         self.names = parameter_names(graph_module) if names is None else names
         self.matmul_weights: set[str] = set()
 
-    def build(self) -> OpGraph:
+    def build(self, fused: Collection[str]) -> OpGraph:
         outputs: list[TensorRef] = []
         for node in self.module.graph.nodes:
             if node.op == "output":
@@ -106,7 +108,7 @@ class _Builder:
             else o
             for o in self.ops
         ]
-        return OpGraph(ops, [ref for ref in dict.fromkeys(outputs) if self._has_tensor(ref, ops)])
+        return OpGraph(ops, [ref for ref in dict.fromkeys(outputs) if self._has_tensor(ref, ops)], fused)
 
     @staticmethod
     def _has_tensor(ref: TensorRef, ops: list[Op]) -> bool:
@@ -159,6 +161,7 @@ class _Builder:
             module=_module_path(node),
             source=node.meta.get("source", ""),
             mutates=not is_pure(node) and node.op != "placeholder",
+            numbers=tuple(n.name for n in node.all_input_nodes if n in self.refs and not self._specs(n)),
         )
         self.ops.append(op)
         self.refs[node] = TensorRef(node.name)
@@ -398,7 +401,8 @@ def _squeeze(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
 def _getitem(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
     dims = basic_index(node)
     if dims is not None:
-        return "slice", inputs[:1], {"dims": dims}
+        picks = picked_elements(node)
+        return "slice", inputs[:1], {"dims": dims, "picks": picks} if picks else {"dims": dims}
     kept = op_graph_indexing.index_by_tensors(node)
     return None if kept is None else ("index", inputs, {"dims": kept})
 
@@ -420,6 +424,15 @@ def basic_index(node: Node) -> tuple[tuple[int, int, int, int], ...] | None:
         else:
             in_dim += 1
     return tuple(dims)
+
+
+def picked_elements(node: Node) -> tuple[tuple[int, int], ...]:
+    """(input dim, element) of every dim of constant length that x[...] takes one element of."""
+    shape, symbols = _shape(node.args[0]), node.args[0].meta.get("symbols")
+    items = [item for item in spelled_index(node) if item is not None]
+    return tuple(
+        (d, item % shape[d]) for d, item in enumerate(items) if type(item) is int and not (symbols and symbols[d])
+    )
 
 
 def spelled_index(node: Node) -> list[Any]:

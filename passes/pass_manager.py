@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch.fx
 
+from cost_model.errors import PlanError
 from cost_model.plan import PartitionPlan
 from passes.context import RankContext
+from passes.drop_elsewhere import drop_elsewhere
 from passes.extract_stage import extract_stage
 from passes.fuse_ops import fuse_ops
 from passes.grad_sums import GradSum, ParamUse, grad_sums, of_rank
@@ -40,6 +42,8 @@ def emit_rank(
     `parameter_names(whole)`, where many ranks are emitted. `train`: with all that a backward pass owes; then
     `stage_uses` may be a dict, given with each rank alike, where what is found out of other stages is kept.
     """
+    if train and any(op.owner is not None for op in plan.ops):
+        raise PlanError("the plan deals whole experts to tp ranks, which is for inference: make a plan with train=True")
     names = parameter_names(whole) if sources is None else sources
     ctx, graph = _run(whole, plan, rank, layer_kinds, names, train, dump_dir)
     sums: tuple[GradSum, ...] | None = None
@@ -78,6 +82,8 @@ def _run(
     passes: tuple[tuple[str, Callable[[torch.fx.GraphModule], torch.fx.GraphModule]], ...] = (
         # first, so that all others see this rank's nodes only
         ("extract_stage", lambda g: extract_stage(g, ctx)),
+        # before parameters: it says whose experts' weights a rank needs
+        ("drop_elsewhere", lambda g: drop_elsewhere(g, ctx)),
         # before shapes: it says which bias and which rows a rank has
         ("shard_parameters", lambda g: shard_parameters(g, ctx, names)),
         # while producers and consumers still agree on every tensor, sharded or not

@@ -10,6 +10,8 @@ What is checked is what will run, the emitted graphs; the plan and the model's o
     verify_gradients  of programs to be trained: backward, each value's gradient is whole, or a term of a sum that is
                       added up once (verify_grad_sums: those of parameters)
 
+    verify_experts    experts that ranks have whole: each adds its term once, on the rank that has it
+
     verify_literals   numbers and settings that the op graph does not have (the scale of a softmax, an eps, which element
                       an index takes), where the model's own graph is given to compare with
 """

@@ -26,6 +26,8 @@ def derived(state: RankState, node: Node, op: Op, types: tuple[Held, ...], expec
     for derivation in judged.derivations:
         if derivation.outputs == expected:
             return derivation
+        if all(map(state.may_count_as, derivation.outputs, expected)):
+            return Derivation(expected)
     lie = ", ".join(f"{named(r)} is {t}" for r, t in zip(op.inputs, types, strict=False))
     if not judged.derivations:
         fail(state.program, node, f"{op.kind} cannot be run here: {lie}; {judged.reason}", _COLLECTIVES)

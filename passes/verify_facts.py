@@ -117,7 +117,17 @@ class RankState:
         value = self.values.get(of) if isinstance(of, Node) else None
         if not isinstance(value, Value):
             fail(self.program, node, f"takes {of}, which is no tensor of the model", "passes/extract_stage.py")
+        if value.held.owner not in (-1, self.program.tp_rank):
+            fail(self.program, node, f"takes {of}, which is {value.held}", "passes/drop_elsewhere.py")
         return value
+
+    def has_whole(self, held: Held) -> bool:
+        """Whether this rank has the whole tensor, alone or not."""
+        return held == WHOLE or held.owner == self.program.tp_rank
+
+    def may_count_as(self, found: Held, planned: Held) -> bool:
+        """What a rank has whole may count as what it alone has; what another has is nothing that this one may use."""
+        return found == planned or (planned.owner >= 0 and (planned.owner != self.program.tp_rank or found == WHOLE))
 
     def shard_value(self, shard: ParamShard) -> Value:
         lies = WHOLE if shard.dim is None else held(shard.dim, shard.intervals, shard.shape[shard.dim])

@@ -26,6 +26,17 @@ from passes.op_graph import argument
 from passes.program import RankProgram
 from passes.verify_derive import check_shape, derived
 from passes.verify_exchange import EXCHANGES
+from passes.verify_experts import (
+    check_owner,
+    is_joined,
+    is_term,
+    joined,
+    part_elsewhere,
+    passed_over,
+    picks_own,
+    term,
+    with_terms_elsewhere,
+)
 from passes.verify_facts import RankFacts, RankState, Tools, Value, named
 from passes.verify_heads import repeated, repeated_in_attention
 from passes.verify_helpers import helper
@@ -145,7 +156,7 @@ def _number(state: RankState, node: Node) -> None:
     if any(not isinstance(a, Node) or a not in state.known for a in node.all_input_nodes):
         fail(state.program, node, "takes a value that is not known", _STAGE)
     sharded = [a for a in tensor_arguments(node) if isinstance(state.values.get(a), Value)]
-    sharded = [a for a in sharded if state.value(node, a).held != WHOLE]
+    sharded = [a for a in sharded if not state.has_whole(state.value(node, a).held)]
     if sharded and node.target not in (torch.ops.aten.sym_size.int, getattr):
         fail(
             state.program, node,
@@ -176,6 +187,10 @@ def _cache_question(state: RankState, node: Node) -> None:
 
 
 def _op(state: RankState, node: Node, op: Op) -> None:
+    check_owner(state, node, op)
+    if is_joined(node) and op.kind == "join_rows":
+        joined(state, node, op)
+        return
     given = _given(state, node, op)
     lacks_bias = op.kind in ("linear", "conv") and len(given) == 2 and len(op.inputs) == 3
     if len(given) != len(op.inputs) and not lacks_bias:
@@ -186,6 +201,11 @@ def _op(state: RankState, node: Node, op: Op) -> None:
     expected = state.planned(op)
     if op.kind == "repeat_interleave" and (types[0] != WHOLE or expected[0] != WHOLE):
         done = repeated(state, node, op, types[0], expected[0])
+    elif is_term(state, op):
+        term(state, node, op, types)
+        done = Derivation(expected)
+    elif picks_own(state, op, types):
+        done = Derivation(expected)  # check_same_op: it is this rank's
     elif op.kind == "cache_read":
         done = Derivation(expected)  # verify_handover: so it was written
     else:
@@ -232,7 +252,7 @@ def _types(state: RankState, node: Node, op: Op, given: list[Value]) -> tuple[He
     """How the inputs lie, after making sure that they are the tensors that the model's op reads."""
     types = []
     for slot, value in enumerate(given):
-        if value.ref == op.inputs[slot]:
+        if value.ref == op.inputs[slot] or (value.held.partial and passed_over(state, value.ref, op.inputs[slot])):
             types.append(value.held)
         elif op.kind == "sdpa" and slot in (1, 2):
             types.append(repeated_in_attention(state, node, op, slot, value, given[0]))
@@ -250,13 +270,15 @@ def _finish(state: RankState, node: Node, op: Op, outputs: tuple[Held, ...]) -> 
     if is_tensor(node):
         expected: Any = state.local(values[0])
     else:
-        expected = tuple(state.local(v) for v in values)
+        expected = tuple(part_elsewhere(state, op, v) or state.local(v) for v in values)
     if op.kind not in ("cache_update", "cache_read"):  # gives back what it is given, and what was there
         check_shape(state, node, expected)
-    if is_tensor(node):
-        state.set(node, values[0])
-    else:
+    if not is_tensor(node):
         state.set_all(node, values)
+    elif is_term(state, op):
+        state.set(node, Value(with_terms_elsewhere(state, values[0].ref), PARTIAL))
+    else:
+        state.set(node, values[0])
 
 
 _PLAIN = (int, float, bool, str, torch.dtype, torch.device)

@@ -14,6 +14,7 @@ from cost_model.op_graph import Op
 from passes.normalize import op_name
 from passes.op_graph import argument
 from passes.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, partial_mean
+from passes.verify_experts import check_pick, picks_own
 from passes.verify_facts import RankState
 from passes.verify_report import fail
 from passes.verify_types import PARTIAL, WHOLE, Derivation, Held, elements, held
@@ -27,7 +28,11 @@ def check_same_op(state: RankState, node: Node, op: Op, types: tuple[Held, ...])
     kind, attrs = _classified(state, node, op)
     if kind != op.kind:
         fail(state.program, node, f"does {kind} where the model does {op.kind}", _SHAPES)
-    if op.kind == "slice" and types[0].is_sharded:
+    if picks_own(state, op, types) and len(attrs.get("picks", ())) == 1:
+        check_pick(state, node, op, types[0], attrs["picks"])
+        if attrs["dims"] != op.attrs["dims"]:
+            fail(state.program, node, f"takes {attrs['dims']} where the model takes {op.attrs['dims']}", _SHAPES)
+    elif op.kind == "slice" and types[0].is_sharded:
         _check_slice(state, node, op, types[0], attrs["dims"])
     elif op.kind == "repeat_interleave" and op_name(node) != "index_select":
         if attrs["dim"] != op.attrs["dim"]:
@@ -93,7 +98,7 @@ def _check_groups(state: RankState, node: Node, op: Op, lies: Held, given: Any) 
 
 
 def _embedding(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
-    """Rows of other ranks must come out as zeros."""
+    """Rows of other ranks must come out as zeros; the row of padding, and no other, gets no gradient."""
     module = state.module.get_submodule(str(node.target)) if node.op == "call_module" else None
     rows = state.graph.spec(op.inputs[1]).shape[0]
     if isinstance(module, VocabParallelEmbedding):
@@ -102,6 +107,21 @@ def _embedding(state: RankState, node: Node, op: Op, types: tuple[Held, ...], do
             fail(state.program, node, f"looks up {own}, and its table is {types[1]}", _SHARDS)
     elif types[1].dim == 0:
         fail(state.program, node, f"its table is {types[1]}, and it looks up every row", _SHARDS)
+    theirs = state.tools.whole.get(op.name)
+    if theirs is not None and _padding(node, rows) != _padding(theirs, rows):
+        fail(
+            state.program, node,
+            f"keeps the gradient from row {_padding(node, rows)}, and the model from row {_padding(theirs, rows)}",
+            _SHARDS,
+        )  # fmt: skip
+
+
+def _padding(node: Node, rows: int) -> int | None:
+    if node.op == "call_module":
+        given = getattr(node.graph.owning_module.get_submodule(str(node.target)), "padding_idx", None)
+    else:
+        given = argument(node, 2, "padding_idx")
+    return None if given is None else given % rows
 
 
 def _mean(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:

@@ -22,11 +22,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """`dim` is -1 for a whole tensor and for a Partial: then its shape is the whole tensor's. Make with `held`."""
+    """`dim` is -1 for a whole tensor and for a Partial: then its shape is the whole tensor's. Make with `held`.
+
+    `owner` is the tp rank that alone is said to have it, whole; -1 where all ranks have something.
+    """
 
     dim: int = -1
     runs: tuple[Interval, ...] = ()
     partial: bool = False
+    owner: int = -1
 
     @property
     def is_sharded(self) -> bool:
@@ -40,6 +44,8 @@ class Held:
     def __str__(self) -> str:
         if self.partial:
             return "a sum that is still owed over tp (P)"
+        if self.owner >= 0:
+            return f"whole on tp rank {self.owner} alone (O)"
         if self.dim < 0:
             return "whole (R)"
         return f"S({self.dim}) with elements {', '.join(f'{a}:{b}' for a, b in self.runs) or 'none'}"
@@ -76,6 +82,8 @@ def as_planned(placement: Placement, layout: Layout | None, tp_rank: int) -> Hel
     """What a placement of the plan says that a rank has."""
     if placement.is_partial:
         return PARTIAL
+    if placement.is_owned:
+        return Held(owner=placement.dim)
     if not placement.is_shard or layout is None:
         return WHOLE
     return held(placement.dim, layout.parts[tp_rank], layout.size)
@@ -129,6 +137,11 @@ class Judge:
 def _judge(rule: OpRule, inputs: Sequence[Shape], outputs: Sequence[Shape], types: tuple[Held, ...]) -> Judgement:
     if all(t is WHOLE or t == WHOLE for t in types):
         return Judgement((Derivation((WHOLE,) * len(outputs)),))
+    owners = {t.owner for t in types if t.owner >= 0}
+    if owners:
+        if len(owners) == 1 and all(t == WHOLE or t.owner >= 0 for t in types):
+            return Judgement((Derivation((Held(owner=owners.pop()),) * len(outputs)),))
+        return Judgement((), "what one rank alone has (O) may only meet what that rank has whole")
     partial = tuple(i for i, t in enumerate(types) if t.partial)
     if partial:
         if partial in rule.linear_in and not any(t.is_sharded for t in types):

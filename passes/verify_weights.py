@@ -151,6 +151,14 @@ def _check_dealt(
         fail_plainly(f"{path} is another parameter on each rank of stage {stage}: {_sources(shards)}", _FAULT)
     if len({s.dim for s in shards.values()}) > 1:
         fail_plainly(f"{path} is cut along different dims on the ranks of stage {stage}: {_slices(shards)}", _FAULT)
+    placement = params[source].placement if source in params else None
+    if placement is not None and placement.is_owned:
+        if list(shards) != [group[placement.dim].rank] or first.dim is not None:
+            fail_plainly(
+                f"{source} ({path}) belongs whole to tp rank {placement.dim} of stage {stage} alone: {_slices(shards)}",
+                "passes/drop_elsewhere.py",
+            )
+        return
     if first.dim is None:
         # one rank alone may hold a bias that a sum over ranks adds (verify_groups: exactly one adds it)
         if without and not (source in row_biases and len(shards) == 1):

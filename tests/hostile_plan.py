@@ -48,11 +48,11 @@ def hostile_plan() -> PartitionPlan:
 
 
 def enormous_plan(layers: int = 10_000) -> PartitionPlan:
-    """That many layers of which no two have a pattern in common, with names of 500 characters and many warnings."""
+    """That many layers of which no two have a pattern in common, with names of 500 characters, and many warnings."""
     plan = small_plan()
     linear = next(op for op in plan.ops if op.role == "column")
     weight = next(p for p in plan.params if p.name == linear.weight)
-    names = [f"{'block' * 98}_{i:05d}_" for i in range(layers)]
+    names = [f"{'a&b<c' * 98}_{i:05d}_" for i in range(layers)]
     return replace(
         plan,
         ops=plan.ops + tuple(

@@ -12,9 +12,10 @@ from cost_model.explain_cut import cut_reason
 from cost_model.plan import OpPlan, PartitionPlan
 from cost_model.plan_html import element
 
-TENSORS_SHOWN = 400  # in the table
-OPTIONS_SHOWN = 9  # places next to one cut
-NAMES_SHOWN = 60  # of ops computed again in one stage
+TENSORS_SHOWN = 200  # in the table
+OPTIONS_SHOWN = 7  # places next to one cut
+KINDS_SHOWN = 8  # of ops computed again in one stage
+NAMES_SHOWN = 24  # of ops computed again in one stage
 CACHE_KIND = "cache_update"
 
 
@@ -139,8 +140,9 @@ def _made_by(op: OpPlan) -> Element:
 def _recomputed(plan: PartitionPlan, stage: int) -> Element:
     names = plan.stages[stage].recomputed
     kinds = Counter(plan.op(op).kind for op in names)
-    said = ", ".join(f"{show_name(kind, 40)} ×{n}" if n > 1 else show_name(kind, 40)
-                     for kind, n in kinds.most_common(12))  # fmt: skip
+    said = [show_name(kind, 40) + (f" ×{n}" if n > 1 else "") for kind, n in kinds.most_common(KINDS_SHOWN)]
+    if len(kinds) > KINDS_SHOWN:
+        said.append("…")
     listed: list[Element | str] = []
     for op in names[:NAMES_SHOWN]:
         listed += [name(op), " "]
@@ -148,6 +150,6 @@ def _recomputed(plan: PartitionPlan, stage: int) -> Element:
     ops = "1 op" if len(names) == 1 else f"{len(names)} ops"
     return element(
         "details",
-        element("summary", f"stage {stage}: {ops} ({said})"),
+        element("summary", f"stage {stage}: {ops} ({', '.join(said)})"),
         element("p", *listed, more, cls="names"),
     )

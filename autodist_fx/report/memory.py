@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from xml.etree.ElementTree import Element
 
-from autodist_fx.report.parts import left_out, note, section, span
+from autodist_fx.report.parts import cell, left_out, note, section, span, table
 from cost_model.explain import bytes_text, param_bytes, ranges_text
 from cost_model.placement import Placement
 from cost_model.plan import PartitionPlan, StageSummary
@@ -96,16 +96,28 @@ def memory_bar(parts: Parts, scale: int, limit: int | None) -> Element:
     return element("div", *pieces, cls="stack", role="img", aria_label=said or "nothing")
 
 
+def device_bytes(plan: PartitionPlan, stage: int) -> int:
+    """What a device of the stage has; 0 where that is not known."""
+    return plan.device_memory_bytes
+
+
+def share_of_device(plan: PartitionPlan, stage: int, nbytes: int) -> str:
+    """ "6% of 74.5 GiB"; empty where the device's memory is not known."""
+    device = device_bytes(plan, stage)
+    return f"{nbytes / device:.0%} of {bytes_text(device)}" if device else ""
+
+
 def memory_section(plan: PartitionPlan) -> Element:
-    device = plan.device_memory_bytes
     rows = memory_rows(plan)
     most = max((sum(n for _, n in parts) for _, _, parts in rows), default=0)
-    # To the scale of a device where that leaves something to see, else of the fullest rank.
-    scale = max(most, device) if most > 0.3 * device else most
+    largest = max((device_bytes(plan, stage) for stage, _, _ in rows), default=0)
+    # To the scale of the largest device where that leaves something to see, else of the fullest rank.
+    scale = max(most, largest) if most > 0.3 * largest else most
     kinds = [kind for kind in KINDS if any(dict(parts)[kind] for _, _, parts in rows)]
     legend = [element("li", element("i", cls=f"key {kind}"), KINDS[kind]) for kind in kinds]
-    header = ["Stage", "Ranks", "", "Total", *(f"of {bytes_text(device)}" for _ in [0] if device),
-              *(KINDS[kind] for kind in kinds)]  # fmt: skip
+    of_device = [("Of its device", "num")] if largest else []
+    header = [("Stage", ""), ("Ranks", ""), ("To scale", "wide"), ("Total", "num"), *of_device,
+              *((KINDS[kind].capitalize() if kind != "kv" else KINDS[kind], "num") for kind in kinds)]  # fmt: skip
     body = []
     for stage, ranks, parts in rows[:BARS_SHOWN]:
         total = sum(n for _, n in parts)
@@ -113,35 +125,20 @@ def memory_section(plan: PartitionPlan) -> Element:
         body.append(
             element(
                 "tr",
-                element("td", str(stage)),
-                element("td", ranges_text(ranks).replace("-", "–") + each, cls="nowrap"),
-                element("td", memory_bar(parts, scale, device), cls="wide"),
-                element("td", bytes_text(total), cls="num strong"),
-                element("td", f"{total / device:.0%}", cls="num") if device else None,
-                *(element("td", bytes_text(dict(parts)[kind]), cls="num") for kind in kinds),
+                cell(str(stage)),
+                cell(ranges_text(ranks).replace("-", "–") + each, cls="nowrap"),
+                cell(memory_bar(parts, scale, device_bytes(plan, stage)), cls="wide"),
+                cell(bytes_text(total), cls="num strong"),
+                cell(share_of_device(plan, stage, total), cls="num") if largest else None,
+                *(cell(bytes_text(dict(parts)[kind]), cls="num") for kind in kinds),
             )
         )
-    head = [element("th", title or element("span", "drawn", cls="hidden"), scope="col",
-                    cls="num" if i > 2 else None) for i, title in enumerate(header)]  # fmt: skip
     return section(
         "memory",
         "Memory",
         "Memory of each rank",
         element("ul", *legend, cls="legend"),
-        element(
-            "div",
-            element("table", element("thead", element("tr", *head)), element("tbody", *body)),
-            cls="scroll",
-            tabindex="0",
-            role="region",
-            aria_label="Memory of each rank",
-        ),
+        table(header, body, "Memory of each rank"),
         left_out(len(rows), BARS_SHOWN, "bars"),
-        note(
-            f"The longest bar is the fullest rank: {most / device:.0%} of what a device has."
-            if device and scale == most < device
-            else "A bar as wide as the column is a full device."
-            if device and scale == device
-            else "The longest bar is the fullest rank."
-        ),
+        note("The longest bar is the fullest rank." if scale == most else "As wide as the column: a full device."),
     )

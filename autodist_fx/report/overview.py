@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 from xml.etree.ElementTree import Element
 
+from autodist_fx.report.memory import share_of_device
 from autodist_fx.report.parts import show_name
 from cost_model.explain import all_warnings, bytes_text, count_text, seconds_text, sharded_share, whole_param_bytes
 from cost_model.plan import PartitionPlan
@@ -73,10 +74,6 @@ def _tiles(plan: PartitionPlan) -> list[Element]:
     comm = sum(s.comm_seconds for s in plan.stages)
     slowest = max(plan.stages, key=lambda s: s.seconds)
     fullest = max(plan.stages, key=lambda s: s.memory_bytes)
-    of_device = ""
-    if plan.device_memory_bytes:
-        share = fullest.memory_bytes / plan.device_memory_bytes
-        of_device = f"{share:.0%} of {bytes_text(plan.device_memory_bytes)}"
     tiles = [_tile("One forward pass", seconds_text(total), f"predicted for {show_name(plan.hardware)}")]
     if plan.mesh.size > 1 and plan.one_device_seconds > 0 and total > 0:
         alone = seconds_text(plan.one_device_seconds)
@@ -86,7 +83,8 @@ def _tiles(plan: PartitionPlan) -> list[Element]:
     if plan.mesh.pp > 1:
         about = f"stage {slowest.index} bounds a full pipeline"
         tiles.append(_tile("Slowest stage", seconds_text(slowest.seconds), about))
-    tiles.append(_tile("Fullest rank", bytes_text(fullest.memory_bytes), of_device))
+    about = share_of_device(plan, fullest.index, fullest.memory_bytes)
+    tiles.append(_tile("Fullest rank", bytes_text(fullest.memory_bytes), about))
     if plan.mesh.tp > 1:
         tiles.append(_tile("Weights sharded", f"{sharded_share(plan):.0%}", "of the bytes of matmul weights"))
     return tiles

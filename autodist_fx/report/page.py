@@ -21,7 +21,7 @@ from cost_model.plan_html import element, section_table, shorten, to_html
 
 
 def plan_page(plan: PartitionPlan) -> str:
-    """The page as text, under 3 MB for any plan: what repeats shares a row, and long lists are cut with a count."""
+    """The page as text, under 3 MB however large the plan: what repeats shares a row, long lists are cut short."""
     script, style = _file("page.js"), _file("page.css")
     # A plan file may come from anywhere. Its texts are escaped; should that fail, no script but this one runs.
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -8,8 +8,8 @@ from xml.etree.ElementTree import Element
 from cost_model.explain import bytes_text, seconds_text
 from cost_model.plan_html import element, shorten
 
-NAME_SHOWN = 96  # characters of a name; longer ones lose their middle
-STAGES_SHOWN = 128
+NAME_SHOWN = 80  # characters of a name; longer ones lose their middle
+STAGES_SHOWN = 64
 ROLES = {
     "column": "column parallel: each rank has some of the output features",
     "row": "row parallel: each rank has some of the input features, and outputs are summed over ranks",
@@ -46,14 +46,14 @@ def name(text: str) -> Element:
     pieces: list[Element | str] = []
     for atom in show_name(text).split("."):
         pieces += [".", element("wbr")] if pieces else []
-        pieces.append(element("span", atom, cls="nowrap") if "-" in atom else atom)
-    return element("code", *pieces, title=shorten(text) if len(text) > NAME_SHOWN else None)
+        is_range = "-" in atom and len(atom) < 16
+        pieces.append(element("span", atom, cls="nowrap") if is_range else atom)
+    return element("code", *pieces)
 
 
 def badge(role: str, times: int = 0) -> Element:
-    known = role if role in ROLES else "other"
     text = show_name(role, 24) + (f" ×{times}" if times else "")
-    return element("span", text, cls=f"badge {known}", title=ROLES.get(role))
+    return element("span", text, cls=f"badge role-{role}" if role in ROLES else "badge", title=ROLES.get(role))
 
 
 def cell(content: Element | str | None, value: float | str | None = None, cls: str | None = None) -> Element:

@@ -10,7 +10,7 @@ from autodist_fx.report.parts import span
 from cost_model.placement import Layout
 from cost_model.plan_html import element
 
-PIECES_DRAWN = 15_000  # on a page; past it, bars are left out and the text beside them has to do
+PIECES_DRAWN = 6_000  # on a page; past it, bars are left out and the text beside them has to do
 PIECES_OF_A_BAR = 600
 CELLS = 200  # that a dim in more pieces is drawn in
 # Shares of a bar that are wide enough for a rank's number of so many digits (a bar is 220 px or more).

@@ -12,7 +12,7 @@ from cost_model.explain import bytes_text, compress_names, count_text, name_patt
 from cost_model.plan import OpPlan, PartitionPlan, StageSummary
 from cost_model.plan_html import element
 
-BLOCKS_SHOWN = 24  # of layers in a stage
+BLOCKS_SHOWN = 12  # of layers in a stage
 TENSORS_SHOWN = 4  # at an arrow
 
 

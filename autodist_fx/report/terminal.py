@@ -8,7 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autodist_fx.report.memory import memory_rows
+from autodist_fx.report.memory import memory_rows, share_of_device
 from cost_model.explain import WIDTH, Section, bytes_text, plan_header, plan_sections, ranges_text, seconds_text
 from cost_model.plan import PartitionPlan
 
@@ -69,12 +69,12 @@ def _timeline(plan: PartitionPlan) -> Table:
 def _memory(plan: PartitionPlan) -> Table:
     rows = memory_rows(plan)
     most = max((sum(n for _, n in parts) for _, _, parts in rows), default=0)
-    table = _table("", "", "in all", "of a device")
-    for _, ranks, parts in rows:
+    table = _table("", "", "in all", "of its device")
+    for stage, ranks, parts in rows:
         total = sum(n for _, n in parts)
-        share = f"{total / plan.device_memory_bytes:.0%}" if plan.device_memory_bytes else "-"
         label = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranges_text(ranks)}, each"
-        table.add_row(label, Bar(most or 1, 0, total, width=BAR_WIDTH, color="green"), bytes_text(total), share)
+        bar = Bar(most or 1, 0, total, width=BAR_WIDTH, color="green")
+        table.add_row(label, bar, bytes_text(total), share_of_device(plan, stage, total))
     return table
 
 

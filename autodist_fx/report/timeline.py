@@ -10,6 +10,7 @@ from cost_model.explain import seconds_text
 from cost_model.plan import PartitionPlan, StageSummary
 from cost_model.plan_html import element
 
+SHORTEST = 1e-12  # seconds of a forward pass that there is a timeline of
 TICKS = 5
 PIECES_ACROSS = 600  # of a timeline, at most
 KINDS = {"compute": "compute", "comm": "collectives", "receive": "receive from the stage before", "alone": "one device"}
@@ -17,7 +18,7 @@ KINDS = {"compute": "compute", "comm": "collectives", "receive": "receive from t
 
 def timeline_section(plan: PartitionPlan) -> Element | None:
     total = plan.predicted_seconds
-    if total <= 0:
+    if not SHORTEST <= total < math.inf:
         return None
     rows, at = [], 0.0
     for s in plan.stages:
@@ -43,7 +44,7 @@ def timeline_section(plan: PartitionPlan) -> Element | None:
 
 def _against_one_device(plan: PartitionPlan) -> list[Element]:
     total, alone = plan.predicted_seconds, plan.one_device_seconds
-    if plan.mesh.size == 1 or alone <= 0:
+    if plan.mesh.size == 1 or not SHORTEST <= alone < math.inf:
         return []
     end = max(total, alone)
     compute = sum(s.compute_seconds for s in plan.stages)

@@ -31,7 +31,7 @@ from cost_model.explain import (
 from cost_model.plan import ParamPlan, PartitionPlan
 from cost_model.plan_html import element, shorten
 
-ROWS_SHOWN = 700
+ROWS_SHOWN = 400
 ROLES_SHOWN = 4  # that a linear could have instead
 
 
@@ -98,7 +98,7 @@ def _instead(group: LinearGroup) -> Element | str:
             continue
         role = show_name(other.role, 16)
         if other.impossible:
-            lines.append(element("div", element("s", role), title=shorten(other.impossible)))
+            lines.append(element("div", element("s", role), title=shorten(other.impossible, 200)))
             continue
         about = f"{seconds_change(other.seconds)} a forward, {bytes_change(other.weight_bytes)} of weights held"
         lines.append(element("div", f"{role} {seconds_change(other.seconds)}", title=about))
@@ -167,7 +167,7 @@ def _others(plan: PartitionPlan, groups: list[LinearGroup], bars: SplitBars) -> 
         "Norms, biases and other parameters",
         element(
             "details",
-            element("summary", f"{count} parameters in {len(found)} rows"),
+            element("summary", f"{count} parameters, {len(found)} row{'s' if len(found) > 1 else ''}"),
             table(header, rows, "Other parameters", data_sortable="yes"),
             left_out(len(found), ROWS_SHOWN, "rows"),
         ),

@@ -120,10 +120,12 @@ def rewritten(tracer: hf_fx.HFTracer, kind: str, target: Any, args: tuple[Any, .
         tracer.whole_of_split[pieces.node] = args[0]
         return pieces
     if name in ("cat", "concat") and args and isinstance(args[0], (list, tuple)):
-        whole = _rows_of_one_split(args[0])
-        if whole is not None:
-            rows = tracer.create_proxy("call_method", "size", (whole, 0), {})
-            return tracer.create_proxy("call_function", join_rows, (list(args[0]), rows), {})
+        split = _one_split_of(args[0])
+        if split is not None:
+            rows = tracer.create_proxy("call_method", "size", (tracer.whole_of_split[split], 0), {})
+            lengths = hf_fx.HFProxy(split.args[1], tracer)
+            lengths.install_metadata(tracer.examples_of[split.args[1]])
+            return tracer.create_proxy("call_function", join_rows, (list(args[0]), rows, lengths), {})
     if name == "bincount" and isinstance(kwargs.get("minlength"), int):
         return tracer.create_proxy("call_function", bincount, (args[0], kwargs["minlength"]), {})
     if name == "as_strided":
@@ -304,20 +306,20 @@ def _shape(proxy: Any) -> tuple[int, ...] | None:
     return tuple(known.shape) if isinstance(known, torch.Tensor) else None
 
 
-def _rows_of_one_split(pieces: Any) -> hf_fx.HFProxy | None:
-    """What was split into rows that `pieces`, one for each run, are computed from in order; None for anything else."""
-    split, whole = None, None
+def _one_split_of(pieces: Any) -> Node | None:
+    """What split rows into runs that `pieces`, one for each, are computed from in order; None for anything else."""
+    split = None
     for i, piece in enumerate(pieces):
         node: Any = piece.node if isinstance(piece, hf_fx.HFProxy) else None
         while isinstance(node, Node) and not (_called(node) == "getitem" and _is_split(node.args[0])):
             node = node.args[0] if node.args else None
         if not isinstance(node, Node) or node.args[1] != i or (split is not None and node.args[0] is not split):
             return None
-        split, whole = node.args[0], piece.tracer.whole_of_split[node.args[0]]
-        rows = made_up_length((_shape(whole) or (0,))[0], split.args[3] + i, len(pieces))
+        split = node.args[0]
+        rows = made_up_length((_shape(piece.tracer.whole_of_split[split]) or (0,))[0], split.args[3] + i, len(pieces))
         if split.args[2] != len(pieces) or (_shape(piece) or (0,))[0] != rows:
             return None  # something else than all runs, row for row
-    return whole
+    return split
 
 
 def _is_split(node: Any) -> bool:

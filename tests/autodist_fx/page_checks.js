@@ -7,7 +7,7 @@ function textBoxes() {
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node = walker.nextNode(); node; node = walker.nextNode()) {
     const parent = node.parentElement;
-    if (!node.data.trim() || parent.closest("script, style, .skip, .hidden:not(.badge)")) continue;
+    if (!node.data.trim() || parent.closest("script, style, .skip")) continue;
     const range = document.createRange();
     range.selectNodeContents(node);
     for (const rect of range.getClientRects()) {

@@ -12,6 +12,7 @@ from hostile_plan import ATTACK, enormous_plan, hostile_plan
 from hypothesis import given
 from hypothesis import strategies as st
 from plan_examples import large_plan, small_plan
+from plan_mutations import mutated
 from rich.console import Console
 from transformers import LlamaConfig
 
@@ -23,6 +24,7 @@ from autodist_fx.report.page import plan_page
 from autodist_fx.report.split_bar import CELLS, SplitBars, matrix
 from autodist_fx.report.terminal import print_plan
 from autodist_fx.report.timeline import timeline_section
+from cost_model.errors import PlanError
 from cost_model.explain import param_bytes, plan_sections
 from cost_model.placement import Layout, Placement
 from cost_model.plan import Hop, ParamPlan, PartitionPlan
@@ -291,6 +293,31 @@ def test_an_enormous_plan_is_cut_short_and_says_so(show, layers):
     text = show(enormous_plan(layers))
     assert len(text.encode()) < LIMIT
     assert re.search(r"and [0-9]{4,} more", text)
+
+
+def test_whatever_plan_can_be_read_can_be_shown():
+    shown = 0
+    for seed in range(400):
+        try:
+            plan = PartitionPlan.from_dict(mutated(seed))
+        except PlanError:
+            continue
+        shown += 1
+        Page(plan_page(plan))
+        Page(plan_fragment(plan))
+        assert plan_dot(plan).startswith("digraph")
+        assert in_terminal(plan)
+    assert shown > 30
+
+
+def test_absurd_numbers_are_shown():
+    plan = small_plan()
+    for seconds in (1e-320, 1e308):
+        stages = tuple(replace(s, compute_seconds=seconds, comm_seconds=seconds, flops=1e308) for s in plan.stages)
+        Page(plan_page(replace(plan, stages=stages, one_device_seconds=seconds)))
+    params = tuple(replace(p, shape=(2**62,) * 4, layout=-1, placement=Placement("R")) for p in plan.params)
+    stages = tuple(replace(s, weight_bytes=2**62, kv_cache_bytes=2**62) for s in plan.stages)
+    Page(plan_page(replace(plan, params=params, stages=stages)))
 
 
 def test_many_stages_and_ranks_stay_small():

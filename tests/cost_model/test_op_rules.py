@@ -476,7 +476,8 @@ def _split_rows(data: st.DataObject) -> Case:
 @case("join_rows")
 def _join_rows(data: st.DataObject) -> Case:
     shape, counts = data.draw(shapes), data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
-    return Case(tuple(values(n, *shape) for n in counts), lambda x, share: join_rows(x, sum(counts)))
+    pieces = tuple(values(n, *shape) for n in counts)
+    return Case((*pieces, torch.tensor(counts)), lambda x, share: join_rows(x[:-1], sum(counts), x[-1]))
 
 
 @case("cache_update")
@@ -651,7 +652,7 @@ _GROUPS = {n: {"groups": n, "transposed": False} for n in (1, 2)}
         ("gather", [(5, 3), (5, 2)], [(5, 2)], {"dim": 1}, {"d0"}),
         ("scatter", [(5, 3), (5, 2), (5, 2)], [(5, 3)], {"dim": 1, "adds": False}, {"d0"}),
         ("split_rows", [(5, 3), (2,)], [(1, 3), (4, 3)], {}, {"d1"}),
-        ("join_rows", [(1, 3), (4, 3)], [(5, 3)], {}, {"d1"}),
+        ("join_rows", [(1, 3), (4, 3), (2,)], [(5, 3)], {}, {"d1"}),
         ("cache_update", [(2, 3, 4, 5)] * 2, [(2, 3, 9, 5)] * 2, {"layer": 0}, {"heads"}),
         ("layer_norm", [(2, 3, 4), (4,), (4,)], [(2, 3, 4)], {"normalized": 1}, {"d0", "d1"}),
         ("mul", [(2, 3), (3,)], [(2, 3)], {}, {"d0", "d1"}),

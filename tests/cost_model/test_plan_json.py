@@ -221,7 +221,10 @@ MISTAKES = {
     "cuts[0].options[1].op: no op named 'gone'": _set("cuts", 0, "options", 1, "op", to="gone"),
     "cuts[0].options[1].before_seconds: missing": _del("cuts", 0, "options", 1, "before_seconds"),
     "stages[0].workspace_bytes: missing": _del("stages", 0, "workspace_bytes"),
-    "params[1].placement: a parameter is R or S(<dim>), never P": _set("params", 1, "placement", to="P"),
+    "params[1].placement: a parameter is R, S(<dim>), D(<dim>) or O(<rank>), never P": (
+        _set("params", 1, "placement", to="P")
+    ),
+    "params[1].placement: O(7) names no tp rank": _set("params", 1, "placement", to="O(7)"),
     "params[1].placement: S(2) of a tensor with 2 dims": _set("params", 1, "placement", to="S(2)"),
     "params[1].layout: layout 1 is of 1536 elements, the dim has 576": _set("params", 1, "layout", to=1),
     "params[1].shape[0]: -1 is out of range (0 or more)": _set("params", 1, "shape", 0, to=-1),

@@ -21,7 +21,7 @@ def test_real_tensors_are_selected_and_split_as_torch_does() -> None:
     x, counts = torch.arange(12.0).view(6, 2), torch.tensor([2, 0, 4])
     pieces = split_rows(x, counts, 3, 0)
     assert [len(p) for p in pieces] == [2, 0, 4]
-    assert torch.equal(join_rows(pieces, 6), x)
+    assert torch.equal(join_rows(pieces, 6, counts), x)
     assert torch.equal(bincount(torch.tensor([1, 1, 3]), 5), torch.tensor([0, 2, 0, 1, 0]))
 
 
@@ -33,7 +33,7 @@ def test_on_meta_no_two_calls_have_the_same_length() -> None:
     x, counts = torch.empty(30, 2, device="meta"), torch.empty(3, device="meta")
     pieces = split_rows(x, counts, 3, 2)
     assert len({len(p) for p in pieces}) == 3
-    assert join_rows(pieces, 30).shape == x.shape
+    assert join_rows(pieces, 30, counts).shape == x.shape
 
 
 def test_what_is_selected_of_rows_may_be_viewed_row_by_row() -> None:

@@ -56,7 +56,7 @@ def op_of(function: Callable[[torch.Tensor], Any]) -> Op:
         (lambda x: x[:, :, :1].squeeze(2), "permute", {"order": (0, 1, 3)}),
         (lambda x: x[..., 1:3], "slice", {"dims": ((0, 0, 0, 1), (1, 1, 0, 1), (2, 2, 0, 1), (3, 3, 1, 1))}),
         (lambda x: x[:, None, :, -2:], "slice", {"dims": ((0, 0, 0, 1), (1, 2, 0, 1), (2, 3, 4, 1), (3, 4, 0, 1))}),
-        (lambda x: x[:, :, 2, ::2], "slice", {"dims": ((0, 0, 0, 1), (1, 1, 0, 1), (3, 2, 0, 2))}),
+        (lambda x: x[:, :, 2, ::2], "slice", {"dims": ((0, 0, 0, 1), (1, 1, 0, 1), (3, 2, 0, 2)), "picks": ((2, 2),)}),
         (lambda x: x.chunk(2, -1)[0], "split", {"dim": 3}),
         (lambda x: torch.split(x, [1, 5], dim=2)[1], "split", {"dim": 2}),
         (lambda x: x.unbind(2)[0], "unbind", {"dim": 2}),

@@ -1,0 +1,124 @@
+"""Experts dealt whole to ranks: found by the cost of a step, right at every step, and each rank runs its own alone."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+
+import pytest
+import torch
+from tiny_models import padded_batch, relative_error
+from tiny_moe import tiny_moe_model
+from transformers import PreTrainedModel
+from transformers.models.dbrx.configuration_dbrx import DbrxFFNConfig
+
+import autodist_fx as adx
+from autodist_fx.compiled import CompiledModel
+from cost_model.errors import PlanError
+
+FOUR = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4)
+# Experts that are modules, in loops and in runs of rows; and parts of one weight (DBRX, Granite), split or picked.
+MODULES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
+FAMILIES = (*MODULES, "dbrx", "granitemoe", "gpt_oss", "llama4_text")
+FLOAT32 = ("deepseek_v3",)  # its eager forward adds float32 and the model's dtype up: no other dtype runs
+EXPERTS = re.compile(r"\.experts\.|input_linear|output_linear")
+MESHES = ((2, 1), (4, 1), (1, 2), (2, 2))
+
+
+@functools.cache
+def _model(family: str) -> PreTrainedModel:
+    changes = {"ffn_config": DbrxFFNConfig(ffn_hidden_size=44, moe_num_experts=4, moe_top_k=2)}
+    dtype = torch.float32 if family in FLOAT32 else torch.float64
+    return tiny_moe_model(family, dtype, num_hidden_layers=1, **FOUR, **(changes if family == "dbrx" else {}))
+
+
+def _experts(compiled: CompiledModel) -> list[str]:
+    """How the weights of routed experts lie."""
+    return [
+        str(p.placement) for p in compiled.plan.params
+        if p.matmul and EXPERTS.search(p.name)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[0]}x{m[1]}")
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_prompt_and_a_step_equal_eager(family: str, mesh: tuple[int, int]) -> None:
+    """In the step each sequence's token goes to some of four experts: others have nothing to do."""
+    model, (ids, mask) = _model(family), padded_batch()
+    compiled = adx.compile(model, tp=mesh[0], pp=mesh[1], use_cache=True)
+    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        positions = {}
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits
+    cache, logits = None, []
+    for start, stop in ((0, 8), (8, 9)):
+        own = {name: value[:, start:stop] for name, value in positions.items()}
+        step = compiled.simulate(
+            input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, **own
+        )
+        cache = step.past_key_values
+        logits.append(step.logits)
+    kept = mask.bool()
+    assert relative_error(torch.cat(logits, 1)[kept], expected[kept]) <= (1e-5 if family in FLOAT32 else 1e-6)
+    lie = _experts(compiled)
+    if mesh[0] > 1 and family in MODULES:
+        each = len(lie) // mesh[0]
+        assert sorted(lie) == sorted(f"O({rank})" for rank in range(mesh[0]) for _ in range(each))
+    elif mesh[0] > 1 and family not in ("gpt_oss", "llama4_text"):  # all experts at once, in one product
+        assert set(lie) == {"D(0)"}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "dbrx", "granitemoe"])
+def test_a_rank_has_no_node_and_no_weight_of_other_ranks_experts(family: str) -> None:
+    whole = adx.compile(_model(family), tp=1, use_cache=True)
+    compiled = adx.compile(_model(family), tp=4, use_cache=True)
+    kinds = ("linear", "matmul")
+
+    def products(made: CompiledModel, rank: int) -> int:
+        names = {op.name for op in made.op_graph if op.kind in kinds and "~" in str(op.outputs[0].symbols)}
+        assert names
+        return sum(node.name in names for node in made.rank(rank).graph.nodes)
+
+    def held(made: CompiledModel, rank: int) -> int:
+        state = made.rank(rank).state_dict()
+        return sum(tensor.numel() for name, tensor in state.items() if EXPERTS.search(name))
+
+    assert {4 * products(compiled, rank) for rank in range(4)} == {products(whole, 0)}
+    assert {4 * held(compiled, rank) for rank in range(4)} == {held(whole, 0)}
+
+
+@torch.no_grad()
+def test_more_experts_than_fit_evenly_are_dealt_where_time_alone_decides() -> None:
+    model, (ids, mask) = tiny_moe_model("qwen3_moe", num_hidden_layers=1), padded_batch()  # five experts
+    by_memory = adx.compile(model, tp=2, use_cache=True)
+    by_time = adx.compile(model, tp=2, use_cache=True, objective="latency")
+    assert {"O(0)", "O(1)"}.isdisjoint(_experts(by_memory))
+    assert sorted(_experts(by_time)) == ["O(0)"] * 9 + ["O(1)"] * 6
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -1]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    got = by_time.simulate(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1]
+    assert relative_error(got, expected) <= 1e-6
+
+
+def test_the_plan_says_that_experts_are_whole_on_one_rank_each() -> None:
+    text = str(adx.compile(_model("mixtral"), tp=2, use_cache=True).plan)
+    row = next(line for line in text.splitlines() if "experts.*.w1" in line)
+    assert " expert " in row and "x4 " in row and "whole, on one rank each" in row
+
+
+def test_a_saved_plan_of_dealt_experts_reads_back(tmp_path: object) -> None:
+    plan = adx.compile(_model("dbrx"), tp=2, use_cache=True).plan
+    path = f"{tmp_path}/plan.json"
+    plan.save(path)
+    assert type(plan).load(path) == plan
+
+
+def test_programs_to_be_trained_cut_each_expert() -> None:
+    model = _model("mixtral")
+    dealt = adx.compile(model, tp=2).plan
+    assert {"O(0)", "O(1)"} == {str(p.placement) for p in dealt.params if EXPERTS.search(p.name)}
+    assert not any(op.startswith("O") for op in _experts(adx.compile(model, tp=2, train=True)))
+    with pytest.raises(PlanError, match="deals whole experts to tp ranks, which is for inference"):
+        adx.compile(model, plan=dealt, train=True)
