@@ -88,7 +88,7 @@ def test_a_field_that_may_be_left_out_may_be_left_out_in_both():
 def test_what_the_code_reads_the_schema_allows():
     """The code is stricter: it also compares fields with each other."""
     read = 0
-    for seed in range(100):
+    for seed in range(200):
         data = mutated(seed)
         try:
             plan_from_dict(data)
@@ -96,4 +96,4 @@ def test_what_the_code_reads_the_schema_allows():
             continue
         read += 1
         VALIDATOR.validate(data)
-    assert read
+    assert read >= 10
