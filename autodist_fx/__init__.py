@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autodist_fx.artifact.load import Artifact, load
+    from autodist_fx.choosing import choose_mesh
     from autodist_fx.compiled import CompiledModel, compile
     from autodist_fx.errors import AutodistError
     from autodist_fx.pretrained import from_pretrained
@@ -14,9 +15,16 @@ if TYPE_CHECKING:
     from cost_model.plan import PartitionPlan
 
 __all__ = [
-    "Artifact", "AutodistError", "CompiledModel", "DistributedCausalLM", "PartitionPlan", "compile", "from_pretrained",
+    "Artifact",
+    "AutodistError",
+    "CompiledModel",
+    "DistributedCausalLM",
+    "PartitionPlan",
+    "choose_mesh",
+    "compile",
+    "from_pretrained",
     "load",
-]  # fmt: skip
+]
 
 # Imported at first use: torch and transformers take seconds, and a process that only starts ranks needs neither.
 _HOMES = {
@@ -25,6 +33,7 @@ _HOMES = {
     "CompiledModel": "autodist_fx.compiled",
     "DistributedCausalLM": "autodist_fx.runtime.generation",
     "PartitionPlan": "cost_model.plan",
+    "choose_mesh": "autodist_fx.choosing",
     "compile": "autodist_fx.compiled",
     "from_pretrained": "autodist_fx.pretrained",
     "load": "autodist_fx.artifact.load",

@@ -32,10 +32,12 @@ from autodist_fx.weights.names import resolve_names
 from autodist_fx.weights.resolve import locate, resolve
 from autodist_fx.weights.share import share_weights
 from autodist_fx.weights.source import WeightSource
+from cost_model.devices import DeviceMap, Memory
 from cost_model.hardware import Hardware
 from cost_model.mesh import Mesh
 from cost_model.plan import PartitionPlan
 from cost_model.plan_json import plan_to_text
+from cost_model.plan_request import options_of
 from passes.program import RankProgram
 
 
@@ -48,6 +50,10 @@ def from_pretrained(
     device: str | torch.device | None = None,
     hardware: str | Hardware | None = None,
     objective: str = "shard",
+    pin: Mapping[str, str] | None = None,
+    cuts: Sequence[int | str] | None = None,
+    max_memory: Memory | None = None,
+    device_map: DeviceMap | None = None,
     plan: PartitionPlan | str | Path | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -69,7 +75,8 @@ def from_pretrained(
     tp, pp: as in `compile` (1 where not given). Global rank = stage * tp + tp_rank.
     dtype: of the weights ("bfloat16", torch.bfloat16, ...); None or "auto": the checkpoint's own, float32 for GGUF.
     device: "cpu", "cuda" (a device a rank, of those that CUDA_VISIBLE_DEVICES shows); None: CUDA where there is some.
-    hardware, objective, plan: as in `compile`; `plan` may be a file. dump_dir: each rank's graph after each pass.
+    hardware, objective, pin, cuts, max_memory, device_map, plan: as in `compile`; `plan` may be a file.
+    dump_dir: each rank's graph after each pass.
     revision, token, cache_dir, local_files_only: as in transformers' from_pretrained.
     verify: rank 0 proves the programs of all ranks before any runs.
     timeout: seconds to wait for another rank, at the start and ever after.
@@ -95,9 +102,15 @@ def from_pretrained(
     where: dict[str, Any] = {
         "revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only,
     }  # fmt: skip
-    options = _Options(
-        mesh=mesh, hardware=hardware, objective=objective, verify=verify, dump_dir=dump_dir, progress=progress
-    )
+    planning = {
+        "hardware": hardware,
+        "objective": objective,
+        "pin": pin,
+        "cuts": cuts,
+        "max_memory": max_memory,
+        "device_map": device_map,
+    }
+    options = _Options(mesh=mesh, planning=planning, verify=verify, dump_dir=dump_dir, progress=progress)
 
     def opened() -> tuple[_Rank, GenerationConfig]:
         # CheckpointError comes out on every rank that sees the cause; the watchdog ends the others.
@@ -133,7 +146,7 @@ def _entry(
     directory = cache_directory(cache)
     if directory is None:
         return None
-    asked = {"dtype": str(dtype), "plan": "" if plan is None else plan_to_text(plan), **options.for_compile}
+    asked = {"dtype": str(dtype), "plan": "" if plan is None else plan_to_text(plan), **options.for_compile()}
     return entry_for(directory, locate(name, **where), asked)
 
 
@@ -143,17 +156,14 @@ def cache_entry(
     *,
     dtype: str | None,
     plan: PartitionPlan | None,
-    tp: int,
-    pp: int,
-    hardware: str | Hardware | None,
-    objective: str,
+    mesh: Mesh,
+    planning: Mapping[str, Any],
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> CacheEntry | None:
-    """The entry that `from_pretrained` with these arguments looks up; None where splits are not kept."""
-    options = _Options(
-        mesh=Mesh(tp, pp), hardware=hardware, objective=objective, verify=True, dump_dir=None, progress=None
-    )
+    """The entry for a split that is asked for like this; None where splits are not kept. `planning`: arguments of
+    compile that say what to plan for."""
+    options = _Options(mesh=mesh, planning=planning, verify=True, dump_dir=None, progress=None)
     where: dict[str, Any] = {"revision": revision, "token": None, "cache_dir": cache_dir, "local_files_only": None}
     return _entry(cache, name, where, dtype, plan, options)
 
@@ -162,15 +172,13 @@ def distribute(
     model: PreTrainedModel,
     joined: JoinedRank,
     *,
-    hardware: str | Hardware | None,
-    objective: str,
+    planning: Mapping[str, Any],
     verify: bool,
     dump_dir: str | Path | None,
 ) -> DistributedCausalLM:
-    """The share of `joined` in a model that every rank has in memory; see CompiledModel.to_distributed."""
-    options = _Options(
-        mesh=joined.mesh, hardware=hardware, objective=objective, verify=verify, dump_dir=dump_dir, progress=None
-    )
+    """The share of `joined` in a model that every rank has in memory; see CompiledModel.to_distributed. `planning`:
+    arguments of compile that say what to plan for."""
+    options = _Options(mesh=joined.mesh, planning=planning, verify=verify, dump_dir=dump_dir, progress=None)
     me = _Rank(model, lambda: ModuleSource(model), joined, options, facts=())
     return _distribute(me, plan=None, generation_config=model.generation_config)
 
@@ -204,25 +212,27 @@ def wanted_dtype(dtype: torch.dtype | str | None, config: PretrainedConfig) -> t
 def compile_for_generation(model: PreTrainedModel | PretrainedConfig, **options: Any) -> CompiledModel:
     """`compile` with a KV cache, and logits of the last position only where the model offers that."""
     shape = empty_model(model) if isinstance(model, PretrainedConfig) else model
-    accepted = inspect.signature(shape.forward).parameters
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    return compile(shape, use_cache=True, concrete_args=last_only, **options)
+    return compile(shape, use_cache=True, concrete_args=generation_arguments(shape), **options)
+
+
+def generation_arguments(model: PreTrainedModel) -> dict[str, object]:
+    """What forward is told while generating, beside its inputs."""
+    accepted = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
 
 @dataclass(frozen=True, slots=True)
 class _Options:
     mesh: Mesh
-    hardware: str | Hardware | None
-    objective: str
+    planning: Mapping[str, Any]  # hardware, objective, pin, ...: as compile takes them
     verify: bool
     dump_dir: str | Path | None
     progress: Callable[[int, int], None] | None
 
-    @property
-    def for_compile(self) -> dict[str, Any]:
+    def for_compile(self, plan: PartitionPlan | None = None) -> dict[str, Any]:
         """verify=False: emitting other ranks' programs is rank 0's work alone."""
-        keywords = {"hardware": self.hardware, "objective": self.objective, "verify": False, "dump_dir": self.dump_dir}
-        return {"tp": self.mesh.tp, "pp": self.mesh.pp, **keywords}
+        planning = self.planning if plan is None else {"plan": plan, "hardware": self.planning["hardware"]}
+        return {"tp": self.mesh.tp, "pp": self.mesh.pp, **planning, "verify": False, "dump_dir": self.dump_dir}
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +270,7 @@ class _Rank:
 
     def whole_sequences(self, input_names: tuple[str, ...], beside: RankProgram) -> RankProgram:
         """The program for whole sequences of these inputs, with the weights of `beside` where both hold them alike."""
-        compiled = compile(self.model, use_cache=False, input_names=input_names, **self.options.for_compile)
+        compiled = compile(self.model, use_cache=False, input_names=input_names, **self.options.for_compile())
         program = self.agreed(compiled)
         left = share_weights(beside, program)
         if left.param_shards:  # slices that this layout has and the other has not
@@ -301,7 +311,9 @@ def _distribute(
 ) -> DistributedCausalLM:
     """Compiled, agreed upon and loaded; kept in the cache where there is an entry for it."""
     model, joined, mesh = me.model, me.joined, me.options.mesh
-    main = compile_for_generation(model, plan=plan, **me.options.for_compile)
+    main = compile_for_generation(model, **me.options.for_compile(plan))
+    if plan is not None:  # what it was made for holds for whole sequences, too, which get a plan of their own
+        me = replace(me, options=replace(me.options, planning=options_of(plan)))
     program = me.agreed(main)
     report = me.load(main, program)
     encoder, prompt = main.encoder_program(joined.rank), main.prompt_program(joined.rank)

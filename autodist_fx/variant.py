@@ -15,13 +15,15 @@ from autodist_fx.cache_kinds import CROSS
 from autodist_fx.call import Call, unusual
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import InputForm, Sizes, TracedModel, trace, trace_phases
+from cost_model.check_plan import check_plan
 from cost_model.errors import PlanError
 from cost_model.op_graph import OpGraph
 from cost_model.plan import PartitionPlan
-from cost_model.planner import PlanRequest
+from cost_model.plan_request import PlanRequest
 from cost_model.planner import plan as make_plan
 from cost_model.subplan import subplan
 from passes.functionalize import functionalize
+from passes.fuse_ops import removed_by_fusing
 from passes.grad_sums import ParamUse
 from passes.normalize import normalize
 from passes.op_graph import build_op_graph, fingerprint, parameter_names
@@ -93,17 +95,13 @@ class Variant:
         cls, traced: TracedModel, request: PlanRequest, given: PartitionPlan | None, fixed: dict[str, object]
     ) -> Variant:
         """`fixed`: the arguments it was traced with that are not inputs."""
-        try:
-            normalize(traced.graph_module, _examples_for(traced))
-        except RuntimeError as error:  # what an op says of shapes or dtypes that it refuses
-            raise TracingError(f"{traced.model_class} refuses these inputs: {error}") from error
-        _refuse_random(traced)
-        graph = build_op_graph(traced.graph_module)
+        graph = planned_graph(traced)
         print_of_it = fingerprint(graph)
         if given is None:
             given = make_plan(graph, request, model=traced.model_class, fingerprint=print_of_it)
         else:
             _refuse_foreign(given, print_of_it, traced.model_class)
+            check_plan(given, graph)
         names = parameter_names(traced.graph_module)
         known, order = traced.forms(), _output_order(traced.graph_module)
         if CROSS in traced.layer_kinds:
@@ -142,6 +140,16 @@ class Variant:
         if self.traced.use_cache != call.use_cache or self.fixed != call.fixed:
             return False
         return forms.items() <= self.forms.items() if call.use_cache else forms == self.forms
+
+
+def planned_graph(traced: TracedModel) -> OpGraph:
+    """What plans are made for. Normalises the traced graph."""
+    try:
+        normalize(traced.graph_module, _examples_for(traced))
+    except RuntimeError as error:  # what an op says of shapes or dtypes that it refuses
+        raise TracingError(f"{traced.model_class} refuses these inputs: {error}") from error
+    _refuse_random(traced)
+    return build_op_graph(traced.graph_module, fused=removed_by_fusing(traced.graph_module))
 
 
 def _refuse_random(traced: TracedModel) -> None:

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
+from cost_model.errors import PlanError
 from cost_model.op_graph import Op, TensorRef
 from cost_model.op_rules import Letter
 from cost_model.plan import Alternative, rounded
+from cost_model.roles import role_of
 from cost_model.tensor_parallel import Strategy, TensorParallelResult, TensorParallelSearch
-
-Role = Callable[[Op, Strategy], str]
 
 
 class AlternativeCosts:
-    """The roles that each op of one solved search could have. `role` names a strategy in the field's words."""
+    """The roles that each op of one solved search could have."""
 
-    def __init__(self, search: TensorParallelSearch, result: TensorParallelResult, role: Role) -> None:
+    def __init__(self, search: TensorParallelSearch, result: TensorParallelResult) -> None:
         self.search = search
         self.result = result
-        self.role = role
 
     def of(self, op: Op) -> tuple[Alternative, ...]:
         """All roles that the op's rule knows, its own first; () where there is nothing to choose."""
         domain = self.result.domains[op.name]
-        own = self.role(op, self.result.strategies[op.name])
-        letters = {self.role(op, _along(letter, op)): letter for letter in self._rule_letters(op)}
+        own = role_of(op, self.result.strategies[op.name].letter)
+        letters = {role_of(op, letter.name): letter for letter in _rule_letters(self.search, op)}
         possible: dict[str, list[int]] = {}
         for k, strategy in enumerate(domain):
-            possible.setdefault(self.role(op, strategy), []).append(k)
+            possible.setdefault(role_of(op, strategy.letter), []).append(k)
         roles = dict.fromkeys([own, *possible, *letters])
         if not own or self.search.tp == 1 or len(roles) == 1:
             return ()
@@ -35,14 +34,13 @@ class AlternativeCosts:
         for role in roles:
             if role == own:
                 found.append(Alternative(role))
+            elif op.name in self.search.pins:
+                found.append(Alternative(role, impossible=f"it is pinned to {own}"))
             elif role in possible:
                 found.append(self._forced(op, role, possible[role]))
             else:
                 found.append(Alternative(role, impossible=why_not(self.search, op, letters[role])))
         return tuple(found)
-
-    def _rule_letters(self, op: Op) -> tuple[Letter, ...]:
-        return self.search.layouts.rules(op, self.search.graph.input_specs(op)).letters
 
     def _forced(self, op: Op, role: str, values: list[int]) -> Alternative:
         dearer_by = self.result.elimination.dearer_by(op.name)
@@ -79,9 +77,24 @@ class AlternativeCosts:
         return seconds, nbytes
 
 
-def _along(letter: Letter, op: Op) -> Strategy:
-    """Enough of a strategy to ask for its role."""
-    return Strategy(letter.name, (), (), (False,) * len(op.outputs))
+def _rule_letters(search: TensorParallelSearch, op: Op) -> tuple[Letter, ...]:
+    return search.layouts.rules(op, search.graph.input_specs(op)).letters
+
+
+def refuse_impossible_roles(search: TensorParallelSearch) -> None:
+    """Raises PlanError, which says why, where an op cannot have the role that it is pinned to."""
+    for name, role in search.pins.items():
+        op = search.graph[name]
+        if search.domain(op):
+            continue
+        letter = next((x for x in _rule_letters(search, op) if role_of(op, x.name) == role), None)
+        if search.tp == 1:
+            why = "tp=1 cuts nothing"
+        elif letter is None:
+            why = f"the rule of {op} has no such way to cut it"
+        else:
+            why = why_not(search, op, letter)
+        raise PlanError(f"{op.module or name} cannot be {role}: {why}")
 
 
 def why_not(search: TensorParallelSearch, op: Op, letter: Letter) -> str:

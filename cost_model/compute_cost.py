@@ -94,6 +94,8 @@ def op_seconds(op: Op, local_inputs: Sequence[TensorSpec], local_outputs: Sequen
     dtype = _compute_dtype(local_inputs, local_outputs)
     compute = op_flops(op, local_inputs, local_outputs) / hw.flops_of(dtype)
     memory = op_bytes(op, local_inputs, local_outputs) / hw.memory_bandwidth
+    if hw.dispatches_ahead:  # the next op is dispatched meanwhile: what is longer counts
+        return max(compute, memory, hw.op_seconds)
     return max(compute, memory) + hw.op_seconds
 
 

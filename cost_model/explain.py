@@ -93,7 +93,7 @@ def plan_warnings(plan: PartitionPlan) -> list[str]:
     """What to know before running the plan, a sentence each: it does not fit, it is slower than one device."""
     warnings = []
     if plan.device_memory_bytes:
-        too_large = [s for s in plan.stages if s.memory_bytes > plan.device_memory_bytes]
+        too_large = [s for s in plan.stages if s.memory_bytes > plan.memory_of_stage(s.index)]
         if too_large:
             stages = ranges_text(s.index for s in too_large)
             one, many = f"stage {stages} does not fit: it needs", f"stages {stages} do not fit: they need up to"

@@ -34,12 +34,13 @@ class Hardware:
     flops: tuple[tuple[str, float], ...]  # (dtype, FLOP/s that a large matmul reaches)
     memory_bandwidth: float  # bytes/s that a large elementwise op reaches, reads and writes together
     memory_bytes: int
-    op_seconds: float  # fixed cost of an op that computes: dispatch and launch
+    op_seconds: float  # fixed cost of an op that computes: dispatch and launch (see dispatches_ahead)
     view_seconds: float  # the same of an op that only changes shape or strides
     tp_link: Link
     pp_link: Link
     ranks_per_node: int
     inter_node: Link
+    dispatches_ahead: bool = False  # a host dispatches while the device computes: an op takes the longer of both
     ranks_share_device: bool = False  # ranks are threads of one CPU: a process alone would have all of it
 
     def flops_of(self, dtype: str) -> float:
@@ -133,6 +134,7 @@ A100 = Hardware(  # NVIDIA A100 80GB SXM datasheet (nvidia-a100-datasheet, 2021)
     tp_link=Link(NCCL_NVLINK_STEP, 230 * GB, NCCL_LAUNCH),
     pp_link=Link(NCCL_NVLINK_STEP, 230 * GB, NCCL_LAUNCH),
     ranks_per_node=8,  # DGX A100
+    dispatches_ahead=True,
     inter_node=Link(NCCL_NETWORK_STEP, 200e9 / 8 * 0.9, NCCL_LAUNCH),  # one HDR InfiniBand port a GPU: 200 Gbit/s
 )
 
@@ -155,6 +157,7 @@ H100 = Hardware(  # NVIDIA H100 SXM datasheet (dense rates: half of those it giv
     tp_link=Link(NCCL_NVLINK_STEP, 360 * GB, NCCL_LAUNCH),
     pp_link=Link(NCCL_NVLINK_STEP, 360 * GB, NCCL_LAUNCH),
     ranks_per_node=8,  # DGX H100
+    dispatches_ahead=True,
     inter_node=Link(NCCL_NETWORK_STEP, 400e9 / 8 * 0.9, NCCL_LAUNCH),  # one NDR InfiniBand port a GPU: 400 Gbit/s
 )
 
@@ -168,6 +171,7 @@ GENERIC = Hardware(  # no product: round numbers of a current accelerator, for a
     tp_link=Link(1 * MICROSECOND, 150 * GB, NCCL_LAUNCH),
     pp_link=Link(1 * MICROSECOND, 150 * GB, NCCL_LAUNCH),
     ranks_per_node=8,
+    dispatches_ahead=True,
     inter_node=Link(3 * MICROSECOND, 20 * GB, NCCL_LAUNCH),
 )
 

@@ -6,7 +6,7 @@ of the search like any other, and a tied weight is one op with two users.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,13 +93,18 @@ class Op:
 
 
 class OpGraph:
-    """Ops in execution order over a `networkx.DiGraph` whose edges are data dependencies (attribute `refs`)."""
+    """Ops in execution order over a `networkx.DiGraph` whose edges are data dependencies (attribute `refs`).
 
-    def __init__(self, ops: list[Op], outputs: list[TensorRef]) -> None:
+    `fused`: ops that the finished graph will not have, since the op that reads them does their work: they cost nothing,
+    and what it reads is what they would have read.
+    """
+
+    def __init__(self, ops: list[Op], outputs: list[TensorRef], fused: Collection[str] = ()) -> None:
         self.ops: dict[str, Op] = {}
         self.graph: nx.DiGraph[str] = nx.DiGraph()
         self.users: dict[TensorRef, list[tuple[str, int]]] = {}
         self.outputs = tuple(outputs)
+        self.fused = frozenset(fused)
         for op in ops:
             if op.name in self.ops:
                 raise ValueError(f"two ops named {op.name}")

@@ -1,21 +1,22 @@
 """The pipeline search: where to cut the op sequence into stages, and what crosses each cut.
 
-Cuts are positions in execution order. Dynamic programming places them: the slowest stage as fast as can be, then the
-fewest bytes over the hops, each stage within its device's memory. What a stage needs from before it is either received
-or computed again from what it has (graph inputs go to every rank): a minimum cut in networkx decides, stage by stage,
-so that masks and rotary tables are recomputed and hidden states are sent.
+Cuts are positions in execution order. Dynamic programming places them: the slowest stage as fast as can be, each on
+its own device, then the fewest bytes over the hops, each stage within its device's memory. What a stage needs from
+before it is either received or computed again from what it has (graph inputs go to every rank): a minimum cut in
+networkx decides, stage by stage, so that masks and rotary tables are recomputed and hidden states are sent.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
 
 from cost_model.errors import MeshError, NoPlanFits
+from cost_model.explain import bytes_text
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef
 
 
@@ -23,7 +24,7 @@ from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef
 class OpCost:
     """What one op adds to the stage that runs it, on its slowest tp rank."""
 
-    seconds: float  # compute and collectives
+    seconds: float  # compute and collectives, where devices do not differ
     state_bytes: int  # KV cache that it keeps
     repeatable: bool  # may a later stage compute it again? (no weights, no collectives, no side effects)
 
@@ -109,20 +110,43 @@ class PipelineSearch:
 
     # -- the cuts ------------------------------------------------------------------------------------------------------
 
-    def solve(self, stages: int, memory_bytes: Sequence[int] | None = None) -> list[Stage]:
+    def solve(
+        self,
+        stages: int,
+        memory_bytes: Sequence[int] | None = None,
+        *,
+        seconds: Sequence[Mapping[str, float]] | None = None,
+        cuts: Sequence[int] | None = None,
+        balance: str = "seconds",
+    ) -> list[Stage]:
         """The best `stages` stages. `memory_bytes[k]` is what stage k's device holds of weights and caches.
+
+        seconds: of each op on stage k's device, where the stages' devices differ; else `costs` has them.
+        cuts: positions to cut at, where they are given and nothing is left to search.
+        balance: "seconds" (the slowest stage as fast as can be) or "bytes" (the fullest as empty as can be, as a share
+            of its memory); the other decides between equals, then the bytes over the hops.
 
         Raises MeshError when there are fewer places to cut than needed, NoPlanFits when memory rules all out.
         """
-        if stages == 1:
-            cuts = [0, len(self.sequence)]
-            if memory_bytes is not None and self._held(0, len(self.sequence)) > memory_bytes[0]:
-                raise NoPlanFits(self._too_big(stages, memory_bytes))
+        times = [dict(s) for s in seconds] if seconds is not None else None
+        if cuts is None:
+            places = self.candidates(stages - 1) if stages > 1 else []
+            cuts = self._place(stages, places, memory_bytes, times, balance)
         else:
-            cuts = self._place(stages, self.candidates(stages - 1), memory_bytes)
-        return [self._stage(a, b) for a, b in itertools.pairwise(cuts)]
+            cuts = [0, *cuts, len(self.sequence)]
+            self._check_memory(cuts, memory_bytes)
+        return [
+            self._stage(a, b, None if times is None else times[k]) for k, (a, b) in enumerate(itertools.pairwise(cuts))
+        ]
 
-    def _place(self, stages: int, places: list[int], memory_bytes: Sequence[int] | None) -> list[int]:
+    def _place(
+        self,
+        stages: int,
+        places: list[int],
+        memory_bytes: Sequence[int] | None,
+        times: Sequence[Mapping[str, float]] | None,
+        balance: str,
+    ) -> list[int]:
         if len(places) < stages - 1:
             raise MeshError(
                 f"pp={stages} needs {stages - 1} cuts, but the model has only {len(places)} places to cut it: "
@@ -130,49 +154,62 @@ class PipelineSearch:
             )
         _, crossing = self._crossing()
         ends = [0, *places, len(self.sequence)]
-        best: list[dict[int, tuple[float, int, int]]] = [{0: (0.0, 0, -1)}]  # end -> (slowest, bytes over hops, from)
-        for k in range(stages):
-            row: dict[int, tuple[float, int, int]] = {}
-            for j, end in enumerate(ends):
-                if (k == stages - 1) != (end == ends[-1]):
-                    continue
-                for i in range(j):
-                    before = best[k].get(i)
-                    if before is None or (
-                        memory_bytes is not None and self._held(ends[i], end) > memory_bytes[k]
-                    ):
-                        continue
-                    slowest = max(before[0], self._seconds[end] - self._seconds[ends[i]])
-                    option = (slowest, before[1] + (crossing[end] if end != ends[-1] else 0), i)
-                    if j not in row or option < row[j]:
-                        row[j] = option
-            best.append(row)
-        at = len(ends) - 1
-        if at not in best[stages]:
+        spans = _Spans(len(ends) - 1, stages)
+        if memory_bytes is not None or balance == "bytes":
+            held = self._held_between(ends)
+            if memory_bytes is not None:
+                spans.restrict(lambda k, i, j: held[i, j], memory_bytes)
+            if balance == "bytes":
+                limits = memory_bytes or [1] * stages
+                spans.flatten(lambda k, i, j: held[i, j] / limits[k])
+        until = [self._seconds] * stages
+        if times is not None:
+            until = [_prefix_sums([t[name] for name in self.sequence]) for t in times]
+        spans.flatten(lambda k, i, j: until[k][ends[j]] - until[k][ends[i]])
+        found = spans.shortest(lambda k, i, j: crossing[ends[j]] if j < len(ends) - 1 else 0)
+        if found is None:
             raise NoPlanFits(self._too_big(stages, memory_bytes))
-        cuts = []
-        for k in range(stages, -1, -1):
-            cuts.append(ends[at])
-            at = best[k][at][2]
-        return cuts[::-1]
+        return [ends[i] for i in found]
 
-    def _held(self, start: int, stop: int) -> int:
-        """Bytes of weights and caches of ops [start, stop); a weight used twice counts once."""
-        names = {
-            ref.op
-            for name in self.sequence[start:stop]
-            for ref in self.graph[name].inputs
-            if ref.op in self.weight_bytes
-        }
-        return sum(self.weight_bytes[n] for n in names) + int(self._state[stop] - self._state[start])
+    def _held_between(self, ends: Sequence[int]) -> dict[tuple[int, int], int]:
+        """Bytes of weights and caches of ops [ends[i], ends[j]), for all i < j; a weight used twice counts once."""
+        found: dict[tuple[int, int], int] = {}
+        reads = [
+            [ref.op for ref in self.graph[name].inputs if ref.op in self.weight_bytes] for name in self.sequence
+        ]
+        for i, start in enumerate(ends):
+            seen: set[str] = set()
+            total = 0
+            for j in range(i + 1, len(ends)):
+                for names in reads[ends[j - 1] : ends[j]]:
+                    for weight in names:
+                        if weight not in seen:
+                            seen.add(weight)
+                            total += self.weight_bytes[weight]
+                found[i, j] = total + int(self._state[ends[j]] - self._state[start])
+        return found
+
+    def _check_memory(self, cuts: Sequence[int], memory_bytes: Sequence[int] | None) -> None:
+        """Of stages that were given. Raises NoPlanFits."""
+        if memory_bytes is None:
+            return
+        held = self._held_between(cuts)
+        for k, limit in enumerate(memory_bytes):
+            if held[k, k + 1] > limit:
+                modules = (self.graph[name].module for name in self.sequence[cuts[k] :])
+                raise NoPlanFits(
+                    f"stage {k}, from {next(filter(None, modules), 'the start')}, holds "
+                    f"{bytes_text(held[k, k + 1])} of weights and KV cache, and its device {bytes_text(limit)}: move "
+                    "the cuts, or leave them to the search"
+                )
 
     def _too_big(self, stages: int, memory_bytes: Sequence[int] | None) -> str:
         total = sum(self.weight_bytes.values()) + int(self._state[-1])
-        limit = max(memory_bytes or [0])
+        limits = [bytes_text(limit) for limit in dict.fromkeys(memory_bytes or [0])]
+        holds = f"a device holds {limits[0]}" if len(limits) == 1 else f"the devices hold {', '.join(limits)}"
         return (
-            f"no cut into {stages} stages fits: weights and KV cache take {total / 2**30:.2f} GiB over the stages of "
-            f"one tp rank, and a device holds {limit / 2**30:.2f} GiB: use more ranks (tp or pp), a smaller dtype, or "
-            f"raise max_memory"
+            f"no cut into {stages} stages fits: weights and KV cache take {bytes_text(total)} over the stages of one "
+            f"tp rank, and {holds}: use more ranks (tp or pp), a smaller dtype, or raise max_memory"
         )
 
     def crossing(self, position: int) -> list[TensorRef]:
@@ -191,7 +228,7 @@ class PipelineSearch:
 
     # -- what crosses --------------------------------------------------------------------------------------------------
 
-    def _stage(self, start: int, stop: int) -> Stage:
+    def _stage(self, start: int, stop: int, seconds: Mapping[str, float] | None = None) -> Stage:
         needed = [
             ref
             for name in self.sequence[start:stop]
@@ -199,7 +236,7 @@ class PipelineSearch:
             if ref.op in self.position and self.position[ref.op] < start
         ]
         needed = list(dict.fromkeys(needed))
-        recomputed = self._recompute(needed)
+        recomputed = self._recompute(needed, seconds or {name: self.costs[name].seconds for name in self.sequence})
         inside = set(recomputed)
         wanted = [ref for ref in needed if ref.op not in inside]
         for name in recomputed:
@@ -207,7 +244,7 @@ class PipelineSearch:
         received = tuple(sorted(dict.fromkeys(wanted), key=lambda r: (self.position[r.op], r.index)))
         return Stage(start, stop, tuple(sorted(recomputed, key=self.position.__getitem__)), received)
 
-    def _recompute(self, needed: Sequence[TensorRef]) -> list[str]:
+    def _recompute(self, needed: Sequence[TensorRef], seconds: Mapping[str, float]) -> list[str]:
         """Which ops to compute again so that `needed` is there at least cost.
 
         Minimum cut. Each op has two vertices, "its value is wanted here" and "it is computed here"; to want it without
@@ -236,14 +273,14 @@ class PipelineSearch:
                 flow.add_edge(("wanted", name), "end")  # infinite: whatever reads it is to be sent instead
                 stuck.append(op)
                 continue
-            if not cost.repeatable or (can_send and cost.seconds >= sends[name]):
+            if not cost.repeatable or (can_send and seconds[name] >= sends[name]):
                 flow.add_edge(("wanted", name), "end", capacity=sends[name])
                 continue
             if can_send:
                 flow.add_edge(("wanted", name), ("computed", name), capacity=sends[name])
             else:
                 flow.add_edge(("wanted", name), ("computed", name))  # a number: never sent
-            flow.add_edge(("computed", name), "end", capacity=cost.seconds)
+            flow.add_edge(("computed", name), "end", capacity=seconds[name])
             for ref in op.inputs:
                 if ref.op in self.position:
                     flow.add_edge(("computed", name), ("wanted", ref.op))
@@ -256,6 +293,54 @@ class PipelineSearch:
                 f"model has) nor computed again: use fewer stages"
             ) from None
         return [name for name in seen if ("computed", name) in side]
+
+
+class _Spans:
+    """Ways to go from end 0 to end `last` in `stages` steps forward. Step k from i to j is ruled out by `restrict` and
+    `flatten`, one demand after the other; `shortest` then picks among what is left."""
+
+    def __init__(self, last: int, stages: int) -> None:
+        self.last = last
+        self.stages = stages
+        self._demands: list[tuple[Callable[[int, int, int], float], Sequence[float]]] = []
+
+    def restrict(self, cost: Callable[[int, int, int], float], most: Sequence[float]) -> None:
+        """Step k costs `most[k]` at most."""
+        self._demands.append((cost, most))
+
+    def flatten(self, cost: Callable[[int, int, int], float]) -> None:
+        """No step costs more than the dearest step has to."""
+        found = self._best(cost, max)
+        if found is not None:
+            self.restrict(cost, [found[0]] * self.stages)
+
+    def shortest(self, cost: Callable[[int, int, int], float]) -> list[int] | None:
+        """The ends of the way whose steps cost the least together; None where there is no way."""
+        found = self._best(cost, lambda a, b: a + b)
+        return None if found is None else found[1]
+
+    def _best(
+        self, cost: Callable[[int, int, int], float], joined: Callable[[float, float], float]
+    ) -> tuple[float, list[int]] | None:
+        best: list[dict[int, tuple[float, int]]] = [{0: (0.0, -1)}]  # end -> (cost so far, end before it)
+        for k in range(self.stages):
+            row: dict[int, tuple[float, int]] = {}
+            left = self.stages - 1 - k  # steps after this one
+            for j in range(k + 1, self.last - left + 1) if left else (self.last,):
+                for i, (so_far, _) in best[k].items():
+                    if i >= j or any(of(k, i, j) > most[k] for of, most in self._demands):
+                        continue
+                    option = (joined(so_far, cost(k, i, j)), i)
+                    if j not in row or option < row[j]:
+                        row[j] = option
+            best.append(row)
+        if self.last not in best[self.stages]:
+            return None
+        way, at = [], self.last
+        for k in range(self.stages, -1, -1):
+            way.append(at)
+            at = best[k][at][1]
+        return best[self.stages][self.last][0], way[::-1]
 
 
 def _prefix_sums(values: Sequence[float]) -> list[float]:

@@ -142,6 +142,25 @@ class StageSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class Device:
+    """What a stage runs on: a preset of hardware.py by name, and its memory in bytes."""
+
+    hardware: str
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user fixed (see `autodist_fx.compile`); a plan is made anew from it, and from the mesh, the
+    hardware, the objective and the sizes."""
+
+    pins: tuple[tuple[str, str], ...] = ()  # (pattern, role): see pins.py
+    cuts: tuple[int | str, ...] = ()  # where stages 1, 2, ... begin: see cuts.py
+    max_memory: tuple[int, ...] = ()  # bytes of weights and caches on a device of each stage; () for no limit
+    device_map: tuple[Device, ...] = ()  # of each stage; () where all run on the plan's hardware
+
+
+@dataclass(frozen=True, slots=True)
 class PartitionPlan:
     """What each rank computes, holds and says. Values only: two plans are equal when everything in them is."""
 
@@ -161,6 +180,7 @@ class PartitionPlan:
     choices: tuple[tuple[Alternative, ...], ...] = ()  # the roles that ops could have; equal ones, of layers, once
     cuts: tuple[CutPlan, ...] = ()  # the border behind each stage but the last
     warnings: tuple[str, ...] = ()
+    request: Request = Request()
     version: int = PLAN_VERSION
     _by_name: dict[str, OpPlan] = field(default_factory=dict, repr=False, compare=False, init=False)
 
@@ -175,6 +195,10 @@ class PartitionPlan:
 
     def layout(self, index: int) -> Layout | None:
         return None if index < 0 else self.layouts[index]
+
+    def memory_of_stage(self, stage: int) -> int:
+        """Bytes that a device of the stage may hold."""
+        return self.request.max_memory[stage] if self.request.max_memory else self.device_memory_bytes
 
     def alternatives(self, op: OpPlan) -> tuple[Alternative, ...]:
         """The roles that the op could have, its own among them; none where there is no choice."""
@@ -243,11 +267,13 @@ __all__ = [
     "Alternative",
     "CutOption",
     "CutPlan",
+    "Device",
     "Hop",
     "Interval",
     "OpPlan",
     "ParamPlan",
     "PartitionPlan",
+    "Request",
     "StageSummary",
     "rounded",
 ]

@@ -6,7 +6,10 @@
      "layouts": [{"size": 9, "parts": [[[0, 5]], [[5, 9]]]}],
      "choices": [[{"role": "column"}, {"role": "row", "seconds": 2.4e-05}, {"role": "replicate", ...}]],
      "hops": [...], "stages": [...], "cuts": [...],
-     "one_device_seconds": 0.39, "device_memory_bytes": 8589934592, "warnings": []}
+     "one_device_seconds": 0.39, "device_memory_bytes": 8589934592, "warnings": [],
+     "request": {"pins": {"*.q_proj": "replicate"}, "cuts": ["model.layers.12"], "max_memory": [], "device_map": []}}
+
+`request` is what to edit by hand: `autodist-fx plan --from plan.json` makes the plan anew from it.
 
 Fields have the names of plan.py; plan.schema.json (JSON Schema 2020-12) beside this file says what each is. To keep
 large plans small, some are left out where they say nothing:
@@ -92,6 +95,12 @@ def plan_to_dict(plan: PartitionPlan) -> dict[str, Any]:
         "one_device_seconds": plan.one_device_seconds,
         "device_memory_bytes": plan.device_memory_bytes,
         "warnings": list(plan.warnings),
+        "request": {
+            "pins": dict(plan.request.pins),
+            "cuts": list(plan.request.cuts),
+            "max_memory": list(plan.request.max_memory),
+            "device_map": [{"hardware": d.hardware, "memory": d.memory} for d in plan.request.device_map],
+        },
     }  # fmt: skip
 
 

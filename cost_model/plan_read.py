@@ -14,10 +14,12 @@ from cost_model.plan import (
     Alternative,
     CutOption,
     CutPlan,
+    Device,
     Hop,
     OpPlan,
     ParamPlan,
     PartitionPlan,
+    Request,
     StageSummary,
 )
 
@@ -70,10 +72,37 @@ def plan_from_dict(data: Mapping[str, Any]) -> PartitionPlan:
         choices=choices,
         cuts=cuts,
         warnings=top.texts("warnings"),
+        request=_request(top.object("request"), mesh),
         version=version,
     )
     top.done()
     return plan
+
+
+def _request(f: Fields, mesh: Mesh) -> Request:
+    """What it asks for is looked at when a plan is made of it; here only its form."""
+    roles = f.object("pins")
+    pins = tuple((text_of(pattern, f.path("pins")), roles.text(pattern)) for pattern in roles.data)
+    cuts = tuple(_place(x, f.path(f"cuts[{i}]")) for i, x in enumerate(f.items("cuts")))
+    max_memory = f.integers("max_memory", low=1)
+    devices = tuple(f.objects("device_map", _device))
+    for name, given in (("max_memory", max_memory), ("device_map", devices)):
+        if len(given) not in (0, mesh.pp):
+            raise f.error(name, f"{len(given)} entries for {mesh.pp} stages; expected {mesh.pp}, or none")
+    f.done()
+    return Request(pins, cuts, max_memory, devices)
+
+
+def _place(value: Any, path: str) -> int | str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return integer_of(value, path, 0, INT_LIMIT)
+    return text_of(value, path)
+
+
+def _device(f: Fields) -> Device:
+    found = Device(f.text("hardware"), f.integer("memory", low=1))
+    f.done()
+    return found
 
 
 def _op(f: Fields, mesh: Mesh, layouts: tuple[Layout, ...], choices: Choices) -> OpPlan:

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from cost_model.alternatives import AlternativeCosts
+from cost_model.alternatives import AlternativeCosts, refuse_impossible_roles
 from cost_model.comm_cost import send_seconds
 from cost_model.compute_cost import op_flops
 from cost_model.cut_options import cut_plans
+from cost_model.cuts import cut_positions
 from cost_model.errors import NoPlanFits, PlanError
 from cost_model.explain import plan_warnings
-from cost_model.hardware import Hardware
+from cost_model.hardware import Hardware, Link
 from cost_model.memory import collective_workspace_bytes, peak_activation_bytes, workspace_bytes
-from cost_model.mesh import Mesh
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef
-from cost_model.op_rules import RuleTable
+from cost_model.pins import pinned_roles, pins_text, to_blame
 from cost_model.pipeline import OpCost, PipelineSearch, Stage
 from cost_model.placement import REPLICATE, Layout, Placement
-from cost_model.plan import Alternative, Hop, OpPlan, ParamPlan, PartitionPlan, StageSummary, rounded
+from cost_model.plan import Alternative, Device, Hop, OpPlan, ParamPlan, PartitionPlan, Request, StageSummary, rounded
+from cost_model.plan_request import PRICES, PlanRequest
+from cost_model.roles import role_of
 from cost_model.shard_layouts import LayoutTable
 from cost_model.tensor_parallel import Strategy, TensorParallelSearch
 
-# Seconds per byte of matmul weight held beyond an even share. "shard": a microsecond a byte, so that a 16 KB matrix
-# weighs more than dozens of collectives: who asks for tp=N asks for sharded weights. "latency": time decides alone.
-PRICES = {"shard": 1e-6, "latency": 0.0}
 # Lengths at which seconds and bytes are predicted where the caller names none: one sequence of 128 tokens; for a model
 # with a KV cache one step of decoding, which is where generation spends its time.
 FORWARD_SIZES = {"B": 1, "S": 128, "P": 0}
@@ -32,66 +31,109 @@ DECODE_SIZES = {"B": 1, "S": 1, "P": 512}
 SOURCE_SIZE = 128  # "E": what an encoder before the decoder reads
 
 
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """What a plan is made for.
+# Searches made already, by what they depend on: several plans of one graph share them.
+SharedSearches = dict[tuple[object, ...], TensorParallelSearch]
 
-    `sizes` maps "B" (batch), "S" (tokens per step), "P" (tokens cached before) and "E" (what an encoder reads) to
-    lengths, where they are not to be FORWARD_SIZES or DECODE_SIZES; `memory_bytes` is a device's limit for weights and
-    caches (None: no limit).
+
+def plan(
+    graph: OpGraph, request: PlanRequest, *, model: str, fingerprint: str, shared: SharedSearches | None = None
+) -> PartitionPlan:
+    """Choose every op's placement and every cut. `shared` is filled with searches, for another plan of the same graph.
+
+    Raises MeshError (no such cut), NoPlanFits (an explicit memory limit cannot be met), PlanError (bad request: a pin
+    or a cut that names nothing, is impossible, or contradicts another).
     """
+    shared = {} if shared is None else shared
+    try:
+        planner = _Planner(graph, request, shared)
+        stages = planner.choose()
+    except (NoPlanFits, _Infeasible) as error:
+        blamed = to_blame(request.pins, lambda pins: _fails(graph, replace(request, pins=tuple(pins)), shared))
+        if blamed:
+            together = "the pin" if len(blamed) == 1 else "together the pins"
+            raise type(error)(f"{together} {pins_text(blamed)} cannot be met: {error}") from error
+        raise
+    return planner.write(model, fingerprint, stages)
 
-    mesh: Mesh
-    hardware: Hardware
-    objective: str = "shard"
-    sizes: tuple[tuple[str, int], ...] = ()
-    memory_bytes: int | None = None
+
+def forward_seconds(
+    graph: OpGraph, plan: PartitionPlan, request: PlanRequest, sizes: Mapping[str, int], shared: SharedSearches
+) -> float:
+    """Of one forward through all stages of a plan for `graph`, made for `request`, at other sizes than its own."""
+    planner = _Planner(graph, replace(request, sizes=tuple(sizes.items())), shared)
+    total = 0.0
+    for op in plan.ops:
+        s = Strategy(op.letter, op.inputs, op.outputs, op.gather)
+        for stage in op.stages:
+            search = planner.of_stage[stage]
+            total += search.compute_seconds(graph[op.name], s) + search.gather_seconds(graph[op.name], s)
+    for hop in plan.hops:
+        placement = REPLICATE if hop.whole else plan.op(hop.op).outputs[hop.index]
+        nbytes = planner.search.local(TensorRef(hop.op, hop.index), placement).nbytes
+        total += send_seconds(nbytes, planner.hop_link(hop.source, hop.target))
+    return total
 
 
-def plan(graph: OpGraph, request: PlanRequest, *, model: str, fingerprint: str) -> PartitionPlan:
-    """Choose every op's placement and every cut.
+class _Infeasible(PlanError):
+    """The tensor-parallel search has no solution."""
 
-    Raises MeshError (no such cut), NoPlanFits (an explicit memory limit cannot be met), PlanError (bad request).
-    """
-    if request.objective not in PRICES:
-        raise PlanError(f"no objective {request.objective!r}: choose one of {', '.join(PRICES)}")
-    return _Planner(graph, request).plan(model, fingerprint)
+
+def _fails(graph: OpGraph, request: PlanRequest, shared: SharedSearches) -> bool:
+    try:
+        _Planner(graph, request, shared).choose()
+    except (NoPlanFits, _Infeasible):
+        return True
+    return False
 
 
 class _Planner:
-    def __init__(self, graph: OpGraph, request: PlanRequest) -> None:
+    def __init__(self, graph: OpGraph, request: PlanRequest, shared: SharedSearches) -> None:
         self.graph = graph
         self.request = request
         self.mesh = request.mesh
-        self.hardware = replace(request.hardware, tp_link=request.hardware.tp_link_on(request.mesh))
         decodes = any(op.kind == "cache_update" for op in graph)
         source = {"E": SOURCE_SIZE} if any("E" in spec.symbols for op in graph for spec in op.outputs) else {}
         self.lengths = {**(DECODE_SIZES if decodes else FORWARD_SIZES), **source, **dict(request.sizes)}
         self.sizes = all_lengths(self.lengths)
-        self.layouts = LayoutTable(graph, self.mesh.tp, RuleTable())
-        self.search = TensorParallelSearch(graph, self.mesh.tp, self.hardware, self.sizes, self.layouts)
+        self.pinned = pinned_roles(graph, request.pins)
+        self.of_stage = [self._search(device, shared) for device in request.stage_devices]
+        # One sharding for all stages, chosen for the device that the whole model takes longest on.
+        self.search = max(dict.fromkeys(self.of_stage), key=_unsplit_seconds) if request.devices else self.of_stage[0]
+        self.hardware = self.search.hardware
+        self.layouts = self.search.layouts
         self.interned: dict[Layout, int] = {}
         self.choices: dict[tuple[Alternative, ...], int] = {}
 
-    def plan(self, model: str, fingerprint: str) -> PartitionPlan:
+    def _search(self, device: Hardware, shared: SharedSearches) -> TensorParallelSearch:
+        on_mesh = replace(device, tp_link=device.tp_link_on(self.mesh))
+        fixed = (self.mesh.tp, tuple(self.sizes.items()), tuple(self.pinned.items()))
+        key = (*fixed, on_mesh)
+        if key not in shared:
+            tp = self.mesh.tp
+            layouts = next((x.layouts for x in shared.values() if x.tp == tp), None) or LayoutTable(self.graph, tp)
+            shared[key] = TensorParallelSearch(self.graph, tp, on_mesh, self.sizes, layouts, self.pinned)
+            refuse_impossible_roles(shared[key])
+        return shared[key]
+
+    def choose(self) -> list[Stage]:
+        """Raises NoPlanFits, _Infeasible, MeshError, PlanError."""
         price = PRICES[self.request.objective]
-        limit = self.request.memory_bytes
         while True:
-            result = self.search.solve(price)
-            self.strategies = result.strategies
             try:
-                stages = self._cut(limit)
-                break
+                self.result = self.search.solve(price)
+            except ValueError as error:
+                raise _Infeasible(str(error)) from error
+            self.strategies = self.result.strategies
+            try:
+                return self._cut()
             except NoPlanFits:
-                if price >= PRICES["shard"]:
+                if self.mesh.tp == 1 or price >= PRICES["shard"]:
                     raise
                 price = max(10 * price, 1e-12)  # memory costs more until the plan fits
-        self.alternatives = AlternativeCosts(self.search, result, role_of)
-        return self._write(model, fingerprint, stages)
 
     # -- the pipeline search ---------------------------------------------------------------------------------------
 
-    def _cut(self, limit: int | None) -> list[Stage]:
+    def _cut(self) -> list[Stage]:
         costs = {op.name: self._op_cost(op) for op in self.graph if op.kind not in SOURCES}
         sends = {
             TensorRef(op.name, j): self._send_seconds(TensorRef(op.name, j))
@@ -100,7 +142,17 @@ class _Planner:
         }
         weights = {op.name: self._weight_bytes(op) for op in self.graph if op.kind in ("param", "buffer")}
         self.pipeline = PipelineSearch(self.graph, costs, sends, weights)
-        return self.pipeline.solve(self.mesh.pp, None if limit is None else [limit] * self.mesh.pp)
+        cuts, seconds = self.request.cuts, None
+        if len(set(self.of_stage)) > 1:
+            of_search = {x: {name: self._seconds(x, self.graph[name]) for name in costs} for x in set(self.of_stage)}
+            seconds = [of_search[x] for x in self.of_stage]
+        return self.pipeline.solve(
+            self.mesh.pp,
+            self.request.memory_bytes,
+            seconds=seconds,
+            cuts=cut_positions(self.graph, self.pipeline.sequence, cuts, self.mesh.pp) if cuts else None,
+            balance="bytes" if self.request.objective == "memory" else "seconds",
+        )
 
     def _send_seconds(self, ref: TensorRef) -> float:
         """Of one tensor to another stage, both ends: one launches the send, one the recv. Where the receiver cannot
@@ -114,10 +166,14 @@ class _Planner:
         strategy = self.strategies[op.name]
         takes_weights = any(self.graph[ref.op].kind == "param" for ref in op.inputs)
         return OpCost(
-            seconds=self.search.compute_seconds(op, strategy) + self.search.gather_seconds(op, strategy),
+            seconds=self._seconds(self.search, op),
             state_bytes=self._cache_bytes(op),
             repeatable=not (op.mutates or takes_weights or any(strategy.gather)),
         )
+
+    def _seconds(self, search: TensorParallelSearch, op: Op) -> float:
+        strategy = self.strategies[op.name]
+        return search.compute_seconds(op, strategy) + search.gather_seconds(op, strategy)
 
     def _weight_bytes(self, op: Op) -> int:
         return self.search.local(TensorRef(op.name), self.strategies[op.name].outputs[0]).nbytes
@@ -126,11 +182,13 @@ class _Planner:
         if op.kind != "cache_update":
             return 0
         outs = self.strategies[op.name].outputs
-        return sum(self.search.local(TensorRef(op.name, j), p).nbytes for j, p in enumerate(outs))
+        per_batch = sum(self.search.local(TensorRef(op.name, j), p).nbytes for j, p in enumerate(outs))
+        return per_batch * self.request.in_flight
 
     # -- writing it down -------------------------------------------------------------------------------------------
 
-    def _write(self, model: str, fingerprint: str, stages: list[Stage]) -> PartitionPlan:
+    def write(self, model: str, fingerprint: str, stages: list[Stage]) -> PartitionPlan:
+        self.alternatives = AlternativeCosts(self.search, self.result)
         homes: dict[str, int] = {}
         computed: dict[str, set[int]] = {}
         for k, stage in enumerate(stages):
@@ -147,7 +205,7 @@ class _Planner:
             mesh=self.mesh,
             model=model,
             fingerprint=fingerprint,
-            hardware=self.request.hardware.name,
+            hardware=", ".join(dict.fromkeys(d.name for d in self.request.stage_devices)),
             objective=self.request.objective,
             sizes=tuple(self.lengths.items()),
             ops=ops,
@@ -156,9 +214,15 @@ class _Planner:
             hops=hops,
             stages=tuple(self._summary(k, stage, computed, hops) for k, stage in enumerate(stages)),
             one_device_seconds=alone,
-            device_memory_bytes=self.request.memory_bytes or self.request.hardware.memory_bytes,
+            device_memory_bytes=max(self.request.memory_bytes or (x.memory_bytes for x in self.request.stage_devices)),
             choices=tuple(self.choices),
             cuts=cut_plans(self.pipeline, stages, lambda ref: self.search.spec(ref).nbytes),
+            request=Request(
+                self.request.pins,
+                self.request.cuts,
+                self.request.memory_bytes or (),
+                tuple(Device(x.name, x.memory_bytes) for x in self.request.devices),
+            ),
         )
         return replace(plan, warnings=tuple(plan_warnings(plan)))
 
@@ -171,7 +235,9 @@ class _Planner:
 
     def _op_plan(self, op: Op, home: int, stages: set[int]) -> OpPlan:
         s = self.strategies[op.name]
-        role, choice = role_of(op, s), self.alternatives.of(op)
+        role = role_of(op, s.letter)
+        weights = [r.op for r in op.inputs if self.graph[r.op].attrs.get("matmul")]
+        choice = self.alternatives.of(op)
         return OpPlan(
             name=op.name,
             kind=op.kind,
@@ -183,7 +249,7 @@ class _Planner:
             letter=s.letter,
             role=role,
             module=op.module,
-            weight=next((r.op for r in op.inputs if self.graph[r.op].attrs.get("matmul")), "") if role else "",
+            weight=weights[0] if role and weights else "",
             input_layouts=tuple(self._layout_index(r, p) for r, p in zip(op.inputs, s.inputs, strict=True)),
             output_layouts=tuple(self._layout_index(TensorRef(op.name, j), p) for j, p in enumerate(s.outputs)),
             compute_seconds=rounded(self.search.compute_seconds(op, s)),
@@ -254,13 +320,14 @@ class _Planner:
             ref.op for op in ops for ref in op.inputs if self.graph[ref.op].kind in ("param", "buffer")
         }
         hop_seconds = sum(
-            send_seconds(h.nbytes, self.hardware.hop_link(self.mesh, h.source, h.target)) for h in hops if h.target == k
+            send_seconds(h.nbytes, self.hop_link(h.source, h.target)) for h in hops if h.target == k
         )
+        search = self.of_stage[k]
         return StageSummary(
             index=k,
             layers=self._layers(ops),
-            compute_seconds=sum(self.search.compute_seconds(op, self.strategies[op.name]) for op in ops),
-            comm_seconds=sum(self.search.gather_seconds(op, self.strategies[op.name]) for op in ops) + hop_seconds,
+            compute_seconds=sum(search.compute_seconds(op, self.strategies[op.name]) for op in ops),
+            comm_seconds=sum(search.gather_seconds(op, self.strategies[op.name]) for op in ops) + hop_seconds,
             recomputed=stage.recomputed,
             flops=flops,
             weight_bytes=sum(self._weight_bytes(self.graph[name]) for name in held),
@@ -281,6 +348,8 @@ class _Planner:
     def _held_bytes(self, ref: TensorRef) -> int:
         """Of a tensor on one tp rank, as it lies and, where it is gathered, whole."""
         strategy = self.strategies[ref.op]
+        if ref.op in self.graph.fused:
+            return 0
         nbytes = self.search.local(ref, strategy.outputs[ref.index]).nbytes
         return nbytes + (self.search.spec(ref).nbytes if strategy.gather[ref.index] else 0)
 
@@ -296,10 +365,16 @@ class _Planner:
         return tuple(found)
 
     def _one_device_seconds(self) -> float:
-        """The model unsplit on one device (on the whole machine, where ranks share one)."""
-        alone = self.request.hardware.alone(self.mesh.size)
-        search = TensorParallelSearch(self.graph, 1, alone, self.sizes, self.layouts)
-        return sum(search.compute_seconds(op, search.domain(op)[0]) for op in self.graph)
+        """The model unsplit on one device, the fastest (on the whole machine, where ranks share one)."""
+        alone = {device.alone(self.mesh.size) for device in self.request.stage_devices}
+        return min(_unsplit_seconds(TensorParallelSearch(self.graph, 1, x, self.sizes, self.layouts)) for x in alone)
+
+    def hop_link(self, source: int, target: int) -> Link:
+        """Between two stages. Devices of two kinds are in two machines, and talk as the slower of both can."""
+        kinds = [self.request.stage_devices[stage] for stage in (source, target)]
+        if kinds[0].name == kinds[1].name:
+            return kinds[0].hop_link(self.mesh, source, target)
+        return min((kind.inter_node for kind in kinds), key=lambda link: link.bandwidth)
 
 
 def all_lengths(sizes: Mapping[str, int]) -> dict[str, int]:
@@ -313,10 +388,10 @@ def all_lengths(sizes: Mapping[str, int]) -> dict[str, int]:
     return full
 
 
-def role_of(op: Op, strategy: Strategy) -> str:
-    """The strategy in the field's words, for linears, convolutions and embeddings; "" for other ops."""
-    if op.kind in ("linear", "conv"):
-        return strategy.letter if strategy.letter in ("column", "row", "groups") else "replicate"
-    if op.kind == "embedding":
-        return {"vocab": "vocab", "hidden": "hidden"}.get(strategy.letter, "replicate")
-    return ""
+def _unsplit_seconds(search: TensorParallelSearch) -> float:
+    """One forward pass with nothing sharded."""
+    total = 0.0
+    for op in search.graph:
+        replicated = (REPLICATE,) * len(op.inputs), (REPLICATE,) * len(op.outputs)
+        total += search.compute_seconds(op, Strategy("", *replicated, (False,) * len(op.outputs)))
+    return total

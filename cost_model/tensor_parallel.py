@@ -26,6 +26,7 @@ from cost_model.hardware import Hardware
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef, TensorSpec
 from cost_model.op_rules import RuleTable
 from cost_model.placement import PARTIAL, REPLICATE, Placement, shard
+from cost_model.roles import role_of
 from cost_model.shard_layouts import LayoutTable
 
 INFEASIBLE = np.inf
@@ -60,8 +61,8 @@ class TensorParallelResult:
 class TensorParallelSearch:
     """Costs and domains of one (graph, tp, hardware); `solve` finds the cheapest assignment for a memory price.
 
-    `sizes` maps symbols ("B", "S", "T") to the lengths at which seconds are counted. `pins` maps op or parameter names
-    to the roles or letters allowed for them.
+    `sizes` maps symbols ("B", "S", "T") to the lengths at which seconds are counted. `pins` maps names of ops to the
+    role that each must have.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class TensorParallelSearch:
         hardware: Hardware,
         sizes: Mapping[str, int],
         layouts: LayoutTable | None = None,
+        pins: Mapping[str, str] | None = None,
     ) -> None:
         self.graph = graph
         self.tp = tp
@@ -81,11 +83,20 @@ class TensorParallelSearch:
         self._from_weights = _depends_on_weights(graph)
         self._whole = deciding_ops(graph)
         self._seconds: dict[tuple[object, ...], float] = {}
+        self._solved: dict[float, TensorParallelResult] = {}
+        self.pins = dict(pins or {})
 
     # -- what an op can do -----------------------------------------------------------------------------------------
 
     def domain(self, op: Op) -> list[Strategy]:
-        """All strategies of `op`, the replicated one first."""
+        """All strategies of `op`, the replicated one first; of a pinned op those that have its role, if any."""
+        every = self._strategies(op)
+        role = self.pins.get(op.name)
+        if role is None:
+            return every
+        return [s for s in every if role_of(op, s.letter) == role]
+
+    def _strategies(self, op: Op) -> list[Strategy]:
         plain = Strategy("", (REPLICATE,) * len(op.inputs), (REPLICATE,) * len(op.outputs), (False,) * len(op.outputs))
         if self.tp == 1 or not op.outputs:
             return [plain]
@@ -154,15 +165,23 @@ class TensorParallelSearch:
 
     def compute_seconds(self, op: Op, strategy: Strategy) -> float:
         """On the slowest tp rank."""
-        if op.kind in SOURCES:
+        if op.kind in SOURCES or op.name in self.graph.fused:
             return 0.0
-        ins = tuple(self.local(r, p) for r, p in zip(op.inputs, strategy.inputs, strict=True))
+        ins = tuple(self.local(self._read(r), p) for r, p in zip(op.inputs, strategy.inputs, strict=True))
         outs = tuple(self.local(TensorRef(op.name, j), p) for j, p in enumerate(strategy.outputs))
         key = (op.kind, ins, outs, tuple(sorted(op.attrs.items())))
         found = self._seconds.get(key)
         if found is None:
             found = self._seconds[key] = op_seconds(op, ins, outs, self.hardware)
         return found
+
+    def _read(self, ref: TensorRef) -> TensorRef:
+        """What an op really reads that reads `ref`: the keys of attention's own heads, say, and not their repetitions
+        (the same dims, fewer elements)."""
+        op = self.graph[ref.op]
+        if op.name in self.graph.fused and op.kind == "repeat_interleave":
+            return op.inputs[0]
+        return ref
 
     def gather_seconds(self, op: Op, strategy: Strategy) -> float:
         """Of the collectives that make its outputs whole."""
@@ -204,7 +223,10 @@ class TensorParallelSearch:
     # -- the search ------------------------------------------------------------------------------------------------
 
     def solve(self, price: float) -> TensorParallelResult:
-        """The cheapest assignment. `price`: seconds per excess byte of matmul weight (see `excess_bytes`)."""
+        """The cheapest assignment. `price`: seconds per excess byte of matmul weight (see `excess_bytes`). Raises
+        ValueError where none is possible."""
+        if price in self._solved:
+            return self._solved[price]
         domains: dict[str, list[Strategy]] = {}
         unary: dict[str, Table] = {}
         outputs = set(self.graph.outputs)
@@ -232,7 +254,8 @@ class TensorParallelSearch:
                 pairs[key] = pairs[key] + table if key in pairs else table
         found = Elimination(unary, pairs)
         chosen = {name: domains[name][k] for name, k in found.choice.items()}
-        return TensorParallelResult(chosen, found.cost, domains, found)
+        self._solved[price] = TensorParallelResult(chosen, found.cost, domains, found)
+        return self._solved[price]
 
     def _edge_table(
         self, producers: Sequence[Strategy], consumers: Sequence[Strategy], ref: TensorRef, slot: int

@@ -10,7 +10,7 @@ without a line here becomes an op without a rule, which is replicated: slower, n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -52,12 +52,14 @@ _ELEMENTWISE_MODULES = {
 _READS_THROUGH = ("slice", "view", "permute", "split", "unbind", "to", "identity", "index")
 
 
-def build_op_graph(graph_module: torch.fx.GraphModule, names: dict[int, str] | None = None) -> OpGraph:
+def build_op_graph(
+    graph_module: torch.fx.GraphModule, names: dict[int, str] | None = None, fused: Collection[str] = ()
+) -> OpGraph:
     """The OpGraph of a normalised graph. Op names are node names; parameters and buffers go by their path.
 
-    `names`: `parameter_names` of the model, where the graph is a part of it.
+    `names`: `parameter_names` of the model, where the graph is a part of it. `fused`: nodes that fuse_ops will remove.
     """
-    return _Builder(graph_module, names).build()
+    return _Builder(graph_module, names).build(fused)
 
 
 def fingerprint(graph: OpGraph) -> str:
@@ -89,7 +91,7 @@ class _Builder:
         self.names = parameter_names(graph_module) if names is None else names
         self.matmul_weights: set[str] = set()
 
-    def build(self) -> OpGraph:
+    def build(self, fused: Collection[str]) -> OpGraph:
         outputs: list[TensorRef] = []
         for node in self.module.graph.nodes:
             if node.op == "output":
@@ -106,7 +108,7 @@ class _Builder:
             else o
             for o in self.ops
         ]
-        return OpGraph(ops, [ref for ref in dict.fromkeys(outputs) if self._has_tensor(ref, ops)])
+        return OpGraph(ops, [ref for ref in dict.fromkeys(outputs) if self._has_tensor(ref, ops)], fused)
 
     @staticmethod
     def _has_tensor(ref: TensorRef, ops: list[Op]) -> bool:

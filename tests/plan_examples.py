@@ -6,7 +6,18 @@ from dataclasses import replace
 
 from cost_model.mesh import Mesh
 from cost_model.placement import PARTIAL, REPLICATE, Layout, shard
-from cost_model.plan import Alternative, CutOption, CutPlan, Hop, OpPlan, ParamPlan, PartitionPlan, StageSummary
+from cost_model.plan import (
+    Alternative,
+    CutOption,
+    CutPlan,
+    Device,
+    Hop,
+    OpPlan,
+    ParamPlan,
+    PartitionPlan,
+    Request,
+    StageSummary,
+)
 
 R, P = REPLICATE, PARTIAL
 CHOICES = (
@@ -112,6 +123,7 @@ def small_plan(layers: int = 4, tp: int = 2, pp: int = 2) -> PartitionPlan:
         objective="default", sizes=(("B", 4), ("S", 128), ("T", 128)), ops=tuple(ops), params=tuple(params),
         layouts=layouts, hops=hops, stages=stages, choices=CHOICES, cuts=cuts, one_device_seconds=0.05,
         device_memory_bytes=8 * 2**30,
+        request=Request((("*.q_proj", "column"),), tuple(range(1, pp))),
     )  # fmt: skip
 
 
@@ -123,7 +135,8 @@ def large_plan(ops: int = 8000) -> PartitionPlan:
                module=f"model.layers.{i % 80}.self_attn", input_layouts=(0, -1), output_layouts=(0,))
         for i in range(ops - len(plan.ops))
     )  # fmt: skip
-    return replace(plan, ops=plan.ops + more)
+    fixed = Request((), ("model.layers.1", 2, 3), (2**30,) * 4, (Device("h100", 2**31),) * 4)
+    return replace(plan, ops=plan.ops + more, request=fixed)
 
 
 __all__ = ["large_plan", "small_plan"]

@@ -18,7 +18,7 @@ from cost_model.hardware import CPU_GLOO, Hardware, Link
 from cost_model.mesh import Mesh
 from cost_model.op_graph import OpGraph
 from cost_model.plan import PartitionPlan
-from cost_model.planner import PlanRequest
+from cost_model.plan_request import PlanRequest
 from cost_model.planner import plan as make_plan
 from passes.arguments import fetch, place
 from passes.context import ParamShard

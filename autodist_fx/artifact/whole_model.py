@@ -21,7 +21,7 @@ from autodist_fx.tracing.example_inputs import ExampleInputs
 from autodist_fx.variant import Variant
 from cost_model import hardware
 from cost_model.op_graph import OpGraph
-from cost_model.planner import PlanRequest
+from cost_model.plan_request import PlanRequest
 from passes.op_graph import build_op_graph, fingerprint
 
 _KINDS = {kind.name: kind for kind in inspect._ParameterKind}

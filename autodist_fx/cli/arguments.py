@@ -9,7 +9,9 @@ import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
+from autodist_fx.errors import AutodistError
 from cost_model.plan import PartitionPlan
+from cost_model.plan_request import OBJECTIVES
 
 if TYPE_CHECKING:
     from autodist_fx.compiled import CompiledModel
@@ -45,40 +47,74 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     model.add_argument("--pp", type=at_least(1), metavar="M", help="pipeline stages (1)")
     model.add_argument("--plan", metavar="FILE", help="use this plan, made by `autodist-fx plan --save`")
     model.add_argument("--hardware", metavar="NAME", help="predict for cpu-gloo, a100, h100 or generic")
-    model.add_argument("--objective", default="shard", choices=("shard", "latency"), help="of the search (shard)")
+    model.add_argument("--objective", choices=OBJECTIVES, help="of the search (shard; with --devices: latency)")
+    model.add_argument(
+        "--pin", action="append", type=_pin, metavar="PATTERN=ROLE", help="fix a role, as in *.q_proj=replicate"
+    )
+    model.add_argument(
+        "--cut", action="append", type=_cut, metavar="MODULE|N", help="begin the next stage at this module or layer"
+    )
+    model.add_argument("--max-memory", metavar="40GiB[,..]", help="a device's, for weights and caches; or each stage's")
+    model.add_argument("--device-map", metavar="A[=40GiB],B,..", help="hardware (and memory) of each stage's devices")
     model.add_argument("--dtype", default="auto", help="of the weights: auto (the checkpoint's), float32, bfloat16 ...")
     model.add_argument("--revision", help="of a model on the hub: a branch, a tag or a commit")
     model.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept")
 
 
-def compile_config(args: argparse.Namespace, sizes: dict[str, int] | None = None) -> CompiledModel:
-    """The split of the model whose config --model has; no weights are looked for, nothing is verified."""
+def _pin(text: str) -> tuple[str, str]:
+    pattern, equals, role = text.rpartition("=")
+    if not (pattern and equals and role):
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=ROLE")
+    return pattern, role
+
+
+def _cut(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def planning_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What compile is to plan for, by its own names; what is not given on the command line is left out."""
+    pins: dict[str, str] = {}
+    for pattern, role in args.pin or ():
+        if pins.setdefault(pattern, role) != role:
+            raise AutodistError(f"--pin {pattern} is given twice, as {pins[pattern]} and as {role}: leave one out")
+    memory = args.max_memory.split(",") if args.max_memory else None
+    devices = None
+    if args.device_map:
+        entries = [entry.partition("=") for entry in args.device_map.split(",")]
+        devices = [{"hardware": name} | ({"memory": size} if size else {}) for name, _, size in entries]
+    options = {
+        "hardware": args.hardware,
+        "objective": args.objective,
+        "pin": pins,
+        "cuts": args.cut,
+        "max_memory": memory[0] if memory and len(memory) == 1 else memory,
+        "device_map": devices,
+    }
+    return {name: value for name, value in options.items() if value}
+
+
+def compile_config(args: argparse.Namespace, **options: Any) -> CompiledModel:
+    """The split of the model whose config --model has; no weights are looked for, nothing is verified. `options` of
+    compile count where the command line says nothing."""
     from autodist_fx.pretrained import wanted_dtype
     from autodist_fx.weights.resolve import resolve_config
 
     config = resolve_config(args.model, revision=args.revision, cache_dir=args.cache_dir)
-    return compile_for(args, config, wanted_dtype(args.dtype, config), sizes)
+    return compile_for(args, config, wanted_dtype(args.dtype, config), **options)
 
 
 def compile_for(
-    args: argparse.Namespace, config: PretrainedConfig, dtype: torch.dtype, sizes: dict[str, int] | None = None
+    args: argparse.Namespace, config: PretrainedConfig, dtype: torch.dtype, **options: Any
 ) -> CompiledModel:
     """The same for a config that was found already."""
     from autodist_fx.pretrained import compile_for_generation, mesh_of
     from autodist_fx.tracing import empty_model
 
     plan = PartitionPlan.load(args.plan) if args.plan else None
-    mesh = mesh_of(plan, args.tp, args.pp)
-    return compile_for_generation(
-        empty_model(config, dtype),
-        tp=mesh.tp,
-        pp=mesh.pp,
-        hardware=args.hardware,
-        objective=args.objective,
-        plan=plan,
-        sizes=sizes,
-        verify=False,
-    )
+    mesh = mesh_of(plan, args.tp or options.pop("tp", None), args.pp or options.pop("pp", None))
+    wanted = {**options, **planning_options(args), "tp": mesh.tp, "pp": mesh.pp}
+    return compile_for_generation(empty_model(config, dtype), plan=plan, verify=False, **wanted)
 
 
 def be_quiet() -> None:

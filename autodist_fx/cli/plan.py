@@ -6,14 +6,32 @@ Reads the model's config only: of a model on the hub nothing but config.json is 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from typing import Any
 
-from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, compile_config
+from autodist_fx.choosing import choose_mesh
+from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, compile_config, planning_options
+from autodist_fx.errors import AutodistError
+from autodist_fx.pretrained import generation_arguments, wanted_dtype
+from autodist_fx.tracing import empty_model
+from autodist_fx.weights.resolve import resolve_config
+from cost_model.mesh_choice import MeshChoice
 from cost_model.plan_json import plan_to_text
+from cost_model.plan_request import options_in_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    parser.add_argument(
+        "--devices", type=at_least(1), metavar="N", help="choose tp and pp for so many, and show the runners-up"
+    )
+    parser.add_argument(
+        "--sequences", type=at_least(1), metavar="N", help="in flight over all --devices, by throughput (what fits)"
+    )
+    parser.add_argument(
+        "--from", dest="from_file", metavar="FILE", help="plan anew what this plan file asks for, as edited by hand"
+    )
     parser.add_argument("--batch", type=at_least(1), help="sequences to predict for (1)")
     parser.add_argument("--seq", type=at_least(1), help="tokens a step to predict for (1: decoding)")
     parser.add_argument("--past", type=at_least(0), help="tokens cached before that step (512)")
@@ -23,10 +41,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     be_quiet()
+    options = options_in_file(args.from_file) if args.from_file else {}
+    if args.from_file and args.plan:
+        raise AutodistError("--plan uses a plan as it is, --from makes it anew: give one of them")
     given = {"B": args.batch, "S": args.seq, "P": args.past}
-    plan = compile_config(args, sizes={symbol: n for symbol, n in given.items() if n is not None}).plan
-    print(plan_to_text(plan) if args.json else plan)
+    sizes = {symbol: n for symbol, n in given.items() if n is not None}
+    options["sizes"] = {**options.get("sizes", {}), **sizes}
+    if args.devices is not None:
+        choice = choose_for(args, options)
+        plan = choice.best.plan
+        print(json.dumps(choice.to_dict(), indent=1) if args.json else choice)
+    else:
+        plan = compile_config(args, **options).plan
+        print(plan_to_text(plan) if args.json else plan)
     if args.save:
         plan.save(args.save)
         print(f"saved to {args.save}", file=sys.stderr)
     return 0
+
+
+def choose_for(args: argparse.Namespace, options: dict[str, Any]) -> MeshChoice:
+    """The choice for --devices; `options` count where the command line says nothing."""
+    for name in ("tp", "pp", "plan", "device_map"):
+        if getattr(args, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise AutodistError(f"--devices chooses tp and pp, for devices that are alike: leave out {option}")
+    config = resolve_config(args.model, revision=args.revision, cache_dir=args.cache_dir)
+    shape = empty_model(config, wanted_dtype(args.dtype, config))
+    wanted = {**options, **planning_options(args), "objective": args.objective or "latency"}
+    for name in ("tp", "pp", "device_map"):
+        wanted.pop(name, None)
+    return choose_mesh(
+        shape, args.devices, sequences=args.sequences, concrete_args=generation_arguments(shape), **wanted
+    )

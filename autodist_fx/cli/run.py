@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from autodist_fx.artifact.cache import ENVIRONMENT, CacheEntry, from_cache
 from autodist_fx.artifact.load import Artifact
-from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet
+from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, planning_options
 from autodist_fx.cli.generation import Answer, TimedStreamer, encode, split_answers
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.launch import launch_local
@@ -161,10 +161,8 @@ class _Checkpoint:
                 args.model,
                 dtype=args.dtype,
                 plan=self.plan,
-                tp=self.mesh.tp,
-                pp=self.mesh.pp,
-                hardware=args.hardware,
-                objective=args.objective,
+                mesh=self.mesh,
+                planning=planning_options(args),
                 revision=args.revision,
                 cache_dir=args.cache_dir,
             )
@@ -195,8 +193,7 @@ class _Checkpoint:
             pp=self.mesh.pp,
             dtype=args.dtype,
             device=args.device,
-            hardware=args.hardware,
-            objective=args.objective,
+            **({} if self.plan is not None else planning_options(args)),
             plan=self.plan,
             revision=args.revision,
             cache_dir=args.cache_dir,

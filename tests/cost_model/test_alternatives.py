@@ -13,7 +13,7 @@ import autodist_fx as adx
 from cost_model.alternatives import AlternativeCosts
 from cost_model.hardware import A100, CPU_GLOO
 from cost_model.op_graph import Op, TensorRef
-from cost_model.planner import role_of
+from cost_model.roles import role_of
 from cost_model.tensor_parallel import Strategy, TensorParallelSearch
 
 
@@ -52,12 +52,12 @@ def test_alternatives_equal_trying_all_strategies(name: str, price: float) -> No
     module, inputs = SMALL[name]
     search = search_of(op_graph_of(module, **inputs), 2, A100 if name == "parallel" else CPU_GLOO)
     result = search.solve(price)
-    costs = AlternativeCosts(search, result, role_of)
+    costs = AlternativeCosts(search, result)
     checked = 0
     for op in search.graph:
-        own = role_of(op, result.strategies[op.name])
+        own = role_of(op, result.strategies[op.name].letter)
         for alternative in costs.of(op):
-            values = [k for k, s in enumerate(search.domain(op)) if role_of(op, s) == alternative.role]
+            values = [k for k, s in enumerate(search.domain(op)) if role_of(op, s.letter) == alternative.role]
             restricted = Restricted(search, op.name, [search.domain(op)[k] for k in values])
             if alternative.impossible:
                 assert not values or anything_cheaper(restricted, price, np.inf) is None
@@ -82,7 +82,7 @@ def test_alternatives_equal_trying_all_strategies(name: str, price: float) -> No
 def test_a_column_becomes_a_row_at_the_price_of_collectives() -> None:
     graph = op_graph_of(Stack([Mlp(64, 256) for _ in range(7)], 64, 50), x=Ids("B", "S"))
     search = search_of(graph, 2, CPU_GLOO)
-    costs = AlternativeCosts(search, search.solve(1e-6), role_of)
+    costs = AlternativeCosts(search, search.solve(1e-6))
     of_layers = [costs.of(op) for op in graph if op.kind == "linear" and "up" in op.module]
     assert len(of_layers) == 7 and len(set(of_layers[2:5])) == 1, "equal layers share their alternatives"
     column, *others = of_layers[3]
@@ -100,7 +100,7 @@ def reasons(plan: adx.PartitionPlan, suffix: str) -> dict[str, str]:
 def test_one_head_cannot_be_cut() -> None:
     graph = op_graph_of(Attention(12, 1, 1, 4), x=("B", "S", 12))
     search = search_of(graph, 2, CPU_GLOO)
-    found = AlternativeCosts(search, search.solve(1e-6), role_of).of(graph["q"])
+    found = AlternativeCosts(search, search.solve(1e-6)).of(graph["q"])
     assert [a.impossible for a in found if a.role == "column"] == [
         "no grain to cut: its 4 elements belong together (one head, say) and every rank reads all"
     ]

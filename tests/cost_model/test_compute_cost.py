@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost_model.compute_cost import op_bytes, op_flops, op_seconds
-from cost_model.hardware import H100
+from cost_model.hardware import CPU_GLOO, H100
 from cost_model.op_graph import Op, TensorSpec
 
 torch = pytest.importorskip("torch")
@@ -80,11 +80,23 @@ def test_an_embedding_reads_only_the_rows_it_looks_up():
 
 def test_seconds_follow_the_roofline():
     x, w, out = (TensorSpec(s, "bfloat16") for s in ((8192, 8192), (8192, 8192), (8192, 8192)))
-    compute_bound = 2 * 8192**3 / H100.flops_of("bfloat16") + H100.op_seconds
+    compute_bound = 2 * 8192**3 / H100.flops_of("bfloat16")
     assert op_seconds(op("linear", (out,)), (x, w), (out,), H100) == pytest.approx(compute_bound)
     x, out = TensorSpec((1, 8192), "bfloat16"), TensorSpec((1, 8192), "bfloat16")
-    memory_bound = 2 * (8192 * 8192 + 2 * 8192) / H100.memory_bandwidth + H100.op_seconds
+    memory_bound = 2 * (8192 * 8192 + 2 * 8192) / H100.memory_bandwidth
     assert op_seconds(op("linear", (out,)), (x, w), (out,), H100) == pytest.approx(memory_bound)
+
+
+def test_dispatch_is_added_on_a_host_and_hidden_by_a_device():
+    """A device computes while the host dispatches the next op: an op takes the longer of both."""
+    small, large = f32(8, 8), f32(4096, 4096)
+    for tensor in (small, large):
+        streamed = 3 * tensor.nbytes
+        add = op("add", (tensor,)), (tensor, tensor), (tensor,)
+        on_host = streamed / CPU_GLOO.memory_bandwidth + CPU_GLOO.op_seconds
+        assert op_seconds(*add, CPU_GLOO) == pytest.approx(on_host, rel=1e-9)
+        on_device = max(streamed / H100.memory_bandwidth, H100.op_seconds)
+        assert op_seconds(*add, H100) == pytest.approx(on_device, rel=1e-9)
 
 
 def test_sources_are_free_and_views_cost_their_dispatch():
@@ -101,5 +113,5 @@ def test_a_product_runs_at_the_rate_of_its_inputs():
     slow32 = replace(H100, flops=(("float32", 1e9), ("bfloat16", 1e12)))
     x, w, out = TensorSpec((64, 64), "bfloat16"), TensorSpec((64, 64), "bfloat16"), f32(64, 64)
     assert op_seconds(op("linear", (out,)), (x, w), (out,), slow32) == pytest.approx(
-        2 * 64**3 / 1e12 + slow32.op_seconds
+        max(2 * 64**3 / 1e12, slow32.op_seconds)
     )

@@ -104,6 +104,39 @@ def test_cuts_equal_trying_all_of_them(drawn: tuple[PipelineSearch, int, list[in
         assert all(held(search, s.start, s.stop) <= memory[k] for k, s in enumerate(found))
 
 
+@settings(max_examples=200)
+@given(chains(), st.lists(st.integers(1, 4), min_size=4, max_size=4), st.sampled_from(["seconds", "bytes"]))
+def test_unequal_devices_equal_trying_all_cuts(
+    drawn: tuple[PipelineSearch, int, list[int] | None], slowness: list[int], balance: str
+) -> None:
+    """Stage k's device takes `slowness[k]` times as long. The first demand first, then the second, then the bytes."""
+    search, stages, memory = drawn
+    places = search.candidates(stages - 1)
+    if len(places) < stages - 1:
+        return
+    times = [{name: cost.seconds * slowness[k] for name, cost in search.costs.items()} for k in range(stages)]
+
+    def worth(ends: list[int]) -> tuple[float, ...] | None:
+        spans = list(itertools.pairwise(ends))
+        full = [held(search, a, b) for a, b in spans]
+        if memory is not None and any(nbytes > memory[k] for k, nbytes in enumerate(full)):
+            return None
+        seconds = max(sum(times[k][name] for name in search.sequence[a:b]) for k, (a, b) in enumerate(spans))
+        fullest = max(nbytes / (memory[k] if memory is not None else 1) for k, nbytes in enumerate(full))
+        crossing = sum(bytes_crossing(search, cut) for cut in ends[1:-1])
+        return (seconds, crossing) if balance == "seconds" else (fullest, seconds, crossing)
+
+    last = len(search.sequence)
+    every = [worth([0, *cuts, last]) for cuts in itertools.combinations(places, stages - 1)]
+    best = min((value for value in every if value is not None), default=None)
+    if best is None:
+        with pytest.raises(NoPlanFits):
+            search.solve(stages, memory, seconds=times, balance=balance)
+        return
+    found = search.solve(stages, memory, seconds=times, balance=balance)
+    assert worth([*(s.start for s in found), last]) == best
+
+
 def test_candidates_are_where_fewest_tensors_cross() -> None:
     """Of x + mlp(x): between two layers only x crosses; inside one, x and the branch."""
     graph = op_graph_of(Stack([Mlp(), Mlp(), Mlp()]), x=("B", "S", 8))
@@ -244,6 +277,24 @@ def test_a_tied_embedding_lives_on_both_stages() -> None:
     embed = next(p for p in plan.params if "embed" in p.name)
     assert embed.stages == (0, 1)
     assert not any(p.name == "lm_head.weight" for p in plan.params)
+
+
+def test_unequal_devices_get_unequal_layers() -> None:
+    """An h100 has 1.64 times an a100's bandwidth, which a token of a large model waits for."""
+    config = tiny_config(
+        "llama", num_hidden_layers=16, hidden_size=8192, intermediate_size=28672, num_attention_heads=64,
+        num_key_value_heads=8, head_dim=128,
+    )  # fmt: skip
+    for devices in (["a100", "h100"], ["h100", "a100"], {"1": {"hardware": "h100", "memory": "80GB"}, "0": "a100"}):
+        plan = adx.compile(config, pp=2, use_cache=True, device_map=devices, verify=False).plan
+        layers = [sum("layers." in name for name in stage.layers) for stage in plan.stages]
+        names = [device.hardware for device in plan.request.device_map]
+        slow, fast = names.index("a100"), names.index("h100")
+        assert layers[fast] - layers[slow] in (3, 4, 5), "10 or so of 16: 1.64 to 1"
+        assert plan.stages[slow].compute_seconds == pytest.approx(plan.stages[fast].compute_seconds, rel=0.2)
+    small = [{"hardware": "h100", "memory": "12GB"}, {"hardware": "h100", "memory": "60GB"}]
+    plan = adx.compile(config, pp=2, use_cache=True, device_map=small, verify=False).plan
+    assert plan.stages[0].weight_bytes + plan.stages[0].kv_cache_bytes <= 12e9 < plan.stages[1].weight_bytes
 
 
 def test_too_many_stages_and_too_little_memory_say_what_to_do() -> None:

@@ -28,6 +28,8 @@ OBJECTS = {
     "cut": plan_module.CutPlan,
     "cut_option": plan_module.CutOption,
     "layout": Layout,
+    "request": plan_module.Request,
+    "device": plan_module.Device,
 }
 
 
