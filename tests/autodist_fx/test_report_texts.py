@@ -19,7 +19,7 @@ from autodist_fx.report.terminal import print_plan
 from cost_model.errors import PlanError
 from cost_model.explain import plan_sections
 from cost_model.placement import Placement
-from cost_model.plan import PartitionPlan
+from cost_model.plan import Device, PartitionPlan, Request
 from cost_model.plan_html import plan_fragment
 
 LIMIT = 3_000_000
@@ -76,6 +76,16 @@ def test_every_linear_of_the_text_is_a_row_of_the_page():
     codes = "".join(Page(plan_page(plan)).texts)
     for label, role, times, *_ in linears.rows[1:]:
         assert f"{label}{role}{times.replace('x', '×')}" in codes
+
+
+def test_what_was_fixed_and_what_each_stage_runs_on():
+    devices = (Device("a100", 40 * 2**30), Device("h100", 2**27))
+    request = Request((("*.q_proj", "replicate"),), ("model.layers.2",), tuple(d.memory for d in devices), devices)
+    said = " ".join(Page(plan_page(replace(small_plan(), request=request))).texts)
+    assert "pinned: *.q_proj replicate" in said and "cut before: model.layers.2" in said
+    assert "ranks 0–1 of a100" in said and "ranks 2–3 of h100" in said
+    assert "0% of 40.0 GiB" in said and "% of 128 MiB" in said
+    assert "stage 1 does not fit" in said
 
 
 def test_names_from_a_stranger_are_shown_as_they_are():
