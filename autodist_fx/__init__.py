@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from autodist_fx.errors import AutodistError
     from autodist_fx.pretrained import from_pretrained
     from autodist_fx.runtime.generation import DistributedCausalLM
+    from cost_model.mesh_choice import MeshChoice
     from cost_model.plan import PartitionPlan
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "AutodistError",
     "CompiledModel",
     "DistributedCausalLM",
+    "MeshChoice",
     "PartitionPlan",
     "choose_mesh",
     "compile",
@@ -32,6 +34,7 @@ _HOMES = {
     "AutodistError": "autodist_fx.errors",
     "CompiledModel": "autodist_fx.compiled",
     "DistributedCausalLM": "autodist_fx.runtime.generation",
+    "MeshChoice": "cost_model.mesh_choice",
     "PartitionPlan": "cost_model.plan",
     "choose_mesh": "autodist_fx.choosing",
     "compile": "autodist_fx.compiled",

@@ -12,6 +12,11 @@ from torch.fx import Node
 from passes.arguments import fetch
 from passes.normalize import op_name
 
+# Their results have no gradient, whatever they are made from.
+_CONSTANT = (
+    "detach", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
+)  # fmt: skip
+
 
 def differentiable(module: torch.fx.GraphModule, is_needed: Callable[[Node], bool] | None = None) -> set[Node]:
     """Nodes of floating-point values that depend on a parameter which wants a gradient, and such parameters.
@@ -27,7 +32,7 @@ def differentiable(module: torch.fx.GraphModule, is_needed: Callable[[Node], boo
         elif node.op == "get_attr":
             if wants_gradient(fetch(module, str(node.target))):
                 found.add(node)
-        elif op_name(node) != "detach" and (
+        elif op_name(node) not in _CONSTANT and (
             any(a in found for a in node.all_input_nodes) or any(True for _ in own_parameters(module, node))
         ):
             found.add(node)

@@ -59,7 +59,7 @@ class _Inserter:
         self.ones: dict[Node, Node] = {}
         # path of a parameter -> for each use whether a rank then has a term only, and the reader that can be told so
         self.uses: dict[str, list[tuple[bool, Node | None, Node]]] = {}
-        self.row_biases: set[str] = set()
+        self.alone: dict[str, int] = {}  # parameters that one tp rank has alone -> that rank
         self.early = self._early() if ctx.mesh.tp > 1 else set()
 
     def run(self) -> None:
@@ -163,9 +163,12 @@ class _Inserter:
             self._read(node, a, wants)
         for path in own_parameters(self.module, node):
             self._note(path, wants == TERMS, None, node)
-        if op.role == "row" and len(op.inputs) > 2:
+        if op.role == "row" and len(op.inputs) > 2:  # the sum over ranks adds the bias once
             biases = [str(a.target) for a in tensor_arguments(node)[2:] if a.op == "get_attr"]
-            self.row_biases.update(biases or [f"{node.target}.bias"])
+            self.alone.update(dict.fromkeys(biases or [f"{node.target}.bias"], 0))
+        for owner in {p.dim for p in op.inputs if p.kind == "O"}:  # an expert that one rank has whole
+            own = [str(a.target) for a in tensor_arguments(node) if a.op == "get_attr"]
+            self.alone.update(dict.fromkeys([*own, *own_parameters(self.module, node)], owner))
 
     def _read(self, node: Node, value: Node, wants: str) -> Node:
         """Let `node` read `value` so that the gradient which comes back is of the kind that `value` has."""
@@ -224,7 +227,7 @@ class _Inserter:
         tp_ranks = tuple(range(self.ctx.mesh.tp))
         for path, paths in self._tensors().items():
             shard, layout = self.ctx.param_shards[path], self.ctx.param_layouts[path]
-            alone = any(p in self.row_biases for p in paths)
+            alone = next((self.alone[p] for p in paths if p in self.alone), None)
             found.append(
                 ParamUse(
                     source=shard.source,
@@ -233,7 +236,7 @@ class _Inserter:
                     dim=shard.dim,
                     parts=() if layout is None else layout.parts,
                     owed=any(term for p in paths for term, _, _ in self.uses[p]),
-                    holders=(0,) if alone else tp_ranks,
+                    holders=tp_ranks if alone is None else (alone,),
                 )
             )
         return tuple(found)

@@ -21,10 +21,7 @@ _LINEAR = ("in_features", "out_features", "transposed")
 _OURS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "ColumnParallelLinear": (ColumnParallelLinear, _LINEAR),
     "RowParallelLinear": (RowParallelLinear, _LINEAR),
-    "VocabParallelEmbedding": (
-        VocabParallelEmbedding,
-        ("intervals", "rows", "num_embeddings", "padding_idx", "_local_padding"),
-    ),
+    "VocabParallelEmbedding": (VocabParallelEmbedding, ("intervals", "rows", "num_embeddings", "padding_idx")),
 }
 _TORCH = """
     Linear Embedding LayerNorm RMSNorm GroupNorm Identity Dropout Dropout1d Dropout2d AlphaDropout GELU ReLU ReLU6

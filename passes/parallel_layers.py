@@ -65,7 +65,6 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.intervals, self.rows = tuple(intervals), rows
         self.padding_idx = None if padding_idx is None else padding_idx % rows
-        self._local_padding = None if padding_idx is None else self._local(padding_idx % rows)
         self.num_embeddings = sum(stop - start for start, stop in self.intervals)
         self.weight = nn.Parameter(torch.empty(self.num_embeddings, embedding_dim, dtype=dtype, device="meta"))
 
@@ -90,15 +89,15 @@ class VocabParallelEmbedding(nn.Module):
                 rows = torch.where(inside, ids - start + before, rows)
                 elsewhere = elsewhere & ~inside
                 before += stop - start
-        found = F.embedding(rows, self.weight, self._local_padding)
+        found = F.embedding(rows, self.weight, self._local_padding() if torch.is_grad_enabled() else None)
         return found.masked_fill(elsewhere.unsqueeze(-1), 0.0)
 
-    def _local(self, row: int) -> int | None:
-        """Where a row of the whole table lies in `weight`."""
+    def _local_padding(self) -> int | None:
+        """Where the row of padding lies in `weight`."""
         before = 0
         for start, stop in self.intervals:
-            if start <= row < stop:
-                return before + row - start
+            if self.padding_idx is not None and start <= self.padding_idx < stop:
+                return before + self.padding_idx - start
             before += stop - start
         return None
 

@@ -93,7 +93,7 @@ def _check_groups(state: RankState, node: Node, op: Op, lies: Held, given: Any) 
 
 
 def _embedding(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
-    """Rows of other ranks must come out as zeros."""
+    """Rows of other ranks must come out as zeros; the row of padding, and no other, gets no gradient."""
     module = state.module.get_submodule(str(node.target)) if node.op == "call_module" else None
     rows = state.graph.spec(op.inputs[1]).shape[0]
     if isinstance(module, VocabParallelEmbedding):
@@ -102,6 +102,21 @@ def _embedding(state: RankState, node: Node, op: Op, types: tuple[Held, ...], do
             fail(state.program, node, f"looks up {own}, and its table is {types[1]}", _SHARDS)
     elif types[1].dim == 0:
         fail(state.program, node, f"its table is {types[1]}, and it looks up every row", _SHARDS)
+    theirs = state.tools.whole.get(op.name)
+    if theirs is not None and _padding(node, rows) != _padding(theirs, rows):
+        fail(
+            state.program, node,
+            f"keeps the gradient from row {_padding(node, rows)}, and the model from row {_padding(theirs, rows)}",
+            _SHARDS,
+        )  # fmt: skip
+
+
+def _padding(node: Node, rows: int) -> int | None:
+    if node.op == "call_module":
+        given = getattr(node.graph.owning_module.get_submodule(str(node.target)), "padding_idx", None)
+    else:
+        given = argument(node, 2, "padding_idx")
+    return None if given is None else given % rows
 
 
 def _mean(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:

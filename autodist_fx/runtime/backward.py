@@ -35,8 +35,10 @@ def go_back(
     """
     roots, known = ([], []) if loss is None else ([loss], [torch.ones_like(loss)])
     for x, to, channel in tape.sent:
-        roots.append(x)
-        known.append(communicator.recv(x.shape, x.dtype, x.device, to, GRADIENT_CHANNEL + channel))
+        gradient = communicator.recv(x.shape, x.dtype, x.device, to, GRADIENT_CHANNEL + channel)
+        if x.requires_grad:
+            roots.append(x)
+            known.append(gradient)
     leaves = [x for x, _, _ in tape.received]
     wanted = [*parameters, *leaves]
     found: list[torch.Tensor | None] = [None] * len(wanted)

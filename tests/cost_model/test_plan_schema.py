@@ -85,11 +85,10 @@ def test_a_field_that_may_be_left_out_may_be_left_out_in_both():
     check(data["choices"][0][1], SCHEMA["$defs"]["choice"]["items"], "alternative")
 
 
-@pytest.mark.parametrize("block", range(4))
-def test_what_the_code_reads_the_schema_allows(block):
+def test_what_the_code_reads_the_schema_allows():
     """The code is stricter: it also compares fields with each other."""
     read = 0
-    for seed in range(25 * block, 25 * (block + 1)):
+    for seed in range(100):
         data = mutated(seed)
         try:
             plan_from_dict(data)

@@ -11,9 +11,13 @@ from small_graphs import normalized, plan_for
 from torch import nn
 from torch.nn import functional as F
 
+from cost_model.hardware import CPU_GLOO
+from cost_model.op_graph import SOURCES
+from cost_model.tensor_parallel import TensorParallelSearch
 from passes.context import RankContext
-from passes.fuse_ops import fuse_ops
+from passes.fuse_ops import fuse_ops, removed_by_fusing
 from passes.graph_text import graph_text
+from passes.op_graph import build_op_graph
 
 
 def fused(module: nn.Module, **inputs: Any) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
@@ -106,3 +110,25 @@ return {y: scaled_dot_product_attention}""")
 def test_keys_and_values_repeated_differently_are_left_alone() -> None:
     before, after = fused(Grouped(each_v=6), q=("B", 6, "S", 4), k=("B", 2, "S", 4), v=("B", 1, "S", 4))
     assert graph_text(after) == graph_text(before)
+
+
+def test_what_fusing_will_remove_is_known_before_and_costs_nothing() -> None:
+    for module, inputs in (
+        (RmsNorm(), {"x": ("B", "S", 8)}),
+        (RmsNorm(read_middle=True), {"x": ("B", "S", 8)}),
+        (RmsNorm(cast=True), {"x": ("B", "S", 8)}),
+        (Grouped(), {"q": ("B", 6, "S", 4), "k": ("B", 2, "S", 4), "v": ("B", 2, "S", 4)}),
+        (Grouped(each_v=6), {"q": ("B", 6, "S", 4), "k": ("B", 2, "S", 4), "v": ("B", 1, "S", 4)}),
+    ):
+        before, after = fused(module, **inputs)
+        removed = removed_by_fusing(before)
+        names = {node.name for node in after.graph.nodes}
+        gone = {node.name for node in before.graph.nodes} - names
+        made = {name.removeprefix("fused_") for name in names if name.startswith("fused_")}  # in the place of the last
+        assert removed == gone - made
+        search = TensorParallelSearch(
+            build_op_graph(before, fused=removed), 2, CPU_GLOO, {"B": 2, "S": 8, "B*S": 16}
+        )
+        for op in search.graph:
+            for strategy in search.domain(op):
+                assert (search.compute_seconds(op, strategy) == 0) == (op.name in removed or op.kind in SOURCES)

@@ -181,6 +181,13 @@ def one_rank_for_inference(programs: Programs) -> None:
     programs[1].grad_sums = None
 
 
+@broken("opt", 2, 1, r"rank 1 .*embed_tokens.*keeps the gradient from row None, and the model from row 0")
+def padding_gets_a_gradient(programs: Programs) -> None:
+    table = programs[1].graph_module.get_submodule("model.decoder.embed_tokens")
+    assert table.padding_idx == 0
+    table.padding_idx = None
+
+
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 
