@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from plan_examples import small_plan
 
-from cost_model.plan import PartitionPlan
+from cost_model.plan import Device, PartitionPlan, Request
 
 HACK = "document.title='hacked'"
 ATTACK = f"</script><script>{HACK}</script><img src=x onerror=\"{HACK}\">'\"&lt;[red]\\N"
@@ -43,6 +43,7 @@ def hostile_plan() -> PartitionPlan:
             replace(cut, options=tuple(replace(o, op=bad(o.op), module=bad(o.module)) for o in cut.options))
             for cut in plan.cuts
         ),
+        request=Request(((ATTACK, ATTACK),), (ATTACK,), (), (Device(ATTACK, 1), Device("x" + ATTACK, 2))),
         warnings=(ATTACK,),
     )  # fmt: skip
 

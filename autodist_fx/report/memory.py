@@ -96,21 +96,16 @@ def memory_bar(parts: Parts, scale: int, limit: int | None) -> Element:
     return element("div", *pieces, cls="stack", role="img", aria_label=said or "nothing")
 
 
-def device_bytes(plan: PartitionPlan, stage: int) -> int:
-    """What a device of the stage has; 0 where that is not known."""
-    return plan.device_memory_bytes
-
-
 def share_of_device(plan: PartitionPlan, stage: int, nbytes: int) -> str:
     """ "6% of 74.5 GiB"; empty where the device's memory is not known."""
-    device = device_bytes(plan, stage)
+    device = plan.memory_of_stage(stage)
     return f"{nbytes / device:.0%} of {bytes_text(device)}" if device else ""
 
 
 def memory_section(plan: PartitionPlan) -> Element:
     rows = memory_rows(plan)
     most = max((sum(n for _, n in parts) for _, _, parts in rows), default=0)
-    largest = max((device_bytes(plan, stage) for stage, _, _ in rows), default=0)
+    largest = max((plan.memory_of_stage(stage) for stage, _, _ in rows), default=0)
     # To the scale of the largest device where that leaves something to see, else of the fullest rank.
     scale = max(most, largest) if most > 0.3 * largest else most
     kinds = [kind for kind in KINDS if any(dict(parts)[kind] for _, _, parts in rows)]
@@ -127,7 +122,7 @@ def memory_section(plan: PartitionPlan) -> Element:
                 "tr",
                 cell(str(stage)),
                 cell(ranges_text(ranks).replace("-", "–") + each, cls="nowrap"),
-                cell(memory_bar(parts, scale, device_bytes(plan, stage)), cls="wide"),
+                cell(memory_bar(parts, scale, plan.memory_of_stage(stage)), cls="wide"),
                 cell(bytes_text(total), cls="num strong"),
                 cell(share_of_device(plan, stage, total), cls="num") if largest else None,
                 *(cell(bytes_text(dict(parts)[kind]), cls="num") for kind in kinds),

@@ -14,6 +14,7 @@ from cost_model.plan_html import element, shorten
 RANKS_DRAWN = 256
 COLOURS = 8  # of tp ranks in page.css; the ninth has the first's again
 WARNINGS_SHOWN = 40
+FIXED_SHOWN = 12  # pins, and cuts
 
 
 def overview(plan: PartitionPlan) -> list[Element]:
@@ -35,12 +36,25 @@ def overview(plan: PartitionPlan) -> list[Element]:
             f"{count_text(count)} parameters, {bytes_text(whole_param_bytes(plan))}, {len(plan.ops)} ops",
             cls="note",
         ),
+        *(element("p", text, cls="note") for text in _fixed(plan)),
     )
     return [
         element("div", title, _mesh(plan), cls="headline"),
         element("dl", *_tiles(plan), cls="tiles"),
         *_warnings(plan),
     ]
+
+
+def _fixed(plan: PartitionPlan) -> list[str]:
+    """What the user had fixed before the search."""
+    pins = [f"{show_name(pattern)} {show_name(role, 24)}" for pattern, role in plan.request.pins]
+    cuts = [show_name(str(cut)) for cut in plan.request.cuts]
+    lines = []
+    for what, items in (("pinned", pins), ("cut before", cuts)):
+        if items:
+            more = [f"and {len(items) - FIXED_SHOWN} more"] if len(items) > FIXED_SHOWN else []
+            lines.append(f"{what}: {', '.join([*items[:FIXED_SHOWN], *more])}")
+    return lines
 
 
 def colour(tp_rank: int) -> str:

@@ -83,13 +83,19 @@ def _stage(
     most = max(x.memory_bytes for x in plan.stages)
     return element(
         "article",
-        element("h3", f"Stage {s.index}", element("small", ranks_text(plan.mesh.tp, s.index))),
+        element("h3", f"Stage {s.index}", element("small", ranks_text(plan.mesh.tp, s.index) + _device(plan, s.index))),
         element("ol", *(blocks or [element("li", "no weights", cls="block")]), cls="layers"),
         left_out(len(groups), BLOCKS_SHOWN, "groups of layers"),
         element("dl", *(element("div", element("dt", k), element("dd", v)) for k, v in facts), cls="facts"),
         memory_bar(parts_of(s), most, None),
         cls="stage",
     )
+
+
+def _device(plan: PartitionPlan, stage: int) -> str:
+    """What the stage runs on, where stages differ in that."""
+    devices = plan.request.device_map
+    return f" of {show_name(devices[stage].hardware, 24)}" if stage < len(devices) else ""
 
 
 def _block(layers: list[str], roles: Counter[str], stage: int, also: dict[str, list[int]]) -> Element:
