@@ -119,19 +119,29 @@ class _Planner:
 
     def choose(self) -> list[Stage]:
         """Raises NoPlanFits, _Infeasible, MeshError, PlanError."""
-        price = PRICES[self.request.objective]
-        while True:
+        price, highest = PRICES[self.request.objective], PRICES["shard"]
+        try:
+            return self._stages_at(price)
+        except NoPlanFits:
+            if self.mesh.tp == 1 or price >= highest:
+                raise
+        self._stages_at(highest)  # does not fit either: no need to try what lies between
+        price = 1e-12
+        while price < highest:
             try:
-                self.result = self.search.solve(price)
-            except ValueError as error:
-                raise _Infeasible(str(error)) from error
-            self.strategies = self.result.strategies
-            try:
-                return self._cut()
+                return self._stages_at(price)
             except NoPlanFits:
-                if self.mesh.tp == 1 or price >= PRICES["shard"]:
-                    raise
-                price = max(10 * price, 1e-12)  # memory costs more until the plan fits
+                price *= 10  # memory costs more until the plan fits
+        return self._stages_at(highest)
+
+    def _stages_at(self, price: float) -> list[Stage]:
+        """With a byte of replicated weight at this price."""
+        try:
+            self.result = self.search.solve(price)
+        except ValueError as error:
+            raise _Infeasible(str(error)) from error
+        self.strategies = self.result.strategies
+        return self._cut()
 
     # -- the pipeline search ---------------------------------------------------------------------------------------
 
