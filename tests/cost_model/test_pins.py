@@ -82,7 +82,7 @@ def refused(error: type[Exception], said: str, config: object = None, **options:
     ("pins", "said"),
     [
         ({"q_prj": "column"}, r"'q_prj' matches no linear or embedding; the nearest: model\.layers\.0\.\S*q_proj"),
-        ({"q_proj": "columns"}, r"is a linear, and has no role 'columns': choose column, row or replicate"),
+        ({"q_proj": "columns"}, r"is a linear, and has no role 'columns': choose column, row, expert or replicate"),
         ({"embed_tokens": "column"}, r"is an embedding, and has no role 'column': choose vocab, hidden or replicate"),
         ({"*.q_proj": "row", "layers.1.*": "column"}, r"'\*\.q_proj' and 'layers\.1\.\*' want model\.layers\.1\."),
     ],
