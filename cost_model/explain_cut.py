@@ -67,9 +67,10 @@ def cut_reason(plan: PartitionPlan, cut: int) -> str:
         return f"as fast as at {best.op}, and fewer bytes cross"
     slowest = max(plan.stages, key=lambda s: s.seconds)
     between = "" if slowest.index in (cut, cut + 1) else f", which is stage {slowest.index}"
-    gain = "as fast" if _slower(here) == _slower(best) else f"{seconds_text(_slower(here) - _slower(best))} less"
+    less = _slower(here) - _slower(best)
+    gain = f"take {seconds_text(less)} less" if less else "be as fast"
     return (
-        f"at {best.op} the slower of the two would take {gain}; but the slowest of all stages{between} counts, "
+        f"at {best.op} the slower of the two would {gain}; but the slowest of all stages{between} counts, "
         f"then the bytes over all borders, and each stage must fit its device"
     )
 
