@@ -20,6 +20,7 @@ _SAME = (
     "getitem", "to", "float", "long", "int", "bool", "type_as", "unsqueeze", "squeeze", "view", "reshape", "expand",
     "flatten", "transpose", "permute", "contiguous", "clone", "repeat", "any", "all", "item", "detach",
 )  # fmt: skip
+_VIEWS = ("getitem", "unsqueeze", "squeeze", "view", "reshape", "expand", "flatten", "transpose", "permute", "detach")
 _COMPARED = {
     "gt": operator.gt, "lt": operator.lt, "ge": operator.ge, "le": operator.le, "eq": operator.eq, "ne": operator.ne,
 }  # fmt: skip
@@ -35,6 +36,8 @@ def value_range(value: Any, tracer: Any) -> Range | None:
     """(least, greatest) of the elements of a node, or of a number; None where nothing is known."""
     if not isinstance(value, Node):
         return (float(value), float(value)) if isinstance(value, (bool, int, float)) else None
+    if _is_written(value):
+        return None
     known = tracer.examples_of.get(value)
     if isinstance(known, float):
         return known, known  # the least number of a dtype, say; lengths are integers
@@ -80,6 +83,19 @@ def value_range(value: Any, tracer: Any) -> Range | None:
             return (0.0, 0.0) if name == "lt" else (1.0, 1.0)
         return 0.0, 1.0
     return None
+
+
+def _is_written(node: Node) -> bool:
+    """Whether something is written into the tensor, or into a view of it: then it is not what made it."""
+    for user in node.users:
+        if not user.args or user.args[0] is not node:
+            continue
+        name = str(getattr(user.target, "__name__", user.target))
+        if user.target is operator.setitem or (user.op == "call_method" and name.endswith("_") and name[-2:] != "__"):
+            return True
+        if name in _VIEWS and _is_written(user):
+            return True
+    return False
 
 
 def _truth(found: Range) -> Range:
