@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in ("tests/mutations", "tests"):
+for folder in ("tests/mutations", "tests", "."):  # the root first: tests has a folder named as the package
     sys.path.insert(0, str(ROOT / folder))
 
 from correct import correct_programs  # noqa: E402
