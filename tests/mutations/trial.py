@@ -16,7 +16,7 @@ from mutation import MUTATIONS, NotHere
 from subjects import Programs, Subject
 
 from autodist_fx.numeric.conversation import verify_numeric
-from cost_model.errors import VerificationError
+from cost_model.errors import MeshError, VerificationError
 from passes.verify import verify
 
 
@@ -68,6 +68,6 @@ def numeric_verdict(subject: Subject, programs: Programs) -> str:
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             verify_numeric([made._main], lambda variant: programs, made.buffers, locate=False)
-    except VerificationError as error:
+    except (VerificationError, MeshError) as error:  # MeshError: a message to a rank that does not exist
         return str(error)
     return ""
