@@ -349,13 +349,17 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
             "cache_position": cache_position,
         }
         given = {self._names.get(name, name): value for name, value in given.items()} | self._further_inputs(cache)
-        inputs = {name: given[name] for name in self.program.input_names}
+        outputs = self._call(self.program, {name: given[name] for name in self.program.input_names})
+        cache.tokens += input_ids.shape[1]
+        return outputs.get("logits")
+
+    def _call(self, program: RankProgram, inputs: dict[str, Any]) -> dict[str, Any]:
+        """One of this rank's programs, on its device; what it gives back, by name."""
         if self.device.type != "cpu":
             inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         with using(self.communicator):
-            outputs = self.graph_module(**inputs)
-        cache.tokens += input_ids.shape[1]
-        return outputs.get("logits")
+            outputs: dict[str, Any] = program.graph_module(**inputs)
+        return outputs
 
     def _further_numbers(self) -> tuple[int, ...]:
         """What the others are told of a step besides: up to 2, at positions 6 and 7."""

@@ -16,7 +16,6 @@ from autodist_fx.cache_kinds import STATE_PREFIX
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.local_cache import SplitCache
 from autodist_fx.runtime.two_graphs import TwoGraphCausalLM
-from passes.comm_ops import using
 from passes.program import RankProgram
 
 _CHANNEL = 0x7F000006  # of states on their way to another stage
@@ -104,11 +103,7 @@ class DistributedOwnCacheLM(TwoGraphCausalLM):
             "cache_position": cache_position,
             **cache.states,
         }
-        inputs = {name: given.get(name) for name in program.input_names}
-        if self.device.type != "cpu":
-            inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-        with using(self.communicator):
-            outputs = program.graph_module(**inputs)
+        outputs = self._call(program, {name: given.get(name) for name in program.input_names})
         cache.states |= {name: x for name, x in outputs.items() if name.startswith(STATE_PREFIX)}
         self._hand_over(cache, self._after_prompt if first else self._after_step)
         cache.tokens += input_ids.shape[1]
