@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from autodist_fx.adapters import without_wrapper
 from autodist_fx.call import Call, read_call
 from autodist_fx.errors import AutodistError
+from autodist_fx.lengths import Lengths, lengths_of
 from autodist_fx.numeric.conversation import verify_numeric
 from autodist_fx.outputs import merged, nested
 from autodist_fx.runtime.backward import glued, run_backward
@@ -160,6 +161,7 @@ class CompiledModel:
     ) -> None:
         self._always = always
         self._model = model
+        self._more_prompts: list[Variant] = []  # for lengths at which the model's code goes another way
         self._prompt = prompt  # what the main variant, a step, comes after, in a model with a cache of its own
         self._request = request
         self._main = self._step = variant
@@ -285,9 +287,9 @@ class CompiledModel:
                     "pass on the one it returns"
                 )
             cache = None
-        variant = self._variant_for(call, 0 if cache is None else cache.length)
+        kept = {} if cache is None else cache.encoder_inputs
+        variant = self._variant_for(call, 0 if cache is None else cache.length, kept)
         self._load(variant)
-        variant.check_lengths(given, 0 if cache is None else cache.length)
         if not call.use_cache:
             return self._returned(variant, call, self._run(variant, [given] * self.mesh.size))
         encoded: dict[str, Any] = {}
@@ -319,7 +321,6 @@ class CompiledModel:
             raise AutodistError("gradients are of a whole sequence: leave past_key_values and use_cache out")
         variant = self._variant_for(call, 0)
         self._load(variant)
-        variant.check_lengths(call.tensors, 0)
         programs = list(variant.programs.values())
         found = glued(programs, run_backward(programs, call.tensors)[1])
         model: PreTrainedModel = self._model  # type: ignore[assignment]
@@ -370,10 +371,15 @@ class CompiledModel:
             self._variants.append(step)
             if self.verifies:
                 self.verify()
-        variant = self._step if past else self._prompt
-        self._load(variant)
+        prompts = [self._prompt, *self._more_prompts]
+        variant = self._step if past else prompts[0]
         filled = self._filled(variant, given, past)
-        variant.check_lengths(filled, past)
+        lengths = lengths_of(variant.forms, filled, past)
+        if not past:
+            variant = self._at_lengths(prompts, lengths, self._more_prompts)
+        elif not variant.fits(lengths):
+            raise AutodistError(variant.other_way(lengths))
+        self._load(variant)
         states = [dict(own) for own in cache.ranks] if cache is not None else [{} for _ in range(self.mesh.size)]
         everywhere = {name: value for own in reversed(states) for name, value in own.items()}
         per_rank = []
@@ -448,7 +454,7 @@ class CompiledModel:
     @property
     def variants(self) -> tuple[Variant, ...]:
         """The traced forms made so far, the main one first; in a model with a cache of its own, steps' prompts too."""
-        others = [v for v in (self._prompt, *self._variants) if v is not None and v is not self._main]
+        others = [v for v in (self._prompt, *self._more_prompts, *self._variants) if v is not None and v is not self._main]
         return (self._main, *others)
 
     @property
@@ -480,14 +486,26 @@ class CompiledModel:
         accepted = inspect.signature(self._model.forward).parameters  # type: ignore[union-attr]
         return tuple(sorted(n for n in names if n in accepted or n not in _FILLED_IN))
 
-    def _variant_for(self, call: Call, past: int) -> Variant:
-        """The traced form for this call; traced, planned and verified at first use."""
+    def _variant_for(self, call: Call, past: int, kept: Mapping[str, Any] | None = None) -> Variant:
+        """The traced form for this call; traced, planned and verified at first use. `kept`: what an encoder read
+        before."""
         forms = forms_of(call.tensors, self._main.traced.facts, past)
-        for variant in self._variants:
-            if variant.takes(forms, call):
+        alike = [variant for variant in self._variants if variant.takes(forms, call)]
+        if not alike:
+            alike = [self._new_variant_for(call, forms)]
+            self._variants += alike
+        lengths = lengths_of(alike[0].forms, {**(kept or {}), **call.tensors}, past)
+        return self._at_lengths(alike, lengths, self._variants)
+
+    def _at_lengths(self, alike: Sequence[Variant], lengths: Lengths, made: list[Variant]) -> Variant:
+        """Of graphs for the same call, that which is for these lengths; made at first use, and put into `made`."""
+        for variant in alike:
+            if variant.fits(lengths):
                 return variant
-        variant = self._new_variant_for(call, forms)
-        self._variants.append(variant)
+        variant = alike[0].at_lengths(lengths, replace(self._request, sizes=()), alike[1:])
+        if self.verifies:
+            self._verify(variant)
+        made.append(variant)
         return variant
 
     def _new_variant_for(self, call: Call, forms: Mapping[str, InputForm]) -> Variant:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 import torch.fx
 from transformers import PretrainedConfig, PreTrainedModel
 
-from autodist_fx.cache_kinds import CROSS
+from autodist_fx.cache_kinds import CROSS, STATE_PREFIX
 from autodist_fx.call import Call, unusual
 from autodist_fx.errors import AutodistError, TracingError
+from autodist_fx.lengths import Lengths, another_way, examples_like, tells_apart
 from autodist_fx.tracing import InputForm, Sizes, TracedModel, trace, trace_phases
 from cost_model.check_plan import check_plan
 from cost_model.errors import PlanError
@@ -22,6 +23,7 @@ from cost_model.plan import PartitionPlan
 from cost_model.plan_request import PlanRequest
 from cost_model.planner import plan as make_plan
 from cost_model.subplan import subplan
+from passes.conditions import Conditions, with_fixed
 from passes.functionalize import functionalize
 from passes.fuse_ops import removed_by_fusing
 from passes.grad_sums import ParamUse
@@ -39,9 +41,13 @@ _EXAMPLES = (
     Sizes(batch=11, seq=23, past=29, source=19, kept=7),
     Sizes(batch=13, seq=31, past=43, source=37, kept=17),
 )
+_MOST_WAYS = 12  # that are looked at for one call's
 # Lengths for the first example of a model that cuts sequences into chunks of several sizes: one is taken for which the
 # next multiple of each is another number.
 _LENGTHS_BEFORE_CHUNKS = (23, 19, 25, 17, 21, 33, 35, 37, 41, 45)
+
+
+Trace = Callable[[tuple[Sizes, Sizes]], TracedModel]
 
 
 @dataclass
@@ -62,6 +68,7 @@ class Variant:
     # fills that cache, and `whole_plan` the plan that both are parts of.
     encoder: Variant | None = None
     whole_plan: PartitionPlan | None = None
+    trace_again: Trace | None = field(default=None, repr=False)  # at other lengths; None where no model is at hand
 
     @classmethod
     def make(
@@ -74,8 +81,19 @@ class Variant:
         given: PartitionPlan | None,
         forms: Mapping[str, InputForm] | None = None,
     ) -> Variant:
-        traced = trace(model, input_names=input_names, use_cache=use_cache, concrete_args=concrete_args, forms=forms)
-        return cls.of(traced, request, given, unusual(model, concrete_args or {}))
+        def traced(sizes: tuple[Sizes, Sizes] | None = None) -> TracedModel:
+            return trace(
+                model,
+                input_names=input_names,
+                use_cache=use_cache,
+                concrete_args=concrete_args,
+                forms=forms,
+                sizes=sizes,
+            )
+
+        variant = cls.of(traced(), request, given, unusual(model, concrete_args or {}))
+        variant.trace_again = traced
+        return variant
 
     @classmethod
     def make_phases(
@@ -86,15 +104,102 @@ class Variant:
         given: PartitionPlan | None,
     ) -> tuple[Variant, Variant]:
         """(prompt, step) of a model with a cache of its own; `given` is a plan for the step."""
-        prompt, step = trace_phases(model, concrete_args)
+        traced, step = trace_phases(model, concrete_args)
         fixed = unusual(model, concrete_args or {})
-        return cls.of(prompt, request, None, fixed), cls.of(step, request, given, fixed)
+        prompt = cls.of(traced, request, None, fixed)
+        prompt.trace_again = lambda sizes: trace_phases(model, concrete_args, sizes)[0]
+        return prompt, cls.of(step, request, given, fixed)
+
+    def at_lengths(self, lengths: Lengths, request: PlanRequest, others: Sequence[Variant]) -> Variant:
+        """The graph for the same call with these lengths, at which the model's code goes another way than in this one
+        and in `others`. Its weights and caches lie on the ranks as this one's do.
+
+        Raises AutodistError, where they cannot; TracingError.
+        """
+        known = [v.conditions for v in (self, *others) if v.conditions is not None]
+        if self.trace_again is None:
+            raise AutodistError(self.other_way(lengths))
+        windows, points = any(":" in kind for kind in self.traced.layer_kinds), frozenset[int]()
+        usual = [self._letters(sizes) for sizes in _sizes(self.traced)]
+        frames = min(self.traced.fewest_frames, lengths.get("E", 0))
+        for _ in range(_MOST_WAYS):
+            first, second, fixed = examples_like(
+                known,
+                lengths,
+                (usual[0], usual[1]),
+                points,
+                frozenset("P") if windows else frozenset(),  # how much a window sees follows no letter
+                {"E": frames} if frames else None,
+            )
+            sizes = _sizes_of(first), _sizes_of(second)
+            traced = self.trace_again(sizes)
+            functionalize(traced.graph_module)
+            found = bending_points(traced.graph_module, _both(traced, sizes))
+            if not found <= points and not tells_apart(first, second, frozenset(found)):
+                points |= found
+                continue
+            _normalize(traced, lambda traced, sizes=sizes: _both(traced, sizes))
+            meta = traced.graph_module.meta
+            meta["conditions"] = with_fixed(meta["conditions"], fixed)
+            if meta["conditions"] is None or not meta["conditions"].otherwise(lengths):
+                variant = Variant.of(traced, replace(request, like=self.whole_plan or self.plan), None, self.fixed)
+                self._check_caches(variant)
+                return variant
+            known.append(meta["conditions"])
+        raise TracingError(f"{self.other_way(lengths)}; no graph for them was found in {_MOST_WAYS} tries")
+
+    def _letters(self, sizes: Sizes) -> Lengths:
+        """Those lengths that inputs of this graph have."""
+        used = {d for form in self.forms.values() for d in form.dims if isinstance(d, str)}
+        used |= {"P"} if self.traced.use_cache and self.traced.phase != "prompt" else set()
+        used -= {"S"} if self.traced.phase == "step" else set()
+        every = {"B": sizes.batch, "S": sizes.seq, "P": sizes.past, "E": sizes.source, "K": sizes.kept}
+        return {letter: n for letter, n in every.items() if letter in used}
+
+    def _check_caches(self, other: Variant) -> None:
+        """Raises AutodistError where the two graphs cannot share a cache."""
+        mine, its = self._cache_layers(), other._cache_layers()
+        for layer in mine.keys() | its.keys():
+            if mine.get(layer) != its.get(layer):
+                raise AutodistError(
+                    f"the graph of {self.traced.model_class} for these lengths has cache layer {layer} on its ranks "
+                    "otherwise than the one before, and cannot go on with its cache: pin the roles of attention's "
+                    "linears, or use fewer ranks"
+                )
+
+        mine, its = self._states(), other._states()
+        for name in mine.keys() | its.keys():
+            shapes = mine.get(name, ()), its.get(name, ())
+            if len(shapes[0]) != len(shapes[1]) or any(type(a) is int and a != b for a, b in zip(*shapes, strict=True)):
+                raise AutodistError(
+                    f"for these lengths {self.traced.model_class} leaves {name.removeprefix(STATE_PREFIX)} as "
+                    f"{list(shapes[1])}, and its steps go on from {list(shapes[0])}: use longer prompts"
+                )
+
+    def _states(self) -> dict[str, tuple[object, ...]]:
+        """The dims of what a prompt leaves in a cache of the model's own: numbers, and names of lengths."""
+        output = next(node for node in reversed(self.traced.graph_module.graph.nodes) if node.op == "output")
+        states = {k: n for k, n in output.args[0].items() if k.startswith(STATE_PREFIX) and isinstance(n, torch.fx.Node)}
+        return {
+            name: tuple(s or d for s, d in zip(node.meta["symbols"], node.meta["val"].shape, strict=True))
+            for name, node in states.items()
+        }
+
+    def _cache_layers(self) -> dict[int, object]:
+        found: dict[int, object] = {}
+        for part in (self.encoder, self):
+            for op in part.graph if part is not None else ():
+                if op.kind in ("cache_update", "cache_read") and part is not None:
+                    planned = part.plan.op(op.name)
+                    layouts = [part.plan.layout(i) for i in planned.output_layouts]
+                    found[op.attrs["layer"]] = planned.home, planned.outputs, layouts
+        return found
 
     @classmethod
     def of(
         cls, traced: TracedModel, request: PlanRequest, given: PartitionPlan | None, fixed: dict[str, object]
     ) -> Variant:
-        """`fixed`: the arguments it was traced with that are not inputs."""
+        """`fixed`: the arguments it was traced with that are not inputs. Normalises what is not normalised yet."""
         graph = planned_graph(traced)
         print_of_it = fingerprint(graph)
         if given is None:
@@ -121,6 +226,7 @@ class Variant:
         cross = [index for index, kind in enumerate(traced.layer_kinds) if kind == CROSS]
         parts = []
         for module in split_encoder(traced.graph_module, cross):
+            module.meta["conditions"] = traced.graph_module.meta["conditions"]
             graph = build_op_graph(module, names)
             inputs = tuple(str(n.target) for n in module.graph.nodes if n.op == "placeholder")
             part = replace(traced, graph_module=module, input_names=inputs)
@@ -129,11 +235,19 @@ class Variant:
         step.encoder, step.whole_plan = encoder, plan
         return step
 
-    def check_lengths(self, inputs: Mapping[str, Any], past: int) -> None:
-        """Warns where the model's code asks for lengths, and would go another way for these."""
-        conditions = self.traced.graph_module.meta.get("conditions")
-        if conditions is not None:
-            conditions.check(inputs, past)
+    @property
+    def conditions(self) -> Conditions | None:
+        """On lengths; at others than this graph is for, the model's code goes another way."""
+        return self.traced.graph_module.meta.get("conditions")
+
+    def fits(self, lengths: Lengths) -> bool:
+        """Whether the model's code goes this graph's way at these lengths."""
+        return self.conditions is None or not self.conditions.otherwise(lengths)
+
+    def other_way(self, lengths: Lengths) -> str:
+        """Where it does not, in words."""
+        lines = self.conditions.otherwise(lengths) if self.conditions is not None else []
+        return another_way(self.traced.model_class, lengths, lines)
 
     def with_encoder_mask(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """`inputs`, with a mask of ones of what the encoder reads, where the graph takes one and none is given."""
@@ -160,12 +274,17 @@ class Variant:
 
 def planned_graph(traced: TracedModel) -> OpGraph:
     """What plans are made for. Normalises the traced graph."""
-    try:
-        normalize(traced.graph_module, _examples_for(traced))
-    except RuntimeError as error:  # what an op says of shapes or dtypes that it refuses
-        raise TracingError(f"{traced.model_class} refuses these inputs: {error}") from error
+    if "conditions" not in traced.graph_module.meta:
+        _normalize(traced, _examples_for)
     _refuse_random(traced)
     return build_op_graph(traced.graph_module, fused=removed_by_fusing(traced.graph_module))
+
+
+def _normalize(traced: TracedModel, examples: Callable[[TracedModel], tuple[Example, Example]]) -> None:
+    try:
+        normalize(traced.graph_module, examples(traced))
+    except RuntimeError as error:  # what an op says of shapes or dtypes that it refuses
+        raise TracingError(f"{traced.model_class} refuses these inputs: {error}") from error
 
 
 def _refuse_random(traced: TracedModel) -> None:
@@ -201,13 +320,28 @@ def _examples_for(traced: TracedModel) -> tuple[Example, Example]:
 def _examples(
     traced: TracedModel, first: Sizes = _EXAMPLES[0], second: Sizes = _EXAMPLES[1]
 ) -> tuple[Example, Example]:
+    return _both(traced, _sizes(traced, first, second))
+
+
+def _both(traced: TracedModel, sizes: tuple[Sizes, Sizes]) -> tuple[Example, Example]:
+    return _example(traced, sizes[0]), _example(traced, sizes[1])
+
+
+def _sizes(
+    traced: TracedModel, first: Sizes = _EXAMPLES[0], second: Sizes = _EXAMPLES[1]
+) -> tuple[Sizes, Sizes]:
     """In the second the cache is longer than any window: there the keys that a layer with one sees no longer grow."""
     longest = max((int(kind.partition(":")[2]) for kind in traced.layer_kinds if ":" in kind), default=0)
     first = replace(first, source=first.source + traced.fewest_frames)
     # a multiple of what is one already, and so much more that more frames come out of convolutions
     further = second.source * math.ceil(2 * traced.fewest_frames / second.source)
     second = replace(second, past=second.past + longest, source=second.source + further)
-    return _example(traced, first), _example(traced, second)
+    return first, second
+
+
+def _sizes_of(lengths: Lengths) -> Sizes:
+    """Those that are not among the lengths are no input's."""
+    return Sizes(*(lengths.get(letter, 0 if letter == "P" else 1) for letter in "BSPEK"))
 
 
 def _example(traced: TracedModel, sizes: Sizes) -> Example:
@@ -220,7 +354,7 @@ def _example(traced: TracedModel, sizes: Sizes) -> Example:
         symbols["K"] = sizes.kept
     if traced.has_encoder:
         symbols["E"] = sizes.source
-    if traced.use_cache and traced.phase != "prompt":
+    if traced.use_cache and traced.phase != "prompt" and sizes.past:
         symbols |= {"P": sizes.past, "T": sizes.past + sizes.seq}
     return Example(traced.example_inputs(sizes), symbols)
 

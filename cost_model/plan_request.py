@@ -35,6 +35,7 @@ class PlanRequest:
     `memory_bytes[k]` is what a device of stage k may hold of weights and caches (None: no limit).
     `pins`: (pattern, role) of ops (pins.py); `cuts`: where stages begin (cuts.py), () where the search decides.
     `whole_experts`: experts may be dealt to ranks, which programs to be trained do not know.
+    `like`: a plan for another graph of the model, whose weights and caches are to lie as in that one (like_plan.py).
     `in_flight`: micro-batches whose caches a stage holds at once; as many as stages keep a pipeline full.
     """
 
@@ -48,6 +49,7 @@ class PlanRequest:
     devices: tuple[Hardware, ...] = ()
     whole_experts: bool = True
     in_flight: int = 1
+    like: PartitionPlan | None = None
 
     def __post_init__(self) -> None:
         if self.objective not in PRICES:

@@ -14,6 +14,7 @@ from cost_model.cuts import cut_positions
 from cost_model.errors import NoPlanFits, PlanError
 from cost_model.explain import plan_warnings
 from cost_model.hardware import Hardware, Link
+from cost_model.like_plan import cuts_like, roles_like
 from cost_model.memory import collective_workspace_bytes, peak_activation_bytes, workspace_bytes
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef
 from cost_model.pins import pinned_roles, pins_text, to_blame
@@ -96,7 +97,8 @@ class _Planner:
         source = {"E": SOURCE_SIZE} if any("E" in spec.symbols for op in graph for spec in op.outputs) else {}
         self.lengths = {**(DECODE_SIZES if decodes else FORWARD_SIZES), **source, **dict(request.sizes)}
         self.sizes = all_lengths(self.lengths)
-        self.pinned = pinned_roles(graph, request.pins)
+        followed = roles_like(graph, request.like) if request.like is not None else {}
+        self.pinned = {**followed, **pinned_roles(graph, request.pins)}
         self.of_stage = [self._search(device, shared) for device in request.stage_devices]
         # One sharding for all stages, chosen for the device that the whole model takes longest on.
         self.search = max(dict.fromkeys(self.of_stage), key=_unsplit_seconds) if request.devices else self.of_stage[0]
@@ -158,11 +160,16 @@ class _Planner:
         if len(set(self.of_stage)) > 1:
             of_search = {x: {name: self._seconds(x, self.graph[name]) for name in costs} for x in set(self.of_stage)}
             seconds = [of_search[x] for x in self.of_stage]
+        positions = None
+        if self.request.like is not None and self.mesh.pp > 1:
+            positions = cuts_like(self.graph, self.pipeline.sequence, self.request.like)
+        elif cuts:
+            positions = cut_positions(self.graph, self.pipeline.sequence, cuts, self.mesh.pp)
         return self.pipeline.solve(
             self.mesh.pp,
             self.request.memory_bytes,
             seconds=seconds,
-            cuts=cut_positions(self.graph, self.pipeline.sequence, cuts, self.mesh.pp) if cuts else None,
+            cuts=positions,
             balance="bytes" if self.request.objective == "memory" else "seconds",
         )
 

@@ -1,16 +1,21 @@
 """conditions: `if`s on lengths that the model's Python took while it was traced, kept to be asked again at every call.
 
     before  %gt = %seq > 24                      (meta["condition"] = False: so it was for the traced lengths)
-    after   nothing in the graph; Conditions.check(inputs) computes `seq > 24` for the lengths at hand
+    after   nothing in the graph; Conditions.otherwise({"S": 30, ...}) computes `S > 24` for the lengths at hand
 
-A graph has one way through, whatever the lengths. Where a call's lengths would have taken the model another way, both
-ways may compute the same (one being a shortcut) or may not: nobody can tell from here, so the caller is warned. But not
-of comparisons with 1: that a single token needs no causal mask is the shortcut which nearly every model takes.
+A graph has one way through. A call whose lengths would have taken the model another way needs another graph, which
+whoever calls has made. But not for comparisons with 1: that a single token needs no causal mask is the shortcut which
+nearly every model takes, and it computes the same.
+
+Lengths go by letters: "B" sequences, "S" tokens, "P" tokens cached before, "T" both, "E" what an encoder reads, "K"
+positions that logits are wanted of.
 """
 
 from __future__ import annotations
 
-import warnings
+import functools
+import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +26,9 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 MARK = "condition"  # node.meta key: what the condition was while tracing
-_PAST = "past_length"
+_CACHED = "P"
+_NEVER_OTHERWISE = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
+_ANY_LENGTH = 2  # stands for one that is not known, in computing others
 
 
 def is_condition(node: Node) -> bool:
@@ -33,43 +40,83 @@ class Conditions:
     """Of the lengths of a traced graph's inputs; `asked` gives one value a condition, in order."""
 
     asked: torch.fx.GraphModule
-    inputs: tuple[str, ...]  # the arguments of `asked`
+    letters: tuple[str, ...]  # of the lengths that `asked` takes
     expected: tuple[bool, ...]
     sources: tuple[str, ...]  # the model's lines
 
-    def check(self, inputs: Mapping[str, Any], past: int = 0) -> None:
-        """`past`: tokens in the cache. Warns, with the model's line, of what is otherwise than it was."""
-        given = {_PAST: past, **inputs}
-        if any(given.get(name) is None for name in self.inputs):
-            return
-        answers = self.asked(*(given[name] for name in self.inputs))
-        for answer, expected, source in zip(answers, self.expected, self.sources, strict=True):
-            if bool(answer) != expected:
-                lengths = ", ".join(f"{n} {list(v.shape)}" for n, v in inputs.items() if isinstance(v, torch.Tensor))
-                warnings.warn(
-                    f"for these lengths ({lengths}; {past} tokens cached) the model's code goes another way at "
-                    f"{source} than for those it was traced with, where the condition was {expected}: compare with the "
-                    "model, or use lengths for which it is the same",
-                    stacklevel=3,
-                )
+    @functools.cached_property
+    def needs(self) -> tuple[frozenset[str], ...]:
+        """The letters that each condition depends on."""
+        of: dict[Node, frozenset[str]] = {}
+        for node in self.asked.graph.nodes:
+            own = [str(node.target)] if node.op == "placeholder" else []
+            of[node] = frozenset(own).union(*(of[source] for source in node.all_input_nodes))
+        output = next(reversed(self.asked.graph.nodes))
+        return tuple(of.get(asked, frozenset()) for asked in output.args[0])
+
+    @functools.cached_property
+    def numbers(self) -> frozenset[int]:
+        """That lengths are compared with or divided by."""
+        return frozenset(a for n in self.asked.graph.nodes for a in n.args if type(a) is int and a > 1)
+
+    def answers(self, lengths: Mapping[str, int]) -> tuple[bool | None, ...]:
+        """What each comes to; None where it depends on a length that is not among `lengths`."""
+        found = self.asked.forward(*(lengths.get(letter, _ANY_LENGTH) for letter in self.letters))
+        if all(letter in lengths for letter in self.letters):
+            return tuple(bool(answer) for answer in found)
+        return tuple(bool(a) if n <= lengths.keys() else None for a, n in zip(found, self.needs, strict=True))
+
+    def otherwise(self, lengths: Mapping[str, int]) -> list[str]:
+        """The model's lines at which these lengths take it another way than it was traced: none, mostly. Conditions
+        on lengths that are not given are not asked."""
+        answers = zip(self.answers(lengths), self.expected, self.sources, strict=True)
+        return [source for answer, expected, source in answers if answer is not None and answer != expected]
+
+
+def with_fixed(conditions: Conditions | None, fixed: Mapping[str, int]) -> Conditions | None:
+    """The same, and that each length in `fixed` is what is said there: such a graph holds it as a number."""
+    if not fixed:
+        return conditions
+    graph, copies = torch.fx.Graph(), dict[Node, Node]()
+    letters = dict.fromkeys((*(() if conditions is None else conditions.letters), *fixed))
+    inputs = {letter: graph.placeholder(letter) for letter in letters}
+    asked: list[Any] = []
+    if conditions is not None:
+        for node in conditions.asked.graph.nodes:
+            if node.op == "output":
+                asked = [copies.get(n, n) for n in node.args[0]]
+            elif node.op == "placeholder":
+                copies[node] = inputs[str(node.target)]
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+    asked += [graph.call_function(operator.eq, (inputs[letter], number)) for letter, number in fixed.items()]
+    graph.output(tuple(asked))
+    before = ((), ()) if conditions is None else (conditions.expected, conditions.sources)
+    expected = (*before[0], *(True for _ in fixed))
+    sources = (*before[1], *(f"{letter} == {number}" for letter, number in fixed.items()))
+    return Conditions(torch.fx.GraphModule({}, graph), tuple(letters), expected, sources)
 
 
 def take_conditions(module: torch.fx.GraphModule) -> Conditions | None:
     """Takes the marked nodes out of a normalised graph. None where all came out as constants.
 
-    A condition on something else than lengths of the inputs stays as it was decided.
+    A condition on something else than lengths of the inputs (devices, how many tokens chose an expert) stays as it was
+    decided.
     """
     marked = [node for node in module.graph.nodes if is_condition(node)]
-    graph, copies = torch.fx.Graph(), dict[Node, Node]()
-    found: dict[Any, tuple[Node, bool, str]] = {}
+    asked = _Asked()
+    found: dict[Any, tuple[Any, bool, str]] = {}
     for node in marked:
-        closure = _closure(node)
-        if closure is not None:
-            for inner in closure:
-                if inner not in copies:
-                    copies[inner] = _copy(graph, inner, copies)
-            key = (node.target, node.args, tuple(node.kwargs.items()))
-            found.setdefault(key, (copies[node], bool(node.meta[MARK]), str(node.meta.get("source"))))
+        if any(type(a) is int and a == 1 for a in node.args):
+            continue
+        try:
+            copy = asked.copied(node)
+        except _NotOfLengthsError:
+            continue
+        if not isinstance(copy, Node) or not copy.all_input_nodes or _is_sure(copy):  # constant
+            continue
+        key = (copy.target, copy.args, tuple(copy.kwargs.items()))
+        found.setdefault(key, (copy, bool(node.meta[MARK]), str(node.meta.get("source"))))
     for node in reversed(marked):
         if not node.users:
             module.graph.erase_node(node)
@@ -77,52 +124,103 @@ def take_conditions(module: torch.fx.GraphModule) -> Conditions | None:
             del node.meta[MARK]
     if not found:
         return None
+    graph = asked.graph
     graph.output(tuple(copy for copy, _, _ in found.values()))
     graph.eliminate_dead_code()
-    asked = torch.fx.GraphModule({}, graph)
-    names = tuple(str(n.target) for n in graph.nodes if n.op == "placeholder")
-    return Conditions(asked, names, tuple(e for _, e, _ in found.values()), tuple(s for _, _, s in found.values()))
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and not node.users:
+            graph.erase_node(node)
+    letters = tuple(str(n.target) for n in graph.nodes if n.op == "placeholder")
+    expected, sources = tuple(e for _, e, _ in found.values()), tuple(s for _, _, s in found.values())
+    return Conditions(torch.fx.GraphModule({}, graph), letters, expected, sources)
 
 
-def _closure(node: Node) -> list[Node] | None:
-    """The node and all it is computed from, in order; None for a constant, or where it needs more than lengths."""
-    needed, order = [node], dict.fromkeys([node])
-    while needed:
-        current = needed.pop()
-        if _is_length_of_cache(current) or current.op == "placeholder":
-            continue
-        for source in current.all_input_nodes:
-            is_number = isinstance(source.meta.get("val"), (bool, int, float, tuple))
-            if source.op != "placeholder" and not is_number:
-                return None
-            if source not in order:
-                order[source] = None
-                needed.append(source)
-    if len(order) == 1 or node.op == "placeholder" or any(type(a) is int and a == 1 for a in node.args):
+def _is_sure(node: Node) -> bool:
+    """A length compared with itself."""
+    return node.target in _NEVER_OTHERWISE and len(node.args) == 2 and node.args[0] == node.args[1]
+
+
+class _NotOfLengthsError(Exception):
+    pass
+
+
+class _Asked:
+    """The graph of conditions, in the making."""
+
+    def __init__(self) -> None:
+        self.graph = torch.fx.Graph()
+        self._letters: dict[str, Node] = {}
+        self._copies: dict[Node, Any] = {}
+        self._equal: dict[Any, Node] = {}
+
+    def copied(self, node: Node) -> Any:
+        """The node there, made of lengths; a number where it is one. Raises _NotOfLengthsError."""
+        pending = [node]
+        while pending:
+            one = pending[-1]
+            if one in self._copies:
+                pending.pop()
+                continue
+            if (known := self._length(one)) is not None:
+                self._copies[one] = known
+            elif one.op not in ("call_function", "call_method") or not _is_number(one.meta.get("val")):
+                raise _NotOfLengthsError
+            elif missing := [source for source in one.all_input_nodes if source not in self._copies]:
+                pending += missing
+            else:
+                args, kwargs = map_arg((one.args, one.kwargs), lambda n: self._copies[n])
+                self._copies[one] = self._made(one.op, one.target, args, kwargs)
+        return self._copies[node]
+
+    def _made(self, op: str, target: Any, args: Any, kwargs: Any) -> Node:
+        key = (op, target, args, tuple(kwargs.items()))
+        try:
+            return self._equal[key] if key in self._equal else self._equal.setdefault(
+                key, self.graph.create_node(op, target, args, kwargs)
+            )
+        except TypeError:  # a slice among the arguments
+            return self.graph.create_node(op, target, args, kwargs)
+
+    def _length(self, node: Node) -> Any:
+        """What a node that asks an input comes to; None for any other node."""
+        if node.op == "call_method" and node.target == "get_seq_length":
+            return self._letter(_CACHED)
+        source = node.args[0] if node.args else None
+        if not isinstance(source, Node) or source.op != "placeholder":
+            return None
+        value = source.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            if node.target is getattr and node.args[1] == "is_initialized":  # of a cache: once it holds something
+                return self._made("call_function", operator.gt, (self._letter(_CACHED), 0), {})
+            return None
+        sizes = [self._size(name, n) for name, n in zip(source.meta["symbols"], value.shape, strict=True)]
+        if node.target is torch.ops.aten.sym_size.int:
+            return sizes[node.args[1]]
+        if node.op == "call_method" and node.target == "numel" and None not in sizes:
+            return functools.reduce(self._product, sizes)
         return None
-    position = {n: i for i, n in enumerate(node.graph.nodes)}
-    return sorted(order, key=position.__getitem__)
+
+    def _size(self, symbol: str, number: int) -> Any:
+        if not symbol:
+            return number
+        return self._letter(symbol) if len(symbol) == 1 else None
+
+    def _product(self, a: Any, b: Any) -> Any:
+        if not isinstance(a, Node) and not isinstance(b, Node):
+            return math.prod((a, b))
+        return self._made("call_function", operator.mul, (a, b), {})
+
+    def _letter(self, letter: str) -> Node:
+        """An argument, in front of everything else."""
+        if letter not in self._letters:
+            first = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
+            if first is None:
+                self._letters[letter] = self.graph.placeholder(letter)
+            else:
+                with self.graph.inserting_before(first):
+                    self._letters[letter] = self.graph.placeholder(letter)
+        return self._letters[letter]
 
 
-def _is_length_of_cache(node: Node) -> bool:
-    return node.op == "call_method" and node.target == "get_seq_length"
-
-
-def _copy(graph: torch.fx.Graph, node: Node, copies: dict[Node, Node]) -> Node:
-    if _is_length_of_cache(node):
-        known = next((n for n in graph.nodes if n.op == "placeholder" and n.target == _PAST), None)
-        return known if known is not None else _placeholder(graph, _PAST)
-    if node.op == "placeholder":
-        return _placeholder(graph, str(node.target))
-    return graph.create_node(
-        node.op, node.target, map_arg(node.args, copies.__getitem__), map_arg(node.kwargs, copies.__getitem__)
-    )
-
-
-def _placeholder(graph: torch.fx.Graph, name: str) -> Node:
-    """In front of everything else."""
-    first = next((n for n in graph.nodes if n.op != "placeholder"), None)
-    if first is None:
-        return graph.placeholder(name)
-    with graph.inserting_before(first):
-        return graph.placeholder(name)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float)) or (type(value) is tuple and all(map(_is_number, value)))

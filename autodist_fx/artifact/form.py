@@ -201,7 +201,7 @@ def conditions_to_dict(conditions: Conditions | None) -> dict[str, Any] | None:
         return None
     return {
         "graph": graph_to_json(conditions.asked, LAYERS),
-        "inputs": list(conditions.inputs),
+        "letters": list(conditions.letters),
         "expected": list(conditions.expected),
         "sources": list(conditions.sources),
     }
@@ -217,6 +217,10 @@ def conditions_from_dict(data: Mapping[str, Any] | None, where: str) -> Conditio
     try:
         asked = read_graph(data["graph"], no_tensor, where)
         expected = tuple(bool(answer) for answer in data["expected"])
-        return Conditions(asked, _texts(data["inputs"]), expected, _texts(data["sources"]))
+        conditions = Conditions(asked, _texts(data["letters"]), expected, _texts(data["sources"]))
+        taken = [str(node.target) for node in asked.graph.nodes if node.op == "placeholder"]
+        if taken != list(conditions.letters) or len(conditions.needs) != len(expected) != len(conditions.sources):
+            raise ValueError("they are not as many as their answers")
+        return conditions
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where}: its conditions are malformed: make the artifact again") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,25 +35,31 @@ class _Left:
 
 
 def trace_phases(
-    model: PreTrainedModel | PretrainedConfig, concrete_args: Mapping[str, object] | None = None
+    model: PreTrainedModel | PretrainedConfig,
+    concrete_args: Mapping[str, object] | None = None,
+    sizes: tuple[Sizes, Sizes] | None = None,
 ) -> tuple[TracedModel, TracedModel]:
     """(prompt, step) of a model that `states.has_own_cache`; see autodist_fx.tracing.trace.
 
     Errors: TracingError, also where the model keeps no state between calls.
     """
-    prompt, left = _trace_prompt(model, concrete_args or {}, given_cache=False)
+    prompt, left = _trace_prompt(model, concrete_args or {}, sizes, given_cache=False)
     if not left.tensors:  # this model does not make one itself
-        prompt, left = _trace_prompt(model, concrete_args or {}, given_cache=True)
+        prompt, left = _trace_prompt(model, concrete_args or {}, sizes, given_cache=True)
     if not left.tensors:
         raise TracingError(f"{prompt.model_class} was traced with use_cache=True, and leaves no state: use_cache=False")
     return prompt, _trace_step(model, concrete_args or {}, left)
 
 
 def _trace_prompt(
-    model: PreTrainedModel | PretrainedConfig, concrete_args: Mapping[str, object], *, given_cache: bool
+    model: PreTrainedModel | PretrainedConfig,
+    concrete_args: Mapping[str, object],
+    sizes_of_both: tuple[Sizes, Sizes] | None,
+    *,
+    given_cache: bool,
 ) -> tuple[TracedModel, _Left]:
     meta_model, accepted = _meta(model)
-    sizes = unmistakable_sizes(meta_model)
+    sizes, other = sizes_of_both or _two_sizes(meta_model)
     prepared = states.prepared_prompt(meta_model, sizes.batch, accepted)
     if given_cache and prepared.cache is None:
         raise TracingError(f"{type(meta_model).__name__} neither makes a cache nor says how to: use_cache=False")
@@ -64,10 +70,14 @@ def _trace_prompt(
         return states.with_tensors(prepared.cache, lambda path, tensor: _zeros(tracer, path, tensor, sizes.batch))
 
     made = {cache_name: fresh} if cache_name else {}
-    tracer, graph = _trace(meta_model, names, concrete_args, made, sizes, ())
+    tracer, graph = _trace(meta_model, names, concrete_args, made, (sizes, other), ())
     output, kept = _outputs(graph, tracer, prepared.cache if given_cache else None, meta_model)
     tensors = {
-        name: states.state_tensor(name, proxy._metadata, {"B": sizes.batch, "P": sizes.seq})
+        name: states.state_tensor(
+            name,
+            (proxy._metadata, tracer.other_example.value(proxy.node)),
+            {"B": (sizes.batch, other.batch), "P": (sizes.seq, other.seq)},
+        )
         for name, proxy in kept.items()
     }
     output.args = ({**output.args[0], **{name: proxy.node for name, proxy in kept.items()}},)
@@ -80,8 +90,7 @@ def _trace_step(
     model: PreTrainedModel | PretrainedConfig, concrete_args: Mapping[str, object], left: _Left
 ) -> TracedModel:
     meta_model, accepted = _meta(model)
-    sizes = unmistakable_sizes(meta_model)
-    sizes = Sizes(sizes.batch, 1, sizes.past)
+    sizes, other = (replace(each, seq=1) for each in _two_sizes(meta_model))
 
     def example(path: str, value: Any) -> Any:
         tensor = left.tensors.get(states.state_name(path))
@@ -99,7 +108,7 @@ def _trace_step(
         return states.with_tensors(left.cache, lambda path, value: state(tracer, path, value))
 
     made = {left.cache_name: cached} if left.cache_name else {}
-    tracer, graph = _trace(meta_model, names, concrete_args, made, sizes, tuple(left.on_modules), left)
+    tracer, graph = _trace(meta_model, names, concrete_args, made, (sizes, other), tuple(left.on_modules), left)
     output, kept = _outputs(graph, tracer, None, meta_model)
     output.args = ({**output.args[0], **{name: proxy.node for name, proxy in kept.items()}},)
     _make_placeholders(graph)
@@ -115,6 +124,11 @@ def _meta(model: PreTrainedModel | PretrainedConfig) -> tuple[PreTrainedModel, l
     choose_attention(meta_model)
     parameters = inspect.signature(meta_model.forward).parameters
     return meta_model, [name for name, p in parameters.items() if p.kind != p.VAR_KEYWORD]
+
+
+def _two_sizes(model: PreTrainedModel) -> tuple[Sizes, Sizes]:
+    first = unmistakable_sizes(model)
+    return first, unmistakable_sizes(model, other_than=first)
 
 
 def _examples(model: PreTrainedModel, names: tuple[str, ...], tensors: tuple[StateTensor, ...]) -> ExampleInputs:
@@ -134,21 +148,18 @@ def _trace(
     names: tuple[str, ...],
     concrete_args: Mapping[str, object],
     made: dict[str, Any],
-    sizes: Sizes,
+    sizes_of_both: tuple[Sizes, Sizes],
     on_modules: tuple[tuple[str, str], ...],
     left: _Left | None = None,
 ) -> tuple[Tracer, Graph]:
     tracer = None
-    if left is None:
-        sizes = Sizes(sizes.batch, sizes.seq, 0)
+    sizes, other = (replace(each, past=0) if left is None else each for each in sizes_of_both)
     try:
         with traceable(model, use_cache=True, keeps_states=True), torch.no_grad():
             fixed = {**hf_fx.get_concrete_args(model, list(names)), **concrete_args}
             if "use_cache" in fixed:
                 fixed["use_cache"] = True
             inputs = _examples(model, names, ()).make(sizes)
-            other = unmistakable_sizes(model, other_than=sizes)
-            other = Sizes(other.batch, *((other.seq, 0) if left is None else (1, other.past)))
             states_too = () if left is None else tuple(left.tensors.values())
             tracer = Tracer(model, inputs, _examples(model, names, states_too).make(other))
             tracer.objects = dict(made)

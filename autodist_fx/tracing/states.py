@@ -159,7 +159,10 @@ def state_name(path: str) -> str:
     return PREFIX + path.replace(".", "_")
 
 
-def state_tensor(name: str, example: torch.Tensor, sizes: Mapping[str, int]) -> StateTensor:
-    """`sizes`: the lengths "B" and "P" that the example was made with; they equal no size of the model."""
-    letters = {size: letter for letter, size in sizes.items()}
-    return StateTensor(name, tuple(letters.get(n, n) for n in example.shape), example.dtype)
+def state_tensor(
+    name: str, examples: tuple[torch.Tensor, torch.Tensor], sizes: Mapping[str, tuple[int, int]]
+) -> StateTensor:
+    """`examples`: the tensor at two choices of the lengths "B" and "P" in `sizes`, which tell them from numbers."""
+    letters = {pair: letter for letter, pair in sizes.items() if pair[0] != pair[1]}
+    dims = tuple(letters.get(pair, pair[0]) for pair in zip(examples[0].shape, examples[1].shape, strict=True))
+    return StateTensor(name, dims, examples[0].dtype)

@@ -95,24 +95,26 @@ def trace(
     use_cache: bool = False,
     concrete_args: Mapping[str, object] | None = None,
     forms: Mapping[str, InputForm] | None = None,
+    sizes: tuple[Sizes, Sizes] | None = None,
 ) -> TracedModel:
     """Trace a model, or the model that a config describes, on the meta device; neither is changed.
 
     `input_names` are the arguments of forward that become inputs of the graph: by default token ids, their mask and
     segments, or pixels, whatever the model is for, and with `use_cache` also positions and the cache. Any other
     argument has its default, or its value in `concrete_args`. `forms` are those of inputs that differ from the usual
-    ones (input_shapes): a mask of four dims, int32 token ids.
+    ones (input_shapes): a mask of four dims, int32 token ids. `sizes`: of the inputs that Python sees while it is traced,
+    and others that are alike to it; by default some that are like no dim of the model.
     The model is traced as it stands, in training or in eval mode; one made from a config is in eval mode.
 
     Errors: TracingError, which names the model class, the line of its source, and the way out.
     """
     try:
-        return _trace(model, input_names, use_cache, concrete_args or {}, forms or {}, passing_cache=False)
+        return _trace(model, input_names, use_cache, concrete_args or {}, forms or {}, sizes, passing_cache=False)
     except TracingError as error:
         if use_cache or "past_key_values" in (*(input_names or ()), *(concrete_args or ())):
             raise
         try:  # some run without a cache only where they make one for themselves
-            return _trace(model, input_names, use_cache, concrete_args or {}, forms or {}, passing_cache=True)
+            return _trace(model, input_names, use_cache, concrete_args or {}, forms or {}, sizes, passing_cache=True)
         except TracingError:
             raise error from error.__cause__
 
@@ -123,6 +125,7 @@ def _trace(
     use_cache: bool,
     concrete_args: Mapping[str, object],
     forms: Mapping[str, InputForm],
+    sizes: tuple[Sizes, Sizes] | None,
     passing_cache: bool,
 ) -> TracedModel:
     meta_model = empty_model(model) if isinstance(model, PretrainedConfig) else meta_copy(model)
@@ -149,9 +152,10 @@ def _trace(
             )
             if use_cache:
                 examples = replace(examples, cache_layers=_cache_layers(meta_model, examples))
-            sizes = unmistakable_sizes(meta_model)
-            inputs = examples.for_model(sizes)
-            others = examples.for_model(unmistakable_sizes(meta_model, other_than=sizes))
+            if sizes is None:
+                first = unmistakable_sizes(meta_model)
+                sizes = first, unmistakable_sizes(meta_model, other_than=first)
+            inputs, others = (examples.for_model(each) for each in sizes)
             tracer = Tracer(meta_model, inputs, others, keywords)
             graph = tracer.trace(
                 meta_model,
