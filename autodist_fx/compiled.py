@@ -213,6 +213,10 @@ class CompiledModel:
         model, or this form of it, has no such part. It writes what the steps read into their cache."""
         return None if self._main.encoder is None else self._program(self._main.encoder, rank)
 
+    def program_of(self, variant: Variant, rank: int) -> RankProgram:
+        """Of one of `variants`, or of the encoder of one."""
+        return self._program(variant, rank)
+
     def prompt_program(self, rank: int) -> RankProgram | None:
         """What global rank `rank` runs for a prompt, where the model has a cache of its own; `program` is then that of
         each step after it. None for all other models."""
@@ -519,6 +523,14 @@ class CompiledModel:
             self._verify(variant)
         return variant
 
+    def at_lengths(self, lengths: Lengths) -> Variant:
+        """The main form (of a prompt, in a model with a cache of its own) at these lengths, by letter."""
+        if self._prompt is not None:
+            return self._at_lengths([self._prompt, *self._more_prompts], lengths, self._more_prompts)
+        main = self._main
+        alike = [v for v in self._variants if v.traced.use_cache == main.traced.use_cache and v.forms == main.forms]
+        return self._at_lengths(alike, lengths, self._variants)
+
     def new_phases(self) -> tuple[Variant, Variant]:
         """(prompt, step) of a model with a cache of its own."""
         return Variant.make_phases(self._model, self._request, None, None)
@@ -537,6 +549,10 @@ class CompiledModel:
                 stage_uses=variant.stage_uses,
             )
         return variant.programs[rank]
+
+    def verify_form(self, variant: Variant) -> None:
+        """As `verify`, one of `variants`."""
+        self._verify(variant)
 
     def _verify(self, variant: Variant) -> None:
         programs = self._all_programs(variant)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -18,13 +18,16 @@ from autodist_fx.artifact.manifest import FileRecord
 from autodist_fx.artifact.save import finish, named_parts, write_common, write_rank
 from autodist_fx.compiled import CompiledModel, compile
 from autodist_fx.errors import AutodistError
+from autodist_fx.lengths import Lengths
 from autodist_fx.runtime.agreement import agree
 from autodist_fx.runtime.generation import DistributedCausalLM
-from autodist_fx.runtime.own_cache import DistributedOwnCacheLM
+from autodist_fx.runtime.own_cache import DistributedOwnCacheLM, Prompt, handovers
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, JoinedRank, join
 from autodist_fx.runtime.seq2seq import DistributedSeq2SeqLM, seq2seq_class
 from autodist_fx.runtime.two_graphs import TwoGraphCausalLM
+from autodist_fx.runtime.ways import Ways, one_way
 from autodist_fx.tracing import empty_model, meta_copy
+from autodist_fx.variant import Variant
 from autodist_fx.weights.checkpoint import open_source
 from autodist_fx.weights.load import LoadReport, load_rank
 from autodist_fx.weights.module_source import ModuleSource
@@ -38,7 +41,10 @@ from cost_model.mesh import Mesh
 from cost_model.plan import PartitionPlan
 from cost_model.plan_json import plan_to_text
 from cost_model.plan_request import options_of
+from passes.conditions import Conditions
 from passes.program import RankProgram
+
+T = TypeVar("T")
 
 
 def from_pretrained(
@@ -254,6 +260,33 @@ class _Rank:
         agree(self.joined.communicator, self.joined.rank, self.options.mesh.size, facts_of_all, check=check)
         return program
 
+    def ways(self, compiled: CompiledModel, beside: RankProgram, run: Callable[[Variant], T], first: Variant) -> Ways[T]:
+        """What `run` makes of `first`, a form of `compiled` whose programs are loaded, and of graphs for other lengths;
+        `beside` is a program of this rank whose weights they use."""
+
+        def make(lengths: Lengths) -> tuple[Conditions | None, T]:
+            variant, failure = None, None
+            try:
+                variant = compiled.at_lengths(lengths)
+                fact = plan_to_text(variant.whole_plan or variant.plan)
+            except AutodistError as error:
+                failure, fact = error, str(error)
+            check = None if variant is None or not self.options.verify else lambda: compiled.verify_form(variant)
+            agree(self.joined.communicator, self.joined.rank, self.options.mesh.size, [fact], check=check)
+            if failure is not None:
+                raise failure
+            assert variant is not None
+            for part in (variant.encoder, variant):
+                if part is not None:
+                    program = compiled.program_of(part, self.joined.rank)
+                    left = share_weights(beside, program)
+                    if left.param_shards:
+                        self.load(compiled, left)
+                    program.graph_module.eval()
+            return variant.conditions, run(variant)
+
+        return Ways([(first.conditions, run(first))], make, first.forms)
+
     def load(self, compiled: CompiledModel, program: RankProgram) -> LoadReport:
         source = self.open_weights()
         try:
@@ -268,7 +301,7 @@ class _Rank:
         finally:
             source.close()
 
-    def whole_sequences(self, input_names: tuple[str, ...], beside: RankProgram) -> RankProgram:
+    def whole_sequences(self, input_names: tuple[str, ...], beside: RankProgram) -> Ways[RankProgram]:
         """The program for whole sequences of these inputs, with the weights of `beside` where both hold them alike."""
         compiled = compile(self.model, use_cache=False, input_names=input_names, **self.options.for_compile())
         program = self.agreed(compiled)
@@ -276,7 +309,8 @@ class _Rank:
         if left.param_shards:  # slices that this layout has and the other has not
             self.load(compiled, left)
         program.graph_module.eval()
-        return program
+        rank = self.joined.rank
+        return self.ways(compiled, beside, lambda form: compiled.program_of(form, rank), compiled.variants[0])
 
 
 def load_program(
@@ -324,9 +358,13 @@ def _distribute(
         _keep(entry, joined, main, generation_config)
     given = program, joined.communicator, main.config, generation_config
 
-    def make_program(input_names: tuple[str, ...]) -> RankProgram:
+    def make_program(input_names: tuple[str, ...]) -> Ways[RankProgram]:
         return me.whole_sequences(input_names, program)
 
+    def mine(form: Variant) -> RankProgram:
+        return main.program_of(form, joined.rank)
+
+    step = main.variants[0]
     split: DistributedCausalLM
     if encoder is not None:
         split_class = seq2seq_class(type(model))
@@ -336,19 +374,26 @@ def _distribute(
             encoder=encoder,
             main_input_name=model.main_input_name,
             skeleton=None if split_class is DistributedSeq2SeqLM else meta_copy(model),
+            ways=me.ways(main, program, lambda form: (mine(cast(Variant, form.encoder)), mine(form)), step),
         )
     elif prompt is not None:
         column = [mesh.rank(stage, program.tp_rank) for stage in range(mesh.pp)]
+        steps = [main.program(rank) for rank in column]
+
+        def with_handovers(form: Variant) -> Prompt:
+            return mine(form), handovers([main.program_of(form, rank) for rank in column], steps)
+
         split = DistributedOwnCacheLM(
             *given,
             device=joined.device,
             make_program=make_program,
-            prompt=prompt,
-            prompts=[cast(RankProgram, main.prompt_program(rank)) for rank in column],
-            steps=[main.program(rank) for rank in column],
+            prompts=me.ways(main, program, with_handovers, main.variants[1]),
+            steps=one_way(step.conditions, program, step.other_way),
+            after_step=handovers(steps, steps),
         )
     else:
-        split = TwoGraphCausalLM(*given, device=joined.device, make_program=make_program)
+        ways = me.ways(main, program, mine, step)
+        split = TwoGraphCausalLM(*given, device=joined.device, make_program=make_program, ways=ways)
     split.plan = main.plan
     split.load_report = report
     return split

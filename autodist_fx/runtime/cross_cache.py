@@ -18,6 +18,7 @@ class Encoded:
     number: int
     batch: int
     layers: dict[int, DynamicLayer]  # by the model's cache layer, this rank's alone
+    lengths: dict[str, int]  # what it read
     inputs: dict[str, torch.Tensor]  # of the encoder, those that the decoder's steps take, too
 
 

@@ -8,6 +8,7 @@ token ids and positions cross ranks for that, some hundred bytes a step, never l
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import weakref
 from collections.abc import Mapping
@@ -20,12 +21,15 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from autodist_fx.errors import AutodistError
+from autodist_fx.lengths import Lengths
 from autodist_fx.runtime.local_cache import SplitCache, local_cache
 from autodist_fx.runtime.step_messages import Command, StepChannel
+from autodist_fx.runtime.ways import Ways, only
 from passes.comm_ops import Communicator, using
 from passes.program import RankProgram
 
 _MASK_SENT, _MASK_GROWN, _NEW_TOKENS, _CACHE_KEPT = 1, 2, 4, 8  # flags of a step
+_LETTERS = "BSPTEK"  # of lengths, in a message
 _GENERATE = inspect.signature(GenerationMixin.generate)
 _LOGITS_CHANNEL = 0x7F000003
 
@@ -33,7 +37,8 @@ _LOGITS_CHANNEL = 0x7F000003
 class DistributedCausalLM(nn.Module, GenerationMixin):
     """What `adx.from_pretrained` and `adx.compile(...).to_distributed()` return, on every rank.
 
-    `program`'s parameters are loaded, on `device`. `logits_on_every_rank` sends what `model(...)` gives from the last
+    `program`'s parameters are loaded, on `device`; `ways` has those for other lengths, where the model's code depends on
+    them. `logits_on_every_rank` sends what `model(...)` gives from the last
     stage to all ranks; `generate` never does.
     """
 
@@ -54,8 +59,10 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
         *,
         device: torch.device | str = "cpu",
         logits_on_every_rank: bool = False,
+        ways: Ways[Any] | None = None,
     ) -> None:
         super().__init__()
+        self._ways = ways or only(program)
         self.program, self.communicator, self.config = program, communicator, config
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)
         self.graph_module = program.graph_module.eval()
@@ -134,6 +141,8 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
             position_ids = position_ids.expand(batch, tokens)
         if attention_mask is None:
             attention_mask = torch.ones(batch, cache.get_seq_length() + tokens, dtype=torch.long)
+        lengths = self._lengths(cache, input_ids)
+        self._prepare(self._ways_for(lengths), lengths)
         if self._generating:
             kept = past_key_values is not None or use_cache is not False
             self._announce_step(cache, kept, input_ids, attention_mask, position_ids, cache_position)
@@ -213,6 +222,15 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
         batch, tokens = input_ids.shape
         numbers = (cache.number, batch, tokens, flags, attention_mask.shape[1])
         self._channel.say(Command.STEP, (*numbers, int(cache_position[0]), *self._further_numbers()), payload)
+
+    def _prepare(self, ways: Ways[Any], lengths: Lengths) -> None:
+        """See that there is something to run for these lengths, on all ranks, before any runs. Raises AutodistError."""
+        if ways.known(lengths) is not None:
+            return
+        if self._generating and self._channel is not None:
+            self._finish_sends()
+            self._channel.say(Command.PREPARE, [lengths.get(letter, -1) for letter in _LETTERS])
+        ways.get(lengths)
 
     def _announce_to_caches(self, what: str, cache: SplitCache, numbers: torch.Tensor) -> None:
         if self._generating and self._channel is not None:
@@ -296,6 +314,10 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
                 self._make_cache(numbers[0]).crop(int(payload[0]))
             elif command is Command.ENCODE:
                 self._follow_encode(numbers, payload)
+            elif command is Command.PREPARE:
+                lengths = {letter: n for letter, n in zip(_LETTERS, numbers, strict=False) if n >= 0}
+                with contextlib.suppress(AutodistError):  # the driver has the same, and says it
+                    self._ways_for(lengths).get(lengths)
             elif command is Command.ERROR:
                 raise channel.heard_error(numbers, payload)
             else:
@@ -349,9 +371,22 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
             "cache_position": cache_position,
         }
         given = {self._names.get(name, name): value for name, value in given.items()} | self._further_inputs(cache)
-        outputs = self._call(self.program, {name: given[name] for name in self.program.input_names})
+        program = self._program_for(self._lengths(cache, input_ids))
+        outputs = self._call(program, {name: given[name] for name in program.input_names})
         cache.tokens += input_ids.shape[1]
         return outputs.get("logits")
+
+    def _lengths(self, cache: SplitCache, input_ids: torch.Tensor) -> Lengths:
+        """Of a call, by letter."""
+        batch, tokens = input_ids.shape
+        return {"B": batch, "S": tokens, "P": cache.tokens, "T": cache.tokens + tokens}
+
+    def _ways_for(self, lengths: Lengths) -> Ways[Any]:
+        return self._ways
+
+    def _program_for(self, lengths: Lengths) -> RankProgram:
+        program: RankProgram = self._ways.get(lengths)
+        return program
 
     def _call(self, program: RankProgram, inputs: dict[str, Any]) -> dict[str, Any]:
         """One of this rank's programs, on its device; what it gives back, by name."""

@@ -14,12 +14,15 @@ import torch
 
 from autodist_fx.cache_kinds import STATE_PREFIX
 from autodist_fx.errors import AutodistError
+from autodist_fx.lengths import Lengths
 from autodist_fx.runtime.local_cache import SplitCache
 from autodist_fx.runtime.two_graphs import TwoGraphCausalLM
+from autodist_fx.runtime.ways import Ways
 from passes.program import RankProgram
 
 _CHANNEL = 0x7F000006  # of states on their way to another stage
 Handover = tuple[str, int, int]  # a state, the stage that made it, the stage that reads it next
+Prompt = tuple[RankProgram, tuple[Handover, ...]]
 
 
 def states_made(program: RankProgram) -> set[str]:
@@ -62,24 +65,27 @@ class StatesCache(SplitCache):
 
 
 class DistributedOwnCacheLM(TwoGraphCausalLM):
-    """`program` is the step's, `prompt` the prompt's, both loaded. `steps` and `prompts` are those of all stages at
-    this rank's place in its tp group, of which only the graphs are read."""
+    """`program` is the step's. `prompts` has the prompt's for each way that the model's code goes by a prompt's length,
+    and what changes hands after it; `after_step` does after a step. `steps` has the step's conditions."""
 
     def __init__(
         self,
         program: RankProgram,
         *args: Any,
-        prompt: RankProgram,
-        prompts: Sequence[RankProgram],
-        steps: Sequence[RankProgram],
+        prompts: Ways[Prompt],
+        steps: Ways[RankProgram],
+        after_step: tuple[Handover, ...],
         **keywords: Any,
     ) -> None:
-        super().__init__(program, *args, **keywords)
-        self.prompt_program = prompt
-        self.prompt_module = prompt.graph_module.eval()
-        self._inputs |= frozenset(prompt.input_names)
-        self._after_prompt = handovers(prompts, steps)
-        self._after_step = handovers(steps, steps)
+        super().__init__(program, *args, ways=steps, **keywords)
+        self._prompts = prompts
+        self.prompt_program = prompts.found[0][1][0]
+        self.prompt_module = self.prompt_program.graph_module.eval()
+        self._inputs |= frozenset(self.prompt_program.input_names)
+        self._after_step = after_step
+
+    def _ways_for(self, lengths: Lengths) -> Ways[Any]:
+        return self._ways if lengths["P"] else self._prompts
 
     def _run(
         self,
@@ -95,7 +101,8 @@ class DistributedOwnCacheLM(TwoGraphCausalLM):
             raise AutodistError(
                 f"a model with a cache of its own takes one token at a time after its prompt; got {input_ids.shape[1]}"
             )
-        program = self.prompt_program if first else self.program
+        lengths = self._lengths(cache, input_ids)
+        program, after = self._prompts.get(lengths) if first else (self._ways.get(lengths), self._after_step)
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -105,7 +112,7 @@ class DistributedOwnCacheLM(TwoGraphCausalLM):
         }
         outputs = self._call(program, {name: given.get(name) for name in program.input_names})
         cache.states |= {name: x for name, x in outputs.items() if name.startswith(STATE_PREFIX)}
-        self._hand_over(cache, self._after_prompt if first else self._after_step)
+        self._hand_over(cache, after)
         cache.tokens += input_ids.shape[1]
         return outputs.get("logits")
 

@@ -18,10 +18,12 @@ from transformers.generation import GenerateBeamEncoderDecoderOutput, GenerateEn
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from autodist_fx.errors import AutodistError
+from autodist_fx.lengths import Lengths, lengths_of
 from autodist_fx.runtime.cross_cache import CrossCache, Encoded
 from autodist_fx.runtime.generation import DistributedCausalLM
 from autodist_fx.runtime.local_cache import SplitCache, encoder_view, local_cache
 from autodist_fx.runtime.step_messages import Command
+from autodist_fx.runtime.ways import Ways, only
 from passes.comm_ops import using
 from passes.program import RankProgram
 
@@ -33,7 +35,7 @@ _MOST_DIMS = 4
 class DistributedSeq2SeqLM(DistributedCausalLM):
     """What `adx.from_pretrained` gives for a model with an encoder and a decoder, on every rank.
 
-    `encoder` is this rank's program for the encoder, with its parameters loaded; `main_input_name` is what it reads.
+    `encoder` is this rank's program for the encoder, with its parameters loaded; `ways` has both for other lengths; `main_input_name` is what it reads.
     `skeleton`: the model on meta, for a generate of the family's own, which asks it for sizes.
     """
 
@@ -52,9 +54,11 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         encoder: RankProgram,
         main_input_name: str,
         skeleton: nn.Module | None = None,
+        ways: Ways[tuple[RankProgram, RankProgram]] | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(program, *args, **{"logits_on_every_rank": True, **keywords})
+        self._ways = ways or only((encoder, program))
         object.__setattr__(self, "_skeleton", skeleton)  # no submodule: its parameters are on meta
         self.main_input_name = main_input_name
         self.encoder_program = encoder
@@ -190,6 +194,13 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         cache.attach(self._encoded[self._wants], input_ids.shape[0])
         return super()._run(cache, input_ids, *args)
 
+    def _lengths(self, cache: SplitCache, input_ids: torch.Tensor) -> Lengths:
+        return {**super()._lengths(cache, input_ids), **self._encoded[self._wants].lengths}
+
+    def _program_for(self, lengths: Lengths) -> RankProgram:
+        program: RankProgram = self._ways.get(lengths)[1]
+        return program
+
     def _further_inputs(self, cache: SplitCache) -> dict[str, Any]:
         return dict(cache.inputs) if isinstance(cache, CrossCache) else {}
 
@@ -208,6 +219,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         # in the order in which the others receive them
         given = {name: value for name in self._encoder_inputs if (value := inputs.get(name)) is not None}
         given = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in given.items()}
+        self._prepare(self._ways, self._read(given))
         number = self._encoded_count + 1
         if self._generating and self._channel is not None:
             self._finish_sends()
@@ -217,6 +229,10 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
                 for value in given.values():
                     self.communicator.send(value.contiguous(), rank, _CHANNEL)
         return EncoderOutput.of(self._encode(number, given), rows, length, self.device)
+
+    def _read(self, given: Mapping[str, torch.Tensor]) -> Lengths:
+        """The lengths of what the encoder reads."""
+        return {k: n for k, n in lengths_of(self._ways.forms, given, 0).items() if k != "P"}
 
     def _main_input(self, inputs: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         value = inputs.get(self.main_input_name)
@@ -236,14 +252,16 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         self._encoded_count = number
         given = {name: value.to(self.device) for name, value in given.items()}
         scratch = self._empty_cache()
-        view = encoder_view(scratch, self.program, self.encoder_program)
+        lengths = self._read(given)
+        encoder = self._ways.get(lengths)[0]
+        view = encoder_view(scratch, self.program, encoder)
         inputs = {**given, "past_key_values": view}
         with using(self.communicator):
-            self.encoder_module(**{name: inputs[name] for name in self.encoder_program.input_names})
-        layers = dict(zip(self.encoder_program.cache_layers, view.layers, strict=True))
+            encoder.graph_module(**{name: inputs[name] for name in encoder.input_names})
+        layers = dict(zip(encoder.cache_layers, view.layers, strict=True))
         kept = {name: value for name, value in given.items() if name in self.program.input_names}
         rows = next(iter(given.values())).shape[0]
-        encoded = self._encoded[number] = Encoded(number, rows, layers, kept)
+        encoded = self._encoded[number] = Encoded(number, rows, layers, {k: lengths[k] for k in lengths if k == "E"}, kept)
         if self._generating:
             self._last_encoded = encoded
         return encoded

@@ -26,6 +26,7 @@ class Command(IntEnum):
     END = 4  # of the generation: these are the sequences
     ERROR = 5  # raise it
     ENCODE = 6  # run the encoder's graph
+    PREPARE = 7  # a graph for these lengths
 
 
 class StepChannel:

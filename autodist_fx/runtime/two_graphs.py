@@ -14,7 +14,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from autodist_fx.errors import AutodistError
+from autodist_fx.lengths import lengths_of
 from autodist_fx.runtime.generation import DistributedCausalLM
+from autodist_fx.runtime.ways import Ways
 from passes.comm_ops import using
 from passes.program import RankProgram
 
@@ -23,19 +25,20 @@ _DIMS = 3  # batch, tokens, vocabulary
 
 
 class TwoGraphCausalLM(DistributedCausalLM):
-    """`make_program(input_names)` compiles and loads the second graph for these inputs, at their first use."""
+    """`make_program(input_names)` compiles and loads the second graph for these inputs, at their first use: in what
+    comes of it for other lengths, too, where the model's code depends on them."""
 
     def __init__(
         self,
         program: RankProgram,
         *args: Any,
-        make_program: Callable[[tuple[str, ...]], RankProgram],
+        make_program: Callable[[tuple[str, ...]], Ways[RankProgram]],
         **keywords: Any,
     ) -> None:
         super().__init__(program, *args, **keywords)
         self._make_program = make_program
         # Not a submodule: its weights are this model's own, and parameters() should name them once.
-        self._whole: dict[tuple[str, ...], RankProgram] = {}
+        self._whole: dict[tuple[str, ...], Ways[RankProgram]] = {}
 
     def forward(  # type: ignore[override]  # what only the cached graph takes is passed on
         self,
@@ -108,7 +111,8 @@ class TwoGraphCausalLM(DistributedCausalLM):
         names = tuple(given)
         if names not in self._whole:
             self._whole[names] = self._make_program(names)
-        program = self._whole[names]
+        ways = self._whole[names]
+        program = ways.get(lengths_of(ways.forms, given, 0))
         inputs = {name: given[name].to(self.device) for name in program.input_names}
         with using(self.communicator):
             logits = program.graph_module(**inputs).get("logits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import linecache
 from collections.abc import Mapping, Sequence
@@ -253,6 +254,8 @@ def graph_module_of(model: PreTrainedModel, graph: torch.fx.Graph) -> torch.fx.G
             node.type = None  # HFTracer writes torch.Tensor, also on a cache
         if node.op == "output":
             node.args = (flat(node.args[0]),)
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+            _name_by_content(model, node)
     graph_module = torch.fx.GraphModule(model, graph, class_name=type(model).__name__)
     graph_module.train(model.training)
     # GraphModule makes every buffer a persistent one, and buffers of the constants; neither inv_freq nor a constant is
@@ -262,6 +265,16 @@ def graph_module_of(model: PreTrainedModel, graph: torch.fx.Graph) -> torch.fx.G
         prefix = f"{path}." if path else ""
         module._non_persistent_buffers_set.update(name for name in module._buffers if prefix + name not in saved)
     return graph_module
+
+
+def _name_by_content(model: PreTrainedModel, node: torch.fx.Node) -> None:
+    """fx numbers constants from 0 in each trace, and graphs of one model share what goes by one name."""
+    constant = getattr(model, str(node.target))
+    if isinstance(constant, torch.Tensor) and not constant.is_meta:
+        plain = constant.detach().contiguous().reshape(-1).view(torch.uint8)
+        facts = f"{constant.dtype} {list(constant.shape)} ".encode() + plain.numpy().tobytes()
+        node.target = f"_constant_{hashlib.sha256(facts).hexdigest()[:16]}"
+        setattr(model, node.target, constant)
 
 
 def tracing_error(model: PreTrainedModel, error: Exception, tracer: Tracer | None) -> TracingError:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from autodist_fx.compiled import CompiledModel
@@ -28,18 +29,24 @@ def eager_decoding(model: PreTrainedModel, inputs: Inputs) -> list[Parts] | None
         truths.append([whole.logits[:, start:stop] for start, stop in _steps(inputs)])
     except Exception:
         pass
-    try:
-        accepted, cache, parts = inspect.signature(model.forward).parameters, None, []
-        name = next((n for n in ("past_key_values", "state") if n in accepted), "")  # "": modules keep it
-        for start, stop in _steps(inputs):
-            given = {name: cache} if name else {"cache_position": torch.arange(start, stop)}
-            step = model(**_slice(model, inputs, start, stop), **given, use_cache=True)
-            cache = step.get(name)
-            parts.append(step.logits)
-        truths.append(parts)
-    except Exception:
-        pass
+    for cache in (None, EncoderDecoderCache(DynamicCache(), DynamicCache())):  # some fail to make one themselves
+        try:
+            truths.append(_with_own_cache(model, inputs, cache))
+            break
+        except Exception:
+            pass
     return truths or None
+
+
+def _with_own_cache(model: PreTrainedModel, inputs: Inputs, cache: Any) -> Parts:
+    accepted, parts = inspect.signature(model.forward).parameters, []
+    name = next((n for n in ("past_key_values", "state") if n in accepted), "")  # "": modules keep it
+    for start, stop in _steps(inputs):
+        given = {name: cache} if name else {"cache_position": torch.arange(start, stop)}
+        step = model(**_slice(model, inputs, start, stop), **given, use_cache=True)
+        cache = step.get(name)
+        parts.append(step.logits)
+    return parts
 
 
 def forward(model: PreTrainedModel, inputs: Inputs) -> ModelOutput:

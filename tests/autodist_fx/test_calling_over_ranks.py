@@ -11,6 +11,7 @@ import autodist_fx as adx
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.thread_communicator import ThreadWorld
 from autodist_fx.runtime.two_graphs import TwoGraphCausalLM
+from autodist_fx.runtime.ways import only
 from autodist_fx.weights.load import load_rank
 from autodist_fx.weights.module_source import ModuleSource
 from cost_model.mesh import Mesh
@@ -43,7 +44,7 @@ def programs(model: Any) -> list[dict[tuple[str, ...], RankProgram]]:
 def _called(model: Any, programs: Any, **inputs: Any) -> list[Any]:
     def work(rank: int, communicator: Any) -> Any:
         own = programs[rank]
-        split = TwoGraphCausalLM(own[()], communicator, model.config, make_program=own.__getitem__)
+        split = TwoGraphCausalLM(own[()], communicator, model.config, make_program=lambda names: only(own[names]))
         with torch.no_grad():
             return split(**inputs)
 
