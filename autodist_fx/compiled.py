@@ -458,7 +458,8 @@ class CompiledModel:
     @property
     def variants(self) -> tuple[Variant, ...]:
         """The traced forms made so far, the main one first; in a model with a cache of its own, steps' prompts too."""
-        others = [v for v in (self._prompt, *self._more_prompts, *self._variants) if v is not None and v is not self._main]
+        every = (self._prompt, *self._more_prompts, *self._variants)
+        others = [v for v in every if v is not None and v is not self._main]
         return (self._main, *others)
 
     @property

@@ -1,17 +1,20 @@
-"""Example lengths for a graph that is right for one call: at all of them the model's code goes the way that it goes there.
+"""Example lengths for a graph that is right for one call: at them the model's code goes the way that it goes there.
 
-A graph is traced and normalised at two choices of lengths, and serves all lengths for which Python decides alike. For a
-call at which it decides otherwise (passes/conditions.py) both choices are made anew, so that each condition known so far
-comes out as for that call. Where no two lengths do that, or none are found, the length is fixed: a number in the graph.
+A graph is traced and normalised at two choices of lengths, and serves all lengths for which Python decides alike. For
+a call at which it decides otherwise (passes/conditions.py) both choices are made anew, so that each condition known so
+far comes out as for that call. Where no two lengths do that, the length is fixed: a number in the graph.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 import torch
 
 from autodist_fx.tracing import InputForm
@@ -44,7 +47,8 @@ def with_total(lengths: Lengths) -> Lengths:
 def another_way(model: str, lengths: Mapping[str, int], lines: Sequence[str]) -> str:
     """Words for an error."""
     said = ", ".join(f"{_NAMES[letter]}: {n}" for letter, n in lengths.items() if letter in _NAMES)
-    return f"for these lengths ({said}) {model}'s code goes another way at {' and '.join(lines)} than it was traced with"
+    where = " and ".join(lines)
+    return f"for these lengths ({said}) {model}'s code goes another way at {where} than it was traced with"
 
 
 def examples_like(
@@ -59,37 +63,21 @@ def examples_like(
     those in `fixed` are numbers, the same in both.
 
     `usual`: what they are where no condition asks for them. `points`: numbers that lengths are divided by. Only lengths
-    that are given are fixed; `fixed_anyway` names some.
+    that are given are fixed; `fixed_anyway` names some. `smallest`: what lengths may not be below.
     """
-    wanted = [conditions.answers(lengths) for conditions in known]
-    letters = {letter for conditions in known for letter in conditions.letters} | ({"S", "E"} if points else set())
-    letters |= {"P", "S"} if "T" in letters else set()
-    asked = sorted(letters & lengths.keys() - {"T", *fixed_anyway})
-    always = sorted(fixed_anyway & letters & lengths.keys())
-
-    def is_right(choice: Lengths) -> bool:
-        pairs = zip(known, wanted, strict=True)
-        return all(a in (None, b) for c, w in pairs for a, b in zip(w, c.answers(with_total(choice)), strict=True))
-
-    for count in range(len(asked) + 1):
-        for some in itertools.combinations(asked, count):
-            fixed = {letter: lengths[letter] for letter in (*always, *some)}
-            free = [letter for letter in asked if letter not in fixed]
-            candidates = [
-                [n for n in _candidates(lengths[letter], known, points) if n >= (smallest or {}).get(letter, 2)]
-                for letter in free
-            ]
-            if not free:
-                return with_total({**usual[0], **fixed}), with_total({**usual[1], **fixed}), fixed
-            if math.prod(map(len, candidates)) > _MOST_TRIED:
-                continue
-            choices = [dict(zip(free, values, strict=True)) for values in itertools.product(*candidates)]
-            right = [c for c in choices if is_right({**usual[0], **fixed, **c})]
-            for first, second in _pairs(right, free, points):
-                both = with_total({**usual[0], **fixed, **first}), with_total({**usual[1], **fixed, **second})
-                if _differ(*both, fixed):
-                    return *both, fixed
-    raise AssertionError("with every length fixed there is a choice")
+    search = _Search(known, lengths, usual, points, fixed_anyway, smallest or {})
+    groups = search.groups()
+    found = [search.ways(group) for group in groups]
+    for choice in itertools.islice(itertools.product(*found), _MOST_TRIED):
+        first, second, fixed = dict(usual[0]), dict(usual[1]), Lengths()
+        for a, b, numbers in choice:
+            first |= a
+            second |= b
+            fixed |= numbers
+        if _differ(with_total(first), with_total(second), fixed):
+            return with_total(first), with_total(second), fixed
+    fixed = {letter: lengths[letter] for group in groups for letter in group}
+    return with_total({**usual[0], **fixed}), with_total({**usual[1], **fixed}), fixed
 
 
 def tells_apart(first: Mapping[str, int], second: Mapping[str, int], points: frozenset[int]) -> bool:
@@ -101,30 +89,82 @@ def tells_apart(first: Mapping[str, int], second: Mapping[str, int], points: fro
     )  # fmt: skip
 
 
-def _candidates(length: int, known: Sequence[Conditions], points: frozenset[int]) -> list[int]:
-    """Lengths to try; none is 1, for which models have shortcuts."""
-    numbers = {n for c in known for n in c.numbers} | points | {math.lcm(*points)} - {1}
-    near = {n + d for n in (*numbers, length) for d in range(-3, _NEAR)}
-    multiples = {n * times for n in numbers for times in range(1, 9)}
-    found = {*range(2, _SMALL), *near, *multiples}
-    return sorted(n for n in found if 2 <= n <= _LARGEST)
+_Way = tuple[Lengths, Lengths, Lengths]  # first, second, and what is fixed in both
 
 
-def _pairs(
-    right: Sequence[Lengths], free: Sequence[str], points: frozenset[int]
-) -> Iterator[tuple[Lengths, Lengths]]:
-    """Where lengths are divided, the second is a multiple and the first none, if there are such."""
-    divided = [letter for letter in free if letter in ("S", "E")]
+@dataclass(frozen=True)
+class _Search:
+    known: Sequence[Conditions]
+    lengths: Mapping[str, int]
+    usual: tuple[Lengths, Lengths]
+    points: frozenset[int]
+    fixed_anyway: frozenset[str]
+    smallest: Mapping[str, int]
 
-    def remainders(choice: Lengths, are: bool) -> bool:
-        return all((choice[letter] % p != 0) == are for letter in divided for p in points)
+    def groups(self) -> list[list[str]]:
+        """The letters that are asked for, together where one condition asks for several."""
+        of = nx.Graph()
+        of.add_nodes_from({"S", "E"} & self.usual[0].keys() if self.points else ())
+        for conditions in self.known:
+            for needs in conditions.needs:
+                nx.add_path(of, sorted(needs - {"T"} | ({"P", "S"} if "T" in needs else set())))
+        given = of.subgraph(of.nodes & self.lengths.keys() & self.usual[0].keys())
+        return [sorted(group) for group in nx.connected_components(given)]
 
-    firsts = [c for c in right if remainders(c, True)] or list(right)
-    seconds = [c for c in right if remainders(c, False)] or list(right)
-    for first in firsts[:_MOST_PAIRED]:
-        for second in seconds[:_MOST_PAIRED]:
-            if all(first[letter] != second[letter] for letter in free) and tells_apart(first, second, points):
-                yield first, second
+    def ways(self, group: Sequence[str]) -> list[_Way]:
+        """Choices for these letters, with as few as can be fixed."""
+        always = [letter for letter in group if letter in self.fixed_anyway]
+        others = [letter for letter in group if letter not in always]
+        for count in range(len(others)):
+            for some in itertools.combinations(others, count):
+                fixed = {letter: self.lengths[letter] for letter in (*always, *some)}
+                free = [letter for letter in others if letter not in some]
+                candidates = [self._candidates(letter) for letter in free]
+                if math.prod(map(len, candidates)) > _MOST_TRIED:
+                    continue
+                choices = (dict(zip(free, values, strict=True)) for values in itertools.product(*candidates))
+                right = [choice for choice in choices if self._is_right({**fixed, **choice})]
+                pairs = itertools.islice(self._pairs(right, free), _MOST_PAIRED)
+                found = [({**fixed, **first}, {**fixed, **second}, fixed) for first, second in pairs]
+                if found:
+                    return found
+        fixed = {letter: self.lengths[letter] for letter in group}
+        return [(fixed, fixed, fixed)]
+
+    @functools.cached_property
+    def _wanted(self) -> list[tuple[bool | None, ...]]:
+        return [conditions.answers(self.lengths) for conditions in self.known]
+
+    def _is_right(self, choice: Lengths) -> bool:
+        """Whether what depends on these lengths alone comes out as at the call; None is what is not known."""
+        lengths = with_total(choice)
+        return all(
+            found is None or found == wanted
+            for conditions, answers in zip(self.known, self._wanted, strict=True)
+            for wanted, found in zip(answers, conditions.answers(lengths), strict=True)
+        )
+
+    def _candidates(self, letter: str) -> list[int]:
+        """Lengths to try; none is 1, for which models have shortcuts, but of tokens cached before."""
+        numbers = {n for c in self.known for n in c.numbers} | self.points | {math.lcm(*self.points)} - {1}
+        near = {n + d for n in (*numbers, self.lengths[letter]) for d in range(-3, _NEAR)}
+        multiples = {n * times for n in numbers for times in range(1, 9)}
+        least = self.smallest.get(letter, 1 if letter == "P" else 2)
+        return sorted(n for n in {*range(1, _SMALL), *near, *multiples} if least <= n <= _LARGEST)
+
+    def _pairs(self, right: Sequence[Lengths], free: Sequence[str]) -> Iterator[tuple[Lengths, Lengths]]:
+        """Where lengths are divided, the second is a multiple and the first none, if there are such."""
+        divided = [letter for letter in free if letter in ("S", "E")]
+
+        def remainders(choice: Lengths, are: bool) -> bool:
+            return all((choice[letter] % p != 0) == are for letter in divided for p in self.points)
+
+        firsts = [c for c in right if remainders(c, True)] or list(right)
+        seconds = [c for c in right if remainders(c, False)] or list(right)
+        for first in firsts[:_MOST_PAIRED]:
+            for second in seconds[:_MOST_PAIRED]:
+                if all(first[x] != second[x] for x in free) and tells_apart(first, second, self.points):
+                    yield first, second
 
 
 def _differ(first: Lengths, second: Lengths, fixed: Mapping[str, int]) -> bool:

@@ -129,7 +129,16 @@ def from_pretrained(
     if entry is not None and not entry.looked_up:
 
         def share(artifact: Artifact) -> DistributedCausalLM:
-            return artifact.share(joined, lambda names, program: opened()[0].whole_sequences(names, program))
+            def at_lengths(lengths: Lengths, program: RankProgram) -> Any:
+                me = opened()[0]
+                main = compile_for_generation(me.model, **me.options.for_compile(artifact.plan))
+                make = _ways(me, main, program).make
+                assert make is not None
+                return make(lengths)
+
+            return artifact.share(
+                joined, lambda names, program: opened()[0].whole_sequences(names, program), at_lengths
+            )
 
         found = from_cache(entry, joined, share)
         if found is not None:
@@ -260,7 +269,9 @@ class _Rank:
         agree(self.joined.communicator, self.joined.rank, self.options.mesh.size, facts_of_all, check=check)
         return program
 
-    def ways(self, compiled: CompiledModel, beside: RankProgram, run: Callable[[Variant], T], first: Variant) -> Ways[T]:
+    def ways(
+        self, compiled: CompiledModel, beside: RankProgram, run: Callable[[Variant], T], first: Variant
+    ) -> Ways[T]:
         """What `run` makes of `first`, a form of `compiled` whose programs are loaded, and of graphs for other lengths;
         `beside` is a program of this rank whose weights they use."""
 
@@ -361,9 +372,6 @@ def _distribute(
     def make_program(input_names: tuple[str, ...]) -> Ways[RankProgram]:
         return me.whole_sequences(input_names, program)
 
-    def mine(form: Variant) -> RankProgram:
-        return main.program_of(form, joined.rank)
-
     step = main.variants[0]
     split: DistributedCausalLM
     if encoder is not None:
@@ -374,29 +382,45 @@ def _distribute(
             encoder=encoder,
             main_input_name=model.main_input_name,
             skeleton=None if split_class is DistributedSeq2SeqLM else meta_copy(model),
-            ways=me.ways(main, program, lambda form: (mine(cast(Variant, form.encoder)), mine(form)), step),
+            ways=_ways(me, main, program),
         )
     elif prompt is not None:
-        column = [mesh.rank(stage, program.tp_rank) for stage in range(mesh.pp)]
-        steps = [main.program(rank) for rank in column]
-
-        def with_handovers(form: Variant) -> Prompt:
-            return mine(form), handovers([main.program_of(form, rank) for rank in column], steps)
-
+        steps = [main.program(rank) for rank in mesh.column(joined.rank)]
         split = DistributedOwnCacheLM(
             *given,
             device=joined.device,
             make_program=make_program,
-            prompts=me.ways(main, program, with_handovers, main.variants[1]),
+            prompts=_ways(me, main, program),
             steps=one_way(step.conditions, program, step.other_way),
             after_step=handovers(steps, steps),
         )
     else:
-        ways = me.ways(main, program, mine, step)
+        ways = _ways(me, main, program)
         split = TwoGraphCausalLM(*given, device=joined.device, make_program=make_program, ways=ways)
     split.plan = main.plan
     split.load_report = report
     return split
+
+
+def _ways(me: _Rank, main: CompiledModel, program: RankProgram) -> Ways[Any]:
+    """What this rank runs to generate, by lengths: the program of a step (with an encoder's before it); of a prompt and
+    what changes hands after it, in a model with a cache of its own. `program` is loaded."""
+    rank, mesh = me.joined.rank, me.options.mesh
+    step = main.variants[0]
+
+    def with_encoder(form: Variant) -> tuple[RankProgram, RankProgram]:
+        return main.program_of(cast(Variant, form.encoder), rank), main.program_of(form, rank)
+
+    def with_handovers(form: Variant) -> Prompt:
+        column = mesh.column(rank)
+        makers, readers = ([main.program_of(f, r) for r in column] for f in (form, step))
+        return main.program_of(form, rank), handovers(makers, readers)
+
+    if step.encoder is not None:
+        return me.ways(main, program, with_encoder, step)
+    if main.prompt_plan is not None:
+        return me.ways(main, program, with_handovers, main.variants[1])
+    return me.ways(main, program, lambda form: main.program_of(form, rank), step)
 
 
 def _keep(

@@ -138,7 +138,7 @@ class Variant:
             if not found <= points and not tells_apart(first, second, frozenset(found)):
                 points |= found
                 continue
-            _normalize(traced, lambda traced, sizes=sizes: _both(traced, sizes))
+            _normalize(traced, _both(traced, sizes))
             meta = traced.graph_module.meta
             meta["conditions"] = with_fixed(meta["conditions"], fixed)
             if meta["conditions"] is None or not meta["conditions"].otherwise(lengths):
@@ -167,22 +167,22 @@ class Variant:
                     "linears, or use fewer ranks"
                 )
 
-        mine, its = self._states(), other._states()
-        for name in mine.keys() | its.keys():
-            shapes = mine.get(name, ()), its.get(name, ())
-            if len(shapes[0]) != len(shapes[1]) or any(type(a) is int and a != b for a, b in zip(*shapes, strict=True)):
+        states, left = self._states(), other._states()
+        for name in states.keys() | left.keys():
+            a, b = states.get(name, ()), left.get(name, ())
+            if len(a) != len(b) or any(type(x) is int and x != y for x, y in zip(a, b, strict=True)):
                 raise AutodistError(
                     f"for these lengths {self.traced.model_class} leaves {name.removeprefix(STATE_PREFIX)} as "
-                    f"{list(shapes[1])}, and its steps go on from {list(shapes[0])}: use longer prompts"
+                    f"{list(b)}, and its steps go on from {list(a)}: use longer prompts"
                 )
 
     def _states(self) -> dict[str, tuple[object, ...]]:
         """The dims of what a prompt leaves in a cache of the model's own: numbers, and names of lengths."""
         output = next(node for node in reversed(self.traced.graph_module.graph.nodes) if node.op == "output")
-        states = {k: n for k, n in output.args[0].items() if k.startswith(STATE_PREFIX) and isinstance(n, torch.fx.Node)}
         return {
             name: tuple(s or d for s, d in zip(node.meta["symbols"], node.meta["val"].shape, strict=True))
-            for name, node in states.items()
+            for name, node in output.args[0].items()
+            if name.startswith(STATE_PREFIX) and isinstance(node, torch.fx.Node)
         }
 
     def _cache_layers(self) -> dict[int, object]:
@@ -275,14 +275,14 @@ class Variant:
 def planned_graph(traced: TracedModel) -> OpGraph:
     """What plans are made for. Normalises the traced graph."""
     if "conditions" not in traced.graph_module.meta:
-        _normalize(traced, _examples_for)
+        _normalize(traced)
     _refuse_random(traced)
     return build_op_graph(traced.graph_module, fused=removed_by_fusing(traced.graph_module))
 
 
-def _normalize(traced: TracedModel, examples: Callable[[TracedModel], tuple[Example, Example]]) -> None:
+def _normalize(traced: TracedModel, examples: tuple[Example, Example] | None = None) -> None:
     try:
-        normalize(traced.graph_module, examples(traced))
+        normalize(traced.graph_module, examples or _examples_for(traced))
     except RuntimeError as error:  # what an op says of shapes or dtypes that it refuses
         raise TracingError(f"{traced.model_class} refuses these inputs: {error}") from error
 

@@ -14,9 +14,9 @@ from cost_model.roles import ROLES, role_of
 def roles_like(graph: OpGraph, like: PartitionPlan) -> dict[str, str]:
     """The role that each op of `graph` has in `like`, by the op's name; of ops that have one, and one only, there."""
     known: dict[tuple[str, str], set[str]] = {}
-    for op in like.ops:
-        if op.role and op.weight:
-            known.setdefault((op.kind, op.weight), set()).add(op.role)
+    for planned in like.ops:
+        if planned.role and planned.weight:
+            known.setdefault((planned.kind, planned.weight), set()).add(planned.role)
     found = {}
     for op in graph:
         if role_of(op, ""):

@@ -39,5 +39,9 @@ class Mesh:
         """Global ranks that share the stage's tensors."""
         return tuple(self.rank(stage, t) for t in range(self.tp))
 
+    def column(self, rank: int) -> tuple[int, ...]:
+        """Global ranks at the place of `rank` in the tp groups of all stages, in order."""
+        return tuple(self.rank(stage, self.coordinates(rank)[1]) for stage in range(self.pp))
+
     def __str__(self) -> str:
         return f"tp={self.tp} x pp={self.pp}"

@@ -161,7 +161,8 @@ class _Asked:
             if one in self._copies:
                 pending.pop()
                 continue
-            if (known := self._length(one)) is not None:
+            known = self._length(one)
+            if known is not None:
                 self._copies[one] = known
             elif one.op not in ("call_function", "call_method") or not _is_number(one.meta.get("val")):
                 raise _NotOfLengthsError
@@ -183,8 +184,8 @@ class _Asked:
 
     def _length(self, node: Node) -> Any:
         """What a node that asks an input comes to; None for any other node."""
-        if node.op == "call_method" and node.target == "get_seq_length":
-            return self._letter(_CACHED)
+        if node.op == "call_method" and node.target == "get_seq_length":  # before the step is cached, or after
+            return self._size(node.meta.get("symbol", "?"), node.meta["val"])
         source = node.args[0] if node.args else None
         if not isinstance(source, Node) or source.op != "placeholder":
             return None

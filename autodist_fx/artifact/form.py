@@ -52,6 +52,13 @@ class Form:
     def folder(self) -> str:
         return f"forms/{self.name}"
 
+    def same_call(self, other: Form) -> bool:
+        """Whether they differ in the lengths that they are for, if at all."""
+        mine, its = (
+            (f.use_cache, f.phase, f.input_forms, f.fixed, bool(f.encoder)) for f in (self, other)
+        )  # fmt: skip
+        return mine == its
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

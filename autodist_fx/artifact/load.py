@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from autodist_fx.artifact.files import CheckedFiles
-from autodist_fx.artifact.form import Form, form_from_dict, program_from_dict
+from autodist_fx.artifact.form import Form, conditions_from_dict, form_from_dict, program_from_dict
 from autodist_fx.artifact.manifest import (
     ArtifactError,
     check_listing,
@@ -25,22 +25,28 @@ from autodist_fx.artifact.manifest import (
     read_manifest,
 )
 from autodist_fx.errors import AutodistError
+from autodist_fx.lengths import Lengths, another_way
 from autodist_fx.runtime.agreement import agree
 from autodist_fx.runtime.generation import DistributedCausalLM
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, JoinedRank, join, started_by_torchrun
 from autodist_fx.runtime.two_graphs import TwoGraphCausalLM
+from autodist_fx.runtime.ways import Ways
+from autodist_fx.tracing.input_forms import InputForm
 from autodist_fx.weights.load import LoadReport
 from autodist_fx.weights.process_memory import peak_rss_bytes, rss_bytes
 from cost_model.errors import PlanError
 from cost_model.mesh import Mesh
 from cost_model.plan import PartitionPlan
 from cost_model.plan_json import plan_from_text
+from passes.conditions import Conditions
 from passes.program import RankProgram
 
 if TYPE_CHECKING:
     from autodist_fx.artifact.whole_model import LoadedModel
 
+T = TypeVar("T")
 TOKENIZER = "tokenizer"
+SAVE_SUCH = ", and the artifact has no form for that: save one by calling simulate with such lengths before save"
 _AGAIN = ": make the artifact again"
 
 
@@ -243,17 +249,26 @@ class Artifact:
         return self.share(joined)
 
     def share(
-        self, joined: JoinedRank, whole_sequences: Callable[[tuple[str, ...], RankProgram], RankProgram] | None = None
+        self,
+        joined: JoinedRank,
+        whole_sequences: Callable[[tuple[str, ...], RankProgram], Ways[RankProgram]] | None = None,
+        at_lengths: Callable[[Lengths, RankProgram], Any] | None = None,
     ) -> DistributedCausalLM:
-        """The share of `joined`. `whole_sequences(input_names, program)` makes a graph that the artifact lacks."""
+        """The share of `joined`. What the artifact lacks is made by `whole_sequences(input_names, program)` and, of the
+        graphs that generate, by `at_lengths(lengths, program)`, with the weights of `program`."""
         began, rss_before = time.perf_counter(), rss_bytes()
         form = self._generating_form()
         program = self.program(joined.rank, form.name, joined.device)
 
-        def make_program(names: tuple[str, ...]) -> RankProgram:
+        more = None if at_lengths is None else lambda lengths: at_lengths(lengths, program)
+
+        def mine(form: Form) -> RankProgram:
+            return self.program(joined.rank, form.name, joined.device)
+
+        def make_program(names: tuple[str, ...]) -> Ways[RankProgram]:
             found = self._form_of_whole_sequences(names)
             if found is not None:
-                return self.program(joined.rank, found.name, joined.device)
+                return self._ways(found, mine)
             if whole_sequences is not None:
                 return whole_sequences(names, program)
             raise AutodistError(
@@ -263,12 +278,14 @@ class Artifact:
 
         given = program, joined.communicator, self.config, self.generation_config
         if form.encoder:
-            encoder = self.program(joined.rank, form.encoder, joined.device)
-            split = self._with_encoder(given, encoder, joined.device)
+            ways = self._ways(form, lambda form: (mine(self.forms[form.encoder]), mine(form)), more)
+            split = self._with_encoder(given, ways, joined.device)
         elif form.phase:
-            split = self._with_own_cache(given, form, make_program, joined)
+            split = self._with_own_cache(given, form, make_program, joined, more)
         else:
-            split = TwoGraphCausalLM(*given, device=joined.device, make_program=make_program)
+            split = TwoGraphCausalLM(
+                *given, device=joined.device, make_program=make_program, ways=self._ways(form, mine, more)
+            )
         weights = self._weights_of(joined.rank, joined.device)
         split.plan = self.plan
         split.load_report = LoadReport(
@@ -281,8 +298,26 @@ class Artifact:
         )
         return split
 
+    def _ways(
+        self, first: Form, run: Callable[[Form], T], more: Callable[[Lengths], Any] | None = None
+    ) -> Ways[T]:
+        """What `run` makes of a form, and of those for the same call with other lengths; `more` makes others."""
+        same = [f for f in self.forms.values() if f.same_call(first)]
+        found = [(self.conditions_of(form), run(form)) for form in (first, *(f for f in same if f is not first))]
+        dtypes = {name: getattr(torch, dtype, torch.long) for name, (_, dtype) in first.input_forms.items()}
+        forms = {name: InputForm(dims, dtypes[name]) for name, (dims, _) in first.input_forms.items()}
+
+        def refuse(lengths: Lengths) -> tuple[Conditions | None, T]:
+            lines = found[0][0].otherwise(lengths) if found[0][0] is not None else []
+            raise AutodistError(another_way(self.manifest.model, lengths, lines) + SAVE_SUCH)
+
+        return Ways(found, more or refuse, forms)
+
+    def conditions_of(self, form: Form) -> Conditions | None:
+        return conditions_from_dict(form.conditions, str(self.directory / form.folder / "form.json"))
+
     def _with_encoder(
-        self, given: tuple[Any, ...], encoder: RankProgram, device: torch.device
+        self, given: tuple[Any, ...], ways: Ways[tuple[RankProgram, RankProgram]], device: torch.device
     ) -> DistributedCausalLM:
         from autodist_fx.runtime.seq2seq import DistributedSeq2SeqLM, seq2seq_class
 
@@ -294,32 +329,40 @@ class Artifact:
         return split_class(
             *given,
             device=device,
-            encoder=encoder,
+            encoder=ways.found[0][1][0],
             main_input_name=self.model_fields["main_input_name"],
             skeleton=skeleton,
+            ways=ways,
         )
 
     def _with_own_cache(
         self,
         given: tuple[Any, ...],
         step: Form,
-        make_program: Callable[[tuple[str, ...]], RankProgram],
+        make_program: Callable[[tuple[str, ...]], Ways[RankProgram]],
         joined: JoinedRank,
+        more: Callable[[Lengths], Any] | None,
     ) -> DistributedCausalLM:
         """Which states change hands is read off the graphs of the other stages, too: without their weights."""
-        from autodist_fx.runtime.own_cache import DistributedOwnCacheLM
+        from autodist_fx.runtime.own_cache import DistributedOwnCacheLM, Prompt, handovers
 
         prompt = next((form for form in self.forms.values() if form.phase == "prompt"), None)
         if prompt is None:
             raise ArtifactError(f"{self.directory} has steps and no prompt{_AGAIN}")
-        column = [self.mesh.rank(stage, given[0].tp_rank) for stage in range(self.mesh.pp)]
+        column = self.mesh.column(joined.rank)
+        steps = [self._read_program(rank, step, None) for rank in column]
+
+        def with_handovers(form: Form) -> Prompt:
+            makers = [self._read_program(rank, form, None) for rank in column]
+            return self.program(joined.rank, form.name, joined.device), handovers(makers, steps)
+
         return DistributedOwnCacheLM(
             *given,
             device=joined.device,
             make_program=make_program,
-            prompt=self.program(joined.rank, prompt.name, joined.device),
-            prompts=[self._read_program(rank, prompt, None) for rank in column],
-            steps=[self._read_program(rank, step, None) for rank in column],
+            prompts=self._ways(prompt, with_handovers, more),
+            steps=self._ways(step, lambda form: self.program(joined.rank, form.name, joined.device)),
+            after_step=handovers(steps, steps),
         )
 
     def _generating_form(self) -> Form:

@@ -14,7 +14,7 @@ from typing import Any
 
 from autodist_fx.errors import AutodistError
 
-FORMAT, FORMAT_VERSION = "autodist_fx artifact", 1
+FORMAT, FORMAT_VERSION = "autodist_fx artifact", 2
 MANIFEST = "manifest.json"
 _LARGEST_MANIFEST_BYTES = 16 << 20
 _MOST_RANKS = 65536

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
 from autodist_fx.artifact.files import CheckedFiles
-from autodist_fx.artifact.form import Form, conditions_from_dict, read_graph
-from autodist_fx.artifact.load import Artifact
+from autodist_fx.artifact.form import Form, read_graph
+from autodist_fx.artifact.load import SAVE_SUCH, Artifact
 from autodist_fx.artifact.manifest import ArtifactError
 from autodist_fx.call import Call
 from autodist_fx.compiled import CompiledModel
 from autodist_fx.errors import AutodistError
+from autodist_fx.lengths import Lengths
 from autodist_fx.tracing import InputForm, TracedModel
 from autodist_fx.tracing.example_inputs import ExampleInputs
 from autodist_fx.variant import Variant
@@ -48,6 +49,12 @@ class LoadedModel(CompiledModel):
             "calling simulate like this before save"
         )
 
+    def _at_lengths(self, alike: Sequence[Variant], lengths: Lengths, made: list[Variant]) -> Variant:
+        found = next((variant for variant in alike if variant.fits(lengths)), None)
+        if found is None:
+            raise AutodistError(alike[0].other_way(lengths) + SAVE_SUCH)
+        return found
+
     def new_phases(self) -> tuple[Variant, Variant]:
         raise AutodistError("this artifact has no form with the model's own cache: compile it with use_cache=True")
 
@@ -75,7 +82,10 @@ def load_whole(artifact: Artifact, files: CheckedFiles) -> LoadedModel:
         prompt=prompt,
     )
     loaded.own_cache = fields["own_cache"]
-    loaded._variants = [v for name, v in variants.items() if name not in encoders and v is not prompt]
+    phased = [variants[f.name] for f in artifact.forms.values() if f.phase == "prompt"]
+    loaded._more_prompts = phased[1:]
+    others = {name: v for name, v in variants.items() if artifact.forms[name].phase != "prompt"}
+    loaded._variants = [v for name, v in others.items() if name not in encoders]
     return loaded
 
 
@@ -96,7 +106,7 @@ def _variant(artifact: Artifact, files: CheckedFiles, form: Form, before: Mappin
         return found
 
     graph = read_graph(files.read_json(f"{form.folder}/graph.json"), tensor, str(folder / "graph.json"))
-    graph.meta["conditions"] = conditions_from_dict(form.conditions, str(folder / "form.json"))
+    graph.meta["conditions"] = artifact.conditions_of(form)
     dtype = _dtype(form.dtype, folder)
     examples = ExampleInputs(
         input_names=form.inputs,

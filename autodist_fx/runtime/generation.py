@@ -37,8 +37,8 @@ _LOGITS_CHANNEL = 0x7F000003
 class DistributedCausalLM(nn.Module, GenerationMixin):
     """What `adx.from_pretrained` and `adx.compile(...).to_distributed()` return, on every rank.
 
-    `program`'s parameters are loaded, on `device`; `ways` has those for other lengths, where the model's code depends on
-    them. `logits_on_every_rank` sends what `model(...)` gives from the last
+    `program`'s parameters are loaded, on `device`; `ways` has programs for other lengths, too, where the model's code
+    depends on them. `logits_on_every_rank` sends what `model(...)` gives from the last
     stage to all ranks; `generate` never does.
     """
 

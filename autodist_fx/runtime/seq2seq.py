@@ -35,7 +35,8 @@ _MOST_DIMS = 4
 class DistributedSeq2SeqLM(DistributedCausalLM):
     """What `adx.from_pretrained` gives for a model with an encoder and a decoder, on every rank.
 
-    `encoder` is this rank's program for the encoder, with its parameters loaded; `ways` has both for other lengths; `main_input_name` is what it reads.
+    `encoder` is this rank's program for the encoder, with its parameters loaded; `ways` has both programs for other
+    lengths, too; `main_input_name` is what the encoder reads.
     `skeleton`: the model on meta, for a generate of the family's own, which asks it for sizes.
     """
 
@@ -261,7 +262,8 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         layers = dict(zip(encoder.cache_layers, view.layers, strict=True))
         kept = {name: value for name, value in given.items() if name in self.program.input_names}
         rows = next(iter(given.values())).shape[0]
-        encoded = self._encoded[number] = Encoded(number, rows, layers, {k: lengths[k] for k in lengths if k == "E"}, kept)
+        read = {"E": lengths["E"]} if "E" in lengths else {}
+        encoded = self._encoded[number] = Encoded(number, rows, layers, read, kept)
         if self._generating:
             self._last_encoded = encoded
         return encoded

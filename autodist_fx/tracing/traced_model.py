@@ -103,8 +103,8 @@ def trace(
     `input_names` are the arguments of forward that become inputs of the graph: by default token ids, their mask and
     segments, or pixels, whatever the model is for, and with `use_cache` also positions and the cache. Any other
     argument has its default, or its value in `concrete_args`. `forms` are those of inputs that differ from the usual
-    ones (input_shapes): a mask of four dims, int32 token ids. `sizes`: of the inputs that Python sees while it is traced,
-    and others that are alike to it; by default some that are like no dim of the model.
+    ones (input_shapes): a mask of four dims, int32 token ids. `sizes`: of the inputs that Python sees while it is
+    traced, and others that are alike to it; by default some that are like no dim of the model.
     The model is traced as it stands, in training or in eval mode; one made from a config is in eval mode.
 
     Errors: TracingError, which names the model class, the line of its source, and the way out.

@@ -157,7 +157,6 @@ def test_it_has_one_graph_and_computes_the_same(make: type[nn.Module]) -> None:
     assert error_of(make()) < 1e-12
 
 
-@pytest.mark.filterwarnings("ignore:for these lengths")
 def test_a_slice_that_ends_before_the_end_may_end_there() -> None:
     """The trace pads; a call that needs no padding cuts nothing off."""
     model = model_with(Windows())
