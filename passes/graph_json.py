@@ -15,6 +15,8 @@ keyword and attribute one of a list, and everything else a value that is written
 
 from __future__ import annotations
 
+import functools
+import json
 import keyword
 import math
 import re
@@ -29,6 +31,7 @@ from torch.fx import Node
 from cost_model.errors import AutodistError
 from passes.arguments import fetch, place
 from passes.graph_targets import METHODS, NAMED, functions, names
+from passes.loop_graphs import LoopError, LoopGraphs
 from passes.module_kinds import KINDS, Kinds, described, made
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,300}\Z")
@@ -111,9 +114,11 @@ def used_tensors(module: torch.fx.GraphModule) -> dict[str, torch.Tensor]:
 
 
 def _node_to_json(node: Node) -> dict[str, Any]:
-    target = node.target
-    if node.op == "call_function":
-        target = names().get(target)  # type: ignore[arg-type]
+    target: Any = node.target
+    if node.op == "call_function" and (hasattr(target, "graphs") or hasattr(target, "source")):
+        target = _loop_to_json(node)
+    elif node.op == "call_function":
+        target = names().get(target)
         if target is None:
             called = f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}"
             raise GraphFormatError(
@@ -142,6 +147,22 @@ def _node_to_json(node: Node) -> dict[str, Any]:
     if node.op != "call_module" and (stack := node.meta.get("nn_module_stack")):
         data["module"] = str(next(reversed(stack.values()))[0])
     return data
+
+
+def _loop_to_json(node: Node) -> dict[str, Any]:
+    """A loop over a length, in place of the name of a function."""
+    target: Any = node.target
+    try:
+        graphs: LoopGraphs = target.graphs if hasattr(target, "graphs") else target.source.graphs(node.args)
+    except LoopError as error:
+        raise GraphFormatError(
+            f"{node.name} ({node.meta.get('source', 'no source line')}) calls {target.__module__}.{target.__name__}, a "
+            f"loop that cannot be saved as a graph ({error}): use the model itself"
+        ) from error
+    data: dict[str, Any] = {name: getattr(graphs, name) for name in ("name", "counter")}
+    data |= {name: list(getattr(graphs, name)) for name in ("inputs", "own")}
+    data |= {name: graph_to_json(getattr(graphs, name)) for name in ("bounds", "results")}
+    return {"loop": {**data, "bodies": [graph_to_json(body) for body in graphs.bodies]}}
 
 
 def _meta_value(value: Any) -> tuple[Any] | None:
@@ -303,6 +324,11 @@ def _add_node(
 def _target(
     op: str, target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], root: nn.Module, held: Any
 ) -> Any:
+    if op == "call_function" and isinstance(target, dict):
+        called = _loop(json.dumps(target, sort_keys=True), name)
+        if kwargs or len(args) != len(called.graphs.inputs):
+            _refuse(f"the loop of {name} takes other arguments than it is given")
+        return called
     if not isinstance(target, str):
         _refuse(f"node {name} calls {_shown(target)}")
     if op == "call_function":
@@ -326,6 +352,37 @@ def _target(
     elif target != "output" or len(args) != 1 or kwargs:
         _refuse(f"node {name} is no output")
     return target
+
+
+@functools.lru_cache(maxsize=256)
+def _loop(text: str, name: str) -> Any:
+    """What `_loop_to_json` wrote: one function for one text, so that graphs which call the same loop are seen to."""
+    where, target = f"the loop of {name}", json.loads(text)
+    keys = ("name", "inputs", "own", "counter", "bounds", "bodies", "results")
+    fields = _object(_object(target, where, ("loop",))["loop"], where, keys)
+
+    def no_tensor(tensor: str, *_: Any) -> torch.Tensor:
+        _refuse(f"{where} reads a tensor, {_shown(tensor)}")
+
+    def names_in(key: str) -> tuple[str, ...]:
+        return tuple(_matching(n, _NAME, f"a variable of {where}") for n in _list(fields[key], where))
+
+    parts = [fields["bounds"], *_list(fields["bodies"], where), fields["results"]]
+    if len(parts) < 3:
+        _refuse(f"{where} has no body")
+    bounds, *bodies, results = (graph_from_json(part, no_tensor, {}) for part in parts)
+    graphs = LoopGraphs(
+        name=_identifier(fields["name"], where, _TAKEN),
+        inputs=names_in("inputs"),
+        own=names_in("own"),
+        counter=_matching(fields["counter"], _NAME, where),
+        bounds=bounds,
+        bodies=tuple(bodies),
+        results=results,
+    )
+    if not set(graphs.own) <= set(graphs.inputs) or not graphs.is_sound():
+        _refuse(f"a body of {where} does not give its variables")
+    return graphs.function()
 
 
 def _is_module(root: nn.Module, target: str) -> bool:

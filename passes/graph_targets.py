@@ -52,7 +52,7 @@ _F = """
 """
 _OPERATOR = """
     add sub mul truediv floordiv mod pow matmul neg pos invert and_ or_ xor not_ lshift rshift lt le eq ne gt ge
-    getitem abs is_ is_not
+    getitem abs is_ is_not setitem iadd isub imul itruediv
 """
 _BUILTINS = "getattr int float bool abs max min len round sum"  # getattr: of ATTRIBUTES alone
 _MATH = "ceil floor sqrt log log2 exp prod trunc"

@@ -29,6 +29,7 @@ import torch
 from torch.fx import Proxy
 
 from autodist_fx.tracing.constants import constant
+from passes.loop_graphs import LoopSource, own_copy
 
 _UNROLLED = 16  # loops of known counts up to this are written out
 _COUNTS, _FITS, _LEAF, _OWN = "_is_outlined_", "_fit_a_node_", "_outlined_", "_own_"
@@ -214,21 +215,62 @@ class _Outliner:
     ) -> types.FunctionType:
         """The loop as a function of `inputs` that returns `outputs`; what it writes into (`own`) it copies first."""
         copies = [ast.Assign([ast.Name(o, ast.Store())], _call(_OWN, [ast.Name(o, ast.Load())])) for o in own]
-        results = [ast.Name(o, ast.Load()) for o in outputs]
-        result = results[0] if len(results) == 1 else ast.Tuple(list(results), ast.Load())
+        leaf = self._function(name, inputs, [*copies, *body, _returning(outputs)], loop)
+        leaf.source = self._source(name, inputs, own, body, outputs, loop)  # type: ignore[attr-defined]
+        return leaf
+
+    def _source(
+        self,
+        name: str,
+        inputs: list[str],
+        own: list[str],
+        body: list[ast.stmt],
+        outputs: list[str],
+        loop: ast.For,
+    ) -> LoopSource:
+        """The same in the parts that can be made graphs of, for a model that is to be saved."""
+        inner, *behind = copy.deepcopy(body)
+        assert isinstance(inner, ast.For) and isinstance(inner.iter, ast.Call) and isinstance(inner.target, ast.Name)
+        variables = sorted(set(inputs) | _stored([inner]) | _stored(behind))
+        counter = inner.target.id
+        everything = sorted({counter, *variables})
+        again = [n for n in ast.walk(inner) if isinstance(n, (ast.Break, ast.Continue))]
+        step = [ast.Raise(None, None)] if again else [*inner.body, _returning(variables, always_tuple=True)]
+        bounds: list[ast.stmt] = [ast.Return(ast.Tuple(list(inner.iter.args), ast.Load()))]
+        return LoopSource(
+            name=name,
+            inputs=tuple(inputs),
+            own=tuple(own),
+            counter=counter,
+            variables=tuple(variables),
+            lists=frozenset(_lists(inner)),
+            bounds=self._function(f"{name}_bounds", everything, bounds, loop),
+            body=self._function(f"{name}_body", everything, step, loop),
+            results=self._function(f"{name}_results", everything, [*behind, _returning(outputs)], loop),
+        )
+
+    def _function(
+        self, name: str, inputs: Sequence[str], body: Sequence[ast.stmt], loop: ast.For
+    ) -> types.FunctionType:
         arguments = ast.arguments([], [ast.arg(i) for i in inputs], None, [], [], None, [])
-        definition = ast.FunctionDef(name, arguments, [*copies, *body, ast.Return(result)], [])
+        definition = ast.FunctionDef(name, arguments, copy.deepcopy(list(body)), [])
         definition.type_params = []  # type: ignore[attr-defined]  # Python 3.12 asks for it
-        for node in (definition, *copies, definition.body[-1], arguments):
+        for node in (definition, *definition.body, arguments):
             ast.copy_location(node, loop)
         tree = ast.fix_missing_locations(ast.Module([definition], []))
-        scope = {**vars(self.module), _OWN: _own}
+        scope = {**vars(self.module), _OWN: own_copy}
         for code in compile(tree, self.path, "exec").co_consts:
             if isinstance(code, types.CodeType) and code.co_name == name:
                 function = types.FunctionType(code, scope, name)
                 function.__module__ = self.module.__name__
                 return function
         raise AssertionError(f"no code for {name}")
+
+
+def _returning(names: Sequence[str], always_tuple: bool = False) -> ast.Return:
+    results = [ast.Name(name, ast.Load()) for name in names]
+    one = len(results) == 1 and not always_tuple
+    return ast.Return(results[0] if one else ast.Tuple(list(results), ast.Load()))
 
 
 def _is_counting(statement: ast.stmt) -> bool:
@@ -402,13 +444,6 @@ def _fits_a_graph(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_fits_a_graph(v) for v in value)
     return isinstance(value, (Proxy, torch.Tensor, *_PLAIN))
-
-
-def _own(value: Any) -> Any:
-    """A copy of what the loop writes into."""
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _as_large_as_before(leaf: Callable[..., Any], written: Sequence[int]) -> Callable[..., Any]:
