@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.adapters import without_wrapper
 from autodist_fx.compiled import class_of, hardware_for
-from autodist_fx.tracing import has_own_cache, trace, trace_phases
-from autodist_fx.variant import planned_graph
+from autodist_fx.tracing import has_own_cache
+from autodist_fx.variant import phases_once, planned_graph, traced_once
 from cost_model import mesh_choice
 from cost_model.devices import Memory
 from cost_model.hardware import Hardware
@@ -52,9 +53,10 @@ def choose_mesh(
         Mesh(), hardware_for(hardware), objective=objective, sizes=sizes, pin=pin, cuts=cuts, max_memory=max_memory
     )
     if use_cache and has_own_cache(class_of(model)):
-        _, traced = trace_phases(model, concrete_args)
+        _, traced = phases_once(model, concrete_args)
     else:
-        traced = trace(model, input_names=input_names, use_cache=use_cache, concrete_args=concrete_args)
+        asked: dict[str, Any] = {"input_names": input_names, "concrete_args": concrete_args, "forms": None}
+        traced, _ = traced_once(model, use_cache=use_cache, **asked)
     graph = planned_graph(traced)
     return mesh_choice.choose_mesh(
         graph,

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from autodist_fx.cache_kinds import CROSS, STATE_PREFIX
 from autodist_fx.call import Call, unusual
 from autodist_fx.errors import AutodistError, TracingError
-from autodist_fx.lengths import Lengths, another_way, examples_like, tells_apart
+from autodist_fx.lengths import Lengths, another_way, examples_like, tells_apart, with_total
 from autodist_fx.tracing import InputForm, Sizes, TracedModel, trace, trace_phases
 from cost_model.check_plan import check_plan
 from cost_model.errors import PlanError
@@ -81,18 +81,10 @@ class Variant:
         given: PartitionPlan | None,
         forms: Mapping[str, InputForm] | None = None,
     ) -> Variant:
-        def traced(sizes: tuple[Sizes, Sizes] | None = None) -> TracedModel:
-            return trace(
-                model,
-                input_names=input_names,
-                use_cache=use_cache,
-                concrete_args=concrete_args,
-                forms=forms,
-                sizes=sizes,
-            )
-
-        variant = cls.of(traced(), request, given, unusual(model, concrete_args or {}))
-        variant.trace_again = traced
+        asked: dict[str, Any] = {"input_names": input_names, "concrete_args": concrete_args, "forms": forms}
+        traced, again = traced_once(model, use_cache=use_cache, **asked)
+        variant = cls.of(traced, request, given, unusual(model, concrete_args or {}))
+        variant.trace_again = again
         return variant
 
     @classmethod
@@ -104,7 +96,7 @@ class Variant:
         given: PartitionPlan | None,
     ) -> tuple[Variant, Variant]:
         """(prompt, step) of a model with a cache of its own; `given` is a plan for the step."""
-        traced, step = trace_phases(model, concrete_args)
+        traced, step = phases_once(model, concrete_args)
         fixed = unusual(model, concrete_args or {})
         prompt = cls.of(traced, request, None, fixed)
         prompt.trace_again = lambda sizes: trace_phases(model, concrete_args, sizes)[0]
@@ -119,42 +111,12 @@ class Variant:
         known = [v.conditions for v in (self, *others) if v.conditions is not None]
         if self.trace_again is None:
             raise AutodistError(self.other_way(lengths))
-        windows, points = any(":" in kind for kind in self.traced.layer_kinds), frozenset[int]()
-        usual = [self._letters(sizes) for sizes in _sizes(self.traced)]
-        frames = min(self.traced.fewest_frames, lengths.get("E", 0))
-        for _ in range(_MOST_WAYS):
-            first, second, fixed = examples_like(
-                known,
-                lengths,
-                (usual[0], usual[1]),
-                points,
-                frozenset("P") if windows else frozenset(),  # how much a window sees follows no letter
-                {"E": frames} if frames else None,
-            )
-            sizes = _sizes_of(first), _sizes_of(second)
-            traced = self.trace_again(sizes)
-            functionalize(traced.graph_module)
-            found = bending_points(traced.graph_module, _both(traced, sizes))
-            if not found <= points and not tells_apart(first, second, frozenset(found)):
-                points |= found
-                continue
-            _normalize(traced, _both(traced, sizes))
-            meta = traced.graph_module.meta
-            meta["conditions"] = with_fixed(meta["conditions"], fixed)
-            if meta["conditions"] is None or not meta["conditions"].otherwise(lengths):
-                variant = Variant.of(traced, replace(request, like=self.whole_plan or self.plan), None, self.fixed)
-                self._check_caches(variant)
-                return variant
-            known.append(meta["conditions"])
-        raise TracingError(f"{self.other_way(lengths)}; no graph for them was found in {_MOST_WAYS} tries")
-
-    def _letters(self, sizes: Sizes) -> Lengths:
-        """Those lengths that inputs of this graph have."""
-        used = {d for form in self.forms.values() for d in form.dims if isinstance(d, str)}
-        used |= {"P"} if self.traced.use_cache and self.traced.phase != "prompt" else set()
-        used -= {"S"} if self.traced.phase == "step" else set()
-        every = {"B": sizes.batch, "S": sizes.seq, "P": sizes.past, "E": sizes.source, "K": sizes.kept}
-        return {letter: n for letter, n in every.items() if letter in used}
+        traced = _traced_at(self.traced, self.trace_again, lengths, known)
+        if traced is None:
+            raise TracingError(f"{self.other_way(lengths)}; no graph for them was found in {_MOST_WAYS} tries")
+        variant = Variant.of(traced, replace(request, like=self.whole_plan or self.plan), None, self.fixed)
+        self._check_caches(variant)
+        return variant
 
     def _check_caches(self, other: Variant) -> None:
         """Raises AutodistError where the two graphs cannot share a cache."""
@@ -272,8 +234,89 @@ class Variant:
         return forms.items() <= self.forms.items() if call.use_cache else forms == self.forms
 
 
+def _traced_at(
+    alike: TracedModel, again: Trace, lengths: Lengths, known: Sequence[Conditions]
+) -> TracedModel | None:
+    """`alike` traced and normalised anew, so that all its conditions, and those known, come out as at `lengths`."""
+    known, points = list(known), frozenset[int]()
+    windows = any(":" in kind for kind in alike.layer_kinds)
+    usual = [_letters(alike, sizes) for sizes in _sizes(alike)]
+    frames = min(alike.fewest_frames, lengths.get("E", 0))
+    for _ in range(_MOST_WAYS):
+        first, second, fixed = examples_like(
+            known,
+            lengths,
+            (usual[0], usual[1]),
+            points,
+            frozenset("P") if windows else frozenset(),  # how much a window sees follows no letter
+            {"E": frames} if frames else None,
+        )
+        sizes = _sizes_of(first), _sizes_of(second)
+        traced = again(sizes)
+        functionalize(traced.graph_module)
+        found = bending_points(traced.graph_module, _both(traced, sizes))
+        if not found <= points and not tells_apart(first, second, frozenset(found)):
+            points |= found
+            continue
+        _normalize(traced, _both(traced, sizes))
+        meta = traced.graph_module.meta
+        meta["conditions"] = with_fixed(meta["conditions"], fixed)
+        if meta["conditions"] is None or not meta["conditions"].otherwise(lengths):
+            return traced
+        known.append(meta["conditions"])
+    return None
+
+
+def _letters(traced: TracedModel, sizes: Sizes) -> Lengths:
+    """Those lengths that inputs of this graph have."""
+    used = {d for form in traced.forms().values() for d in form.dims if isinstance(d, str)}
+    used |= {"P"} if traced.use_cache and traced.phase != "prompt" else set()
+    used -= {"S"} if traced.phase == "step" else set()
+    every = {"B": sizes.batch, "S": sizes.seq, "P": sizes.past, "E": sizes.source, "K": sizes.kept}
+    return {letter: n for letter, n in every.items() if letter in used}
+
+
+def traced_once(
+    model: PreTrainedModel | PretrainedConfig, *, use_cache: bool, **asked: Any
+) -> tuple[TracedModel, Trace]:
+    """A form of a model, traced and normalised, and how to trace it at other lengths. `asked`: as trace takes it."""
+
+    def again(sizes: tuple[Sizes, Sizes] | None) -> TracedModel:
+        return trace(model, use_cache=use_cache, sizes=sizes, **asked)
+
+    return _going_one_way(again(None), again), again
+
+
+def phases_once(
+    model: PreTrainedModel | PretrainedConfig, concrete_args: Mapping[str, object] | None
+) -> tuple[TracedModel, TracedModel]:
+    """(prompt, step) of a model with a cache of its own, the prompt normalised."""
+    prompt, step = trace_phases(model, concrete_args)
+
+    def again(sizes: tuple[Sizes, Sizes]) -> TracedModel:
+        nonlocal step  # which follows the prompt
+        found, step = trace_phases(model, concrete_args, sizes)
+        return found
+
+    return _going_one_way(prompt, again), step
+
+
+def _going_one_way(traced: TracedModel, again: Trace) -> TracedModel:
+    """`traced`, normalised; traced anew where the lengths that it is normalised at take the model another way."""
+    examples = _examples_for(traced)
+    _normalize(traced, examples)
+    conditions: Conditions | None = traced.graph_module.meta["conditions"]
+    lengths = [with_total({"P": 0, **example.symbols}) for example in examples]
+    if conditions is None or not any(conditions.otherwise(each, remainders=False) for each in lengths):
+        return traced
+    try:
+        return _traced_at(traced, again, lengths[0], [conditions]) or traced
+    except TracingError:
+        return traced
+
+
 def planned_graph(traced: TracedModel) -> OpGraph:
-    """What plans are made for. Normalises the traced graph."""
+    """What plans are made for. Normalises what is not normalised yet."""
     if "conditions" not in traced.graph_module.meta:
         _normalize(traced)
     _refuse_random(traced)

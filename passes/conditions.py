@@ -66,11 +66,21 @@ class Conditions:
             return tuple(bool(answer) for answer in found)
         return tuple(bool(a) if n <= lengths.keys() else None for a, n in zip(found, self.needs, strict=True))
 
-    def otherwise(self, lengths: Mapping[str, int]) -> list[str]:
+    def otherwise(self, lengths: Mapping[str, int], *, remainders: bool = True) -> list[str]:
         """The model's lines at which these lengths take it another way than it was traced: none, mostly. Conditions
-        on lengths that are not given are not asked."""
-        answers = zip(self.answers(lengths), self.expected, self.sources, strict=True)
-        return [source for answer, expected, source in answers if answer is not None and answer != expected]
+        on lengths that are not given are not asked, nor, without `remainders`, those on what divides them."""
+        found = []
+        for number, (answer, expected) in enumerate(zip(self.answers(lengths), self.expected, strict=True)):
+            if answer is not None and answer != expected and (remainders or not self._divides[number]):
+                found.append(self.sources[number])
+        return found
+
+    @functools.cached_property
+    def _divides(self) -> tuple[bool, ...]:
+        of: dict[Any, bool] = {}
+        for node in self.asked.graph.nodes:
+            of[node] = node.target is operator.mod or any(of[source] for source in node.all_input_nodes)
+        return tuple(of.get(asked, False) for asked in next(reversed(self.asked.graph.nodes)).args[0])
 
 
 def with_fixed(conditions: Conditions | None, fixed: Mapping[str, int]) -> Conditions | None:

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
+from autodist_fx.compiled import CompiledModel
 from autodist_fx.errors import AutodistError
 from cost_model.explain import sharded_share
 from model_coverage.build import CannotBuild, build
@@ -151,19 +152,24 @@ def _check_mesh(subject: Subject, mesh: Mesh, result: dict[str, Any]) -> dict[st
     got = tensors(compiled.simulate(**subject.inputs))
     entry = _compare(got, subject.expected, TOLERANCE[subject.dtype])
     if entry["verdict"] == "wrong":
-        entry["reason"] += _why_wrong(subject, got, entry.get("error", math.inf))
+        entry["reason"] += _why_wrong(subject, compiled, got, entry.get("error", math.inf))
     return entry
 
 
 _SLIGHTLY = 1e-4  # an error that float32 may be the reason of, within a model of float64
 
 
-def _why_wrong(subject: Subject, got: dict[str, torch.Tensor], error: float) -> str:
+def _why_wrong(subject: Subject, compiled: CompiledModel, got: dict[str, torch.Tensor], error: float) -> str:
     """What the model itself does, where that explains it: it is wrong all the same."""
     if "use_cache" in inspect.signature(subject.model.forward).parameters:
         without = tensors(subject.model(**subject.inputs, use_cache=False))
         if _compare(got, without, TOLERANCE[subject.dtype])["verdict"] == "right":
-            return "; equal to the model called with use_cache=False, which by itself differs from use_cache=True"
+            cached = tensors(compiled.simulate(**subject.inputs, use_cache=True))
+            same = _compare(cached, subject.expected, TOLERANCE[subject.dtype])["verdict"]
+            return (
+                "; equal to the model called with use_cache=False, which by itself differs from its default, "
+                f"use_cache=True; called with that, the split model is {same}, too"
+            )
     if error > _SLIGHTLY:
         return ""
     moved = copy.deepcopy(subject.model)
