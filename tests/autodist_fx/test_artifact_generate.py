@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import randomized, tiny_model
 from tiny_seq2seq import seq2seq_inputs, tiny_seq2seq
-from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
+from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedModel, RwkvConfig, RwkvForCausalLM
 
 import autodist_fx as adx
 from autodist_fx.artifact.load import Artifact
@@ -67,6 +67,18 @@ def test_a_cache_of_the_models_own(tmp_path: Path) -> None:
     model = randomized(Lfm2ForCausalLM(config).eval())
     adx.compile(model, tp=2, pp=2).save(tmp_path / "saved")
     _same_tokens(model, tmp_path / "saved", {**TEXT, "max_new_tokens": 6, "do_sample": False})
+
+
+@torch.no_grad()
+def test_a_loop_over_a_prompt(tmp_path: Path) -> None:
+    config = RwkvConfig(
+        vocab_size=61, hidden_size=24, num_hidden_layers=2, attention_hidden_size=24, context_length=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = randomized(RwkvForCausalLM(config).eval())
+    adx.compile(model, pp=2, use_cache=True).save(tmp_path / "saved")
+    given = {"input_ids": IDS[:1], "max_new_tokens": 6, "do_sample": False}
+    _same_tokens(model, tmp_path / "saved", given)
 
 
 def test_what_generates_nothing_says_so(tmp_path: Path) -> None:

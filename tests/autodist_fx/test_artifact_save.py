@@ -111,13 +111,6 @@ def test_an_encoder(tmp_path: Path) -> None:
     assert torch.equal(artifact.simulate(**text_batch()).logits, before)
 
 
-def test_a_loop_that_was_outlined_while_tracing_is_refused_by_name(tmp_path: Path) -> None:
-    compiled = adx.compile(state_space_model("mamba"), tp=2)
-    with pytest.raises(adx.AutodistError, match=r"outlined_slow_forward_\d+ \(modeling_mamba.py:\d+\) calls transf"):
-        compiled.save(tmp_path / "saved")
-    assert list(tmp_path.iterdir()) == []  # no half artifact
-
-
 @torch.no_grad()
 def test_a_form_that_was_used_is_saved_and_another_is_refused(tmp_path: Path) -> None:
     model: PreTrainedModel = tiny_model("llama")
