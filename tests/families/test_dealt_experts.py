@@ -9,14 +9,12 @@ import re
 import pytest
 import torch
 from tiny_models import padded_batch, relative_error
-from tiny_moe import tiny_moe_model
+from tiny_moe import FOUR, dbrx_experts, tiny_moe_model
 from transformers import PreTrainedModel
-from transformers.models.dbrx.configuration_dbrx import DbrxFFNConfig
 
 import autodist_fx as adx
 from autodist_fx.compiled import CompiledModel
 
-FOUR = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4)
 # Experts that are modules, in loops and in runs of rows; and parts of one weight (DBRX, Granite), split or picked.
 MODULES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 FAMILIES = (*MODULES, "dbrx", "granitemoe", "gpt_oss", "llama4_text")
@@ -27,9 +25,9 @@ MESHES = ((2, 1), (4, 1), (1, 2), (2, 2))
 
 @functools.cache
 def _model(family: str) -> PreTrainedModel:
-    changes = {"ffn_config": DbrxFFNConfig(ffn_hidden_size=44, moe_num_experts=4, moe_top_k=2)}
     dtype = torch.float32 if family in FLOAT32 else torch.float64
-    return tiny_moe_model(family, dtype, num_hidden_layers=1, **FOUR, **(changes if family == "dbrx" else {}))
+    changes = dbrx_experts(4) if family == "dbrx" else {}
+    return tiny_moe_model(family, dtype, num_hidden_layers=1, **FOUR, **changes)
 
 
 def _experts(compiled: CompiledModel) -> list[str]:
