@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cost_model.explain import (
-    Section,
-    bytes_text,
-    compress_names,
-    local_shape,
-    name_pattern,
-    ranges_text,
-    seconds_text,
-    weight_of,
-)
 from cost_model.plan import Alternative, OpPlan, PartitionPlan
+from cost_model.plan_weights import local_shape, weight_of
+from cost_model.text_tables import Section
+from cost_model.wording import bytes_text, compress_names, name_pattern, ranges_text, seconds_text
 
 ROLES = {
     "column": "each tp rank makes its part of the outputs",

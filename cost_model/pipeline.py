@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import networkx as nx
 
 from cost_model.errors import MeshError, NoPlanFits
-from cost_model.explain import bytes_text
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef
+from cost_model.wording import bytes_text
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from cost_model.compute_cost import op_flops
 from cost_model.cut_options import cut_plans
 from cost_model.cuts import cut_positions
 from cost_model.errors import NoPlanFits, PlanError
-from cost_model.explain import plan_warnings
 from cost_model.hardware import Hardware, Link
 from cost_model.memory import collective_workspace_bytes, peak_activation_bytes, workspace_bytes
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef
@@ -21,6 +20,7 @@ from cost_model.pipeline import OpCost, PipelineSearch, Stage
 from cost_model.placement import REPLICATE, Layout, Placement
 from cost_model.plan import Alternative, Device, Hop, OpPlan, ParamPlan, PartitionPlan, Request, StageSummary, rounded
 from cost_model.plan_request import PRICES, PlanRequest
+from cost_model.plan_warnings import plan_warnings
 from cost_model.roles import EXPERT, role_of
 from cost_model.shard_layouts import LayoutTable
 from cost_model.tensor_parallel import Strategy, TensorParallelSearch

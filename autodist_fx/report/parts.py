@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element
 
-from cost_model.explain import bytes_text, seconds_text
 from cost_model.plan_html import element, shorten
+from cost_model.wording import bytes_text, seconds_text
 
 NAME_SHOWN = 80  # characters of a name; longer ones lose their middle
 STAGES_SHOWN = 64
