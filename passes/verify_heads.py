@@ -12,7 +12,7 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.op_graph import Op
-from cost_model.op_rules import IntArray
+from cost_model.op_rule import IntArray
 from passes.arguments import fetch
 from passes.normalize import op_name
 from passes.op_graph import argument
