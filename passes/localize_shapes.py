@@ -18,10 +18,9 @@ from torch.fx import Node
 
 from cost_model.placement import Layout
 from cost_model.plan import OpPlan
-from passes.arguments import map_tensor_arguments, tensor_arguments
+from passes.arguments import argument, map_tensor_arguments, tensor_arguments
 from passes.context import RankContext
-from passes.normalize import op_name
-from passes.op_graph import argument
+from passes.nodes import op_name
 from passes.parallel_layers import partial_mean
 
 

@@ -11,8 +11,8 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.op_graph import Op
-from passes.normalize import op_name
-from passes.op_graph import argument
+from passes.arguments import argument
+from passes.nodes import op_name
 from passes.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, partial_mean
 from passes.verify_experts import check_pick, picks_own
 from passes.verify_facts import RankState
