@@ -22,7 +22,8 @@ from cost_model.op_graph import OpGraph
 from cost_model.pins import pinned_roles
 from cost_model.plan import PartitionPlan
 from cost_model.plan_request import PlanRequest
-from cost_model.planner import SharedSearches, forward_seconds, plan
+from cost_model.plan_search import SharedSearches
+from cost_model.planner import forward_seconds, plan
 from cost_model.text_tables import table
 from cost_model.wording import bytes_text, seconds_text
 
