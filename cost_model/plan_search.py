@@ -95,7 +95,7 @@ class PlanSearch:
             for j in range(len(op.outputs))
         }
         weights = {op.name: self.weight_bytes(op) for op in self.graph if op.kind in ("param", "buffer")}
-        self.pipeline = PipelineSearch(self.graph, costs, sends, weights)
+        self.pipeline = PipelineSearch(self.graph, costs, sends, weights, self.sizes)
         cuts, seconds = self.request.cuts, None
         if len(set(self.of_stage)) > 1:
             of_search = {x: {name: self._seconds(x, self.graph[name]) for name in costs} for x in set(self.of_stage)}
