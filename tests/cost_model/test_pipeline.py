@@ -150,7 +150,7 @@ def test_candidates_are_where_fewest_tensors_cross() -> None:
 
 
 def test_what_crosses_is_counted_at_the_lengths_of_the_plan() -> None:
-    """[S], [P], [S], [P] in a row: the smaller ones are where a chain is cut, and which these are the lengths decide."""
+    """[S], [P], [S], [P] in a row: a chain is cut where the smaller ones cross, and which these are the lengths say."""
     ops, costs = [Op("x", "input", (), (TensorSpec((4,), "float32"),))], {}
     for i, symbol in enumerate("SPSP"):
         ops.append(Op(f"w{i}", "param", (), (TensorSpec((4,), "float32"),)))
