@@ -70,15 +70,17 @@ def _max(builder: Builder, node: Node, inputs: list[TensorRef]) -> Any:
 
 @handles("mean", "sum", "amax", "amin", "any", "all", "var", "std", "prod", "argmax", "argmin", "norm", "logsumexp")
 def _reduce(builder: Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    name, rank = op_name(node), shape_of(node.args[0]).__len__()
-    dims = argument(node, 2 if name == "norm" else 1, "dim")  # norm takes p first
-    if isinstance(dims, int) and not isinstance(dims, bool):  # x.var(False) is about bias
-        dims = (dims,)
-    elif not isinstance(dims, (tuple, list)):
-        dims = tuple(range(rank))
     out = node.meta["val"]
-    keepdim = len((out[0] if isinstance(out, tuple) else out).shape) == rank
-    return "reduce", inputs, {"op": name, "dims": tuple(dims), "keepdim": keepdim}
+    keepdim = len((out[0] if isinstance(out, tuple) else out).shape) == len(shape_of(node.args[0]))
+    return "reduce", inputs, {"op": op_name(node), "dims": reduced_dims(node), "keepdim": keepdim}
+
+
+def reduced_dims(node: Node) -> tuple[int, ...]:
+    """What a reduction goes over: every dim where it names none."""
+    dims = argument(node, 2 if op_name(node) == "norm" else 1, "dim")  # norm takes p first
+    if isinstance(dims, int) and not isinstance(dims, bool):  # x.var(False) is about bias
+        return (dims,)
+    return tuple(dims) if isinstance(dims, (tuple, list)) and dims else tuple(range(len(shape_of(node.args[0]))))
 
 
 @handles("update")

@@ -72,7 +72,7 @@ def _unbind(builder: Builder, node: Node, inputs: list[TensorRef]) -> Any:
 
 @handles("cat", "concat")
 def _cat(builder: Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    return "cat", inputs, {"dim": argument(node, 1, "dim", node.kwargs.get("axis", 0)) % len(shape_of(node))}
+    return "cat", inputs, {"dim": argument(node, 1, "dim", 0) % len(shape_of(node))}
 
 
 @handles("stack")
