@@ -24,6 +24,8 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from passes.nodes import op_name
+
 _ROW_BY_ROW = frozenset({
     "add", "sub", "mul", "truediv", "div", "neg", "pow", "exp", "tanh", "sigmoid", "relu", "clamp", "where",
     "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "to", "float", "type_as", "type", "contiguous",
@@ -41,18 +43,18 @@ class _Folded(NamedTuple):
     symbols: tuple[str, str]
 
     @property
-    def count(self) -> int:
-        return next(n for n, symbol in zip(self.lengths, self.symbols, strict=True) if type(n) is int and not symbol)
+    def times(self) -> int:
+        return next(n for n, symbol in zip(self.lengths, self.symbols) if isinstance(n, int) and not symbol)
 
 
-def unmerge_batch(graph: torch.fx.Graph, op_name: Callable[[Node], str]) -> None:
+def unmerge_batch(graph: torch.fx.Graph) -> None:
     """Rewrites `graph` in place. Views must have their full shapes, every node `meta["val"]` and `meta["symbols"]`."""
     folded = {node: where for node in graph.nodes if (where := _folded(node)) is not None}
     for region in list(nx.connected_components(_ties(folded))):
         alike = len({folded[node].lengths for node in region}) == 1
-        if alike and all(_can(node, folded, op_name) for node in region):
+        if alike and all(_can(node, folded) for node in region):
             for node in [n for n in folded if n in region]:  # in the graph's order
-                _rewrite(node, folded[node], op_name)
+                _rewrite(node, folded[node])
 
 
 def _ties(folded: dict[Node, _Folded]) -> nx.Graph[Node]:
@@ -122,11 +124,11 @@ def _sizes(node: Node) -> tuple[Any, ...] | None:
     return None
 
 
-def _can(node: Node, folded: dict[Node, _Folded], op_name: Callable[[Node], str]) -> bool:
+def _can(node: Node, folded: dict[Node, _Folded]) -> bool:
     dim = folded[node].dim
     if any(user not in folded and not _unfolds(user) for user in node.users):
         return False
-    if _sizes(node) is not None or _puts_in_front(node, dim, folded[node].count):
+    if _sizes(node) is not None or _puts_in_front(node, dim, folded[node].times):
         return True
     inputs = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
     name, rank = op_name(node), node.meta["val"].dim()
@@ -153,10 +155,10 @@ def _along(node: Node) -> int:
     return int(node.kwargs["dim"] if "dim" in node.kwargs else node.args[1])
 
 
-def _rewrite(node: Node, where: _Folded, op_name: Callable[[Node], str]) -> None:
+def _rewrite(node: Node, where: _Folded) -> None:
     dim, lengths, symbols = where
     name, value, known = op_name(node), node.meta["val"], node.meta["symbols"]
-    numbers = [value.shape[dim] // where.count if symbol else where.count for symbol in symbols]
+    numbers = [value.shape[dim] // where.times if symbol else where.times for symbol in symbols]
     node.meta["val"] = value.new_empty((*value.shape[:dim], *numbers, *value.shape[dim + 1 :]))
     node.meta["symbols"] = (*known[:dim], *symbols, *known[dim + 1 :])
     sizes = _sizes(node)
@@ -164,7 +166,7 @@ def _rewrite(node: Node, where: _Folded, op_name: Callable[[Node], str]) -> None
         at = 1 if node.target is torch.reshape else 0
         node.update_arg(at, (*sizes[:dim], *lengths, *sizes[dim + 1 :]))
     elif _repeats(node) is not None:
-        _broadcast(node, dim, where.count)
+        _broadcast(node, dim, where.times)
     elif name == "transpose":
         _transpose(node, dim, value.dim())
     elif name in ("bmm", "matmul"):
