@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from cost_model.errors import PlanError
-from cost_model.explain import Section, bytes_text, compress_names, name_pattern, seconds_text, sections_text
 from cost_model.plan import OpPlan, PartitionPlan
+from cost_model.text_tables import Section, sections_text
+from cost_model.wording import bytes_text, compress_names, name_pattern, seconds_text
 
 
 @dataclass(frozen=True, slots=True)
