@@ -179,7 +179,8 @@ def test_beams_of_the_checkpoints_own_generation_config_are_printed(capsys, llam
 
 def test_a_model_that_does_not_generate(capsys, llama, tmp_path):
     checkpoint = shutil.copytree(llama, tmp_path / "scores")
-    fields = json.loads((checkpoint / "config.json").read_text()) | {"architectures": ["LlamaForSequenceClassification"]}
+    fields = json.loads((checkpoint / "config.json").read_text())
+    fields["architectures"] = ["LlamaForSequenceClassification"]
     (checkpoint / "config.json").write_text(json.dumps(fields))
     error = fails(capsys, "run", "--model", checkpoint, *RUN, "--device", "cpu")
     assert "LlamaForSequenceClassification does not generate" in error
