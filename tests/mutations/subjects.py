@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from keyed_model import KeyedConfig, KeyedLM
 from tiny_encoders import segments, text_batch, tiny_encoder
 from tiny_models import padded_batch, randomized, relative_error, tiny_model
 from tiny_moe import FOUR, tiny_moe_model
@@ -68,6 +69,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "t5": lambda: tiny_seq2seq("t5"),
     "qwen3": lambda: tiny_model("qwen3", tie_word_embeddings=True),  # norms of heads
     "gemma2": lambda: tiny_model("gemma2", **_GEMMA),  # soft-capping; layers of two kinds
+    "keyed": lambda: randomized(KeyedLM(KeyedConfig()).to(torch.float64).eval()),  # gradients: terms meet a whole
 }
 CACHED = ("llama", "gpt2", "phi3", "falcon", "opt", "qwen3", "gemma2")  # those that are also broken with a KV cache
 

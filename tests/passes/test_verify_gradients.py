@@ -297,6 +297,21 @@ def sums_in_another_order(programs: Programs) -> None:
     programs[1].grad_sums = tuple(reversed(programs[1].grad_sums or ()))
 
 
+@broken("uneven", 3, 1, r"ranks would wait for each other for ever, adding up the gradients of .*norm.*, .* in turn")
+def sums_in_a_ring(programs: Programs) -> None:
+    """Each two ranks have one sum together, so that no two of them disagree; all three wait."""
+
+    def over(path: str, *ranks: int) -> GradSum:
+        holders = tuple((rank, path) for rank in ranks)
+        return GradSum(path, ((0, 48),), holders, holders)
+
+    layer = "model.layers.0"
+    a, b = over("model.norm.weight", 0, 1), over(f"{layer}.input_layernorm.weight", 1, 2)
+    c = over(f"{layer}.post_attention_layernorm.weight", 0, 2)
+    for program, own in zip(programs, ((a, c), (b, a), (c, b)), strict=True):
+        program.grad_sums = own
+
+
 @pytest.mark.parametrize(("family", "tp", "pp", "change", "message"), CASES)
 def test_broken_programs_are_refused(family: str, tp: int, pp: int, change: Break, message: str) -> None:
     programs = _emitted(family, tp, pp)
