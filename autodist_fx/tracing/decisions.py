@@ -105,7 +105,7 @@ class _DependsOnDataError(Exception):
 
 
 def lengths_for_tensors(value: Any) -> Any:
-    """`value`, an argument of torch.full, say, or of a module, with lengths in place of 0-dim tensors that hold one.
+    """`value`, an argument of torch.full or of rotary embeddings, with lengths in place of 0-dim tensors that hold one.
 
     Models write `cache_position[-1] + 1` for the number of tokens; it is a number only once there is data, while the
     end of the range that the positions were made from is one now.
