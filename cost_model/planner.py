@@ -92,9 +92,9 @@ class _Planner:
         self.graph = graph
         self.request = request
         self.mesh = request.mesh
-        decodes = any(op.kind == "cache_update" for op in graph)
-        source = {"E": SOURCE_SIZE} if any("E" in spec.symbols for op in graph for spec in op.outputs) else {}
-        self.lengths = {**(DECODE_SIZES if decodes else FORWARD_SIZES), **source, **dict(request.sizes)}
+        present = _lengths_of(graph)
+        wanted = {**(DECODE_SIZES if "P" in present else FORWARD_SIZES), "E": SOURCE_SIZE, **dict(request.sizes)}
+        self.lengths = {symbol: n for symbol, n in wanted.items() if symbol in present}
         self.sizes = all_lengths(self.lengths)
         self.pinned = pinned_roles(graph, request.pins)
         self.of_stage = [self._search(device, shared) for device in request.stage_devices]
@@ -391,9 +391,19 @@ class _Planner:
         return min((kind.inter_node for kind in kinds), key=lambda link: link.bandwidth)
 
 
+def _lengths_of(graph: OpGraph) -> set[str]:
+    """B, and those of S, P and E that the graph's sizes or its cache's depend on: an image has no S, and a step of a
+    model with a cache of its own is one token."""
+    found = {symbol for op in graph for spec in op.outputs for text in spec.symbols for symbol in text.split("*")}
+    if any(op.kind == "cache_update" for op in graph):
+        found |= {"S", "P"}
+    return {"B"} | found & {"S", "P", "E"} | ({"P"} if "T" in found else set())
+
+
 def all_lengths(sizes: Mapping[str, int]) -> dict[str, int]:
-    """B, S, P and E, the total T that S and P make, and the products that merged dims have ("B*S")."""
-    full = {"P": 0, **sizes}
+    """B, S, P and E, the total T that S and P make, and the products that merged dims have ("B*S"). A step without S is
+    of one token."""
+    full = {"S": 1, "P": 0, **sizes}
     full["T"] = full.get("T", full["P"] + full["S"])
     for x in list(full):
         for y in list(full):

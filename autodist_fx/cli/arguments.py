@@ -108,13 +108,13 @@ def compile_for(
     args: argparse.Namespace, config: PretrainedConfig, dtype: torch.dtype, **options: Any
 ) -> CompiledModel:
     """The same for a config that was found already."""
-    from autodist_fx.pretrained import compile_for_generation, mesh_of
+    from autodist_fx.pretrained import compile_as_used, mesh_of
     from autodist_fx.tracing import empty_model
 
     plan = PartitionPlan.load(args.plan) if args.plan else None
     mesh = mesh_of(plan, args.tp or options.pop("tp", None), args.pp or options.pop("pp", None))
     wanted = {**options, **planning_options(args), "tp": mesh.tp, "pp": mesh.pp}
-    return compile_for_generation(empty_model(config, dtype), plan=plan, verify=False, **wanted)
+    return compile_as_used(empty_model(config, dtype), plan=plan, verify=False, **wanted)
 
 
 def be_quiet() -> None:
