@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from cost_model.hardware import PRESETS
 from cost_model.op_graph import DTYPE_BYTES
 from cost_model.placement import Layout
 from cost_model.plan import Alternative, Hop, OpPlan, ParamPlan, PartitionPlan
@@ -98,9 +99,10 @@ def plan_warnings(plan: PartitionPlan) -> list[str]:
             stages = ranges_text(s.index for s in too_large)
             one, many = f"stage {stages} does not fit: it needs", f"stages {stages} do not fit: they need up to"
             what = one if len(too_large) == 1 else many
+            limits = dict.fromkeys(bytes_text(plan.memory_of_stage(s.index)) for s in too_large)
             warnings.append(
                 f"{what} {bytes_text(max(s.memory_bytes for s in too_large))} on a rank, a device has "
-                f"{bytes_text(plan.device_memory_bytes)}; more ranks, a smaller batch or a shorter sequence would help"
+                f"{' or '.join(limits)}; more ranks, a smaller batch or a shorter sequence would help"
             )
     if plan.mesh.size > 1 and plan.predicted_seconds > plan.one_device_seconds > 0:
         ratio = plan.predicted_seconds / plan.one_device_seconds
@@ -111,7 +113,7 @@ def plan_warnings(plan: PartitionPlan) -> list[str]:
         )
         warnings.append(
             f"the split is predicted slower than one device: {seconds_text(plan.predicted_seconds)} a forward on "
-            f"{plan.mesh.size} ranks against {seconds_text(plan.one_device_seconds)} on one "
+            f"{plan.mesh.size} ranks against {seconds_text(plan.one_device_seconds)} on one{whole_device(plan)} "
             f"({ratio:.2f} times as long){reason}"
         )
     mean = plan.predicted_seconds / len(plan.stages) if plan.stages else 0.0
@@ -134,6 +136,13 @@ def sharded_share(plan: PartitionPlan) -> float:
     """Share, 0.0 to 1.0, of the bytes of matmul weights that no rank holds whole; 1.0 when there are none."""
     total = sum(param_bytes(p) for p in plan.params if p.matmul)
     return sum(param_bytes(p) for p in plan.params if p.matmul and _is_sharded(plan, p)) / total if total else 1.0
+
+
+def whole_device(plan: PartitionPlan) -> str:
+    """What "one device" is, where it is more than one rank's: " with all 4 cores", where ranks share a CPU."""
+    names = plan.hardware.split(", ")
+    shares = any(name in PRESETS and PRESETS[name].ranks_share_device for name in names)
+    return f" with all {plan.mesh.size} cores" if shares and len(names) == 1 and plan.mesh.size > 1 else ""
 
 
 def whole_param_bytes(plan: PartitionPlan) -> int:
@@ -282,7 +291,7 @@ def prediction_lines(plan: PartitionPlan) -> tuple[str, ...]:
     lines = [f"one forward {seconds_text(total)} ({parts}){share}"]
     if plan.mesh.size > 1 and plan.one_device_seconds > 0 and total > 0:
         lines.append(
-            f"one device  {seconds_text(plan.one_device_seconds)}: predicted speed-up "
+            f"one device  {seconds_text(plan.one_device_seconds)}{whole_device(plan)}: predicted speed-up "
             f"{plan.one_device_seconds / total:.2f} on {plan.mesh.size} ranks"
         )
     if plan.mesh.pp > 1 and total > 0:
@@ -294,7 +303,7 @@ def prediction_lines(plan: PartitionPlan) -> tuple[str, ...]:
         fullest = max(plan.stages, key=lambda s: s.memory_bytes)
         lines.append(
             f"fullest stage {fullest.index} with {bytes_text(fullest.memory_bytes)} "
-            f"of {bytes_text(plan.device_memory_bytes)} a device"
+            f"of {bytes_text(plan.memory_of_stage(fullest.index))} a device"
         )
     return tuple(lines)
 
@@ -516,5 +525,6 @@ __all__ = [
     "sharded_share",
     "table",
     "weight_of",
+    "whole_device",
     "whole_param_bytes",
 ]

@@ -14,6 +14,7 @@ from cost_model.explain import (
     seconds_text,
     sharded_share,
     table,
+    whole_device,
     whole_param_bytes,
 )
 from cost_model.placement import REPLICATE, Layout
@@ -69,7 +70,7 @@ held by several stages: model.embed_tokens.weight (stages 0-1)
 
 Prediction
 one forward 34.0 ms (compute 25.6 ms, communication 8.40 ms), 25% of it communication
-one device  50.0 ms: predicted speed-up 1.47 on 4 ranks
+one device  50.0 ms with all 4 cores: predicted speed-up 1.47 on 4 ranks
 slowest stage 1 with 17.5 ms: what bounds a pipeline kept full
 fullest stage 0 with 128 MiB of 8.0 GiB a device"""
 
@@ -128,8 +129,8 @@ def test_slower_than_one_device_is_said():
     plan = replace(small_plan(), one_device_seconds=0.017)
     (warning,) = plan_warnings(plan)
     assert warning == (
-        "the split is predicted slower than one device: 34.0 ms a forward on 4 ranks against 17.0 ms on one "
-        "(2.00 times as long); split for memory, or use fewer ranks"
+        "the split is predicted slower than one device: 34.0 ms a forward on 4 ranks against 17.0 ms on one with all 4 "
+        "cores (2.00 times as long); split for memory, or use fewer ranks"
     )
     assert "! the split is predicted slower than one device" in plan_text(plan)
     assert plan_warnings(replace(small_plan(2, 1, 1), one_device_seconds=1e-6)) == []  # it is one device
@@ -147,6 +148,25 @@ def test_what_does_not_fit_is_said():
     stages = (plan.stages[0], replace(plan.stages[1], activation_bytes=2**34))
     (warning,) = plan_warnings(replace(plan, stages=stages))
     assert warning.startswith("stage 1 does not fit: it needs 16.1 GiB")
+
+
+def test_one_device_is_all_cores_only_where_ranks_share_a_cpu():
+    assert whole_device(small_plan()) == " with all 4 cores"
+    assert whole_device(small_plan(2, 1, 1)) == ""
+    for hardware in ("h100", "a100, cpu-gloo", "my cluster"):
+        plan = replace(small_plan(), hardware=hardware)
+        assert whole_device(plan) == "" and "one device  50.0 ms: predicted" in plan_text(plan)
+
+
+def test_memory_is_that_of_the_stage_s_own_device():
+    request = replace(small_plan().request, max_memory=(2**28, 2**26))
+    plan = replace(small_plan(), request=request, device_memory_bytes=2**28)
+    (warning,) = plan_warnings(plan)
+    assert warning.startswith("stage 1 does not fit: it needs") and "a device has 64.0 MiB" in warning
+    smaller = replace(request, max_memory=(2**27 + 2**26, 2**30))
+    assert "fullest stage 0 with 128 MiB of 192 MiB a device" in plan_text(
+        replace(plan, request=smaller, device_memory_bytes=2**30)
+    )
 
 
 def test_a_plan_that_replicates_everything_is_told_so():
