@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from cost_model.alternatives import AlternativeCosts, refuse_impossible_roles
@@ -164,6 +165,7 @@ class _Planner:
             seconds=seconds,
             cuts=cut_positions(self.graph, self.pipeline.sequence, cuts, self.mesh.pp) if cuts else None,
             balance="bytes" if self.request.objective == "memory" else "seconds",
+            arrival=self._arrival_seconds,
         )
 
     def _send_seconds(self, ref: TensorRef) -> float:
@@ -292,24 +294,36 @@ class _Planner:
         found: list[Hop] = []
         for k, stage in enumerate(stages):
             for ref in stage.received:
-                producer = self.strategies[ref.op]
-                have = producer.outputs[ref.index]
-                wanted = {
-                    self.strategies[user].inputs[slot]
-                    for user, slot in self.graph.users.get(ref, ())
-                    if k in computed[user]
-                }
-                # as it lies, when all users there want it so; whole, when one wants it whole; both, when some want a
-                # sum that is still owed and others the whole
-                forms = {p.is_replicate or p != have for p in wanted}
-                if forms == {True, False} and not have.is_partial:
-                    forms = {True}
-                for is_whole in sorted(forms):
-                    placement = REPLICATE if is_whole else have
-                    nbytes = self.search.local(ref, placement).nbytes
+                for is_whole, nbytes in self._forms(ref, lambda user: k in computed[user]):  # noqa: B023
                     found.append(Hop(ref.op, ref.index, homes[ref.op], k, 0, is_whole, nbytes))
         found.sort(key=lambda h: (self.pipeline.position[h.op], h.index, h.target, h.whole))
         return tuple(replace(hop, channel=i) for i, hop in enumerate(found))
+
+    def _forms(self, ref: TensorRef, is_there: Callable[[str], bool]) -> list[tuple[bool, int]]:
+        """In which forms, (whole, bytes on a tp rank), a stage receives a tensor that ops which are there read."""
+        have = self.strategies[ref.op].outputs[ref.index]
+        users = self.graph.users.get(ref, ())
+        wanted = {self.strategies[user].inputs[slot] for user, slot in users if is_there(user)}
+        # as it lies, when all users there want it so; whole, when one wants it whole; both, when some want a sum that
+        # is still owed and others the whole
+        forms = {p.is_replicate or p != have for p in wanted}
+        if forms == {True, False} and not have.is_partial:
+            forms = {True}
+        return [
+            (is_whole, self.search.local(ref, REPLICATE if is_whole else have).nbytes) for is_whole in sorted(forms)
+        ]
+
+    def _arrival_seconds(self, k: int, stage: Stage, starts: Sequence[int]) -> float:
+        position, again = self.pipeline.position, set(stage.recomputed)
+
+        def is_there(user: str) -> bool:
+            return user in again or stage.start <= position[user] < stage.stop
+
+        total = 0.0
+        for ref in stage.received:
+            link = self.hop_link(bisect_right(starts, position[ref.op]) - 1 if starts else k - 1, k)
+            total += sum(send_seconds(nbytes, link) for _, nbytes in self._forms(ref, is_there))
+        return total
 
     def _summary(self, k: int, stage: Stage, computed: Mapping[str, set[int]], hops: tuple[Hop, ...]) -> StageSummary:
         names = [name for name in self.pipeline.sequence if k in computed[name]]

@@ -145,17 +145,21 @@ def test_cuts_by_number():
 
 
 def test_the_chosen_place_has_the_seconds_of_the_stages():
-    """Of a plan by the searches: what the cut says of its two stages is what the stages say, but for what is sent."""
+    """Of a plan by the searches: what the cut says of its two stages is what the stages say, receiving among it."""
     whole = normalized(Stack([layer for _ in range(4) for layer in (Attention(), Mlp(12, 24))]), x=("B", "S", 12))
     plan = plan_for(whole, tp=2, pp=3)
+    assert all(stage.comm_seconds > 1e-4 for stage in plan.stages[1:])  # a hop is as long as some layers
+    slowest = max(stage.seconds for stage in plan.stages)
     for k, cut in enumerate(plan.cuts):
         assert len(cut.options) > 1
+        assert all(max(o.before_seconds, o.after_seconds) >= slowest * 0.995 for o in cut.options) or (
+            slowest > max(plan.stages[k].seconds, plan.stages[k + 1].seconds)
+        )
         here = cut.options[cut.chosen]
         first = next(op for op in plan.ops if op.home == k + 1)
         assert here.op == first.name
         for stage, seconds in ((k, here.before_seconds), (k + 1, here.after_seconds)):
-            own = [op for op in plan.ops if op.home == stage]
-            assert seconds == pytest.approx(sum(op.compute_seconds + op.comm_seconds for op in own), rel=1e-2)
+            assert seconds == pytest.approx(plan.stages[stage].seconds, rel=5e-3)  # to three digits
         order = [plan.ops.index(plan.op(option.op)) for option in cut.options]
         assert order == sorted(set(order))
         assert cut_facts(plan, k)["sent"]
