@@ -20,6 +20,7 @@ WIDTH = 120
 HOPS_SHOWN = 6  # tensors named of each border
 RANGES_SHOWN = 4  # of layers named in one cell
 UNBALANCED = 1.25  # times the mean of the stages: the slowest bounds a pipeline that is kept full
+IDLE_WORTH_A_WORD = 0.01  # of the bytes of matmul weights, some ranks having no part of them
 SHARE_EXPECTED = 0.9  # of the bytes of matmul weights, sharded: with less, tp is not what its user thinks
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
@@ -129,7 +130,29 @@ def plan_warnings(plan: PartitionPlan) -> list[str]:
             f"only {share:.0%} of the bytes of matmul weights are sharded; each tp rank holds the rest whole (role "
             f"replicate)"
         )
-    return warnings
+    return warnings + _idle_warning(plan)
+
+
+def _idle_warning(plan: PartitionPlan) -> list[str]:
+    """Ranks that have no part of what the others share: more of them than a layer has heads, say."""
+    matmuls = [p for p in plan.params if p.matmul]
+    enough = IDLE_WORTH_A_WORD * sum(map(param_bytes, matmuls))
+    groups: dict[tuple[str, int], list[ParamPlan]] = {}
+    for p in matmuls:
+        layout = plan.layout(p.layout)
+        idle = 0 if layout is None else sum(not layout.local_size(rank) for rank in range(plan.mesh.tp))
+        if idle:
+            groups.setdefault((name_pattern(p.name.rpartition(".")[0]), idle), []).append(p)
+    found = {key: params for key, params in groups.items() if sum(map(param_bytes, params)) >= enough}
+    if not found:
+        return []
+    most = max(idle for _, idle in found)
+    names = [pattern for pattern, idle in found if idle == most]
+    rest = f" and {len(names) - RANGES_SHOWN} more" if len(names) > RANGES_SHOWN else ""
+    return [
+        f"{most} of {plan.mesh.tp} tp ranks have no part of {', '.join(names[:RANGES_SHOWN])}{rest}: there are fewer "
+        f"pieces that must not be cut, heads say, than ranks; a smaller tp leaves no rank idle there"
+    ]
 
 
 def sharded_share(plan: PartitionPlan) -> float:

@@ -173,7 +173,7 @@ class PipelineSearch:
         spans.flatten(lambda k, i, j: before[k][i] + self._until[k][ends[j]] - self._until[k][ends[i]])
         found = spans.shortest(lambda k, i, j: crossing[ends[j]] if j < len(ends) - 1 else 0)
         if found is None:
-            raise NoPlanFits(self._too_big(stages, memory_bytes))
+            raise NoPlanFits(self._too_big(stages, memory_bytes, spans.least(lambda k, i, j: held[i, j])))
         return [ends[i] for i in found]
 
     def _before(self, starts: Sequence[int], stages: int) -> list[list[float]]:
@@ -246,13 +246,15 @@ class PipelineSearch:
                     "the cuts, or leave them to the search"
                 )
 
-    def _too_big(self, stages: int, memory_bytes: Sequence[int] | None) -> str:
+    def _too_big(self, stages: int, memory_bytes: Sequence[int] | None, least: float) -> str:
+        """`least`: bytes of the fullest stage, were the stages as even as they can be."""
         total = sum(self.weight_bytes.values()) + int(self._state[-1])
         limits = [bytes_text(limit) for limit in dict.fromkeys(memory_bytes or [0])]
         holds = f"a device holds {limits[0]}" if len(limits) == 1 else f"the devices hold {', '.join(limits)}"
+        fullest = f", {bytes_text(least)} on the fullest at best" if stages > 1 else ""
         return (
             f"no cut into {stages} stages fits: weights and KV cache take {bytes_text(total)} over the stages of one "
-            f"tp rank, and {holds}: use more ranks (tp or pp), a smaller dtype, or raise max_memory"
+            f"tp rank{fullest}, and {holds}: use more ranks (tp or pp), a smaller dtype, or raise max_memory"
         )
 
     def crossing(self, position: int) -> list[TensorRef]:
@@ -365,6 +367,12 @@ class _Spans:
         found = self._best(cost, max)
         if found is not None:
             self.restrict(cost, [found[0]] * self.stages)
+
+    def least(self, cost: Callable[[int, int, int], float]) -> float:
+        """What the dearest step costs at least, whatever else is demanded; there is a way."""
+        found = _Spans(self.last, self.stages)._best(cost, max)
+        assert found is not None
+        return found[0]
 
     def shortest(self, cost: Callable[[int, int, int], float]) -> list[int] | None:
         """The ends of the way whose steps cost the least together; None where there is no way."""

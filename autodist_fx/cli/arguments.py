@@ -80,6 +80,8 @@ def planning_options(args: argparse.Namespace) -> dict[str, Any]:
             raise AutodistError(f"--pin {pattern} is given twice, as {pins[pattern]} and as {role}: leave one out")
     memory = args.max_memory.split(",") if args.max_memory else None
     devices = None
+    if args.device_map and args.hardware:
+        raise AutodistError("--device-map names the hardware of every stage: leave --hardware out")
     if args.device_map:
         entries = [entry.partition("=") for entry in args.device_map.split(",")]
         devices = [{"hardware": name} | ({"memory": size} if size else {}) for name, _, size in entries]

@@ -47,6 +47,14 @@ def run(args: argparse.Namespace) -> int:
     given = {"B": args.batch, "S": args.seq, "P": args.past}
     sizes = {symbol: n for symbol, n in given.items() if n is not None}
     options["sizes"] = {**options.get("sizes", {}), **sizes}
+    if args.hardware:
+        options.pop("device_map", None)  # the command line wins over the file
+    loaded = args.devices is not None and args.objective == "throughput"
+    if args.sequences is not None and not loaded:
+        both = "--devices N --objective throughput"
+        raise AutodistError(f"--sequences counts for {both} alone: leave it out, or give both")
+    if args.batch is not None and loaded:
+        raise AutodistError("each mesh gets a batch of its own by throughput: leave --batch out, or give --sequences")
     if args.devices is not None:
         choice = choose_for(args, options)
         plan = choice.best.plan

@@ -117,3 +117,17 @@ def test_lengths_that_are_none(
     file.write_text(json.dumps({"version": 2, "sizes": sizes}))
     assert main(["plan", "--model", model, "--from", str(file)]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--sequences", "3"], "--sequences counts for --devices N --objective throughput alone"),
+    (["--devices", "2", "--sequences", "3"], "--sequences counts for --devices N --objective throughput alone"),
+    (["--devices", "2", "--objective", "throughput", "--batch", "3"], "leave --batch out, or give --sequences"),
+    (["--device-map", "a100", "--hardware", "h100"], "leave --hardware out"),
+    (["--pp", "2", "--max-memory", "20KiB"], "on the fullest at best, and a device holds 20.0 KiB"),
+])  # fmt: skip
+def test_options_that_would_do_nothing_or_cannot_be(
+    options: list[str], said: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--model", model, *options]) == 2
+    assert said in capsys.readouterr().err

@@ -177,6 +177,18 @@ def test_a_plan_that_replicates_everything_is_told_so():
     assert any("only 0% of the bytes of matmul weights are sharded" in w for w in plan_warnings(plan))
 
 
+def test_ranks_without_a_part_of_a_layer_are_said():
+    plan = small_plan()
+    heads = next(p for p in plan.params if p.layout == 0)
+    layouts = (Layout(576, (((0, 576),), ((576, 576),))), *plan.layouts[1:])
+    (warning,) = plan_warnings(replace(plan, layouts=layouts))
+    assert warning.startswith("1 of 2 tp ranks have no part of model.layers.*.self_attn.")
+    others = tuple(p for p in plan.params if p.layout != 0)
+    assert plan_warnings(replace(plan, layouts=layouts, params=others)) == []
+    small = replace(heads, shape=(576, 2))  # far less than 1 % of the bytes
+    assert plan_warnings(replace(plan, layouts=layouts, params=(*others, small))) == []
+
+
 def test_the_planner_s_own_warnings_are_printed_once():
     text = plan_text(replace(small_plan(), warnings=("odd", "odd")))
     assert text.count("! odd") == 1
