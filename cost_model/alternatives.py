@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from cost_model.errors import PlanError
 from cost_model.op_graph import Op, TensorRef
-from cost_model.op_rules import Letter
+from cost_model.op_rule import Letter
 from cost_model.plan import Alternative, rounded
 from cost_model.roles import role_of
 from cost_model.tensor_parallel import Strategy, TensorParallelResult, TensorParallelSearch

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_model.op_graph import Op, OpGraph, TensorRef
-from cost_model.op_rules import DimLink, IntArray, RuleTable
+from cost_model.op_rule import DimLink, IntArray
+from cost_model.op_rules import RuleTable
 from cost_model.placement import Layout, Placement, dealt, intervals_of, owned
 
 # What experts' weights may be read through before each expert's part is taken.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from cost_model.errors import PlanError
-from cost_model.explain import Section, bytes_text, seconds_text
 from cost_model.plan import CutOption, CutPlan, Hop, PartitionPlan
+from cost_model.text_tables import Section
+from cost_model.wording import bytes_text, seconds_text
 
 
 def cut_facts(plan: PartitionPlan, cut: int) -> dict[str, Any]:

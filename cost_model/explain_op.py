@@ -5,27 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cost_model.explain import (
-    Section,
-    bytes_text,
-    compress_names,
-    local_shape,
-    name_pattern,
-    ranges_text,
-    seconds_text,
-    weight_of,
-)
 from cost_model.plan import Alternative, OpPlan, PartitionPlan
-
-ROLES = {
-    "column": "each tp rank makes its part of the outputs",
-    "row": "each tp rank sums over its part of the inputs; the parts are added up",
-    "vocab": "each tp rank looks up its part of the rows; the parts are added up",
-    "hidden": "each tp rank has its part of every row",
-    "groups": "each tp rank has its part of the channels' groups",
-    "expert": "one tp rank has all of it, and the tokens that go there",
-    "replicate": "every tp rank does all of it",
-}
+from cost_model.plan_weights import local_shape, weight_of
+from cost_model.roles import MEANING
+from cost_model.text_tables import Section
+from cost_model.wording import bytes_text, compress_names, name_pattern, ranges_text, seconds_text
 
 _NO_ROLES = "Roles are of linears, embeddings and convolutions"
 
@@ -89,7 +73,7 @@ def op_sections(plan: PartitionPlan, ops: Sequence[OpPlan]) -> list[Section]:
     title = f"{place}: {op.kind}" + (f", x{len(ops)} (figures of each)" if len(ops) > 1 else f" ({op.name})")
     lines = []
     if op.role:
-        lines.append(f"role         {op.role}" + (f": {ROLES[op.role]}" if op.role in ROLES else ""))
+        lines.append(f"role         {op.role}" + (f": {MEANING[op.role]}" if op.role in MEANING else ""))
     else:
         lines.append(f"cut          {_cut_text(op)}")
     if facts["weight_shape"]:

@@ -6,8 +6,8 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from cost_model.errors import PlanError
-from cost_model.explain import name_pattern
 from cost_model.plan import OpPlan, PartitionPlan
+from cost_model.wording import name_pattern
 
 SHOWN = 6  # names listed in an error
 FUSED = "fused_"  # how passes/fuse_ops.py calls the op that it puts in place of a chain, before the name of its last

@@ -17,13 +17,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cost_model.errors import AutodistError, MeshError, NoPlanFits, PlanError
-from cost_model.explain import bytes_text, seconds_text, table
 from cost_model.mesh import Mesh
 from cost_model.op_graph import OpGraph
 from cost_model.pins import pinned_roles
 from cost_model.plan import PartitionPlan
 from cost_model.plan_request import PlanRequest
-from cost_model.planner import SharedSearches, forward_seconds, plan
+from cost_model.plan_search import SharedSearches
+from cost_model.planner import forward_seconds, plan
+from cost_model.text_tables import table
+from cost_model.wording import bytes_text, seconds_text
 
 OBJECTIVES = ("latency", "throughput", "memory")
 LOAD = 256  # sequences in flight a device, at most: what vLLM admits by default (max_num_seqs)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import networkx as nx
 
 from cost_model.errors import MeshError, NoPlanFits
-from cost_model.explain import bytes_text
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef
+from cost_model.wording import bytes_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ Arrival = Callable[[int, Stage, Sequence[int]], float]
 
 class PipelineSearch:
     """Cuts one graph into stages. `send_seconds(ref)` is the time to hand that tensor to another stage;
-    `weight_bytes` are a parameter's bytes on the slowest tp rank."""
+    `weight_bytes` are a parameter's bytes on the slowest tp rank; `sizes`, the lengths ("B", "S", ...) at which the
+    bytes over a border are counted, those of the graph's examples where it has none."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class PipelineSearch:
         costs: Mapping[str, OpCost],
         send_seconds: Mapping[TensorRef, float],
         weight_bytes: Mapping[str, int],
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
         self.graph = graph
         self.costs = costs
@@ -63,6 +65,7 @@ class PipelineSearch:
         self.position = {name: i for i, name in enumerate(self.sequence)}
         self._state = _prefix_sums([costs[name].state_bytes for name in self.sequence])
         self._from_weights = self._weight_derived()
+        self._counts, self._bytes = self._crossing(sizes or {})
 
     # -- where cuts may be -------------------------------------------------------------------------------------------
 
@@ -73,7 +76,7 @@ class PipelineSearch:
                 found.add(op.name)
         return found
 
-    def _crossing(self) -> tuple[list[int], list[int]]:
+    def _crossing(self, lengths: Mapping[str, int]) -> tuple[list[int], list[int]]:
         """At each position: how many tensors, and bytes, derived from weights are made before it and used after."""
         counts, sizes = [0] * (len(self.sequence) + 1), [0] * (len(self.sequence) + 1)
         outputs = set(self.graph.outputs)
@@ -86,10 +89,11 @@ class PipelineSearch:
                 last = max(users, default=self.position[name])
                 if ref in outputs:
                     last = max(last, self.position[name])  # leaves the model from where it is made
+                nbytes = spec.at(lengths).nbytes
                 counts[self.position[name] + 1] += 1
-                sizes[self.position[name] + 1] += spec.nbytes
+                sizes[self.position[name] + 1] += nbytes
                 counts[last + 1] -= 1
-                sizes[last + 1] -= spec.nbytes
+                sizes[last + 1] -= nbytes
         return _running(counts), _running(sizes)
 
     def candidates(self, enough: int = 1) -> list[int]:
@@ -97,7 +101,7 @@ class PipelineSearch:
 
         Where these are not `enough`, because some tensor is used far on, also those that one more tensor crosses.
         """
-        counts, sizes = self._crossing()
+        counts, sizes = self._counts, self._bytes
         inner = [
             p
             for p in range(1, len(self.sequence))
@@ -159,7 +163,6 @@ class PipelineSearch:
                 f"pp={stages} needs {stages - 1} cuts, but the model has only {len(places)} places to cut it: "
                 f"use pp={len(places) + 1} at most"
             )
-        _, crossing = self._crossing()
         ends = [0, *places, len(self.sequence)]
         spans = _Spans(len(ends) - 1, stages)
         if memory_bytes is not None or balance == "bytes":
@@ -171,7 +174,7 @@ class PipelineSearch:
                 spans.flatten(lambda k, i, j: held[i, j] / limits[k])
         before = self._before(ends[:-1], stages)
         spans.flatten(lambda k, i, j: before[k][i] + self._until[k][ends[j]] - self._until[k][ends[i]])
-        found = spans.shortest(lambda k, i, j: crossing[ends[j]] if j < len(ends) - 1 else 0)
+        found = spans.shortest(lambda k, i, j: self._bytes[ends[j]] if j < len(ends) - 1 else 0)
         if found is None:
             raise NoPlanFits(self._too_big(stages, memory_bytes, spans.least(lambda k, i, j: held[i, j])))
         return [ends[i] for i in found]

@@ -7,17 +7,10 @@ from math import prod
 from typing import Any
 
 from cost_model.errors import PlanError
-from cost_model.explain import (
-    Section,
-    bytes_text,
-    compress_names,
-    count_text,
-    name_pattern,
-    seconds_text,
-    sections_text,
-    whole_device,
-)
 from cost_model.plan import OpPlan, PartitionPlan
+from cost_model.plan_warnings import whole_device
+from cost_model.text_tables import Section, sections_text
+from cost_model.wording import bytes_text, compress_names, count_text, name_pattern, seconds_text
 
 ONE_DEVICE = "one device"
 

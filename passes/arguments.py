@@ -75,3 +75,8 @@ def place(module: torch.nn.Module, target: str, value: Any) -> None:
         module.register_parameter(name, value)
     else:
         setattr(module, name, value)
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

@@ -17,9 +17,8 @@ from torch.fx import Node
 
 from cost_model.placement import Interval, Placement
 from cost_model.plan import OpPlan
-from passes.arguments import fetch, place, tensor_arguments
+from passes.arguments import argument, fetch, place, tensor_arguments
 from passes.context import ParamShard, RankContext
-from passes.op_graph import argument
 from passes.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 Key = tuple[str, int | None, tuple[Interval, ...]]

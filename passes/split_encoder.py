@@ -16,7 +16,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
-from passes.normalize import is_pure
+from passes.nodes import is_pure
 
 _ENCODED = ("encoder_last_hidden_state",)  # outputs that the first graph has
 

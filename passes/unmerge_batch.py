@@ -19,6 +19,8 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from passes.nodes import op_name
+
 _ROW_BY_ROW = frozenset({
     "add", "sub", "mul", "truediv", "div", "neg", "pow", "exp", "tanh", "sigmoid", "relu", "clamp", "where",
     "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "to", "float", "type_as", "type", "contiguous",
@@ -28,13 +30,13 @@ _MADE = (torch.zeros, torch.ones, torch.empty, torch.full)
 _FOLDED = tuple[int, Node, int]  # the dim, the length in front, how many were folded into it
 
 
-def unmerge_batch(graph: torch.fx.Graph, op_name: Callable[[Node], str]) -> None:
+def unmerge_batch(graph: torch.fx.Graph) -> None:
     """Rewrites `graph` in place. Views must have their full shapes, every node `meta["val"]` and `meta["symbols"]`."""
     folded = {node: where for node in graph.nodes if (where := _folded(node)) is not None}
     for region in list(nx.connected_components(_ties(folded))):
-        if all(_can(node, folded, op_name) for node in region):
+        if all(_can(node, folded) for node in region):
             for node in [n for n in folded if n in region]:  # in the graph's order
-                _rewrite(node, folded[node], op_name)
+                _rewrite(node, folded[node])
 
 
 def _ties(folded: dict[Node, _FOLDED]) -> nx.Graph[Node]:
@@ -78,7 +80,7 @@ def _sizes(node: Node) -> tuple[Any, ...] | None:
     return None
 
 
-def _can(node: Node, folded: dict[Node, _FOLDED], op_name: Callable[[Node], str]) -> bool:
+def _can(node: Node, folded: dict[Node, _FOLDED]) -> bool:
     dim = folded[node][0]
     if any(user not in folded and not _unfolds(user) for user in node.users):
         return False
@@ -109,7 +111,7 @@ def _along(node: Node) -> int:
     return int(node.kwargs["dim"] if "dim" in node.kwargs else node.args[1])
 
 
-def _rewrite(node: Node, where: _FOLDED, op_name: Callable[[Node], str]) -> None:
+def _rewrite(node: Node, where: _FOLDED) -> None:
     dim, length, count = where
     name, value, symbols = op_name(node), node.meta["val"], node.meta["symbols"]
     rows = length.meta["val"]

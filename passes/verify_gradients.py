@@ -25,9 +25,9 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.op_graph import TensorRef
+from passes.arguments import argument
 from passes.comm_ops import all_gather, all_reduce, copy_to_tp, recv, send
 from passes.differentiable import differentiable, own_parameters
-from passes.op_graph import argument
 from passes.parallel_layers import one_gradient, one_term
 from passes.program import RankProgram
 from passes.verify_comm import Message, message

@@ -10,7 +10,7 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.op_graph import Op
-from passes.op_graph import spelled_index
+from passes.op_graph_indexing import spelled_index
 from passes.parallel_layers import partial_mean
 from passes.verify_facts import RankState
 from passes.verify_report import fail

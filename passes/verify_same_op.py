@@ -11,8 +11,8 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.op_graph import Op
-from passes.normalize import op_name
-from passes.op_graph import argument
+from passes.arguments import argument
+from passes.nodes import op_name
 from passes.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, partial_mean
 from passes.verify_experts import check_pick, picks_own
 from passes.verify_facts import RankState
@@ -54,9 +54,7 @@ def _classified(state: RankState, node: Node, op: Op) -> tuple[str, Any]:
         if isinstance(module, VocabParallelEmbedding):
             return "embedding", {}
     if node.op == "call_function" and node.target is partial_mean and op.kind == "reduce":
-        dims = node.args[1]
-        given = (dims,) if isinstance(dims, int) else tuple(dims)
-        return "reduce", {"op": "mean", "dims": given, "keepdim": node.args[2]}
+        return "reduce", {"op": "mean", "dims": tuple(node.args[1]), "keepdim": node.args[2]}
     if op.kind == "repeat_interleave" and node.target is torch.index_select:
         return op.kind, op.attrs  # which elements it takes is looked at in _repeated
     return state.classify(node)
@@ -130,11 +128,13 @@ def _mean(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: D
     if owes != (node.target is partial_mean):
         fail(state.program, node, "a mean over a sharded dim must divide by the number of all elements", _SHAPES)
     if owes:
-        spec = state.graph.spec(op.inputs[0])
-        dims = [d % len(spec.shape) for d in op.attrs["dims"]]
-        count = int(np.prod([spec.shape[d] for d in dims]))
-        if any(spec.is_dynamic(d) for d in dims) or node.args[3] != count:
-            fail(state.program, node, f"divides by {node.args[3]}, the whole has {count} elements", _SHAPES)
+        cut, shape = types[0].dim, state.graph.spec(op.inputs[0]).shape
+        if tuple(node.args[3:]) != (cut, shape[cut]):
+            said = f"divides as if its whole input were {node.args[4]} long in dim {node.args[3]}"
+            fail(state.program, node, f"{said}: it is {shape[cut]} long in dim {cut}, where it is sharded", _SHAPES)
+        theirs = state.tools.whole.get(op.name)
+        if theirs is not None and node.kwargs.get("dtype") != theirs.kwargs.get("dtype"):
+            fail(state.program, node, f"computes in {node.kwargs.get('dtype')}, unlike the model", _SHAPES)
 
 
 def _cache_update(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:

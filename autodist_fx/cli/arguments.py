@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 # What traces models is imported by those who do: it takes seconds, and a split on disk needs none of it.
 
 
-def at_least(low: int) -> Any:
-    """For `type=`: a whole number, `low` or more."""
+def at_least(low: int, high: int | None = None) -> Any:
+    """For `type=`: a whole number, `low` or more, and at most `high`."""
 
     def number(text: str) -> int:
         try:
@@ -29,9 +30,34 @@ def at_least(low: int) -> Any:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < low:
             raise argparse.ArgumentTypeError(f"{value} is less than {low}")
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"{value} is more than {high}")
         return value
 
     return number
+
+
+def above_zero(text: str) -> float:
+    """For `type=`: a number above 0."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def probability(text: str) -> float:
+    """For `type=`: a number from 0 to 1."""
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element
 
 from autodist_fx.report.parts import STAGES_SHOWN, cell, left_out, name, note, section, show_name, table
-from cost_model.explain import bytes_text, ranges_text, seconds_text
 from cost_model.explain_cut import cut_reason
 from cost_model.plan import OpPlan, PartitionPlan
 from cost_model.plan_html import element
+from cost_model.wording import bytes_text, ranges_text, seconds_text
 
 TENSORS_SHOWN = 200  # in the table
 OPTIONS_SHOWN = 7  # places next to one cut

@@ -7,17 +7,11 @@ from xml.etree.ElementTree import Element
 
 from autodist_fx.report.memory import share_of_device
 from autodist_fx.report.parts import show_name
-from cost_model.explain import (
-    all_warnings,
-    bytes_text,
-    count_text,
-    seconds_text,
-    sharded_share,
-    whole_device,
-    whole_param_bytes,
-)
 from cost_model.plan import PartitionPlan
 from cost_model.plan_html import element, shorten
+from cost_model.plan_warnings import all_warnings, whole_device
+from cost_model.plan_weights import sharded_share, whole_param_bytes
+from cost_model.wording import bytes_text, count_text, seconds_text
 
 RANKS_DRAWN = 256
 COLOURS = 8  # of tp ranks in page.css; the ninth has the first's again

@@ -6,9 +6,10 @@ import math
 from xml.etree.ElementTree import Element
 
 from autodist_fx.report.parts import STAGES_SHOWN, left_out, note, ranks_text, section
-from cost_model.explain import seconds_text, whole_device
 from cost_model.plan import PartitionPlan, StageSummary
 from cost_model.plan_html import element
+from cost_model.plan_warnings import whole_device
+from cost_model.wording import seconds_text
 
 SHORTEST = 1e-12  # seconds of a forward pass that there is a timeline of
 TICKS = 5

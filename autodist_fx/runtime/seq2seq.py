@@ -22,7 +22,6 @@ from autodist_fx.runtime.cross_cache import CrossCache, Encoded
 from autodist_fx.runtime.generation import DistributedCausalLM
 from autodist_fx.runtime.local_cache import SplitCache, encoder_view, local_cache
 from autodist_fx.runtime.step_messages import Command
-from passes.comm_ops import using
 from passes.program import RankProgram
 
 _CHANNEL = 0x7F000005  # of what the encoder reads
@@ -238,8 +237,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         scratch = self._empty_cache()
         view = encoder_view(scratch, self.program, self.encoder_program)
         inputs = {**given, "past_key_values": view}
-        with using(self.communicator):
-            self.encoder_module(**{name: inputs[name] for name in self.encoder_program.input_names})
+        self._call(self.encoder_program, {name: inputs[name] for name in self.encoder_program.input_names})
         layers = dict(zip(self.encoder_program.cache_layers, view.layers, strict=True))
         kept = {name: value for name, value in given.items() if name in self.program.input_names}
         rows = next(iter(given.values())).shape[0]

@@ -15,7 +15,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.generation import DistributedCausalLM
-from passes.comm_ops import using
 from passes.program import RankProgram
 
 _CHANNEL = 0x7F000004  # of logits on their way to earlier stages
@@ -109,10 +108,8 @@ class TwoGraphCausalLM(DistributedCausalLM):
         if names not in self._whole:
             self._whole[names] = self._make_program(names)
         program = self._whole[names]
-        inputs = {name: given[name].to(self.device) for name in program.input_names}
-        with using(self.communicator):
-            logits = program.graph_module(**inputs).get("logits")
-        return self._on_every_stage(logits)
+        outputs = self._call(program, {name: given[name] for name in program.input_names})
+        return self._on_every_stage(outputs.get("logits"))
 
     def _on_every_stage(self, logits: torch.Tensor | None) -> torch.Tensor:
         """From each rank of the last stage to its namesakes on the others, so that all links carry as much."""

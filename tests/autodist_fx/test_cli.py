@@ -101,9 +101,34 @@ def test_other_mistakes(capsys, llama):
     assert "where do the ranks meet" in fails(
         capsys, "run", "--model", llama, "--tp", 2, "--rank", 0, "--world-size", 2, *RUN
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--tp", "0", "0 is less than 1"),
+        ("--top-p", "7", "7 is not between 0 and 1"),
+        ("--temperature", "0", "0 is not above 0"),
+        ("--timeout", "-3", "-3 is not above 0"),
+        ("--timeout", "nan", "nan is not above 0"),
+        ("--seed", "-1", "-1 is less than 0"),
+        ("--master-port", "65536", "65536 is more than 65535"),
+        ("--no-such", "x", "unrecognized arguments: --no-such x"),
+    ],
+)
+def test_a_value_out_of_its_range_is_one_line(capsys, option, value, said):
     with pytest.raises(SystemExit) as stop:
-        main(["plan", "--model", "x", "--tp", "0"])
+        main(["run", "--model", "x", option, value])
     assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1 and printed.startswith("autodist-fx") and said in printed
+
+
+def test_what_the_models_own_code_raises_is_one_line(capsys, tmp_path):
+    gpt2 = save_tiny(tmp_path / "gpt2", "gpt2")  # with a table of 64 positions
+    long = " ".join(["w5"] * 70)
+    error = fails(capsys, "run", "--model", gpt2, "--prompt", long, "--max-new-tokens", 2, "--device", "cpu")
+    assert "IndexError: index out of range in self; on rank 0, in transformer_wpe" in error
 
 
 def test_plan_from_a_config_alone(capsys, config_only, tmp_path):

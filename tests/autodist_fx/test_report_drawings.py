@@ -15,10 +15,10 @@ from autodist_fx.report.memory import memory_rows, rank_parts
 from autodist_fx.report.page import plan_page
 from autodist_fx.report.split_bar import CELLS, SplitBars, matrix
 from autodist_fx.report.timeline import timeline_section
-from cost_model.explain import param_bytes
 from cost_model.placement import Layout, Placement
 from cost_model.plan import Hop, ParamPlan
 from cost_model.plan_html import plan_fragment
+from cost_model.plan_weights import param_bytes
 
 
 def position(piece):

@@ -8,13 +8,15 @@ from plan_examples import large_plan, small_plan
 from small_graphs import Attention, Mlp, Stack, normalized, plan_for
 
 from cost_model.errors import PlanError
-from cost_model.explain import plan_warnings, seconds_text, sections_text
 from cost_model.explain_cut import cut_facts, cut_reason, cut_section
 from cost_model.explain_op import alike, op_facts, op_sections, sections_of
 from cost_model.explain_whole import dearest, moved_bytes, tokens, whole_facts, whole_sections
 from cost_model.find_ops import find_ops
 from cost_model.placement import owned, shard
 from cost_model.plan import CutOption, CutPlan
+from cost_model.plan_warnings import plan_warnings
+from cost_model.text_tables import sections_text
+from cost_model.wording import seconds_text
 
 
 def text_of(sections):
@@ -133,7 +135,7 @@ def test_an_expert_s_weight_is_on_one_rank():
     op = plan.op(next(op.name for op in plan.ops if op.module.endswith("layers.0.mlp.up_proj")))
     dealt = replace(op, role="expert", inputs=(owned(1), owned(1)), outputs=(owned(1),), input_layouts=(-1, -1))
     text = text_of(op_sections(plan, [dealt]))
-    assert "role         expert: one tp rank has all of it" in text and "1536x576, whole on tp rank 1 alone" in text
+    assert "role         expert: each tp rank has its part of the experts" in text and "1536x576, whole on tp rank 1 alone" in text
 
 
 def test_a_fused_op_is_found_by_its_name_in_a_rank_s_graph():
