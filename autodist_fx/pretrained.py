@@ -312,6 +312,11 @@ def _distribute(
 ) -> DistributedCausalLM:
     """Compiled, agreed upon and loaded; kept in the cache where there is an entry for it."""
     model, joined, mesh = me.model, me.joined, me.options.mesh
+    if not model.can_generate():
+        raise AutodistError(
+            f"{type(model).__name__} does not generate, and over processes a model is run for that: name a checkpoint "
+            "of a language model, or use compile(model).simulate(...) in one process"
+        )
     main = compile_for_generation(model, **me.options.for_compile(plan))
     if plan is not None:  # what it was made for holds for whole sequences, too, which get a plan of their own
         me = replace(me, options=replace(me.options, planning=options_of(plan)))

@@ -269,9 +269,10 @@ def _generate(args: argparse.Namespace, prompts: list[str], source: _Source) -> 
         asked = json.dumps([prompts, options, args.seed, args.no_chat_template])
         agree(model.communicator, model.rank, mesh.size, [asked], what="request")
     speaks = model.rank == 0 or args.rank is not None
-    streams = speaks and not args.json and len(prompts) == 1 and (args.num_beams or 1) == 1
+    one_beam = (args.num_beams or model.generation_config.num_beams or 1) == 1
+    streams = speaks and not args.json and len(prompts) == 1 and one_beam
     text = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
-    streamer = TimedStreamer(text) if (args.num_beams or model.generation_config.num_beams or 1) == 1 else None
+    streamer = TimedStreamer(text) if one_beam else None
     if args.seed is not None:
         transformers.set_seed(args.seed)
     start = time.perf_counter()
