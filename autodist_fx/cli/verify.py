@@ -12,7 +12,7 @@ import time
 from autodist_fx.artifact.load import Artifact
 from autodist_fx.cli.arguments import add_model_arguments, be_quiet, compile_config, planning_options
 from autodist_fx.compiled import CompiledModel
-from autodist_fx.compiled import compile as compile_model
+from autodist_fx.compiling import compile as compile_model
 from autodist_fx.errors import AutodistError
 from autodist_fx.pretrained import mesh_of, wanted_dtype
 from autodist_fx.tracing import empty_model
@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     be_quiet()
     if (args.model is None) == (args.artifact is None) or (args.artifact and args.train):
         raise AutodistError("name a model with --model, or a split on disk with --artifact, which is for inference")
+    if args.artifact and (args.tp or args.pp or args.plan or planning_options(args)):
+        raise AutodistError("a split on disk has its mesh and its plan: leave the options of a split out")
     if args.artifact:
         compiled: CompiledModel = Artifact(args.artifact).whole
     else:
