@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,6 @@ def compile(
         hardware = hardware or options["hardware"]
     options["hardware"] = hardware_for(hardware, options["device_map"])
     request = request_for(Mesh(tp, pp) if plan is None else plan.mesh, sizes=sizes, **options)
-    request = replace(request, whole_experts=not train)
     checks: dict[str, Any] = {
         "verify_programs": verify, "train": train, "dump_dir": dump_dir, "always": concrete_args or {},
     }  # fmt: skip

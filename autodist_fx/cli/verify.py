@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     be_quiet()
     if (args.model is None) == (args.artifact is None) or (args.artifact and args.train):
         raise AutodistError("name a model with --model, or a split on disk with --artifact, which is for inference")
+    if args.artifact and (args.tp or args.pp or args.plan or planning_options(args)):
+        raise AutodistError("a split on disk has its mesh and its plan: leave the options of a split out")
     if args.artifact:
         compiled: CompiledModel = Artifact(args.artifact).whole
     else:

@@ -138,6 +138,16 @@ def copies_in_another_order(programs: Programs) -> None:
                 at.replace_input_with(at.args[0], new)
 
 
+@broken("llama", 2, 1, r"rank 1 .*nothing that leaves this rank is made of it, and rank 0 adds up its gradient")
+def copy_that_nothing_uses_on_one_rank(programs: Programs) -> None:
+    """Two copies of one value on both ranks; one of them is read on rank 0 alone."""
+    for program, node in zip(programs, _copy(programs), strict=True):
+        again = add_after(node, copy_to_tp, node.args, node.kwargs)
+        reader = calls(program, "layers.0.self_attn.q_proj")[0]
+        if program.rank == 0:
+            reader.replace_input_with(node, again)
+
+
 @broken("phi3-1kv", 2, 1, r"copy_to_tp.*of transpose_3, each rank has a term of its gradient: .* over tp twice")
 def one_kv_head_taken_for_the_whole(programs: Programs) -> None:
     """Of a head that all ranks have out of one product, each has a term: copied, its gradient is counted twice."""
