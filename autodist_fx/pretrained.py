@@ -27,9 +27,9 @@ from autodist_fx.runtime.seq2seq import DistributedSeq2SeqLM, seq2seq_class
 from autodist_fx.runtime.two_graphs import TwoGraphCausalLM
 from autodist_fx.tracing import empty_model, has_own_cache, meta_copy
 from autodist_fx.weights.checkpoint import open_source
-from autodist_fx.weights.load import LoadReport, load_rank
+from autodist_fx.weights.load import LoadReport
+from autodist_fx.weights.load_program import load_beside, load_program
 from autodist_fx.weights.module_source import ModuleSource
-from autodist_fx.weights.names import resolve_names
 from autodist_fx.weights.resolve import locate, resolve
 from autodist_fx.weights.share import share_weights
 from autodist_fx.weights.source import WeightSource
@@ -298,29 +298,6 @@ class _Rank:
         return program
 
 
-def load_program(
-    model: PreTrainedModel,
-    source: WeightSource,
-    buffers: Mapping[str, torch.Tensor],
-    program: RankProgram,
-    *,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
-) -> LoadReport:
-    """Fill a program of `model` from a checkpoint; `buffers` are those of its graphs. For inference: no gradients."""
-    return load_rank(
-        program,
-        source,
-        device=device,
-        buffers=_missing_buffers(buffers, model, source),
-        base_model_prefix=model.base_model_prefix,
-        tied=_tied(model),
-        key_mapping=getattr(model, "_checkpoint_conversion_mapping", None),
-        requires_grad=False,
-        progress=progress,
-    )
-
-
 def _distribute(
     me: _Rank,
     *,
@@ -343,7 +320,7 @@ def _distribute(
     encoder, prompt = main.encoder_program(joined.rank), main.prompt_program(joined.rank)
     other = encoder or prompt
     if other is not None:
-        report = _load_beside(program, other, lambda left: me.load(main, left), report)
+        report = load_beside(program, other, lambda left: me.load(main, left), report)
     if entry is not None:
         _keep(entry, joined, main, generation_config)
     given = program, joined.communicator, main.config, generation_config
@@ -398,41 +375,7 @@ def _keep(
     keep(entry, joined, sum(program.weight_bytes for _, program in programs), write, end)
 
 
-def _load_beside(
-    program: RankProgram, other: RankProgram, load: Callable[[RankProgram], LoadReport], report: LoadReport
-) -> LoadReport:
-    """Give `other` the weights of `program`, which is loaded, and load what it holds besides; both reports in one."""
-    left = share_weights(program, other)
-    if not left.param_shards:
-        return report
-    more = load(left)
-    return replace(
-        more,
-        shard_bytes=report.shard_bytes + more.shard_bytes,
-        bytes_read=report.bytes_read + more.bytes_read,
-        seconds=report.seconds + more.seconds,
-        rss_before_bytes=report.rss_before_bytes,
-    )
-
-
-def _missing_buffers(
-    values: Mapping[str, torch.Tensor], model: PreTrainedModel, source: WeightSource
-) -> Mapping[str, torch.Tensor]:
-    """Real values by name of what the checkpoint lacks: non-persistent buffers, and constants of the graph."""
-    saved = set(values) & model.state_dict().keys()
-    found = resolve_names(saved, source.names(), base_model_prefix=model.base_model_prefix) if saved else {}
-    return {name: value for name, value in values.items() if name not in found and not value.is_meta}
-
-
-def _tied(model: PreTrainedModel) -> list[list[str]]:
-    """Names of each parameter that has several, in the order of the modules: the input embedding comes first."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [group for group in names.values() if len(group) > 1]
-
-
 __all__ = [
-    "cache_entry", "compile_for_generation", "distribute", "from_pretrained", "load_program", "mesh_of", "wanted_dtype",
+    "cache_entry", "compile_for_generation", "distribute", "from_pretrained", "mesh_of", "wanted_dtype",
 ]  # fmt: skip
 
