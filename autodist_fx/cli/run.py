@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=summary)
     sampling.add_argument("--seed", type=at_least(0, 2**32 - 1), help="of the random numbers")
     ranks = parser.add_argument_group("the ranks")
-    ranks.add_argument("--device", type=_device, help="cpu or cuda (where there is some, by default); cuda:N with --rank")
+    ranks.add_argument("--device", type=_device, help="cpu, or cuda (the default where it is); cuda:N with --rank")
     ranks.add_argument(
         "--timeout", type=above_zero, metavar="S", help="seconds to wait for a rank (600; with --rank a day)"
     )
@@ -256,7 +256,7 @@ def _place(args: argparse.Namespace) -> dict[str, Any]:
 
 def _start_ranks(args: argparse.Namespace, prompts: list[str], source: _Source) -> int:
     if args.device and ":" in args.device:
-        raise AutodistError(f"--device {args.device} is one rank's: add --rank, or say cuda, which is one for each rank")
+        raise AutodistError(f"--device {args.device} is one rank's: add --rank, or say cuda: a device for each")
     choose_device(args.device, source.mesh.size - 1, source.mesh.size)
     encode(source.tokenizer(), prompts, chat=not args.no_chat_template)
     with tempfile.TemporaryDirectory(prefix="autodist-fx-") as directory:

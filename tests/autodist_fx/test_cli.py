@@ -124,6 +124,19 @@ def test_a_value_out_of_its_range_is_one_line(capsys, option, value, said):
     assert len(printed.splitlines()) == 1 and printed.startswith("autodist-fx") and said in printed
 
 
+def test_ctrl_c_is_told_to_the_other_ranks(monkeypatch):
+    told = []
+    monkeypatch.setattr("autodist_fx.cli.run.run", lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("autodist_fx.runtime.process_group.leave", told.append)
+    assert main(["run", "--model", "x", "--prompt", "x"]) == 130
+    assert told == ["ended by Ctrl-C"]
+
+
+def test_a_device_by_number_is_one_ranks(capsys, llama):
+    error = fails(capsys, "run", "--model", llama, "--tp", 2, "--device", "cuda:1", *RUN)
+    assert "--device cuda:1 is one rank's: add --rank" in error
+
+
 def test_what_the_models_own_code_raises_is_one_line(capsys, tmp_path):
     gpt2 = save_tiny(tmp_path / "gpt2", "gpt2")  # with a table of 64 positions
     long = " ".join(["w5"] * 70)
