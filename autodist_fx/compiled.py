@@ -115,7 +115,6 @@ def compile(
         hardware = hardware or options["hardware"]
     options["hardware"] = hardware_for(hardware, options["device_map"])
     request = request_for(Mesh(tp, pp) if plan is None else plan.mesh, sizes=sizes, **options)
-    request = replace(request, whole_experts=not train)
     checks: dict[str, Any] = {
         "verify_programs": verify, "train": train, "dump_dir": dump_dir, "always": concrete_args or {},
     }  # fmt: skip

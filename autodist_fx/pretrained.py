@@ -24,7 +24,7 @@ from autodist_fx.runtime.own_cache import DistributedOwnCacheLM
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, JoinedRank, join
 from autodist_fx.runtime.seq2seq import DistributedSeq2SeqLM, seq2seq_class
 from autodist_fx.runtime.two_graphs import TwoGraphCausalLM
-from autodist_fx.tracing import empty_model, meta_copy
+from autodist_fx.tracing import empty_model, has_own_cache, meta_copy
 from autodist_fx.weights.checkpoint import open_source
 from autodist_fx.weights.load import LoadReport, load_rank
 from autodist_fx.weights.module_source import ModuleSource
@@ -210,9 +210,27 @@ def wanted_dtype(dtype: torch.dtype | str | None, config: PretrainedConfig) -> t
 
 
 def compile_for_generation(model: PreTrainedModel | PretrainedConfig, **options: Any) -> CompiledModel:
-    """`compile` with a KV cache, and logits of the last position only where the model offers that."""
+    """`compile` with a KV cache, and logits of the last position only where the model offers that. Raises AutodistError
+    for a model without a cache."""
     shape = empty_model(model) if isinstance(model, PretrainedConfig) else model
-    return compile(shape, use_cache=True, concrete_args=generation_arguments(shape), **options)
+    if not keeps_cache(shape):
+        raise AutodistError(
+            f"{type(shape).__name__} keeps no cache of the tokens before, so it cannot generate over processes: split "
+            f"it with adx.compile (or `autodist-fx compile`), and run the split with its simulate"
+        )
+    return compile_as_used(shape, **options)
+
+
+def compile_as_used(model: PreTrainedModel, **options: Any) -> CompiledModel:
+    """`compile` for a step of generating; for a model that keeps no cache, for one forward of its main inputs."""
+    if not keeps_cache(model):
+        return compile(model, **options)
+    return compile(model, use_cache=True, concrete_args=generation_arguments(model), **options)
+
+
+def keeps_cache(model: PreTrainedModel) -> bool:
+    """Whether its forward takes what it made of the tokens before."""
+    return "past_key_values" in inspect.signature(model.forward).parameters or has_own_cache(type(model))
 
 
 def generation_arguments(model: PreTrainedModel) -> dict[str, object]:

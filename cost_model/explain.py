@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from math import prod
 
 from cost_model.plan import Hop, ParamPlan, PartitionPlan
-from cost_model.plan_warnings import all_warnings
+from cost_model.plan_warnings import all_warnings, whole_device
 from cost_model.plan_weights import is_sharded, linear_groups, param_bytes, whole_param_bytes
 from cost_model.text_tables import Section, sections_text
 from cost_model.wording import bytes_text, compress_names, count_text, ops_text, ranges_text, seconds_text
@@ -148,7 +148,7 @@ def prediction_lines(plan: PartitionPlan) -> tuple[str, ...]:
     lines = [f"one forward {seconds_text(total)} ({parts}){share}"]
     if plan.mesh.size > 1 and plan.one_device_seconds > 0 and total > 0:
         lines.append(
-            f"one device  {seconds_text(plan.one_device_seconds)}: predicted speed-up "
+            f"one device  {seconds_text(plan.one_device_seconds)}{whole_device(plan)}: predicted speed-up "
             f"{plan.one_device_seconds / total:.2f} on {plan.mesh.size} ranks"
         )
     if plan.mesh.pp > 1 and total > 0:
@@ -160,7 +160,7 @@ def prediction_lines(plan: PartitionPlan) -> tuple[str, ...]:
         fullest = max(plan.stages, key=lambda s: s.memory_bytes)
         lines.append(
             f"fullest stage {fullest.index} with {bytes_text(fullest.memory_bytes)} "
-            f"of {bytes_text(plan.device_memory_bytes)} a device"
+            f"of {bytes_text(plan.memory_of_stage(fullest.index))} a device"
         )
     return tuple(lines)
 

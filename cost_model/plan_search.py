@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from cost_model.alternatives import refuse_impossible_roles
@@ -10,7 +12,7 @@ from cost_model.comm_cost import send_seconds
 from cost_model.cuts import cut_positions
 from cost_model.errors import NoPlanFits, PlanError
 from cost_model.hardware import Hardware, Link
-from cost_model.lengths import DECODE_SIZES, FORWARD_SIZES, SOURCE_SIZE, all_lengths
+from cost_model.lengths import DECODE_SIZES, FORWARD_SIZES, SOURCE_SIZE, all_lengths, lengths_of
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef
 from cost_model.pins import pinned_roles
 from cost_model.pipeline import OpCost, PipelineSearch, Stage
@@ -36,9 +38,9 @@ class PlanSearch:
         self.graph = graph
         self.request = request
         self.mesh = request.mesh
-        decodes = any(op.kind == "cache_update" for op in graph)
-        source = {"E": SOURCE_SIZE} if any("E" in spec.symbols for op in graph for spec in op.outputs) else {}
-        self.lengths = {**(DECODE_SIZES if decodes else FORWARD_SIZES), **source, **dict(request.sizes)}
+        present = lengths_of(graph)
+        wanted = {**(DECODE_SIZES if "P" in present else FORWARD_SIZES), "E": SOURCE_SIZE, **dict(request.sizes)}
+        self.lengths = {symbol: n for symbol, n in wanted.items() if symbol in present}
         self.sizes = all_lengths(self.lengths)
         self.pinned = pinned_roles(graph, request.pins)
         self.of_stage = [self._search(device, shared) for device in request.stage_devices]
@@ -49,13 +51,12 @@ class PlanSearch:
 
     def _search(self, device: Hardware, shared: SharedSearches) -> TensorParallelSearch:
         on_mesh = replace(device, tp_link=device.tp_link_on(self.mesh))
-        may_deal = self.request.whole_experts
-        fixed = (self.mesh.tp, tuple(self.sizes.items()), tuple(self.pinned.items()), may_deal)
+        fixed = (self.mesh.tp, tuple(self.sizes.items()), tuple(self.pinned.items()))
         key = (*fixed, on_mesh)
         if key not in shared:
             tp = self.mesh.tp
             layouts = next((x.layouts for x in shared.values() if x.tp == tp), None) or LayoutTable(self.graph, tp)
-            shared[key] = TensorParallelSearch(self.graph, tp, on_mesh, self.sizes, layouts, self.pinned, may_deal)
+            shared[key] = TensorParallelSearch(self.graph, tp, on_mesh, self.sizes, layouts, self.pinned)
             refuse_impossible_roles(shared[key])
         return shared[key]
 
@@ -106,7 +107,34 @@ class PlanSearch:
             seconds=seconds,
             cuts=cut_positions(self.graph, self.pipeline.sequence, cuts, self.mesh.pp) if cuts else None,
             balance="bytes" if self.request.objective == "memory" else "seconds",
+            arrival=self._arrival_seconds,
         )
+
+    def _arrival_seconds(self, k: int, stage: Stage, starts: Sequence[int]) -> float:
+        position, again = self.pipeline.position, set(stage.recomputed)
+
+        def is_there(user: str) -> bool:
+            return user in again or stage.start <= position[user] < stage.stop
+
+        total = 0.0
+        for ref in stage.received:
+            link = self.hop_link(bisect_right(starts, position[ref.op]) - 1 if starts else k - 1, k)
+            total += sum(send_seconds(nbytes, link) for _, nbytes in self.sent_forms(ref, is_there))
+        return total
+
+    def sent_forms(self, ref: TensorRef, is_there: Callable[[str], bool]) -> list[tuple[bool, int]]:
+        """In which forms, (whole, bytes on a tp rank), a stage receives a tensor that ops which are there read."""
+        have = self.strategies[ref.op].outputs[ref.index]
+        users = self.graph.users.get(ref, ())
+        wanted = {self.strategies[user].inputs[slot] for user, slot in users if is_there(user)}
+        # as it lies, when all users there want it so; whole, when one wants it whole; both, when some want a sum that
+        # is still owed and others the whole
+        forms = {p.is_replicate or p != have for p in wanted}
+        if forms == {True, False} and not have.is_partial:
+            forms = {True}
+        return [
+            (is_whole, self.search.local(ref, REPLICATE if is_whole else have).nbytes) for is_whole in sorted(forms)
+        ]
 
     def _send_seconds(self, ref: TensorRef) -> float:
         """Of one tensor to another stage, both ends: one launches the send, one the recv. Where the receiver cannot

@@ -12,7 +12,7 @@ from cost_model.cut_options import cut_plans
 from cost_model.memory import collective_workspace_bytes, peak_activation_bytes, workspace_bytes
 from cost_model.op_graph import Op, TensorRef
 from cost_model.pipeline import Stage
-from cost_model.placement import REPLICATE, Layout, Placement
+from cost_model.placement import Layout, Placement
 from cost_model.plan import Alternative, Device, Hop, OpPlan, ParamPlan, PartitionPlan, Request, StageSummary, rounded
 from cost_model.plan_search import PlanSearch, unsplit_seconds
 from cost_model.plan_warnings import plan_warnings
@@ -121,21 +121,7 @@ class PlanWriter:
         found: list[Hop] = []
         for k, stage in enumerate(stages):
             for ref in stage.received:
-                producer = self.strategies[ref.op]
-                have = producer.outputs[ref.index]
-                wanted = {
-                    self.strategies[user].inputs[slot]
-                    for user, slot in self.graph.users.get(ref, ())
-                    if k in computed[user]
-                }
-                # as it lies, when all users there want it so; whole, when one wants it whole; both, when some want a
-                # sum that is still owed and others the whole
-                forms = {p.is_replicate or p != have for p in wanted}
-                if forms == {True, False} and not have.is_partial:
-                    forms = {True}
-                for is_whole in sorted(forms):
-                    placement = REPLICATE if is_whole else have
-                    nbytes = self.search.local(ref, placement).nbytes
+                for is_whole, nbytes in self.planned.sent_forms(ref, lambda user: k in computed[user]):  # noqa: B023
                     found.append(Hop(ref.op, ref.index, homes[ref.op], k, 0, is_whole, nbytes))
         found.sort(key=lambda h: (self.pipeline.position[h.op], h.index, h.target, h.whole))
         return tuple(replace(hop, channel=i) for i, hop in enumerate(found))

@@ -81,7 +81,6 @@ class TensorParallelSearch:
         sizes: Mapping[str, int],
         layouts: LayoutTable | None = None,
         pins: Mapping[str, str] | None = None,
-        whole_experts: bool = True,
     ) -> None:
         self.graph = graph
         self.tp = tp
@@ -91,7 +90,7 @@ class TensorParallelSearch:
         self._specs: dict[TensorRef, TensorSpec] = {}
         self._from_weights = _depends_on_weights(graph)
         self._whole = deciding_ops(graph)
-        self.experts = find_experts(graph, tp, self.layouts.rules, whole_experts)
+        self.experts = find_experts(graph, tp, self.layouts.rules)
         self._seconds: dict[tuple[object, ...], float] = {}
         self._rows: dict[str, float | None] = {}
         self._solved: dict[float, TensorParallelResult] = {}

@@ -107,6 +107,8 @@ def planning_options(args: argparse.Namespace) -> dict[str, Any]:
             raise AutodistError(f"--pin {pattern} is given twice, as {pins[pattern]} and as {role}: leave one out")
     memory = args.max_memory.split(",") if args.max_memory else None
     devices = None
+    if args.device_map and args.hardware:
+        raise AutodistError("--device-map names the hardware of every stage: leave --hardware out")
     if args.device_map:
         entries = [entry.partition("=") for entry in args.device_map.split(",")]
         devices = [{"hardware": name} | ({"memory": size} if size else {}) for name, _, size in entries]
@@ -135,13 +137,13 @@ def compile_for(
     args: argparse.Namespace, config: PretrainedConfig, dtype: torch.dtype, **options: Any
 ) -> CompiledModel:
     """The same for a config that was found already."""
-    from autodist_fx.pretrained import compile_for_generation, mesh_of
+    from autodist_fx.pretrained import compile_as_used, mesh_of
     from autodist_fx.tracing import empty_model
 
     plan = PartitionPlan.load(args.plan) if args.plan else None
     mesh = mesh_of(plan, args.tp or options.pop("tp", None), args.pp or options.pop("pp", None))
     wanted = {**options, **planning_options(args), "tp": mesh.tp, "pp": mesh.pp}
-    return compile_for_generation(empty_model(config, dtype), plan=plan, verify=False, **wanted)
+    return compile_as_used(empty_model(config, dtype), plan=plan, verify=False, **wanted)
 
 
 def be_quiet() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -109,11 +110,17 @@ def test_cuts_equal_trying_all_of_them(drawn: tuple[PipelineSearch, int, list[in
 
 
 @settings(max_examples=200)
-@given(chains(), st.lists(st.integers(1, 4), min_size=4, max_size=4), st.sampled_from(["seconds", "bytes"]))
+@given(
+    chains(),
+    st.lists(st.integers(1, 4), min_size=4, max_size=4),
+    st.lists(st.integers(0, 9), min_size=4, max_size=4),
+    st.sampled_from(["seconds", "bytes"]),
+)
 def test_unequal_devices_equal_trying_all_cuts(
-    drawn: tuple[PipelineSearch, int, list[int] | None], slowness: list[int], balance: str
+    drawn: tuple[PipelineSearch, int, list[int] | None], slowness: list[int], waits: list[int], balance: str
 ) -> None:
-    """Stage k's device takes `slowness[k]` times as long. The first demand first, then the second, then the bytes."""
+    """Stage k's device takes `slowness[k]` times as long, and waits[k] for what it receives. The first demand first,
+    then the second, then the bytes."""
     search, stages, memory = drawn
     places = search.candidates(stages - 1)
     if len(places) < stages - 1:
@@ -125,7 +132,10 @@ def test_unequal_devices_equal_trying_all_cuts(
         full = [held(search, a, b) for a, b in spans]
         if memory is not None and any(nbytes > memory[k] for k, nbytes in enumerate(full)):
             return None
-        seconds = max(sum(times[k][name] for name in search.sequence[a:b]) for k, (a, b) in enumerate(spans))
+        seconds = max(
+            sum(times[k][name] for name in search.sequence[a:b]) + (waits[k] if k else 0)
+            for k, (a, b) in enumerate(spans)
+        )
         fullest = max(nbytes / (memory[k] if memory is not None else 1) for k, nbytes in enumerate(full))
         crossing = sum(bytes_crossing(search, cut) for cut in ends[1:-1])
         return (seconds, crossing) if balance == "seconds" else (fullest, seconds, crossing)
@@ -137,8 +147,15 @@ def test_unequal_devices_equal_trying_all_cuts(
         with pytest.raises(NoPlanFits):
             search.solve(stages, memory, seconds=times, balance=balance)
         return
-    found = search.solve(stages, memory, seconds=times, balance=balance)
-    assert worth([*(s.start for s in found), last]) == best
+
+    def arrival(k: int, stage: Stage, starts: Sequence[int]) -> float:
+        return waits[k] if stage.received else 0
+
+    found = search.solve(stages, memory, seconds=times, balance=balance, arrival=arrival)
+    starts = [s.start for s in found]
+    assert worth([*starts, last]) == best
+    slowest = max(search.stage_seconds(k, stage, starts) for k, stage in enumerate(found))
+    assert slowest == best[0 if balance == "seconds" else 1]
 
 
 def test_candidates_are_where_fewest_tensors_cross() -> None:
