@@ -16,7 +16,8 @@ from autodist_fx.artifact.files import Staging
 from autodist_fx.artifact.load import Artifact
 from autodist_fx.artifact.manifest import FileRecord
 from autodist_fx.artifact.save import finish, named_parts, write_common, write_rank
-from autodist_fx.compiled import CompiledModel, compile
+from autodist_fx.compiled import CompiledModel
+from autodist_fx.compiling import compile
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.agreement import agree
 from autodist_fx.runtime.generation import DistributedCausalLM
