@@ -40,6 +40,12 @@ from cost_model.plan import PartitionPlan
 
 _DAY = 86400.0  # of patience with somebody at a breakpoint
 
+# What an artifact has settled.
+_DECIDED = (
+    "model", "plan", "hardware", "objective", "pin", "cut", "max_memory", "device_map", "revision", "cache_dir",
+    "dump_dir",
+)  # fmt: skip
+
 # Options of transformers' GenerationConfig, by their own names.
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("temperature", above_zero, "softens (> 1) or sharpens (< 1) the distribution that is sampled"),
@@ -74,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=summary)
     sampling.add_argument("--seed", type=at_least(0, 2**32 - 1), help="of the random numbers")
     ranks = parser.add_argument_group("the ranks")
-    ranks.add_argument("--device", type=_device, help="cpu or cuda (where there is some, by default); cuda:N with --rank")
+    ranks.add_argument("--device", type=_device, help="cpu, or cuda (the default where it is); cuda:N with --rank")
     ranks.add_argument(
         "--timeout", type=above_zero, metavar="S", help="seconds to wait for a rank (600; with --rank a day)"
     )
@@ -110,7 +116,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.batch_file is None:
         return [args.prompt]
     try:
-        lines = Path(args.batch_file).read_text(encoding="utf-8").splitlines()
+        lines = Path(args.batch_file).read_text(encoding="utf-8-sig").split("\n")  # not at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise AutodistError(f"cannot read --batch-file {args.batch_file}: {error}") from error
     prompts = [line for line in lines if line.strip()]
@@ -138,8 +144,10 @@ class _Saved:
 
     def __init__(self, args: argparse.Namespace, artifact: Artifact) -> None:
         self.args, self.artifact, self.mesh = args, artifact, artifact.mesh
-        if (args.model or args.plan) and args.artifact:
-            raise AutodistError("--artifact holds the model and its plan: leave --model and --plan out")
+        if args.artifact and (given := [f"--{name.replace('_', '-')}" for name in _DECIDED if getattr(args, name)]):
+            raise AutodistError(f"--artifact holds the model, split and loaded: leave {' and '.join(given)} out")
+        if args.artifact and args.dtype != "auto":
+            raise AutodistError("--artifact holds the weights in their dtype: leave --dtype out, or compile it anew")
         if (args.tp or self.mesh.tp, args.pp or self.mesh.pp) != (self.mesh.tp, self.mesh.pp):
             raise AutodistError(f"{artifact.directory} is split for {self.mesh}: leave --tp and --pp out")
 
@@ -256,7 +264,7 @@ def _place(args: argparse.Namespace) -> dict[str, Any]:
 
 def _start_ranks(args: argparse.Namespace, prompts: list[str], source: _Source) -> int:
     if args.device and ":" in args.device:
-        raise AutodistError(f"--device {args.device} is one rank's: add --rank, or say cuda, which is one for each rank")
+        raise AutodistError(f"--device {args.device} is one rank's: add --rank, or say cuda: a device for each")
     choose_device(args.device, source.mesh.size - 1, source.mesh.size)
     encode(source.tokenizer(), prompts, chat=not args.no_chat_template)
     with tempfile.TemporaryDirectory(prefix="autodist-fx-") as directory:

@@ -183,6 +183,10 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
     def _drive(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("inputs_embeds") is not None:
             raise AutodistError("generating over ranks starts from input_ids, which the ranks' graphs embed themselves")
+        if kwargs.get("token_type_ids") is not None:
+            raise AutodistError(
+                "generating over ranks takes no token_type_ids: call the tokenizer with return_token_type_ids=False"
+            )
         self._generating = True
         try:
             return super().generate(*args, **kwargs)

@@ -124,6 +124,26 @@ def test_a_value_out_of_its_range_is_one_line(capsys, option, value, said):
     assert len(printed.splitlines()) == 1 and printed.startswith("autodist-fx") and said in printed
 
 
+def test_ctrl_c_is_told_to_the_other_ranks(monkeypatch):
+    told = []
+    monkeypatch.setattr("autodist_fx.cli.run.run", lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("autodist_fx.runtime.process_group.leave", told.append)
+    assert main(["run", "--model", "x", "--prompt", "x"]) == 130
+    assert told == ["ended by Ctrl-C"]
+
+
+def test_what_an_artifact_has_settled_cannot_be_asked_for(capsys, llama, tmp_path):
+    succeeds(capsys, "compile", "--model", llama, "--tp", 2, "--out", tmp_path / "split")
+    for option, value in (("--dtype", "bfloat16"), ("--pin", "*.q_proj=replicate"), ("--dump-dir", tmp_path)):
+        error = fails(capsys, "run", "--artifact", tmp_path / "split", option, value, *RUN)
+        assert f"leave {option} out" in error
+
+
+def test_a_device_by_number_is_one_ranks(capsys, llama):
+    error = fails(capsys, "run", "--model", llama, "--tp", 2, "--device", "cuda:1", *RUN)
+    assert "--device cuda:1 is one rank's: add --rank" in error
+
+
 def test_what_the_models_own_code_raises_is_one_line(capsys, tmp_path):
     gpt2 = save_tiny(tmp_path / "gpt2", "gpt2")  # with a table of 64 positions
     long = " ".join(["w5"] * 70)
@@ -153,7 +173,7 @@ def test_verify_and_graph_diff(capsys, config_only):
 
 
 def test_run_alone_as_json(capsys, llama, tmp_path):
-    (tmp_path / "prompts").write_text("w5 w6 w7\nw9\n")
+    (tmp_path / "prompts").write_bytes("\ufeffw5 w6\u2028w7\r\n \r\nw9".encode())  # as some editors write it
     keywords = ("--model", llama, "--max-new-tokens", 6, "--json", "--no-do-sample", "--device", "cpu")
     result = json.loads(succeeds(capsys, "run", *keywords, "--batch-file", tmp_path / "prompts"))
     model = AutoModelForCausalLM.from_pretrained(llama)

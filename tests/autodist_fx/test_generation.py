@@ -327,6 +327,7 @@ def test_an_error_on_the_driver_is_raised_on_every_rank(llama, error, elsewhere)
         ({"no_such_option": 1}, "no_such_option"),
         ({"cache_implementation": "quantized"}, "quantized"),
         ({"inputs_embeds": torch.zeros(1, 3, 32)}, "starts from input_ids"),
+        ({"token_type_ids": torch.zeros(1, 7, dtype=torch.long)}, "return_token_type_ids=False"),
     ],
 )
 def test_what_is_refused_is_refused_on_every_rank(llama, kwargs, message):
