@@ -34,7 +34,7 @@ def test_explain_an_expert_that_lies_on_one_rank(capsys, tmp_path):
     model = tiny_moe_model("qwen3_moe", torch.float64, num_hidden_layers=1, num_experts=4)
     adx.compile(model, tp=2, use_cache=True, verify=False).plan.save(tmp_path / "plan.json")
     said = succeeds(capsys, "explain", tmp_path / "plan.json", "--op", "*.experts.3.up_proj")
-    assert f"role         expert: {MEANING['expert']}" in said and "on each tp rank whole, on one rank each" in said
+    assert f"role         expert: {MEANING['expert']}" in said and "whole on tp rank 1 alone" in said
     assert any(line.startswith("expert ") and line.endswith("chosen") for line in said.splitlines())
 
 
