@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.adapters import without_wrapper
-from autodist_fx.compiled import class_of, hardware_for
+from autodist_fx.compiled import class_of
+from autodist_fx.compiling import hardware_for
 from autodist_fx.tracing import has_own_cache, trace, trace_phases
 from autodist_fx.variant import planned_graph
 from cost_model import mesh_choice

@@ -16,7 +16,8 @@ from autodist_fx.artifact.files import Staging
 from autodist_fx.artifact.load import Artifact
 from autodist_fx.artifact.manifest import FileRecord
 from autodist_fx.artifact.save import finish, named_parts, write_common, write_rank
-from autodist_fx.compiled import CompiledModel, compile
+from autodist_fx.compiled import CompiledModel
+from autodist_fx.compiling import compile
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.agreement import agree
 from autodist_fx.runtime.generation import DistributedCausalLM
@@ -329,6 +330,11 @@ def _distribute(
 ) -> DistributedCausalLM:
     """Compiled, agreed upon and loaded; kept in the cache where there is an entry for it."""
     model, joined, mesh = me.model, me.joined, me.options.mesh
+    if not model.can_generate():
+        raise AutodistError(
+            f"{type(model).__name__} does not generate, and over processes a model is run for that: name a checkpoint "
+            "of a language model, or use compile(model).simulate(...) in one process"
+        )
     main = compile_for_generation(model, **me.options.for_compile(plan))
     if plan is not None:  # what it was made for holds for whole sequences, too, which get a plan of their own
         me = replace(me, options=replace(me.options, planning=options_of(plan)))

@@ -51,11 +51,11 @@ class WholeWeights:
         self.ways: dict[str, Way] = {}
         self.layouts: dict[tuple[TensorRef, int], Layout] = {}
         self.read_as: dict[TensorRef, Placement] = {}
-        for name in dict.fromkeys(self._parameter(ref) for op in owner for ref in graph[op].inputs):
+        for name in dict.fromkeys(self.parameter_of(ref) for op in owner for ref in graph[op].inputs):
             if name and name not in owner:
                 self._follow(name)
 
-    def _parameter(self, ref: TensorRef) -> str:
+    def parameter_of(self, ref: TensorRef) -> str:
         """What `ref` is a part of or a view of; "" where that is no parameter."""
         op = self.graph[ref.op]
         while op.kind in (*_THROUGH, "split") and op.name not in self.owner:

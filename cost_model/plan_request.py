@@ -35,7 +35,6 @@ class PlanRequest:
     `devices[k]` is what stage k runs on, where not all are `hardware`; the ranks of one stage are alike.
     `memory_bytes[k]` is what a device of stage k may hold of weights and caches (None: no limit).
     `pins`: (pattern, role) of ops (pins.py); `cuts`: where stages begin (cuts.py), () where the search decides.
-    `whole_experts`: experts may be dealt to ranks, which programs to be trained do not know.
     `in_flight`: micro-batches whose caches a stage holds at once; as many as stages keep a pipeline full.
     """
 
@@ -47,7 +46,6 @@ class PlanRequest:
     pins: tuple[Pin, ...] = ()
     cuts: tuple[Cut, ...] = ()
     devices: tuple[Hardware, ...] = ()
-    whole_experts: bool = True
     in_flight: int = 1
 
     def __post_init__(self) -> None:

@@ -51,13 +51,12 @@ class PlanSearch:
 
     def _search(self, device: Hardware, shared: SharedSearches) -> TensorParallelSearch:
         on_mesh = replace(device, tp_link=device.tp_link_on(self.mesh))
-        may_deal = self.request.whole_experts
-        fixed = (self.mesh.tp, tuple(self.sizes.items()), tuple(self.pinned.items()), may_deal)
+        fixed = (self.mesh.tp, tuple(self.sizes.items()), tuple(self.pinned.items()))
         key = (*fixed, on_mesh)
         if key not in shared:
             tp = self.mesh.tp
             layouts = next((x.layouts for x in shared.values() if x.tp == tp), None) or LayoutTable(self.graph, tp)
-            shared[key] = TensorParallelSearch(self.graph, tp, on_mesh, self.sizes, layouts, self.pinned, may_deal)
+            shared[key] = TensorParallelSearch(self.graph, tp, on_mesh, self.sizes, layouts, self.pinned)
             refuse_impossible_roles(shared[key])
         return shared[key]
 

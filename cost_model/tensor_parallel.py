@@ -81,7 +81,6 @@ class TensorParallelSearch:
         sizes: Mapping[str, int],
         layouts: LayoutTable | None = None,
         pins: Mapping[str, str] | None = None,
-        whole_experts: bool = True,
     ) -> None:
         self.graph = graph
         self.tp = tp
@@ -91,7 +90,7 @@ class TensorParallelSearch:
         self._specs: dict[TensorRef, TensorSpec] = {}
         self._from_weights = _depends_on_weights(graph)
         self._whole = deciding_ops(graph)
-        self.experts = find_experts(graph, tp, self.layouts.rules, whole_experts)
+        self.experts = find_experts(graph, tp, self.layouts.rules)
         self._seconds: dict[tuple[object, ...], float] = {}
         self._rows: dict[str, float | None] = {}
         self._solved: dict[float, TensorParallelResult] = {}
@@ -264,7 +263,7 @@ class TensorParallelSearch:
             return 0.0
         return self.spec(TensorRef(op.name)).nbytes * (1 - 1 / self.tp)
 
-    def slice_seconds(self, ref: TensorRef, have: Placement, want: Placement) -> float:
+    def slice_seconds(self, have: Placement, want: Placement) -> float:
         """Of cutting a rank's own piece out of a whole tensor: an op's overhead, no bytes (it is a view)."""
         return self.hardware.op_seconds if want.is_shard and have != want else 0.0
 
@@ -279,7 +278,7 @@ class TensorParallelSearch:
             return INFEASIBLE  # an expert is dealt whole or not at all
         if wanted.is_partial:  # rank 0 has it and the others zeros: an op that writes them
             return self.hardware.op_seconds + self.spec(ref).nbytes / self.hardware.memory_bandwidth
-        return self.slice_seconds(ref, have, wanted)
+        return self.slice_seconds(have, wanted)
 
     # -- the search ------------------------------------------------------------------------------------------------
 

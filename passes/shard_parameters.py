@@ -139,7 +139,7 @@ class _Sharder:
         for name, parameter in original._parameters.items():
             if parameter is None:
                 continue
-            slot = op_slot(self.sources[id(parameter)], original, name, slots)
+            slot = op_slot(original, name, slots)
             placement, layout = Placement("R"), -1
             if slot is not None and slot < len(op.inputs):
                 placement, layout = op.inputs[slot], op.input_layouts[slot]
@@ -184,7 +184,7 @@ class _Sharder:
                 delattr(self.module.get_submodule(".".join(path_to)), name)
 
 
-def op_slot(source: str, module: nn.Module, name: str, slots: int) -> int | None:
+def op_slot(module: nn.Module, name: str, slots: int) -> int | None:
     """Which input of the op a module's parameter is: weight, then bias, behind the tensor arguments."""
     order = [n for n in ("weight", "bias") if module._parameters.get(n) is not None]
     return slots + order.index(name) if name in order else None

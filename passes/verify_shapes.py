@@ -12,7 +12,6 @@ from torch.fx import Node
 from passes.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from passes.program import RankProgram
 
-TensorType = tuple[tuple[int, ...], torch.dtype]  # shape and dtype
 Known = dict[Node, Any]  # per node a `Tensor`, a tuple of such, or a plain value
 # Two of these behave alike when their text and their tensors' shapes do.
 _ALIKE = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -146,6 +147,7 @@ def compile_for(
 
 
 def be_quiet() -> None:
-    """transformers' warnings are about its own options; ours are errors, or in the plan."""
+    """transformers' warnings are about its own options; ours are errors, in the plan, or a line without its source."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    warnings.formatwarning = lambda message, *_, **__: f"autodist-fx: warning: {message}\n"

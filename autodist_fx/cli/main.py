@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except KeyboardInterrupt:
+        _leave("ended by Ctrl-C")  # else the others find out by what they wait for
         return 130
 
 

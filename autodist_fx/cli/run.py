@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=summary)
     sampling.add_argument("--seed", type=at_least(0, 2**32 - 1), help="of the random numbers")
     ranks = parser.add_argument_group("the ranks")
-    ranks.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is some, by default")
+    ranks.add_argument("--device", type=_device, help="cpu or cuda (where there is some, by default); cuda:N with --rank")
     ranks.add_argument(
         "--timeout", type=above_zero, metavar="S", help="seconds to wait for a rank (600; with --rank a day)"
     )
@@ -83,6 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks.add_argument("--world-size", type=at_least(1), metavar="W", help="ranks in all, with --rank")
     ranks.add_argument("--master-addr", metavar="A", help="address of rank 0, with --rank")
     ranks.add_argument("--master-port", type=at_least(1, 65535), metavar="P", help="a free port there, with --rank")
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda nor cuda:N")
+    return text
 
 
 def run(args: argparse.Namespace) -> int:
@@ -248,6 +255,8 @@ def _place(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _start_ranks(args: argparse.Namespace, prompts: list[str], source: _Source) -> int:
+    if args.device and ":" in args.device:
+        raise AutodistError(f"--device {args.device} is one rank's: add --rank, or say cuda, which is one for each rank")
     choose_device(args.device, source.mesh.size - 1, source.mesh.size)
     encode(source.tokenizer(), prompts, chat=not args.no_chat_template)
     with tempfile.TemporaryDirectory(prefix="autodist-fx-") as directory:
@@ -269,9 +278,10 @@ def _generate(args: argparse.Namespace, prompts: list[str], source: _Source) -> 
         asked = json.dumps([prompts, options, args.seed, args.no_chat_template])
         agree(model.communicator, model.rank, mesh.size, [asked], what="request")
     speaks = model.rank == 0 or args.rank is not None
-    streams = speaks and not args.json and len(prompts) == 1 and (args.num_beams or 1) == 1
+    one_beam = (args.num_beams or model.generation_config.num_beams or 1) == 1
+    streams = speaks and not args.json and len(prompts) == 1 and one_beam
     text = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
-    streamer = TimedStreamer(text) if (args.num_beams or model.generation_config.num_beams or 1) == 1 else None
+    streamer = TimedStreamer(text) if one_beam else None
     if args.seed is not None:
         transformers.set_seed(args.seed)
     start = time.perf_counter()

@@ -12,7 +12,7 @@ import time
 from autodist_fx.artifact.load import Artifact
 from autodist_fx.cli.arguments import add_model_arguments, be_quiet, compile_config, planning_options
 from autodist_fx.compiled import CompiledModel
-from autodist_fx.compiled import compile as compile_model
+from autodist_fx.compiling import compile as compile_model
 from autodist_fx.errors import AutodistError
 from autodist_fx.pretrained import mesh_of, wanted_dtype
 from autodist_fx.tracing import empty_model

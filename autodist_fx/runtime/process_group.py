@@ -193,7 +193,8 @@ def choose_device(device: str | torch.device | None, local_rank: int, ranks_here
     if max(ranks_here, local_rank + 1) > visible:
         raise RuntimeSetupError(
             f"{max(ranks_here, local_rank + 1)} ranks on this machine, and {visible} CUDA device"
-            f"{'s are' if visible > 1 else ' is'} visible{by}: use fewer ranks, show more devices, or use device cpu"
+            f"{'s are' if visible > 1 else ' is'} visible{by}: use fewer ranks, show more devices, or use device cpu; where ranks are on several machines, name "
+            "cuda:N, or set LOCAL_RANK"
         )
     return torch.device("cuda", local_rank)
 

@@ -168,6 +168,24 @@ def test_run_alone_as_json(capsys, llama, tmp_path):
     assert result["timings"]["tokens_per_second"] > 0
 
 
+def test_beams_of_the_checkpoints_own_generation_config_are_printed(capsys, llama, tmp_path):
+    checkpoint = shutil.copytree(llama, tmp_path / "beams")
+    (checkpoint / "generation_config.json").write_text(json.dumps({"num_beams": 2, "pad_token_id": 0}))
+    printed = succeeds(capsys, "run", "--model", checkpoint, *RUN, "--device", "cpu")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    wanted = model.generate(torch.tensor([[5, 6]]), max_new_tokens=4)[0, 2:].tolist()
+    assert " ".join(f"w{token}" for token in wanted) in printed.splitlines()
+
+
+def test_a_model_that_does_not_generate(capsys, llama, tmp_path):
+    checkpoint = shutil.copytree(llama, tmp_path / "scores")
+    fields = json.loads((checkpoint / "config.json").read_text())
+    fields["architectures"] = ["LlamaForSequenceClassification"]
+    (checkpoint / "config.json").write_text(json.dumps(fields))
+    error = fails(capsys, "run", "--model", checkpoint, *RUN, "--device", "cpu")
+    assert "LlamaForSequenceClassification does not generate" in error
+
+
 def test_run_streams_and_samples(capsys, llama):
     keywords = ("run", "--model", llama, *RUN, "--seed", 7, "--temperature", 1.5, "--device", "cpu")
     first, second = (succeeds(capsys, *keywords).splitlines() for _ in range(2))

@@ -20,10 +20,22 @@ class Doubling(LlamaForCausalLM):
         return output
 
 
+class DoublingByPosition(LlamaForCausalLM):
+    """The same, by a tensor that holds a length."""
+
+    def forward(self, input_ids=None, attention_mask=None, **keywords):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **keywords)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        if positions[-1] + 1 < 6:
+            output.logits = output.logits * 2
+        return output
+
+
+@pytest.mark.parametrize("kind", [Doubling, DoublingByPosition])
 @torch.no_grad()
-def test_lengths_that_go_another_way_are_warned_of() -> None:
+def test_lengths_that_go_another_way_are_warned_of(kind: type[LlamaForCausalLM]) -> None:
     torch.manual_seed(0)
-    model = Doubling(tiny_config("llama")).double().eval()
+    model = kind(tiny_config("llama")).double().eval()
     compiled = adx.compile(model, tp=2)
     long, short = torch.arange(3, 15).view(2, 6), torch.arange(3, 13).view(2, 5)
     with warnings.catch_warnings():

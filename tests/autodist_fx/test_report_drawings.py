@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from plan_examples import large_plan, small_plan
 from transformers import LlamaConfig
 
-from autodist_fx.compiled import compile
+from autodist_fx.compiling import compile
 from autodist_fx.report.borders import bytes_of, crossing, sent_tensors
 from autodist_fx.report.memory import memory_rows, rank_parts
 from autodist_fx.report.page import plan_page

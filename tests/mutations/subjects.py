@@ -16,9 +16,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from keyed_model import KeyedConfig, KeyedLM
 from tiny_encoders import segments, text_batch, tiny_encoder
 from tiny_models import padded_batch, randomized, relative_error, tiny_model
-from tiny_moe import tiny_moe_model
+from tiny_moe import FOUR, tiny_moe_model
 from tiny_seq2seq import seq2seq_inputs, tiny_seq2seq
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -63,10 +64,12 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "falcon": _falcon,  # q, k, v interleaved per group
     "opt": lambda: tiny_model("opt", num_attention_heads=7, hidden_size=56, word_embed_proj_dim=56),  # biases
     "mixtral": lambda: tiny_moe_model("mixtral"),
+    "mixtral-dealt": lambda: tiny_moe_model("mixtral", num_hidden_layers=1, **FOUR),  # experts whole, on a rank each
     "bert": lambda: tiny_encoder("BertForMaskedLM", "bert"),
     "t5": lambda: tiny_seq2seq("t5"),
     "qwen3": lambda: tiny_model("qwen3", tie_word_embeddings=True),  # norms of heads
     "gemma2": lambda: tiny_model("gemma2", **_GEMMA),  # soft-capping; layers of two kinds
+    "keyed": lambda: randomized(KeyedLM(KeyedConfig()).to(torch.float64).eval()),  # gradients: terms meet a whole
 }
 CACHED = ("llama", "gpt2", "phi3", "falcon", "opt", "qwen3", "gemma2")  # those that are also broken with a KV cache
 
@@ -216,7 +219,7 @@ def subject(family: str, mesh: Mesh, form: str = "forward") -> Subject:
                 inputs = {name: value[:1, 2:9] for name, value in inputs.items()}
         else:
             ids, mask = padded_batch(batch, seq)
-            if family in ("bloom", "falcon", "mixtral"):  # NaN of their own, or a lost token, where a row is padding
+            if family.startswith(("bloom", "falcon", "mixtral")):  # NaN, or a lost token, of their own in padding
                 mask = torch.ones_like(ids)
             inputs = {"input_ids": ids, "attention_mask": mask}
             if use_cache:
