@@ -237,7 +237,7 @@ def choice_text(choice: MeshChoice) -> str:
             str(number),
             str(c.mesh),
             str(c.copies),
-            str(c.sequences * c.copies) if choice.objective == "throughput" else str(c.sequences),
+            str(c.sequences * c.copies),  # in flight where tokens/s are counted: on all devices
             seconds_text(c.seconds),
             *([seconds_text(c.prompt_seconds)] if c.prompt_seconds is not None else ["-"] * len(prompt)),
             f"{c.tokens_per_second:.0f}",

@@ -108,7 +108,7 @@ def _cuts(plan: PartitionPlan) -> list[Element]:
     if not plan.cuts:
         return []
     found = [element("h3", "Why the cuts are where they are"),
-             note("Seconds of compute and collectives; bytes of whole tensors.")]  # fmt: skip
+             note("Seconds of a stage, receiving and computing again among them; bytes of whole tensors.")]  # fmt: skip
     header = [("Cut before", ""), ("Stage in front", "num"), ("Stage behind", "num"), ("Slower of both", "num"),
               ("Crosses", "num"), ("", "")]  # fmt: skip
     for border, cut in enumerate(plan.cuts[:STAGES_SHOWN]):

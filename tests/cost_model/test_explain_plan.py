@@ -136,7 +136,7 @@ def test_an_expert_s_weight_is_on_one_rank():
     dealt = replace(op, role="expert", inputs=(owned(1), owned(1)), outputs=(owned(1),), input_layouts=(-1, -1))
     text = text_of(op_sections(plan, [dealt]))
     assert "role         expert: each tp rank has its part of the experts" in text
-    assert "1536x576, whole on tp rank 1 alone" in text
+    assert "weight       1536x576, whole on tp rank 1 alone" in text
 
 
 def test_a_fused_op_is_found_by_its_name_in_a_rank_s_graph():
