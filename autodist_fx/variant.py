@@ -185,9 +185,9 @@ def _output_order(module: torch.fx.GraphModule) -> tuple[str, ...]:
 def _examples_for(traced: TracedModel) -> tuple[Example, Example]:
     """Examples that tell what depends on the model's own sizes, of chunks: the second is a multiple, the first none."""
     functionalize(traced.graph_module)
-    points = bending_points(traced.graph_module, _examples(traced))
+    points, examples = bending_points(traced.graph_module, _examples(traced))
     if not points:
-        return _examples(traced)  # new ones: a run fills their caches
+        return examples
     first, second = _EXAMPLES
     chunks = math.lcm(*points)
     seq = chunks * math.ceil((2 * max(points) + second.seq) / chunks)

@@ -59,11 +59,12 @@ class TensorParallelResult:
     domains: Mapping[str, Sequence[Strategy]]
     elimination: Elimination
     variable: Mapping[str, str]  # op -> the op whose choice is its own, too: itself, but for alike experts
+    alike: Mapping[str, Sequence[str]]  # the other way round
 
     def forced(self, op: str, value: int) -> dict[str, int]:
         """The ops that choose otherwise when `op` (and what is alike) has choice `value`; see Elimination."""
         changed = self.elimination.forced(self.variable[op], value)
-        return {name: changed[v] for name, v in self.variable.items() if v in changed}
+        return {name: k for v, k in changed.items() for name in self.alike[v]}
 
 
 class TensorParallelSearch:
@@ -335,7 +336,10 @@ class TensorParallelSearch:
                     pairs[u, v] = pairs[u, v] + table if (u, v) in pairs else table
         found = Elimination(unary, pairs)
         chosen = {name: domains[name][found.choice[v]] for name, v in variable.items()}
-        self._solved[price] = TensorParallelResult(chosen, found.cost, domains, found, variable)
+        alike: dict[str, list[str]] = {}
+        for name, v in variable.items():
+            alike.setdefault(v, []).append(name)
+        self._solved[price] = TensorParallelResult(chosen, found.cost, domains, found, variable, alike)
         return self._solved[price]
 
     def _edge_table(

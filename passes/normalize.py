@@ -69,26 +69,31 @@ def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Examp
     """
     functionalize(graph_module)
     # what only an assertion read may be a number that no example has
-    graph_module.graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))
+    _drop_unused(graph_module.graph)
     spell_out_modules(graph_module)
     second = annotate(graph_module, examples)
     graph = graph_module.graph
     spell_out_calls(graph)
     _spell_out_tuples(graph, second)
     _fold_scalars(graph, second, examples)
-    graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))
+    _drop_unused(graph)
     _drop_unused_cache_arguments(graph)
     _spell_out_views(graph, second)
     unmerge_batch(graph, op_name)
     for step in (_drop_no_ops, _repeat_heads, _merge_equal):
         step(graph)
-        graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))
+        _drop_unused(graph)
     _refuse_choices_among_constants(graph)
     graph_module.meta["conditions"] = take_conditions(graph_module)
-    graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))
+    _drop_unused(graph)
     graph.lint()
     graph_module.recompile()
     return graph_module
+
+
+def _drop_unused(graph: torch.fx.Graph) -> None:
+    # what is used is not asked for (is_pure looks for a module, which takes longer than all the rest)
+    graph.eliminate_dead_code(is_impure_node=lambda n: bool(n.users) or not is_pure(n))
 
 
 def _refuse_choices_among_constants(graph: torch.fx.Graph) -> None:
@@ -143,10 +148,10 @@ def _fold_scalars(graph: torch.fx.Graph, second: dict[Node, Any], examples: tupl
     inputs = dict(lengths)
     known = set(lengths.values())
     for node in list(graph.nodes):
-        if node.op in ("placeholder", "output", "get_attr") or node in known or node is device or not is_pure(node):
-            continue
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) or not node.users:
+            continue
+        if node.op in ("placeholder", "output", "get_attr") or node in known or node is device or not is_pure(node):
             continue
         try:
             said = spelled(node, value, second[node])
