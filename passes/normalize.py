@@ -20,6 +20,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from cost_model.errors import PlanError
+from passes.arguments import submodule
 from passes.conditions import is_condition, take_conditions
 from passes.data_dependent import selected, split_rows
 from passes.functionalize import functionalize
@@ -46,7 +47,7 @@ def op_name(node: Node) -> str:
         name = getattr(node.target, "__name__", str(node.target))
         return name.strip("_") if name in ("and_", "or_", "not_") else name
     if node.op == "call_module":
-        return type(node.graph.owning_module.get_submodule(node.target)).__name__
+        return type(submodule(node.graph.owning_module, str(node.target))).__name__
     return node.op
 
 
@@ -56,7 +57,7 @@ def is_pure(node: Node) -> bool:
         return False
     name = op_name(node)
     if node.op == "call_module":
-        module = node.graph.owning_module.get_submodule(node.target)
+        module = submodule(node.graph.owning_module, str(node.target))
         return not (isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p > 0)
     return node.op not in ("placeholder", "output") and name not in _MUTATING
 
@@ -92,8 +93,10 @@ def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Examp
 
 
 def _drop_unused(graph: torch.fx.Graph) -> None:
-    # what is used is not asked for (is_pure looks for a module, which takes longer than all the rest)
-    graph.eliminate_dead_code(is_impure_node=lambda n: bool(n.users) or not is_pure(n))
+    """As eliminate_dead_code, which lints each time, and asks of what is used, too, whether it is pure."""
+    for node in reversed(graph.nodes):
+        if not node.users and is_pure(node):
+            graph.erase_node(node)
 
 
 def _refuse_choices_among_constants(graph: torch.fx.Graph) -> None:
@@ -349,7 +352,7 @@ def _same_tensor(a: Any, b: Any) -> bool:
 
 def _is_no_op(node: Node) -> bool:
     if node.op == "call_module":
-        module = node.graph.owning_module.get_submodule(node.target)
+        module = submodule(node.graph.owning_module, str(node.target))
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             return not module.training or module.p == 0
         return isinstance(module, torch.nn.Identity)

@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from cost_model.errors import PlanError
 from cost_model.op_graph import Op, OpGraph, TensorRef, TensorSpec
+from passes.arguments import fetch, submodule
 from passes.normalize import is_pure, op_name
 
 Attributes = dict[str, Any]
@@ -139,7 +140,7 @@ class _Builder:
     def _add(self, node: Node) -> None:
         specs = self._specs(node)
         if node.op == "get_attr":
-            tensor = _fetch(self.module, node.target)
+            tensor = fetch(self.module, node.target)
             if isinstance(tensor, torch.Tensor):
                 self.refs[node] = self._state(tensor, node)
                 return
@@ -211,7 +212,7 @@ class _Builder:
     def _classify_module(
         self, node: Node, name: str, inputs: list[TensorRef]
     ) -> tuple[str, list[TensorRef], Attributes]:
-        module = self.module.get_submodule(node.target)
+        module = submodule(self.module, str(node.target))
         state = [self._state(t, node) for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and len(inputs) == 1:
@@ -246,12 +247,6 @@ POOLS = {
 
 def _spec(tensor: torch.Tensor, symbols: tuple[str, ...] | None) -> TensorSpec:
     return TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tuple(symbols or ()))
-
-
-def _fetch(module: torch.nn.Module, target: str) -> Any:
-    for atom in target.split("."):
-        module = getattr(module, atom)
-    return module
 
 
 def _module_path(node: Node) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx
 
+from passes.arguments import fetch, submodule
 from passes.data_dependent import expectation
 
 
@@ -35,13 +36,13 @@ class ShapeInterpreter(torch.fx.Interpreter):
         return dict(self.env)
 
     def fetch_attr(self, target: str) -> Any:
-        value = super().fetch_attr(target)
+        value = fetch(self.module, target)
         if isinstance(value, torch.Tensor) and value.device.type != "meta":
             value = self._meta.setdefault(target, value.to("meta"))
         return value
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        module = self.fetch_attr(target)
+        module = submodule(self.module, target)
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         if all(t.device.type == "meta" for t in state.values()):
             return module(*args, **kwargs)
