@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from autodist_fx.adapters import without_wrapper
 from autodist_fx.call import Call, read_call
 from autodist_fx.errors import AutodistError
+from autodist_fx.garbage import garbage_stays
 from autodist_fx.numeric.conversation import verify_numeric
 from autodist_fx.outputs import merged, nested
 from autodist_fx.runtime.backward import glued, run_backward
@@ -520,6 +521,7 @@ class CompiledModel:
             )
         return variant.programs[rank]
 
+    @garbage_stays()
     def _verify(self, variant: Variant) -> None:
         programs = self._all_programs(variant)
         verify_programs(programs, variant.plan, variant.graph, variant.traced.graph_module)
