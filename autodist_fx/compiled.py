@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from autodist_fx.call import Call, read_call
 from autodist_fx.errors import AutodistError
+from autodist_fx.garbage import garbage_stays
 from autodist_fx.numeric.conversation import verify_numeric
 from autodist_fx.runtime.backward import glued, run_backward
 from autodist_fx.runtime.local_cache import local_cache
@@ -396,6 +397,7 @@ class CompiledModel:
             )
         return variant.programs[rank]
 
+    @garbage_stays()
     def _verify(self, variant: Variant) -> None:
         programs = self._all_programs(variant)
         verify_programs(programs, variant.plan, variant.graph, variant.traced.graph_module)

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from autodist_fx.cache_kinds import CROSS
 from autodist_fx.call import Call, unusual
 from autodist_fx.errors import AutodistError, TracingError
+from autodist_fx.garbage import garbage_stays
 from autodist_fx.tracing import InputForm, Sizes, TracedModel, trace, trace_phases
 from cost_model.check_plan import check_plan
 from cost_model.errors import PlanError
@@ -64,6 +65,7 @@ class Variant:
     whole_plan: PartitionPlan | None = None
 
     @classmethod
+    @garbage_stays()
     def make(
         cls,
         model: PreTrainedModel | PretrainedConfig,
@@ -78,6 +80,7 @@ class Variant:
         return cls.of(traced, request, given, unusual(model, concrete_args or {}))
 
     @classmethod
+    @garbage_stays()
     def make_phases(
         cls,
         model: PreTrainedModel | PretrainedConfig,
@@ -185,9 +188,9 @@ def _output_order(module: torch.fx.GraphModule) -> tuple[str, ...]:
 def _examples_for(traced: TracedModel) -> tuple[Example, Example]:
     """Examples that tell what depends on the model's own sizes, of chunks: the second is a multiple, the first none."""
     functionalize(traced.graph_module)
-    points = bending_points(traced.graph_module, _examples(traced))
+    points, examples = bending_points(traced.graph_module, _examples(traced))
     if not points:
-        return _examples(traced)  # new ones: a run fills their caches
+        return examples
     first, second = _EXAMPLES
     chunks = math.lcm(*points)
     seq = chunks * math.ceil((2 * max(points) + second.seq) / chunks)

@@ -37,10 +37,19 @@ class RuleTable:
 
     def __init__(self) -> None:
         self._cache: dict[tuple[Any, ...], OpRule] = {}
+        self._exact: dict[tuple[Any, ...], OpRule] = {}  # by lengths as they are: each op is asked for several times
 
     def __call__(self, op: Op, inputs: Sequence[TensorSpec]) -> OpRule:
+        attributes = tuple(sorted(op.attrs.items()))
+        exact = (op.kind, tuple(inputs), op.outputs, attributes)
+        known = self._exact.get(exact)
+        if known is None:
+            known = self._exact[exact] = self._at_small_lengths(op, inputs, attributes)
+        return known
+
+    def _at_small_lengths(self, op: Op, inputs: Sequence[TensorSpec], attributes: tuple[Any, ...]) -> OpRule:
         shapes, outs = _with_small_lengths(tuple(inputs), op.outputs)
-        key = (op.kind, shapes, outs, tuple(sorted(op.attrs.items())))
+        key = (op.kind, shapes, outs, attributes)
         found = self._cache.get(key)
         if found is None:
             function = RULES.get(op.kind)

@@ -59,11 +59,10 @@ class TensorParallelResult:
     domains: Mapping[str, Sequence[Strategy]]
     elimination: Elimination
     variable: Mapping[str, str]  # op -> the op whose choice is its own, too: itself, but for alike experts
-
-    def forced(self, op: str, value: int) -> dict[str, int]:
-        """The ops that choose otherwise when `op` (and what is alike) has choice `value`; see Elimination."""
-        changed = self.elimination.forced(self.variable[op], value)
-        return {name: changed[v] for name, v in self.variable.items() if v in changed}
+    # Seconds of agreement (TensorParallelSearch.agreement), of all ops of a variable together: with ops that have no
+    # choice, by its own; and between two variables, by both their choices.
+    reading: Mapping[str, Table]
+    pairs: Mapping[tuple[str, str], Table]
 
 
 class TensorParallelSearch:
@@ -92,6 +91,7 @@ class TensorParallelSearch:
         self._whole = deciding_ops(graph)
         self.experts = find_experts(graph, tp, self.layouts.rules)
         self._seconds: dict[tuple[object, ...], float] = {}
+        self._seconds_of: dict[tuple[str, Strategy], float] = {}
         self._rows: dict[str, float | None] = {}
         self._solved: dict[float, TensorParallelResult] = {}
         self.pins = dict(pins or {})
@@ -200,6 +200,12 @@ class TensorParallelSearch:
     def compute_seconds(self, op: Op, strategy: Strategy) -> float:
         """On the slowest tp rank. An op on rows that values choose costs less where often none is chosen, and, one of
         dealt experts, its part of the time of the rank that has most to do."""
+        known = self._seconds_of.get((op.name, strategy))
+        if known is None:
+            known = self._seconds_of[op.name, strategy] = self._compute_seconds(op, strategy)
+        return known
+
+    def _compute_seconds(self, op: Op, strategy: Strategy) -> float:
         if op.kind in SOURCES or op.name in self.graph.fused:
             return 0.0
         ins = tuple(self.local(self._read(r), p) for r, p in zip(op.inputs, strategy.inputs, strict=True))
@@ -315,6 +321,7 @@ class TensorParallelSearch:
         unary: dict[str, Table] = {}
         for name, v in variable.items():
             unary[v] = unary[v] + costs[name] if v in unary else costs[name]
+        reading = {v: np.zeros_like(table) for v, table in unary.items()}
         pairs: dict[tuple[str, str], Table] = {}
         for op in self.graph:
             edges = [(ref.op, self._edge_table(domains[ref.op], domains[op.name], ref, slot))
@@ -324,17 +331,20 @@ class TensorParallelSearch:
                 if table is None:
                     continue
                 u, v = variable[producer], variable[op.name]
-                if len(domains[producer]) == 1:  # nothing to choose there: no interaction
-                    unary[v] = unary[v] + table[0]
-                elif len(domains[op.name]) == 1:
-                    unary[u] = unary[u] + table[:, 0]
-                elif u == v:
-                    unary[v] = unary[v] + table.diagonal()
-                else:
+                if len(domains[producer]) > 1 and len(domains[op.name]) > 1 and u != v:
                     pairs[u, v] = pairs[u, v] + table if (u, v) in pairs else table
+                    continue
+                if len(domains[producer]) == 1:  # nothing to choose there: no interaction
+                    chooses, seconds = v, table[0]
+                elif len(domains[op.name]) == 1:
+                    chooses, seconds = u, table[:, 0]
+                else:
+                    chooses, seconds = v, table.diagonal()
+                unary[chooses] = unary[chooses] + seconds
+                reading[chooses] = reading[chooses] + seconds
         found = Elimination(unary, pairs)
         chosen = {name: domains[name][found.choice[v]] for name, v in variable.items()}
-        self._solved[price] = TensorParallelResult(chosen, found.cost, domains, found, variable)
+        self._solved[price] = TensorParallelResult(chosen, found.cost, domains, found, variable, reading, pairs)
         return self._solved[price]
 
     def _edge_table(

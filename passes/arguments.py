@@ -62,6 +62,17 @@ def fetch(module: torch.nn.Module, target: str) -> Any:
     return module
 
 
+def submodule(root: torch.nn.Module, target: str) -> torch.nn.Module:
+    """As root.get_submodule(target), which asks each module on the way whether it has what it then asks it for.
+
+    Raises KeyError.
+    """
+    module: torch.nn.Module = root
+    for atom in target.split("."):
+        module = module._modules[atom]  # type: ignore[assignment]
+    return module
+
+
 def place(module: torch.nn.Module, target: str, value: Any) -> None:
     """Set the attribute at a dotted path, making plain modules on the way."""
     *path, name = target.split(".")

@@ -12,6 +12,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from passes.arguments import submodule
 from passes.nodes import op_name
 from passes.spell_out_views import EXPANDS, RESHAPES
 
@@ -26,7 +27,7 @@ def _same_tensor(a: Any, b: Any) -> bool:
 
 def _is_no_op(node: Node) -> bool:
     if node.op == "call_module":
-        module = node.graph.owning_module.get_submodule(node.target)
+        module = submodule(node.graph.owning_module, str(node.target))
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             return not module.training or module.p == 0
         return isinstance(module, torch.nn.Identity)

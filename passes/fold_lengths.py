@@ -55,10 +55,10 @@ def fold_lengths(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
     inputs = dict(lengths)
     known = set(lengths.values())
     for node in list(graph.nodes):
-        if node.op in ("placeholder", "output", "get_attr") or node in known or node is device or not is_pure(node):
-            continue
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) or not node.users:
+            continue
+        if node.op in ("placeholder", "output", "get_attr") or node in known or node is device or not is_pure(node):
             continue
         try:
             said = spelled(node, value, second[node])

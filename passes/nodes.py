@@ -6,6 +6,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from passes.arguments import submodule
 from passes.conditions import is_condition
 
 _MUTATING = frozenset({
@@ -21,7 +22,7 @@ def op_name(node: Node) -> str:
         name = getattr(node.target, "__name__", str(node.target))
         return name.strip("_") if name in ("and_", "or_", "not_") else name
     if node.op == "call_module":
-        return type(node.graph.owning_module.get_submodule(node.target)).__name__
+        return type(submodule(node.graph.owning_module, str(node.target))).__name__
     return node.op
 
 
@@ -31,6 +32,6 @@ def is_pure(node: Node) -> bool:
         return False
     name = op_name(node)
     if node.op == "call_module":
-        module = node.graph.owning_module.get_submodule(node.target)
+        module = submodule(node.graph.owning_module, str(node.target))
         return not (isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p > 0)
     return node.op not in ("placeholder", "output") and name not in _MUTATING

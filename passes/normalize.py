@@ -38,26 +38,33 @@ def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Examp
     """
     functionalize(graph_module)
     # what only an assertion read may be a number that no example has
-    graph_module.graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))
+    _drop_unused(graph_module.graph)
     spell_out_modules(graph_module)
     second = annotate(graph_module, examples)
     graph = graph_module.graph
     spell_out_calls(graph)
     spell_out_tuples(graph, second)
     fold_lengths(graph, second)
-    graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))
+    _drop_unused(graph)
     _drop_unused_cache_arguments(graph)
     spell_out_views(graph, second)
     unmerge_batch(graph)
     for step in (drop_no_ops, repeat_heads, merge_equal):
         step(graph)
-        graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))
+        _drop_unused(graph)
     _refuse_choices_among_constants(graph)
     graph_module.meta["conditions"] = take_conditions(graph_module)
-    graph.eliminate_dead_code(is_impure_node=lambda n: not is_pure(n))
+    _drop_unused(graph)
     graph.lint()
     graph_module.recompile()
     return graph_module
+
+
+def _drop_unused(graph: torch.fx.Graph) -> None:
+    """As eliminate_dead_code, which lints each time, and asks of what is used, too, whether it is pure."""
+    for node in reversed(graph.nodes):
+        if not node.users and is_pure(node):
+            graph.erase_node(node)
 
 
 def _refuse_choices_among_constants(graph: torch.fx.Graph) -> None:

@@ -23,7 +23,7 @@ from passes import (  # noqa: F401  each puts its functions into HANDLERS
     op_graph_products,
     op_graph_views,
 )
-from passes.arguments import fetch
+from passes.arguments import fetch, submodule
 from passes.nodes import is_pure, op_name
 from passes.op_graph_elementwise import ELEMENTWISE, ELEMENTWISE_MODULES
 from passes.op_graph_images import POOLS
@@ -191,7 +191,7 @@ class _Builder:
     def _classify_module(
         self, node: Node, name: str, inputs: list[TensorRef]
     ) -> tuple[str, list[TensorRef], Attributes]:
-        module = self.module.get_submodule(node.target)
+        module = submodule(self.module, str(node.target))
         state = [self._state(t, node) for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and len(inputs) == 1:

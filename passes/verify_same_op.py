@@ -11,7 +11,7 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.op_graph import Op
-from passes.arguments import argument
+from passes.arguments import argument, submodule
 from passes.nodes import op_name
 from passes.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, partial_mean
 from passes.verify_experts import check_pick, picks_own
@@ -48,7 +48,7 @@ def check_same_op(state: RankState, node: Node, op: Op, types: tuple[Held, ...])
 def _classified(state: RankState, node: Node, op: Op) -> tuple[str, Any]:
     """Kind and attributes, seen through what passes write in a node's place."""
     if node.op == "call_module":
-        module = state.module.get_submodule(str(node.target))
+        module = submodule(state.module, str(node.target))
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             return "linear", {"transposed": module.transposed}
         if isinstance(module, VocabParallelEmbedding):
@@ -97,7 +97,7 @@ def _check_groups(state: RankState, node: Node, op: Op, lies: Held, given: Any) 
 
 def _embedding(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
     """Rows of other ranks must come out as zeros; the row of padding, and no other, gets no gradient."""
-    module = state.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    module = submodule(state.module, str(node.target)) if node.op == "call_module" else None
     rows = state.graph.spec(op.inputs[1]).shape[0]
     if isinstance(module, VocabParallelEmbedding):
         own = held(0, module.intervals, rows)
@@ -116,7 +116,7 @@ def _embedding(state: RankState, node: Node, op: Op, types: tuple[Held, ...], do
 
 def _padding(node: Node, rows: int) -> int | None:
     if node.op == "call_module":
-        given = getattr(node.graph.owning_module.get_submodule(str(node.target)), "padding_idx", None)
+        given = getattr(submodule(node.graph.owning_module, str(node.target)), "padding_idx", None)
     else:
         given = argument(node, 2, "padding_idx")
     return None if given is None else given % rows
