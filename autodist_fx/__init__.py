@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autodist_fx.artifact.load import Artifact, load
     from autodist_fx.choosing import choose_mesh
-    from autodist_fx.compiled import CompiledModel, compile
+    from autodist_fx.compiled import CompiledModel
+    from autodist_fx.compiling import compile
     from autodist_fx.errors import AutodistError
     from autodist_fx.pretrained import from_pretrained
     from autodist_fx.runtime.generation import DistributedCausalLM
@@ -37,7 +38,7 @@ _HOMES = {
     "MeshChoice": "cost_model.mesh_choice",
     "PartitionPlan": "cost_model.plan",
     "choose_mesh": "autodist_fx.choosing",
-    "compile": "autodist_fx.compiled",
+    "compile": "autodist_fx.compiling",
     "from_pretrained": "autodist_fx.pretrained",
     "load": "autodist_fx.artifact.load",
 }

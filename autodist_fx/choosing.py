@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.adapters import without_wrapper
-from autodist_fx.compiled import class_of, hardware_for
+from autodist_fx.compiled import class_of
+from autodist_fx.compiling import hardware_for
 from autodist_fx.tracing import has_own_cache
 from autodist_fx.variant import phases_once, planned_graph, traced_once
 from cost_model import mesh_choice

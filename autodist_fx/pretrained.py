@@ -16,7 +16,8 @@ from autodist_fx.artifact.files import Staging
 from autodist_fx.artifact.load import Artifact
 from autodist_fx.artifact.manifest import FileRecord
 from autodist_fx.artifact.save import finish, named_parts, write_common, write_rank
-from autodist_fx.compiled import CompiledModel, compile
+from autodist_fx.compiled import CompiledModel
+from autodist_fx.compiling import compile
 from autodist_fx.errors import AutodistError
 from autodist_fx.lengths import Lengths
 from autodist_fx.runtime.agreement import agree
@@ -26,12 +27,12 @@ from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, JoinedRan
 from autodist_fx.runtime.seq2seq import DistributedSeq2SeqLM, seq2seq_class
 from autodist_fx.runtime.two_graphs import TwoGraphCausalLM
 from autodist_fx.runtime.ways import Ways, one_way
-from autodist_fx.tracing import empty_model, meta_copy
+from autodist_fx.tracing import empty_model, has_own_cache, meta_copy
 from autodist_fx.variant import Variant
 from autodist_fx.weights.checkpoint import open_source
-from autodist_fx.weights.load import LoadReport, load_rank
+from autodist_fx.weights.load import LoadReport
+from autodist_fx.weights.load_program import load_beside, load_program
 from autodist_fx.weights.module_source import ModuleSource
-from autodist_fx.weights.names import resolve_names
 from autodist_fx.weights.resolve import locate, resolve
 from autodist_fx.weights.share import share_weights
 from autodist_fx.weights.source import WeightSource
@@ -225,9 +226,27 @@ def wanted_dtype(dtype: torch.dtype | str | None, config: PretrainedConfig) -> t
 
 
 def compile_for_generation(model: PreTrainedModel | PretrainedConfig, **options: Any) -> CompiledModel:
-    """`compile` with a KV cache, and logits of the last position only where the model offers that."""
+    """`compile` with a KV cache, and logits of the last position only where the model offers that. Raises AutodistError
+    for a model without a cache."""
     shape = empty_model(model) if isinstance(model, PretrainedConfig) else model
-    return compile(shape, use_cache=True, concrete_args=generation_arguments(shape), **options)
+    if not keeps_cache(shape):
+        raise AutodistError(
+            f"{type(shape).__name__} keeps no cache of the tokens before, so it cannot generate over processes: split "
+            f"it with adx.compile (or `autodist-fx compile`), and run the split with its simulate"
+        )
+    return compile_as_used(shape, **options)
+
+
+def compile_as_used(model: PreTrainedModel, **options: Any) -> CompiledModel:
+    """`compile` for a step of generating; for a model that keeps no cache, for one forward of its main inputs."""
+    if not keeps_cache(model):
+        return compile(model, **options)
+    return compile(model, use_cache=True, concrete_args=generation_arguments(model), **options)
+
+
+def keeps_cache(model: PreTrainedModel) -> bool:
+    """Whether its forward takes what it made of the tokens before."""
+    return "past_key_values" in inspect.signature(model.forward).parameters or has_own_cache(type(model))
 
 
 def generation_arguments(model: PreTrainedModel) -> dict[str, object]:
@@ -324,29 +343,6 @@ class _Rank:
         return self.ways(compiled, beside, lambda form: compiled.program_of(form, rank), compiled.variants[0])
 
 
-def load_program(
-    model: PreTrainedModel,
-    source: WeightSource,
-    buffers: Mapping[str, torch.Tensor],
-    program: RankProgram,
-    *,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
-) -> LoadReport:
-    """Fill a program of `model` from a checkpoint; `buffers` are those of its graphs. For inference: no gradients."""
-    return load_rank(
-        program,
-        source,
-        device=device,
-        buffers=_missing_buffers(buffers, model, source),
-        base_model_prefix=model.base_model_prefix,
-        tied=_tied(model),
-        key_mapping=getattr(model, "_checkpoint_conversion_mapping", None),
-        requires_grad=False,
-        progress=progress,
-    )
-
-
 def _distribute(
     me: _Rank,
     *,
@@ -356,6 +352,11 @@ def _distribute(
 ) -> DistributedCausalLM:
     """Compiled, agreed upon and loaded; kept in the cache where there is an entry for it."""
     model, joined, mesh = me.model, me.joined, me.options.mesh
+    if not model.can_generate():
+        raise AutodistError(
+            f"{type(model).__name__} does not generate, and over processes a model is run for that: name a checkpoint "
+            "of a language model, or use compile(model).simulate(...) in one process"
+        )
     main = compile_for_generation(model, **me.options.for_compile(plan))
     if plan is not None:  # what it was made for holds for whole sequences, too, which get a plan of their own
         me = replace(me, options=replace(me.options, planning=options_of(plan)))
@@ -364,7 +365,7 @@ def _distribute(
     encoder, prompt = main.encoder_program(joined.rank), main.prompt_program(joined.rank)
     other = encoder or prompt
     if other is not None:
-        report = _load_beside(program, other, lambda left: me.load(main, left), report)
+        report = load_beside(program, other, lambda left: me.load(main, left), report)
     if entry is not None:
         _keep(entry, joined, main, generation_config)
     given = program, joined.communicator, main.config, generation_config
@@ -443,41 +444,7 @@ def _keep(
     keep(entry, joined, sum(program.weight_bytes for _, program in programs), write, end)
 
 
-def _load_beside(
-    program: RankProgram, other: RankProgram, load: Callable[[RankProgram], LoadReport], report: LoadReport
-) -> LoadReport:
-    """Give `other` the weights of `program`, which is loaded, and load what it holds besides; both reports in one."""
-    left = share_weights(program, other)
-    if not left.param_shards:
-        return report
-    more = load(left)
-    return replace(
-        more,
-        shard_bytes=report.shard_bytes + more.shard_bytes,
-        bytes_read=report.bytes_read + more.bytes_read,
-        seconds=report.seconds + more.seconds,
-        rss_before_bytes=report.rss_before_bytes,
-    )
-
-
-def _missing_buffers(
-    values: Mapping[str, torch.Tensor], model: PreTrainedModel, source: WeightSource
-) -> Mapping[str, torch.Tensor]:
-    """Real values by name of what the checkpoint lacks: non-persistent buffers, and constants of the graph."""
-    saved = set(values) & model.state_dict().keys()
-    found = resolve_names(saved, source.names(), base_model_prefix=model.base_model_prefix) if saved else {}
-    return {name: value for name, value in values.items() if name not in found and not value.is_meta}
-
-
-def _tied(model: PreTrainedModel) -> list[list[str]]:
-    """Names of each parameter that has several, in the order of the modules: the input embedding comes first."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [group for group in names.values() if len(group) > 1]
-
-
 __all__ = [
-    "cache_entry", "compile_for_generation", "distribute", "from_pretrained", "load_program", "mesh_of", "wanted_dtype",
+    "cache_entry", "compile_for_generation", "distribute", "from_pretrained", "mesh_of", "wanted_dtype",
 ]  # fmt: skip
 

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from autodist_fx.cache_kinds import CROSS, STATE_PREFIX
 from autodist_fx.call import Call, unusual
 from autodist_fx.errors import AutodistError, TracingError
+from autodist_fx.garbage import garbage_stays
 from autodist_fx.lengths import Lengths, another_way, examples_like, tells_apart, with_total
 from autodist_fx.tracing import InputForm, Sizes, TracedModel, trace, trace_phases
 from cost_model.check_plan import check_plan
@@ -71,6 +72,7 @@ class Variant:
     trace_again: Trace | None = field(default=None, repr=False)  # at other lengths; None where no model is at hand
 
     @classmethod
+    @garbage_stays()
     def make(
         cls,
         model: PreTrainedModel | PretrainedConfig,
@@ -88,6 +90,7 @@ class Variant:
         return variant
 
     @classmethod
+    @garbage_stays()
     def make_phases(
         cls,
         model: PreTrainedModel | PretrainedConfig,
@@ -254,11 +257,11 @@ def _traced_at(
         sizes = _sizes_of(first), _sizes_of(second)
         traced = again(sizes)
         functionalize(traced.graph_module)
-        found = bending_points(traced.graph_module, _both(traced, sizes))
+        found, examples = bending_points(traced.graph_module, _both(traced, sizes))
         if not found <= points and not tells_apart(first, second, frozenset(found)):
-            points |= found
+            points |= frozenset(found)
             continue
-        _normalize(traced, _both(traced, sizes))
+        _normalize(traced, examples)
         meta = traced.graph_module.meta
         meta["conditions"] = with_fixed(meta["conditions"], fixed)
         if meta["conditions"] is None or not meta["conditions"].otherwise(lengths):
@@ -347,9 +350,9 @@ def _output_order(module: torch.fx.GraphModule) -> tuple[str, ...]:
 def _examples_for(traced: TracedModel) -> tuple[Example, Example]:
     """Examples that tell what depends on the model's own sizes, of chunks: the second is a multiple, the first none."""
     functionalize(traced.graph_module)
-    points = bending_points(traced.graph_module, _examples(traced))
+    points, examples = bending_points(traced.graph_module, _examples(traced))
     if not points:
-        return _examples(traced)  # new ones: a run fills their caches
+        return examples
     first, second = _EXAMPLES
     chunks = math.lcm(*points)
     seq = chunks * math.ceil((2 * max(points) + second.seq) / chunks)

@@ -2,7 +2,8 @@
 
 python benchmarks/compile_time.py SHAPE LAYERS [--tp 8 --pp 4]       one measurement, as a JSON line
 
-A process of its own for each measurement, so that none profits from another's caches or adds to its peak.
+A process of its own for each measurement, so that none profits from another's caches or adds to its peak. The largest
+mixture of experts takes minutes, and is measured with `benchmarks/run.py --large` only.
 """
 
 import argparse
@@ -16,12 +17,15 @@ import shapes
 from memory import peak_rss_bytes
 from processes import HERE, rank_environment
 
+# shape, layers, tp, pp
 MEASUREMENTS = (
-    ("llama_3_70b", 20),
-    ("llama_3_70b", 40),
-    ("llama_3_70b", 80),
-    ("qwen_2_5_7b", 28),
+    ("llama_3_70b", 20, 8, 4),
+    ("llama_3_70b", 40, 8, 4),
+    ("llama_3_70b", 80, 8, 4),
+    ("qwen_2_5_7b", 28, 8, 4),
+    ("mixtral_8x7b", 32, 8, 1),
 )
+LARGE = (("qwen_3_30b_a3b", 48, 8, 1),)
 TIMEOUT_SECONDS = 600
 
 
@@ -31,7 +35,7 @@ def measure(shape: str, layers: int, tp: int, pp: int) -> dict[str, Any]:
 
     config = getattr(shapes, shape)(num_hidden_layers=layers)
     imports_rss = peak_rss_bytes()
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     compiled = adx.compile(config, tp=tp, pp=pp, use_cache=True, verify=False)  # verified below, timed apart
     assert compiled.plan is not None
     planned = time.perf_counter()
@@ -44,16 +48,17 @@ def measure(shape: str, layers: int, tp: int, pp: int) -> dict[str, Any]:
         "emit_seconds": emitted - planned,
         "verify_seconds": verified - emitted,
         "total_seconds": verified - start,
+        "cpu_seconds": time.process_time() - start_cpu,
         "nodes": nodes,
         "imports_rss": imports_rss,
         "peak_rss": peak_rss_bytes(),
     }
 
 
-def run(tp: int = 8, pp: int = 4) -> list[dict[str, Any]]:
-    """All measurements; a failed one has "error" instead of figures."""
+def run(large: bool = False) -> list[dict[str, Any]]:
+    """All measurements, the largest where asked for; a failed one has "error" instead of figures."""
     results = []
-    for shape, layers in MEASUREMENTS:
+    for shape, layers, tp, pp in (*MEASUREMENTS, *(LARGE if large else ())):
         print(f"compile {shape}, {layers} layers, tp={tp} x pp={pp} ...", flush=True)
         command = [sys.executable, str(HERE / "compile_time.py"), shape, str(layers), f"--tp={tp}", f"--pp={pp}"]
         environment = rank_environment(rank=0, world_size=1, port=0, threads=1)
@@ -62,7 +67,7 @@ def run(tp: int = 8, pp: int = 4) -> list[dict[str, Any]]:
             outcome = json.loads(child.stdout) if child.returncode == 0 else {"error": last_line(child.stderr)}
         except subprocess.TimeoutExpired:
             outcome = {"error": f"not done after {TIMEOUT_SECONDS} s"}
-        results.append({"shape": shape, "layers": layers, **outcome})
+        results.append({"shape": shape, "layers": layers, "mesh": f"{tp} x {pp}", **outcome})
     return results
 
 
@@ -73,7 +78,7 @@ def last_line(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shape", choices=sorted({shape for shape, _ in MEASUREMENTS}))
+    parser.add_argument("shape", choices=sorted({shape for shape, *_ in (*MEASUREMENTS, *LARGE)}))
     parser.add_argument("layers", type=int)
     parser.add_argument("--tp", type=int, default=8)
     parser.add_argument("--pp", type=int, default=4)

@@ -117,7 +117,7 @@ def mutants(kind: str, wanted: int) -> list[Outcome]:
     found: list[Outcome] = []
     seed, changed = 0, 0
     useless: Counter[tuple[str, tuple[int, int], str]] = Counter()
-    while changed < wanted and len(useless) < len(order) and len(found) < 2 * wanted:
+    while changed < wanted and len(useless) < len(order) and len(found) < 6 * wanted:
         which = order[seed % len(order)]
         seed += 1
         outcome = None if useless[which] else run_mutant(kind, subject(*which), seed)

@@ -118,16 +118,16 @@ def compile_table(results: Sequence[dict[str, Any]]) -> str:
     """Seconds and memory for all rank programs of a large model."""
     rows = []
     for r in results:
-        title = [r["shape"], str(r["layers"])]
+        title = [r["shape"], str(r["layers"]), r["mesh"]]
         if "error" in r:
-            rows.append([*title, *[NOTHING] * 7])
+            rows.append([*title, *[NOTHING] * 8])
             continue
-        seconds = [f"{r[key]:.1f}" for key in ("plan_seconds", "emit_seconds", "verify_seconds", "total_seconds")]
+        seconds = [f"{r[f'{what}_seconds']:.1f}" for what in ("plan", "emit", "verify", "total", "cpu")]
         per_layer = f"{r['total_seconds'] / r['layers'] * 1e3:.0f}"
         rows.append([*title, *seconds, per_layer, f"{r['peak_rss'] / MIB:.0f}", f"{r['imports_rss'] / MIB:.0f}"])
-    header = ["shape", "layers", "trace and plan, s", "emit, s", "verify, s", "total, s", "ms a layer"]
+    header = ["shape", "layers", "tp x pp", "trace and plan, s", "emit, s", "verify, s", "total, s", "CPU seconds"]
     reasons = [(f"{r['shape']}, {r['layers']} layers", r["error"]) for r in results if "error" in r]
-    return table([*header, "peak RSS, MiB", "of it imports"], rows) + missing(reasons)
+    return table([*header, "ms a layer", "peak RSS, MiB", "of it imports"], rows) + missing(reasons)
 
 
 def loading_table(results: Sequence[dict[str, Any]]) -> str:

@@ -3,7 +3,14 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 
 
 def bench_llama() -> LlamaConfig:
@@ -67,6 +74,43 @@ def qwen_2_5_0_5b() -> Qwen2Config:
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
+    )
+
+
+def mixtral_8x7b(num_hidden_layers: int = 32) -> MixtralConfig:
+    """Mixtral-8x7B's shape: 8 experts a layer, 2 for each token."""
+    return MixtralConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        vocab_size=32000,
+        max_position_embeddings=32768,
+        rope_theta=1e6,
+        dtype="bfloat16",
+    )
+
+
+def qwen_3_30b_a3b(num_hidden_layers: int = 48) -> Qwen3MoeConfig:
+    """Qwen3-30B-A3B's shape: 128 experts a layer, 8 for each token; nodes for each of them, 96 000 in all."""
+    return Qwen3MoeConfig(
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        rope_theta=1e6,
+        dtype="bfloat16",
     )
 
 

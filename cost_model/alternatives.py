@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from cost_model.errors import PlanError
 from cost_model.op_graph import Op, TensorRef
-from cost_model.op_rules import Letter
+from cost_model.op_rule import Letter
 from cost_model.plan import Alternative, rounded
 from cost_model.roles import role_of
-from cost_model.tensor_parallel import Strategy, TensorParallelResult, TensorParallelSearch
+from cost_model.tensor_parallel import TensorParallelResult, TensorParallelSearch
 
 
 class AlternativeCosts:
@@ -20,6 +20,11 @@ class AlternativeCosts:
         self.search = search
         self.result = result
         self._known: dict[str, tuple[Alternative, ...]] = {}  # by variable: alike experts choose alike
+        self._alike = Counter(result.variable.values())
+        self._pairs: dict[str, list[tuple[str, str]]] = {}
+        for pair in result.pairs:
+            for variable in pair:
+                self._pairs.setdefault(variable, []).append(pair)
 
     def of(self, op: Op) -> tuple[Alternative, ...]:
         """All roles that the op's rule knows, its own first; () where there is nothing to choose."""
@@ -51,39 +56,31 @@ class AlternativeCosts:
         return tuple(found)
 
     def _forced(self, op: Op, role: str, values: list[int]) -> Alternative:
-        dearer_by = self.result.elimination.dearer_by(self.result.variable[op.name])
+        variable = self.result.variable[op.name]
+        dearer_by = self.result.elimination.dearer_by(variable)
         best = min(values, key=lambda k: dearer_by[k])
         if dearer_by[best] == float("inf"):
             return Alternative(role, impossible="no op next to it can write or read its tensors so")
-        changed = {
-            name: self.result.domains[name][k]
-            for name, k in self.result.forced(op.name, best).items()
-        }
-        seconds, nbytes = self._difference(changed)
+        seconds, nbytes = self._difference(self.result.elimination.forced(variable, best))
         return Alternative(role, rounded(seconds), nbytes)
 
-    def _difference(self, changed: Mapping[str, Strategy]) -> tuple[float, int]:
-        """Seconds, and bytes of weights on the rank that holds most of each, that the changed strategies add."""
-        search, before = self.search, self.result.strategies
+    def _difference(self, changed: Mapping[str, int]) -> tuple[float, int]:
+        """Seconds, and bytes of weights on the rank that holds most of each, that other choices of variables add."""
+        search, result, choice = self.search, self.result, self.result.elimination.choice
         seconds, nbytes = 0.0, 0
-        edges: dict[tuple[str, int], TensorRef] = {}
-        alike = Counter(self.result.variable[name] for name in changed)
-        for name, now in changed.items():
-            op, was = search.graph[name], before[name]
-            times = alike[name]  # 0 for one that costs what its twin does, which stands for all
-            if times:
-                seconds += times * (search.compute_seconds(op, now) - search.compute_seconds(op, was))
-                seconds += times * (search.gather_seconds(op, now) - search.gather_seconds(op, was))
-            if times and op.kind == "param":
+        pairs: dict[tuple[str, str], None] = {}
+        for name, k in changed.items():
+            op, times = search.graph[name], self._alike[name]
+            now, was = result.domains[name][k], result.strategies[name]
+            seconds += times * (search.compute_seconds(op, now) - search.compute_seconds(op, was))
+            seconds += times * (search.gather_seconds(op, now) - search.gather_seconds(op, was))
+            seconds += float(result.reading[name][k] - result.reading[name][choice[name]])
+            if op.kind == "param":
                 nbytes += times * (search.held_bytes(op, now) - search.held_bytes(op, was))
-            edges.update(((name, slot), ref) for slot, ref in enumerate(op.inputs))
-            for j in range(len(op.outputs)):
-                ref = TensorRef(name, j)
-                edges.update((user, ref) for user in search.graph.users.get(ref, ()))
-        for (user, slot), ref in edges.items():
-            now, was = changed.get(user, before[user]), before[user]
-            seconds += search.agreement(changed.get(ref.op, before[ref.op]), ref.index, now.inputs[slot], ref)
-            seconds -= search.agreement(before[ref.op], ref.index, was.inputs[slot], ref)
+            pairs.update(dict.fromkeys(self._pairs.get(name, ())))
+        for u, v in pairs:
+            table = result.pairs[u, v]
+            seconds += float(table[changed.get(u, choice[u]), changed.get(v, choice[v])] - table[choice[u], choice[v]])
         return seconds, nbytes
 
 

@@ -84,7 +84,7 @@ class _Checked:
         for k, (ref, placement) in enumerate(zip(refs, placements, strict=True)):
             if not placement.is_shard:
                 continue
-            if self.plan.layout(layouts[k]) != self.search.layouts.layout(ref, placement.dim):
+            if self.plan.layout(layouts[k]) != self.search.layout(ref, placement):
                 raise PlanError(
                     f"{name}: the layout of {ref.op} along dim {placement.dim} is not the one that its ties to other "
                     f"tensors give (heads stay whole): {_WAY_OUT}"

@@ -36,18 +36,6 @@ def all_gather_seconds(nbytes_whole: float, ranks: int, link: Link) -> float:
     return link.launch_seconds + (ranks - 1) * (link.latency_seconds + nbytes_whole / ranks / link.bandwidth)
 
 
-def reduce_scatter_seconds(nbytes_whole: float, ranks: int, link: Link) -> float:
-    """Sum a tensor of `nbytes_whole` and leave 1/n of it on each rank: all_gather's steps and bytes, backwards."""
-    return all_gather_seconds(nbytes_whole, ranks, link)
-
-
-def all_to_all_seconds(nbytes_local: float, ranks: int, link: Link) -> float:
-    """Every rank sends 1/n of its own `nbytes_local` to every other rank: n-1 steps, (n-1)/n of the bytes."""
-    if ranks <= 1:
-        return 0.0
-    return link.launch_seconds + (ranks - 1) * (link.latency_seconds + nbytes_local / ranks / link.bandwidth)
-
-
 def send_seconds(nbytes: float, link: Link) -> float:
     """One rank sends `nbytes` to one other."""
     return link.launch_seconds + link.latency_seconds + nbytes / link.bandwidth

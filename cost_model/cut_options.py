@@ -22,21 +22,31 @@ def cut_plans(
     """
     if len(stages) == 1:
         return ()
-    places = search.candidates(len(stages) - 1)
+    places, starts = search.candidates(len(stages) - 1), [stage.start for stage in stages]
     plans = []
-    for before, after in pairwise(stages):
+    for k, (before, after) in enumerate(pairwise(stages)):
         cut = after.start
         below = places[bisect_right(places, before.start) : bisect_left(places, cut)][-NEIGHBOURS:]
         above = places[bisect_right(places, cut) : bisect_left(places, after.stop)][:NEIGHBOURS]
-        options = tuple(
-            CutOption(
-                op=search.sequence[place],
-                module=search.graph[search.sequence[place]].module,
-                before_seconds=rounded(search.stage_seconds(before.start, place)),
-                after_seconds=rounded(search.stage_seconds(place, after.stop)),
-                nbytes=sum(map(nbytes, search.crossing(place))),
-            )
-            for place in (*below, cut, *above)
-        )
+        options = tuple(_option(search, k, starts, place, after.stop, nbytes) for place in (*below, cut, *above))
         plans.append(CutPlan(options, len(below)))
     return tuple(plans)
+
+
+def _option(
+    search: PipelineSearch, k: int, starts: Sequence[int], place: int, stop: int, nbytes: Callable[[TensorRef], int]
+) -> CutOption:
+    """Stage k + 1 beginning at `place`, and ending at `stop` as it does."""
+    moved = [*starts[: k + 1], place, *starts[k + 2 :]]
+    before, after = (
+        rounded(search.stage_seconds(j, search.stage(j, begin, end), moved))
+        for j, begin, end in ((k, starts[k], place), (k + 1, place, stop))
+    )
+    name = search.sequence[place]
+    return CutOption(
+        op=name,
+        module=search.graph[name].module,
+        before_seconds=before,
+        after_seconds=after,
+        nbytes=sum(map(nbytes, search.crossing(place))),
+    )

@@ -8,7 +8,7 @@ saves little memory and costs a collective of its own, since choosing needs all 
 from __future__ import annotations
 
 from cost_model.compute_cost import MATMULS
-from cost_model.op_graph import SOURCES, OpGraph
+from cost_model.op_graph import SOURCES, OpGraph, TensorRef
 
 _CHOICES = ("topk", "sort", "argsort", "argmax", "argmin", "one_hot", "selected", "split_rows", "bincount", "histc")
 # What a weight may be read through on its way into a product.
@@ -39,7 +39,8 @@ def deciding_ops(graph: OpGraph) -> set[str]:
 def _follow_to_weight(graph: OpGraph, name: str, found: set[str]) -> None:
     while True:
         op = graph[name]
-        users = {user for ref, taking in graph.users.items() if ref.op == name for user, _ in taking}
+        refs = (TensorRef(name, j) for j in range(len(op.outputs)))
+        users = {user for ref in refs for user, _ in graph.users.get(ref, ())}
         if op.kind == "param" and users <= found:
             found.add(name)
         if op.kind not in _THROUGH or not users <= found:

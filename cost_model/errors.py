@@ -19,3 +19,8 @@ class NoPlanFits(AutodistError):
 
 class VerificationError(AutodistError):
     """A rank program is wrong; the message names the node."""
+
+
+def reason_text(error: Exception) -> str:
+    """Why a file could not be read or written, without the path that the message names already."""
+    return getattr(error, "strerror", None) or str(error)

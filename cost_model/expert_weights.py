@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_model.op_graph import Op, OpGraph, TensorRef
-from cost_model.op_rules import DimLink, IntArray, RuleTable
+from cost_model.op_rule import DimLink, IntArray
+from cost_model.op_rules import RuleTable
 from cost_model.placement import Layout, Placement, dealt, intervals_of, owned
 
 # What experts' weights may be read through before each expert's part is taken.
@@ -50,11 +51,11 @@ class WholeWeights:
         self.ways: dict[str, Way] = {}
         self.layouts: dict[tuple[TensorRef, int], Layout] = {}
         self.read_as: dict[TensorRef, Placement] = {}
-        for name in dict.fromkeys(self._parameter(ref) for op in owner for ref in graph[op].inputs):
+        for name in dict.fromkeys(self.parameter_of(ref) for op in owner for ref in graph[op].inputs):
             if name and name not in owner:
                 self._follow(name)
 
-    def _parameter(self, ref: TensorRef) -> str:
+    def parameter_of(self, ref: TensorRef) -> str:
         """What `ref` is a part of or a view of; "" where that is no parameter."""
         op = self.graph[ref.op]
         while op.kind in (*_THROUGH, "split") and op.name not in self.owner:

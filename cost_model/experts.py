@@ -13,6 +13,7 @@ of a split) back to the parameter, element by element: D(dim), with the elements
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -55,12 +56,12 @@ class ExpertTable:
     twins: dict[str, str] = field(default_factory=dict)  # op of one expert -> the same of its layer's first expert
 
 
-def find_experts(graph: OpGraph, tp: int, rules: RuleTable, may_deal: bool = True) -> ExpertTable:
-    """Empty for one rank. Siblings that may not be dealt, or are fewer than ranks, have twins and no ways."""
+def find_experts(graph: OpGraph, tp: int, rules: RuleTable) -> ExpertTable:
+    """Empty for one rank. Siblings that cannot be dealt (there are fewer than ranks, say) have twins and no ways."""
     table = ExpertTable()
     if tp == 1:
         return table
-    finder = _Finder(graph, tp, rules, table, may_deal)
+    finder = _Finder(graph, tp, rules, table)
     for links in _chains(graph):
         bodies = [_Body(finder.body(link.inputs[1:], {link.name}), link) for link in links]
         for siblings in finder.alike(bodies):
@@ -88,8 +89,7 @@ def _chains(graph: OpGraph) -> list[list[Op]]:
 
 
 class _Finder:
-    def __init__(self, graph: OpGraph, tp: int, rules: RuleTable, table: ExpertTable, may_deal: bool) -> None:
-        self.may_deal = may_deal
+    def __init__(self, graph: OpGraph, tp: int, rules: RuleTable, table: ExpertTable) -> None:
         self.graph, self.tp, self.rules, self.table = graph, tp, rules, table
         self.outputs = {ref.op for ref in graph.outputs}
         self.users: dict[str, set[str]] = {}
@@ -160,13 +160,15 @@ class _Finder:
         links = [body.link.name for body in bodies if body.link is not None]
         # all but the last, whose result is wanted otherwise than theirs
         self.table.twins.update((name, links[0]) for name in links[1:-1])
-        if len(bodies) < self.tp or not self.may_deal:
+        if len(bodies) < self.tp:
             return
         share, extra = divmod(len(bodies), self.tp)
         rank_of = [r for r in range(self.tp) for _ in range(share + (r < extra))]
         owner = {name: r for body, r in zip(bodies, rank_of, strict=True) for name in body.ops}
         weights = WholeWeights(self.graph, self.rules, self.tp, owner)
         if not weights.ways and not any(self.graph[name].attrs.get("matmul") for name in owner):
+            return
+        if not self._read_alike(bodies, weights):
             return
         siblings = Siblings(len(bodies), share + (extra > 0))
         self.table.ways.update(weights.ways)
@@ -182,6 +184,34 @@ class _Finder:
                 self.table.siblings[body.link.name] = siblings
         if join is not None:
             self.table.ways[join.name] = Way((*(owned(r) for r in rank_of), REPLICATE), (PARTIAL,))
+
+    def _read_alike(self, bodies: Sequence[_Body], weights: WholeWeights) -> bool:
+        """Whether every rank, whichever experts it has, reads of all that bears gradients which the experts read.
+
+        Backward, each has a term of the gradient, and the ranks add them up together: of a tensor that every expert
+        reads, or that is made into pieces for nothing but the experts, one for each. A rank that read nothing of it
+        would not take part.
+        """
+        inside = {name for body in bodies for name in body.ops} | {b.link.name for b in bodies if b.link is not None}
+        times: Counter[TensorRef] = Counter()
+        times_any: Counter[str] = Counter()  # of an op: experts that read some output of it
+        for body in bodies:
+            added = () if body.link is None else body.link.inputs[1:]
+            read = {*added, *(ref for name in body.ops for ref in self.graph[name].inputs)}
+            times.update(outside := {ref for ref in read if ref.op not in body.ops})
+            times_any.update({ref.op for ref in outside})
+
+        def reaches_all(ref: TensorRef) -> bool:
+            in_pieces = times_any[ref.op] == len(bodies) and self.users[ref.op] <= inside
+            return times[ref] == len(bodies) or (in_pieces and not weights.parameter_of(ref))
+
+        return all(
+            reaches_all(ref) or ref.op in weights.ways or not self._bears_gradients(ref) for ref in times
+        )
+
+    def _bears_gradients(self, ref: TensorRef) -> bool:
+        constant = self.graph[ref.op].kind in ("input", "buffer")
+        return not constant and not self.graph.spec(ref).dtype.startswith(("int", "uint", "bool"))
 
 
 def _dim(size: int, symbol: str) -> int | str:

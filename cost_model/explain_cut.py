@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from cost_model.errors import PlanError
-from cost_model.explain import Section, bytes_text, seconds_text
 from cost_model.plan import CutOption, CutPlan, Hop, PartitionPlan
+from cost_model.text_tables import Section
+from cost_model.wording import bytes_text, seconds_text
 
 
 def cut_facts(plan: PartitionPlan, cut: int) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def cut_reason(plan: PartitionPlan, cut: int) -> str:
     if _slower(here) == _slower(best) and here.nbytes < best.nbytes:
         return f"as fast as at {best.op}, and fewer bytes cross"
     slowest = max(plan.stages, key=lambda s: s.seconds)
-    between = "" if slowest.index in (cut, cut + 1) else f", which is stage {slowest.index}"
+    between = "" if slowest.index in (cut, cut + 1) else f", which is stage {slowest.index},"
     less = _slower(here) - _slower(best)
     gain = f"take {seconds_text(less)} less" if less else "be as fast"
     return (

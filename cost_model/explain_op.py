@@ -5,26 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cost_model.explain import (
-    Section,
-    bytes_text,
-    compress_names,
-    local_shape,
-    name_pattern,
-    ranges_text,
-    seconds_text,
-    weight_of,
-)
 from cost_model.plan import Alternative, OpPlan, PartitionPlan
+from cost_model.plan_weights import local_shape, weight_of
+from cost_model.roles import MEANING
+from cost_model.text_tables import Section
+from cost_model.wording import bytes_text, compress_names, name_pattern, ranges_text, seconds_text
 
-ROLES = {
-    "column": "each tp rank makes its part of the outputs",
-    "row": "each tp rank sums over its part of the inputs; the parts are added up",
-    "vocab": "each tp rank looks up its part of the rows; the parts are added up",
-    "hidden": "each tp rank has its part of every row",
-    "groups": "each tp rank has its part of the channels' groups",
-    "replicate": "every tp rank does all of it",
-}
+_NO_ROLES = "Roles are of linears, embeddings and convolutions"
 
 
 def alike(plan: PartitionPlan, ops: Sequence[OpPlan]) -> list[list[OpPlan]]:
@@ -72,6 +59,13 @@ def op_facts(plan: PartitionPlan, ops: Sequence[OpPlan]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def sections_of(plan: PartitionPlan, groups: Sequence[Sequence[OpPlan]]) -> list[Section]:
+    """Of groups that are alike in themselves: each with its roles; one table, where none has any."""
+    if len(groups) > 1 and not any(ops[0].role for ops in groups):
+        return [_table(plan, groups)]
+    return [section for ops in groups for section in op_sections(plan, ops)]
+
+
 def op_sections(plan: PartitionPlan, ops: Sequence[OpPlan]) -> list[Section]:
     """Two: what the op does, and what else it could have done. `ops` are alike."""
     op, facts = ops[0], op_facts(plan, ops)
@@ -79,28 +73,65 @@ def op_sections(plan: PartitionPlan, ops: Sequence[OpPlan]) -> list[Section]:
     title = f"{place}: {op.kind}" + (f", x{len(ops)} (figures of each)" if len(ops) > 1 else f" ({op.name})")
     lines = []
     if op.role:
-        lines.append(f"role         {op.role}" + (f": {ROLES[op.role]}" if op.role in ROLES else ""))
-    elif op.letter:
-        lines.append(f"cut          along {op.letter}")
+        lines.append(f"role         {op.role}" + (f": {MEANING[op.role]}" if op.role in MEANING else ""))
     else:
-        lines.append("cut          not: every tp rank does all of it")
+        lines.append(f"cut          {_cut_text(op)}")
     if facts["weight_shape"]:
         shape = "x".join(map(str, facts["weight_shape"]))
-        lines.append(f"weight       {shape}, on each tp rank {facts['local_shape']}")
+        whole = op.owner is not None
+        lies = f"whole on tp rank {op.owner} alone" if whole else f"on each tp rank {facts['local_shape']}"
+        lines.append(f"weight       {shape}, {lies}")
     lines.append(f"stages       {ranges_text(facts['stages'])}")
     lines.append(f"tensors      reads {', '.join(facts['inputs']) or 'none'}; leaves {', '.join(facts['outputs'])}")
-    lines.append(f"seconds      {seconds_text(op.compute_seconds)}")
+    fused = "none of its own: fused with the ops that read it"
+    lines.append(f"seconds      {seconds_text(op.compute_seconds) if op.compute_seconds else fused}")
     names = ", ".join(facts["collectives"])
     said = f"{names} of {bytes_text(op.comm_bytes)}, {seconds_text(op.comm_seconds)}" if names else "none"
     lines.append(f"collectives  {said}")
     return [Section(title, lines=tuple(lines), indent=" " * 13), _alternatives(plan, op)]
 
 
+def _table(plan: PartitionPlan, groups: Sequence[Sequence[OpPlan]]) -> Section:
+    rows = [("op", "times", "stages", "cut", "reads", "leaves", "compute", "collectives")]
+    for ops in groups:
+        op, facts = ops[0], op_facts(plan, ops)
+        cut = _cut_text(op).partition(":")[0].removesuffix(" of what it leaves")
+        rows.append((
+            op.kind,
+            f"x{len(ops)}",
+            ranges_text(facts["stages"]),
+            cut if op.owner is None else f"rank {op.owner}",
+            ", ".join(facts["inputs"]) or "-",
+            ", ".join(facts["outputs"]),
+            seconds_text(op.compute_seconds) if op.compute_seconds else "fused",
+            f"{', '.join(facts['collectives'])}, {seconds_text(op.comm_seconds)}" if facts["collectives"] else "-",
+        ))  # fmt: skip
+    place = ", ".join(compress_names(op.module for ops in groups for op in ops if op.module)) or "-"
+    lines = (f"{_NO_ROLES}: these are cut as suits those around them. Seconds are of each; fused: with what reads it.",)
+    return Section(f"{place}: its own ops", tuple(rows), lines, left=(0, 3, 4, 5, 7), flexible=4, indent="  ")
+
+
+def _cut_text(op: OpPlan) -> str:
+    """How an op without a role is cut, by what it leaves."""
+    if op.owner is not None:
+        return f"not: tp rank {op.owner} alone does it"
+    if not op.letter:
+        return "not: every tp rank does all of it"
+    dims = list(dict.fromkeys(p.dim for p in op.outputs if p.is_shard))
+    if dims:
+        return f"along dim {', '.join(map(str, dims))} of what it leaves"
+    return "along what it sums over" if any(p.is_partial for p in op.outputs) else f"along {op.letter}"
+
+
 def _alternatives(plan: PartitionPlan, op: OpPlan) -> Section:
     title = "Roles it could have, everything else then chosen anew"
     found = plan.alternatives(op)
     if not found:
-        return Section(title, lines=("none: there is nothing to choose",))
+        if op.role:
+            why = "one tp rank has all of it" if plan.mesh.tp == 1 else "there is nothing to choose"
+        else:
+            why = f"{_NO_ROLES.lower()}; this op is cut as suits those around it"
+        return Section(title, lines=(f"none: {why}",))
     rows = [("role", "one forward", "weights a rank", "")]
     for a in sorted(found, key=lambda a: (a.role != op.role, bool(a.impossible), a.seconds)):
         if a.impossible:

@@ -5,17 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cost_model.explain import (
-    Section,
-    all_warnings,
-    bytes_text,
-    compress_names,
-    name_pattern,
-    prediction_lines,
-    seconds_text,
-)
+from cost_model.explain import prediction_lines
 from cost_model.explain_cut import cut_reason
 from cost_model.plan import OpPlan, PartitionPlan
+from cost_model.plan_warnings import all_warnings
+from cost_model.text_tables import Section
+from cost_model.wording import bytes_text, compress_names, name_pattern, seconds_text
 
 DEAREST = 10
 

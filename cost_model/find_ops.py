@@ -6,10 +6,11 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from cost_model.errors import PlanError
-from cost_model.explain import name_pattern
 from cost_model.plan import OpPlan, PartitionPlan
+from cost_model.wording import name_pattern
 
 SHOWN = 6  # names listed in an error
+FUSED = "fused_"  # how passes/fuse_ops.py calls the op that it puts in place of a chain, before the name of its last
 
 
 def find_ops(plan: PartitionPlan, name: str) -> list[OpPlan]:
@@ -18,8 +19,9 @@ def find_ops(plan: PartitionPlan, name: str) -> list[OpPlan]:
     Of a module's ops those with a role are meant, where there are some. Raises PlanError, naming what comes near or
     what there is to choose from, where nothing is called so, or different modules are.
     """
-    if plan.has_op(name):
-        return [plan.op(name)]
+    for own in (name, name.removeprefix(FUSED)):
+        if plan.has_op(own):
+            return [plan.op(own)]
     found = [op for op in plan.ops if name and op.module == name] or [
         op for op in plan.ops if any(_means(name, text) for text in (op.name, op.module))
     ]
@@ -38,9 +40,11 @@ def _means(name: str, text: str) -> bool:
 
 def _unknown(plan: PartitionPlan, name: str) -> str:
     modules = list(dict.fromkeys(op.module for op in plan.ops if op.module))
-    inside = [module for module in modules if module.startswith(f"{name}.")]
+    inside = [module for module in modules if name and f".{name}." in f".{module}"]
     if inside:
-        return f"{name!r} runs no op itself; inside it are {_listed(inside)}"
+        patterns = list(dict.fromkeys(map(name_pattern, inside)))
+        shown = patterns if len(patterns) < len(inside) else inside  # layers that are alike once
+        return f"{name!r} runs no op itself; inside it are {_listed(shown)}"
     known = dict.fromkeys([*map(name_pattern, modules), *(m.rpartition(".")[2] for m in modules), *modules])
     known.update(dict.fromkeys(op.name for op in plan.ops))
     near = get_close_matches(name, known, n=3, cutoff=0.5)

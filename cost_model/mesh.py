@@ -32,7 +32,8 @@ class Mesh:
     def coordinates(self, rank: int) -> tuple[int, int]:
         """(stage, tp_rank) of a global rank."""
         if not 0 <= rank < self.size:
-            raise MeshError(f"rank {rank} is not on a mesh of tp={self.tp} x pp={self.pp} ({self.size} ranks)")
+            ranks = f"{self.size} rank{'s' if self.size > 1 else ''}"
+            raise MeshError(f"rank {rank} is not on a mesh of tp={self.tp} x pp={self.pp} ({ranks})")
         return divmod(rank, self.tp)
 
     def tp_group(self, stage: int) -> tuple[int, ...]:

@@ -17,13 +17,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cost_model.errors import AutodistError, MeshError, NoPlanFits, PlanError
-from cost_model.explain import bytes_text, seconds_text, table
 from cost_model.mesh import Mesh
 from cost_model.op_graph import OpGraph
 from cost_model.pins import pinned_roles
 from cost_model.plan import PartitionPlan
 from cost_model.plan_request import PlanRequest
-from cost_model.planner import SharedSearches, forward_seconds, plan
+from cost_model.plan_search import SharedSearches
+from cost_model.planner import forward_seconds, plan
+from cost_model.text_tables import table
+from cost_model.wording import bytes_text, seconds_text
 
 OBJECTIVES = ("latency", "throughput", "memory")
 LOAD = 256  # sequences in flight a device, at most: what vLLM admits by default (max_num_seqs)
@@ -40,8 +42,8 @@ class Candidate:
     sequences: int  # in flight in one copy: of all its micro-batches together
     fits: bool  # weights, caches and activations into a device's memory
     seconds: float  # of one forward through all stages
-    prompt_seconds: float | None  # of a prompt as long as what is cached; None without a cache
-    tokens_per_second: float  # of all copies
+    prompt_seconds: float | None  # of a prompt as long as what is cached; None without a cache, or with one of its own
+    tokens_per_second: float  # of all copies; samples/s of a model without tokens
 
     @property
     def mesh(self) -> Mesh:
@@ -208,8 +210,8 @@ class _Chooser:
             sequences=used["B"] * in_flight,
             fits=all(stage.memory_bytes <= self.memory_bytes for stage in planned.stages),
             seconds=planned.predicted_seconds,
-            prompt_seconds=self._prompt_seconds(planned, wanted, used) if used.get("P") else None,
-            tokens_per_second=copies * used["B"] * used["S"] / pace,
+            prompt_seconds=self._prompt_seconds(planned, wanted, used) if used.get("P") and "S" in used else None,
+            tokens_per_second=copies * used["B"] * used.get("S", 1) / pace,
         )
 
     def _prompt_seconds(self, planned: PartitionPlan, wanted: PlanRequest, used: Mapping[str, int]) -> float:
@@ -227,14 +229,15 @@ def choice_text(choice: MeshChoice) -> str:
     hardware = choice.best.plan.hardware
     lines = [f"{choice.model} on {choice.devices} {hardware}, by {choice.objective}; predicted at {at}", ""]
     step = "a token" if sizes.get("P") else "a forward"
-    prompt = [f"prompt of {sizes['P']}"] if sizes.get("P") else []
-    rows = [["", "mesh", "copies", "sequences", step, *prompt, "tokens/s", "memory", ""]]
+    prompt = [f"prompt of {sizes['P']}"] if sizes.get("P") and "S" in sizes else []
+    pace = "tokens/s" if "S" in sizes or "P" in sizes else "samples/s"
+    rows = [["", "mesh", "copies", "sequences", step, *prompt, pace, "memory", ""]]
     for number, c in enumerate(choice.candidates, 1):
         rows.append([
             str(number),
             str(c.mesh),
             str(c.copies),
-            str(c.sequences * c.copies) if choice.objective == "throughput" else str(c.sequences),
+            str(c.sequences * c.copies),  # in flight where tokens/s are counted: on all devices
             seconds_text(c.seconds),
             *([seconds_text(c.prompt_seconds)] if c.prompt_seconds is not None else ["-"] * len(prompt)),
             f"{c.tokens_per_second:.0f}",
@@ -250,7 +253,8 @@ def _remarks(choice: MeshChoice) -> Sequence[str]:
     left = choice.devices - best.mesh.size
     if choice.objective == "latency":
         if left:
-            remarks.append(f"{left} of {choice.devices} devices are left over: more ranks would be slower.")
+            are = "is" if left == 1 else "are"
+            remarks.append(f"{left} of {choice.devices} devices {are} left over: more ranks would be slower.")
         fewer = [c for c in choice.candidates if c.fits and c.mesh.size < best.mesh.size]
         if near := [c for c in fewer if c.seconds <= NEAR * best.seconds]:
             small = min(near, key=lambda c: c.mesh.size)

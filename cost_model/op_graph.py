@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import networkx as nx
 
@@ -19,8 +19,8 @@ DTYPE_BYTES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+# Tuples, as placements are: a large model has millions of them hashed and compared, which for tuples is done in C.
+class TensorSpec(NamedTuple):
     """A tensor's shape at the example sizes, and which dims follow the input's sizes ("B", "S", "T", ..., else "")."""
 
     shape: tuple[int, ...]
@@ -73,12 +73,11 @@ def length(symbol: str, example: int, sizes: Mapping[str, int]) -> int:
     return product
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
+class TensorRef(NamedTuple):
     """One tensor: output `index` of op `op`."""
 
     op: str
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index
 
 
 @dataclass(frozen=True, slots=True)

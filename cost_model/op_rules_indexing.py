@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cost_model.op_rules import DimLink, Letter, OpRule, Shape, rule
+from cost_model.op_rule import DimLink, Letter, OpRule, Shape, rule
 
 
 @rule("index")

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import networkx as nx
 
 from cost_model.errors import MeshError, NoPlanFits
-from cost_model.explain import bytes_text
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef
+from cost_model.wording import bytes_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,15 @@ class Stage:
     received: tuple[TensorRef, ...]
 
 
+# Seconds that stage k, which is this one, takes to receive what it receives. The third are the positions where stages
+# begin; () while these are not known yet, and all comes from the stage before.
+Arrival = Callable[[int, Stage, Sequence[int]], float]
+
+
 class PipelineSearch:
     """Cuts one graph into stages. `send_seconds(ref)` is the time to hand that tensor to another stage;
-    `weight_bytes` are a parameter's bytes on the slowest tp rank."""
+    `weight_bytes` are a parameter's bytes on the slowest tp rank; `sizes`, the lengths ("B", "S", ...) at which the
+    bytes over a border are counted, those of the graph's examples where it has none."""
 
     def __init__(
         self,
@@ -49,6 +55,7 @@ class PipelineSearch:
         costs: Mapping[str, OpCost],
         send_seconds: Mapping[TensorRef, float],
         weight_bytes: Mapping[str, int],
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
         self.graph = graph
         self.costs = costs
@@ -56,9 +63,9 @@ class PipelineSearch:
         self.weight_bytes = weight_bytes
         self.sequence = [op.name for op in graph if op.kind not in SOURCES]
         self.position = {name: i for i, name in enumerate(self.sequence)}
-        self._seconds = _prefix_sums([costs[name].seconds for name in self.sequence])
         self._state = _prefix_sums([costs[name].state_bytes for name in self.sequence])
         self._from_weights = self._weight_derived()
+        self._counts, self._bytes = self._crossing(sizes or {})
 
     # -- where cuts may be -------------------------------------------------------------------------------------------
 
@@ -69,7 +76,7 @@ class PipelineSearch:
                 found.add(op.name)
         return found
 
-    def _crossing(self) -> tuple[list[int], list[int]]:
+    def _crossing(self, lengths: Mapping[str, int]) -> tuple[list[int], list[int]]:
         """At each position: how many tensors, and bytes, derived from weights are made before it and used after."""
         counts, sizes = [0] * (len(self.sequence) + 1), [0] * (len(self.sequence) + 1)
         outputs = set(self.graph.outputs)
@@ -82,10 +89,11 @@ class PipelineSearch:
                 last = max(users, default=self.position[name])
                 if ref in outputs:
                     last = max(last, self.position[name])  # leaves the model from where it is made
+                nbytes = spec.at(lengths).nbytes
                 counts[self.position[name] + 1] += 1
-                sizes[self.position[name] + 1] += spec.nbytes
+                sizes[self.position[name] + 1] += nbytes
                 counts[last + 1] -= 1
-                sizes[last + 1] -= spec.nbytes
+                sizes[last + 1] -= nbytes
         return _running(counts), _running(sizes)
 
     def candidates(self, enough: int = 1) -> list[int]:
@@ -93,7 +101,7 @@ class PipelineSearch:
 
         Where these are not `enough`, because some tensor is used far on, also those that one more tensor crosses.
         """
-        counts, sizes = self._crossing()
+        counts, sizes = self._counts, self._bytes
         inner = [
             p
             for p in range(1, len(self.sequence))
@@ -118,6 +126,7 @@ class PipelineSearch:
         seconds: Sequence[Mapping[str, float]] | None = None,
         cuts: Sequence[int] | None = None,
         balance: str = "seconds",
+        arrival: Arrival = lambda k, stage, starts: 0.0,
     ) -> list[Stage]:
         """The best `stages` stages. `memory_bytes[k]` is what stage k's device holds of weights and caches.
 
@@ -125,26 +134,28 @@ class PipelineSearch:
         cuts: positions to cut at, where they are given and nothing is left to search.
         balance: "seconds" (the slowest stage as fast as can be) or "bytes" (the fullest as empty as can be, as a share
             of its memory); the other decides between equals, then the bytes over the hops.
+        arrival: of what each stage receives. A stage's seconds are those of its ops, of what it computes again, and it.
 
         Raises MeshError when there are fewer places to cut than needed, NoPlanFits when memory rules all out.
         """
-        times = [dict(s) for s in seconds] if seconds is not None else None
+        alike = {name: cost.seconds for name, cost in self.costs.items()}
+        self.times = [dict(s) for s in seconds] if seconds is not None else [alike] * stages
+        until = {id(t): _prefix_sums([t[name] for name in self.sequence]) for t in self.times}
+        self._until = [until[id(t)] for t in self.times]
+        self.arrival = arrival
         if cuts is None:
             places = self.candidates(stages - 1) if stages > 1 else []
-            cuts = self._place(stages, places, memory_bytes, times, balance)
+            cuts = self._place(stages, places, memory_bytes, balance)
         else:
             cuts = [0, *cuts, len(self.sequence)]
             self._check_memory(cuts, memory_bytes)
-        return [
-            self._stage(a, b, None if times is None else times[k]) for k, (a, b) in enumerate(itertools.pairwise(cuts))
-        ]
+        return [self.stage(k, a, b) for k, (a, b) in enumerate(itertools.pairwise(cuts))]
 
     def _place(
         self,
         stages: int,
         places: list[int],
         memory_bytes: Sequence[int] | None,
-        times: Sequence[Mapping[str, float]] | None,
         balance: str,
     ) -> list[int]:
         if len(places) < stages - 1:
@@ -152,7 +163,6 @@ class PipelineSearch:
                 f"pp={stages} needs {stages - 1} cuts, but the model has only {len(places)} places to cut it: "
                 f"use pp={len(places) + 1} at most"
             )
-        _, crossing = self._crossing()
         ends = [0, *places, len(self.sequence)]
         spans = _Spans(len(ends) - 1, stages)
         if memory_bytes is not None or balance == "bytes":
@@ -162,14 +172,50 @@ class PipelineSearch:
             if balance == "bytes":
                 limits = memory_bytes or [1] * stages
                 spans.flatten(lambda k, i, j: held[i, j] / limits[k])
-        until = [self._seconds] * stages
-        if times is not None:
-            until = [_prefix_sums([t[name] for name in self.sequence]) for t in times]
-        spans.flatten(lambda k, i, j: until[k][ends[j]] - until[k][ends[i]])
-        found = spans.shortest(lambda k, i, j: crossing[ends[j]] if j < len(ends) - 1 else 0)
+        before = self._before(ends[:-1], stages)
+        spans.flatten(lambda k, i, j: before[k][i] + self._until[k][ends[j]] - self._until[k][ends[i]])
+        found = spans.shortest(lambda k, i, j: self._bytes[ends[j]] if j < len(ends) - 1 else 0)
         if found is None:
-            raise NoPlanFits(self._too_big(stages, memory_bytes))
+            raise NoPlanFits(self._too_big(stages, memory_bytes, spans.least(lambda k, i, j: held[i, j])))
         return [ends[i] for i in found]
+
+    def _before(self, starts: Sequence[int], stages: int) -> list[list[float]]:
+        """Seconds of receiving and computing again before stage k's own ops, were it to begin at each of `starts`: as
+        much as all ops from there to the end need, which in layers that are alike is what the stage's own do."""
+        end = len(self.sequence)
+        found: list[list[float]] = []
+        at_all: dict[int, list[Stage]] = {}
+        for k in range(stages):
+            times = self.times[k]
+            if k and id(times) not in at_all:  # nothing is needed at 0, where only stage 0 begins
+                at_all[id(times)] = [
+                    self._stage_of(a, end, needed, times) for a, needed in zip(starts, self._needed_at(starts))
+                ]
+            candidates = at_all[id(times)] if k else []
+            found.append([self._start_seconds(k, stage, ()) for stage in candidates] or [0.0] * len(starts))
+        return found
+
+    def _start_seconds(self, k: int, stage: Stage, starts: Sequence[int]) -> float:
+        return sum(self.times[k][name] for name in stage.recomputed) + self.arrival(k, stage, starts)
+
+    def _needed_at(self, starts: Sequence[int]) -> list[list[TensorRef]]:
+        """For each of these positions, in order, the tensors made before it and used there or later."""
+        spans = [
+            (self.position[ref.op], max(self.position[user] for user, _ in users), ref)
+            for ref, users in self.graph.users.items()
+            if ref.op in self.position and users
+        ]
+        spans.sort(key=lambda span: span[0])
+        found: list[list[TensorRef]] = []
+        crossing: list[tuple[int, int, TensorRef]] = []
+        at = 0
+        for start in starts:
+            while at < len(spans) and spans[at][0] < start:
+                crossing.append(spans[at])
+                at += 1
+            crossing = [span for span in crossing if span[1] >= start]
+            found.append([ref for _, _, ref in crossing])
+        return found
 
     def _held_between(self, ends: Sequence[int]) -> dict[tuple[int, int], int]:
         """Bytes of weights and caches of ops [ends[i], ends[j]), for all i < j; a weight used twice counts once."""
@@ -203,13 +249,15 @@ class PipelineSearch:
                     "the cuts, or leave them to the search"
                 )
 
-    def _too_big(self, stages: int, memory_bytes: Sequence[int] | None) -> str:
+    def _too_big(self, stages: int, memory_bytes: Sequence[int] | None, least: float) -> str:
+        """`least`: bytes of the fullest stage, were the stages as even as they can be."""
         total = sum(self.weight_bytes.values()) + int(self._state[-1])
         limits = [bytes_text(limit) for limit in dict.fromkeys(memory_bytes or [0])]
         holds = f"a device holds {limits[0]}" if len(limits) == 1 else f"the devices hold {', '.join(limits)}"
+        fullest = f", {bytes_text(least)} on the fullest at best" if stages > 1 else ""
         return (
             f"no cut into {stages} stages fits: weights and KV cache take {bytes_text(total)} over the stages of one "
-            f"tp rank, and {holds}: use more ranks (tp or pp), a smaller dtype, or raise max_memory"
+            f"tp rank{fullest}, and {holds}: use more ranks (tp or pp), a smaller dtype, or raise max_memory"
         )
 
     def crossing(self, position: int) -> list[TensorRef]:
@@ -222,11 +270,17 @@ class PipelineSearch:
             and self.position[ref.op] < position <= max(self.position[user] for user, _ in users)
         ]
 
-    def stage_seconds(self, start: int, stop: int) -> float:
-        """Of ops [start, stop), without sends and what is computed again."""
-        return self._seconds[stop] - self._seconds[start]
+    def stage_seconds(self, k: int, stage: Stage, starts: Sequence[int]) -> float:
+        """Of a stage k that `stage` finds, in the pipeline whose stages begin at `starts`: its ops, what it computes
+        again, and what it receives."""
+        own = self._until[k][stage.stop] - self._until[k][stage.start]
+        return own + self._start_seconds(k, stage, starts)
 
     # -- what crosses --------------------------------------------------------------------------------------------------
+
+    def stage(self, k: int, start: int, stop: int) -> Stage:
+        """Ops [start, stop) as stage k, with what crosses into it. Only after `solve`."""
+        return self._stage(start, stop, self.times[k])
 
     def _stage(self, start: int, stop: int, seconds: Mapping[str, float] | None = None) -> Stage:
         needed = [
@@ -235,8 +289,11 @@ class PipelineSearch:
             for ref in self.graph[name].inputs
             if ref.op in self.position and self.position[ref.op] < start
         ]
-        needed = list(dict.fromkeys(needed))
-        recomputed = self._recompute(needed, seconds or {name: self.costs[name].seconds for name in self.sequence})
+        seconds = seconds or {name: self.costs[name].seconds for name in self.sequence}
+        return self._stage_of(start, stop, list(dict.fromkeys(needed)), seconds)
+
+    def _stage_of(self, start: int, stop: int, needed: Sequence[TensorRef], seconds: Mapping[str, float]) -> Stage:
+        recomputed = self._recompute(needed, seconds)
         inside = set(recomputed)
         wanted = [ref for ref in needed if ref.op not in inside]
         for name in recomputed:
@@ -313,6 +370,12 @@ class _Spans:
         found = self._best(cost, max)
         if found is not None:
             self.restrict(cost, [found[0]] * self.stages)
+
+    def least(self, cost: Callable[[int, int, int], float]) -> float:
+        """What the dearest step costs at least, whatever else is demanded; there is a way."""
+        found = _Spans(self.last, self.stages)._best(cost, max)
+        assert found is not None
+        return found[0]
 
     def shortest(self, cost: Callable[[int, int, int], float]) -> list[int] | None:
         """The ends of the way whose steps cost the least together; None where there is no way."""

@@ -8,13 +8,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 PLACEMENTS = "R, P, S(<dim>), D(<dim>) or O(<rank>)"
 Interval = tuple[int, int]  # [start, stop) along one dim of the whole tensor
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Placement:
+class Placement(NamedTuple):
     """`kind` is "R", "S", "D", "P" or "O"; `dim` is the sharded dim of an "S" or "D", the rank of an "O", else -1."""
 
     kind: str

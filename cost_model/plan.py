@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cost_model.errors import PlanError
+from cost_model.errors import PlanError, reason_text
 from cost_model.mesh import Mesh
 from cost_model.placement import Interval, Layout, Placement
 
@@ -257,7 +257,7 @@ class PartitionPlan:
         try:
             Path(path).write_text(text, encoding="utf-8")
         except OSError as error:
-            raise PlanError(f"cannot write the plan file {path}: {error}") from error
+            raise PlanError(f"cannot write the plan file {path}: {reason_text(error)}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> PartitionPlan:
@@ -267,7 +267,7 @@ class PartitionPlan:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"cannot read the plan file {path}: {error}") from error
+            raise PlanError(f"cannot read the plan file {path}: {reason_text(error)}") from error
         try:
             return plan_from_text(text)
         except PlanError as error:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from math import prod
 from typing import Any
 
 from cost_model.errors import PlanError
-from cost_model.explain import Section, bytes_text, compress_names, name_pattern, seconds_text, sections_text
 from cost_model.plan import OpPlan, PartitionPlan
+from cost_model.plan_warnings import whole_device
+from cost_model.text_tables import Section, sections_text
+from cost_model.wording import bytes_text, compress_names, count_text, name_pattern, seconds_text
+
+ONE_DEVICE = "one device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,7 @@ def diff_plans(before: PartitionPlan, after: PartitionPlan) -> PlanDiff:
         counts=_changes({k: (ours.get(k, (0, 0))[0], theirs.get(k, (0, 0))[0]) for k in kinds}),
         nbytes=_changes({k: (ours.get(k, (0, 0))[1], theirs.get(k, (0, 0))[1]) for k in kinds}),
         memory=_changes({k: (v, _memory(after)[k]) for k, v in _memory(before).items()}),
-        seconds=_changes({k: (v, _seconds(after)[k]) for k, v in _seconds(before).items()}),
+        seconds=_changes({_named(k, before, after): (v, _seconds(after)[k]) for k, v in _seconds(before).items()}),
     )
     return found if found else PlanDiff(before.model, other=_other(before, after))
 
@@ -97,6 +102,7 @@ def _settings(plan: PartitionPlan) -> dict[str, Any]:
         "objective": plan.objective,
         "sizes": ", ".join(f"{symbol}={n}" for symbol, n in plan.sizes),
         "graph": plan.fingerprint[:12],
+        "parameters": count_text(sum(prod(p.shape) for p in plan.params)),
         "a device's memory": bytes_text(plan.device_memory_bytes),
     }
 
@@ -163,8 +169,16 @@ def _seconds(plan: PartitionPlan) -> dict[str, float]:
         "compute": sum(s.compute_seconds for s in plan.stages),
         "communication": sum(s.comm_seconds for s in plan.stages),
         "slowest stage": max(s.seconds for s in plan.stages),
-        "one device": plan.one_device_seconds,
+        ONE_DEVICE: plan.one_device_seconds,
     }
+
+
+def _named(what: str, before: PartitionPlan, after: PartitionPlan) -> str:
+    """One device is as many cores as there are ranks, where these share a CPU."""
+    same = before.hardware != after.hardware or whole_device(before) == whole_device(after)
+    if what != ONE_DEVICE or same:
+        return what
+    return f"{what} ({before.mesh.size} -> {after.mesh.size} cores)"
 
 
 # --- as text ---------------------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from xml.etree.ElementTree import Element, tostring
 
-from cost_model.explain import Section, plan_header, plan_sections
+from cost_model.explain import plan_header, plan_sections
 from cost_model.plan import PartitionPlan
+from cost_model.text_tables import Section
 
 ROWS_SHOWN = 200  # of a table
 TEXT_SHOWN = 400  # characters of a cell or a line

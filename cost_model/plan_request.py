@@ -10,7 +10,7 @@ from typing import Any
 
 from cost_model.cuts import Cut
 from cost_model.devices import DeviceMap, Memory, devices_of_stages, memory_of_stages
-from cost_model.errors import PlanError
+from cost_model.errors import PlanError, reason_text
 from cost_model.hardware import PRESETS, Hardware
 from cost_model.mesh import Mesh
 from cost_model.pins import Pin
@@ -23,6 +23,7 @@ from cost_model.plan import PLAN_VERSION, PartitionPlan
 # "memory": as "shard", and stages end where the fullest device is as empty as can be, not where the slowest is as fast.
 PRICES = {"shard": 1e-6, "latency": 0.0, "throughput": 0.0, "memory": 1e-6}
 OBJECTIVES = tuple(PRICES)
+LEAST = {"B": 1, "S": 1, "P": 0, "E": 1}  # of each length that may be asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,6 @@ class PlanRequest:
     `devices[k]` is what stage k runs on, where not all are `hardware`; the ranks of one stage are alike.
     `memory_bytes[k]` is what a device of stage k may hold of weights and caches (None: no limit).
     `pins`: (pattern, role) of ops (pins.py); `cuts`: where stages begin (cuts.py), () where the search decides.
-    `whole_experts`: experts may be dealt to ranks, which programs to be trained do not know.
     `like`: a plan for another graph of the model, whose weights and caches are to lie as in that one (like_plan.py).
     `in_flight`: micro-batches whose caches a stage holds at once; as many as stages keep a pipeline full.
     """
@@ -47,7 +47,6 @@ class PlanRequest:
     pins: tuple[Pin, ...] = ()
     cuts: tuple[Cut, ...] = ()
     devices: tuple[Hardware, ...] = ()
-    whole_experts: bool = True
     in_flight: int = 1
     like: PartitionPlan | None = None
 
@@ -88,6 +87,11 @@ def request_for(
 ) -> PlanRequest:
     """A request from what users write (see `autodist_fx.compile`). With a device map each stage keeps within the memory
     of its devices, or within `max_memory` where that is less. Raises PlanError naming the argument."""
+    for symbol, n in (sizes or {}).items():
+        if symbol not in LEAST:
+            raise PlanError(f"sizes has no length {symbol!r}: choose among {', '.join(LEAST)}")
+        if isinstance(n, bool) or not isinstance(n, int) or n < LEAST[symbol]:
+            raise PlanError(f"sizes: {symbol} is {n!r}: give a whole number, {LEAST[symbol]} or more")
     devices = devices_of_stages(device_map, mesh)
     hardware = hardware or (devices[0] if devices else None)
     if hardware is None:
@@ -130,7 +134,7 @@ def options_in_file(path: str | Path) -> dict[str, Any]:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise PlanError(f"cannot read the plan file {path}: {error}") from error
+        raise PlanError(f"cannot read the plan file {path}: {reason_text(error)}") from error
     if not isinstance(data, Mapping) or data.get("version") != PLAN_VERSION:
         raise PlanError(f"{path} is no plan of version {PLAN_VERSION}: make one with `autodist-fx plan --save`")
     found: dict[str, Any] = {}
@@ -151,8 +155,5 @@ def options_in_file(path: str | Path) -> dict[str, Any]:
         raise PlanError(f"{path}: request.pins is {pins!r}: expected roles by pattern")
     if not (isinstance(cuts, list) and all(isinstance(cut, str | int) for cut in cuts)):
         raise PlanError(f"{path}: request.cuts is {cuts!r}: expected a list of modules or layer numbers")
-    for symbol, n in parts["sizes"].items():
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise PlanError(f"{path}: sizes.{symbol} is {n!r}: expected a whole number")
     found |= {"pin": pins, "cuts": cuts}
     return found | {name: asked.get(name) or None for name in ("max_memory", "device_map")}

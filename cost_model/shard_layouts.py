@@ -21,7 +21,8 @@ import networkx as nx
 import numpy as np
 
 from cost_model.op_graph import Op, OpGraph, TensorRef
-from cost_model.op_rules import IntArray, Letter, OpRule, RuleTable
+from cost_model.op_rule import IntArray, Letter, OpRule
+from cost_model.op_rules import RuleTable
 from cost_model.placement import Layout, intervals_of
 
 Dim = tuple[TensorRef, int]

@@ -59,11 +59,10 @@ class TensorParallelResult:
     domains: Mapping[str, Sequence[Strategy]]
     elimination: Elimination
     variable: Mapping[str, str]  # op -> the op whose choice is its own, too: itself, but for alike experts
-
-    def forced(self, op: str, value: int) -> dict[str, int]:
-        """The ops that choose otherwise when `op` (and what is alike) has choice `value`; see Elimination."""
-        changed = self.elimination.forced(self.variable[op], value)
-        return {name: changed[v] for name, v in self.variable.items() if v in changed}
+    # Seconds of agreement (TensorParallelSearch.agreement), of all ops of a variable together: with ops that have no
+    # choice, by its own; and between two variables, by both their choices.
+    reading: Mapping[str, Table]
+    pairs: Mapping[tuple[str, str], Table]
 
 
 class TensorParallelSearch:
@@ -81,7 +80,6 @@ class TensorParallelSearch:
         sizes: Mapping[str, int],
         layouts: LayoutTable | None = None,
         pins: Mapping[str, str] | None = None,
-        whole_experts: bool = True,
     ) -> None:
         self.graph = graph
         self.tp = tp
@@ -91,8 +89,9 @@ class TensorParallelSearch:
         self._specs: dict[TensorRef, TensorSpec] = {}
         self._from_weights = _depends_on_weights(graph)
         self._whole = deciding_ops(graph)
-        self.experts = find_experts(graph, tp, self.layouts.rules, whole_experts)
+        self.experts = find_experts(graph, tp, self.layouts.rules)
         self._seconds: dict[tuple[object, ...], float] = {}
+        self._seconds_of: dict[tuple[str, Strategy], float] = {}
         self._rows: dict[str, float | None] = {}
         self._solved: dict[float, TensorParallelResult] = {}
         self.pins = dict(pins or {})
@@ -201,6 +200,12 @@ class TensorParallelSearch:
     def compute_seconds(self, op: Op, strategy: Strategy) -> float:
         """On the slowest tp rank. An op on rows that values choose costs less where often none is chosen, and, one of
         dealt experts, its part of the time of the rank that has most to do."""
+        known = self._seconds_of.get((op.name, strategy))
+        if known is None:
+            known = self._seconds_of[op.name, strategy] = self._compute_seconds(op, strategy)
+        return known
+
+    def _compute_seconds(self, op: Op, strategy: Strategy) -> float:
         if op.kind in SOURCES or op.name in self.graph.fused:
             return 0.0
         ins = tuple(self.local(self._read(r), p) for r, p in zip(op.inputs, strategy.inputs, strict=True))
@@ -264,7 +269,7 @@ class TensorParallelSearch:
             return 0.0
         return self.spec(TensorRef(op.name)).nbytes * (1 - 1 / self.tp)
 
-    def slice_seconds(self, ref: TensorRef, have: Placement, want: Placement) -> float:
+    def slice_seconds(self, have: Placement, want: Placement) -> float:
         """Of cutting a rank's own piece out of a whole tensor: an op's overhead, no bytes (it is a view)."""
         return self.hardware.op_seconds if want.is_shard and have != want else 0.0
 
@@ -279,7 +284,7 @@ class TensorParallelSearch:
             return INFEASIBLE  # an expert is dealt whole or not at all
         if wanted.is_partial:  # rank 0 has it and the others zeros: an op that writes them
             return self.hardware.op_seconds + self.spec(ref).nbytes / self.hardware.memory_bandwidth
-        return self.slice_seconds(ref, have, wanted)
+        return self.slice_seconds(have, wanted)
 
     # -- the search ------------------------------------------------------------------------------------------------
 
@@ -316,6 +321,7 @@ class TensorParallelSearch:
         unary: dict[str, Table] = {}
         for name, v in variable.items():
             unary[v] = unary[v] + costs[name] if v in unary else costs[name]
+        reading = {v: np.zeros_like(table) for v, table in unary.items()}
         pairs: dict[tuple[str, str], Table] = {}
         for op in self.graph:
             edges = [(ref.op, self._edge_table(domains[ref.op], domains[op.name], ref, slot))
@@ -325,17 +331,20 @@ class TensorParallelSearch:
                 if table is None:
                     continue
                 u, v = variable[producer], variable[op.name]
-                if len(domains[producer]) == 1:  # nothing to choose there: no interaction
-                    unary[v] = unary[v] + table[0]
-                elif len(domains[op.name]) == 1:
-                    unary[u] = unary[u] + table[:, 0]
-                elif u == v:
-                    unary[v] = unary[v] + table.diagonal()
-                else:
+                if len(domains[producer]) > 1 and len(domains[op.name]) > 1 and u != v:
                     pairs[u, v] = pairs[u, v] + table if (u, v) in pairs else table
+                    continue
+                if len(domains[producer]) == 1:  # nothing to choose there: no interaction
+                    chooses, seconds = v, table[0]
+                elif len(domains[op.name]) == 1:
+                    chooses, seconds = u, table[:, 0]
+                else:
+                    chooses, seconds = v, table.diagonal()
+                unary[chooses] = unary[chooses] + seconds
+                reading[chooses] = reading[chooses] + seconds
         found = Elimination(unary, pairs)
         chosen = {name: domains[name][found.choice[v]] for name, v in variable.items()}
-        self._solved[price] = TensorParallelResult(chosen, found.cost, domains, found, variable)
+        self._solved[price] = TensorParallelResult(chosen, found.cost, domains, found, variable, reading, pairs)
         return self._solved[price]
 
     def _edge_table(

@@ -62,6 +62,17 @@ def fetch(module: torch.nn.Module, target: str) -> Any:
     return module
 
 
+def submodule(root: torch.nn.Module, target: str) -> torch.nn.Module:
+    """As root.get_submodule(target), which asks each module on the way whether it has what it then asks it for.
+
+    Raises KeyError.
+    """
+    module: torch.nn.Module = root
+    for atom in target.split("."):
+        module = module._modules[atom]  # type: ignore[assignment]
+    return module
+
+
 def place(module: torch.nn.Module, target: str, value: Any) -> None:
     """Set the attribute at a dotted path, making plain modules on the way."""
     *path, name = target.split(".")
@@ -75,3 +86,8 @@ def place(module: torch.nn.Module, target: str, value: Any) -> None:
         module.register_parameter(name, value)
     else:
         setattr(module, name, value)
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

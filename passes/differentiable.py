@@ -10,7 +10,7 @@ import torch.fx
 from torch.fx import Node
 
 from passes.arguments import fetch
-from passes.normalize import op_name
+from passes.nodes import op_name
 
 # Their results have no gradient, whatever they are made from.
 _CONSTANT = (

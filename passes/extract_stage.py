@@ -22,6 +22,7 @@ from cost_model.errors import PlanError
 from cost_model.plan import Hop
 from passes.arguments import is_tensor, tensor_source
 from passes.context import RankContext
+from passes.lazy_graph_module import LazyGraphModule
 from passes.own_experts import copy_own
 
 
@@ -75,7 +76,7 @@ def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.Gra
     for node in reversed(list(graph.nodes)):
         if not node.users and (node.op == "get_attr" or tensor_source(node)[0] != node.name):
             graph.erase_node(node)  # a weight, or an element of a tuple
-    module = torch.fx.GraphModule(whole, graph, class_name=f"{whole.__class__.__name__}Rank{ctx.rank}")
+    module = LazyGraphModule(whole, graph, class_name=f"{whole.__class__.__name__}Rank{ctx.rank}")
     module.meta["received"] = {s: [n.name for n in nodes] for s, nodes in received.items()}
     return module
 

@@ -47,19 +47,30 @@ def changed_by(x: torch.Tensor, method: str, *args: Any, **kwargs: Any) -> torch
 def functionalize(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """Rewrites `graph_module` in place."""
     graph = graph_module.graph
-    order = {node: i for i, node in enumerate(graph.nodes)}
+    became: dict[Node, Node] = {}  # what has been written into -> what is read instead from there on
     for node in list(graph.nodes):
+        for read in node.all_input_nodes:
+            if read in became:
+                node.replace_input_with(read, _latest(became, read))
         written = node.args[0] if node.args and isinstance(node.args[0], Node) else None
         if written is None or not _make_functional(node):
             continue
         node.meta["is_tensor"] = True
-        at, changed = order[node], node
+        changed = node
         while written is not None:
-            for user in list(written.users):
-                if order.get(user, -1) > at:
-                    user.replace_input_with(written, changed)
+            became.setdefault(written, changed)
             written, changed = _write_through(graph, written, changed)
     return graph_module
+
+
+def _latest(became: dict[Node, Node], node: Node) -> Node:
+    """Of a long chain of writes the end; each that it leads through then points there."""
+    chain = []
+    while node in became:
+        chain.append(node)
+        node = became[node]
+    became.update(dict.fromkeys(chain, node))
+    return node
 
 
 def _write_through(graph: torch.fx.Graph, written: Node, changed: Node) -> tuple[Node | None, Node]:

@@ -20,9 +20,9 @@ import torch.fx
 from torch.fx import Node
 from torch.nn import functional as F
 
+from passes.arguments import argument
 from passes.context import RankContext
-from passes.normalize import op_name
-from passes.op_graph import argument
+from passes.nodes import op_name
 
 
 def fuse_ops(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.GraphModule:

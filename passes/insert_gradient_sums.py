@@ -164,9 +164,6 @@ class _Inserter:
         if op.role == "row" and len(op.inputs) > 2:  # the sum over ranks adds the bias once
             biases = [str(a.target) for a in tensor_arguments(node)[2:] if a.op == "get_attr"]
             self.alone.update(dict.fromkeys(biases or [f"{node.target}.bias"], 0))
-        for owner in {p.dim for p in op.inputs if p.is_owned}:  # an expert that one rank has whole
-            own = [str(a.target) for a in tensor_arguments(node) if a.op == "get_attr"]
-            self.alone.update(dict.fromkeys([*own, *own_parameters(self.module, node)], owner))
 
     def _read(self, node: Node, value: Node, wants: str) -> None:
         """Let `node` read `value` so that the gradient which comes back is of the kind that `value` has."""
@@ -222,9 +219,10 @@ class _Inserter:
     def param_uses(self) -> tuple[ParamUse, ...]:
         found = []
         tp_ranks = tuple(range(self.ctx.mesh.tp))
+        owners = {p.name: p.placement.dim for p in self.ctx.plan.params if p.placement.is_owned}  # of experts' weights
         for path, paths in self._tensors().items():
             shard, layout = self.ctx.param_shards[path], self.ctx.param_layouts[path]
-            alone = next((self.alone[p] for p in paths if p in self.alone), None)
+            alone = next((self.alone[p] for p in paths if p in self.alone), owners.get(shard.source))
             found.append(
                 ParamUse(
                     source=shard.source,

@@ -13,7 +13,7 @@ import torch.fx
 
 from cost_model.errors import PlanError
 from passes.context import RankContext
-from passes.normalize import is_pure
+from passes.nodes import is_pure
 
 # Methods of transformers' Cache that take a layer's index, and the index's position among the arguments.
 _LAYER_ARGUMENT = {"update": 3, "read": 1, "get_seq_length": 1, "get_mask_sizes": 2}

@@ -18,10 +18,10 @@ from torch.fx import Node
 
 from cost_model.placement import Layout
 from cost_model.plan import OpPlan
-from passes.arguments import map_tensor_arguments, tensor_arguments
+from passes.arguments import argument, map_tensor_arguments, tensor_arguments
 from passes.context import RankContext
-from passes.normalize import op_name
-from passes.op_graph import argument
+from passes.nodes import op_name
+from passes.op_graph_products import reduced_dims
 from passes.parallel_layers import partial_mean
 
 
@@ -117,10 +117,10 @@ def _mean(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan
     if not (op.outputs[0].is_partial and op.inputs[0].is_shard and op_name(node) == "mean"):
         return
     x, out = node.args[0].meta["val"], node.meta["val"]
-    dims = argument(node, 1, "dim")
+    cut = op.inputs[0].dim
     node.op, node.target = "call_function", partial_mean
-    node.args = (node.args[0], dims, out.dim() == x.dim(), x.numel() // max(out.numel(), 1))
-    node.kwargs = {}
+    node.args = (node.args[0], reduced_dims(node), out.dim() == x.dim(), cut, x.shape[cut])
+    node.kwargs = {name: value for name, value in node.kwargs.items() if name == "dtype"}
 
 
 def _repeat(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:

@@ -10,44 +10,24 @@ without a line here becomes an op without a rule, which is replicated: slower, n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection
 
 import torch
 import torch.fx
 from torch.fx import Node
 
-from cost_model.errors import PlanError
 from cost_model.op_graph import Op, OpGraph, TensorRef, TensorSpec
-from passes.normalize import is_pure, op_name
-
-Attributes = dict[str, Any]
-
-_ELEMENTWISE = {
-    "add": "add", "iadd": "add", "add_": "add", "sub": "sub", "isub": "sub", "rsub": "sub", "mul": "mul", "imul": "mul",
-    "mul_": "mul", "truediv": "div", "div": "div", "true_divide": "div", "neg": "neg", "floordiv": "floordiv",
-    "mod": "mod", "pow": "pow", "maximum": "maximum", "minimum": "minimum", "where": "where",
-    "masked_fill": "masked_fill", "masked_fill_": "masked_fill", "eq": "eq", "ne": "ne", "lt": "lt", "le": "le",
-    "gt": "gt", "ge": "ge", "and": "and", "or": "or", "xor": "xor", "logical_and": "and", "logical_or": "or",
-    "bitwise_and": "and", "bitwise_or": "or", "invert": "logical_not", "logical_not": "logical_not",
-    "bitwise_not": "logical_not", "not": "logical_not", "to": "to", "float": "to", "half": "to", "bfloat16": "to",
-    "double": "to", "bool": "to", "long": "to", "int": "to", "type": "to", "type_as": "type_as", "clone": "clone",
-    "contiguous": "identity", "detach": "identity", "lerp": "lerp", "square": "square", "clamp": "clamp",
-    "clip": "clamp", "clamp_min": "clamp", "clamp_max": "clamp", "nan_to_num": "nan_to_num",
-}  # fmt: skip
-for _name in (
-    "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "cos", "sin", "tanh", "sigmoid", "silu", "gelu", "relu", "erf",
-    "softplus", "leaky_relu", "elu", "mish", "hardtanh", "floor", "round", "sign", "log1p", "expm1", "isnan", "isinf",
-    "relu6", "log_sigmoid", "hardswish", "hardsigmoid", "ceil", "trunc", "dropout",
-):  # fmt: skip
-    _ELEMENTWISE[_name] = _name
-_ELEMENTWISE["logsigmoid"] = "log_sigmoid"
-# nn modules that are one elementwise function of their input
-_ELEMENTWISE_MODULES = {
-    "Dropout": "dropout", "SiLU": "silu", "GELU": "gelu", "ReLU": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid",
-    "ReLU6": "relu6", "Softplus": "softplus", "LeakyReLU": "leaky_relu", "ELU": "elu", "Mish": "mish",
-    "Hardswish": "hardswish", "Identity": "identity",
-}  # fmt: skip
+from passes import (  # noqa: F401  each puts its functions into HANDLERS
+    op_graph_images,
+    op_graph_indexing,
+    op_graph_products,
+    op_graph_views,
+)
+from passes.arguments import fetch, submodule
+from passes.nodes import is_pure, op_name
+from passes.op_graph_elementwise import ELEMENTWISE, ELEMENTWISE_MODULES
+from passes.op_graph_images import POOLS
+from passes.op_handlers import HANDLERS, Attributes
 
 # What a matmul may read a weight through: one expert's of all experts' weights, in another dtype, transposed.
 _READS_THROUGH = ("slice", "view", "permute", "split", "unbind", "to", "identity", "index")
@@ -139,7 +119,7 @@ class _Builder:
     def _add(self, node: Node) -> None:
         specs = self._specs(node)
         if node.op == "get_attr":
-            tensor = _fetch(self.module, node.target)
+            tensor = fetch(self.module, node.target)
             if isinstance(tensor, torch.Tensor):
                 self.refs[node] = self._state(tensor, node)
                 return
@@ -187,17 +167,17 @@ class _Builder:
             return self._classify_module(node, name, inputs)
         if not specs:
             return f"scalar.{name}", inputs, {}
-        handler = _HANDLERS.get(name)
+        handler = HANDLERS.get(name)
         if handler is not None:
             found = handler(self, node, inputs)
             if found is not None:
                 return found
-        elif name in _ELEMENTWISE and len(specs) == 1:
+        elif name in ELEMENTWISE and len(specs) == 1:
             return self._elementwise(node, name, inputs)
         return f"opaque.{name}", inputs, {}
 
     def _elementwise(self, node: Node, name: str, inputs: list[TensorRef]) -> tuple[str, list[TensorRef], Attributes]:
-        kind = _ELEMENTWISE[name]
+        kind = ELEMENTWISE[name]
         if len(inputs) == 1 and (
             kind == "mul" or (kind == "div" and isinstance(node.args[0], Node) and node.args[0] in self.refs)
         ) and node.kwargs.get("rounding_mode") is None:
@@ -211,7 +191,7 @@ class _Builder:
     def _classify_module(
         self, node: Node, name: str, inputs: list[TensorRef]
     ) -> tuple[str, list[TensorRef], Attributes]:
-        module = self.module.get_submodule(node.target)
+        module = submodule(self.module, str(node.target))
         state = [self._state(t, node) for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and len(inputs) == 1:
@@ -230,28 +210,15 @@ class _Builder:
                 return "embedding", [*inputs, *known], {}
             if isinstance(module, torch.nn.LayerNorm):
                 return "layer_norm", [*inputs, *known], {"normalized": len(module.normalized_shape)}
-        if not state and name in _ELEMENTWISE_MODULES and len(inputs) == 1:
-            return _ELEMENTWISE_MODULES[name], inputs, {}
+        if not state and name in ELEMENTWISE_MODULES and len(inputs) == 1:
+            return ELEMENTWISE_MODULES[name], inputs, {}
         if not state and name in POOLS and len(inputs) == 1:
             return "pool", inputs, POOLS[name]
         return f"opaque.{name}", [*inputs, *state], {}
 
 
-# nn modules that work on each channel of an image for itself
-POOLS = {
-    f"{adaptive}{what}Pool{n}d": {"spatial": n, "linear": what == "Avg"}
-    for adaptive in ("", "Adaptive") for what in ("Avg", "Max") for n in (1, 2, 3)
-}  # fmt: skip
-
-
 def _spec(tensor: torch.Tensor, symbols: tuple[str, ...] | None) -> TensorSpec:
     return TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tuple(symbols or ()))
-
-
-def _fetch(module: torch.nn.Module, target: str) -> Any:
-    for atom in target.split("."):
-        module = getattr(module, atom)
-    return module
 
 
 def _module_path(node: Node) -> str:
@@ -259,243 +226,6 @@ def _module_path(node: Node) -> str:
         return str(node.target)
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack.values()))[0] if stack else ""
-
-
-def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument given by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-# -- one function a target (or a few of one form) -----------------------------------------------------------------
-
-Handler = Callable[[_Builder, Node, list[TensorRef]], tuple[str, list[TensorRef], Attributes] | None]
-_HANDLERS: dict[str, Handler] = {}
-
-
-def _handles(*names: str) -> Callable[[Handler], Handler]:
-    def register(handler: Handler) -> Handler:
-        _HANDLERS.update(dict.fromkeys(names, handler))
-        return handler
-
-    return register
-
-
-def _shape(node: Node) -> torch.Size:
-    value = node.meta["val"]
-    if not isinstance(value, torch.Tensor):
-        raise PlanError(
-            f"{node.name} ({node.meta.get('source')}) is a {type(value).__name__} that the model takes apart itself: "
-            f"only tensors can be split; trace with use_cache=False, if it is the cache"
-        )
-    return value.shape
-
-
-@_handles("linear")
-def _linear(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    weight = argument(node, 1, "weight")
-    if not _shape(weight):
-        return None
-    builder.matmul_weights.add(inputs[1].op)
-    return "linear", inputs, {"transposed": False}
-
-
-@_handles("matmul", "bmm", "mm")
-def _matmul(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    builder.matmul_weights.update(ref.op for ref in inputs)
-    return "matmul", inputs, {}
-
-
-@_handles("embedding")
-def _embedding(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    if node.target is not torch.nn.functional.embedding:
-        return None  # torch.embedding takes the table first
-    builder.matmul_weights.add(inputs[1].op)
-    return "embedding", inputs, {}
-
-
-@_handles("scaled_dot_product_attention")
-def _sdpa(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    dropout = argument(node, 4, "dropout_p", 0.0)
-    return None if dropout else ("sdpa", inputs, {})
-
-
-@_handles("layer_norm", "rms_norm")
-def _norm(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    return op_name(node), inputs, {"normalized": len(argument(node, 1, "normalized_shape"))}
-
-
-@_handles("softmax", "log_softmax", "cumsum", "flip")
-def _along(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    dims = argument(node, 1, "dim", argument(node, 1, "dims"))
-    if op_name(node) == "flip" and isinstance(dims, int):
-        dims = node.args[1:]  # x.flip(1, 2)
-    if not isinstance(dims, (int, tuple, list)):
-        return None
-    name = op_name(node)
-    given = (dims,) if isinstance(dims, int) else tuple(dims)
-    return name, inputs, {"dims": given, "linear": name in ("cumsum", "flip")}
-
-
-@_handles("max", "min")
-def _max(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    """Of two tensors; of all of one; or along a dim, (values, indices)."""
-    if len(inputs) == 2:
-        return f"{op_name(node)}imum", inputs, {}
-    return _reduce(builder, node, inputs)
-
-
-@_handles("mean", "sum", "amax", "amin", "any", "all", "var", "std", "prod", "argmax", "argmin", "norm", "logsumexp")
-def _reduce(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    name, rank = op_name(node), _shape(node.args[0]).__len__()
-    dims = argument(node, 2 if name == "norm" else 1, "dim")  # norm takes p first
-    if isinstance(dims, int) and not isinstance(dims, bool):  # x.var(False) is about bias
-        dims = (dims,)
-    elif not isinstance(dims, (tuple, list)):
-        dims = tuple(range(rank))
-    out = node.meta["val"]
-    keepdim = len((out[0] if isinstance(out, tuple) else out).shape) == rank
-    return "reduce", inputs, {"op": name, "dims": tuple(dims), "keepdim": keepdim}
-
-
-@_handles("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as")
-def _view(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    if isinstance(argument(node, 1, "dtype"), torch.dtype):
-        return None
-    return "view", inputs[:1], {}
-
-
-@_handles("broadcast_to", "expand", "expand_as")
-def _expand(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    return "expand", inputs[:1], {}
-
-
-@_handles("transpose", "swapaxes", "swapdims")
-def _transpose(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    order = list(range(len(_shape(node))))
-    a, b = argument(node, 1, "dim0"), argument(node, 2, "dim1")
-    order[a], order[b] = order[b], order[a]
-    return "permute", inputs, {"order": tuple(order)}
-
-
-@_handles("permute")
-def _permute(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    dims = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-    rank = len(_shape(node))
-    return "permute", inputs, {"order": tuple(d % rank for d in dims)}
-
-
-@_handles("t")
-def _t(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    return "permute", inputs, {"order": tuple(reversed(range(len(_shape(node)))))}
-
-
-@_handles("unsqueeze")
-def _unsqueeze(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    rank = len(_shape(node))
-    dim = argument(node, 1, "dim") % rank
-    return "permute", inputs, {"order": (*range(dim), -1, *range(dim, rank - 1))}
-
-
-@_handles("squeeze")
-def _squeeze(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    shape = _shape(node.args[0])
-    dim = argument(node, 1, "dim")
-    gone = [d for d in range(len(shape)) if shape[d] == 1] if dim is None else [dim % len(shape)]
-    return "permute", inputs, {"order": tuple(d for d in range(len(shape)) if d not in gone or shape[d] != 1)}
-
-
-@_handles("getitem")
-def _getitem(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    dims = basic_index(node)
-    if dims is not None:
-        picks = picked_elements(node)
-        return "slice", inputs[:1], {"dims": dims, "picks": picks} if picks else {"dims": dims}
-    kept = op_graph_indexing.index_by_tensors(node)
-    return None if kept is None else ("index", inputs, {"dims": kept})
-
-
-def basic_index(node: Node) -> tuple[tuple[int, int, int, int], ...] | None:
-    """(input dim, output dim, start, step) of every dim that x[...] keeps; None for anything but slices, integers,
-    None and Ellipsis. A start that follows the inputs counts as 0: such dims are never sharded."""
-    shape, index = _shape(node.args[0]), spelled_index(node)
-    if any(not (i is None or isinstance(i, slice) or type(i) is int) for i in index):
-        return None
-    dims, in_dim, out_dim = [], 0, 0
-    for i in index:
-        if i is None:
-            out_dim += 1
-        elif isinstance(i, slice):
-            start = i.start if isinstance(i.start, int) else 0
-            dims.append((in_dim, out_dim, start % shape[in_dim] if start < 0 else start, i.step or 1))
-            in_dim, out_dim = in_dim + 1, out_dim + 1
-        else:
-            in_dim += 1
-    return tuple(dims)
-
-
-def picked_elements(node: Node) -> tuple[tuple[int, int], ...]:
-    """(input dim, element) of every dim of constant length that x[...] takes one element of."""
-    shape, symbols = _shape(node.args[0]), node.args[0].meta.get("symbols")
-    items = [item for item in spelled_index(node) if item is not None]
-    return tuple(
-        (d, item % shape[d]) for d, item in enumerate(items) if type(item) is int and not (symbols and symbols[d])
-    )
-
-
-def spelled_index(node: Node) -> list[Any]:
-    """The index of x[...], an item for each dim of x (and None for each new one): without an Ellipsis."""
-    rank = len(_shape(node.args[0]))
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    kept = sum(1 for i in index if i is not None and i is not Ellipsis)
-    spelled: list[Any] = []
-    for i in index:
-        spelled += [slice(None)] * (rank - kept) if i is Ellipsis else [i]
-    return spelled + [slice(None)] * (rank - sum(1 for i in spelled if i is not None))
-
-
-@_handles("split", "chunk", "tensor_split", "split_with_sizes")
-def _split(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    return "split", inputs, {"dim": argument(node, 2, "dim", 0) % len(_shape(node.args[0]))}
-
-
-@_handles("unbind")
-def _unbind(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    return "unbind", inputs, {"dim": argument(node, 1, "dim", 0) % len(_shape(node.args[0]))}
-
-
-@_handles("cat", "concat")
-def _cat(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    return "cat", inputs, {"dim": argument(node, 1, "dim", node.kwargs.get("axis", 0)) % len(_shape(node))}
-
-
-@_handles("stack")
-def _stack(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    return "stack", inputs, {"dim": argument(node, 1, "dim", 0) % len(_shape(node))}
-
-
-@_handles("repeat_interleave")
-def _repeat_interleave(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    repeats, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
-    if not isinstance(repeats, int) or not isinstance(dim, int):
-        return None
-    return "repeat_interleave", inputs, {"repeats": repeats, "dim": dim % len(_shape(node))}
-
-
-@_handles("update")
-def _cache_update(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    """Cache.update(key, value, layer, ...)."""
-    if node.op != "call_method" or not isinstance(node.args[3], int):
-        return None
-    return "cache_update", inputs, {"layer": node.args[3]}
-
-
-@_handles("read")
-def _cache_read(builder: _Builder, node: Node, inputs: list[TensorRef]) -> Any:
-    """What an update of another graph left in a layer of the cache."""
-    if node.op != "call_method" or not isinstance(node.args[1], int):
-        return None
-    return "cache_read", [], {"layer": node.args[1]}
-
 
 
 class Classifier:
@@ -508,7 +238,3 @@ class Classifier:
     def __call__(self, node: Node) -> tuple[str, Attributes]:
         kind, _, attrs = self._builder._classify(node, self._builder._specs(node))
         return kind, attrs
-
-
-from passes import op_graph_images as op_graph_images  # noqa: E402  # handlers of their own, which need these
-from passes import op_graph_indexing  # noqa: E402  registers its handlers

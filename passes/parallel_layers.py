@@ -6,6 +6,7 @@ shares allowed, also empty ones).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -106,9 +107,13 @@ class VocabParallelEmbedding(nn.Module):
         return f"intervals={self.intervals}, embedding_dim={self.weight.shape[1]}{padding}"
 
 
-def partial_mean(x: torch.Tensor, dim: int | Sequence[int], keepdim: bool, count: int) -> torch.Tensor:
-    """This rank's part of a mean over a sharded dim: its elements' sum over the number of all ranks' elements."""
-    return x.sum(dim, keepdim=keepdim) / count
+def partial_mean(
+    x: torch.Tensor, dims: Sequence[int], keepdim: bool, cut: int, length: int, *, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """This rank's part of a mean over `dims`, of which `cut` is sharded and `length` long in the whole tensor: its
+    elements' sum over the number of all ranks' elements. Nothing is cut out of the other dims."""
+    count = length * math.prod(x.shape[dim] for dim in dims if dim % x.dim() != cut)
+    return x.sum(tuple(dims), keepdim=keepdim, dtype=dtype) / count
 
 
 def one_term(x: torch.Tensor, tp_rank: int) -> torch.Tensor:

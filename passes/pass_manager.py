@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch.fx
 
-from cost_model.errors import PlanError
 from cost_model.plan import PartitionPlan
 from passes.context import RankContext
 from passes.extract_stage import extract_stage
@@ -41,8 +40,6 @@ def emit_rank(
     `parameter_names(whole)`, where many ranks are emitted. `train`: with all that a backward pass owes; then
     `stage_uses` may be a dict, given with each rank alike, where what is found out of other stages is kept.
     """
-    if train and any(op.owner is not None for op in plan.ops):
-        raise PlanError("the plan deals whole experts to tp ranks, which is for inference: make a plan with train=True")
     names = parameter_names(whole) if sources is None else sources
     ctx, graph = _run(whole, plan, rank, layer_kinds, names, train, dump_dir)
     sums: tuple[GradSum, ...] | None = None

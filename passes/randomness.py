@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.fx
 from torch.fx import Node
 
-from passes.normalize import is_pure, op_name
-from passes.op_graph import argument
+from passes.arguments import argument
+from passes.nodes import is_pure, op_name
 
 
 def random_nodes(graph_module: torch.fx.GraphModule) -> list[Node]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.fx
 
+from passes.arguments import fetch, submodule
 from passes.data_dependent import expectation
 
 
@@ -18,6 +19,7 @@ class Example:
 
     inputs: Mapping[str, Any]
     symbols: Mapping[str, int]
+    known: Mapping[torch.fx.Node, Any] = field(default_factory=dict)  # what a run with these inputs has found already
 
 
 class ShapeInterpreter(torch.fx.Interpreter):
@@ -30,17 +32,17 @@ class ShapeInterpreter(torch.fx.Interpreter):
     def values(self, example: Example) -> dict[torch.fx.Node, Any]:
         names = [n.target for n in self.module.graph.nodes if n.op == "placeholder"]
         with torch.no_grad(), torch.device("meta"):  # also what is made of numbers alone, on no device by name
-            self.run(*(example.inputs[name] for name in names))
+            self.run(*(example.inputs[name] for name in names), initial_env=dict(example.known))
         return dict(self.env)
 
     def fetch_attr(self, target: str) -> Any:
-        value = super().fetch_attr(target)
+        value = fetch(self.module, target)
         if isinstance(value, torch.Tensor) and value.device.type != "meta":
             value = self._meta.setdefault(target, value.to("meta"))
         return value
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        module = self.fetch_attr(target)
+        module = submodule(self.module, target)
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         if all(t.device.type == "meta" for t in state.values()):
             return module(*args, **kwargs)
@@ -85,11 +87,14 @@ class Sizes:
 _BENDING = ("mod", "floordiv", "max", "min")
 
 
-def bending_points(graph_module: torch.fx.GraphModule, examples: tuple[Example, Example]) -> set[int]:
+def bending_points(
+    graph_module: torch.fx.GraphModule, examples: tuple[Example, Example]
+) -> tuple[set[int], tuple[Example, Example]]:
     """Numbers that lengths are divided by or compared with: the chunk size that a sequence is padded to multiples of.
 
     What comes of such an op may be equal for two lengths without being constant, so that examples have to be chosen on
-    both sides of these numbers, and with different remainders.
+    both sides of these numbers, and with different remainders. The second result is `examples` with what is known of
+    them now, so that nothing has to run twice where they will do.
     """
     candidates = [
         (node, [a for a in node.args if type(a) is int and a > 1])
@@ -97,15 +102,16 @@ def bending_points(graph_module: torch.fx.GraphModule, examples: tuple[Example, 
         if node.op == "call_function" and getattr(node.target, "__name__", "") in _BENDING
     ]
     if not any(numbers for _, numbers in candidates):
-        return set()
+        return set(), examples
     interpreter = ShapeInterpreter(graph_module)
     first, second = interpreter.values(examples[0]), interpreter.values(examples[1])
-    return {
+    points = {
         number
         for node, numbers in candidates
         if any(type(first[a]) is int and first[a] != second[a] for a in node.all_input_nodes)
         for number in numbers
     }
+    return points, (replace(examples[0], known=first), replace(examples[1], known=second))
 
 
 def annotate(graph_module: torch.fx.GraphModule, examples: tuple[Example, Example]) -> dict[torch.fx.Node, Any]:

@@ -17,9 +17,8 @@ from torch.fx import Node
 
 from cost_model.placement import Interval, Placement
 from cost_model.plan import OpPlan
-from passes.arguments import fetch, place, tensor_arguments
+from passes.arguments import argument, fetch, place, tensor_arguments
 from passes.context import ParamShard, RankContext
-from passes.op_graph import argument
 from passes.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 Key = tuple[str, int | None, tuple[Interval, ...]]
@@ -140,7 +139,7 @@ class _Sharder:
         for name, parameter in original._parameters.items():
             if parameter is None:
                 continue
-            slot = op_slot(self.sources[id(parameter)], original, name, slots)
+            slot = op_slot(original, name, slots)
             placement, layout = Placement("R"), -1
             if slot is not None and slot < len(op.inputs):
                 placement, layout = op.inputs[slot], op.input_layouts[slot]
@@ -185,7 +184,7 @@ class _Sharder:
                 delattr(self.module.get_submodule(".".join(path_to)), name)
 
 
-def op_slot(source: str, module: nn.Module, name: str, slots: int) -> int | None:
+def op_slot(module: nn.Module, name: str, slots: int) -> int | None:
     """Which input of the op a module's parameter is: weight, then bias, behind the tensor arguments."""
     order = [n for n in ("weight", "bias") if module._parameters.get(n) is not None]
     return slots + order.index(name) if name in order else None

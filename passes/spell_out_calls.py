@@ -5,11 +5,15 @@
 
     before  matmul(%x, getattr(%w, "T"))                with a parameter w of two dims
     after   linear(%x, %w)
+
+    before  %x.mean(axis=-1, keepdims=True)             as numpy calls them
+    after   %x.mean(dim=-1, keepdim=True)
 """
 
 from __future__ import annotations
 
 import operator
+import types
 from typing import Any
 
 import torch
@@ -29,11 +33,15 @@ _SIGNATURES: dict[Any, dict[str, Any]] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _CONV),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _CONV_TRANSPOSE),
 }
+# torch's own functions take these names, too.
+_NUMPY = {"axis": "dim", "keepdims": "keepdim"}
 
 
 def spell_out_calls(graph: torch.fx.Graph) -> None:
     """Rewrites `graph` in place. Every node must have its `meta["val"]`."""
     for node in list(graph.nodes):
+        if node.op == "call_method" or isinstance(node.target, types.BuiltinFunctionType):
+            node.kwargs = {_NUMPY.get(name, name): value for name, value in node.kwargs.items()}
         if node.target is getattr and node.args[1] in ("T", "mT") and _dims(node.args[0]) == 2:
             node.target, node.args = torch.t, node.args[:1]
         elif _is_product_with_transposed_weight(node):

@@ -16,7 +16,8 @@ import torch
 import torch.fx
 from torch.fx import Node
 
-from passes.normalize import is_pure
+from passes.lazy_graph_module import LazyGraphModule
+from passes.nodes import is_pure
 
 _ENCODED = ("encoder_last_hidden_state",)  # outputs that the first graph has
 
@@ -47,7 +48,7 @@ def _copy(whole: torch.fx.GraphModule) -> torch.fx.GraphModule:
     for node in whole.graph.nodes:
         env[node] = graph.node_copy(node, env.__getitem__)
         env[node].name = node.name
-    return torch.fx.GraphModule(whole, graph, class_name=whole.__class__.__name__)
+    return LazyGraphModule(whole, graph, class_name=whole.__class__.__name__)
 
 
 def _keep_outputs(module: torch.fx.GraphModule, wanted) -> None:  # type: ignore[no-untyped-def]

@@ -17,8 +17,8 @@ from torch.fx import Node
 
 from cost_model.errors import VerificationError
 from cost_model.plan import PartitionPlan
+from passes.arguments import argument
 from passes.comm_ops import COLLECTIVES, COMM_OPS, all_gather, recv, send
-from passes.op_graph import argument
 from passes.program import RankProgram
 from passes.verify_report import described, fail, fail_plainly, on_rank
 

@@ -9,8 +9,7 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.op_graph import Op
-from passes.arguments import tensor_arguments
-from passes.op_graph import argument
+from passes.arguments import argument, tensor_arguments
 from passes.verify_facts import RankState, named
 from passes.verify_report import fail
 from passes.verify_types import Derivation, Held

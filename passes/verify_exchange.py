@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from cost_model.op_graph import TensorRef
 from passes import comm_ops
-from passes.op_graph import argument
+from passes.arguments import argument
 from passes.parallel_layers import one_gradient
 from passes.verify_comm import message
 from passes.verify_facts import RankState, Sent, Value, named

@@ -11,7 +11,8 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.op_graph import Op, OpGraph, TensorRef
-from cost_model.op_rules import OpRule, RuleTable
+from cost_model.op_rule import OpRule
+from cost_model.op_rules import RuleTable
 from cost_model.placement import Interval
 from cost_model.plan import Hop, PartitionPlan
 from passes.context import ParamShard

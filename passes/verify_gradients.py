@@ -25,9 +25,9 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.op_graph import TensorRef
+from passes.arguments import argument
 from passes.comm_ops import all_gather, all_reduce, copy_to_tp, recv, send
 from passes.differentiable import differentiable, own_parameters
-from passes.op_graph import argument
 from passes.parallel_layers import one_gradient, one_term
 from passes.program import RankProgram
 from passes.verify_comm import Message, message
@@ -122,6 +122,15 @@ def _run_in_parts(facts: RankFacts) -> Iterator[str]:
             yield values[0].ref.op
 
 
+def _leading_out(graph: torch.fx.Graph, needs: set[Node]) -> set[Node]:
+    """What gradients come back to: all that something which leaves the rank is made of."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node.target is send or (node in found and node in needs):
+            found.update(node.all_input_nodes)
+    return found
+
+
 # -- one rank ----------------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +144,7 @@ class _Reader:
     sent: dict[Message, str | None]  # kind of what is on its way between stages; None: no gradient goes through it
     kinds: dict[Node, str] = field(default_factory=dict)
     needs: set[Node] = field(default_factory=set)
+    used: set[Node] = field(default_factory=set)
     copies: list[tuple[Node, TensorRef]] = field(default_factory=list)
     uses: dict[str, dict[bool, Node]] = field(default_factory=dict)  # parameter -> whether terms come -> a reader
 
@@ -142,6 +152,7 @@ class _Reader:
         program = self.facts.program
         received = lambda n: n.target is recv and self.sent.get(message(program, n)) is not None  # noqa: E731
         self.needs = differentiable(program.graph_module, received)
+        self.used = _leading_out(program.graph_module.graph, self.needs)
         computed = {node for node, _ in _ops(self.facts)}
         for node in program.graph_module.graph.nodes:
             if node.op == "output":
@@ -304,6 +315,14 @@ def _check_copies(readers: Sequence[_Reader]) -> None:
                     reader.facts.program, mine,
                     f"adds up the gradient of {named(b)}, where rank {first.facts.program.rank} adds up that of "
                     f"{named(a)} ({theirs.name})",
+                    _HERE,
+                )  # fmt: skip
+            if (theirs in first.used) != (mine in reader.used):
+                idle, other = (first, reader) if mine in reader.used else (reader, first)
+                fail(
+                    idle.facts.program, theirs if idle is first else mine,
+                    f"nothing that leaves this rank is made of it, and rank {other.facts.program.rank} adds up its "
+                    "gradient: the ranks would hang",
                     _HERE,
                 )  # fmt: skip
         if len(reader.copies) != len(first.copies):

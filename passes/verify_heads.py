@@ -12,10 +12,9 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.op_graph import Op
-from cost_model.op_rules import IntArray
-from passes.arguments import fetch
-from passes.normalize import op_name
-from passes.op_graph import argument
+from cost_model.op_rule import IntArray
+from passes.arguments import argument, fetch
+from passes.nodes import op_name
 from passes.verify_derive import derived
 from passes.verify_facts import RankState, Value, named
 from passes.verify_report import fail

@@ -10,7 +10,7 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from cost_model.op_graph import SOURCES, Op, OpGraph, TensorRef
-from passes.op_graph import argument
+from passes.arguments import argument
 from passes.parallel_layers import one_term
 from passes.verify_derive import check_shape
 from passes.verify_facts import RankState, Value, named

@@ -10,7 +10,8 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.op_graph import Op
-from passes.op_graph import spelled_index
+from passes.arguments import submodule
+from passes.op_graph_indexing import spelled_index
 from passes.parallel_layers import partial_mean
 from passes.verify_facts import RankState
 from passes.verify_report import fail
@@ -78,8 +79,8 @@ def _taken(index: list[Any], shape: torch.Size, state: RankState | None) -> list
 
 def _check_settings(state: RankState, node: Node, theirs: Node) -> None:
     """A module computes by its settings, too: the eps of a norm, the approximation of a gelu."""
-    module = state.module.get_submodule(str(node.target))
-    model = theirs.graph.owning_module.get_submodule(str(theirs.target))
+    module = submodule(state.module, str(node.target))
+    model = submodule(theirs.graph.owning_module, str(theirs.target))
     mine, wanted = _settings(module), _settings(model)
     if type(module) is not type(model) or mine != wanted:
         differing = [f"{k}={mine.get(k)}" for k in {**mine, **wanted} if mine.get(k) != wanted.get(k)]

@@ -20,9 +20,8 @@ from torch.fx import Node
 
 from cost_model.errors import VerificationError
 from cost_model.op_graph import SOURCES, Op, TensorRef
-from passes.arguments import fetch, is_tensor, tensor_arguments
-from passes.normalize import op_name
-from passes.op_graph import argument
+from passes.arguments import argument, fetch, is_tensor, submodule, tensor_arguments
+from passes.nodes import op_name
 from passes.program import RankProgram
 from passes.verify_derive import check_shape, derived
 from passes.verify_exchange import EXCHANGES
@@ -234,7 +233,7 @@ def _given(state: RankState, node: Node, op: Op) -> list[Value]:
             given.append(state.value(node, a))
     if node.op == "call_module":
         target = str(node.target)
-        module = state.module.get_submodule(target)
+        module = submodule(state.module, target)
         names = ["weight", "bias"] if op.kind in ("linear", "embedding", "layer_norm") else (
             [*module._parameters, *module._buffers]
         )  # fmt: skip

@@ -9,6 +9,7 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.errors import VerificationError
+from passes.arguments import submodule
 from passes.program import RankProgram
 
 REPORT = "this is a bug in {}: please report it with the plan (compiled.plan.save(...)) and the model's config"
@@ -34,7 +35,7 @@ def described(node: Node) -> str:
 
 def _target(node: Node) -> str:
     if node.op == "call_module":
-        return type(node.graph.owning_module.get_submodule(str(node.target))).__name__
+        return type(submodule(node.graph.owning_module, str(node.target))).__name__
     return getattr(node.target, "__name__", str(node.target)) if node.op.startswith("call") else node.op
 
 

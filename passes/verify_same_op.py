@@ -11,8 +11,8 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.op_graph import Op
-from passes.normalize import op_name
-from passes.op_graph import argument
+from passes.arguments import argument, submodule
+from passes.nodes import op_name
 from passes.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, partial_mean
 from passes.verify_experts import check_pick, picks_own
 from passes.verify_facts import RankState
@@ -48,15 +48,13 @@ def check_same_op(state: RankState, node: Node, op: Op, types: tuple[Held, ...])
 def _classified(state: RankState, node: Node, op: Op) -> tuple[str, Any]:
     """Kind and attributes, seen through what passes write in a node's place."""
     if node.op == "call_module":
-        module = state.module.get_submodule(str(node.target))
+        module = submodule(state.module, str(node.target))
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             return "linear", {"transposed": module.transposed}
         if isinstance(module, VocabParallelEmbedding):
             return "embedding", {}
     if node.op == "call_function" and node.target is partial_mean and op.kind == "reduce":
-        dims = node.args[1]
-        given = (dims,) if isinstance(dims, int) else tuple(dims)
-        return "reduce", {"op": "mean", "dims": given, "keepdim": node.args[2]}
+        return "reduce", {"op": "mean", "dims": tuple(node.args[1]), "keepdim": node.args[2]}
     if op.kind == "repeat_interleave" and node.target is torch.index_select:
         return op.kind, op.attrs  # which elements it takes is looked at in _repeated
     return state.classify(node)
@@ -99,7 +97,7 @@ def _check_groups(state: RankState, node: Node, op: Op, lies: Held, given: Any) 
 
 def _embedding(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
     """Rows of other ranks must come out as zeros; the row of padding, and no other, gets no gradient."""
-    module = state.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    module = submodule(state.module, str(node.target)) if node.op == "call_module" else None
     rows = state.graph.spec(op.inputs[1]).shape[0]
     if isinstance(module, VocabParallelEmbedding):
         own = held(0, module.intervals, rows)
@@ -118,7 +116,7 @@ def _embedding(state: RankState, node: Node, op: Op, types: tuple[Held, ...], do
 
 def _padding(node: Node, rows: int) -> int | None:
     if node.op == "call_module":
-        given = getattr(node.graph.owning_module.get_submodule(str(node.target)), "padding_idx", None)
+        given = getattr(submodule(node.graph.owning_module, str(node.target)), "padding_idx", None)
     else:
         given = argument(node, 2, "padding_idx")
     return None if given is None else given % rows
@@ -130,11 +128,13 @@ def _mean(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: D
     if owes != (node.target is partial_mean):
         fail(state.program, node, "a mean over a sharded dim must divide by the number of all elements", _SHAPES)
     if owes:
-        spec = state.graph.spec(op.inputs[0])
-        dims = [d % len(spec.shape) for d in op.attrs["dims"]]
-        count = int(np.prod([spec.shape[d] for d in dims]))
-        if any(spec.is_dynamic(d) for d in dims) or node.args[3] != count:
-            fail(state.program, node, f"divides by {node.args[3]}, the whole has {count} elements", _SHAPES)
+        cut, shape = types[0].dim, state.graph.spec(op.inputs[0]).shape
+        if tuple(node.args[3:]) != (cut, shape[cut]):
+            said = f"divides as if its whole input were {node.args[4]} long in dim {node.args[3]}"
+            fail(state.program, node, f"{said}: it is {shape[cut]} long in dim {cut}, where it is sharded", _SHAPES)
+        theirs = state.tools.whole.get(op.name)
+        if theirs is not None and node.kwargs.get("dtype") != theirs.kwargs.get("dtype"):
+            fail(state.program, node, f"computes in {node.kwargs.get('dtype')}, unlike the model", _SHAPES)
 
 
 def _cache_update(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:

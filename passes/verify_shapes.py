@@ -9,10 +9,10 @@ import torch.fx
 from torch import nn
 from torch.fx import Node
 
+from passes.arguments import submodule
 from passes.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from passes.program import RankProgram
 
-TensorType = tuple[tuple[int, ...], torch.dtype]  # shape and dtype
 Known = dict[Node, Any]  # per node a `Tensor`, a tuple of such, or a plain value
 # Two of these behave alike when their text and their tensors' shapes do.
 _ALIKE = (
@@ -40,7 +40,7 @@ class MetaRunner:
 
     def run(self, program: RankProgram, node: Node, known: Known) -> Any:
         """Raises what the op raises. Tensors come as `Tensor`."""
-        module = program.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = submodule(program.graph_module, str(node.target)) if node.op == "call_module" else None
         called = node.target if module is None else self._module_key(program, str(node.target), module)
         key = (node.op, called, _key(node.args, known), _key(node.kwargs, known))
         if key not in self._results:

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from cost_model.op_rules import DimLink, IntArray, Letter, OpRule
+from cost_model.op_rule import DimLink, IntArray, Letter, OpRule
 from cost_model.placement import Interval, Layout, Placement
 
 Shape = tuple[int, ...]

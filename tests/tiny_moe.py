@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
+from transformers.models.dbrx.configuration_dbrx import DbrxFFNConfig
 
 # Set where the family's config knows the name. Routed experts: 5, which no mesh divides; 2 for each token.
 SIZES: dict[str, Any] = {
@@ -20,6 +21,13 @@ _LATENT = {"head_dim": 8, "num_key_value_heads": 6}
 FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v2": _LATENT, "deepseek_v3": _LATENT, "longcat_flash": _LATENT,
 }  # fmt: skip
+
+FOUR = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4)
+
+
+def dbrx_experts(count: int) -> dict[str, Any]:
+    """Which DBRX's config has in a config of their own."""
+    return {"ffn_config": DbrxFFNConfig(ffn_hidden_size=44, moe_num_experts=count, moe_top_k=2)}
 
 
 def tiny_moe_model(family: str, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:

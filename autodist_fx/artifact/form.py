@@ -20,7 +20,8 @@ from cost_model.errors import AutodistError
 from cost_model.mesh import Mesh
 from passes.conditions import Conditions
 from passes.context import ParamShard
-from passes.graph_json import graph_from_json, graph_to_json
+from passes.graph_from_json import graph_from_json
+from passes.graph_json import graph_to_json
 from passes.module_kinds import KINDS
 from passes.program import RankProgram
 

@@ -102,6 +102,10 @@ class Artifact:
         """Every decision made; print it, compare it."""
         return self.read_plan("plan.json")
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the plan."""
+        return self.plan._repr_html_()
+
     def read_plan(self, name: str) -> PartitionPlan:
         path = self.directory / name
         try:

@@ -154,8 +154,8 @@ def json_object(content: bytes, where: str, *, strict: bool = True) -> dict[str,
         raise ValueError(f"{text} is no number of JSON")
 
     try:
-        value = json.loads(
-            content, object_pairs_hook=no_duplicates, parse_constant=no_constant if strict else None
+        value = json.loads(  # decoded here: of bytes json.loads takes other encodings, too
+            content.decode(), object_pairs_hook=no_duplicates, parse_constant=no_constant if strict else None
         )
     except RecursionError as error:
         raise ArtifactError(f"{where} is nested too deeply") from error

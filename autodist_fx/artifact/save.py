@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import inspect
 import os
+import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from autodist_fx.compiled import CompiledModel
 
 TOKENIZER = "tokenizer"
+_JUST_MADE_SECONDS = 10  # a directory that is younger may not be locked yet
 # Puts weights into a program of the form: load(variant, program).
 Load = Callable[[Variant, RankProgram], None]
 
@@ -295,7 +299,8 @@ def finish(
 def new_directory(target: Path) -> Iterator[Staging]:
     """A directory to fill, which becomes `target` if all goes well and is gone if not.
 
-    ArtifactError where `target` is there already and is no artifact: nobody's files are overwritten.
+    What processes that were killed have left beside it is gone, too. ArtifactError where `target` is there already and
+    is no artifact: nobody's files are overwritten.
     """
     refuse_foreign(target)
     scratch = beside(target)
@@ -304,10 +309,38 @@ def new_directory(target: Path) -> Iterator[Staging]:
     except OSError as error:
         raise ArtifactError(f"cannot make {scratch.parent}: {error.strerror}") from error
     try:
-        yield Staging(scratch)
-        take_place(scratch, target)
+        with _locked(scratch):
+            yield Staging(scratch)
+            take_place(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    _drop_leftovers(target)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Whether nobody else has it locked; the kernel takes a lock from a process that dies."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # locked, or a file system without locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _drop_leftovers(target: Path) -> None:
+    target = Path(os.path.abspath(target))
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
+    for path in target.parent.iterdir():
+        with contextlib.suppress(OSError):
+            if name.fullmatch(path.name) and time.time() - path.stat().st_mtime > _JUST_MADE_SECONDS:
+                with _locked(path) as is_left:
+                    if is_left:
+                        shutil.rmtree(path, ignore_errors=True)
 
 
 def beside(target: Path) -> Path:

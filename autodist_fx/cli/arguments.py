@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 # What traces models is imported by those who do: it takes seconds, and a split on disk needs none of it.
 
 
-def at_least(low: int) -> Any:
-    """For `type=`: a whole number, `low` or more."""
+def at_least(low: int, high: int | None = None) -> Any:
+    """For `type=`: a whole number, `low` or more, and at most `high`."""
 
     def number(text: str) -> int:
         try:
@@ -29,9 +31,34 @@ def at_least(low: int) -> Any:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < low:
             raise argparse.ArgumentTypeError(f"{value} is less than {low}")
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"{value} is more than {high}")
         return value
 
     return number
+
+
+def above_zero(text: str) -> float:
+    """For `type=`: a number above 0."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def probability(text: str) -> float:
+    """For `type=`: a number from 0 to 1."""
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -80,6 +107,8 @@ def planning_options(args: argparse.Namespace) -> dict[str, Any]:
             raise AutodistError(f"--pin {pattern} is given twice, as {pins[pattern]} and as {role}: leave one out")
     memory = args.max_memory.split(",") if args.max_memory else None
     devices = None
+    if args.device_map and args.hardware:
+        raise AutodistError("--device-map names the hardware of every stage: leave --hardware out")
     if args.device_map:
         entries = [entry.partition("=") for entry in args.device_map.split(",")]
         devices = [{"hardware": name} | ({"memory": size} if size else {}) for name, _, size in entries]
@@ -108,16 +137,17 @@ def compile_for(
     args: argparse.Namespace, config: PretrainedConfig, dtype: torch.dtype, **options: Any
 ) -> CompiledModel:
     """The same for a config that was found already."""
-    from autodist_fx.pretrained import compile_for_generation, mesh_of
+    from autodist_fx.pretrained import compile_as_used, mesh_of
     from autodist_fx.tracing import empty_model
 
     plan = PartitionPlan.load(args.plan) if args.plan else None
     mesh = mesh_of(plan, args.tp or options.pop("tp", None), args.pp or options.pop("pp", None))
     wanted = {**options, **planning_options(args), "tp": mesh.tp, "pp": mesh.pp}
-    return compile_for_generation(empty_model(config, dtype), plan=plan, verify=False, **wanted)
+    return compile_as_used(empty_model(config, dtype), plan=plan, verify=False, **wanted)
 
 
 def be_quiet() -> None:
-    """transformers' warnings are about its own options; ours are errors, or in the plan."""
+    """transformers' warnings are about its own options; ours are errors, in the plan, or a line without its source."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    warnings.formatwarning = lambda message, *_, **__: f"autodist-fx: warning: {message}\n"

@@ -12,9 +12,10 @@ from pathlib import Path
 from autodist_fx.artifact.save import refuse_foreign, save_compiled
 from autodist_fx.cli.arguments import add_model_arguments, be_quiet, compile_for
 from autodist_fx.errors import CheckpointError
-from autodist_fx.pretrained import load_program, wanted_dtype
+from autodist_fx.pretrained import wanted_dtype
 from autodist_fx.variant import Variant
 from autodist_fx.weights.checkpoint import load_tokenizer, open_source
+from autodist_fx.weights.load_program import load_program
 from autodist_fx.weights.resolve import resolve
 from passes.program import RankProgram
 

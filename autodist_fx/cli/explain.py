@@ -9,12 +9,13 @@ import argparse
 import json
 from typing import Any
 
-from cost_model.explain import Section, plan_header, sections_text
+from cost_model.explain import plan_header
 from cost_model.explain_cut import cut_facts, cut_section
-from cost_model.explain_op import alike, op_facts, op_sections
+from cost_model.explain_op import alike, op_facts, sections_of
 from cost_model.explain_whole import whole_facts, whole_sections
 from cost_model.find_ops import find_ops
 from cost_model.plan import PartitionPlan
+from cost_model.text_tables import Section, sections_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if args.op is not None:
         groups = alike(plan, find_ops(plan, args.op))
         facts["ops"] = [op_facts(plan, ops) for ops in groups]
-        sections += [section for ops in groups for section in op_sections(plan, ops)]
+        sections += sections_of(plan, groups)
     if args.cut is not None:
         facts["cut"] = cut_facts(plan, args.cut)
         sections.append(cut_section(plan, args.cut))

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, compile_config
+from cost_model.mesh import Mesh
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     be_quiet()
+    if args.plan is None:  # before the seconds that tracing takes
+        Mesh(args.tp or 1, args.pp or 1).coordinates(args.rank)
     compiled = compile_config(args)
     changes = compiled.graph_changes(args.rank)
     if args.json:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from autodist_fx.errors import AutodistError
 
@@ -25,6 +27,8 @@ USER_ERROR = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, 1 where `diff` finds differences, 2 for an error that the user can mend, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # torch's C++ says what we say in one line, too, with its stack; read when torch is imported
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     args = _parser(arguments).parse_args(arguments)
     args.argv = arguments
     try:
@@ -39,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except KeyboardInterrupt:
+        _leave("ended by Ctrl-C")  # else the others find out by what they wait for
         return 130
 
 
@@ -49,10 +54,17 @@ def _leave(failure: str) -> None:
         runtime.leave(failure)
 
 
+class _Parser(argparse.ArgumentParser):
+    """And its subcommands': a mistake is one line, without the usage, which is --help's."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{self.prog}: error: {message}\n")
+
+
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """Only the subcommand that is called is imported: torch and transformers take seconds, and --help needs neither."""
     called = next((a for a in arguments if not a.startswith("-")), None)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="autodist-fx",
         description="Splits an unmodified Hugging Face model over tensor- and pipeline-parallel ranks.",
     )

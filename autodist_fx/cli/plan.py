@@ -13,7 +13,7 @@ from typing import Any
 from autodist_fx.choosing import choose_mesh
 from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, compile_config, planning_options
 from autodist_fx.errors import AutodistError
-from autodist_fx.pretrained import generation_arguments, wanted_dtype
+from autodist_fx.pretrained import generation_arguments, keeps_cache, wanted_dtype
 from autodist_fx.tracing import empty_model
 from autodist_fx.weights.resolve import resolve_config
 from cost_model.mesh_choice import MeshChoice
@@ -47,6 +47,14 @@ def run(args: argparse.Namespace) -> int:
     given = {"B": args.batch, "S": args.seq, "P": args.past}
     sizes = {symbol: n for symbol, n in given.items() if n is not None}
     options["sizes"] = {**options.get("sizes", {}), **sizes}
+    if args.hardware:
+        options.pop("device_map", None)  # the command line wins over the file
+    loaded = args.devices is not None and args.objective == "throughput"
+    if args.sequences is not None and not loaded:
+        both = "--devices N --objective throughput"
+        raise AutodistError(f"--sequences counts for {both} alone: leave it out, or give both")
+    if args.batch is not None and loaded:
+        raise AutodistError("each mesh gets a batch of its own by throughput: leave --batch out, or give --sequences")
     if args.devices is not None:
         choice = choose_for(args, options)
         plan = choice.best.plan
@@ -71,6 +79,8 @@ def choose_for(args: argparse.Namespace, options: dict[str, Any]) -> MeshChoice:
     wanted = {**options, **planning_options(args), "objective": args.objective or "latency"}
     for name in ("tp", "pp", "device_map"):
         wanted.pop(name, None)
-    return choose_mesh(
-        shape, args.devices, sequences=args.sequences, concrete_args=generation_arguments(shape), **wanted
-    )
+    if keeps_cache(shape):
+        wanted |= {"concrete_args": generation_arguments(shape)}
+    else:
+        wanted |= {"use_cache": False}
+    return choose_mesh(shape, args.devices, sequences=args.sequences, **wanted)

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -21,9 +22,17 @@ from transformers import PreTrainedTokenizerBase
 
 from autodist_fx.artifact.cache import ENVIRONMENT, CacheEntry, from_cache
 from autodist_fx.artifact.load import Artifact
-from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, planning_options
+from autodist_fx.cli.arguments import (
+    above_zero,
+    add_model_arguments,
+    at_least,
+    be_quiet,
+    planning_options,
+    probability,
+)
 from autodist_fx.cli.generation import Answer, TimedStreamer, encode, split_answers
 from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.agreement import agree
 from autodist_fx.runtime.launch import launch_local
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, choose_device, join, started_by_torchrun
 from cost_model.mesh import Mesh
@@ -31,14 +40,20 @@ from cost_model.plan import PartitionPlan
 
 _DAY = 86400.0  # of patience with somebody at a breakpoint
 
+# What an artifact has settled.
+_DECIDED = (
+    "model", "plan", "hardware", "objective", "pin", "cut", "max_memory", "device_map", "revision", "cache_dir",
+    "dump_dir",
+)  # fmt: skip
+
 # Options of transformers' GenerationConfig, by their own names.
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
-    ("temperature", float, "softens (> 1) or sharpens (< 1) the distribution that is sampled"),
+    ("temperature", above_zero, "softens (> 1) or sharpens (< 1) the distribution that is sampled"),
     ("top_k", at_least(0), "sample among the k likeliest tokens"),
-    ("top_p", float, "sample among the likeliest tokens that make up this probability"),
-    ("min_p", float, "sample among tokens of at least this share of the likeliest one's probability"),
-    ("typical_p", float, "locally typical sampling"),
-    ("repetition_penalty", float, "above 1: less repetition"),
+    ("top_p", probability, "sample among the likeliest tokens that make up this probability"),
+    ("min_p", probability, "sample among tokens of at least this share of the likeliest one's probability"),
+    ("typical_p", probability, "locally typical sampling"),
+    ("repetition_penalty", above_zero, "above 1: less repetition"),
     ("no_repeat_ngram_size", at_least(0), "no n tokens in a row occur twice"),
     ("num_beams", at_least(1), "beam search"),
     ("min_new_tokens", at_least(0), "no end before so many tokens"),
@@ -63,16 +78,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--do-sample", action=argparse.BooleanOptionalAction, help="sample, or be greedy")
     for name, kind, summary in _SAMPLING:
         sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=summary)
-    sampling.add_argument("--seed", type=int, help="of the random numbers")
+    sampling.add_argument("--seed", type=at_least(0, 2**32 - 1), help="of the random numbers")
     ranks = parser.add_argument_group("the ranks")
-    ranks.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is some, by default")
-    ranks.add_argument("--timeout", type=float, metavar="S", help="seconds to wait for a rank (600; with --rank a day)")
+    ranks.add_argument("--device", type=_device, help="cpu, or cuda (the default where it is); cuda:N with --rank")
+    ranks.add_argument(
+        "--timeout", type=above_zero, metavar="S", help="seconds to wait for a rank (600; with --rank a day)"
+    )
     ranks.add_argument("--dump-dir", metavar="DIR", help="each rank's graph after each pass, as text")
     ranks.add_argument("--no-verify", action="store_true", help="do not prove the ranks' programs first")
     ranks.add_argument("--rank", type=at_least(0), metavar="R", help="run this rank only, here")
     ranks.add_argument("--world-size", type=at_least(1), metavar="W", help="ranks in all, with --rank")
     ranks.add_argument("--master-addr", metavar="A", help="address of rank 0, with --rank")
-    ranks.add_argument("--master-port", type=at_least(1), metavar="P", help="a free port there, with --rank")
+    ranks.add_argument("--master-port", type=at_least(1, 65535), metavar="P", help="a free port there, with --rank")
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda nor cuda:N")
+    return text
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,7 +116,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.batch_file is None:
         return [args.prompt]
     try:
-        lines = Path(args.batch_file).read_text(encoding="utf-8").splitlines()
+        lines = Path(args.batch_file).read_text(encoding="utf-8-sig").split("\n")  # not at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise AutodistError(f"cannot read --batch-file {args.batch_file}: {error}") from error
     prompts = [line for line in lines if line.strip()]
@@ -121,8 +144,10 @@ class _Saved:
 
     def __init__(self, args: argparse.Namespace, artifact: Artifact) -> None:
         self.args, self.artifact, self.mesh = args, artifact, artifact.mesh
-        if (args.model or args.plan) and args.artifact:
-            raise AutodistError("--artifact holds the model and its plan: leave --model and --plan out")
+        if args.artifact and (given := [f"--{name.replace('_', '-')}" for name in _DECIDED if getattr(args, name)]):
+            raise AutodistError(f"--artifact holds the model, split and loaded: leave {' and '.join(given)} out")
+        if args.artifact and args.dtype != "auto":
+            raise AutodistError("--artifact holds the weights in their dtype: leave --dtype out, or compile it anew")
         if (args.tp or self.mesh.tp, args.pp or self.mesh.pp) != (self.mesh.tp, self.mesh.pp):
             raise AutodistError(f"{artifact.directory} is split for {self.mesh}: leave --tp and --pp out")
 
@@ -238,6 +263,8 @@ def _place(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _start_ranks(args: argparse.Namespace, prompts: list[str], source: _Source) -> int:
+    if args.device and ":" in args.device:
+        raise AutodistError(f"--device {args.device} is one rank's: add --rank, or say cuda: a device for each")
     choose_device(args.device, source.mesh.size - 1, source.mesh.size)
     encode(source.tokenizer(), prompts, chat=not args.no_chat_template)
     with tempfile.TemporaryDirectory(prefix="autodist-fx-") as directory:
@@ -254,19 +281,31 @@ def _generate(args: argparse.Namespace, prompts: list[str], source: _Source) -> 
     inputs = encode(tokenizer, prompts, chat=not args.no_chat_template)
     mesh, model = source.mesh, source.share(tokenizer)
     load_seconds = time.perf_counter() - began
+    options = {"max_new_tokens": args.max_new_tokens, **_options(args, model.generation_config, tokenizer)}
+    if mesh.size > 1:  # what this rank prints are the answers to what the rank that drives was asked
+        asked = json.dumps([prompts, options, args.seed, args.no_chat_template])
+        agree(model.communicator, model.rank, mesh.size, [asked], what="request")
     speaks = model.rank == 0 or args.rank is not None
-    streams = speaks and not args.json and len(prompts) == 1 and (args.num_beams or 1) == 1
+    one_beam = (args.num_beams or model.generation_config.num_beams or 1) == 1
+    streams = speaks and not args.json and len(prompts) == 1 and one_beam
     text = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
-    streamer = TimedStreamer(text) if (args.num_beams or model.generation_config.num_beams or 1) == 1 else None
+    streamer = TimedStreamer(text) if one_beam else None
     if args.seed is not None:
         transformers.set_seed(args.seed)
     start = time.perf_counter()
-    output = model.generate(
-        **{name: value.to(model.device) for name, value in inputs.items()},
-        max_new_tokens=args.max_new_tokens,
-        streamer=streamer,
-        **_options(args, model.generation_config, tokenizer),
-    )
+    try:
+        output = model.generate(
+            **{name: value.to(model.device) for name, value in inputs.items()},
+            streamer=streamer,
+            **options,
+        )
+    except AutodistError:
+        raise
+    except Exception as error:  # of generate's own checks, or of the model's code, whose node was noted
+        notes = getattr(error, "__notes__", [])
+        if not notes and not isinstance(error, ValueError):
+            raise
+        raise AutodistError("; ".join([f"{type(error).__name__}: {error}", *notes])) from error
     seconds = time.perf_counter() - start
     if not speaks:
         return

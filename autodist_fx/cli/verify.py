@@ -10,9 +10,9 @@ import inspect
 import time
 
 from autodist_fx.artifact.load import Artifact
-from autodist_fx.cli.arguments import add_model_arguments, be_quiet, compile_config
+from autodist_fx.cli.arguments import add_model_arguments, be_quiet, compile_config, planning_options
 from autodist_fx.compiled import CompiledModel
-from autodist_fx.compiled import compile as compile_model
+from autodist_fx.compiling import compile as compile_model
 from autodist_fx.errors import AutodistError
 from autodist_fx.pretrained import mesh_of, wanted_dtype
 from autodist_fx.tracing import empty_model
@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     be_quiet()
     if (args.model is None) == (args.artifact is None) or (args.artifact and args.train):
         raise AutodistError("name a model with --model, or a split on disk with --artifact, which is for inference")
+    if args.artifact and (args.tp or args.pp or args.plan or planning_options(args)):
+        raise AutodistError("a split on disk has its mesh and its plan: leave the options of a split out")
     if args.artifact:
         compiled: CompiledModel = Artifact(args.artifact).whole
     else:
@@ -66,6 +68,5 @@ def _compile_for_training(args: argparse.Namespace) -> CompiledModel:
     plan = PartitionPlan.load(args.plan) if args.plan else None
     mesh = mesh_of(plan, args.tp, args.pp)
     return compile_model(
-        model, tp=mesh.tp, pp=mesh.pp, plan=plan, hardware=args.hardware, objective=args.objective, input_names=names,
-        train=True, verify=False,
-    )  # fmt: skip
+        model, tp=mesh.tp, pp=mesh.pp, plan=plan, input_names=names, train=True, verify=False, **planning_options(args)
+    )

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element
 
 from autodist_fx.report.parts import STAGES_SHOWN, cell, left_out, name, note, section, show_name, table
-from cost_model.explain import bytes_text, ranges_text, seconds_text
 from cost_model.explain_cut import cut_reason
 from cost_model.plan import OpPlan, PartitionPlan
 from cost_model.plan_html import element
+from cost_model.wording import bytes_text, ranges_text, seconds_text
 
 TENSORS_SHOWN = 200  # in the table
 OPTIONS_SHOWN = 7  # places next to one cut
@@ -108,7 +108,7 @@ def _cuts(plan: PartitionPlan) -> list[Element]:
     if not plan.cuts:
         return []
     found = [element("h3", "Why the cuts are where they are"),
-             note("Seconds of compute and collectives; bytes of whole tensors.")]  # fmt: skip
+             note("Seconds of a stage, receiving and computing again among them; bytes of whole tensors.")]  # fmt: skip
     header = [("Cut before", ""), ("Stage in front", "num"), ("Stage behind", "num"), ("Slower of both", "num"),
               ("Crosses", "num"), ("", "")]  # fmt: skip
     for border, cut in enumerate(plan.cuts[:STAGES_SHOWN]):

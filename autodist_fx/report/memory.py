@@ -6,10 +6,11 @@ from itertools import groupby
 from xml.etree.ElementTree import Element
 
 from autodist_fx.report.parts import cell, left_out, note, section, span, table
-from cost_model.explain import bytes_text, param_bytes, ranges_text
 from cost_model.placement import Placement
 from cost_model.plan import PartitionPlan, StageSummary
 from cost_model.plan_html import element
+from cost_model.plan_weights import param_bytes
+from cost_model.wording import bytes_text, ranges_text
 
 BARS_SHOWN = 256
 CACHE_KIND = "cache_update"

@@ -7,9 +7,11 @@ from xml.etree.ElementTree import Element
 
 from autodist_fx.report.memory import share_of_device
 from autodist_fx.report.parts import show_name
-from cost_model.explain import all_warnings, bytes_text, count_text, seconds_text, sharded_share, whole_param_bytes
 from cost_model.plan import PartitionPlan
 from cost_model.plan_html import element, shorten
+from cost_model.plan_warnings import all_warnings, whole_device
+from cost_model.plan_weights import sharded_share, whole_param_bytes
+from cost_model.wording import bytes_text, count_text, seconds_text
 
 RANKS_DRAWN = 256
 COLOURS = 8  # of tp ranks in page.css; the ninth has the first's again
@@ -90,8 +92,8 @@ def _tiles(plan: PartitionPlan) -> list[Element]:
     fullest = max(plan.stages, key=lambda s: s.memory_bytes)
     tiles = [_tile("One forward pass", seconds_text(total), f"predicted for {show_name(plan.hardware)}")]
     if plan.mesh.size > 1 and plan.one_device_seconds > 0 and total > 0:
-        alone = seconds_text(plan.one_device_seconds)
-        tiles.append(_tile("Speed-up", f"{plan.one_device_seconds / total:.2f}×", f"one device: {alone}"))
+        alone = f"one device{whole_device(plan)}: {seconds_text(plan.one_device_seconds)}"
+        tiles.append(_tile("Speed-up", f"{plan.one_device_seconds / total:.2f}×", alone))
     if plan.mesh.size > 1 and total > 0:
         tiles.append(_tile("Communication", f"{comm / total:.0%}", f"{seconds_text(comm)} of a forward pass"))
     if plan.mesh.pp > 1:

@@ -14,10 +14,11 @@ from autodist_fx.report.parts import note, section, show_name
 from autodist_fx.report.stages import stages_section
 from autodist_fx.report.timeline import timeline_section
 from autodist_fx.report.weights import weights_section
-from cost_model.explain import Section, plan_sections
+from cost_model.explain import plan_sections
 from cost_model.explain_whole import whole_sections
 from cost_model.plan import PartitionPlan
 from cost_model.plan_html import element, section_table, shorten, to_html
+from cost_model.text_tables import Section
 
 
 def plan_page(plan: PartitionPlan) -> str:

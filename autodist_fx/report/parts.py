@@ -5,20 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element
 
-from cost_model.explain import bytes_text, seconds_text
 from cost_model.plan_html import element, shorten
+from cost_model.roles import MEANING
+from cost_model.wording import bytes_text, seconds_text
 
 NAME_SHOWN = 80  # characters of a name; longer ones lose their middle
 STAGES_SHOWN = 64
-ROLES = {
-    "column": "column parallel: each rank has some of the output features",
-    "row": "row parallel: each rank has some of the input features, and outputs are summed over ranks",
-    "vocab": "vocabulary parallel: each rank has some rows of the table, and the others' are zero in the sum",
-    "hidden": "each rank has some of the columns of the table",
-    "groups": "each rank has some of the convolution's groups",
-    "expert": "expert parallel: each rank has some of the experts",
-    "replicate": "each rank has the whole weight",
-}
 
 
 def section(key: str, nav: str, title: str, *children: Element | str | None) -> Element:
@@ -53,7 +45,7 @@ def name(text: str) -> Element:
 
 def badge(role: str, times: int = 0) -> Element:
     text = show_name(role, 24) + (f" ×{times}" if times else "")
-    return element("span", text, cls=f"badge role-{role}" if role in ROLES else "badge", title=ROLES.get(role))
+    return element("span", text, cls=f"badge role-{role}" if role in MEANING else "badge", title=MEANING.get(role))
 
 
 def cell(content: Element | str | None, value: float | str | None = None, cls: str | None = None) -> Element:

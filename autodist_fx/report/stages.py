@@ -8,9 +8,9 @@ from xml.etree.ElementTree import Element
 from autodist_fx.report.borders import Sent, bytes_of, crossing, sent_tensors
 from autodist_fx.report.memory import memory_bar, parts_of
 from autodist_fx.report.parts import STAGES_SHOWN, badge, left_out, name, note, ranks_text, section, show_name
-from cost_model.explain import bytes_text, compress_names, count_text, name_pattern, ranges_text, seconds_text
 from cost_model.plan import OpPlan, PartitionPlan, StageSummary
 from cost_model.plan_html import element
+from cost_model.wording import bytes_text, compress_names, count_text, name_pattern, ranges_text, seconds_text
 
 BLOCKS_SHOWN = 12  # of layers in a stage
 TENSORS_SHOWN = 4  # at an arrow

@@ -6,9 +6,10 @@ import math
 from xml.etree.ElementTree import Element
 
 from autodist_fx.report.parts import STAGES_SHOWN, left_out, note, ranks_text, section
-from cost_model.explain import seconds_text
 from cost_model.plan import PartitionPlan, StageSummary
 from cost_model.plan_html import element
+from cost_model.plan_warnings import whole_device
+from cost_model.wording import seconds_text
 
 SHORTEST = 1e-12  # seconds of a forward pass that there is a timeline of
 TICKS = 5
@@ -51,7 +52,7 @@ def _against_one_device(plan: PartitionPlan) -> list[Element]:
     split = [("compute", compute), ("comm", total - compute)]
     rows = [
         _row("This split", f"{plan.mesh.size} ranks", split, 0.0, end),
-        _row("One device", "the whole model", [("alone", alone)], 0.0, end),
+        _row("One device", whole_device(plan).strip() or "the whole model", [("alone", alone)], 0.0, end),
     ]
     return [element("h3", "Against one device"), element("div", *rows, cls="timeline", role="list")]
 

@@ -20,16 +20,10 @@ from autodist_fx.report.parts import (
     table,
 )
 from autodist_fx.report.split_bar import SplitBars, matrix
-from cost_model.explain import (
-    LinearGroup,
-    bytes_text,
-    linear_groups,
-    name_pattern,
-    param_bytes,
-    ranges_text,
-)
 from cost_model.plan import ParamPlan, PartitionPlan
 from cost_model.plan_html import element, shorten
+from cost_model.plan_weights import LinearGroup, linear_groups, param_bytes
+from cost_model.wording import bytes_text, name_pattern, ranges_text
 
 ROWS_SHOWN = 400
 ROLES_SHOWN = 4  # that a linear could have instead

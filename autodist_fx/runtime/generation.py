@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from autodist_fx.errors import AutodistError
 from autodist_fx.lengths import Lengths
+from autodist_fx.runtime.failing_node import name_failing_node
 from autodist_fx.runtime.local_cache import SplitCache, local_cache
 from autodist_fx.runtime.step_messages import Command, StepChannel
 from autodist_fx.runtime.ways import Ways, only
@@ -161,6 +162,8 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
         alone. With `return_dict_in_generate`, scores and logits are the driver's, the sequences everyone's. What the
         driver raises, all ranks raise. Assisted generation is refused: the graphs give the logits of one position.
         """
+        if self._generating:  # called by transformers' generate itself: to heal tokens, say
+            return super().generate(*args, **kwargs)
         if self._channel is None:
             return self._drive(*args, **kwargs)
         if not self.is_driver:
@@ -187,6 +190,12 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
     # ------------------------------------------------------------------------------------------- on the driver
 
     def _drive(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("inputs_embeds") is not None:
+            raise AutodistError("generating over ranks starts from input_ids, which the ranks' graphs embed themselves")
+        if kwargs.get("token_type_ids") is not None:
+            raise AutodistError(
+                "generating over ranks takes no token_type_ids: call the tokenizer with return_token_type_ids=False"
+            )
         self._generating = True
         try:
             return super().generate(*args, **kwargs)
@@ -265,7 +274,8 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
             "position_ids": position_ids.contiguous() if position_ids is not None else None,
             "past_key_values": past_key_values,
             "cache_position": cache_position,
-            **kwargs,
+            # generate hands on all that it was given; tokenizers are for its stop strings
+            **{k: v for k, v in kwargs.items() if v is not None and not k.endswith("tokenizer")},
         }
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -392,8 +402,13 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
         """One of this rank's programs, on its device; what it gives back, by name."""
         if self.device.type != "cpu":
             inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-        with using(self.communicator):
-            outputs: dict[str, Any] = program.graph_module(**inputs)
+        try:
+            with using(self.communicator):
+                outputs: dict[str, Any] = program.graph_module(**inputs)
+        except Exception as error:
+            if not isinstance(error, AutodistError):
+                name_failing_node(error, program.graph_module, self.rank)
+            raise
         return outputs
 
     def _further_numbers(self) -> tuple[int, ...]:

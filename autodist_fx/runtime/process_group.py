@@ -193,30 +193,84 @@ def choose_device(device: str | torch.device | None, local_rank: int, ranks_here
     if max(ranks_here, local_rank + 1) > visible:
         raise RuntimeSetupError(
             f"{max(ranks_here, local_rank + 1)} ranks on this machine, and {visible} CUDA device"
-            f"{'s are' if visible > 1 else ' is'} visible{by}: use fewer ranks, show more devices, or use device cpu"
+            f"{'s are' if visible > 1 else ' is'} visible{by}: use fewer ranks, show more devices, or use device cpu "
+            "(ranks on several machines: set LOCAL_RANK, or name cuda:N)"
         )
     return torch.device("cuda", local_rank)
 
 
 def _start(place: Place, device: torch.device, timeout_seconds: float) -> _World:
+    timeout = timedelta(seconds=timeout_seconds)
     try:
+        store = _meeting_place(place, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            init_method=None if _is_environment(place) else f"tcp://{place.master_addr}:{place.master_port}",
+            store=store,
             rank=place.rank,
             world_size=place.world_size,
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=timeout,
         )
     except (RuntimeError, ValueError, dist.DistError) as error:
+        where, reason = f"{place.master_addr}:{place.master_port}", str(error).strip().splitlines()[0]
+        if "EADDRINUSE" in reason:
+            raise RuntimeSetupError(
+                f"rank 0 is to listen at {where}, where another process does (another rank 0?): choose a free port"
+            ) from error
         raise RuntimeSetupError(
-            f"rank {place.rank} could not meet the other {place.world_size - 1} at {place.master_addr}:"
-            f"{place.master_port} within {timeout_seconds:g} s: {str(error).strip().splitlines()[0]}"
+            f"rank {place.rank} could not meet the other {place.world_size - 1} at {where} within "
+            f"{timeout_seconds:g} s: {reason}"
         ) from error
     watchdog = Watchdog(place.rank, place.world_size)
-    watchdog.start(dist.distributed_c10d._get_default_store(), place.master_addr, timeout_seconds)
+    watchdog.start(store, place.master_addr, timeout_seconds)
     _tell_of_uncaught_errors()
     atexit.register(leave)
     return _World(watchdog)
+
+
+def _meeting_place(place: Place, timeout: timedelta) -> dist.Store:
+    """Where the ranks tell each other their addresses (torchrun's own store, or one that rank 0 keeps), when all came.
+
+    Raises RuntimeSetupError for ranks that did not come, and for a rank that has come already or that counts other
+    ranks than rank 0: they would be waited for in vain.
+    """
+    where = f"{place.master_addr}:{place.master_port}"
+    if _is_environment(place):
+        store, *_ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
+    else:
+        store = dist.TCPStore(
+            place.master_addr,
+            place.master_port,
+            is_master=place.rank == 0,
+            timeout=timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    store.set_timeout(timeout)
+    store = dist.PrefixStore("autodist_fx", store)
+    came = [f"rank/{rank}" for rank in range(place.world_size)]
+    if store.add(came[place.rank], 1) > 1 and not dist.is_torchelastic_launched():  # torchrun counts them itself
+        raise RuntimeSetupError(
+            f"another rank {place.rank} has come to {where} already: start each of the ranks 0 to "
+            f"{place.world_size - 1} once"
+        )
+    if place.rank == 0:
+        store.set("world_size", str(place.world_size))
+    elif (of_rank_0 := int(store.get("world_size"))) != place.world_size:
+        raise RuntimeSetupError(
+            f"rank {place.rank} is one of {place.world_size}, and rank 0 one of {of_rank_0}: start all ranks with the "
+            "same tp, pp and world size"
+        )
+    try:
+        store.wait(came)
+    except dist.DistStoreError as error:
+        missing = [str(rank) for rank, key in enumerate(came) if not store.check([key])]
+        if not missing:
+            raise
+        raise RuntimeSetupError(
+            f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing)} did not come to {where} within "
+            f"{timeout.total_seconds():g} s: start every rank from 0 to {place.world_size - 1}"
+        ) from error
+    return store
 
 
 def _is_environment(place: Place) -> bool:
@@ -233,6 +287,6 @@ def _tell_of_uncaught_errors() -> None:
     def hook(kind, error, traceback):  # type: ignore[no-untyped-def]
         before(kind, error, traceback)
         if not hasattr(sys, "ps1"):  # at a prompt the process goes on
-            leave(f"{kind.__name__}: {error}")
+            leave("; ".join([f"{kind.__name__}: {error}", *getattr(error, "__notes__", ())]))
 
     sys.excepthook = hook

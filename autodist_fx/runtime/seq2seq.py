@@ -24,7 +24,6 @@ from autodist_fx.runtime.generation import DistributedCausalLM
 from autodist_fx.runtime.local_cache import SplitCache, encoder_view, local_cache
 from autodist_fx.runtime.step_messages import Command
 from autodist_fx.runtime.ways import Ways, only
-from passes.comm_ops import using
 from passes.program import RankProgram
 
 _CHANNEL = 0x7F000005  # of what the encoder reads
@@ -257,8 +256,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         encoder = self._ways.get(lengths)[0]
         view = encoder_view(scratch, self.program, encoder)
         inputs = {**given, "past_key_values": view}
-        with using(self.communicator):
-            encoder.graph_module(**{name: inputs[name] for name in encoder.input_names})
+        self._call(encoder, {name: inputs[name] for name in encoder.input_names})
         layers = dict(zip(encoder.cache_layers, view.layers, strict=True))
         kept = {name: value for name, value in given.items() if name in self.program.input_names}
         rows = next(iter(given.values())).shape[0]

@@ -11,8 +11,8 @@ from torch import nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from passes.normalize import op_name
-from passes.op_graph import argument
+from passes.arguments import argument
+from passes.nodes import op_name
 
 
 def outside_a_table(whole: torch.fx.GraphModule, inputs: Mapping[str, Any]) -> str | None:

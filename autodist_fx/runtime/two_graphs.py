@@ -17,7 +17,6 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.lengths import lengths_of
 from autodist_fx.runtime.generation import DistributedCausalLM
 from autodist_fx.runtime.ways import Ways
-from passes.comm_ops import using
 from passes.program import RankProgram
 
 _CHANNEL = 0x7F000004  # of logits on their way to earlier stages
@@ -113,10 +112,8 @@ class TwoGraphCausalLM(DistributedCausalLM):
             self._whole[names] = self._make_program(names)
         ways = self._whole[names]
         program = ways.get(lengths_of(ways.forms, given, 0))
-        inputs = {name: given[name].to(self.device) for name in program.input_names}
-        with using(self.communicator):
-            logits = program.graph_module(**inputs).get("logits")
-        return self._on_every_stage(logits)
+        outputs = self._call(program, {name: given[name].to(self.device) for name in program.input_names})
+        return self._on_every_stage(outputs.get("logits"))
 
     def _on_every_stage(self, logits: torch.Tensor | None) -> torch.Tensor:
         """From each rank of the last stage to its namesakes on the others, so that all links carry as much."""

@@ -1,10 +1,12 @@
 """`if`, sizes and `max` of traced values: what can be said without knowing the data.
 
-fx has one graph for all inputs, so that a condition must come out the same for all. Three kinds do, and are common:
+fx has one graph for all inputs, so that a condition must come out the same for all. These do, and are common:
 
 - values that no input's data go into (`torch.arange(n)[0] > 0`) are computed, with the example's lengths;
-- what is asserted is taken for true, and what only an error follows (`if ...: raise`) for false: the graph makes no
-  check of its inputs;
+- comparisons of lengths, also of tensors that hold one, are decided for the example's, and asked again at each call
+  (passes/conditions.py);
+- what is asserted is taken for true, and what only an error or a warning follows (`if ...: raise`) for false: the
+  graph makes no check of its inputs;
 - values that follow from the masks' being zeros and ones: no token is attended to globally (ranges.py);
 - "does this have any padding?", asked to skip work where not: `torch.all(mask == 1)` is taken for false and
   `(ids == pad).any()` for true, since masking nothing changes nothing. transformers' masking utilities are patched in
@@ -40,11 +42,7 @@ def decide(proxy: hf_fx.HFProxy) -> bool:
     if known is None and not asserted:
         return Proxy.__bool__(proxy)
     if not isinstance(known, torch.Tensor):
-        # Of lengths: it may be otherwise at another call. What transformers' common code asks (is one token enough to
-        # be causal?) comes to the same, and is not kept.
-        if not asserted and frame.f_code.co_filename in proxy.tracer.source_files:
-            proxy.node.meta[MARK] = bool(known)
-        return asserted or bool(known)
+        return asserted or _of_lengths(proxy, frame)
     padded = _asks_for_padding(proxy.node)
     if padded is not None:
         return padded
@@ -53,6 +51,9 @@ def decide(proxy: hf_fx.HFProxy) -> bool:
     sure = certain(proxy.node, proxy.tracer)
     if sure is not None:
         return sure
+    compared = _compared_lengths(proxy.node, proxy.tracer)
+    if compared is not None:
+        return _of_lengths(compared, frame)
     answers = set()
     try:
         for position in (1, _FAR) if proxy.tracer.phase == "step" else (0,):
@@ -65,6 +66,29 @@ def decide(proxy: hf_fx.HFProxy) -> bool:
 
 
 _FAR = 2**30
+_COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
+
+
+def _of_lengths(proxy: hf_fx.HFProxy, frame: types.FrameType) -> bool:
+    """As it is for the example's, and may be otherwise at another call: what the model's own code asks is kept. What
+    transformers' common code asks (is one token enough to be causal?) comes to the same."""
+    known = bool(proxy._metadata)
+    if frame.f_code.co_filename in proxy.tracer.source_files:
+        proxy.node.meta[MARK] = known
+    return known
+
+
+def _compared_lengths(node: Node, tracer: Any) -> Any:
+    """A comparison of 0-dim tensors that hold lengths, or the truth of one, as that of the lengths themselves; None
+    for any other node, and where there are positions in a cache: a model may ask whether anything is in it yet.
+    """
+    if any(n.op == "placeholder" and n.target == "cache_position" for n in tracer.graph.nodes):
+        return None
+    name = getattr(node.target, "__name__", node.target)
+    name, args = (name, node.args) if name in _COMPARISONS and len(node.args) == 2 else ("ne", (node, 0))
+    parts = [_length_of(a, tracer) if isinstance(a, Node) else a for a in args]
+    known = all(type(p) in (int, float) or isinstance(p, Proxy) for p in parts)
+    return getattr(operator, str(name))(*parts) if known and any(isinstance(p, Proxy) for p in parts) else None
 
 
 def _is_asserted(frame: types.FrameType) -> bool:
@@ -81,7 +105,7 @@ class _DependsOnDataError(Exception):
 
 
 def lengths_for_tensors(value: Any) -> Any:
-    """`value`, an argument of torch.full or torch.arange, with lengths in place of 0-dim tensors that hold one.
+    """`value`, an argument of torch.full or of rotary embeddings, with lengths in place of 0-dim tensors that hold one.
 
     Models write `cache_position[-1] + 1` for the number of tokens; it is a number only once there is data, while the
     end of the range that the positions were made from is one now.
@@ -109,7 +133,7 @@ def _length_of(node: Node, tracer: Any) -> Any:
     if name != "getitem" or node.args[1] != -1 or not isinstance(node.args[0], Node):
         return None
     positions = node.args[0]
-    if tracer.phase and positions.op == "placeholder" and positions.target == "cache_position":
+    if positions.op == "placeholder" and positions.target == "cache_position":
         return _tokens_so_far(tracer)
     if getattr(positions.target, "__name__", "") != "arange":
         return None
@@ -119,12 +143,13 @@ def _length_of(node: Node, tracer: Any) -> Any:
 
 def _tokens_so_far(tracer: Any) -> Any:
     """The position of the last token: the mask has one column for each token up to it."""
-    for node in tracer.graph.nodes:
-        if node.op == "placeholder" and node.target == "attention_mask":
-            mask = tracer.proxy(node)
-            mask.install_metadata(tracer.examples_of[node])
-            return mask.shape[-1] - 1
-    return None
+    inputs = {node.target: node for node in tracer.graph.nodes if node.op == "placeholder"}
+    node = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
+    if node is None:
+        return None
+    mask = tracer.proxy(node)
+    mask.install_metadata(tracer.examples_of[node])
+    return mask.shape[-1] - 1
 
 
 def _number(value: Any, tracer: Any) -> Any:

@@ -7,6 +7,7 @@ them too.
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import inspect
 import sys
@@ -90,6 +91,8 @@ def traceable(
         patch(hf_fx, "warnings", _ReportToTracer)
         if hasattr(fx_symbolic_trace, "is_fx_symbolic_tracing"):  # what is_fx_tracing warns to use instead
             patch(hf_fx, "is_fx_tracing", fx_symbolic_trace.is_fx_symbolic_tracing)
+        # To unpack a proxy, fx disassembles the function that does so, each time.
+        patch(torch.fx.proxy, "dis", types.SimpleNamespace(get_instructions=functools.cache(_instructions)))
         patch(torch, "autocast", _autocast)
         for name, convert in CONVERSIONS.items():
             patch(hf_fx.HFProxy, name, convert)
@@ -135,6 +138,10 @@ class _TorchThatTracesUnseen(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
+
+
+def _instructions(code: types.CodeType) -> list[dis.Instruction]:
+    return list(dis.get_instructions(code))
 
 
 @functools.cache

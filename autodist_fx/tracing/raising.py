@@ -1,4 +1,5 @@
-"""`if condition: raise ...`: the answer that raises nothing, found where a frame stands in its source."""
+"""`if condition: raise ...`: the answer that raises nothing, found where a frame stands in its source. So for an `if`
+that only says something to the user: a graph says nothing."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from collections.abc import Iterator
 
 
 def answer_without_error(frame: types.FrameType) -> bool | None:
-    """What a value must be, which is asked for its truth where `frame` stands, so that no error is raised by an `if`
-    whose body does nothing else; None where it is not asked by such an `if`."""
+    """What a value must be, which is asked for its truth where `frame` stands, so that no error is raised (or warning
+    logged) by an `if` whose body does nothing else; None where it is not asked by such an `if`."""
     asked = _asked(frame)
     if asked is None:
         return None
@@ -54,8 +55,17 @@ def _tests_before_errors(path: str) -> tuple[ast.expr, ...]:
     return tuple(
         node.test
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and len(node.body) == 1 and isinstance(node.body[0], ast.Raise)
-    )
+        if isinstance(node, ast.If) and len(node.body) == 1 and (
+            isinstance(node.body[0], ast.Raise) or (_logs(node.body[0]) and not node.orelse)
+        )
+    )  # fmt: skip
+
+
+def _logs(statement: ast.stmt) -> bool:
+    """logger.warning_once(...), warnings.warn(...)"""
+    called = statement.value.func if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call) else None
+    by = called.value if isinstance(called, ast.Attribute) else None
+    return isinstance(by, ast.Name) and by.id in ("logger", "logging", "warnings")
 
 
 def _parts(test: ast.expr, negated: bool) -> Iterator[tuple[ast.expr, bool]]:

@@ -33,6 +33,7 @@ from autodist_fx.tracing.meta_model import empty_model, meta_copy
 from autodist_fx.tracing.passing_cache import PassingCache, shares_keys_between_layers
 from autodist_fx.tracing.patches import traceable
 from autodist_fx.tracing.tracer import Tracer, model_source_files
+from passes.lazy_graph_module import LazyGraphModule
 
 
 @dataclass
@@ -256,7 +257,7 @@ def graph_module_of(model: PreTrainedModel, graph: torch.fx.Graph) -> torch.fx.G
             node.args = (flat(node.args[0]),)
         if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
             _name_by_content(model, node)
-    graph_module = torch.fx.GraphModule(model, graph, class_name=type(model).__name__)
+    graph_module = LazyGraphModule(model, graph, class_name=type(model).__name__)
     graph_module.train(model.training)
     # GraphModule makes every buffer a persistent one, and buffers of the constants; neither inv_freq nor a constant is
     # in any checkpoint.

@@ -169,6 +169,8 @@ class Tracer(hf_fx.HFTracer):
         if kind == "call_function" and getattr(target, "__name__", "") in _TAKE_SIZES:
             args, kwargs = lengths_for_tensors(args), {k: lengths_for_tensors(v) for k, v in kwargs.items()}
             args = within_range(args, kwargs.get("dtype")) if target.__name__ == "full" else args
+        if kind == "call_module" and changes_with_length(self.root.get_submodule(target)):
+            args, kwargs = lengths_for_tensors(args), lengths_for_tensors(kwargs)
         if kind == "call_function" and target is operator.getitem and len(args) == 2:
             args = (args[0], lengths_for_tensors(args[1]))  # x[: torch.tensor(length)]
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **named)

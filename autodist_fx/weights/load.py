@@ -168,7 +168,7 @@ def _refuse_missing(missing: Sequence[ParamShard], count: int) -> None:
     if lost:
         raise CheckpointError(
             f"{len(lost)} of {count} tensors are not in the checkpoint: {_some(lost)}; "
-            "is it the checkpoint of this model? (tied weights: pass their names as `tied`)"
+            "is it the checkpoint of this model?"
         )
     if lost_buffers:
         raise CheckpointError(

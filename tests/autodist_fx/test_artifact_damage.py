@@ -93,6 +93,8 @@ def _json(directory: Path, name: str, change: Callable[[Any], Any]) -> None:
 
 def test_what_is_whole_is_read(artifact: Path) -> None:
     _read_everything(artifact)
+    whole = adx.load(artifact)
+    assert isinstance(whole, Artifact) and whole._repr_html_() == whole.plan._repr_html_()  # as notebooks show it
     _remade(artifact)
     _read_everything(artifact)
 
@@ -203,6 +205,23 @@ def test_a_manifest_that_is_edited_and_not_made_anew(artifact: Path) -> None:
     text = (artifact / "manifest.json").read_text()
     (artifact / "manifest.json").write_text(text.replace('"LlamaForCausalLM"', '"GPT2LMHeadModel"'))
     _refused(artifact, r"manifest\.json was changed after it was written")
+
+
+def test_a_manifest_in_another_encoding(artifact: Path) -> None:
+    text = (artifact / "manifest.json").read_text()
+    (artifact / "manifest.json").write_text(text, encoding="utf-16")
+    _refused(artifact, r"manifest\.json is not the JSON that was written")
+
+
+@pytest.mark.parametrize("name", [PLAN, WEIGHTS, GRAPH])
+def test_what_is_no_plain_file(name: str, artifact: Path) -> None:
+    """Opening a pipe would wait for ever, reading a device never end."""
+    (artifact / name).unlink()
+    os.mkfifo(artifact / name)
+    _refused(artifact, rf"{name} is no plain file")
+    (artifact / name).unlink()
+    (artifact / name).mkdir()
+    _refused(artifact, rf"{name} is missing")
 
 
 @pytest.mark.parametrize(

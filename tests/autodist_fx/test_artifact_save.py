@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from tiny_seq2seq import seq2seq_inputs, tiny_seq2seq
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
+from autodist_fx.artifact.save import new_directory
 from autodist_fx.compiled import CompiledModel
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "families"))
@@ -109,6 +112,41 @@ def test_an_encoder(tmp_path: Path) -> None:
     before = compiled.simulate(**text_batch()).logits
     artifact = _reloaded(compiled, tmp_path / "saved")
     assert torch.equal(artifact.simulate(**text_batch()).logits, before)
+
+
+_FILL_UNTIL_KILLED = """
+import sys, time
+from pathlib import Path
+from autodist_fx.artifact.save import new_directory
+with new_directory(Path(sys.argv[1])) as staging:
+    staging.write("weights.bin", b"x" * 1000)
+    print("written", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_left_is_gone_after_the_next_that_succeeds(tmp_path: Path) -> None:
+    target = tmp_path / "saved"
+    command = [sys.executable, "-c", _FILL_UNTIL_KILLED, str(target)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for process in processes:
+            assert process.stdout is not None and process.stdout.readline() == b"written\n"
+        processes[0].kill()
+        processes[0].wait(10)
+        left = list(tmp_path.iterdir())
+        assert len(left) == 2 and not target.exists()
+        for path in left:
+            os.utime(path, (1, 1))
+        with new_directory(target) as staging:
+            staging.write("a.json", "{}")
+        kept = [path for path in tmp_path.iterdir() if path != target]
+        assert len(kept) == 1 and (kept[0] / "weights.bin").exists()  # of the process that still writes
+        assert [path.name for path in target.iterdir()] == ["a.json"]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate(timeout=10)
 
 
 @torch.no_grad()

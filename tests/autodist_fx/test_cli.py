@@ -101,9 +101,54 @@ def test_other_mistakes(capsys, llama):
     assert "where do the ranks meet" in fails(
         capsys, "run", "--model", llama, "--tp", 2, "--rank", 0, "--world-size", 2, *RUN
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--tp", "0", "0 is less than 1"),
+        ("--top-p", "7", "7 is not between 0 and 1"),
+        ("--temperature", "0", "0 is not above 0"),
+        ("--timeout", "-3", "-3 is not above 0"),
+        ("--timeout", "nan", "nan is not above 0"),
+        ("--seed", "-1", "-1 is less than 0"),
+        ("--master-port", "65536", "65536 is more than 65535"),
+        ("--no-such", "x", "unrecognized arguments: --no-such x"),
+    ],
+)
+def test_a_value_out_of_its_range_is_one_line(capsys, option, value, said):
     with pytest.raises(SystemExit) as stop:
-        main(["plan", "--model", "x", "--tp", "0"])
+        main(["run", "--model", "x", option, value])
     assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1 and printed.startswith("autodist-fx") and said in printed
+
+
+def test_ctrl_c_is_told_to_the_other_ranks(monkeypatch):
+    told = []
+    monkeypatch.setattr("autodist_fx.cli.run.run", lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("autodist_fx.runtime.process_group.leave", told.append)
+    assert main(["run", "--model", "x", "--prompt", "x"]) == 130
+    assert told == ["ended by Ctrl-C"]
+
+
+def test_what_an_artifact_has_settled_cannot_be_asked_for(capsys, llama, tmp_path):
+    succeeds(capsys, "compile", "--model", llama, "--tp", 2, "--out", tmp_path / "split")
+    for option, value in (("--dtype", "bfloat16"), ("--pin", "*.q_proj=replicate"), ("--dump-dir", tmp_path)):
+        error = fails(capsys, "run", "--artifact", tmp_path / "split", option, value, *RUN)
+        assert f"leave {option} out" in error
+
+
+def test_a_device_by_number_is_one_ranks(capsys, llama):
+    error = fails(capsys, "run", "--model", llama, "--tp", 2, "--device", "cuda:1", *RUN)
+    assert "--device cuda:1 is one rank's: add --rank" in error
+
+
+def test_what_the_models_own_code_raises_is_one_line(capsys, tmp_path):
+    gpt2 = save_tiny(tmp_path / "gpt2", "gpt2")  # with a table of 64 positions
+    long = " ".join(["w5"] * 70)
+    error = fails(capsys, "run", "--model", gpt2, "--prompt", long, "--max-new-tokens", 2, "--device", "cpu")
+    assert "IndexError: index out of range in self; on rank 0, in transformer_wpe" in error
 
 
 def test_plan_from_a_config_alone(capsys, config_only, tmp_path):
@@ -128,7 +173,7 @@ def test_verify_and_graph_diff(capsys, config_only):
 
 
 def test_run_alone_as_json(capsys, llama, tmp_path):
-    (tmp_path / "prompts").write_text("w5 w6 w7\nw9\n")
+    (tmp_path / "prompts").write_bytes("\ufeffw5 w6\u2028w7\r\n \r\nw9".encode())  # as some editors write it
     keywords = ("--model", llama, "--max-new-tokens", 6, "--json", "--no-do-sample", "--device", "cpu")
     result = json.loads(succeeds(capsys, "run", *keywords, "--batch-file", tmp_path / "prompts"))
     model = AutoModelForCausalLM.from_pretrained(llama)
@@ -141,6 +186,24 @@ def test_run_alone_as_json(capsys, llama, tmp_path):
     assert (result["tp"], result["pp"], result["dtype"]) == (1, 1, "float32")
     assert result["timings"]["time_to_first_token_seconds"] > 0
     assert result["timings"]["tokens_per_second"] > 0
+
+
+def test_beams_of_the_checkpoints_own_generation_config_are_printed(capsys, llama, tmp_path):
+    checkpoint = shutil.copytree(llama, tmp_path / "beams")
+    (checkpoint / "generation_config.json").write_text(json.dumps({"num_beams": 2, "pad_token_id": 0}))
+    printed = succeeds(capsys, "run", "--model", checkpoint, *RUN, "--device", "cpu")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    wanted = model.generate(torch.tensor([[5, 6]]), max_new_tokens=4)[0, 2:].tolist()
+    assert " ".join(f"w{token}" for token in wanted) in printed.splitlines()
+
+
+def test_a_model_that_does_not_generate(capsys, llama, tmp_path):
+    checkpoint = shutil.copytree(llama, tmp_path / "scores")
+    fields = json.loads((checkpoint / "config.json").read_text())
+    fields["architectures"] = ["LlamaForSequenceClassification"]
+    (checkpoint / "config.json").write_text(json.dumps(fields))
+    error = fails(capsys, "run", "--model", checkpoint, *RUN, "--device", "cpu")
+    assert "LlamaForSequenceClassification does not generate" in error
 
 
 def test_run_streams_and_samples(capsys, llama):

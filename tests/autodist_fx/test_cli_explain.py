@@ -5,11 +5,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from plan_examples import small_plan
 from test_cli import fails, llama, succeeds  # noqa: F401  (llama is a fixture)
+from tiny_moe import tiny_moe_model
 
+import autodist_fx as adx
 from autodist_fx.cli.main import main
 from cost_model.plan import PartitionPlan
+from cost_model.roles import MEANING, ROLES
 
 
 @pytest.fixture
@@ -24,6 +28,14 @@ def test_explain(capsys, plans):
     assert "The dearest ops" in whole and "LlamaForCausalLM on tp=2 x pp=2" in whole
     both = succeeds(capsys, "explain", plans[0], "--op", "q_proj", "--cut", "0")
     assert "self_attn.q_proj: linear, x4" in both and "Cut 0" in both and "The dearest ops" not in both
+
+
+def test_explain_an_expert_that_lies_on_one_rank(capsys, tmp_path):
+    model = tiny_moe_model("qwen3_moe", torch.float64, num_hidden_layers=1, num_experts=4)
+    adx.compile(model, tp=2, use_cache=True, verify=False).plan.save(tmp_path / "plan.json")
+    said = succeeds(capsys, "explain", tmp_path / "plan.json", "--op", "*.experts.3.up_proj")
+    assert f"role         expert: {MEANING['expert']}" in said and "whole on tp rank 1 alone" in said
+    assert any(line.startswith("expert ") and line.endswith("chosen") for line in said.splitlines())
 
 
 def test_explain_as_json(capsys, plans):
@@ -92,3 +104,7 @@ def test_a_plan_that_the_command_makes_is_explained(capsys, llama, tmp_path):  #
     for op in {op.module: op for op in linears}.values():
         assert "chosen" in succeeds(capsys, "explain", path, "--op", op.module)
     assert "Cut 0" in succeeds(capsys, "explain", path, "--cut", 0)
+
+
+def test_each_role_that_an_op_may_have_is_explained():
+    assert {role for roles in ROLES.values() for role in roles} | {"replicate"} == MEANING.keys()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_encoders import tiny_config as encoder_config
 from tiny_models import tiny_config
 
 from autodist_fx.cli.main import main
@@ -65,3 +66,68 @@ def test_choosing_a_mesh(model: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     assert main(["plan", "--model", model, "--devices", "2", "--tp", "2"]) == 2
     assert "leave out --tp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind, class_name, sizes", [
+    ("bert", "BertForMaskedLM", {"B": 1, "S": 128}),
+    ("vit", "ViTForImageClassification", {"B": 1}),
+])  # fmt: skip
+def test_models_without_a_cache(
+    kind: str, class_name: str, sizes: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Encoders are planned, proven and chosen a mesh for, at the lengths that they have; generating is refused."""
+    encoder_config(kind, architectures=[class_name]).save_pretrained(tmp_path)
+    file, model = str(tmp_path / "plan.json"), ["--model", str(tmp_path)]
+    assert main(["plan", *model, "--tp", "2", "--pp", "2", "--save", file]) == 0
+    assert dict(PartitionPlan.load(file).sizes) == sizes
+    assert main(["verify", *model, "--plan", file]) == 0
+    assert main(["graph-diff", *model, "--plan", file, "--rank", "3", "--json"]) == 0
+    capsys.readouterr()
+    assert main(["plan", *model, "--devices", "2", "--objective", "throughput", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["candidates"]
+    for c in (c for c in found if c["pp"] == 1):
+        in_flight = c["copies"] * c["sizes"]["B"] * sizes.get("S", 1)
+        assert c["tokens_per_second"] == pytest.approx(in_flight / c["seconds"], rel=1e-9)
+    assert main(["plan", *model, "--devices", "2"]) == 0
+    assert ("tokens/s" if "S" in sizes else "samples/s") in capsys.readouterr().out
+
+
+def test_a_step_of_a_model_with_its_own_cache_is_one_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config("mamba", architectures=["MambaForCausalLM"]).save_pretrained(tmp_path)
+    file = str(tmp_path / "plan.json")
+    assert main(["plan", "--model", str(tmp_path), "--tp", "2", "--save", file]) == 0
+    assert dict(PartitionPlan.load(file).sizes) == {"B": 1}
+    capsys.readouterr()
+    assert main(["explain", file, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 1
+
+
+@pytest.mark.parametrize("sizes, said", [
+    ({"Q": 3}, "sizes has no length 'Q': choose among B, S, P, E"),
+    ({"B": 0}, "sizes: B is 0: give a whole number, 1 or more"),
+    ({"P": -1}, "sizes: P is -1: give a whole number, 0 or more"),
+    ({"S": 1.5}, "sizes: S is 1.5: give a whole number"),
+])  # fmt: skip
+def test_lengths_that_are_none(
+    sizes: dict[str, Any], said: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "edited.json"
+    file.write_text(json.dumps({"version": 2, "sizes": sizes}))
+    assert main(["plan", "--model", model, "--from", str(file)]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--sequences", "3"], "--sequences counts for --devices N --objective throughput alone"),
+    (["--devices", "2", "--sequences", "3"], "--sequences counts for --devices N --objective throughput alone"),
+    (["--devices", "2", "--objective", "throughput", "--batch", "3"], "leave --batch out, or give --sequences"),
+    (["--device-map", "a100", "--hardware", "h100"], "leave --hardware out"),
+    (["--pp", "2", "--max-memory", "20KiB"], "on the fullest at best, and a device holds 20.0 KiB"),
+])  # fmt: skip
+def test_options_that_would_do_nothing_or_cannot_be(
+    options: list[str], said: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--model", model, *options]) == 2
+    assert said in capsys.readouterr().err

@@ -37,6 +37,17 @@ class Doubling(LlamaForCausalLM):
         return output
 
 
+class DoublingByPosition(LlamaForCausalLM):
+    """Asks a tensor that holds a length."""
+
+    def forward(self, input_ids=None, attention_mask=None, **keywords):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **keywords)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        if positions[-1] + 1 < 6:
+            output.logits = output.logits * 2
+        return output
+
+
 class Remembering(LlamaForCausalLM):
     """Computes otherwise on what is cached, in its layers, too."""
 
@@ -100,15 +111,16 @@ def on_ranks(model: PreTrainedModel, mesh: Mesh, work: Callable[[Any], Any]) -> 
     return ThreadWorld(mesh).run(run)
 
 
+@pytest.mark.parametrize(("kind", "ways"), [(Doubling, 4), (DoublingByPosition, 2)])
 @torch.no_grad()
-def test_whole_sequences_of_any_length() -> None:
-    model = model_of(Doubling)
+def test_whole_sequences_of_any_length(kind: type[LlamaForCausalLM], ways: int) -> None:
+    model = model_of(kind)
     compiled = adx.compile(model, tp=2, pp=2, input_names=("input_ids",))
     for length in (9, 5, 8, 4, 7, 3):
         ids = IDS[:, :length]
         found, expected = compiled.simulate(input_ids=ids).logits, model(input_ids=ids).logits
         assert relative_error(found, expected) <= 1e-6, length
-    assert len(compiled.variants) == 4, "one for each way, and no more"
+    assert len(compiled.variants) == ways, "one for each way, and no more"
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ import inspect
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -15,6 +17,7 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedTokenizerFast,
 )
 from transformers.generation import BaseStreamer, LogitsProcessor
 
@@ -176,6 +179,30 @@ def test_prefill_in_chunks(llama):
     llama.same(input_ids=prompts(2, 11), max_new_tokens=5, do_sample=False, prefill_chunk_size=4)
 
 
+def letters():
+    """A tokenizer of which every id is one character."""
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{chr(64 + i): i for i in range(3, VOCAB)}}
+    tokenizer = Tokenizer(BPE(words, [], unk_token="<pad>"))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def test_stop_strings(llama):
+    tokenizer, options = letters(), {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    free = llama.same(input_ids=prompts(), max_new_tokens=12, **options)
+    stop = tokenizer.decode(free[0, 7 + 3 : 7 + 5])
+    ended = llama.same(
+        input_ids=prompts(), max_new_tokens=12, stop_strings=[stop], tokenizer=tokenizer, **options
+    )
+    assert ended.shape[1] <= 7 + 5 < free.shape[1]
+
+
+def test_token_healing_which_generates_within_generate(llama):
+    llama.same(
+        input_ids=prompts(), max_new_tokens=5, do_sample=False, token_healing=True, tokenizer=letters(), pad_token_id=0
+    )
+
+
 def test_processors_that_call_the_model(llama):
     llama.same(input_ids=prompts(), max_new_tokens=6, do_sample=False, guidance_scale=1.5, repetition_penalty=1.2)
 
@@ -299,6 +326,8 @@ def test_an_error_on_the_driver_is_raised_on_every_rank(llama, error, elsewhere)
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"no_such_option": 1}, "no_such_option"),
         ({"cache_implementation": "quantized"}, "quantized"),
+        ({"inputs_embeds": torch.zeros(1, 3, 32)}, "starts from input_ids"),
+        ({"token_type_ids": torch.zeros(1, 7, dtype=torch.long)}, "return_token_type_ids=False"),
     ],
 )
 def test_what_is_refused_is_refused_on_every_rank(llama, kwargs, message):
@@ -307,3 +336,17 @@ def test_what_is_refused_is_refused_on_every_rank(llama, kwargs, message):
             model.generate(input_ids=prompts(), max_new_tokens=3, **kwargs)
 
     llama.each(work)
+
+
+def test_what_a_graph_raises_names_the_node_and_what_it_was_given():
+    ranks = Ranks(tiny_gpt2(), 1, 1)  # a table of 128 positions
+    [notes] = ranks.each(lambda rank, model: _notes(model, prompts(1, 130)))
+    [note] = notes
+    assert "on rank 0, in transformer_wpe : f64[B, S, 32] = transformer.wpe(" in note
+    assert "which was given int64[1, 130] from 0 to 129" in note
+
+
+def _notes(model, ids):
+    with pytest.raises(IndexError) as raised:
+        model.generate(input_ids=ids, max_new_tokens=2)
+    return raised.value.__notes__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import autodist_fx as adx
 from autodist_fx.errors import TracingError
 
+logger = logging.getLogger(__name__)
 HIDDEN = 16
 IDS = torch.randint(0, 32, (2, 7), generator=torch.Generator().manual_seed(3))
 
@@ -30,6 +33,17 @@ class Guarded(nn.Module):
             raise ValueError("not finite, or nothing")
         if x[x > -1e9].numel() != x.numel():
             raise ValueError("some are missing")
+        return x * 2
+
+
+class Warned(nn.Module):
+    """Words about values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] and (x.abs() > 1e9).any():
+            logger.warning("large")
+        if not (x < 1e9).all():
+            warnings.warn("large", stacklevel=1)
         return x * 2
 
 
@@ -152,7 +166,7 @@ def error_of(module: nn.Module, tp: int = 2, pp: int = 1, length: int = 7) -> fl
     return relative_error(got, expected)
 
 
-@pytest.mark.parametrize("make", [Guarded, Nothing, Numpy, Table, Kept, Windows, Normed, RowByRow, Languages])
+@pytest.mark.parametrize("make", [Guarded, Warned, Nothing, Numpy, Table, Kept, Windows, Normed, RowByRow, Languages])
 def test_it_has_one_graph_and_computes_the_same(make: type[nn.Module]) -> None:
     assert error_of(make()) < 1e-12
 
@@ -208,6 +222,17 @@ class Chooses(nn.Module):
         return x
 
 
+class WarnsOrDoes(nn.Module):
+    """A warning, and otherwise more than that."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (x > 0).any():
+            logger.warning("positive")
+        else:
+            x = x * 2
+        return x
+
+
 class Marks(nn.Module):
     """Zeros are no zeros any more once something is written into them, or into a view of them."""
 
@@ -221,7 +246,9 @@ class Marks(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("make, condition", ((Chooses, r"\(x > 0\)"), (Marks, r"\(marks > 0\)")))
+@pytest.mark.parametrize(
+    "make, condition", ((Chooses, r"\(x > 0\)"), (WarnsOrDoes, r"\(x > 0\)"), (Marks, r"\(marks > 0\)"))
+)
 def test_what_values_decide_is_refused_by_its_line(make: type[nn.Module], condition: str) -> None:
     with pytest.raises(TracingError, match=rf"test_what_python_asks.py:\d+ \(`if {condition}.any\(\)"):
         error_of(make())

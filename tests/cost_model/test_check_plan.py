@@ -45,10 +45,10 @@ def layouts_swapped(data: dict[str, Any]) -> None:
 
 
 def moved(data: dict[str, Any]) -> None:
-    """Everything of layer 1 to the other stage, hops left as they are."""
+    """Everything of layer 1, in which the cut is, to the second stage, hops left as they are."""
     for found in data["ops"]:
         if ".layers.1" in found.get("module", ""):
-            found["home"] = 1 - found["home"]
+            found["home"] = 1
             found.pop("stages", None)
 
 

@@ -5,18 +5,12 @@ from dataclasses import replace
 import pytest
 from plan_examples import large_plan, small_plan
 
-from cost_model.explain import (
-    bytes_text,
-    compress_names,
-    count_text,
-    plan_text,
-    plan_warnings,
-    seconds_text,
-    sharded_share,
-    table,
-    whole_param_bytes,
-)
+from cost_model.explain import plan_text
 from cost_model.placement import REPLICATE, Layout
+from cost_model.plan_warnings import plan_warnings, whole_device
+from cost_model.plan_weights import sharded_share, whole_param_bytes
+from cost_model.text_tables import table
+from cost_model.wording import bytes_text, compress_names, count_text, seconds_text
 
 
 def row(text, start):
@@ -69,7 +63,7 @@ held by several stages: model.embed_tokens.weight (stages 0-1)
 
 Prediction
 one forward 34.0 ms (compute 25.6 ms, communication 8.40 ms), 25% of it communication
-one device  50.0 ms: predicted speed-up 1.47 on 4 ranks
+one device  50.0 ms with all 4 cores: predicted speed-up 1.47 on 4 ranks
 slowest stage 1 with 17.5 ms: what bounds a pipeline kept full
 fullest stage 0 with 128 MiB of 8.0 GiB a device"""
 
@@ -128,8 +122,8 @@ def test_slower_than_one_device_is_said():
     plan = replace(small_plan(), one_device_seconds=0.017)
     (warning,) = plan_warnings(plan)
     assert warning == (
-        "the split is predicted slower than one device: 34.0 ms a forward on 4 ranks against 17.0 ms on one "
-        "(2.00 times as long); split for memory, or use fewer ranks"
+        "the split is predicted slower than one device: 34.0 ms a forward on 4 ranks against 17.0 ms on one with all 4 "
+        "cores (2.00 times as long); split for memory, or use fewer ranks"
     )
     assert "! the split is predicted slower than one device" in plan_text(plan)
     assert plan_warnings(replace(small_plan(2, 1, 1), one_device_seconds=1e-6)) == []  # it is one device
@@ -149,12 +143,43 @@ def test_what_does_not_fit_is_said():
     assert warning.startswith("stage 1 does not fit: it needs 16.1 GiB")
 
 
+def test_one_device_is_all_cores_only_where_ranks_share_a_cpu():
+    assert whole_device(small_plan()) == " with all 4 cores"
+    assert whole_device(small_plan(2, 1, 1)) == ""
+    for hardware in ("h100", "a100, cpu-gloo", "my cluster"):
+        plan = replace(small_plan(), hardware=hardware)
+        assert whole_device(plan) == "" and "one device  50.0 ms: predicted" in plan_text(plan)
+
+
+def test_memory_is_that_of_the_stage_s_own_device():
+    request = replace(small_plan().request, max_memory=(2**28, 2**26))
+    plan = replace(small_plan(), request=request, device_memory_bytes=2**28)
+    (warning,) = plan_warnings(plan)
+    assert warning.startswith("stage 1 does not fit: it needs") and "a device has 64.0 MiB" in warning
+    smaller = replace(request, max_memory=(2**27 + 2**26, 2**30))
+    assert "fullest stage 0 with 128 MiB of 192 MiB a device" in plan_text(
+        replace(plan, request=smaller, device_memory_bytes=2**30)
+    )
+
+
 def test_a_plan_that_replicates_everything_is_told_so():
     plan = small_plan()
     replicas = tuple(replace(p, placement=REPLICATE, layout=-1) for p in plan.params)
     plan = replace(plan, params=replicas)
     assert sharded_share(plan) == 0.0
     assert any("only 0% of the bytes of matmul weights are sharded" in w for w in plan_warnings(plan))
+
+
+def test_ranks_without_a_part_of_a_layer_are_said():
+    plan = small_plan()
+    heads = next(p for p in plan.params if p.layout == 0)
+    layouts = (Layout(576, (((0, 576),), ((576, 576),))), *plan.layouts[1:])
+    (warning,) = plan_warnings(replace(plan, layouts=layouts))
+    assert warning.startswith("1 of 2 tp ranks have no part of model.layers.*.self_attn.")
+    others = tuple(p for p in plan.params if p.layout != 0)
+    assert plan_warnings(replace(plan, layouts=layouts, params=others)) == []
+    small = replace(heads, shape=(576, 2))  # far less than 1 % of the bytes
+    assert plan_warnings(replace(plan, layouts=layouts, params=(*others, small))) == []
 
 
 def test_the_planner_s_own_warnings_are_printed_once():

@@ -21,7 +21,8 @@ from image_cases import IMAGE_CASES
 from torch.nn import functional as F
 
 from cost_model.op_graph import Op, TensorSpec
-from cost_model.op_rules import RULES, DimLink, Letter, OpRule, RuleTable
+from cost_model.op_rule import DimLink, Letter, OpRule
+from cost_model.op_rules import RULES, RuleTable
 from passes.data_dependent import join_rows, split_rows
 
 Outputs = tuple[torch.Tensor, ...]

@@ -11,11 +11,12 @@ from tiny_models import padded_batch, relative_error, relative_tolerance, tiny_c
 import autodist_fx as adx
 from cost_model.errors import NoPlanFits, PlanError
 from cost_model.hardware import CPU_GLOO
+from cost_model.lengths import all_lengths
 from cost_model.mesh import Mesh
 from cost_model.op_graph import OpGraph
 from cost_model.pins import pinned_roles, to_blame
 from cost_model.plan_request import PlanRequest
-from cost_model.planner import all_lengths, plan
+from cost_model.planner import plan
 from cost_model.tensor_parallel import TensorParallelSearch
 
 GRAPHS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -38,21 +39,25 @@ def chains(draw: st.DrawFn) -> tuple[PipelineSearch, int, list[int] | None]:
         inputs = [TensorRef(last), TensorRef(weight)]
         if draw(st.booleans()):
             inputs.append(TensorRef(residual))
-        width = draw(st.integers(1, 3))
-        ops.append(Op(f"op{i}", "linear", tuple(inputs), (TensorSpec((width,), "float32"),)))
+        rows, width = draw(st.sampled_from(["S", "P"])), draw(st.integers(1, 3))
+        spec = TensorSpec((EXAMPLE[rows], width), "float32", (rows, ""))
+        ops.append(Op(f"op{i}", "linear", tuple(inputs), (spec,)))
         costs[f"op{i}"] = OpCost(float(draw(st.integers(1, 9))), draw(st.integers(0, 3)), False)
         residual, last = last, f"op{i}"
     graph = OpGraph(ops, [TensorRef(last)])
     sends = {TensorRef(op.name): 1.0 for op in graph}
     memory = draw(st.one_of(st.none(), st.lists(st.integers(5, 40), min_size=4, max_size=4)))
-    return PipelineSearch(graph, costs, sends, weight_bytes), draw(st.integers(1, 4)), memory
+    return PipelineSearch(graph, costs, sends, weight_bytes, PLANNED), draw(st.integers(1, 4)), memory
+
+
+EXAMPLE, PLANNED = {"S": 7, "P": 11}, {"S": 5, "P": 3}  # lengths while tracing, and those that the plan is made for
 
 
 def bytes_crossing(search: PipelineSearch, position: int) -> int:
-    """Of tensors made before the position and read at it or after."""
+    """At the plan's lengths, of tensors made before the position and read at it or after."""
     graph = search.graph
     return sum(
-        graph[name].outputs[0].nbytes
+        4 * PLANNED[graph[name].outputs[0].symbols[0]] * graph[name].outputs[0].shape[1]
         for name in search.sequence[:position]
         if any(search.position[user] >= position for user, _ in graph.users.get(TensorRef(name), ()))
     )
@@ -105,11 +110,17 @@ def test_cuts_equal_trying_all_of_them(drawn: tuple[PipelineSearch, int, list[in
 
 
 @settings(max_examples=200)
-@given(chains(), st.lists(st.integers(1, 4), min_size=4, max_size=4), st.sampled_from(["seconds", "bytes"]))
+@given(
+    chains(),
+    st.lists(st.integers(1, 4), min_size=4, max_size=4),
+    st.lists(st.integers(0, 9), min_size=4, max_size=4),
+    st.sampled_from(["seconds", "bytes"]),
+)
 def test_unequal_devices_equal_trying_all_cuts(
-    drawn: tuple[PipelineSearch, int, list[int] | None], slowness: list[int], balance: str
+    drawn: tuple[PipelineSearch, int, list[int] | None], slowness: list[int], waits: list[int], balance: str
 ) -> None:
-    """Stage k's device takes `slowness[k]` times as long. The first demand first, then the second, then the bytes."""
+    """Stage k's device takes `slowness[k]` times as long, and waits[k] for what it receives. The first demand first,
+    then the second, then the bytes."""
     search, stages, memory = drawn
     places = search.candidates(stages - 1)
     if len(places) < stages - 1:
@@ -121,7 +132,10 @@ def test_unequal_devices_equal_trying_all_cuts(
         full = [held(search, a, b) for a, b in spans]
         if memory is not None and any(nbytes > memory[k] for k, nbytes in enumerate(full)):
             return None
-        seconds = max(sum(times[k][name] for name in search.sequence[a:b]) for k, (a, b) in enumerate(spans))
+        seconds = max(
+            sum(times[k][name] for name in search.sequence[a:b]) + (waits[k] if k else 0)
+            for k, (a, b) in enumerate(spans)
+        )
         fullest = max(nbytes / (memory[k] if memory is not None else 1) for k, nbytes in enumerate(full))
         crossing = sum(bytes_crossing(search, cut) for cut in ends[1:-1])
         return (seconds, crossing) if balance == "seconds" else (fullest, seconds, crossing)
@@ -133,8 +147,15 @@ def test_unequal_devices_equal_trying_all_cuts(
         with pytest.raises(NoPlanFits):
             search.solve(stages, memory, seconds=times, balance=balance)
         return
-    found = search.solve(stages, memory, seconds=times, balance=balance)
-    assert worth([*(s.start for s in found), last]) == best
+
+    def arrival(k: int, stage: Stage, starts: Sequence[int]) -> float:
+        return waits[k] if stage.received else 0
+
+    found = search.solve(stages, memory, seconds=times, balance=balance, arrival=arrival)
+    starts = [s.start for s in found]
+    assert worth([*starts, last]) == best
+    slowest = max(search.stage_seconds(k, stage, starts) for k, stage in enumerate(found))
+    assert slowest == best[0 if balance == "seconds" else 1]
 
 
 def test_candidates_are_where_fewest_tensors_cross() -> None:
@@ -143,6 +164,27 @@ def test_candidates_are_where_fewest_tensors_cross() -> None:
     costs = {op.name: OpCost(1.0, 0, False) for op in graph if op.kind not in ("input", "param", "buffer")}
     search = PipelineSearch(graph, costs, {}, {})
     assert [search.sequence[p - 1] for p in search.candidates()] == ["add", "add_1"]
+
+
+def test_what_crosses_is_counted_at_the_lengths_of_the_plan() -> None:
+    """[S], [P], [S], [P] in a row: a chain is cut where the smaller ones cross, and which these are the lengths say."""
+    ops, costs = [Op("x", "input", (), (TensorSpec((4,), "float32"),))], {}
+    for i, symbol in enumerate("SPSP"):
+        ops.append(Op(f"w{i}", "param", (), (TensorSpec((4,), "float32"),)))
+        spec = TensorSpec((EXAMPLE[symbol],), "float32", (symbol,))
+        ops.append(Op(f"op{i}", "linear", (TensorRef(f"op{i - 1}" if i else "x"), TensorRef(f"w{i}")), (spec,)))
+        costs[f"op{i}"] = OpCost(1.0, 0, False)
+    graph = OpGraph(ops, [TensorRef("op3")])
+    sends = {TensorRef(op.name): 1.0 for op in graph}
+
+    def smallest(sizes: dict[str, int]) -> list[int]:
+        crossing = [0, *(4 * sizes[symbol] for symbol in "SPS"), 0]  # bytes before each op, and behind the last
+        return [p for p in (1, 2, 3) if all(crossing[p] < (crossing[q] or 99) for q in (p - 1, p + 1))]
+
+    for sizes in (EXAMPLE, PLANNED):
+        search = PipelineSearch(graph, costs, sends, {}, sizes)
+        assert search.candidates() == smallest(sizes)
+        assert [s.stop for s in search.solve(2)] == [min(smallest(sizes), key=lambda p: abs(p - 2)), 4]
 
 
 def test_a_tensor_used_far_on_is_no_reason_to_refuse_a_cut() -> None:

@@ -22,9 +22,9 @@ from cost_model.compute_cost import op_seconds
 from cost_model.elimination import Elimination
 from cost_model.errors import NoPlanFits
 from cost_model.hardware import A100, CPU_GLOO, Hardware
+from cost_model.lengths import all_lengths
 from cost_model.op_graph import OpGraph, TensorRef
 from cost_model.placement import REPLICATE, Placement
-from cost_model.planner import all_lengths
 from cost_model.tensor_parallel import Strategy, TensorParallelSearch
 
 # -- variable elimination

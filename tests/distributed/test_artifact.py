@@ -93,6 +93,6 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     run("--artifact", str(tmp_path / "artifact"))
     assert answers[1:] == answers[:1] * 3
     assert main(["run", "--artifact", str(tmp_path / "artifact"), "--model", "x", "--prompt", "w5"]) == 2
-    assert "leave --model and --plan out" in capsys.readouterr().err
+    assert "leave --model out" in capsys.readouterr().err
     assert main(["run", "--artifact", str(Path("/nowhere")), "--prompt", "w5"]) == 2
     assert "/nowhere is no artifact" in capsys.readouterr().err

@@ -2,9 +2,9 @@
 
     ADX_PROPERTY_EXAMPLES=300 pytest tests/families/test_property.py      # CI runs fewer
 
-For each: what the ranks compute together is what the model computes, in float64, with and without a KV cache; every
-element of every parameter is on the ranks that the plan says, with the model's value; and no rank holds more than it
-must (random_configs.most_held).
+For each: what the ranks compute together is what the model computes, in a world without float32 (in_float64: norms and
+rotary tables are float64, too), to 1e-9, with and without a KV cache; every element of every parameter is on the ranks
+that the plan says, with the model's value; and no rank holds more than it must (random_configs.most_held).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from in_float64 import in_float64
 from random_configs import FAMILIES, SEPARATE, Case, cases, most_held
 from random_graphs import random_costs
 from small_graphs import FREE
@@ -48,6 +49,7 @@ def _batch(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask.flip(1) if case.attention == "eager" else mask
 
 
+@in_float64()
 def _check(case: Case, use_cache: bool, hardware: Hardware = CPU_GLOO) -> None:
     model = case.model()
     ids, mask = _batch(case)
@@ -60,9 +62,7 @@ def _check(case: Case, use_cache: bool, hardware: Hardware = CPU_GLOO) -> None:
     else:
         logits = compiled.simulate(input_ids=ids, attention_mask=mask).logits
     kept = mask.bool()  # what padding attends to is nobody's business
-    # The others cast to float32, where a last bit is 6e-8; through up to 16 norms of few elements it becomes 1e-6.
-    tolerance = 1e-9 if case.family == "gpt2" else 1e-5
-    assert relative_error(logits[kept], expected[kept]) <= tolerance
+    assert relative_error(logits[kept], expected[kept]) <= 1e-9
     _check_every_element(compiled, model)
     _check_shares(compiled, case)
 

@@ -194,7 +194,7 @@ def _(programs: Programs, rng: random.Random) -> str:
 
 @mutation("order of messages swapped")
 def _(programs: Programs, rng: random.Random) -> str:
-    """Two sends or two recvs between the same ranks; where there is one only, a second is made on the other side."""
+    """Two sends or two recvs between the same ranks; where there is one only, a second, of other values, is made."""
     program, node = pick_node(programs, rng, _is(send, recv))
     peer = "to" if node.target is send else "source"
     others = [
@@ -212,7 +212,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     receiver = programs[node.kwargs["to"]] if node.target is send else program
     first = next(n for n in calls(sender, send) if n.kwargs["channel"] == node.kwargs["channel"])
     wanted = next(n for n in calls(receiver, recv) if n.kwargs["channel"] == node.kwargs["channel"])
-    add_after(first, send, first.args, {**first.kwargs, "channel": 77})
+    negative = add_after(first, torch.neg, (first.args[0],), {})
+    add_after(negative, send, (negative, *first.args[1:]), {**first.kwargs, "channel": 77})
     extra = add_after(wanted, recv, wanted.args, {**wanted.kwargs, "channel": 77})
     wanted.prepend(extra)
     return f"a second message between ranks {sender.rank} and {receiver.rank}, the other way round"

@@ -10,9 +10,10 @@ from editing import Programs, add_after, bypass, with_keyword
 from mutation import mutation, on_ranks, pick, pick_node, said
 from torch.fx import Node
 
-from passes.comm_ops import copy_to_tp, recv, send
+from passes.comm_ops import all_gather, all_reduce, copy_to_tp, recv, send
 from passes.differentiable import differentiable
 from passes.grad_sums import GradSum
+from passes.parallel_layers import one_gradient
 from passes.program import RankProgram
 
 
@@ -67,6 +68,38 @@ def _(programs: Programs, rng: random.Random) -> str:
         if not hasattr(n.meta.get("val"), "shape"):
             pick(rng, [])
         new = add_after(n, copy_to_tp, (n,), {"axis": "tp"})
+        n.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+    return said(places)
+
+
+@mutation("one_gradient missing")
+def _(programs: Programs, rng: random.Random) -> str:
+    """Forward nothing changes; each rank of the group then counts the whole gradient as its own term."""
+    places = on_ranks(programs, *pick_node(programs, rng, _is(one_gradient)), rng)
+    for _program, node in places:
+        bypass(node)
+    return said(places)
+
+
+@mutation("one_gradient for another rank")
+def _(programs: Programs, rng: random.Random) -> str:
+    """Nobody has the gradient, or several do."""
+    program, node = pick_node(programs, rng, _is(one_gradient))
+    places = on_ranks(programs, program, node, rng)
+    shift = rng.randrange(1, program.mesh.tp)
+    for one, n in places:
+        with_keyword(n, tp_rank=(one.tp_rank + shift) % program.mesh.tp)
+    return said(places)
+
+
+@mutation("one_gradient where each rank has all of it")
+def _(programs: Programs, rng: random.Random) -> str:
+    """Behind a sum over ranks: all but the first lose it."""
+    if programs[0].grad_sums is None:
+        pick(rng, [])
+    places = on_ranks(programs, *pick_node(programs, rng, _is(all_reduce, all_gather)), rng)
+    for program, n in places:
+        new = add_after(n, one_gradient, (n,), {"tp_rank": program.tp_rank})
         n.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
     return said(places)
 

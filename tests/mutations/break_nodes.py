@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from passes.arguments import is_tensor, map_tensor_arguments, tensor_arguments
 from passes.comm_ops import COMM_OPS
-from passes.normalize import op_name
+from passes.nodes import op_name
 from passes.program import RankProgram
 
 _CALLS = ("call_function", "call_method", "call_module")

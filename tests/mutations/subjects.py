@@ -10,14 +10,16 @@ import copy
 import functools
 import inspect
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
+from keyed_model import KeyedConfig, KeyedLM
 from tiny_encoders import segments, text_batch, tiny_encoder
 from tiny_models import padded_batch, randomized, relative_error, tiny_model
-from tiny_moe import tiny_moe_model
+from tiny_moe import FOUR, tiny_moe_model
 from tiny_seq2seq import seq2seq_inputs, tiny_seq2seq
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -27,6 +29,7 @@ from autodist_fx.errors import CommunicationError, DeadlockError
 from autodist_fx.runtime.backward import run_backward
 from autodist_fx.runtime.local_cache import local_cache
 from autodist_fx.runtime.simulate import simulate
+from autodist_fx.runtime.thread_communicator import ThreadCommunicator
 from autodist_fx.weights.load import load_rank
 from autodist_fx.weights.module_source import ModuleSource
 from passes.program import RankProgram
@@ -61,10 +64,12 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "falcon": _falcon,  # q, k, v interleaved per group
     "opt": lambda: tiny_model("opt", num_attention_heads=7, hidden_size=56, word_embed_proj_dim=56),  # biases
     "mixtral": lambda: tiny_moe_model("mixtral"),
+    "mixtral-dealt": lambda: tiny_moe_model("mixtral", num_hidden_layers=1, **FOUR),  # experts whole, on a rank each
     "bert": lambda: tiny_encoder("BertForMaskedLM", "bert"),
     "t5": lambda: tiny_seq2seq("t5"),
     "qwen3": lambda: tiny_model("qwen3", tie_word_embeddings=True),  # norms of heads
     "gemma2": lambda: tiny_model("gemma2", **_GEMMA),  # soft-capping; layers of two kinds
+    "keyed": lambda: randomized(KeyedLM(KeyedConfig()).to(torch.float64).eval()),  # gradients: terms meet a whole
 }
 CACHED = ("llama", "gpt2", "phi3", "falcon", "opt", "qwen3", "gemma2")  # those that are also broken with a KV cache
 
@@ -95,9 +100,14 @@ class Subject:
 
     def behaviour(self, programs: Programs) -> str:
         """How running `programs` with the model's weights differs from the model: "" (not at all), "hang" (or ranks
-        that speak past each other, which is one wherever nobody looks), "error" or "wrong"."""
+        that speak past each other, which is one wherever nobody looks), "error" or "wrong". On a transport with
+        channels, as Gloo's, and on one where messages between two ranks are told apart by their order, as NCCL's."""
         with contextlib.redirect_stderr(io.StringIO()):  # fx prints where a graph failed
-            return self._behaviour(programs)
+            found = self._behaviour(programs)
+            if found:
+                return found
+            with _without_channels():
+                return self._behaviour(programs)
 
     def _behaviour(self, programs: Programs) -> str:
         model = model_of(self.family)
@@ -143,6 +153,21 @@ class Subject:
                     if path not in own and parameter.numel() and wanted[program.param_shards[path].source].any():
                         return "wrong"
         return ""
+
+
+@contextlib.contextmanager
+def _without_channels() -> Iterator[None]:
+    """Messages between two ranks arrive in the order in which they were sent, whatever their channels."""
+    tagged_send, tagged_recv = ThreadCommunicator.send, ThreadCommunicator.recv
+
+    def send(self: ThreadCommunicator, x: torch.Tensor, to: int, channel: int) -> None:
+        tagged_send(self, x, to, 0)
+
+    def recv(self: ThreadCommunicator, shape: Any, dtype: Any, device: Any, source: int, channel: int) -> torch.Tensor:
+        return tagged_recv(self, shape, dtype, device, source, 0)
+
+    with mock.patch.multiple(ThreadCommunicator, send=send, recv=recv):
+        yield
 
 
 @functools.cache
@@ -194,7 +219,7 @@ def subject(family: str, mesh: Mesh, form: str = "forward") -> Subject:
                 inputs = {name: value[:1, 2:9] for name, value in inputs.items()}
         else:
             ids, mask = padded_batch(batch, seq)
-            if family in ("bloom", "falcon", "mixtral"):  # NaN of their own, or a lost token, where a row is padding
+            if family.startswith(("bloom", "falcon", "mixtral")):  # NaN, or a lost token, of their own in padding
                 mask = torch.ones_like(ids)
             inputs = {"input_ids": ids, "attention_mask": mask}
             if use_cache:

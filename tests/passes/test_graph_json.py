@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from passes.graph_json import GraphFormatError, graph_from_json, graph_to_json
+from passes.graph_from_json import graph_from_json
+from passes.graph_json import graph_to_json
+from passes.graph_json_values import GraphFormatError
 from passes.graph_targets import functions, names
 
 _PLAIN = (

@@ -119,6 +119,28 @@ def test_one_kv_head_of_a_fused_product_is_whole_everywhere_and_its_gradient_is_
     ]  # fmt: skip
 
 
+class PositionedKey(Attention):
+    """Something that all ranks have whole is added to the one KV head."""
+
+    def __init__(self) -> None:
+        super().__init__(d=12, heads=4, groups=1, size=3, fused="thirds")
+        self.position = nn.Linear(12, 3)
+
+    def qkv_heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, v = super().qkv_heads(x)
+        return q, k + torch.tanh(self.position(x))[:, None], v
+
+
+def test_where_terms_of_a_gradient_meet_a_whole_one() -> None:
+    """The key and what is added to it have one gradient, added up behind their sum: the first rank's key has it."""
+    programs = check(PositionedKey(), 12, tp=2)
+    for program in programs:
+        (one,) = [n for n in program.graph_module.graph.nodes if n.target is one_gradient]
+        (total,) = one.users
+        assert one.kwargs == {"tp_rank": program.rank} and total.name == "add"
+        assert [n.target for n in total.users] == [comm_ops.copy_to_tp]
+
+
 class Chosen(nn.Module):
     """Two products, each of other tokens: what they read is added up before it is picked from, once."""
 

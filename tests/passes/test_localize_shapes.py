@@ -11,12 +11,16 @@ from small_graphs import FREE, Attention, assert_split_equals_whole, normalized,
 from torch import nn
 from torch.nn import functional as F
 
+from cost_model.errors import VerificationError
 from passes.context import RankContext
 from passes.extract_stage import extract_stage
 from passes.graph_text import graph_text
 from passes.localize_shapes import localize_shapes
-from passes.op_graph import parameter_names
+from passes.op_graph import build_op_graph, parameter_names
+from passes.parallel_layers import partial_mean
+from passes.pass_manager import emit_rank
 from passes.shard_parameters import shard_parameters
+from passes.verify import verify
 
 
 def localized(whole: torch.fx.GraphModule, tp: int, rank: int) -> tuple[str, str]:
@@ -161,12 +165,64 @@ return ({y: down}, ())""")
 x : f64[B, S, 64] = input
 up : f64[B, S, 90] = up(x)  # ColumnParallelLinear[45, 64]
 pow_1 : f64[B, S, 90] = .pow(up, 2)
-mean : f64[B, S, 1] = partial_mean(pow_1, -1, True, 90)
+mean : f64[B, S, 1] = partial_mean(pow_1, (-1,), True, 2, 90)
 add : f64[B, S, 1] = add(mean, 1e-06)
 rsqrt : f64[B, S, 1] = .rsqrt(add)
 mul : f64[B, S, 90] = mul(up, rsqrt)
 down : f64[B, S, 64] = down(mul)  # RowParallelLinear[64, 45]
 return ({y: down}, ())""")
+
+
+class Reduced(nn.Module):
+    """A reduction of what is sharded, read beside it."""
+
+    def __init__(self, reduced: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.up, self.reduced = nn.Linear(8, 11), reduced
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        h = self.up(x)
+        return {"y": h.tanh() * self.reduced(h)}
+
+
+REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mean of all": lambda h: h.mean(),
+    "mean of all, typed": lambda h: torch.mean(h.float(), dtype=torch.float64),
+    "mean of no dims, which are all": lambda h: h.mean(dim=()),
+    "mean of lengths and features": lambda h: h.mean((1, 2), keepdim=True),
+    "mean of every dim by name": lambda h: h.mean(dim=(0, -1, 1), keepdim=True),
+    "mean as in numpy": lambda h: h.mean(axis=-1, keepdims=True),
+    "sum of all": lambda h: torch.sum(h),
+    "sum of no dims, which are all": lambda h: h.sum(dim=()),
+    "sum as in numpy": lambda h: h.sum(axis=(0, 2)).unsqueeze(-1),
+    "largest of all": lambda h: h.amax(),
+}
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_any_dims_of_what_is_sharded_are_reduced(reduction: str, tp: int) -> None:
+    whole = normalized(Reduced(REDUCTIONS[reduction]), x=("B", "S", 8))
+    plan = plan_for(whole, tp=tp, hardware=FREE)
+    assert plan.op("up").role == "column"
+    for batch, length in ((2, 5), (3, 1)):
+        assert_split_equals_whole(whole, plan, {"x": torch.randn(batch, length, 8, dtype=torch.float64)})
+
+
+@pytest.mark.parametrize("change", [
+    pytest.param({3: 1, 4: 23}, id="another dim"), pytest.param({4: 6}, id="this rank's elements"),
+    pytest.param({1: (0, 1)}, id="other dims"), pytest.param({"dtype": torch.float32}, id="another dtype"),
+])  # fmt: skip
+def test_a_mean_that_divides_by_something_else_is_refused(change: dict[int | str, object]) -> None:
+    whole = normalized(Reduced(lambda h: h.mean(dtype=torch.float64)), x=("B", "S", 8))
+    plan = plan_for(whole, tp=2, hardware=FREE)
+    programs = [emit_rank(whole, plan, rank) for rank in range(2)]
+    for program in programs:
+        (mean,) = [n for n in program.graph_module.graph.nodes if n.target is partial_mean]
+        mean.args = tuple(change.get(i, arg) for i, arg in enumerate(mean.args))
+        mean.kwargs = {name: change.get(name, value) for name, value in mean.kwargs.items()}
+    with pytest.raises(VerificationError, match=r"rank 0 .*mean.*passes/localize_shapes.py"):
+        verify(programs, plan, build_op_graph(whole), whole)
 
 
 class Repeats(nn.Module):

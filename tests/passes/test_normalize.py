@@ -302,3 +302,18 @@ linear : f64[B, S, 3] = linear(x, weight, bias)
 max_1 = .max(linear, dim=-1)
 getattr_1 : f64[B, S] = getitem(max_1, 0)
 return {y: getattr_1}""")
+
+
+class CalledAsNumpyDoes(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": torch.cat((x.sum(axis=-1, keepdims=True), torch.softmax(x, axis=1)), axis=-1)}
+
+
+def test_numpys_names_of_arguments_are_torchs() -> None:
+    _, after = normalized(CalledAsNumpyDoes(), x=("B", "S", 4))
+    assert_expected_inline(graph_text(after), """\
+x : f64[B, S, 4] = input
+sum_1 : f64[B, S, 1] = .sum(x, dim=-1, keepdim=True)
+softmax : f64[B, S, 4] = softmax(x, dim=1)
+cat : f64[B, S, 5] = cat([sum_1, softmax], dim=-1)
+return {y: cat}""")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import math
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
-from small_graphs import examples, traced
+from small_graphs import assert_split_equals_whole, examples, normalized, plan_for, traced
 from torch import nn
 from transformers import BloomConfig
 
@@ -83,6 +84,64 @@ class AcrossRows(nn.Module):
 
 def test_what_mixes_rows_stays_as_it_is() -> None:
     assert "flip" in (text := rewritten(AcrossRows())) and "f64[B*3, S, 4]" in text
+
+
+class AllExperts(nn.Module):
+    """Every token to every expert, in one product, as Llama-4 has it; `between` runs on all copies of the tokens."""
+
+    def __init__(self, between: str = "") -> None:
+        super().__init__()
+        self.router, self.up = nn.Linear(12, 4), nn.Parameter(torch.randn(4, 12, 7))
+        self.down, self.between = nn.Parameter(torch.randn(4, 7, 12)), between
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        rows = x.reshape(-1, 12)
+        scores = torch.sigmoid(self.router(rows))
+        given = rows.repeat(4, 1) * scores.transpose(0, 1).reshape(-1, 1)
+        if self.between == "norm of all":
+            given = given - given.mean(0)
+        elif self.between == "rows turned":
+            given = given.roll(1, 0)
+        hidden = torch.relu(torch.bmm(given.view(4, -1, 12), self.up))
+        out = torch.bmm(hidden, self.down).view(-1, 12)
+        return {"y": out.reshape(4, -1, 12).sum(0).view(x.shape)}
+
+
+def test_experts_get_their_own_dim() -> None:
+    assert_expected_inline(rewritten(AllExperts()), """\
+x : f64[B, S, 12] = input
+batch = sym_size.int(x, 0)
+seq = sym_size.int(x, 1)
+reshape : f64[B*S, 12] = reshape(x, (-1, 12))
+router : f64[B*S, 4] = router(reshape)  # Linear[4, 12]
+sigmoid : f64[B*S, 4] = sigmoid(router)
+unsqueeze : f64[1, B*S, 12] = .unsqueeze(reshape, 0)
+repeat : f64[4, B*S, 12] = broadcast_to(unsqueeze, (4, -1, -1))
+transpose : f64[4, B*S] = .transpose(sigmoid, 0, 1)
+reshape_1 : f64[4, B*S, 1] = reshape(transpose, (4, -1, 1))
+mul : f64[4, B*S, 12] = mul(repeat, reshape_1)
+up : f64[4, 12, 7] = up
+bmm : f64[4, B*S, 7] = bmm(mul, up)
+relu : f64[4, B*S, 7] = relu(bmm)
+down : f64[4, 7, 12] = down
+bmm_1 : f64[4, B*S, 12] = bmm(relu, down)
+sum_1 : f64[B*S, 12] = .sum(bmm_1, 0)
+view_2 : f64[B, S, 12] = reshape(sum_1, (batch, seq, 12))
+return {y: view_2}""")
+
+
+def test_experts_are_dealt() -> None:
+    """Each rank's own, from its share of the weights to one all_reduce."""
+    whole = normalized(AllExperts(), x=("B", "S", 12))
+    plan = plan_for(whole, 2)
+    assert {p.name: str(p.placement) for p in plan.params if p.name in ("up", "down")} == {"up": "S(0)", "down": "S(0)"}
+    assert [op.kind for op in plan.ops if any(op.gather)] == ["reduce"]
+    assert_split_equals_whole(whole, plan, {"x": torch.randn(2, 5, 12, dtype=torch.float64)})
+
+
+@pytest.mark.parametrize("between", ["norm of all", "rows turned"])
+def test_what_mixes_experts_stays_as_it_is(between: str) -> None:
+    assert "f64[B*S*4, 12] = .repeat(" in rewritten(AllExperts(between))
 
 
 def test_two_all_reduces_a_layer_and_no_gather() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_moe import tiny_moe_model
+from tiny_moe import FOUR, tiny_moe_model
 from torch.fx import Node
 
 import autodist_fx as adx
@@ -22,7 +22,6 @@ from passes.program import RankProgram
 from passes.verify import verify
 
 Programs = list[RankProgram]
-FOUR = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4)
 
 
 @functools.cache

@@ -138,6 +138,16 @@ def copies_in_another_order(programs: Programs) -> None:
                 at.replace_input_with(at.args[0], new)
 
 
+@broken("llama", 2, 1, r"rank 1 .*nothing that leaves this rank is made of it, and rank 0 adds up its gradient")
+def copy_that_nothing_uses_on_one_rank(programs: Programs) -> None:
+    """Two copies of one value on both ranks; one of them is read on rank 0 alone."""
+    for program, node in zip(programs, _copy(programs), strict=True):
+        again = add_after(node, copy_to_tp, node.args, node.kwargs)
+        reader = calls(program, "layers.0.self_attn.q_proj")[0]
+        if program.rank == 0:
+            reader.replace_input_with(node, again)
+
+
 @broken("phi3-1kv", 2, 1, r"copy_to_tp.*of transpose_3, each rank has a term of its gradient: .* over tp twice")
 def one_kv_head_taken_for_the_whole(programs: Programs) -> None:
     """Of a head that all ranks have out of one product, each has a term: copied, its gradient is counted twice."""
@@ -285,6 +295,21 @@ def kv_head_summed_with_a_rank_that_has_it_not(programs: Programs) -> None:
 @broken("qwen3", 2, 1, r"ranks 0 and 1 add up gradients of parameters in another order")
 def sums_in_another_order(programs: Programs) -> None:
     programs[1].grad_sums = tuple(reversed(programs[1].grad_sums or ()))
+
+
+@broken("uneven", 3, 1, r"ranks would wait for each other for ever, adding up the gradients of .*norm.*, .* in turn")
+def sums_in_a_ring(programs: Programs) -> None:
+    """Each two ranks have one sum together, so that no two of them disagree; all three wait."""
+
+    def over(path: str, *ranks: int) -> GradSum:
+        holders = tuple((rank, path) for rank in ranks)
+        return GradSum(path, ((0, 48),), holders, holders)
+
+    layer = "model.layers.0"
+    a, b = over("model.norm.weight", 0, 1), over(f"{layer}.input_layernorm.weight", 1, 2)
+    c = over(f"{layer}.post_attention_layernorm.weight", 0, 2)
+    for program, own in zip(programs, ((a, c), (b, a), (c, b)), strict=True):
+        program.grad_sums = own
 
 
 @pytest.mark.parametrize(("family", "tp", "pp", "change", "message"), CASES)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cost_model.op_rules import DimLink, Letter, OpRule, Shape, rule
+from cost_model.op_rule import DimLink, Letter, OpRule, Shape, rule
 
 
 def _grouped(slot: int, dim: int, size: int, groups: int) -> DimLink:

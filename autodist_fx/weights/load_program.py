@@ -1,0 +1,72 @@
+"""Filling a rank's program of a transformers model: which names are tied, and what no checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from autodist_fx.weights.load import LoadReport, load_rank
+from autodist_fx.weights.names import resolve_names
+from autodist_fx.weights.share import share_weights
+from autodist_fx.weights.source import WeightSource
+from passes.program import RankProgram
+
+
+def load_program(
+    model: PreTrainedModel,
+    source: WeightSource,
+    buffers: Mapping[str, torch.Tensor],
+    program: RankProgram,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadReport:
+    """Fill a program of `model` from a checkpoint; `buffers` are those of its graphs. For inference: no gradients."""
+    return load_rank(
+        program,
+        source,
+        device=device,
+        buffers=_missing_buffers(buffers, model, source),
+        base_model_prefix=model.base_model_prefix,
+        tied=_tied(model),
+        key_mapping=getattr(model, "_checkpoint_conversion_mapping", None),
+        requires_grad=False,
+        progress=progress,
+    )
+
+
+def load_beside(
+    program: RankProgram, other: RankProgram, load: Callable[[RankProgram], LoadReport], report: LoadReport
+) -> LoadReport:
+    """Give `other` the weights of `program`, which is loaded, and load what it holds besides; both reports in one."""
+    left = share_weights(program, other)
+    if not left.param_shards:
+        return report
+    more = load(left)
+    return replace(
+        more,
+        shard_bytes=report.shard_bytes + more.shard_bytes,
+        bytes_read=report.bytes_read + more.bytes_read,
+        seconds=report.seconds + more.seconds,
+        rss_before_bytes=report.rss_before_bytes,
+    )
+
+
+def _missing_buffers(
+    values: Mapping[str, torch.Tensor], model: PreTrainedModel, source: WeightSource
+) -> Mapping[str, torch.Tensor]:
+    """Real values by name of what the checkpoint lacks: non-persistent buffers, and constants of the graph."""
+    saved = set(values) & model.state_dict().keys()
+    found = resolve_names(saved, source.names(), base_model_prefix=model.base_model_prefix) if saved else {}
+    return {name: value for name, value in values.items() if name not in found and not value.is_meta}
+
+
+def _tied(model: PreTrainedModel) -> list[list[str]]:
+    """Names of each parameter that has several, in the order of the modules: the input embedding comes first."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
