@@ -23,6 +23,7 @@ from autodist_fx.lengths import Lengths
 from autodist_fx.runtime.agreement import agree
 from autodist_fx.runtime.generation import DistributedCausalLM
 from autodist_fx.runtime.own_cache import DistributedOwnCacheLM, Prompt, handovers
+from autodist_fx.runtime.positions import follow_mask
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, JoinedRank, join
 from autodist_fx.runtime.seq2seq import DistributedSeq2SeqLM, seq2seq_class
 from autodist_fx.runtime.two_graphs import TwoGraphCausalLM
@@ -399,6 +400,7 @@ def _distribute(
         ways = _ways(me, main, program)
         split = TwoGraphCausalLM(*given, device=joined.device, make_program=make_program, ways=ways)
     split.plan = main.plan
+    split.positions_follow_mask = follow_mask(type(model))
     split.load_report = report
     return split
 

@@ -144,7 +144,7 @@ class Artifact:
         """What is known of the model's class: model.json."""
         fields = self._files.read_json("model.json")
         texts = ("class", "main_input_name", "main")
-        flags = ("own_generate", "own_cache")
+        flags = ("own_generate", "own_cache", "positions_follow_mask")
         right = all(isinstance(fields.get(text), str) for text in texts)
         if not right or not all(type(fields.get(flag)) is bool for flag in flags):
             raise ArtifactError(f"{self.directory / 'model.json'} is malformed{_AGAIN}")
@@ -292,6 +292,7 @@ class Artifact:
             )
         weights = self._weights_of(joined.rank, joined.device)
         split.plan = self.plan
+        split.positions_follow_mask = self.model_fields["positions_follow_mask"]
         split.load_report = LoadReport(
             shard_bytes=sum(t.numel() * t.element_size() for t in weights.values()),
             bytes_read=self.manifest.files[f"weights/rank{joined.rank}.safetensors"].bytes,

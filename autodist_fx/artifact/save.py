@@ -41,6 +41,7 @@ from autodist_fx.artifact.manifest import (
     library_versions,
     read_manifest,
 )
+from autodist_fx.runtime.positions import follow_mask
 from autodist_fx.variant import Variant
 from autodist_fx.weights.share import share_weights
 from cost_model.plan import PartitionPlan
@@ -201,6 +202,7 @@ def _model_fields(model: PreTrainedModel, parts: Sequence[Part], always: Mapping
         "class": type(model).__name__,
         "main_input_name": model.main_input_name,
         "own_generate": own is not GenerationMixin,
+        "positions_follow_mask": not model.can_generate() or follow_mask(type(model)),
         "own_cache": any(part.variant.traced.phase for part in parts),
         "main": parts[0].name,
         "always": {name: value for name, value in always.items() if isinstance(value, plain)},

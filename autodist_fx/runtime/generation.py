@@ -50,6 +50,7 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
     base_model_prefix = ""
     _is_stateful = False
     _supports_cache_class = True
+    positions_follow_mask = True  # see runtime/positions.py
 
     def __init__(
         self,
@@ -93,6 +94,10 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
     @property
     def rank(self) -> int:
         return self.program.rank
+
+    @property
+    def _told_positions(self) -> bool:
+        return self.positions_follow_mask and "position_ids" in self._inputs
 
     def can_generate(self) -> bool:
         return True
@@ -259,7 +264,7 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
         if past_key_values is not None and input_ids.shape[1] != tokens:
             input_ids = input_ids[:, -tokens:]
         position_ids = kwargs.pop("position_ids", None)
-        if position_ids is None and attention_mask is not None and "position_ids" in self._inputs:
+        if position_ids is None and attention_mask is not None and self._told_positions:
             if attention_mask is self._grown_mask and self._next_positions is not None and past_key_values is not None:
                 position_ids, self._next_positions = self._next_positions, self._next_positions + 1
             else:

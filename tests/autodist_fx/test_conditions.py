@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks_in_threads import on_ranks
 from tiny_models import randomized, relative_error, tiny_config
 from tiny_seq2seq import tiny_seq2seq
-from transformers import LlamaForCausalLM, PreTrainedModel, T5ForConditionalGeneration
+from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
 import autodist_fx as adx
 from autodist_fx.errors import AutodistError
 from autodist_fx.lengths import examples_like, with_total
-from autodist_fx.pretrained import distribute
 from autodist_fx.runtime.process_group import JoinedRank
 from autodist_fx.runtime.thread_communicator import ThreadWorld
 from cost_model.mesh import Mesh
@@ -97,18 +96,6 @@ class Unsure(LlamaForCausalLM):
 
 def model_of(cls: type[LlamaForCausalLM]) -> Any:
     return randomized(cls(tiny_config("llama")).double().eval())
-
-
-def on_ranks(model: PreTrainedModel, mesh: Mesh, work: Callable[[Any], Any]) -> list[Any]:
-    """`work(the rank's share)`, by rank; a thread each."""
-
-    def run(rank: int, communicator: Any) -> Any:
-        joined = JoinedRank(mesh, rank, torch.device("cpu"), communicator)
-        planning = dict.fromkeys(("hardware", "pin", "cuts", "max_memory", "device_map")) | {"objective": "shard"}
-        with torch.no_grad():
-            return work(distribute(model, joined, planning=planning, verify=True, dump_dir=None))
-
-    return ThreadWorld(mesh).run(run)
 
 
 @pytest.mark.parametrize(("kind", "ways"), [(Doubling, 4), (DoublingByPosition, 2)])
