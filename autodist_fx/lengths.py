@@ -17,7 +17,7 @@ from typing import Any
 import networkx as nx
 import torch
 
-from autodist_fx.tracing import InputForm
+from autodist_fx.input_form import InputForm
 from passes.conditions import Conditions
 
 Lengths = dict[str, int]  # by letter: "B", "S", "P", "T", "E", "K"

@@ -25,13 +25,13 @@ from autodist_fx.artifact.manifest import (
     read_manifest,
 )
 from autodist_fx.errors import AutodistError
+from autodist_fx.input_form import InputForm
 from autodist_fx.lengths import Lengths, another_way
 from autodist_fx.runtime.agreement import agree
 from autodist_fx.runtime.generation import DistributedCausalLM
 from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, JoinedRank, join, started_by_torchrun
 from autodist_fx.runtime.two_graphs import TwoGraphCausalLM
 from autodist_fx.runtime.ways import Ways
-from autodist_fx.tracing.input_forms import InputForm
 from autodist_fx.weights.load import LoadReport
 from autodist_fx.weights.process_memory import peak_rss_bytes, rss_bytes
 from cost_model.errors import PlanError

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from autodist_fx.errors import AutodistError
+from autodist_fx.input_form import InputForm
 from autodist_fx.lengths import Lengths
-from autodist_fx.tracing.input_forms import InputForm
 from passes.conditions import Conditions
 
 T = TypeVar("T")

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from autodist_fx.errors import AutodistError
-from autodist_fx.tracing.input_shapes import Dims, input_dims
+from autodist_fx.input_form import Dims, InputForm
+from autodist_fx.tracing.input_shapes import input_dims
 
 # Whichever is there first says how many sequences and tokens there are.
 _MAIN = (
@@ -35,14 +36,6 @@ _LENGTHS = {
     "B": "sequences", "S": "tokens", "T": "tokens, with those in the cache", "E": "tokens that the encoder reads",
     "K": "positions",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class InputForm:
-    """Of one tensor: dims, each a letter or a number, and its dtype."""
-
-    dims: Dims
-    dtype: torch.dtype
 
 
 def forms_of(inputs: Mapping[str, Any], model: ModelFacts, past: int) -> dict[str, InputForm]:

@@ -84,7 +84,7 @@ def _large() -> adx.CompiledModel:
         "llama", hidden_size=1536, intermediate_size=4098, num_hidden_layers=2, num_attention_heads=12,
         num_key_value_heads=4, vocab_size=32000,
     )  # fmt: skip
-    return adx.compile(empty_model(config, torch.bfloat16), tp=3, pp=2, use_cache=True)
+    return adx.compile(empty_model(config, torch.bfloat16), tp=3, pp=2, use_cache=True, cuts=[1])
 
 
 def test_a_large_model_at_its_true_sizes() -> None:

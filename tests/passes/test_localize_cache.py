@@ -62,7 +62,7 @@ class TwoLayers(nn.Module):
 
 def compiled(asked: int, pp: int) -> tuple[torch.fx.GraphModule, PartitionPlan]:
     whole = normalized(TwoLayers(asked), x=("B", 1, "S", 8), cache=example_cache)
-    return whole, plan_for(whole, pp=pp)
+    return whole, plan_for(whole, pp=pp, cuts=("b",) if pp == 2 else ())
 
 
 def test_layers_count_from_0_and_questions_go_to_a_layer_of_the_same_kind() -> None:
