@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -257,7 +258,8 @@ def _traced_at(
         sizes = _sizes_of(first), _sizes_of(second)
         traced = again(sizes)
         functionalize(traced.graph_module)
-        found, examples = bending_points(traced.graph_module, _both(traced, sizes))
+        with _naming_refusals(traced):
+            found, examples = bending_points(traced.graph_module, _both(traced, sizes))
         if not found <= points and not tells_apart(first, second, frozenset(found)):
             points |= frozenset(found)
             continue
@@ -327,9 +329,17 @@ def planned_graph(traced: TracedModel) -> OpGraph:
 
 
 def _normalize(traced: TracedModel, examples: tuple[Example, Example] | None = None) -> None:
+    examples = examples or _examples_for(traced)
+    with _naming_refusals(traced):
+        normalize(traced.graph_module, examples)
+
+
+@contextlib.contextmanager
+def _naming_refusals(traced: TracedModel) -> Iterator[None]:
+    """What an op says of shapes or dtypes that it refuses, when it runs on examples, is a TracingError."""
     try:
-        normalize(traced.graph_module, examples or _examples_for(traced))
-    except RuntimeError as error:  # what an op says of shapes or dtypes that it refuses
+        yield
+    except RuntimeError as error:
         raise TracingError(f"{traced.model_class} refuses these inputs: {error}") from error
 
 
@@ -350,7 +360,8 @@ def _output_order(module: torch.fx.GraphModule) -> tuple[str, ...]:
 def _examples_for(traced: TracedModel) -> tuple[Example, Example]:
     """Examples that tell what depends on the model's own sizes, of chunks: the second is a multiple, the first none."""
     functionalize(traced.graph_module)
-    points, examples = bending_points(traced.graph_module, _examples(traced))
+    with _naming_refusals(traced):
+        points, examples = bending_points(traced.graph_module, _examples(traced))
     if not points:
         return examples
     first, second = _EXAMPLES

@@ -252,3 +252,16 @@ class Marks(nn.Module):
 def test_what_values_decide_is_refused_by_its_line(make: type[nn.Module], condition: str) -> None:
     with pytest.raises(TracingError, match=rf"test_what_python_asks.py:\d+ \(`if {condition}.any\(\)"):
         error_of(make())
+
+
+class CountsRuns(nn.Module):
+    """An op that torch has no shapes of without values, in whole windows of a length."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        whole = x.shape[1] // 4 * 4
+        return x * torch.unique_consecutive(x[:, :whole]).sum()
+
+
+def test_an_op_without_shapes_is_refused() -> None:
+    with pytest.raises(TracingError, match=r"LlamaForCausalLM refuses these inputs: aten::unique_consecutive"):
+        adx.compile(model_with(CountsRuns()), tp=2)
