@@ -40,6 +40,11 @@ def owed(programs: list[RankProgram]) -> list[tuple[str, object, tuple[int, ...]
 
 def check(body: nn.Module, width: int, tp: int, pp: int = 1) -> list[RankProgram]:
     """The programs; verified, and right to 1e-12."""
+    return check_and_plan(body, width, tp, pp)[0]
+
+
+def check_and_plan(body: nn.Module, width: int, tp: int, pp: int = 1) -> tuple[list[RankProgram], PartitionPlan]:
+    """As `check`, and the plan that the programs follow."""
     module = Loss(body).double().eval()
     x = torch.randn(2, 5, width, dtype=torch.float64)
     module(x)["loss"].backward()
@@ -53,7 +58,7 @@ def check(body: nn.Module, width: int, tp: int, pp: int = 1) -> list[RankProgram
     found = glued(programs, run_backward(programs, {"x": x})[1])
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-12, atol=1e-12)
-    return programs
+    return programs, plan
 
 
 def test_before_a_product_that_is_cut_by_columns() -> None:
