@@ -6,15 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autodist_fx.artifact.load import Artifact, load
-    from autodist_fx.choosing import choose_mesh
-    from autodist_fx.compiled import CompiledModel
-    from autodist_fx.compiling import compile
+    from autodist_fx.api.choose_mesh import choose_mesh
+    from autodist_fx.api.compiled_model import CompiledModel
+    from autodist_fx.artifact.reader import Artifact, load
+    from autodist_fx.compiler.compile import compile
     from autodist_fx.errors import AutodistError
-    from autodist_fx.pretrained import from_pretrained
-    from autodist_fx.runtime.generation import DistributedCausalLM
-    from cost_model.mesh_choice import MeshChoice
-    from cost_model.plan import PartitionPlan
+    from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+    from autodist_fx.startup.from_checkpoint import from_pretrained
+    from cost_model.plan.data import PartitionPlan
+    from cost_model.search.mesh_choice import MeshChoice
 
 __all__ = [
     "Artifact",
@@ -31,16 +31,16 @@ __all__ = [
 
 # Imported at first use: torch and transformers take seconds, and a process that only starts ranks needs neither.
 _HOMES = {
-    "Artifact": "autodist_fx.artifact.load",
+    "Artifact": "autodist_fx.artifact.reader",
     "AutodistError": "autodist_fx.errors",
-    "CompiledModel": "autodist_fx.compiled",
-    "DistributedCausalLM": "autodist_fx.runtime.generation",
-    "MeshChoice": "cost_model.mesh_choice",
-    "PartitionPlan": "cost_model.plan",
-    "choose_mesh": "autodist_fx.choosing",
-    "compile": "autodist_fx.compiling",
-    "from_pretrained": "autodist_fx.pretrained",
-    "load": "autodist_fx.artifact.load",
+    "CompiledModel": "autodist_fx.api.compiled_model",
+    "DistributedCausalLM": "autodist_fx.runtime.generation.causal_lm",
+    "MeshChoice": "cost_model.search.mesh_choice",
+    "PartitionPlan": "cost_model.plan.data",
+    "choose_mesh": "autodist_fx.api.choose_mesh",
+    "compile": "autodist_fx.compiler.compile",
+    "from_pretrained": "autodist_fx.startup.from_checkpoint",
+    "load": "autodist_fx.artifact.reader",
 }
 
 

@@ -1,4 +1,4 @@
-"""Measures the constants of the "cpu-gloo" preset in cost_model/hardware.py on this machine.
+"""Measures the constants of the "cpu-gloo" preset in cost_model/costs/hardware.py on this machine.
 
     python benchmarks/measure_hardware.py [--ranks 2] [--repeats 60]
 
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from autodist_fx.runtime.dist_communicator import DistCommunicator
+from autodist_fx.runtime.comm.dist_communicator import DistCommunicator
 from cost_model.mesh import Mesh
 
 Report = list[tuple[str, str]]

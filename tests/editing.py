@@ -12,14 +12,14 @@ from tiny_models import tiny_config
 from torch.fx import Node
 
 import autodist_fx as adx
-from autodist_fx.compiled import CompiledModel
-from cost_model.hardware import CPU_GLOO, Link
-from cost_model.placement import Interval
-from passes.arguments import place
-from passes.comm_ops import COMM_OPS
-from passes.pass_manager import emit_rank
-from passes.program import RankProgram
-from passes.verify import verify
+from autodist_fx.api.compiled_model import CompiledModel
+from cost_model.costs.hardware import CPU_GLOO, Link
+from cost_model.graph.placement import Interval
+from passes.fx.arguments import place
+from passes.ops.comm import COMM_OPS
+from passes.partition.pipeline import emit_rank
+from passes.program.rank_program import RankProgram
+from passes.verify.verify import verify
 
 Programs = list[RankProgram]
 # Configs beside the families' own: 10 query heads on 2 KV heads fall on 3 ranks in groups that are cut apart; an op

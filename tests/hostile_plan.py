@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from plan_examples import small_plan
 
-from cost_model.plan import Device, PartitionPlan, Request
+from cost_model.plan.data import Device, PartitionPlan, Request
 
 HACK = "document.title='hacked'"
 ATTACK = f"</script><script>{HACK}</script><img src=x onerror=\"{HACK}\">'\"&lt;[red]\\N"

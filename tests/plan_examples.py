@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cost_model.graph.placement import PARTIAL, REPLICATE, Layout, shard
 from cost_model.mesh import Mesh
-from cost_model.placement import PARTIAL, REPLICATE, Layout, shard
-from cost_model.plan import (
+from cost_model.plan.data import (
     Alternative,
     CutOption,
     CutPlan,

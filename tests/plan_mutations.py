@@ -9,7 +9,7 @@ from typing import Any
 
 from plan_examples import small_plan
 
-from cost_model.plan_json import plan_to_text
+from cost_model.plan.write_json import plan_to_text
 
 JUNK = (
     None, True, False, 0, 1, -1, 2, 3.5, -0.0, 1e308, float("inf"), float("nan"), 2**63, 10**400, "", "R", "P", "S(0)",

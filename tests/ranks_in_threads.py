@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from autodist_fx.pretrained import distribute
-from autodist_fx.runtime.process_group import JoinedRank
-from autodist_fx.runtime.thread_communicator import ThreadWorld
+from autodist_fx.runtime.comm.process_group import JoinedRank
+from autodist_fx.simulation.thread_communicator import ThreadWorld
+from autodist_fx.startup.from_checkpoint import distribute
 from cost_model.mesh import Mesh
 
 

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from autodist_fx.runtime.simulate import simulate
-from cost_model.hardware import CPU_GLOO, Hardware, Link
+from autodist_fx.simulation.run_ranks import simulate
+from cost_model.costs.hardware import CPU_GLOO, Hardware, Link
+from cost_model.graph.op_graph import OpGraph
 from cost_model.mesh import Mesh
-from cost_model.op_graph import OpGraph
-from cost_model.plan import PartitionPlan
-from cost_model.plan_request import PlanRequest
-from cost_model.planner import plan as make_plan
-from passes.arguments import fetch, place
-from passes.context import ParamShard
-from passes.normalize import normalize
-from passes.op_graph import build_op_graph, fingerprint
-from passes.pass_manager import emit_rank
-from passes.program import RankProgram
-from passes.shapes import Example
-from passes.verify import verify
+from cost_model.plan.data import PartitionPlan
+from cost_model.request.plan_request import PlanRequest
+from cost_model.search.planner import plan as make_plan
+from passes.fx.arguments import fetch, place
+from passes.fx.shape_propagation import Example
+from passes.normalize.pipeline import normalize
+from passes.op_graph.build import build_op_graph, fingerprint
+from passes.partition.context import ParamShard
+from passes.partition.pipeline import emit_rank
+from passes.program.rank_program import RankProgram
+from passes.verify.verify import verify
 
 Shape = tuple[int | str, ...]
 # On such a machine nothing but bytes has a cost: whatever can be sharded is. On others a matrix of some bytes is not

@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 
 from autodist_fx.artifact.manifest import ArtifactError, FileRecord, Manifest, json_object
-from autodist_fx.weights.safetensors_file import DTYPES
+from autodist_fx.weights.sources.safetensors_file import DTYPES
 
 _WINDOW_BYTES = 8 << 20
 _LARGEST_JSON_BYTES = 1 << 30

@@ -12,11 +12,11 @@ from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from autodist_fx.errors import AutodistError
-from cost_model.plan import PartitionPlan
-from cost_model.plan_request import OBJECTIVES
+from cost_model.plan.data import PartitionPlan
+from cost_model.request.plan_request import OBJECTIVES
 
 if TYPE_CHECKING:
-    from autodist_fx.compiled import CompiledModel
+    from autodist_fx.api.compiled_model import CompiledModel
 
 # What traces models is imported by those who do: it takes seconds, and a split on disk needs none of it.
 
@@ -126,7 +126,7 @@ def planning_options(args: argparse.Namespace) -> dict[str, Any]:
 def compile_config(args: argparse.Namespace, **options: Any) -> CompiledModel:
     """The split of the model whose config --model has; no weights are looked for, nothing is verified. `options` of
     compile count where the command line says nothing."""
-    from autodist_fx.pretrained import wanted_dtype
+    from autodist_fx.startup.from_checkpoint import wanted_dtype
     from autodist_fx.weights.resolve import resolve_config
 
     config = resolve_config(args.model, revision=args.revision, cache_dir=args.cache_dir)
@@ -137,7 +137,7 @@ def compile_for(
     args: argparse.Namespace, config: PretrainedConfig, dtype: torch.dtype, **options: Any
 ) -> CompiledModel:
     """The same for a config that was found already."""
-    from autodist_fx.pretrained import compile_as_used, mesh_of
+    from autodist_fx.startup.from_checkpoint import compile_as_used, mesh_of
     from autodist_fx.tracing import empty_model
 
     plan = PartitionPlan.load(args.plan) if args.plan else None

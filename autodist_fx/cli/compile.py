@@ -9,15 +9,15 @@ import argparse
 import time
 from pathlib import Path
 
-from autodist_fx.artifact.save import refuse_foreign, save_compiled
+from autodist_fx.artifact.writer import refuse_foreign, save_compiled
 from autodist_fx.cli.arguments import add_model_arguments, be_quiet, compile_for
+from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import CheckpointError
-from autodist_fx.pretrained import wanted_dtype
-from autodist_fx.variant import Variant
+from autodist_fx.startup.from_checkpoint import wanted_dtype
 from autodist_fx.weights.checkpoint import load_tokenizer, open_source
 from autodist_fx.weights.load_program import load_program
 from autodist_fx.weights.resolve import resolve
-from passes.program import RankProgram
+from passes.program.rank_program import RankProgram
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

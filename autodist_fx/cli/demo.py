@@ -17,16 +17,16 @@ import torch
 from transformers import AutoModelForCausalLM, TextStreamer
 
 from autodist_fx.cli.arguments import be_quiet
-from autodist_fx.cli.generation import encode, split_answers
+from autodist_fx.cli.prompts import encode, split_answers
 from autodist_fx.errors import AutodistError
-from autodist_fx.pretrained import compile_for_generation, from_pretrained, wanted_dtype
-from autodist_fx.runtime.launch import launch_local
+from autodist_fx.runtime.comm.launch import launch_local
+from autodist_fx.startup.from_checkpoint import compile_for_generation, from_pretrained, wanted_dtype
 from autodist_fx.tracing import empty_model
 from autodist_fx.weights.checkpoint import Checkpoint, load_tokenizer
-from autodist_fx.weights.gguf_file import forget
 from autodist_fx.weights.resolve import SMOLLM2, resolve
+from autodist_fx.weights.sources.gguf_file import forget
 from cost_model.mesh import Mesh
-from cost_model.plan import PartitionPlan
+from cost_model.plan.data import PartitionPlan
 
 QUESTION = "What is the capital of France?"
 BATCH = (

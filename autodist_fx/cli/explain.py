@@ -9,12 +9,12 @@ import argparse
 import json
 from typing import Any
 
-from cost_model.explain import plan_header
-from cost_model.explain_cut import cut_facts, cut_section
-from cost_model.explain_op import alike, op_facts, sections_of
-from cost_model.explain_whole import whole_facts, whole_sections
-from cost_model.find_ops import find_ops
-from cost_model.plan import PartitionPlan
+from cost_model.explain.breakdown import whole_facts, whole_sections
+from cost_model.explain.cut import cut_facts, cut_section
+from cost_model.explain.find_ops import find_ops
+from cost_model.explain.op import alike, op_facts, sections_of
+from cost_model.explain.plan_text import plan_header
+from cost_model.plan.data import PartitionPlan
 from cost_model.text_tables import Section, sections_text
 
 

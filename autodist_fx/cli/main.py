@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _leave(failure: str) -> None:
     """The other ranks end too, and say why; there are some only where the runtime was imported."""
-    runtime = sys.modules.get("autodist_fx.runtime.process_group")
+    runtime = sys.modules.get("autodist_fx.runtime.comm.process_group")
     if runtime is not None:
         runtime.leave(failure)
 

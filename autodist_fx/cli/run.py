@@ -20,8 +20,7 @@ from typing import Any, Protocol
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from autodist_fx.artifact.cache import ENVIRONMENT, CacheEntry, from_cache
-from autodist_fx.artifact.load import Artifact
+from autodist_fx.artifact.reader import Artifact
 from autodist_fx.cli.arguments import (
     above_zero,
     add_model_arguments,
@@ -30,13 +29,14 @@ from autodist_fx.cli.arguments import (
     planning_options,
     probability,
 )
-from autodist_fx.cli.generation import Answer, TimedStreamer, encode, split_answers
+from autodist_fx.cli.prompts import Answer, TimedStreamer, encode, split_answers
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.agreement import agree
-from autodist_fx.runtime.launch import launch_local
-from autodist_fx.runtime.process_group import DEFAULT_TIMEOUT_SECONDS, choose_device, join, started_by_torchrun
+from autodist_fx.runtime.comm.agreement import agree
+from autodist_fx.runtime.comm.launch import launch_local
+from autodist_fx.runtime.comm.process_group import DEFAULT_TIMEOUT_SECONDS, choose_device, join, started_by_torchrun
+from autodist_fx.startup.split_cache import ENVIRONMENT, CacheEntry, from_cache
 from cost_model.mesh import Mesh
-from cost_model.plan import PartitionPlan
+from cost_model.plan.data import PartitionPlan
 
 _DAY = 86400.0  # of patience with somebody at a breakpoint
 
@@ -175,7 +175,7 @@ class _Checkpoint:
         if args.cached:
             self.entry = CacheEntry(Path(args.cache_entry))
             return
-        from autodist_fx.pretrained import cache_entry, mesh_of
+        from autodist_fx.startup.from_checkpoint import cache_entry, mesh_of
 
         self.mesh = mesh_of(self.plan, args.tp, args.pp)
         if args.cache_entry:
@@ -210,7 +210,7 @@ class _Checkpoint:
             if found is not None:
                 return found
             joined.close()
-        from autodist_fx.pretrained import from_pretrained
+        from autodist_fx.startup.from_checkpoint import from_pretrained
 
         return from_pretrained(
             args.model,
@@ -234,7 +234,7 @@ class _Checkpoint:
         if self.entry is not None and self.entry.is_there:
             return [*further, "--cached"]
         from autodist_fx.cli.arguments import compile_for
-        from autodist_fx.pretrained import wanted_dtype
+        from autodist_fx.startup.from_checkpoint import wanted_dtype
 
         config = self._resolve().config
         plan_file = scratch / "plan.json"

@@ -9,16 +9,16 @@ import argparse
 import inspect
 import time
 
-from autodist_fx.artifact.load import Artifact
+from autodist_fx.api.compiled_model import CompiledModel
+from autodist_fx.artifact.reader import Artifact
 from autodist_fx.cli.arguments import add_model_arguments, be_quiet, compile_config, planning_options
-from autodist_fx.compiled import CompiledModel
-from autodist_fx.compiling import compile as compile_model
+from autodist_fx.compiler.compile import compile as compile_model
 from autodist_fx.errors import AutodistError
-from autodist_fx.pretrained import mesh_of, wanted_dtype
+from autodist_fx.startup.from_checkpoint import mesh_of, wanted_dtype
 from autodist_fx.tracing import empty_model
 from autodist_fx.tracing.example_inputs import default_inputs
 from autodist_fx.weights.resolve import resolve_config
-from cost_model.plan import PartitionPlan
+from cost_model.plan.data import PartitionPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,14 +11,14 @@ import torch
 import torch.fx
 
 from autodist_fx.errors import AutodistError, CommunicationError
-from autodist_fx.numeric.doubles import Doubles, Weights, double_by_default, of_rank, of_whole
+from autodist_fx.numeric.float64_interpreter import Doubles, Weights, double_by_default, of_rank, of_whole
 from autodist_fx.numeric.locate import first_difference
-from autodist_fx.runtime.thread_communicator import ThreadCommunicator, ThreadWorld
+from autodist_fx.simulation.thread_communicator import ThreadCommunicator, ThreadWorld
 from cost_model.errors import VerificationError
 from cost_model.mesh import Mesh
-from cost_model.plan import PartitionPlan
-from passes.comm_ops import using
-from passes.program import RankProgram
+from cost_model.plan.data import PartitionPlan
+from passes.ops.comm import using
+from passes.program.rank_program import RankProgram
 
 TOLERANCE = 1e-8
 
@@ -28,7 +28,7 @@ class Form:
     """One traced form of a model: its graph, and the programs of all ranks."""
 
     whole: torch.fx.GraphModule
-    names: Mapping[int, str]  # passes.op_graph.parameter_names of the model
+    names: Mapping[int, str]  # passes.op_graph.build.parameter_names of the model
     plan: PartitionPlan
     programs: Sequence[RankProgram]
     layer_kinds: Sequence[str]

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from autodist_fx.errors import AutodistError
-from cost_model.placement import Interval
+from cost_model.graph.placement import Interval
 
 RANK = 16
 _MOST_ELEMENTS = 2**27  # that an op without a line here may be given: 1 GiB

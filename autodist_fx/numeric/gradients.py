@@ -10,15 +10,15 @@ import torch
 
 from autodist_fx.errors import AutodistError
 from autodist_fx.numeric.check import TOLERANCE, Form, difference, failure, refusal
-from autodist_fx.numeric.doubles import Doubles, Weights, double_by_default, of_rank, of_whole
 from autodist_fx.numeric.factored import sliced
-from autodist_fx.runtime.backward import Gradients, go_back, pay_sums
-from autodist_fx.runtime.thread_communicator import ThreadCommunicator, ThreadWorld
+from autodist_fx.numeric.float64_interpreter import Doubles, Weights, double_by_default, of_rank, of_whole
+from autodist_fx.simulation.backward import Gradients, go_back, pay_sums
+from autodist_fx.simulation.thread_communicator import ThreadCommunicator, ThreadWorld
 from cost_model.errors import VerificationError
-from passes.arguments import fetch
-from passes.comm_ops import Tape, using
-from passes.differentiable import wants_gradient
-from passes.program import RankProgram
+from passes.fx.arguments import fetch
+from passes.fx.differentiable import wants_gradient
+from passes.ops.comm import Tape, using
+from passes.program.rank_program import RankProgram
 
 _ROOT = "loss"
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cost_model.plan import PartitionPlan
-from passes.program import RankProgram
-from passes.verify_report import described, on_rank
-from passes.verify_types import Held, as_planned, elements
+from cost_model.plan.data import PartitionPlan
+from passes.program.rank_program import RankProgram
+from passes.verify.core.held import Held, as_planned, elements
+from passes.verify.core.report import described, on_rank
 
 
 def first_difference(plan: PartitionPlan, programs: Sequence[RankProgram], whole: Any, ranks: Sequence[Any]) -> str:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from autodist_fx.report.borders import sent_tensors
-from autodist_fx.report.parts import ranks_text, show_name
+from autodist_fx.report.html_parts import ranks_text, show_name
+from autodist_fx.report.stage_transfers import sent_tensors
 from autodist_fx.report.stages import layer_of
-from cost_model.plan import OpPlan, PartitionPlan
-from cost_model.plan_html import shorten
-from cost_model.plan_weights import linear_groups
-from cost_model.wording import bytes_text, compress_names, name_pattern
+from cost_model.explain.html import shorten
+from cost_model.format import bytes_text, compress_names, name_pattern
+from cost_model.plan.data import OpPlan, PartitionPlan
+from cost_model.plan.weights import linear_groups
 
 FILLS = {"column": "#b9cdfd", "row": "#ffd79c", "vocab": "#b5e6d2", "hidden": "#c4e3ea", "groups": "#dccdff",
          "expert": "#ffcbe7", "replicate": "#ffc4bd"}  # fmt: skip

@@ -5,12 +5,12 @@ from __future__ import annotations
 from itertools import groupby
 from xml.etree.ElementTree import Element
 
-from autodist_fx.report.parts import cell, left_out, note, section, span, table
-from cost_model.placement import Placement
-from cost_model.plan import PartitionPlan, StageSummary
-from cost_model.plan_html import element
-from cost_model.plan_weights import param_bytes
-from cost_model.wording import bytes_text, ranges_text
+from autodist_fx.report.html_parts import cell, left_out, note, section, span, table
+from cost_model.explain.html import element
+from cost_model.format import bytes_text, ranges_text
+from cost_model.graph.placement import Placement
+from cost_model.plan.data import PartitionPlan, StageSummary
+from cost_model.plan.weights import param_bytes
 
 BARS_SHOWN = 256
 CACHE_KIND = "cache_update"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from math import prod
 from xml.etree.ElementTree import Element
 
+from autodist_fx.report.html_parts import show_name
 from autodist_fx.report.memory import share_of_device
-from autodist_fx.report.parts import show_name
-from cost_model.plan import PartitionPlan
-from cost_model.plan_html import element, shorten
-from cost_model.plan_warnings import all_warnings, whole_device
-from cost_model.plan_weights import sharded_share, whole_param_bytes
-from cost_model.wording import bytes_text, count_text, seconds_text
+from cost_model.explain.html import element, shorten
+from cost_model.format import bytes_text, count_text, seconds_text
+from cost_model.plan.data import PartitionPlan
+from cost_model.plan.warnings import all_warnings, whole_device
+from cost_model.plan.weights import sharded_share, whole_param_bytes
 
 RANKS_DRAWN = 256
 COLOURS = 8  # of tp ranks in page.css; the ninth has the first's again

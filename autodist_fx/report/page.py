@@ -7,17 +7,17 @@ from base64 import b64encode
 from importlib.resources import files
 from xml.etree.ElementTree import Element
 
-from autodist_fx.report.borders import borders_section
+from autodist_fx.report.html_parts import note, section, show_name
 from autodist_fx.report.memory import memory_section
 from autodist_fx.report.overview import overview
-from autodist_fx.report.parts import note, section, show_name
+from autodist_fx.report.stage_transfers import borders_section
 from autodist_fx.report.stages import stages_section
 from autodist_fx.report.timeline import timeline_section
 from autodist_fx.report.weights import weights_section
-from cost_model.explain import plan_sections
-from cost_model.explain_whole import whole_sections
-from cost_model.plan import PartitionPlan
-from cost_model.plan_html import element, section_table, shorten, to_html
+from cost_model.explain.breakdown import whole_sections
+from cost_model.explain.html import element, section_table, shorten, to_html
+from cost_model.explain.plan_text import plan_sections
+from cost_model.plan.data import PartitionPlan
 from cost_model.text_tables import Section
 
 

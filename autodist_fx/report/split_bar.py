@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import accumulate, pairwise
 from xml.etree.ElementTree import Element
 
+from autodist_fx.report.html_parts import span
 from autodist_fx.report.overview import colour
-from autodist_fx.report.parts import span
-from cost_model.placement import Layout
-from cost_model.plan_html import element
+from cost_model.explain.html import element
+from cost_model.graph.placement import Layout
 
 PIECES_DRAWN = 6_000  # on a page; past it, bars are left out and the text beside them has to do
 PIECES_OF_A_BAR = 600

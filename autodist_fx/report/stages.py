@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from xml.etree.ElementTree import Element
 
-from autodist_fx.report.borders import Sent, bytes_of, crossing, sent_tensors
+from autodist_fx.report.html_parts import STAGES_SHOWN, badge, left_out, name, note, ranks_text, section, show_name
 from autodist_fx.report.memory import memory_bar, parts_of
-from autodist_fx.report.parts import STAGES_SHOWN, badge, left_out, name, note, ranks_text, section, show_name
-from cost_model.plan import OpPlan, PartitionPlan, StageSummary
-from cost_model.plan_html import element
-from cost_model.wording import bytes_text, compress_names, count_text, name_pattern, ranges_text, seconds_text
+from autodist_fx.report.stage_transfers import Sent, bytes_of, crossing, sent_tensors
+from cost_model.explain.html import element
+from cost_model.format import bytes_text, compress_names, count_text, name_pattern, ranges_text, seconds_text
+from cost_model.plan.data import OpPlan, PartitionPlan, StageSummary
 
 BLOCKS_SHOWN = 12  # of layers in a stage
 TENSORS_SHOWN = 4  # at an arrow

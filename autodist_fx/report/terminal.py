@@ -9,10 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from autodist_fx.report.memory import memory_rows, share_of_device
-from cost_model.explain import plan_header, plan_sections
-from cost_model.plan import PartitionPlan
+from cost_model.explain.plan_text import plan_header, plan_sections
+from cost_model.format import bytes_text, ranges_text, seconds_text
+from cost_model.plan.data import PartitionPlan
 from cost_model.text_tables import WIDTH, Section
-from cost_model.wording import bytes_text, ranges_text, seconds_text
 
 ROLE_STYLES = {
     "column": "blue", "row": "yellow", "vocab": "green", "hidden": "cyan", "groups": "magenta", "expert": "magenta",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from xml.etree.ElementTree import Element
 
-from autodist_fx.report.parts import STAGES_SHOWN, left_out, note, ranks_text, section
-from cost_model.plan import PartitionPlan, StageSummary
-from cost_model.plan_html import element
-from cost_model.plan_warnings import whole_device
-from cost_model.wording import seconds_text
+from autodist_fx.report.html_parts import STAGES_SHOWN, left_out, note, ranks_text, section
+from cost_model.explain.html import element
+from cost_model.format import seconds_text
+from cost_model.plan.data import PartitionPlan, StageSummary
+from cost_model.plan.warnings import whole_device
 
 SHORTEST = 1e-12  # seconds of a forward pass that there is a timeline of
 TICKS = 5

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from xml.etree.ElementTree import Element
 
-from autodist_fx.report.memory import owner_of
-from autodist_fx.report.parts import (
+from autodist_fx.report.html_parts import (
     badge,
     bytes_change,
     cell,
@@ -19,11 +18,12 @@ from autodist_fx.report.parts import (
     show_name,
     table,
 )
+from autodist_fx.report.memory import owner_of
 from autodist_fx.report.split_bar import SplitBars, matrix
-from cost_model.plan import ParamPlan, PartitionPlan
-from cost_model.plan_html import element, shorten
-from cost_model.plan_weights import LinearGroup, linear_groups, param_bytes
-from cost_model.wording import bytes_text, name_pattern, ranges_text
+from cost_model.explain.html import element, shorten
+from cost_model.format import bytes_text, name_pattern, ranges_text
+from cost_model.plan.data import ParamPlan, PartitionPlan
+from cost_model.plan.weights import LinearGroup, linear_groups, param_bytes
 
 ROWS_SHOWN = 400
 ROLES_SHOWN = 4  # that a linear could have instead

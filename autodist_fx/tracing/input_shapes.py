@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from transformers import PretrainedConfig
 
-from autodist_fx.input_form import Dims
+from autodist_fx.calls.input_spec import Dims
 
 # Integers, int64. Anything else that ends in "_ids" is taken for token ids.
 TOKENS: dict[str, Dims] = {

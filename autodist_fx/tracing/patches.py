@@ -22,9 +22,9 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils, model
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import fx as hf_fx
 
-from autodist_fx.tracing.constants import CONVERSIONS, numpy_ufunc
-from autodist_fx.tracing.decisions import decide, is_instance, longest
-from autodist_fx.tracing.loops import outlined_loops
+from autodist_fx.tracing.control_flow.conditions import decide, is_instance, longest
+from autodist_fx.tracing.control_flow.constants import CONVERSIONS, numpy_ufunc
+from autodist_fx.tracing.control_flow.range_loops import outlined_loops
 
 PATCH_LOCK = threading.RLock()  # reentrant: traceable() may be entered by a holder of it
 

@@ -22,12 +22,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 from transformers.utils import fx as hf_fx
 
-from autodist_fx.tracing.constants import OtherExample, within_range
-from autodist_fx.tracing.cross_cache import PARTS
-from autodist_fx.tracing.data_dependent import rewritten, unrolled
-from autodist_fx.tracing.decisions import lengths_for_tensors
+from autodist_fx.tracing.control_flow.conditions import lengths_for_tensors
+from autodist_fx.tracing.control_flow.constants import OtherExample, within_range
+from autodist_fx.tracing.control_flow.data_dependent import rewritten, unrolled
+from autodist_fx.tracing.encoder_decoder_cache import PARTS
 from autodist_fx.tracing.passing_cache import PassingCache
-from autodist_fx.tracing.states import is_container
+from autodist_fx.tracing.recurrent_states import is_container
 
 _TAKE_SIZES = ("full", "zeros", "ones", "empty", "arange", "clamp")
 

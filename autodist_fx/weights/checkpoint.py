@@ -9,10 +9,10 @@ from typing import Literal
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from autodist_fx.errors import CheckpointError
-from autodist_fx.weights.gguf_file import gguf_tokenizer
-from autodist_fx.weights.gguf_source import GGUFSource
-from autodist_fx.weights.safetensors_source import SafetensorsSource
-from autodist_fx.weights.source import WeightSource
+from autodist_fx.weights.sources.gguf_file import gguf_tokenizer
+from autodist_fx.weights.sources.gguf_source import GGUFSource
+from autodist_fx.weights.sources.safetensors_source import SafetensorsSource
+from autodist_fx.weights.sources.source import WeightSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from autodist_fx.errors import CheckpointError
-from autodist_fx.weights.safetensors_source import INDEX_NAME, SINGLE_NAME
+from autodist_fx.weights.sources.safetensors_source import INDEX_NAME, SINGLE_NAME
 
 # By name, not "*.safetensors": repositories also carry variants (fp16), adapters and other formats of the same weights.
 _PATTERNS = (

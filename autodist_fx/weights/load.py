@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from autodist_fx.errors import CheckpointError
-from autodist_fx.weights.module_source import ModuleSource
 from autodist_fx.weights.names import resolve_names
 from autodist_fx.weights.process_memory import peak_rss_bytes, rss_bytes
-from autodist_fx.weights.source import WeightSource
-from cost_model.placement import Interval
-from passes.context import ParamShard
-from passes.program import RankProgram
+from autodist_fx.weights.sources.module_source import ModuleSource
+from autodist_fx.weights.sources.source import WeightSource
+from cost_model.graph.placement import Interval
+from passes.partition.context import ParamShard
+from passes.program.rank_program import RankProgram
 
 _Key = tuple[str, int | None, tuple[Interval, ...], torch.dtype, bool]
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from autodist_fx.weights.load import LoadReport, load_rank
 from autodist_fx.weights.names import resolve_names
 from autodist_fx.weights.share import share_weights
-from autodist_fx.weights.source import WeightSource
-from passes.program import RankProgram
+from autodist_fx.weights.sources.source import WeightSource
+from passes.program.rank_program import RankProgram
 
 
 def load_program(

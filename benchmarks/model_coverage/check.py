@@ -19,9 +19,9 @@ import torch
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
-from autodist_fx.compiled import CompiledModel
+from autodist_fx.api.compiled_model import CompiledModel
 from autodist_fx.errors import AutodistError
-from cost_model.plan_weights import sharded_share
+from cost_model.plan.weights import sharded_share
 from model_coverage.build import CannotBuild, build
 from model_coverage.decode import Parts, counted, decode_with_cache, eager_decoding, forward
 from model_coverage.inputs import inputs_for

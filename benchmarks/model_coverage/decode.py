@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from autodist_fx.compiled import CompiledModel
+from autodist_fx.api.compiled_model import CompiledModel
 from model_coverage.inputs import NEW_TOKENS, Inputs
 
 Parts = list[torch.Tensor]  # logits [batch, tokens, vocab] of each step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from autodist_fx.compiled import CompiledModel
+from autodist_fx.api.compiled_model import CompiledModel
 
 _NUMBERED = re.compile(r"^(.*?\.)?\d+(?=\.|$)")
 

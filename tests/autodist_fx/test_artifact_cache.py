@@ -13,9 +13,9 @@ import torch
 from tiny_checkpoint import save_tiny
 
 import autodist_fx as adx
-from autodist_fx import pretrained
-from autodist_fx.artifact import cache
 from autodist_fx.artifact.manifest import read_manifest
+from autodist_fx.startup import from_checkpoint as pretrained
+from autodist_fx.startup import split_cache as cache
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 

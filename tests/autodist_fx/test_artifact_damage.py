@@ -24,8 +24,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import autodist_fx as adx
-from autodist_fx.artifact.load import Artifact
 from autodist_fx.artifact.manifest import ArtifactError, _digest_of
+from autodist_fx.artifact.reader import Artifact
 
 PLAN, GRAPH, FORM = "plan.json", "forms/whole/rank1.json", "forms/decode/form.json"
 WEIGHTS = "weights/rank1.safetensors"
@@ -461,7 +461,7 @@ def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:
 def test_an_artifact_is_replaced_and_a_failure_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from autodist_fx.artifact import save
+    from autodist_fx.artifact import writer as save
 
     compiled = adx.compile(tiny_model("gpt2"), tp=1)
     compiled.save(tmp_path / "saved")

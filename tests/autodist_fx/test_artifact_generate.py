@@ -12,9 +12,9 @@ from tiny_seq2seq import seq2seq_inputs, tiny_seq2seq
 from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedModel, RwkvConfig, RwkvForCausalLM
 
 import autodist_fx as adx
-from autodist_fx.artifact.load import Artifact
-from autodist_fx.runtime.process_group import JoinedRank
-from autodist_fx.runtime.thread_communicator import ThreadWorld
+from autodist_fx.artifact.reader import Artifact
+from autodist_fx.runtime.comm.process_group import JoinedRank
+from autodist_fx.simulation.thread_communicator import ThreadWorld
 
 IDS = torch.tensor([[9, 10, 11, 12, 13], [0, 0, 14, 15, 16]])
 TEXT = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}

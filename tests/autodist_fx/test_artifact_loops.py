@@ -17,8 +17,8 @@ from test_artifact_damage import _remade
 from tiny_models import padded_batch
 
 import autodist_fx as adx
+from autodist_fx.api.compiled_model import CompiledModel
 from autodist_fx.artifact.manifest import ArtifactError
-from autodist_fx.compiled import CompiledModel
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "families"))
 from test_state_space import state_space_model
@@ -92,8 +92,8 @@ def test_other_loops(family: str, changes: dict[str, int], tmp_path: Path) -> No
 
 
 def test_what_was_loaded_can_be_written_again(saved: Path) -> None:
-    from autodist_fx.artifact.form import LAYERS
-    from passes.graph_json import graph_to_json
+    from autodist_fx.artifact.variant_format import LAYERS
+    from passes.serialize.write_graph import graph_to_json
 
     for name in ("whole", "prompt"):
         program = adx.load(saved).program(0, name)
@@ -147,7 +147,7 @@ def test_a_damaged_loop_is_refused(kind: str, saved: Path, tmp_path: Path, monke
 def test_a_loop_that_looks_at_its_counter_is_refused_by_name() -> None:
     from test_loops import InPlaceScan, _traced
 
-    from passes.graph_json import GraphFormatError, graph_to_json
+    from passes.serialize.write_graph import GraphFormatError, graph_to_json
 
     module = _traced(InPlaceScan(), torch.rand(2, 7, 4))
     with pytest.raises(GraphFormatError, match=r"outlined_forward_\d+, a loop that cannot be saved .* \(TraceErr"):

@@ -9,13 +9,13 @@ import torch
 
 import autodist_fx as adx
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.thread_communicator import ThreadWorld
-from autodist_fx.runtime.two_graphs import TwoGraphCausalLM
-from autodist_fx.runtime.ways import only
+from autodist_fx.runtime.generation.guarded_programs import only
+from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
+from autodist_fx.simulation.thread_communicator import ThreadWorld
 from autodist_fx.weights.load import load_rank
-from autodist_fx.weights.module_source import ModuleSource
+from autodist_fx.weights.sources.module_source import ModuleSource
 from cost_model.mesh import Mesh
-from passes.program import RankProgram
+from passes.program.rank_program import RankProgram
 from tests.tiny_models import padded_batch, relative_error, tiny_model
 
 IDS, MASK = padded_batch(2, 9)

@@ -9,9 +9,9 @@ from tiny_checkpoint import save_tiny
 from transformers import AutoModelForCausalLM
 
 from autodist_fx.cli.main import main
-from autodist_fx.runtime.agreement import agree
+from autodist_fx.runtime.comm.agreement import agree
 from cost_model.errors import VerificationError
-from cost_model.plan import PartitionPlan
+from cost_model.plan.data import PartitionPlan
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_value_out_of_its_range_is_one_line(capsys, option, value, said):
 def test_ctrl_c_is_told_to_the_other_ranks(monkeypatch):
     told = []
     monkeypatch.setattr("autodist_fx.cli.run.run", lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
-    monkeypatch.setattr("autodist_fx.runtime.process_group.leave", told.append)
+    monkeypatch.setattr("autodist_fx.runtime.comm.process_group.leave", told.append)
     assert main(["run", "--model", "x", "--prompt", "x"]) == 130
     assert told == ["ended by Ctrl-C"]
 

@@ -12,8 +12,8 @@ from tiny_moe import tiny_moe_model
 
 import autodist_fx as adx
 from autodist_fx.cli.main import main
-from cost_model.plan import PartitionPlan
-from cost_model.roles import MEANING, ROLES
+from cost_model.graph.roles import MEANING, ROLES
+from cost_model.plan.data import PartitionPlan
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from tiny_models import tiny_model
 from torch.fx import Node
 
 import autodist_fx as adx
-from autodist_fx import compiled
+from autodist_fx.api import compiled_model as compiled
 from autodist_fx.cli.main import main
-from passes.comm_ops import all_reduce, copy_to_tp
-from passes.program import RankProgram
+from passes.ops.comm import all_reduce, copy_to_tp
+from passes.program.rank_program import RankProgram
 
 WHERE = r"rank 0 (stage 0, tp rank 0)"
 

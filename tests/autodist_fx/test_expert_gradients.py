@@ -10,7 +10,7 @@ from test_gradients import _batch, _check, _compiled, _eager, _errors
 from tiny_moe import FOUR, dbrx_experts, tiny_moe_model
 from transformers import PreTrainedModel
 
-from autodist_fx.compiled import CompiledModel
+from autodist_fx.api.compiled_model import CompiledModel
 
 
 def _model(family: str, layers: int = 1) -> PreTrainedModel:

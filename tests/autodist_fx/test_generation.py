@@ -23,10 +23,10 @@ from transformers.generation import BaseStreamer, LogitsProcessor
 
 import autodist_fx as adx
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.generation import DistributedCausalLM
-from autodist_fx.runtime.thread_communicator import ThreadWorld
+from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+from autodist_fx.simulation.thread_communicator import ThreadWorld
 from autodist_fx.weights.load import load_rank
-from autodist_fx.weights.module_source import ModuleSource
+from autodist_fx.weights.sources.module_source import ModuleSource
 
 VOCAB = 61
 

@@ -17,7 +17,7 @@ from tiny_seq2seq import seq2seq_inputs, tiny_seq2seq
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
-from autodist_fx.compiled import CompiledModel
+from autodist_fx.api.compiled_model import CompiledModel
 from autodist_fx.errors import AutodistError, CommunicationError
 
 Mesh = tuple[int, int]

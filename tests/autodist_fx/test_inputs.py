@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import autodist_fx as adx
-from autodist_fx.compiled import CompiledModel
+from autodist_fx.api.compiled_model import CompiledModel
 from autodist_fx.errors import AutodistError
 from tests.tiny_models import padded_batch, relative_error, tiny_model
 
@@ -175,7 +175,7 @@ def test_what_is_refused_and_in_which_words(inputs: dict[str, Any], message: str
 @torch.no_grad()
 def test_an_id_outside_a_table_whose_rows_lie_in_pieces() -> None:
     """Each rank holds several runs of rows: an id that is nobody's is no row of zeros."""
-    from passes.parallel_layers import VocabParallelEmbedding
+    from passes.ops.parallel_layers import VocabParallelEmbedding
 
     table = VocabParallelEmbedding([(0, 2), (5, 6)], 8, 4, dtype=torch.float64).to_empty(device="cpu")
     torch.nn.init.ones_(table.weight)

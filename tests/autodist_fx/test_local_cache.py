@@ -4,9 +4,9 @@ import torch
 from transformers import LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from autodist_fx.runtime.local_cache import local_cache
+from autodist_fx.runtime.cache.kv_cache import local_cache
 from cost_model.mesh import Mesh
-from passes.program import RankProgram
+from passes.program.rank_program import RankProgram
 
 
 def program(cache_layers):

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from autodist_fx.tracing import trace
-from autodist_fx.tracing.loops import outlined_loops
+from autodist_fx.tracing.control_flow.range_loops import outlined_loops
 from autodist_fx.tracing.tracer import Tracer
 
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from autodist_fx.errors import RuntimeSetupError
-from autodist_fx.runtime.process_group import Place, _meeting_place
+from autodist_fx.runtime.comm.process_group import Place, _meeting_place
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from hostile_plan import hostile_plan
 from plan_examples import large_plan, small_plan
 
 from autodist_fx.report.page import plan_page
-from cost_model.placement import Layout
+from cost_model.graph.placement import Layout
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: `make setup` as root on Debian installs it")

@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from plan_examples import large_plan, small_plan
 from transformers import LlamaConfig
 
-from autodist_fx.compiling import compile
-from autodist_fx.report.borders import bytes_of, crossing, sent_tensors
+from autodist_fx.compiler.compile import compile
 from autodist_fx.report.memory import memory_rows, rank_parts
 from autodist_fx.report.page import plan_page
 from autodist_fx.report.split_bar import CELLS, SplitBars, matrix
+from autodist_fx.report.stage_transfers import bytes_of, crossing, sent_tensors
 from autodist_fx.report.timeline import timeline_section
-from cost_model.placement import Layout, Placement
-from cost_model.plan import Hop, ParamPlan
-from cost_model.plan_html import plan_fragment
-from cost_model.plan_weights import param_bytes
+from cost_model.explain.html import plan_fragment
+from cost_model.graph.placement import Layout, Placement
+from cost_model.plan.data import Hop, ParamPlan
+from cost_model.plan.weights import param_bytes
 
 
 def position(piece):

@@ -17,10 +17,10 @@ from autodist_fx.report.dot import plan_dot
 from autodist_fx.report.page import plan_page
 from autodist_fx.report.terminal import print_plan
 from cost_model.errors import PlanError
-from cost_model.explain import plan_sections
-from cost_model.placement import Placement
-from cost_model.plan import Device, PartitionPlan, Request
-from cost_model.plan_html import plan_fragment
+from cost_model.explain.html import plan_fragment
+from cost_model.explain.plan_text import plan_sections
+from cost_model.graph.placement import Placement
+from cost_model.plan.data import Device, PartitionPlan, Request
 
 LIMIT = 3_000_000
 VOID = {"meta", "br", "wbr", "input", "link", "img", "hr"}

@@ -13,12 +13,12 @@ from transformers.generation.streamers import BaseStreamer
 
 import autodist_fx as adx
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.seq2seq import seq2seq_class
-from autodist_fx.runtime.thread_communicator import ThreadWorld
+from autodist_fx.runtime.generation.seq2seq_lm import seq2seq_class
+from autodist_fx.simulation.thread_communicator import ThreadWorld
 from autodist_fx.tracing import meta_copy
 from autodist_fx.weights.load import load_rank
-from autodist_fx.weights.module_source import ModuleSource
 from autodist_fx.weights.share import share_weights
+from autodist_fx.weights.sources.module_source import ModuleSource
 
 
 class Ranks:

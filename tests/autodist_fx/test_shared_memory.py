@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from autodist_fx.runtime import shared_memory
-from autodist_fx.runtime.shared_collectives import SharedCollectives
-from autodist_fx.runtime.shared_memory import open_shared_memory
+from autodist_fx.runtime.comm import shared_memory
+from autodist_fx.runtime.comm.shared_collectives import SharedCollectives
+from autodist_fx.runtime.comm.shared_memory import open_shared_memory
 
 pytestmark = pytest.mark.skipif(not shared_memory._possible(), reason="no shared memory on this machine")
 

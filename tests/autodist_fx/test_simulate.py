@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from autodist_fx.errors import CommunicationError, DeadlockError
-from autodist_fx.runtime.simulate import simulate
-from autodist_fx.runtime.thread_communicator import ThreadWorld
+from autodist_fx.simulation.run_ranks import simulate
+from autodist_fx.simulation.thread_communicator import ThreadWorld
 from cost_model.mesh import Mesh
-from passes import comm_ops
-from passes.program import RankProgram
+from passes.ops import comm as comm_ops
+from passes.program.rank_program import RankProgram
 
 
 def run(mesh, work):

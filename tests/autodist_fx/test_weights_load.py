@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from autodist_fx.errors import CheckpointError
 from autodist_fx.weights.buffers import non_persistent_buffers
 from autodist_fx.weights.load import load_rank
-from autodist_fx.weights.module_source import ModuleSource
 from autodist_fx.weights.names import resolve_names
-from autodist_fx.weights.safetensors_source import SafetensorsSource
+from autodist_fx.weights.sources.module_source import ModuleSource
+from autodist_fx.weights.sources.safetensors_source import SafetensorsSource
 from cost_model.mesh import Mesh
-from passes.context import ParamShard
-from passes.program import RankProgram
+from passes.partition.context import ParamShard
+from passes.program.rank_program import RankProgram
 
 
 def program_of(shards: list[ParamShard], tied: tuple[tuple[str, str], ...] = ()) -> RankProgram:

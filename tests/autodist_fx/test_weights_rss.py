@@ -26,10 +26,10 @@ def measure(directory: str, tp_rank: int, dtype: str | None = None, ranks: int =
 
     from autodist_fx.weights.load import load_rank
     from autodist_fx.weights.process_memory import rss_bytes
-    from autodist_fx.weights.safetensors_source import SafetensorsSource
+    from autodist_fx.weights.sources.safetensors_source import SafetensorsSource
     from cost_model.mesh import Mesh
-    from passes.context import ParamShard
-    from passes.program import RankProgram
+    from passes.partition.context import ParamShard
+    from passes.program.rank_program import RankProgram
 
     source = SafetensorsSource(directory)
     module, shards = fx.GraphModule(nn.Module(), fx.Graph()), {}

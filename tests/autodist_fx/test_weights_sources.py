@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from autodist_fx.errors import CheckpointError
-from autodist_fx.weights import safetensors_file
-from autodist_fx.weights.module_source import ModuleSource
-from autodist_fx.weights.safetensors_source import INDEX_NAME, SafetensorsSource
-from autodist_fx.weights.source import WeightSource
+from autodist_fx.weights.sources import safetensors_file
+from autodist_fx.weights.sources.module_source import ModuleSource
+from autodist_fx.weights.sources.safetensors_source import INDEX_NAME, SafetensorsSource
+from autodist_fx.weights.sources.source import WeightSource
 
 STATE = {
     "w": torch.arange(7 * 10, dtype=torch.float32).reshape(7, 10),

@@ -10,11 +10,11 @@ from tiny_models import tiny_config
 from tiny_moe import SIZES
 
 import autodist_fx as adx
-from cost_model.alternatives import AlternativeCosts
-from cost_model.hardware import A100, CPU_GLOO
-from cost_model.op_graph import Op, TensorRef
-from cost_model.roles import role_of
-from cost_model.tensor_parallel import Strategy, TensorParallelSearch
+from cost_model.costs.hardware import A100, CPU_GLOO
+from cost_model.graph.op_graph import Op, TensorRef
+from cost_model.graph.roles import role_of
+from cost_model.search.alternatives import AlternativeCosts
+from cost_model.search.tensor_parallel import Strategy, TensorParallelSearch
 
 
 class Restricted(TensorParallelSearch):

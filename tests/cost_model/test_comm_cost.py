@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cost_model.comm_cost import all_gather_seconds, all_reduce_seconds, send_seconds
-from cost_model.hardware import CPU_GLOO, PRESETS, Link
+from cost_model.costs.communication import all_gather_seconds, all_reduce_seconds, send_seconds
+from cost_model.costs.hardware import CPU_GLOO, PRESETS, Link
 
 RING = Link(latency_seconds=1e-3, bandwidth=1e9, tree=False)
 TREE = Link(latency_seconds=1e-3, bandwidth=1e9, launch_seconds=5e-3)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cost_model.compute_cost import op_bytes, op_flops, op_seconds
-from cost_model.hardware import CPU_GLOO, H100
-from cost_model.op_graph import Op, TensorSpec
+from cost_model.costs.compute import op_bytes, op_flops, op_seconds
+from cost_model.costs.hardware import CPU_GLOO, H100
+from cost_model.graph.op_graph import Op, TensorSpec
 
 torch = pytest.importorskip("torch")
 

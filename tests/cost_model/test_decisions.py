@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cost_model.decisions import deciding_ops
-from cost_model.op_graph import Op, OpGraph, TensorRef, TensorSpec
+from cost_model.graph.op_graph import Op, OpGraph, TensorRef, TensorSpec
+from cost_model.layouts.routing import deciding_ops
 
 
 def test_the_product_in_front_of_a_choice_and_its_weight() -> None:

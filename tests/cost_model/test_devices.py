@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from cost_model.devices import bytes_of, devices_of_stages, memory_of_stages
+from cost_model.costs.hardware import A100, H100
 from cost_model.errors import PlanError
-from cost_model.hardware import A100, H100
 from cost_model.mesh import Mesh
+from cost_model.request.devices import bytes_of, devices_of_stages, memory_of_stages
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 from plan_examples import large_plan, small_plan
 
-from cost_model.explain import plan_text
-from cost_model.placement import REPLICATE, Layout
-from cost_model.plan_warnings import plan_warnings, whole_device
-from cost_model.plan_weights import sharded_share, whole_param_bytes
+from cost_model.explain.plan_text import plan_text
+from cost_model.format import bytes_text, compress_names, count_text, seconds_text
+from cost_model.graph.placement import REPLICATE, Layout
+from cost_model.plan.warnings import plan_warnings, whole_device
+from cost_model.plan.weights import sharded_share, whole_param_bytes
 from cost_model.text_tables import table
-from cost_model.wording import bytes_text, compress_names, count_text, seconds_text
 
 
 def row(text, start):

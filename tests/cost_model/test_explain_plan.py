@@ -8,15 +8,15 @@ from plan_examples import large_plan, small_plan
 from small_graphs import Attention, Mlp, Stack, normalized, plan_for
 
 from cost_model.errors import PlanError
-from cost_model.explain_cut import cut_facts, cut_reason, cut_section
-from cost_model.explain_op import alike, op_facts, op_sections, sections_of
-from cost_model.explain_whole import dearest, moved_bytes, tokens, whole_facts, whole_sections
-from cost_model.find_ops import find_ops
-from cost_model.placement import owned, shard
-from cost_model.plan import CutOption, CutPlan
-from cost_model.plan_warnings import plan_warnings
+from cost_model.explain.breakdown import dearest, moved_bytes, tokens, whole_facts, whole_sections
+from cost_model.explain.cut import cut_facts, cut_reason, cut_section
+from cost_model.explain.find_ops import find_ops
+from cost_model.explain.op import alike, op_facts, op_sections, sections_of
+from cost_model.format import seconds_text
+from cost_model.graph.placement import owned, shard
+from cost_model.plan.data import CutOption, CutPlan
+from cost_model.plan.warnings import plan_warnings
 from cost_model.text_tables import sections_text
-from cost_model.wording import seconds_text
 
 
 def text_of(sections):

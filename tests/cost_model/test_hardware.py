@@ -2,8 +2,8 @@
 
 import pytest
 
+from cost_model.costs.hardware import A100, CPU_GLOO, H100, PRESETS, hardware
 from cost_model.errors import PlanError
-from cost_model.hardware import A100, CPU_GLOO, H100, PRESETS, hardware
 from cost_model.mesh import Mesh
 
 

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cost_model.memory import kv_cache_bytes, last_uses, peak_activation_bytes, peak_live_bytes
-from cost_model.op_graph import Op, TensorRef, TensorSpec
+from cost_model.costs.memory import kv_cache_bytes, last_uses, peak_activation_bytes, peak_live_bytes
+from cost_model.graph.op_graph import Op, TensorRef, TensorSpec
 
 
 def test_a_chain_holds_two_at_a_time():

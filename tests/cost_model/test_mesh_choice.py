@@ -10,8 +10,8 @@ import pytest
 from tiny_models import tiny_config
 
 import autodist_fx as adx
+from cost_model.costs.hardware import H100
 from cost_model.errors import MeshError, NoPlanFits, PlanError
-from cost_model.hardware import H100
 from cost_model.mesh import Mesh
 
 SHAPES: dict[str, Any] = {

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from image_cases import IMAGE_CASES
 from torch.nn import functional as F
 
-from cost_model.op_graph import Op, TensorSpec
-from cost_model.op_rule import DimLink, Letter, OpRule
-from cost_model.op_rules import RULES, RuleTable
-from passes.data_dependent import join_rows, split_rows
+from cost_model.graph.op_graph import Op, TensorSpec
+from cost_model.rules.rule import DimLink, Letter, OpRule
+from cost_model.rules.table import RULES, RuleTable
+from passes.ops.data_dependent import join_rows, split_rows
 
 Outputs = tuple[torch.Tensor, ...]
 

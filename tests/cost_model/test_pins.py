@@ -9,15 +9,15 @@ from test_tensor_parallel import assert_optimal
 from tiny_models import padded_batch, relative_error, relative_tolerance, tiny_config, tiny_model
 
 import autodist_fx as adx
+from cost_model.costs.hardware import CPU_GLOO
 from cost_model.errors import NoPlanFits, PlanError
-from cost_model.hardware import CPU_GLOO
-from cost_model.lengths import all_lengths
+from cost_model.graph.op_graph import OpGraph
 from cost_model.mesh import Mesh
-from cost_model.op_graph import OpGraph
-from cost_model.pins import pinned_roles, to_blame
-from cost_model.plan_request import PlanRequest
-from cost_model.planner import plan
-from cost_model.tensor_parallel import TensorParallelSearch
+from cost_model.request.pins import pinned_roles, to_blame
+from cost_model.request.plan_request import PlanRequest
+from cost_model.search.planner import plan
+from cost_model.search.prediction_sizes import all_lengths
+from cost_model.search.tensor_parallel import TensorParallelSearch
 
 GRAPHS = {
     "mlp": (op_graph_of(Mlp(), x=("B", "S", 8)), [{"up": "row"}, {"down": "column"}, {"up": "replicate"}]),

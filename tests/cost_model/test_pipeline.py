@@ -14,8 +14,8 @@ from tiny_models import tiny_config
 
 import autodist_fx as adx
 from cost_model.errors import MeshError, NoPlanFits
-from cost_model.op_graph import Op, OpGraph, TensorRef, TensorSpec
-from cost_model.pipeline import OpCost, PipelineSearch, Stage
+from cost_model.graph.op_graph import Op, OpGraph, TensorRef, TensorSpec
+from cost_model.search.pipeline import OpCost, PipelineSearch, Stage
 
 # -- cuts --------------------------------------------------------------------------------------------------------------
 

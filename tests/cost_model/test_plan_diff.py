@@ -7,9 +7,9 @@ import pytest
 from plan_examples import small_plan
 from small_graphs import Attention, Mlp, Stack, normalized, plan_for
 
+from cost_model.costs.hardware import A100, CPU_GLOO
 from cost_model.errors import PlanError
-from cost_model.hardware import A100, CPU_GLOO
-from cost_model.plan_diff import Changed, RoleChange
+from cost_model.explain.diff import Changed, RoleChange
 
 
 def test_equal_plans_do_not_differ():

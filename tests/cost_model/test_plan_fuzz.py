@@ -11,12 +11,12 @@ from plan_mutations import mutated
 from small_graphs import Attention, Mlp, Stack, normalized, plan_for
 
 from cost_model.errors import PlanError
-from cost_model.explain_cut import cut_section
-from cost_model.explain_op import alike, op_sections
-from cost_model.explain_whole import whole_facts, whole_sections
-from cost_model.find_ops import find_ops
-from cost_model.plan import PartitionPlan
-from cost_model.plan_json import plan_from_dict, plan_from_text, plan_to_text
+from cost_model.explain.breakdown import whole_facts, whole_sections
+from cost_model.explain.cut import cut_section
+from cost_model.explain.find_ops import find_ops
+from cost_model.explain.op import alike, op_sections
+from cost_model.plan.data import PartitionPlan
+from cost_model.plan.write_json import plan_from_dict, plan_from_text, plan_to_text
 from cost_model.text_tables import sections_text
 
 

@@ -11,12 +11,12 @@ from plan_examples import large_plan, small_plan
 from plan_mutations import mutated
 from test_plan_json import plans
 
-from cost_model import plan as plan_module
 from cost_model.errors import PlanError
+from cost_model.graph.placement import Layout
 from cost_model.mesh import Mesh
-from cost_model.placement import Layout
-from cost_model.plan import PLAN_VERSION, PartitionPlan
-from cost_model.plan_json import plan_from_dict, plan_to_text
+from cost_model.plan import data as plan_module
+from cost_model.plan.data import PLAN_VERSION, PartitionPlan
+from cost_model.plan.write_json import plan_from_dict, plan_to_text
 
 SCHEMA = json.loads((Path(plan_module.__file__).parent / "plan.schema.json").read_text(encoding="utf-8"))
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

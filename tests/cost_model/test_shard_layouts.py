@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_graphs import Attention, Ids, Mlp, Stack, op_graph_of
 
-from cost_model.op_graph import TensorRef
-from cost_model.placement import Layout, intervals_of
-from cost_model.shard_layouts import Edge, LayoutTable, deal_grains
+from cost_model.graph.op_graph import TensorRef
+from cost_model.graph.placement import Layout, intervals_of
+from cost_model.layouts.layout_table import Edge, LayoutTable, deal_grains
 
 
 def layouts_of_attention(

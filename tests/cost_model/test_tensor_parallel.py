@@ -17,15 +17,15 @@ from tiny_models import census, tiny_config
 from torch import nn
 
 import autodist_fx as adx
-from cost_model.comm_cost import all_gather_seconds, all_reduce_seconds
-from cost_model.compute_cost import op_seconds
-from cost_model.elimination import Elimination
+from cost_model.costs.communication import all_gather_seconds, all_reduce_seconds
+from cost_model.costs.compute import op_seconds
+from cost_model.costs.hardware import A100, CPU_GLOO, Hardware
 from cost_model.errors import NoPlanFits
-from cost_model.hardware import A100, CPU_GLOO, Hardware
-from cost_model.lengths import all_lengths
-from cost_model.op_graph import OpGraph, TensorRef
-from cost_model.placement import REPLICATE, Placement
-from cost_model.tensor_parallel import Strategy, TensorParallelSearch
+from cost_model.graph.op_graph import OpGraph, TensorRef
+from cost_model.graph.placement import REPLICATE, Placement
+from cost_model.search.elimination import Elimination
+from cost_model.search.prediction_sizes import all_lengths
+from cost_model.search.tensor_parallel import Strategy, TensorParallelSearch
 
 # -- variable elimination
 

@@ -4,9 +4,9 @@ import sys
 
 import torch
 
-from autodist_fx.runtime import dist_communicator
-from autodist_fx.runtime.dist_communicator import EXCHANGE_BYTES
-from autodist_fx.runtime.process_group import join, leave
+from autodist_fx.runtime.comm import dist_communicator
+from autodist_fx.runtime.comm.dist_communicator import EXCHANGE_BYTES
+from autodist_fx.runtime.comm.process_group import join, leave
 from cost_model.mesh import Mesh
 
 mesh = Mesh(tp=int(sys.argv[1]), pp=int(sys.argv[2]))

@@ -9,10 +9,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tiny_models import padded_batch, tiny_model
 
 import autodist_fx as adx
-from autodist_fx.runtime.backward import rank_gradients
-from autodist_fx.runtime.process_group import join, leave
+from autodist_fx.runtime.comm.process_group import join, leave
+from autodist_fx.simulation.backward import rank_gradients
 from autodist_fx.weights.load import load_rank
-from autodist_fx.weights.module_source import ModuleSource
+from autodist_fx.weights.sources.module_source import ModuleSource
 from cost_model.mesh import Mesh
 
 # norms of heads (sums over tp), two KV heads on two ranks each, a tied embedding (sums over stages)

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from autodist_fx.runtime.process_group import join
+from autodist_fx.runtime.comm.process_group import join
 from cost_model.mesh import Mesh
 
 what = sys.argv[2]

@@ -91,7 +91,7 @@ def test_a_rank_in_its_own_terminal_stops_at_a_breakpoint(llama):
     argv = ["--model", str(llama), "--tp", "2", "--prompt", "w5 w6", "--max-new-tokens", "4", "--device", "cpu"]
     argv += ["--no-do-sample", "--world-size", "2", "--master-addr", "127.0.0.1", "--master-port", port]
     program = (
-        "import sys\nimport passes.pass_manager as p\nfrom autodist_fx.cli.main import main\n"
+        "import sys\nimport passes.partition.pipeline as p\nfrom autodist_fx.cli.main import main\n"
         "run = p.localize_cache\n"
         "def stop(g, ctx, kinds):\n    breakpoint()\n    return run(g, ctx, kinds)\n"
         "if '1' == sys.argv[-1]: p.localize_cache = stop\n"

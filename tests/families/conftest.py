@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 
-import autodist_fx.variant
-from cost_model.plan import PartitionPlan
-from cost_model.plan_json import plan_from_text, plan_to_text
+import autodist_fx.compiler.variant
+from cost_model.plan.data import PartitionPlan
+from cost_model.plan.write_json import plan_from_text, plan_to_text
 
 
 @pytest.fixture(autouse=True)
 def _plans_read_back_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = autodist_fx.variant.make_plan
+    make = autodist_fx.compiler.variant.make_plan
 
     def make_and_read_back(*args: Any, **options: Any) -> PartitionPlan:
         plan = make(*args, **options)
         assert plan_from_text(plan_to_text(plan)) == plan
         return plan
 
-    monkeypatch.setattr(autodist_fx.variant, "make_plan", make_and_read_back)
+    monkeypatch.setattr(autodist_fx.compiler.variant, "make_plan", make_and_read_back)

@@ -17,7 +17,7 @@ from tiny_moe import FOUR, dbrx_experts, tiny_moe_model
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
-from autodist_fx.compiled import CompiledModel
+from autodist_fx.api.compiled_model import CompiledModel
 
 # Experts that are modules, in loops and in runs of rows; and parts of one weight (DBRX, Granite), split or picked.
 MODULES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "phimoe")

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 import autodist_fx as adx
 from autodist_fx.tracing import empty_model
 from cost_model.errors import VerificationError
-from cost_model.placement import REPLICATE
-from passes.verify_handover import verify_handover
+from cost_model.graph.placement import REPLICATE
+from passes.verify.cache_handover import verify_handover
 
 FAMILIES = ("t5", "bart", "m2m_100", "whisper")
 # Of float64: norms and softmaxes of the first two cast to float32.

@@ -16,8 +16,8 @@ from tiny_models import FAMILIES, padded_batch, relative_error, relative_toleran
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
-from autodist_fx.compiled import CompiledModel
-from cost_model.plan import PartitionPlan
+from autodist_fx.api.compiled_model import CompiledModel
+from cost_model.plan.data import PartitionPlan
 
 MESHES = ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2), (3, 2))
 # Heads that no mesh divides, KV heads fewer than ranks, odd vocabularies and widths, tied and untied: (family, changes,

@@ -17,7 +17,7 @@ from tiny_moe import tiny_moe_model
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
-from autodist_fx.compiled import CompiledModel
+from autodist_fx.api.compiled_model import CompiledModel
 
 MESHES = ((2, 1), (4, 1), (1, 2), (2, 2))
 # One of each way to write it: loops over hit experts (Mixtral, Qwen3), over all (DeepSeek: shared experts, groups),

@@ -14,7 +14,7 @@ from tiny_models import padded_batch, randomized, relative_error
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import autodist_fx as adx
-from cost_model.plan_weights import sharded_share
+from cost_model.plan.weights import sharded_share
 
 _PLAIN = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 80}
 _N = {"n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64}

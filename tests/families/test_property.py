@@ -27,11 +27,11 @@ from tiny_models import padded_batch, relative_error
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
-from autodist_fx.compiled import CompiledModel
-from cost_model.hardware import CPU_GLOO, Hardware
-from cost_model.placement import Layout
-from passes.arguments import fetch
-from passes.context import ParamShard
+from autodist_fx.api.compiled_model import CompiledModel
+from cost_model.costs.hardware import CPU_GLOO, Hardware
+from cost_model.graph.placement import Layout
+from passes.fx.arguments import fetch
+from passes.partition.context import ParamShard
 
 EXAMPLES = int(os.environ.get("ADX_PROPERTY_EXAMPLES", "24"))
 # Every example builds a model and its graphs: shrinking one that fails would take minutes.

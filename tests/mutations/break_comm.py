@@ -11,8 +11,8 @@ from editing import Programs, add_after, bypass, calls, with_argument, with_keyw
 from mutation import NotHere, mutation, on_ranks, pick, pick_node, said
 from torch.fx import Node
 
-from passes.comm_ops import COLLECTIVES, all_gather, all_reduce, recv, send
-from passes.program import RankProgram
+from passes.ops.comm import COLLECTIVES, all_gather, all_reduce, recv, send
+from passes.program.rank_program import RankProgram
 
 
 def _is(*targets: Any) -> Any:

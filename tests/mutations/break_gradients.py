@@ -10,11 +10,11 @@ from editing import Programs, add_after, bypass, with_keyword
 from mutation import mutation, on_ranks, pick, pick_node, said
 from torch.fx import Node
 
-from passes.comm_ops import all_gather, all_reduce, copy_to_tp, recv, send
-from passes.differentiable import differentiable
-from passes.grad_sums import GradSum
-from passes.parallel_layers import one_gradient
-from passes.program import RankProgram
+from passes.fx.differentiable import differentiable
+from passes.ops.comm import all_gather, all_reduce, copy_to_tp, recv, send
+from passes.ops.parallel_layers import one_gradient
+from passes.program.gradient_sums import GradSum
+from passes.program.rank_program import RankProgram
 
 
 def _is(*targets: Any) -> Any:

@@ -14,10 +14,10 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from passes.arguments import is_tensor, map_tensor_arguments, tensor_arguments
-from passes.comm_ops import COMM_OPS
-from passes.nodes import op_name
-from passes.program import RankProgram
+from passes.fx.arguments import is_tensor, map_tensor_arguments, tensor_arguments
+from passes.fx.nodes import op_name
+from passes.ops.comm import COMM_OPS
+from passes.program.rank_program import RankProgram
 
 _CALLS = ("call_function", "call_method", "call_module")
 

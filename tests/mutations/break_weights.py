@@ -10,11 +10,11 @@ import torch
 from editing import Programs, with_slice
 from mutation import NotHere, mutation, pick
 
-from cost_model.placement import Interval
-from passes.arguments import place
-from passes.context import ParamShard
-from passes.parallel_layers import RowParallelLinear, VocabParallelEmbedding
-from passes.program import RankProgram
+from cost_model.graph.placement import Interval
+from passes.fx.arguments import place
+from passes.ops.parallel_layers import RowParallelLinear, VocabParallelEmbedding
+from passes.partition.context import ParamShard
+from passes.program.rank_program import RankProgram
 
 
 def _sharded(programs: Programs, rng: random.Random, least: int = 1) -> tuple[RankProgram, ParamShard]:

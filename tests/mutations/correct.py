@@ -12,9 +12,9 @@ from trial import numeric_verdict, static_verdict
 
 from autodist_fx.numeric.check import Form, check_call, drawn_weights
 from cost_model.errors import MeshError, VerificationError
-from passes.op_graph import build_op_graph, parameter_names
-from passes.pass_manager import emit_rank
-from passes.verify import verify
+from passes.op_graph.build import build_op_graph, parameter_names
+from passes.partition.pipeline import emit_rank
+from passes.verify.verify import verify
 
 
 def correct_programs(count: int) -> tuple[int, list[str]]:

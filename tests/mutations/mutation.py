@@ -13,7 +13,7 @@ from typing import Any
 from editing import Programs
 from torch.fx import Node
 
-from passes.program import RankProgram
+from passes.program.rank_program import RankProgram
 
 Mutate = Callable[[Programs, random.Random], str]
 MUTATIONS: dict[str, Mutate] = {}

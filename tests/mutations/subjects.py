@@ -24,15 +24,15 @@ from tiny_seq2seq import seq2seq_inputs, tiny_seq2seq
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import autodist_fx as adx
-from autodist_fx.compiled import CompiledModel
+from autodist_fx.api.compiled_model import CompiledModel
 from autodist_fx.errors import CommunicationError, DeadlockError
-from autodist_fx.runtime.backward import run_backward
-from autodist_fx.runtime.local_cache import local_cache
-from autodist_fx.runtime.simulate import simulate
-from autodist_fx.runtime.thread_communicator import ThreadCommunicator
+from autodist_fx.runtime.cache.kv_cache import local_cache
+from autodist_fx.simulation.backward import run_backward
+from autodist_fx.simulation.run_ranks import simulate
+from autodist_fx.simulation.thread_communicator import ThreadCommunicator
 from autodist_fx.weights.load import load_rank
-from autodist_fx.weights.module_source import ModuleSource
-from passes.program import RankProgram
+from autodist_fx.weights.sources.module_source import ModuleSource
+from passes.program.rank_program import RankProgram
 
 Programs = list[RankProgram]
 Mesh = tuple[int, int]  # tp, pp

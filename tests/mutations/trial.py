@@ -15,9 +15,9 @@ import break_weights  # noqa: F401
 from mutation import MUTATIONS, NotHere
 from subjects import Programs, Subject
 
-from autodist_fx.numeric.conversation import verify_numeric
+from autodist_fx.numeric.verify_numeric import verify_numeric
 from cost_model.errors import MeshError, VerificationError
-from passes.verify import verify
+from passes.verify.verify import verify
 
 
 @dataclass(frozen=True, slots=True)

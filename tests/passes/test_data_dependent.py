@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cost_model.errors import PlanError
-from cost_model.op_graph import TensorSpec, length
-from passes.data_dependent import bincount, expectation, join_rows, made_up_length, selected, split_rows
-from passes.normalize import normalize
-from passes.shapes import Example, Sizes
+from cost_model.graph.op_graph import TensorSpec, length
+from passes.fx.shape_propagation import Example, Sizes
+from passes.normalize.pipeline import normalize
+from passes.ops.data_dependent import bincount, expectation, join_rows, made_up_length, selected, split_rows
 
 
 def test_real_tensors_are_selected_and_split_as_torch_does() -> None:

@@ -8,10 +8,10 @@ from expecttest import assert_expected_inline
 from small_graphs import Mlp, Stack, assert_split_equals_whole, normalized, plan_for
 from torch import nn
 
-from cost_model.plan import PartitionPlan
-from passes.context import RankContext
-from passes.extract_stage import extract_stage
-from passes.graph_text import graph_text
+from cost_model.plan.data import PartitionPlan
+from passes.fx.text import graph_text
+from passes.partition.context import RankContext
+from passes.partition.extract_stage import extract_stage
 
 
 def stages(whole: torch.fx.GraphModule, plan: PartitionPlan) -> list[torch.fx.GraphModule]:

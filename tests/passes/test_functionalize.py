@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from passes.functionalize import functionalize
+from passes.normalize.functionalize import functionalize
 
 
 def _tensor(graph: Graph, target: object, *args: object) -> Node:

@@ -11,13 +11,13 @@ from small_graphs import normalized, plan_for
 from torch import nn
 from torch.nn import functional as F
 
-from cost_model.hardware import CPU_GLOO
-from cost_model.op_graph import SOURCES
-from cost_model.tensor_parallel import TensorParallelSearch
-from passes.context import RankContext
-from passes.fuse_ops import fuse_ops, removed_by_fusing
-from passes.graph_text import graph_text
-from passes.op_graph import build_op_graph
+from cost_model.costs.hardware import CPU_GLOO
+from cost_model.graph.op_graph import SOURCES
+from cost_model.search.tensor_parallel import TensorParallelSearch
+from passes.fx.text import graph_text
+from passes.op_graph.build import build_op_graph
+from passes.partition.context import RankContext
+from passes.partition.fuse_ops import fuse_ops, removed_by_fusing
 
 
 def fused(module: nn.Module, **inputs: Any) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:

@@ -13,8 +13,8 @@ from small_graphs import Mlp, Stack, normalized, plan_for
 from tiny_models import census, tiny_config
 
 import autodist_fx as adx
-from passes.graph_changes import graph_changes
-from passes.pass_manager import emit_rank
+from passes.fx.changes import graph_changes
+from passes.partition.pipeline import emit_rank
 
 EDITS = ("insert", "replace", "remove", "change", "rewire")
 

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from passes.graph_from_json import graph_from_json
-from passes.graph_json import graph_to_json
-from passes.graph_json_values import GraphFormatError
-from passes.graph_targets import functions, names
+from passes.serialize.read_graph import graph_from_json
+from passes.serialize.targets import functions, names
+from passes.serialize.values import GraphFormatError
+from passes.serialize.write_graph import graph_to_json
 
 _PLAIN = (
     st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False)

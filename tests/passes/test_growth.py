@@ -10,7 +10,7 @@ from tiny_moe import tiny_moe_model
 from torch.fx import Node
 
 import autodist_fx as adx
-from passes.shapes import ShapeInterpreter
+from passes.fx.shape_propagation import ShapeInterpreter
 
 
 def calls(**sizes: int) -> int:

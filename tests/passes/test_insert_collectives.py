@@ -10,16 +10,16 @@ from expecttest import assert_expected_inline
 from small_graphs import Mlp, assert_split_equals_whole, normalized, plan_for
 from torch import nn
 
-from cost_model.placement import REPLICATE
-from cost_model.plan import PartitionPlan
-from passes.context import RankContext
-from passes.extract_stage import extract_stage
-from passes.graph_changes import graph_changes
-from passes.graph_text import graph_diff, graph_text
-from passes.insert_collectives import insert_collectives
-from passes.localize_shapes import localize_shapes
-from passes.op_graph import parameter_names
-from passes.shard_parameters import shard_parameters
+from cost_model.graph.placement import REPLICATE
+from cost_model.plan.data import PartitionPlan
+from passes.fx.changes import graph_changes
+from passes.fx.text import graph_diff, graph_text
+from passes.op_graph.build import parameter_names
+from passes.partition.context import RankContext
+from passes.partition.extract_stage import extract_stage
+from passes.partition.insert_collectives import insert_collectives
+from passes.partition.localize_shapes import localize_shapes
+from passes.partition.shard_parameters import shard_parameters
 
 
 def inserted_graphs(

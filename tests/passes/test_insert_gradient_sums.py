@@ -8,17 +8,17 @@ from expecttest import assert_expected_inline
 from small_graphs import Attention, Mlp, Stack, fill, normalized, plan_for
 from torch import nn
 
-from autodist_fx.runtime.backward import glued, run_backward
-from autodist_fx.runtime.thread_communicator import ThreadWorld
+from autodist_fx.simulation.backward import glued, run_backward
+from autodist_fx.simulation.thread_communicator import ThreadWorld
 from cost_model.mesh import Mesh
-from cost_model.plan import PartitionPlan
-from passes import comm_ops
-from passes.graph_text import graph_text
-from passes.op_graph import build_op_graph
-from passes.parallel_layers import one_gradient, one_term
-from passes.pass_manager import emit_rank
-from passes.program import RankProgram
-from passes.verify import verify
+from cost_model.plan.data import PartitionPlan
+from passes.fx.text import graph_text
+from passes.op_graph.build import build_op_graph
+from passes.ops import comm as comm_ops
+from passes.ops.parallel_layers import one_gradient, one_term
+from passes.partition.pipeline import emit_rank
+from passes.program.rank_program import RankProgram
+from passes.verify.verify import verify
 
 
 class Loss(nn.Module):

@@ -11,18 +11,18 @@ from small_graphs import Ids, Mlp, Stack, assert_split_equals_whole, normalized,
 from torch import nn
 
 from cost_model.errors import VerificationError
-from cost_model.plan import PartitionPlan
-from passes.comm_ops import send
-from passes.context import RankContext
-from passes.extract_stage import extract_stage
-from passes.graph_text import graph_text
-from passes.insert_collectives import insert_collectives
-from passes.insert_send_recv import insert_send_recv
-from passes.localize_shapes import localize_shapes
-from passes.op_graph import build_op_graph, parameter_names
-from passes.pass_manager import emit_rank
-from passes.shard_parameters import shard_parameters
-from passes.verify import verify
+from cost_model.plan.data import PartitionPlan
+from passes.fx.text import graph_text
+from passes.op_graph.build import build_op_graph, parameter_names
+from passes.ops.comm import send
+from passes.partition.context import RankContext
+from passes.partition.extract_stage import extract_stage
+from passes.partition.insert_collectives import insert_collectives
+from passes.partition.insert_send_recv import insert_send_recv
+from passes.partition.localize_shapes import localize_shapes
+from passes.partition.pipeline import emit_rank
+from passes.partition.shard_parameters import shard_parameters
+from passes.verify.verify import verify
 
 
 def prepared(whole: torch.fx.GraphModule, plan: PartitionPlan, rank: int) -> tuple[torch.fx.GraphModule, RankContext]:

@@ -11,12 +11,12 @@ from small_graphs import normalized, plan_for, run_split
 from torch import nn
 
 from cost_model.errors import PlanError
-from cost_model.plan import PartitionPlan
-from passes.context import RankContext
-from passes.extract_stage import extract_stage
-from passes.graph_text import graph_text
-from passes.localize_cache import localize_cache
-from passes.pass_manager import emit_rank
+from cost_model.plan.data import PartitionPlan
+from passes.fx.text import graph_text
+from passes.partition.context import RankContext
+from passes.partition.extract_stage import extract_stage
+from passes.partition.localize_cache import localize_cache
+from passes.partition.pipeline import emit_rank
 
 
 class ToyCache:

@@ -12,15 +12,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from cost_model.errors import VerificationError
-from passes.context import RankContext
-from passes.extract_stage import extract_stage
-from passes.graph_text import graph_text
-from passes.localize_shapes import localize_shapes
-from passes.op_graph import build_op_graph, parameter_names
-from passes.parallel_layers import partial_mean
-from passes.pass_manager import emit_rank
-from passes.shard_parameters import shard_parameters
-from passes.verify import verify
+from passes.fx.text import graph_text
+from passes.op_graph.build import build_op_graph, parameter_names
+from passes.ops.parallel_layers import partial_mean
+from passes.partition.context import RankContext
+from passes.partition.extract_stage import extract_stage
+from passes.partition.localize_shapes import localize_shapes
+from passes.partition.pipeline import emit_rank
+from passes.partition.shard_parameters import shard_parameters
+from passes.verify.verify import verify
 
 
 def localized(whole: torch.fx.GraphModule, tp: int, rank: int) -> tuple[str, str]:
@@ -221,7 +221,7 @@ def test_a_mean_that_divides_by_something_else_is_refused(change: dict[int | str
         (mean,) = [n for n in program.graph_module.graph.nodes if n.target is partial_mean]
         mean.args = tuple(change.get(i, arg) for i, arg in enumerate(mean.args))
         mean.kwargs = {name: change.get(name, value) for name, value in mean.kwargs.items()}
-    with pytest.raises(VerificationError, match=r"rank 0 .*mean.*passes/localize_shapes.py"):
+    with pytest.raises(VerificationError, match=r"rank 0 .*mean.*passes/partition/localize_shapes.py"):
         verify(programs, plan, build_op_graph(whole), whole)
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from small_graphs import Ids, examples, traced
 from torch import nn
 
-from passes.graph_text import graph_text
-from passes.normalize import normalize
+from passes.fx.text import graph_text
+from passes.normalize.pipeline import normalize
 
 
 def normalized(module: nn.Module, **inputs: Any) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:

@@ -11,10 +11,10 @@ from small_graphs import Attention, Ids, Mlp, Stack, assert_split_equals_whole, 
 from torch import nn
 from torch.nn import functional as F
 
-from cost_model.op_graph import Op, TensorRef
-from cost_model.op_rules import RULES
-from passes.op_graph import build_op_graph, fingerprint
-from passes.op_graph_elementwise import ELEMENTWISE, ELEMENTWISE_MODULES
+from cost_model.graph.op_graph import Op, TensorRef
+from cost_model.rules.table import RULES
+from passes.op_graph.build import build_op_graph, fingerprint
+from passes.op_graph.elementwise import ELEMENTWISE, ELEMENTWISE_MODULES
 
 
 class Expression(nn.Module):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from passes.parallel_layers import VocabParallelEmbedding
+from passes.ops.parallel_layers import VocabParallelEmbedding
 
 TABLE = torch.arange(44, dtype=torch.float64).view(11, 4)
 CUTS = {

@@ -13,11 +13,11 @@ import torch
 from random_graphs import RandomModule, random_costs
 from small_graphs import FREE, fill, normalized, plan_for, run_split
 
-from autodist_fx.runtime.backward import glued, run_backward
+from autodist_fx.simulation.backward import glued, run_backward
 from cost_model.errors import MeshError
-from passes.op_graph import build_op_graph
-from passes.pass_manager import emit_rank
-from passes.verify import verify
+from passes.op_graph.build import build_op_graph
+from passes.partition.pipeline import emit_rank
+from passes.verify.verify import verify
 
 GRAPHS = int(os.environ.get("ADX_RANDOM_GRAPHS", "40"))
 PART = 20  # graphs in one test

@@ -8,12 +8,12 @@ from small_graphs import Attention, Ids, Mlp, Stack, assert_split_equals_whole, 
 from torch import nn
 from torch.nn import functional as F
 
-from cost_model.plan import PartitionPlan
-from passes.context import ParamShard, RankContext
-from passes.extract_stage import extract_stage
-from passes.graph_text import graph_text
-from passes.op_graph import parameter_names
-from passes.shard_parameters import shard_parameters
+from cost_model.plan.data import PartitionPlan
+from passes.fx.text import graph_text
+from passes.op_graph.build import parameter_names
+from passes.partition.context import ParamShard, RankContext
+from passes.partition.extract_stage import extract_stage
+from passes.partition.shard_parameters import shard_parameters
 
 
 def sharded(

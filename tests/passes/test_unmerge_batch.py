@@ -13,8 +13,8 @@ from torch import nn
 from transformers import BloomConfig
 
 import autodist_fx as adx
-from passes.graph_text import graph_text
-from passes.normalize import normalize
+from passes.fx.text import graph_text
+from passes.normalize.pipeline import normalize
 
 
 def rewritten(module: nn.Module) -> str:

@@ -25,10 +25,10 @@ from tiny_models import padded_batch, tiny_model
 
 import autodist_fx as adx
 from cost_model.errors import VerificationError
-from cost_model.op_rules import RULES
-from passes.comm_ops import all_gather, all_reduce, recv, send
-from passes.parallel_layers import RowParallelLinear
-from passes.verify_types import PARTIAL, WHOLE, Held, Judge, Shape, held
+from cost_model.rules.table import RULES
+from passes.ops.comm import all_gather, all_reduce, recv, send
+from passes.ops.parallel_layers import RowParallelLinear
+from passes.verify.core.held import PARTIAL, WHOLE, Held, Judge, Shape, held
 
 FAMILIES = ("llama", "gpt2", "opt", "qwen3", "phi3")
 

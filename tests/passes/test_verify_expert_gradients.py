@@ -15,13 +15,13 @@ from torch import nn
 from torch.fx import Node
 
 import autodist_fx as adx
-from autodist_fx.compiled import CompiledModel
+from autodist_fx.api.compiled_model import CompiledModel
 from cost_model.errors import VerificationError
-from passes.comm_ops import all_reduce, copy_to_tp
-from passes.data_dependent import join_own_rows
-from passes.grad_sums import GradSum
-from passes.pass_manager import emit_rank
-from passes.verify import verify
+from passes.ops.comm import all_reduce, copy_to_tp
+from passes.ops.data_dependent import join_own_rows
+from passes.partition.pipeline import emit_rank
+from passes.program.gradient_sums import GradSum
+from passes.verify.verify import verify
 
 
 @functools.cache

@@ -12,14 +12,14 @@ from tiny_moe import FOUR, tiny_moe_model
 from torch.fx import Node
 
 import autodist_fx as adx
-from autodist_fx.compiled import CompiledModel
+from autodist_fx.api.compiled_model import CompiledModel
 from cost_model.errors import VerificationError
-from cost_model.placement import Placement, owned
-from passes.arguments import place
-from passes.data_dependent import join_own_rows
-from passes.pass_manager import emit_rank
-from passes.program import RankProgram
-from passes.verify import verify
+from cost_model.graph.placement import Placement, owned
+from passes.fx.arguments import place
+from passes.ops.data_dependent import join_own_rows
+from passes.partition.pipeline import emit_rank
+from passes.program.rank_program import RankProgram
+from passes.verify.verify import verify
 
 Programs = list[RankProgram]
 

@@ -12,11 +12,11 @@ from editing import Programs, add_after, bypass, calls, compiled, with_keyword
 from torch.fx import Node
 
 from cost_model.errors import VerificationError
-from passes.comm_ops import all_reduce, copy_to_tp, recv, send
-from passes.grad_sums import GradSum
-from passes.parallel_layers import one_gradient
-from passes.pass_manager import emit_rank
-from passes.verify import verify
+from passes.ops.comm import all_reduce, copy_to_tp, recv, send
+from passes.ops.parallel_layers import one_gradient
+from passes.partition.pipeline import emit_rank
+from passes.program.gradient_sums import GradSum
+from passes.verify.verify import verify
 
 FAMILIES = ("llama", "gpt2", "opt", "qwen3", "phi3", "uneven", "tuples")
 

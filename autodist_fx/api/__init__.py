@@ -1,0 +1,1 @@
+"""What `import autodist_fx` gives."""

@@ -1,0 +1,69 @@
+"""`choose_mesh`: which tp and pp a model should have on so many devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from autodist_fx.api.compiled_model import class_of
+from autodist_fx.compiler.compile import hardware_for
+from autodist_fx.compiler.peft import without_wrapper
+from autodist_fx.compiler.variant import phases_once, planned_graph, traced_once
+from autodist_fx.tracing import has_own_cache
+from cost_model.costs.hardware import Hardware
+from cost_model.mesh import Mesh
+from cost_model.request.devices import Memory
+from cost_model.request.plan_request import request_for
+from cost_model.search import mesh_choice
+from cost_model.search.mesh_choice import MeshChoice
+from passes.op_graph.build import fingerprint
+
+
+def choose_mesh(
+    model: PreTrainedModel | PretrainedConfig,
+    devices: int,
+    *,
+    hardware: str | Hardware | None = None,
+    objective: str = "latency",
+    sequences: int | None = None,
+    sizes: Mapping[str, int] | None = None,
+    pin: Mapping[str, str] | None = None,
+    cuts: Sequence[int | str] | None = None,
+    max_memory: Memory | None = None,
+    use_cache: bool = True,
+    input_names: Sequence[str] | None = None,
+    concrete_args: Mapping[str, object] | None = None,
+) -> MeshChoice:
+    """Plan the model on every mesh that so many devices make, and rank the plans; the model is traced once.
+
+    model: with weights, on meta, or a config: weights are not looked at.
+    devices: all alike. Meshes take all of them, or a divisor of them: for throughput several copies then work.
+    objective: "latency" (of one forward; with use_cache of one token), "throughput" (tokens/s under load), "memory" (of
+        the fullest rank).
+    sequences: in flight over all devices, for throughput; None: as many as each mesh has memory for, 256 a device at
+        most.
+    sizes, pin, cuts, use_cache, input_names, concrete_args: as in `compile`. max_memory: of a device, one amount.
+
+    `print` of the result shows all; `.best.plan` goes into `compile(model, plan=...)`, and `.best.mesh` says tp and pp.
+    Raises NoPlanFits where no mesh fits; MeshError, PlanError, TracingError: all are AutodistError.
+    """
+    model = without_wrapper(model)
+    request = request_for(
+        Mesh(), hardware_for(hardware), objective=objective, sizes=sizes, pin=pin, cuts=cuts, max_memory=max_memory
+    )
+    if use_cache and has_own_cache(class_of(model)):
+        _, traced = phases_once(model, concrete_args)
+    else:
+        asked: dict[str, Any] = {"input_names": input_names, "concrete_args": concrete_args, "forms": None}
+        traced, _ = traced_once(model, use_cache=use_cache, **asked)
+    graph = planned_graph(traced)
+    return mesh_choice.choose_mesh(
+        graph,
+        request,
+        devices,
+        model=traced.model_class,
+        fingerprint=fingerprint(graph),
+        sequences=sequences,
+    )

@@ -1,0 +1,381 @@
+"""Writing an artifact: into a directory of another name beside the target, which then takes the target's place."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import inspect
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import GenerationMixin
+
+from autodist_fx.artifact.files import Staging, sync_directory
+from autodist_fx.artifact.manifest import (
+    MANIFEST,
+    ArtifactError,
+    FileRecord,
+    Manifest,
+    check_listing,
+    library_versions,
+    read_manifest,
+)
+from autodist_fx.artifact.variant_format import (
+    DECODE,
+    ENCODE,
+    LAYERS,
+    PROMPT,
+    STEP,
+    WHOLE,
+    Form,
+    conditions_to_dict,
+    program_to_dict,
+)
+from autodist_fx.compiler.generation_traits import follow_mask
+from autodist_fx.compiler.variant import Variant
+from autodist_fx.weights.share import share_weights
+from cost_model.plan.data import PartitionPlan
+from cost_model.plan.write_json import plan_to_text
+from passes.partition.context import ParamShard
+from passes.partition.pipeline import emit_rank
+from passes.program.rank_program import RankProgram
+from passes.serialize.write_graph import graph_to_json, used_tensors
+
+if TYPE_CHECKING:
+    from autodist_fx.api.compiled_model import CompiledModel
+
+TOKENIZER = "tokenizer"
+_JUST_MADE_SECONDS = 10  # a directory that is younger may not be locked yet
+# Puts weights into a program of the form: load(variant, program).
+Load = Callable[[Variant, RankProgram], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A form that is to be saved."""
+
+    name: str
+    variant: Variant
+
+
+def save_compiled(
+    compiled: CompiledModel,
+    directory: str | Path,
+    load: Load,
+    *,
+    generation_config: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write the forms that `compiled` has, and those that generating takes, with the weights of every rank.
+
+    `load` fills programs; one rank's weights are in memory at a time. Raises ArtifactError: a directory that is
+    something else's, a disk that is full; GraphFormatError: a graph with an op that no file can hold.
+    """
+    parts = parts_of(compiled)
+    with new_directory(Path(directory)) as staging:
+        write_common(staging, parts, compiled.plan, compiled.shape, generation_config, tokenizer, compiled.always)
+        for rank in range(compiled.mesh.size):
+            write_rank(staging, rank, list(_programs(parts, rank, load)))
+        finish(staging, parts, compiled.plan, staging.records)
+
+
+def parts_of(compiled: CompiledModel) -> list[Part]:
+    """The forms that were compiled, the main one first; then what `generate` and `model(...)` over processes run."""
+    variants, model = list(compiled.variants), compiled.shape
+    cached = [v for v in variants if v.traced.use_cache]
+    if isinstance(model, GenerationMixin) and model.can_generate():
+        if not cached and compiled.has_own_cache:
+            cached = [*compiled.new_phases()]
+            variants += cached
+        elif not cached:
+            cached = [compiled.new_variant(use_cache=True, fixed=last_logits_only(model))]
+            variants += cached
+        asked = ["input_ids", "attention_mask"]
+        takes = set(asked) <= inspect.signature(model.forward).parameters.keys()
+        if takes and cached[0].encoder is None and not any(_is_whole(v, set(asked)) for v in variants):
+            variants.append(compiled.new_variant(use_cache=False, input_names=asked))
+    return named_parts(variants)
+
+
+def named_parts(variants: Sequence[Variant]) -> list[Part]:
+    """These forms under names, with the encoders that fill their caches; the first of them comes first."""
+    parts: list[Part] = []
+    for variant in variants:
+        if variant.encoder is not None:
+            parts.append(Part(_free(ENCODE, parts), variant.encoder))
+        phase = {"prompt": PROMPT, "step": STEP}.get(variant.traced.phase)
+        parts.append(Part(_free(phase or (DECODE if variant.traced.use_cache else WHOLE), parts), variant))
+    return sorted(parts, key=lambda part: part.variant is not variants[0])
+
+
+def last_logits_only(model: PreTrainedModel) -> dict[str, object]:
+    """Generating needs the logits of the last position; the argument that says so, where forward has it."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def _is_whole(variant: Variant, asked: set[str]) -> bool:
+    traced = variant.traced
+    return not traced.use_cache and not traced.phase and set(traced.input_names) == asked and not variant.fixed
+
+
+def _free(name: str, parts: Sequence[Part]) -> str:
+    taken = {part.name for part in parts}
+    return next(n for i in range(1, len(parts) + 2) if (n := name if i == 1 else f"{name}{i}") not in taken)
+
+
+def _programs(parts: Sequence[Part], rank: int, load: Load) -> Iterator[tuple[Part, RankProgram]]:
+    """Each part's program of one rank, for inference, with its weights; what two of them hold alike is there once."""
+    done: list[RankProgram] = []
+    for part in parts:
+        variant = part.variant
+        if variant.loaded and variant.programs[rank].grad_sums is None:
+            program = variant.programs[rank]
+        else:
+            program = emit_rank(
+                variant.traced.graph_module,
+                variant.plan,
+                rank,
+                layer_kinds=variant.traced.layer_kinds,
+                sources=variant.sources,
+            )
+            left = program
+            for other in done:
+                left = share_weights(other, left)
+            if left.param_shards:
+                load(variant, left)
+        done.append(program)
+        yield part, program
+
+
+# -- the files --------------------------------------------------------------------------------------------------------
+
+
+def write_common(
+    staging: Staging,
+    parts: Sequence[Part],
+    plan: PartitionPlan,
+    model: PreTrainedModel,
+    generation_config: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    always: Mapping[str, object],
+) -> None:
+    """All that is no rank's own. `always`: arguments of every call, which the forms were traced with."""
+    config = parts[0].variant.traced.config
+    name = type(model).__name__
+    fields = {**config.to_diff_dict(), "architectures": [name]}
+    config = type(config).from_dict(fields)
+    staging.write("config.json", config.to_json_string())
+    if generation_config is None and isinstance(model, GenerationMixin):
+        generation_config = GenerationConfig.from_model_config(config)
+    if generation_config is not None:
+        staging.write("generation_config.json", generation_config.to_json_string())
+    staging.write("plan.json", plan_to_text(plan))
+    staging.write_json("model.json", _model_fields(model, parts, always))
+    for part in parts:
+        form, graph = _form(part, parts), part.variant.traced.graph_module
+        staging.write_json(f"{form.folder}/form.json", form.to_dict())
+        staging.write(f"{form.folder}/plan.json", plan_to_text(part.variant.plan))
+        staging.write_json(f"{form.folder}/graph.json", graph_to_json(graph, LAYERS))
+        values = {n: t for n, t in used_tensors(graph).items() if not t.is_meta}
+        if values:
+            staging.write_tensors(f"{form.folder}/graph.safetensors", values, {"form": part.name})
+    if tokenizer is not None:
+        _write_tokenizer(staging, tokenizer)
+
+
+def _model_fields(model: PreTrainedModel, parts: Sequence[Part], always: Mapping[str, object]) -> dict[str, Any]:
+    """What calls and generation ask a model's class."""
+    own = next((cls for cls in type(model).__mro__ if "generate" in cls.__dict__), GenerationMixin)
+    parameters = inspect.signature(model.forward).parameters.values()
+    plain = (bool, int, float, str, type(None))
+    return {
+        "class": type(model).__name__,
+        "main_input_name": model.main_input_name,
+        "own_generate": own is not GenerationMixin,
+        "positions_follow_mask": not model.can_generate() or follow_mask(type(model)),
+        "own_cache": any(part.variant.traced.phase for part in parts),
+        "main": parts[0].name,
+        "always": {name: value for name, value in always.items() if isinstance(value, plain)},
+        # [name, kind, whether it may be left out, its default where that is plain]
+        "forward": [
+            [p.name, p.kind.name, p.default is not p.empty, p.default if isinstance(p.default, plain) else None]
+            for p in parameters
+        ],
+    }
+
+
+def _form(part: Part, parts: Sequence[Part]) -> Form:
+    variant, traced = part.variant, part.variant.traced
+    names = {id(p.variant): p.name for p in parts}
+    facts = traced.facts
+    graph = traced.graph_module
+    return Form(
+        name=part.name,
+        use_cache=traced.use_cache,
+        phase=traced.phase,
+        inputs=traced.input_names,
+        input_forms={name: (form.dims, _dtype(form.dtype)) for name, form in variant.forms.items()},
+        fixed={name: value for name, value in variant.fixed.items()},  # type: ignore[misc]  # plain, as read_call has it
+        output_order=variant.output_order,
+        layer_kinds=traced.layer_kinds,
+        encoder=names[id(variant.encoder)] if variant.encoder is not None else "",
+        has_encoder=facts.has_encoder,
+        embedding_dim=facts.embedding_dim,
+        dtype=_dtype(facts.dtype),
+        image_shape=traced.image_shape,
+        sources={path: variant.sources[id(t)] for path, t in used_tensors(graph).items() if id(t) in variant.sources},
+        conditions=conditions_to_dict(graph.meta.get("conditions")),
+    )
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _write_tokenizer(staging: Staging, tokenizer: PreTrainedTokenizerBase) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        # a fast tokenizer is all in tokenizer.json; what it was made from (a whole GGUF file) is not copied
+        tokenizer.save_pretrained(scratch, **({"legacy_format": False} if tokenizer.is_fast else {}))
+        for path in sorted(Path(scratch).iterdir()):
+            staging.write(f"{TOKENIZER}/{path.name}", path.read_bytes())
+
+
+def write_rank(staging: Staging, rank: int, programs: Sequence[tuple[Part, RankProgram]]) -> None:
+    """The programs of one rank, loaded, and one file with the tensors of all of them."""
+    weights: dict[str, torch.Tensor] = {}
+    key_of: dict[tuple[object, ...], str] = {}
+    for part, program in programs:
+        shards = program.param_shards
+        keys = {}
+        for name, tensor in used_tensors(program.graph_module).items():
+            shard = shards.get(name)
+            slice_ = (part.name, name) if shard is None else _slice(shard)
+            if slice_ not in key_of:
+                wanted = f"{part.name}.{name}" if shard is None else shard.source
+                key = wanted
+                while key in weights:
+                    key = f"{wanted}#{len(weights)}"
+                key_of[slice_], weights[key] = key, tensor
+            keys[name] = key_of[slice_]
+        staging.write_json(f"forms/{part.name}/rank{rank}.json", program_to_dict(program, keys))
+    staging.write_tensors(f"weights/rank{rank}.safetensors", weights, {"rank": str(rank)})
+
+
+def _slice(shard: ParamShard) -> tuple[object, ...]:
+    return shard.source, shard.dim, shard.intervals, shard.dtype, shard.is_buffer
+
+
+def finish(
+    staging: Staging, parts: Sequence[Part], plan: PartitionPlan, files: Mapping[str, FileRecord], key: str = ""
+) -> None:
+    """The manifest, last; what it lists is on the disk by then."""
+    manifest = Manifest(
+        model=plan.model,
+        tp=plan.mesh.tp,
+        pp=plan.mesh.pp,
+        forms=tuple(part.name for part in parts),
+        versions=library_versions(),
+        files=dict(sorted(files.items())),
+        key=key,
+    )
+    staging.write(MANIFEST, manifest.to_text())
+    check_listing(staging.directory, manifest)  # also that files of other ranks are here
+    for folder, _, _ in os.walk(staging.directory):
+        sync_directory(Path(folder))
+
+
+# -- taking the target's place ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Staging]:
+    """A directory to fill, which becomes `target` if all goes well and is gone if not.
+
+    What processes that were killed have left beside it is gone, too. ArtifactError where `target` is there already and
+    is no artifact: nobody's files are overwritten.
+    """
+    refuse_foreign(target)
+    scratch = beside(target)
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise ArtifactError(f"cannot make {scratch.parent}: {error.strerror}") from error
+    try:
+        with _locked(scratch):
+            yield Staging(scratch)
+            take_place(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    _drop_leftovers(target)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Whether nobody else has it locked; the kernel takes a lock from a process that dies."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # locked, or a file system without locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _drop_leftovers(target: Path) -> None:
+    target = Path(os.path.abspath(target))
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
+    for path in target.parent.iterdir():
+        with contextlib.suppress(OSError):
+            if name.fullmatch(path.name) and time.time() - path.stat().st_mtime > _JUST_MADE_SECONDS:
+                with _locked(path) as is_left:
+                    if is_left:
+                        shutil.rmtree(path, ignore_errors=True)
+
+
+def beside(target: Path) -> Path:
+    target = Path(os.path.abspath(target))
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+
+def refuse_foreign(target: Path) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise ArtifactError(f"{target} is there already and is no directory: choose another name")
+    if any(target.iterdir()):
+        try:
+            read_manifest(target)
+        except ArtifactError as error:
+            raise ArtifactError(
+                f"{target} is there already and is no whole artifact, so that it is left alone: choose another name or "
+                "take it away"
+            ) from error
+
+
+def take_place(scratch: Path, target: Path) -> None:
+    """At every moment `target` is what it was, nothing, or all of the new one."""
+    target = Path(os.path.abspath(target))
+    old = None
+    try:
+        if target.is_dir() and any(target.iterdir()):
+            old = beside(target)
+            target.rename(old)
+        scratch.rename(target)
+    except OSError as error:
+        raise ArtifactError(f"cannot put {target} in place: {error.strerror}") from error
+    sync_directory(target.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""One call of a model: inputs, outputs, lengths and kinds of cache."""

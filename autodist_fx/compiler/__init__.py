@@ -1,0 +1,1 @@
+"""From a model to planned, verified programs of all ranks."""

@@ -1,0 +1,109 @@
+"""`compile`: a model, or its config, traced, planned, emitted and verified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from autodist_fx.api.compiled_model import CompiledModel, class_of
+from autodist_fx.compiler.peft import without_wrapper
+from autodist_fx.compiler.variant import Variant
+from autodist_fx.errors import AutodistError
+from autodist_fx.tracing import has_own_cache
+from cost_model.costs import hardware as presets
+from cost_model.costs.hardware import Hardware
+from cost_model.errors import PlanError
+from cost_model.mesh import Mesh
+from cost_model.plan.data import PartitionPlan
+from cost_model.request.devices import DeviceMap, Memory
+from cost_model.request.plan_request import options_of, request_for
+
+
+def compile(
+    model: PreTrainedModel | PretrainedConfig,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    hardware: str | Hardware | None = None,
+    objective: str = "shard",
+    use_cache: bool = False,
+    input_names: Sequence[str] | None = None,
+    concrete_args: Mapping[str, object] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    pin: Mapping[str, str] | None = None,
+    cuts: Sequence[int | str] | None = None,
+    max_memory: Memory | None = None,
+    device_map: DeviceMap | None = None,
+    plan: PartitionPlan | None = None,
+    train: bool = False,
+    verify: bool = True,
+    dump_dir: str | Path | None = None,
+) -> CompiledModel:
+    """Split a model over `tp * pp` ranks.
+
+    model: a PreTrainedModel, with weights or on meta (never changed), or a config. A PeftModel counts as the model that
+        it has put adapters into.
+    tp, pp: ranks that share each tensor; pipeline stages. Global rank = stage * tp + tp_rank.
+    hardware: what seconds and memory are predicted for ("cpu-gloo", "a100", "h100", "generic", or a Hardware);
+        by default "generic" where CUDA is there, "cpu-gloo" where not.
+    objective: "shard" (shard every matmul weight that can be, as fast as can be); "latency" or "throughput" (time alone
+        decides, it may replicate; the two differ in choose_mesh, not on one mesh); "memory" (as "shard", with stages
+        cut so that the fullest device is as empty as can be, instead of the slowest as fast).
+    use_cache, input_names, concrete_args: what to trace; see autodist_fx.tracing.trace.
+    sizes: lengths "B" (batch), "S" (tokens a step), "P" (tokens cached before) and "E" (what an encoder before the
+        decoder reads) to predict for; by default one sequence of 128 tokens, with use_cache one step after 512.
+    pin: roles fixed for linears ("column", "row", "replicate") and embeddings ("vocab", "hidden", "replicate") by
+        patterns over module paths or op names: {"*.q_proj": "replicate"}. The search does the rest around them.
+    cuts: where stages 1, 2, ... begin: a module path ("model.layers.12"), or 12, the number of a repeated layer.
+    max_memory: what a device holds of weights and caches, in bytes or as "40GiB"; or one amount for each stage, in a
+        list or by the stage's number. The search then meets it or raises NoPlanFits.
+    device_map: stages on devices that differ, one entry a stage: ["a100", "h100"], or {"0": {"hardware": "h100",
+        "memory": "40GiB"}, ...}. Stages end where each device, at its own speed and with its own memory, keeps up with
+        the others. The ranks of one stage must be alike. Sharding is chosen for the slowest device.
+    plan: a plan made earlier for this model; no search then, and objective, pin, ... are the plan's. PlanError if it is
+        another model's, or contradicts itself (edited by hand).
+    train: let the programs carry what a backward pass needs, too (CompiledModel.gradients).
+    verify: prove every rank's program before returning it (CompiledModel.verify).
+    dump_dir: gets every rank's graph after each pass, as text.
+
+    Errors: TracingError, MeshError, NoPlanFits, PlanError, VerificationError; all are AutodistError.
+    """
+    if train and use_cache:
+        raise AutodistError("train=True is for whole sequences: leave use_cache out")
+    model = without_wrapper(model)
+    fixed = {"pin": pin, "cuts": cuts, "max_memory": max_memory, "device_map": device_map}
+    options: dict[str, Any] = {"objective": objective, **fixed}
+    if plan is not None:
+        given = [name for name, value in fixed.items() if value]
+        if given:
+            raise PlanError(f"a plan is used as it is, and {given[0]} would change it: leave out one of them")
+        # What it was made for holds for other forms of the model, too, which have plans of their own.
+        options = options_of(plan)
+        hardware = hardware or options["hardware"]
+    options["hardware"] = hardware_for(hardware, options["device_map"])
+    request = request_for(Mesh(tp, pp) if plan is None else plan.mesh, sizes=sizes, **options)
+    checks: dict[str, Any] = {
+        "verify_programs": verify, "train": train, "dump_dir": dump_dir, "always": concrete_args or {},
+    }  # fmt: skip
+    if use_cache and has_own_cache(class_of(model)):
+        prompt, step = Variant.make_phases(model, request, concrete_args, plan)
+        compiled = CompiledModel(model, request, step, prompt=prompt, **checks)
+    else:
+        variant = Variant.make(model, request, use_cache, input_names, concrete_args, plan)
+        compiled = CompiledModel(model, request, variant, **checks)
+    if verify:
+        compiled.verify()
+    return compiled
+
+
+def hardware_for(name: str | Hardware | None, device_map: DeviceMap | None = None) -> Hardware | None:
+    """That of a name; for None what the device map says, else "generic" where CUDA is there, "cpu-gloo" where not."""
+    if name is None and device_map:
+        return None
+    if name is None:
+        name = "generic" if torch.cuda.is_available() else "cpu-gloo"
+    return presets.hardware(name)

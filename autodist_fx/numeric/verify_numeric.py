@@ -1,0 +1,113 @@
+"""`verify_numeric`: all ranks run against each other in float64, and what leaves them is what the model computes.
+
+The model's traced graph and the ranks' emitted graphs run as they are, at their true sizes (factored.py), on drawn
+weights, of which each rank has its slices, and on made-up inputs of a few tokens; with a cache, a prompt, then a step.
+
+It shows that the emitted arithmetic, slices, shapes and messages compute the traced function, at these lengths. It says
+nothing of dtypes (all is float64), of the tracing itself, nor of lengths and masks that it doesn't try.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from autodist_fx.compiler.variant import Variant
+from autodist_fx.errors import AutodistError
+from autodist_fx.numeric.check import Form, check_call, drawn_weights
+from autodist_fx.numeric.example_values import make_inputs
+from autodist_fx.numeric.float64_interpreter import FEW_ELEMENTS, Weights
+from autodist_fx.numeric.gradients import check_gradients
+from autodist_fx.runtime.cache.kv_cache import encoder_view, local_cache
+from autodist_fx.tracing import STATE_PREFIX
+from cost_model.errors import VerificationError
+from passes.program.rank_program import RankProgram
+
+Programs = Callable[[Variant], Sequence[RankProgram]]
+_BATCH, _PROMPT, _STEP, _SOURCE, _KEPT = 2, 5, 2, 6, 2
+
+
+def verify_numeric(
+    variants: Sequence[Variant],
+    programs: Programs,
+    buffers: Mapping[str, torch.Tensor],
+    seed: int = 0,
+    *,
+    locate: bool = True,
+) -> None:
+    """`variants`: a model's one form, or (prompt, step) of a model with a cache of its own; `buffers`: real values.
+    `locate`: find the first node that differs, where the model is small. With `train`, gradients too.
+
+    Raises VerificationError, which names the rank, the output, and for a small model the first node that differs.
+    AutodistError where the model itself does not run on made-up inputs.
+    """
+    check = _Conversation(programs, buffers, seed, locate=False)
+    try:
+        check.run(variants)
+    except VerificationError:
+        if check.is_small and locate:
+            _Conversation(programs, buffers, seed, locate=True).run(variants)
+        raise
+
+
+class _Conversation:
+    def __init__(
+        self, programs: Programs, buffers: Mapping[str, torch.Tensor], seed: int, *, locate: bool
+    ) -> None:
+        self._programs, self._buffers, self._locate, self._seed = programs, buffers, locate, seed
+        self._generator = torch.Generator().manual_seed(seed)
+        self.is_small = False
+
+    def run(self, variants: Sequence[Variant]) -> None:
+        first = variants[0]
+        weights = drawn_weights(self._form(first), self._buffers, self._seed)
+        self.is_small = weights.are_few
+        if len(variants) == 2:
+            self._own_cache(variants[0], variants[1], weights)
+        elif first.traced.use_cache:
+            self._cached(first, weights)
+        else:
+            inputs = self._inputs(first, _PROMPT + _STEP, 0)
+            self._call(first, weights, inputs)
+            if self._programs(first)[0].grad_sums is not None:
+                if not weights.are_few:
+                    raise AutodistError(
+                        f"the numeric check of gradients takes models of up to {FEW_ELEMENTS} parameters: check a "
+                        f"smaller config of the same model (verify without numeric proves gradients of any size)"
+                    )
+                check_gradients(self._form(first), weights, inputs)
+
+    def _cached(self, variant: Variant, weights: Weights) -> None:
+        """An encoder, where there is one; a prompt; a step."""
+        form = self._form(variant)
+        alike = (form.whole_program(), *form.programs)
+        caches: list[Any] = [local_cache(variant.traced.config, program) for program in alike]
+        read: dict[str, Any] = {}
+        if variant.encoder is not None:
+            encoder = self._form(variant.encoder)
+            views = [encoder_view(c, p, e) for c, p, e in zip(caches[1:], form.programs, encoder.programs, strict=True)]
+            read = self._inputs(variant.encoder, _PROMPT, 0)
+            self._call(variant.encoder, weights, read, [caches[0], *views])
+        for tokens, past in ((_PROMPT, 0), (_STEP, _PROMPT)):
+            self._call(variant, weights, {**self._inputs(variant, tokens, past), **read}, caches)
+
+    def _own_cache(self, prompt: Variant, step: Variant, weights: Weights) -> None:
+        outputs = self._call(prompt, weights, self._inputs(prompt, _PROMPT, 0))
+        states = {name: value for name, value in outputs.items() if name.startswith(STATE_PREFIX)}
+        self._call(step, weights, {**self._inputs(step, 1, _PROMPT), **states})
+
+    def _call(
+        self, variant: Variant, weights: Weights, inputs: Mapping[str, Any], caches: Sequence[Any] | None = None
+    ) -> dict[str, Any]:
+        return check_call(self._form(variant), weights, inputs, caches, locate=self._locate)
+
+    def _inputs(self, variant: Variant, tokens: int, past: int) -> dict[str, torch.Tensor]:
+        lengths = {"B": _BATCH, "S": tokens, "T": past + tokens, "E": _SOURCE, "K": _KEPT}
+        traced = variant.traced
+        return make_inputs(traced.graph_module, traced.forms(), lengths, self._generator)
+
+    def _form(self, variant: Variant) -> Form:
+        traced = variant.traced
+        return Form(traced.graph_module, variant.sources, variant.plan, self._programs(variant), traced.layer_kinds)

@@ -1,0 +1,1 @@
+"""Processes, and what they send each other."""

@@ -1,0 +1,36 @@
+"""The `Communicator` of a mesh of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from autodist_fx.errors import CommunicationError
+from autodist_fx.runtime.comm.gather import frozen_parts, gather_layout, glue
+from passes.ops.comm import Parts
+
+
+class AloneCommunicator:
+    """Has nobody to talk to: collectives give back what they were given."""
+
+    rank = tp_rank = 0
+
+    def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor, axis: str, dim: int, parts: Parts) -> torch.Tensor:
+        return glue([x], dim, gather_layout(frozen_parts(parts)))
+
+    def send(self, x: torch.Tensor, to: int, channel: int) -> None:
+        raise CommunicationError(f"send to rank {to}, and this mesh has one rank")
+
+    def recv(self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int) -> torch.Tensor:
+        raise CommunicationError(f"recv from rank {source}, and this mesh has one rank")
+
+    def finish_sends(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,87 @@
+"""Gluing the shards of one dim back together: what both communicators do with the tensors of an all_gather."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from autodist_fx.errors import CommunicationError
+from passes.ops.comm import Parts
+
+FrozenParts = tuple[tuple[tuple[int, int], ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GatherLayout:
+    """What `parts` means for the bytes."""
+
+    local_sizes: tuple[int, ...]  # elements that each rank holds along the dim
+    in_rank_order: bool  # the shards, one after the other, are the whole
+    even: bool  # in_rank_order, and all of one size
+    pieces: tuple[tuple[int, int, int], ...]  # (rank, start in its shard, elements), in the order of the whole
+
+
+@functools.lru_cache(maxsize=4096)
+def gather_layout(parts: FrozenParts) -> GatherLayout:
+    """Where each element of the whole comes from; of an element that several ranks hold, from the first of them.
+
+    Raises CommunicationError where no rank holds an element.
+    """
+    size = max((stop for part in parts for _, stop in part), default=0)
+    local_sizes = tuple(sum(stop - start for start, stop in part) for part in parts)
+    flat = [interval for part in parts for interval in part if interval[1] > interval[0]]
+    in_rank_order = sum(local_sizes) == size and all(a[1] == b[0] for a, b in itertools.pairwise(flat))
+    edges = sorted({0} | {edge for interval in flat for edge in interval})
+    pieces: list[tuple[int, int, int]] = []
+    for start, stop in itertools.pairwise(edges):  # each either wholly in an interval or wholly outside of it
+        rank, local = _first_holder(parts, start)
+        if pieces and pieces[-1][0] == rank and pieces[-1][1] + pieces[-1][2] == local:
+            pieces[-1] = (rank, pieces[-1][1], pieces[-1][2] + stop - start)
+        else:
+            pieces.append((rank, local, stop - start))
+    return GatherLayout(
+        local_sizes=local_sizes,
+        in_rank_order=in_rank_order,
+        even=in_rank_order and len(set(local_sizes)) == 1,
+        pieces=tuple(pieces),
+    )
+
+
+def _first_holder(parts: FrozenParts, index: int) -> tuple[int, int]:
+    """(rank, index in its shard) of an element of the whole."""
+    for rank, part in enumerate(parts):
+        before = 0
+        for start, stop in part:
+            if start <= index < stop:
+                return rank, before + index - start
+            before += stop - start
+    raise CommunicationError(f"all_gather of parts {parts}: no rank holds element {index}")
+
+
+def frozen_parts(parts: Parts) -> FrozenParts:
+    """`parts` as tuples: what fx hands over may be lists of its own."""
+    try:
+        hash(parts)
+    except TypeError:
+        return tuple(tuple((start, stop) for start, stop in part) for part in parts)
+    return parts  # type: ignore[return-value]
+
+
+def glue(shards: Sequence[torch.Tensor], dim: int, layout: GatherLayout) -> torch.Tensor:
+    """The whole tensor, from each rank's shard of it."""
+    if layout.in_rank_order:
+        return torch.cat(list(shards), dim)
+    return torch.cat([shards[rank].narrow(dim, start, length) for rank, start, length in layout.pieces], dim)
+
+
+def check_shard(x: torch.Tensor, dim: int, layout: GatherLayout, tp_rank: int) -> None:
+    """Raises CommunicationError when `x` is not the rank's part."""
+    if x.shape[dim] != layout.local_sizes[tp_rank]:
+        raise CommunicationError(
+            f"all_gather along dim {dim}: tp rank {tp_rank} holds {layout.local_sizes[tp_rank]} elements by its parts, "
+            f"and its tensor has shape {list(x.shape)}"
+        )

@@ -1,0 +1,1 @@
+"""Models split over processes that generate as transformers models do."""

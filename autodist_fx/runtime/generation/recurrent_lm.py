@@ -1,0 +1,133 @@
+"""`DistributedOwnCacheLM`: generating with a model whose states are in a cache of its own (Mamba, hybrids, RWKV ...).
+
+Two programs a rank: one for the prompt, one for each token after it. States are plain tensors, inputs and outputs of
+the programs; each stays on the rank that made it. The two programs are cut into stages each by itself, so that one may
+read what another stage's rank made: then it is sent there, after the step that made it (`handovers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from autodist_fx.calls.cache_kinds import STATE_PREFIX
+from autodist_fx.calls.lengths import Lengths
+from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.cache.kv_cache import SplitCache
+from autodist_fx.runtime.generation.guarded_programs import Ways
+from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
+from passes.program.rank_program import RankProgram
+
+_CHANNEL = 0x7F000006  # of states on their way to another stage
+Handover = tuple[str, int, int]  # a state, the stage that made it, the stage that reads it next
+Prompt = tuple[RankProgram, tuple[Handover, ...]]
+
+
+def states_made(program: RankProgram) -> set[str]:
+    """Names of the states that a program gives back."""
+    output = next(n for n in reversed(program.graph_module.graph.nodes) if n.op == "output")
+    return {name for name in output.args[0] if name.startswith(STATE_PREFIX)}
+
+
+def states_read(program: RankProgram) -> set[str]:
+    """Names of the states that a program reads."""
+    inputs = (n for n in program.graph_module.graph.nodes if n.op == "placeholder" and n.users)
+    return {n.target for n in inputs if n.target.startswith(STATE_PREFIX)}
+
+
+def handovers(makers: Sequence[RankProgram], readers: Sequence[RankProgram]) -> tuple[Handover, ...]:
+    """What has to change hands when `readers` run after `makers`; both have a program for each stage, in order."""
+    made = [states_made(program) for program in makers]
+    found = []
+    for target, reader in enumerate(readers):
+        for name in sorted(states_read(reader) - made[target]):
+            source = next((stage for stage, names in enumerate(made) if name in names), None)
+            if source is not None:  # else nobody changed it: it is where it was
+                found.append((name, source, target))
+    return tuple(found)
+
+
+class StatesCache(SplitCache):
+    """One rank's states by name, dim 0 of each the rows of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: dict[str, torch.Tensor] = {}
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.states = {name: x.index_select(0, beam_idx.to(x.device)) for name, x in self.states.items()}
+
+    def _crop_layers(self, max_length: int) -> None:
+        raise AutodistError("the states of a recurrence cannot be cropped to fewer tokens: leave that option out")
+
+
+class DistributedOwnCacheLM(TwoGraphCausalLM):
+    """`program` is the step's. `prompts` has the prompt's for each way that the model's code goes by a prompt's length,
+    and what changes hands after it; `after_step` does after a step. `steps` has the step's conditions."""
+
+    def __init__(
+        self,
+        program: RankProgram,
+        *args: Any,
+        prompts: Ways[Prompt],
+        steps: Ways[RankProgram],
+        after_step: tuple[Handover, ...],
+        **keywords: Any,
+    ) -> None:
+        super().__init__(program, *args, ways=steps, **keywords)
+        self._prompts = prompts
+        self.prompt_program = prompts.found[0][1][0]
+        self.prompt_module = self.prompt_program.graph_module.eval()
+        self._inputs |= frozenset(self.prompt_program.input_names)
+        self._after_step = after_step
+
+    def _ways_for(self, lengths: Lengths) -> Ways[Any]:
+        return self._ways if lengths["P"] else self._prompts
+
+    def _run(
+        self,
+        cache: SplitCache,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache_position: torch.Tensor,
+    ) -> torch.Tensor | None:
+        assert isinstance(cache, StatesCache)
+        first = cache.tokens == 0
+        if not first and input_ids.shape[1] != 1:
+            raise AutodistError(
+                f"a model with a cache of its own takes one token at a time after its prompt; got {input_ids.shape[1]}"
+            )
+        lengths = self._lengths(cache, input_ids)
+        program, after = self._prompts.get(lengths) if first else (self._ways.get(lengths), self._after_step)
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cache_position": cache_position,
+            **cache.states,
+        }
+        outputs = self._call(program, {name: given.get(name) for name in program.input_names})
+        cache.states |= {name: x for name, x in outputs.items() if name.startswith(STATE_PREFIX)}
+        self._hand_over(cache, after)
+        cache.tokens += input_ids.shape[1]
+        return outputs.get("logits")
+
+    def _hand_over(self, cache: StatesCache, states: Sequence[Handover]) -> None:
+        mine, at = self.program.stage, self.program.tp_rank
+        placeholders = {n.target: n for n in self.graph_module.graph.nodes if n.op == "placeholder"} if states else {}
+        for name, source, target in states:
+            if mine == source:
+                state, peer = cache.states[name], self.mesh.rank(target, at)
+                self.communicator.send(torch.tensor(state.shape), peer, _CHANNEL)
+                self.communicator.send(state.contiguous(), peer, _CHANNEL)
+            elif mine == target:
+                example, peer = placeholders[name].meta["val"], self.mesh.rank(source, at)
+                shape = self.communicator.recv((example.dim(),), torch.long, "cpu", peer, _CHANNEL).tolist()
+                cache.states[name] = self.communicator.recv(shape, example.dtype, self.device, peer, _CHANNEL)
+
+    def _empty_cache(self) -> StatesCache:
+        return StatesCache()

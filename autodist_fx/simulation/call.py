@@ -1,0 +1,109 @@
+"""All ranks' programs run in this process on one call: what goes in, what comes out, and the cache between calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from autodist_fx.calls.call import Call
+from autodist_fx.calls.outputs import merged, nested
+from autodist_fx.compiler.variant import Variant
+from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.cache.kv_cache import encoder_view
+from autodist_fx.simulation.run_ranks import simulate
+from autodist_fx.simulation.table_checks import outside_a_table
+from autodist_fx.tracing import STATE_PREFIX
+
+# What a call without them gets: the others follow from the ids.
+FILLED_IN = frozenset({"input_ids", "attention_mask", "position_ids", "cache_position"})
+
+
+@dataclass
+class SimulatedCache:
+    """The KV caches of all ranks of a simulation (for a cache of the model's own: its tensors by name), and how many
+    tokens they hold."""
+
+    ranks: list[Any]
+    length: int = 0
+    encoder_inputs: dict[str, Any] = field(default_factory=dict)  # what the encoder was given, where there is one
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+def tokens_of(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Of the step: a decoder's, where an encoder has its own. [batch, tokens, ...]"""
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+    return next(inputs[name] for name in names if name in inputs)
+
+
+def step_length(inputs: Mapping[str, Any]) -> int:
+    return int(tokens_of(inputs).shape[1])
+
+
+def run(variant: Variant, per_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The flat outputs of all ranks together. AutodistError that names an id outside the table it is for."""
+    try:
+        return merged(simulate(list(variant.programs.values()), per_rank))
+    except IndexError as error:
+        message = outside_a_table(variant.traced.graph_module, per_rank[0])
+        if message is None:
+            raise
+        raise AutodistError(message) from error
+
+
+def run_with_states(
+    variant: Variant, filled: Mapping[str, Any], states: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """As `run`, for a model with a cache of its own: each rank's states, by name, are read and changed."""
+    everywhere = {name: value for own in reversed(states) for name, value in own.items()}
+    per_rank = []
+    for program, own in zip(variant.programs.values(), states, strict=True):
+        mine = {name: own.get(name, everywhere.get(name)) for name in program.input_names if name in everywhere}
+        per_rank.append({name: filled.get(name, mine.get(name)) for name in program.input_names})
+    outputs = simulate(list(variant.programs.values()), per_rank)
+    new = {name for of_rank in outputs for name in of_rank if name.startswith(STATE_PREFIX)}
+    for own, of_rank in zip(states, outputs, strict=True):
+        for name in new:  # a rank that does not make it any more has an old one
+            own.pop(name, None)
+        own.update({name: value for name, value in of_rank.items() if name in new})
+    return {name: value for name, value in merged(outputs).items() if not name.startswith(STATE_PREFIX)}
+
+
+def returned(variant: Variant, call: Call, outputs: Mapping[str, Any]) -> Any:
+    """What the model returns: its output class, or a tuple where the call asks for one."""
+    order = dict.fromkeys((*variant.output_order, *outputs))
+    found = nested({k: v for k, v in outputs.items() if call.use_cache or k != "past_key_values"}, order)
+    return found if call.return_dict else found.to_tuple()
+
+
+def encode(variant: Variant, given: Mapping[str, Any], cache: SimulatedCache) -> dict[str, Any]:
+    """Fill those layers of `cache` that hold what the encoder gives, and note what it was given; its outputs."""
+    assert variant.encoder is not None
+    encoder = variant.encoder
+    cache.encoder_inputs = {name: given[name] for name in encoder.traced.input_names if name in given}
+    per_rank = [
+        {**cache.encoder_inputs, "past_key_values": encoder_view(own, variant.programs[r], encoder.programs[r])}
+        for r, own in enumerate(cache.ranks)
+    ]
+    found = run(encoder, per_rank)
+    return {name: value for name, value in found.items() if name != "past_key_values"}
+
+
+def with_positions(variant: Variant, given: Mapping[str, Any], past: int) -> dict[str, Any]:
+    """Positions that the graph takes and the caller left to the model, as transformers' generate sets them."""
+    ids = tokens_of(given)
+    batch, seq = ids.shape[:2]
+    filled = dict(given)
+    names = variant.traced.input_names
+    mask = "decoder_attention_mask" if variant.traced.has_encoder else "attention_mask"
+    if mask in names and mask not in filled:
+        filled[mask] = torch.ones(batch, past + seq, dtype=torch.long, device=ids.device)
+    if "cache_position" in names and "cache_position" not in filled:
+        filled["cache_position"] = torch.arange(past, past + seq, device=ids.device)
+    if "position_ids" in names and "position_ids" not in filled:
+        filled["position_ids"] = torch.arange(past, past + seq, device=ids.device).expand(batch, seq)
+    return filled

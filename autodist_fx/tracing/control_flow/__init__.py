@@ -1,0 +1,1 @@
+"""Python's ifs, loops and numbers while tracing."""

@@ -1,0 +1,299 @@
+"""`trace`: one graph of a whole model, for any batch size, sequence length and number of cached tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import linecache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import fx as hf_fx
+
+from autodist_fx.calls.outputs import flat
+from autodist_fx.errors import AutodistError, TracingError
+from autodist_fx.tracing.cache_layers import CacheLayer, cache_layers, layer_kinds
+from autodist_fx.tracing.encoder_decoder_cache import both_kinds, merge_caches, written_layers
+from autodist_fx.tracing.example_inputs import (
+    IMAGE_INPUTS,
+    ExampleInputs,
+    Sizes,
+    default_inputs,
+    embedding_dim,
+    fewest_frames,
+    has_encoder,
+    image_shape,
+    unmistakable_sizes,
+)
+from autodist_fx.tracing.input_specs import InputForm, ModelFacts
+from autodist_fx.tracing.meta_model import empty_model, meta_copy
+from autodist_fx.tracing.passing_cache import PassingCache, shares_keys_between_layers
+from autodist_fx.tracing.patches import traceable
+from autodist_fx.tracing.tracer import Tracer, model_source_files
+from passes.fx.lazy_graph_module import LazyGraphModule
+
+
+@dataclass
+class TracedModel:
+    """A model as one graph. Takes what the model's forward takes, by name, and returns what it returns, as a dict."""
+
+    graph_module: torch.fx.GraphModule  # parameters on meta, shared ones shared; buffers real
+    input_names: tuple[str, ...]  # the placeholders, in their order
+    use_cache: bool
+    config: PretrainedConfig  # a copy of the model's
+    model_class: str  # "LlamaForCausalLM"
+    layer_kinds: tuple[str, ...]  # per cache layer: "full", "sliding:4096", "chunked:8192"; () without a cache
+    _examples: ExampleInputs = field(repr=False)
+    phase: str = ""  # "prompt" or "step" for a model with a cache of its own, which has a graph for each; else ""
+
+    @property
+    def has_encoder(self) -> bool:
+        """An encoder reads the main input (length "E"), and a decoder the decoder_... inputs (length "S")."""
+        return self._examples.has_encoder
+
+    @property
+    def fewest_frames(self) -> int:
+        """Of sound, that its convolutions over time leave something of; 0 for a model without."""
+        return self._examples.fewest_frames
+
+    def check_images(self, inputs: Mapping[str, Any]) -> None:
+        """Raises AutodistError where images are of another size than those that the graph was made for."""
+        for name in IMAGE_INPUTS:
+            shape, wanted = tuple(getattr(inputs.get(name), "shape", ()))[1:], self._examples.image_shape
+            if shape and wanted and shape != wanted:
+                raise AutodistError(
+                    f"{name} are of {list(shape)} each, and {self.model_class} was compiled for {list(wanted)}: resize "
+                    f"them, or set image_size in the model's config before compiling"
+                )
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of one image, [channels, height, width]; () for a model without."""
+        return self._examples.image_shape
+
+    def forms(self) -> dict[str, InputForm]:
+        """Of each input of the graph, but the cache."""
+        found = {name: self._examples.form(name) for name in self.input_names}
+        return {name: form for name, form in found.items() if form is not None}
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the forms of inputs depend on."""
+        examples = self._examples
+        return ModelFacts(self.config, examples.has_encoder, examples.embedding_dim, examples.dtype)
+
+    def example_inputs(self, sizes: Sizes) -> dict[str, object]:
+        """Inputs of these sizes by name: meta tensors, and a DynamicCache of meta tensors that holds `past` tokens."""
+        return self._examples.make(sizes)
+
+
+def trace(
+    model: PreTrainedModel | PretrainedConfig,
+    *,
+    input_names: Sequence[str] | None = None,
+    use_cache: bool = False,
+    concrete_args: Mapping[str, object] | None = None,
+    forms: Mapping[str, InputForm] | None = None,
+    sizes: tuple[Sizes, Sizes] | None = None,
+) -> TracedModel:
+    """Trace a model, or the model that a config describes, on the meta device; neither is changed.
+
+    `input_names` are the arguments of forward that become inputs of the graph: by default token ids, their mask and
+    segments, or pixels, whatever the model is for, and with `use_cache` also positions and the cache. Any other
+    argument has its default, or its value in `concrete_args`. `forms` are those of inputs that differ from the usual
+    ones (input_shapes): a mask of four dims, int32 token ids. `sizes`: of the inputs that Python sees while it is
+    traced, and others that are alike to it; by default some that are like no dim of the model.
+    The model is traced as it stands, in training or in eval mode; one made from a config is in eval mode.
+
+    Errors: TracingError, which names the model class, the line of its source, and the way out.
+    """
+    try:
+        return _trace(model, input_names, use_cache, concrete_args or {}, forms or {}, sizes, passing_cache=False)
+    except TracingError as error:
+        if use_cache or "past_key_values" in (*(input_names or ()), *(concrete_args or ())):
+            raise
+        try:  # some run without a cache only where they make one for themselves
+            return _trace(model, input_names, use_cache, concrete_args or {}, forms or {}, sizes, passing_cache=True)
+        except TracingError:
+            raise error from error.__cause__
+
+
+def _trace(
+    model: PreTrainedModel | PretrainedConfig,
+    input_names: Sequence[str] | None,
+    use_cache: bool,
+    concrete_args: Mapping[str, object],
+    forms: Mapping[str, InputForm],
+    sizes: tuple[Sizes, Sizes] | None,
+    passing_cache: bool,
+) -> TracedModel:
+    meta_model = empty_model(model) if isinstance(model, PretrainedConfig) else meta_copy(model)
+    choose_attention(meta_model)
+    accepted = [name for name, p in inspect.signature(meta_model.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
+    names = _input_names(meta_model, accepted, input_names, use_cache)
+    fixed, keywords = _fixed_arguments(meta_model, accepted, names, use_cache, concrete_args)
+    if passing_cache and "past_key_values" in fixed and not has_encoder(meta_model):
+        fixed["past_key_values"] = PassingCache(config=meta_model.config)
+    records = any(name.startswith("output_") and value for name, value in concrete_args.items())
+    tracer = None
+    try:
+        with traceable(meta_model, use_cache=use_cache, records=records), torch.no_grad():
+            examples = ExampleInputs(
+                input_names=names,
+                config=meta_model.config,
+                cache_layers=(),
+                embedding_dim=embedding_dim(meta_model),
+                dtype=meta_model.dtype,
+                image_shape=image_shape(meta_model.config),
+                has_encoder=has_encoder(meta_model),
+                fewest_frames=fewest_frames(meta_model),
+                forms=dict(forms),
+            )
+            if use_cache:
+                examples = replace(examples, cache_layers=_cache_layers(meta_model, examples))
+            if sizes is None:
+                first = unmistakable_sizes(meta_model)
+                sizes = first, unmistakable_sizes(meta_model, other_than=first)
+            inputs, others = (examples.for_model(each) for each in sizes)
+            tracer = Tracer(meta_model, inputs, others, keywords)
+            graph = tracer.trace(
+                meta_model,
+                concrete_args=fixed,
+                dummy_inputs=inputs,
+                complete_concrete_args_with_inputs_not_in_dummy_inputs=False,
+            )
+            if examples.has_encoder:
+                merge_caches(graph)
+    except AutodistError:
+        raise
+    except Exception as error:
+        raise tracing_error(meta_model, error, tracer) from error
+    return TracedModel(
+        graph_module=graph_module_of(meta_model, graph),
+        input_names=tuple(node.target for node in graph.nodes if node.op == "placeholder"),
+        use_cache=use_cache,
+        config=meta_model.config,
+        model_class=type(meta_model).__name__,
+        layer_kinds=_layer_kinds(examples) if use_cache else (),
+        _examples=examples,
+    )
+
+
+# What every forward with **keywords takes, though its signature doesn't say so (transformers' TransformersKwargs).
+OUTPUT_FLAGS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def _cache_layers(model: PreTrainedModel, examples: ExampleInputs) -> tuple[CacheLayer | None, ...]:
+    if not examples.has_encoder:
+        return cache_layers(model)
+    without_cache = replace(examples, input_names=tuple(n for n in examples.input_names if n != "past_key_values"))
+    return written_layers(model, without_cache.make(Sizes(batch=2, seq=3, past=0, source=5)))
+
+
+def _layer_kinds(examples: ExampleInputs) -> tuple[str, ...]:
+    if examples.has_encoder:
+        return both_kinds(examples.config, len(examples.cache_layers))
+    return layer_kinds(examples.config)
+
+
+def choose_attention(model: PreTrainedModel) -> None:
+    """Attention that is plain torch: the others (flash, flex) call kernels that a graph cannot hold."""
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+
+
+def _input_names(
+    model: PreTrainedModel, accepted: Sequence[str], input_names: Sequence[str] | None, use_cache: bool
+) -> tuple[str, ...]:
+    """The names to trace with, in the order of the model's signature."""
+    if input_names is None:
+        chosen = set(default_inputs(model, use_cache))
+    else:
+        chosen = set(input_names)
+    if unknown := sorted(chosen - set(accepted)):
+        raise TracingError(
+            f"{type(model).__name__}.forward takes no {', '.join(unknown)}: choose input_names among "
+            f"{', '.join(accepted)}"
+        )
+    if use_cache and "past_key_values" not in chosen:
+        raise TracingError(
+            f"{type(model).__name__} was to be traced with a KV cache, but past_key_values is not among its inputs "
+            f"({', '.join(sorted(chosen))}): trace with use_cache=False"
+        )
+    return tuple(name for name in accepted if name in chosen)
+
+
+def _fixed_arguments(
+    model: PreTrainedModel,
+    accepted: Sequence[str],
+    names: Sequence[str],
+    use_cache: bool,
+    concrete_args: Mapping[str, object],
+) -> tuple[dict[str, object], dict[str, object]]:
+    """The value of every argument of forward that is not an input of the graph; what goes into its **keywords."""
+    keywords = {name: value for name, value in concrete_args.items() if name not in accepted}
+    takes_keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+    if unknown := sorted(set(keywords) - (set(OUTPUT_FLAGS) if takes_keywords else set())):
+        raise TracingError(
+            f"{type(model).__name__}.forward takes no {', '.join(unknown)}: leave it out of concrete_args"
+        )
+    fixed = hf_fx.get_concrete_args(model, list(names))
+    if "use_cache" in fixed:
+        fixed["use_cache"] = use_cache
+    if not use_cache and "past_key_values" in fixed and shares_keys_between_layers(model.config):
+        fixed["past_key_values"] = PassingCache(config=model.config)
+    return {**fixed, **{k: v for k, v in concrete_args.items() if k not in names and k not in keywords}}, keywords
+
+
+def graph_module_of(model: PreTrainedModel, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """The graph with those modules, parameters and buffers of the model that it uses, under the model's names."""
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            node.type = None  # HFTracer writes torch.Tensor, also on a cache
+        if node.op == "output":
+            node.args = (flat(node.args[0]),)
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+            _name_by_content(model, node)
+    graph_module = LazyGraphModule(model, graph, class_name=type(model).__name__)
+    graph_module.train(model.training)
+    # GraphModule makes every buffer a persistent one, and buffers of the constants; neither inv_freq nor a constant is
+    # in any checkpoint.
+    saved = model.state_dict().keys()
+    for path, module in graph_module.named_modules():
+        prefix = f"{path}." if path else ""
+        module._non_persistent_buffers_set.update(name for name in module._buffers if prefix + name not in saved)
+    return graph_module
+
+
+def _name_by_content(model: PreTrainedModel, node: torch.fx.Node) -> None:
+    """fx numbers constants from 0 in each trace, and graphs of one model share what goes by one name."""
+    constant = getattr(model, str(node.target))
+    if isinstance(constant, torch.Tensor) and not constant.is_meta:
+        plain = constant.detach().contiguous().reshape(-1).view(torch.uint8)
+        facts = f"{constant.dtype} {list(constant.shape)} ".encode() + plain.numpy().tobytes()
+        node.target = f"_constant_{hashlib.sha256(facts).hexdigest()[:16]}"
+        setattr(model, node.target, constant)
+
+
+def tracing_error(model: PreTrainedModel, error: Exception, tracer: Tracer | None) -> TracingError:
+    files = model_source_files(model)
+    where, traceback = "", error.__traceback__
+    while traceback is not None:
+        path, line = traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
+        if path in files:  # the innermost one wins
+            where = f" at {files[path]}:{line} (`{linecache.getline(path, line).strip()}`)"
+        traceback = traceback.tb_next
+    message = f"cannot trace {type(model).__name__}{where}: {type(error).__name__}: {error}."
+    if tracer is not None and tracer.module_stack:
+        module, cls = next(reversed(tracer.module_stack.values()))
+        message += f" It was in {module} ({cls.__name__})."
+    if tracer is not None and tracer.first_unknown is not None:
+        node = tracer.first_unknown
+        message += f" The first value without a known shape is {node} ({node.meta['source']}): {tracer.first_failure}."
+    return TracingError(
+        f"{message} A graph cannot hold Python that looks at tensor values or at the number of them: write that line "
+        f"with tensor operations (torch.where instead of if), or fix an argument of forward with concrete_args"
+    )

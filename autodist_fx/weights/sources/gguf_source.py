@@ -1,0 +1,76 @@
+"""Weights from a GGUF file (llama.cpp's format, mostly quantized), through transformers.
+
+transformers knows how llama.cpp permuted and renamed each family's weights, but for whole files only: **every rank
+dequantizes the whole model into memory** (4 bytes per weight) and takes its slices from there. That is fine for models
+of the size that people keep as GGUF on a laptop. For larger ones save the model once with
+`save_pretrained(directory, safe_serialization=True)` and load that directory: then each rank reads only its slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from autodist_fx.errors import CheckpointError
+from autodist_fx.weights.sources.gguf_file import forget, gguf_tensors
+from autodist_fx.weights.sources.module_source import ModuleSource
+from cost_model.graph.placement import Interval
+
+
+class GGUFSource:
+    """The dequantized (float32) tensors of a .gguf file, under transformers' names.
+
+    `config` is the model's, as resolve finds it. The file is read on the first use of a tensor, whole: bytes_read is
+    then its size, however little is asked for. close() frees the tensors.
+    Raises CheckpointError when the file cannot be read.
+    """
+
+    def __init__(self, path: Path, config: PretrainedConfig) -> None:
+        self.path = path
+        self._config = config
+        self._tensors: ModuleSource | None = None
+        self._bytes_read = 0
+        self._closed = False
+
+    @property
+    def bytes_read(self) -> int:
+        return self._bytes_read
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    def names(self) -> set[str]:
+        return self._load().names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._load().shape(name)
+
+    def read(
+        self,
+        name: str,
+        dim: int | None = None,
+        intervals: Sequence[Interval] = (),
+        dtype: torch.dtype | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See WeightSource.read."""
+        return self._load().read(name, dim, intervals, dtype, out)
+
+    def close(self) -> None:
+        self._tensors = None
+        self._closed = True
+        forget()
+
+    def _load(self) -> ModuleSource:
+        if self._closed:
+            raise CheckpointError(f"{self.path} was closed: open it again with open_source")
+        if self._tensors is None:
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(self._config)  # only its names are looked at
+            self._tensors = ModuleSource(gguf_tensors(self.path, skeleton))
+            self._bytes_read += self.checkpoint_bytes
+        return self._tensors

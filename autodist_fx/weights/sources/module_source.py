@@ -1,0 +1,86 @@
+"""Weights of a model that is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from autodist_fx.errors import CheckpointError
+from autodist_fx.weights.sources.source import sliced_shape
+from cost_model.graph.placement import Interval
+
+
+class ModuleSource:
+    """Slices of an nn.Module's parameters and buffers (all names of a tied one), or of a state dict.
+
+    Slices are copies, so that the model can be freed. With `share_whole`, tensors that are wanted whole, in the dtype
+    they have and on their own device, share the model's storage: an in-process simulation of many ranks then holds
+    replicated weights once. Raises CheckpointError when the model is on the meta device.
+    """
+
+    def __init__(self, state: nn.Module | Mapping[str, torch.Tensor], *, share_whole: bool = False) -> None:
+        if isinstance(state, nn.Module):
+            tensors = dict(state.named_parameters(remove_duplicate=False))
+            tensors.update(state.named_buffers(remove_duplicate=False))
+        else:
+            tensors = dict(state)
+        on_meta = next((name for name, t in tensors.items() if t.is_meta), None)
+        if on_meta is not None:
+            raise CheckpointError(
+                f"the model is on the meta device ({on_meta}) and has no weights: pass a checkpoint's path, "
+                "or build the model on a real device"
+            )
+        self._tensors = tensors
+        self._share_whole = share_whole
+        self._bytes_read = 0
+
+    @property
+    def bytes_read(self) -> int:
+        return self._bytes_read
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        unique = {id(t): t.numel() * t.element_size() for t in self._tensors.values()}  # a tied tensor counts once
+        return sum(unique.values())
+
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensor(name).shape)
+
+    def read(
+        self,
+        name: str,
+        dim: int | None = None,
+        intervals: Sequence[Interval] = (),
+        dtype: torch.dtype | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See WeightSource.read."""
+        tensor = self._tensor(name)
+        shape = sliced_shape(name, tuple(tensor.shape), dim, intervals, out)
+        if out is None:
+            if dim is None and self._share_whole and dtype in (None, tensor.dtype):
+                return tensor
+            out = torch.empty(shape, dtype=dtype or tensor.dtype, device=tensor.device)
+        if dim is None:
+            out.copy_(tensor)
+            self._bytes_read += tensor.numel() * tensor.element_size()
+            return out
+        at = 0
+        for start, stop in intervals:
+            out.narrow(dim, at, stop - start).copy_(tensor.narrow(dim, start, stop - start))
+            at += stop - start
+        self._bytes_read += out.numel() * tensor.element_size()
+        return out
+
+    def close(self) -> None:
+        self._tensors = {}
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        if name not in self._tensors:
+            raise CheckpointError(f"the model in memory has no tensor {name}: is it the model that was compiled?")
+        return self._tensors[name].detach()

@@ -1,0 +1,79 @@
+"""What loading asks of a checkpoint: names, shapes, and any slice of a tensor without the rest of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from autodist_fx.errors import CheckpointError
+from cost_model.graph.placement import Interval
+
+
+class WeightSource(Protocol):
+    """Tensors by name, read in slices."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the slices read so far, in the checkpoint's own dtypes.
+
+        The disk may give a little more: runs of less than a page come with their surroundings.
+        """
+        ...
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of all tensors in the checkpoint: what a process that reads everything reads."""
+        ...
+
+    def names(self) -> set[str]:
+        """The names of the checkpoint's tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor. Raises CheckpointError when there is no such tensor."""
+        ...
+
+    def read(
+        self,
+        name: str,
+        dim: int | None = None,
+        intervals: Sequence[Interval] = (),
+        dtype: torch.dtype | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The elements `intervals` ([start, stop), in this order) of dim `dim`, concatenated; all for a `dim` of None.
+
+        The result has the given `dtype` (the checkpoint's own when None). With `out`, of the result's shape and on any
+        device, it is written there instead and `out` is returned; its dtype then wins.
+
+        Raises CheckpointError for an unknown name, a dim or an interval outside of the tensor, or an `out` of another
+        shape.
+        """
+        ...
+
+    def close(self) -> None:
+        """Lets go of files and tensors. Nothing can be read afterwards."""
+        ...
+
+
+def sliced_shape(
+    name: str, shape: tuple[int, ...], dim: int | None, intervals: Sequence[Interval], out: torch.Tensor | None
+) -> tuple[int, ...]:
+    """The shape that `read` returns. Raises CheckpointError when the request does not fit the tensor."""
+    if dim is None:
+        result = shape
+    else:
+        if not 0 <= dim < len(shape):
+            raise CheckpointError(f"{name} has shape {list(shape)}, so there is no dim {dim} to slice")
+        for start, stop in intervals:
+            if not 0 <= start <= stop <= shape[dim]:
+                raise CheckpointError(
+                    f"{name} has shape {list(shape)}: [{start}, {stop}) is outside of dim {dim}; "
+                    "the plan is of another model, make it again for this checkpoint"
+                )
+        result = (*shape[:dim], sum(b - a for a, b in intervals), *shape[dim + 1 :])
+    if out is not None and tuple(out.shape) != result:
+        raise CheckpointError(f"{name}: the slice has shape {list(result)}, but `out` has {list(out.shape)}")
+    return result

@@ -1,0 +1,1 @@
+"""What things cost: hardware, compute, communication, memory."""

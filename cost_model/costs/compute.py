@@ -1,0 +1,124 @@
+"""FLOPs and seconds of one op on one rank: a roofline (S. Williams et al., CACM 52(4), 2009) plus a fixed cost per op.
+
+`seconds = max(FLOPs / peak, bytes / memory bandwidth) + fixed cost`, from the shapes that the rank really holds. A
+multiply and an add count as two FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from cost_model.costs.hardware import Hardware
+from cost_model.graph.op_graph import DTYPE_BYTES, SOURCES, Op, TensorSpec
+
+# The kinds are those of op_rules.py; what has no rule is "opaque.<torch's name>", and costs what that name costs;
+# "scalar.<name>" makes a number from shapes, in Python.
+# Change shape, strides or metadata: nothing is computed and nothing allocated. A view may copy, but seldom does.
+VIEWS = frozenset({
+    "view", "permute", "slice", "split", "unbind", "expand", "identity", "dropout", "getitem", "reshape", "flatten",
+    "unflatten", "transpose", "squeeze", "unsqueeze", "select", "narrow", "chunk", "detach", "diagonal", "view_as_real",
+    "view_as_complex", "output",
+})  # fmt: skip
+# Read the rows that integers name, never the whole table.
+GATHERS = frozenset({"embedding", "gather", "index_select", "index", "take_along_dim"})
+# Move elements without arithmetic.
+COPIES = frozenset({
+    "cat", "stack", "clone", "contiguous", "to", "type_as", "repeat", "repeat_interleave", "roll", "flip", "pad",
+    "tril_triu", "masked_fill", "where", "fill", "zeros", "ones", "full", "empty", "arange", "index_copy", "index_put",
+    "scatter", "cache_update",
+})  # fmt: skip
+# Position of the left matrix among the inputs: its last dim is what is summed over.
+MATMULS = {"linear": 0, "conv1d": 0, "matmul": 0, "bmm": 0, "mm": 0, "dot": 0, "addmm": 1, "baddbmm": 1, "addbmm": 1}
+# FLOPs per element: exp, sum, subtract, divide and so on. Whatever is not listed counts one.
+PER_ELEMENT = {
+    "softmax": 5, "log_softmax": 5, "layer_norm": 8, "rms_norm": 5, "group_norm": 8, "batch_norm": 4, "gelu": 10,
+    "silu": 5, "sigmoid": 4, "tanh": 5, "exp": 4, "cos": 4, "sin": 4, "rsqrt": 2, "pow": 2,
+}  # fmt: skip
+SOFTMAX_FLOPS = PER_ELEMENT["softmax"]
+
+
+def op_flops(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> float:
+    """FLOPs of `op` on tensors of these (local) shapes; 0.0 for sources, views, gathers and copies.
+
+    linear        x [..., i], weight [o, i]                         2 * out * i
+    conv1d        x [..., i], weight [i, o] (transformers' Conv1D, which is "linear" with attr `transposed`): the same
+    matmul, bmm   a [..., m, k], b [..., k, n]                      2 * out * k;   addmm, baddbmm: after the bias
+    conv          x [b, i, ...], weight [o, i/groups, ...]          2 * out * i/groups * the kernel's positions
+    sdpa          q [b, h, s, d], k [b, g, t, d], v [b, g, t, e]    2 * b*h*s*t * (d + e), and a softmax
+    einsum        `attrs["equation"]`                               2 * the product of all its letters
+    otherwise     a few per output element (PER_ELEMENT); a reduction one per input element
+    """
+    kind = _plain(op.kind)
+    if kind in SOURCES or kind in VIEWS or kind in GATHERS or kind in COPIES or not outputs:
+        return 0.0
+    out = float(outputs[0].numel)
+    if kind in MATMULS and len(inputs) > MATMULS[kind]:
+        left = inputs[MATMULS[kind]].shape
+        return 2.0 * out * (left[-1] if left else 1)
+    if kind == "conv" and len(inputs) >= 2:  # every element of the larger side meets the weights of its channel
+        side = inputs[0].numel if op.attrs["transposed"] else out
+        return 2.0 * side * prod(inputs[1].shape[1:])
+    if kind == "sdpa" and len(inputs) >= 3:
+        q, k, v = (spec.shape for spec in inputs[:3])
+        scores = prod(q[:-1]) * k[-2]  # b * h * s * t: every query head meets every key, grouped or not
+        return float(scores * (2 * q[-1] + 2 * v[-1] + SOFTMAX_FLOPS))
+    if kind == "einsum":
+        return _einsum_flops(op, inputs, out)
+    elements = sum(o.numel for o in outputs)
+    if inputs and elements < inputs[0].numel:  # sum, mean, argmax, ...: reads more than it writes
+        elements = inputs[0].numel
+    return float(elements * PER_ELEMENT.get(kind, 1))
+
+
+def op_bytes(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> float:
+    """Bytes that `op` reads and writes on tensors of these (local) shapes; 0.0 for sources and views."""
+    kind = _plain(op.kind)
+    if kind in SOURCES or kind in VIEWS:
+        return 0.0
+    written = sum(spec.nbytes for spec in outputs)
+    if kind in GATHERS:  # rows, read and written, and their numbers
+        return float(2 * written + sum(spec.nbytes for spec in inputs if "float" not in spec.dtype))
+    if kind == "cache_update":  # keys and values so far, which are no input of the op, are read and written again
+        return float(2 * written)
+    return float(written + sum(spec.nbytes for spec in inputs))
+
+
+def op_seconds(op: Op, local_inputs: Sequence[TensorSpec], local_outputs: Sequence[TensorSpec], hw: Hardware) -> float:
+    """Seconds of `op` on one rank of `hw`. Sources cost nothing, views their dispatch."""
+    if op.kind in SOURCES:
+        return 0.0
+    if _plain(op.kind) in VIEWS or op.kind.startswith("scalar."):
+        return hw.view_seconds
+    # The inputs' dtype, not the output's: a bfloat16 product that is written as float32 runs at bfloat16's rate.
+    dtype = _compute_dtype(local_inputs, local_outputs)
+    compute = op_flops(op, local_inputs, local_outputs) / hw.flops_of(dtype)
+    memory = op_bytes(op, local_inputs, local_outputs) / hw.memory_bandwidth
+    if hw.dispatches_ahead:  # the next op is dispatched meanwhile: what is longer counts
+        return max(compute, memory, hw.op_seconds)
+    return max(compute, memory) + hw.op_seconds
+
+
+def _plain(kind: str) -> str:
+    return kind.removeprefix("opaque.")
+
+
+def _compute_dtype(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> str:
+    """The widest floating dtype among the inputs (else the outputs); float32 where there is none."""
+    for specs in (inputs, outputs):
+        floats = [spec.dtype for spec in specs if "float" in spec.dtype]
+        if floats:
+            return max(floats, key=lambda dtype: DTYPE_BYTES.get(dtype, 4))
+    return "float32"
+
+
+def _einsum_flops(op: Op, inputs: Sequence[TensorSpec], out: float) -> float:
+    """2 x the product of the lengths of all letters; without a plain equation, one per output element."""
+    equation = str(op.attrs.get("equation", ""))
+    terms = equation.split("->")[0].replace(" ", "").split(",")
+    sizes: dict[str, int] = {}
+    for term, spec in zip(terms, inputs):
+        if len(term) != len(spec.shape) or not term.isalpha():  # an ellipsis, say
+            return out
+        sizes.update(zip(term, spec.shape))
+    return 2.0 * prod(sizes.values()) if sizes else out

@@ -1,0 +1,1 @@
+"""The op graph: ops, tensors, sizes by symbol, placements. Data only."""

@@ -1,0 +1,32 @@
+"""What a strategy is called in the field's words: column, row, vocab, hidden, groups, expert, replicate."""
+
+from __future__ import annotations
+
+from cost_model.graph.op_graph import Op
+
+EXPERT = "expert"  # the letter of a strategy that has whole experts dealt to the ranks
+# What an op of a kind may be beside "replicate": the letters of its rule that have a name of their own.
+ROLES = {
+    "linear": ("column", "row", EXPERT),
+    "conv": ("column", "row", "groups", EXPERT),
+    "embedding": ("vocab", "hidden"),
+}
+
+
+# What each role means, in a sentence.
+MEANING = {
+    "column": "each tp rank makes its part of the outputs",
+    "row": "each tp rank sums over its part of the inputs; the parts are added up",
+    "vocab": "each tp rank looks up its part of the rows; the parts are added up",
+    "hidden": "each tp rank has its part of every row",
+    "groups": "each tp rank has its part of the channels' groups",
+    EXPERT: "each tp rank has its part of the experts, each of them whole",
+    "replicate": "every tp rank does all of it",
+}
+
+
+def role_of(op: Op, letter: str) -> str:
+    """The role of `op` where `letter` of its rule is sharded ("" for none); "" for an op of a kind without roles."""
+    if op.kind not in ROLES:
+        return ""
+    return letter if letter in ROLES[op.kind] else "replicate"

@@ -1,0 +1,219 @@
+"""Experts dealt whole to the tp ranks: which ops hang on one term of a sum, and how they lie when it has a rank alone.
+
+Found by structure, not by name. Where terms are added to one tensor one after the other (a chain of index_add), or rows
+are joined (join_rows), everything that only one term needs is its *body*: the choice of its tokens, its linears, their
+weights. Bodies that are alike (same kinds, shapes and ties) are siblings, dealt to the ranks in order, as evenly as
+whole ones allow. A body then lies O(rank), and the sum is owed (P): its other terms are on other ranks.
+
+    index_add_(out, tokens_0, expert_0(x[tokens_0])); index_add_(out, tokens_1, expert_1(x[tokens_1])); ...
+
+Where one tensor holds the weights of all experts, it is followed from the piece that each body reads (a slice, a part
+of a split) back to the parameter, element by element: D(dim), with the elements of a rank's experts on that rank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from cost_model.graph.op_graph import Op, OpGraph, TensorRef
+from cost_model.graph.placement import PARTIAL, REPLICATE, Layout, owned
+from cost_model.layouts.expert_weights import Way, WholeWeights
+from cost_model.rules.table import RuleTable
+
+_ADDS = ("index_add",)
+_JOINS = ("join_rows",)
+
+
+@dataclass(slots=True)
+class _Body:
+    """One term: `ops` run for it alone, and `link`, where there is one, adds it."""
+
+    ops: set[str]
+    link: Op | None
+
+
+@dataclass(frozen=True, slots=True)
+class Siblings:
+    """`count` experts of a layer, of which the fullest rank has `most`."""
+
+    count: int
+    most: int
+
+    @property
+    def share(self) -> float:
+        return self.most / self.count
+
+
+@dataclass(slots=True)
+class ExpertTable:
+    """For every op that changes when experts are dealt: its way; the layouts of what lies D; its siblings."""
+
+    ways: dict[str, Way] = field(default_factory=dict)
+    layouts: dict[tuple[TensorRef, int], Layout] = field(default_factory=dict)
+    siblings: dict[str, Siblings] = field(default_factory=dict)  # of ops and parameters that lie on one rank
+    twins: dict[str, str] = field(default_factory=dict)  # op of one expert -> the same of its layer's first expert
+
+
+def find_experts(graph: OpGraph, tp: int, rules: RuleTable) -> ExpertTable:
+    """Empty for one rank. Siblings that cannot be dealt (there are fewer than ranks, say) have twins and no ways."""
+    table = ExpertTable()
+    if tp == 1:
+        return table
+    finder = _Finder(graph, tp, rules, table)
+    for links in _chains(graph):
+        bodies = [_Body(finder.body(link.inputs[1:], {link.name}), link) for link in links]
+        for siblings in finder.alike(bodies):
+            finder.deal(siblings)
+    for op in graph:
+        if op.kind in _JOINS:
+            bodies = [_Body(finder.body((ref,), {op.name}), None) for ref in op.inputs[:-1]]
+            groups = finder.alike(bodies)
+            if len(groups) == 1 and len(groups[0]) == len(bodies):
+                finder.deal(bodies, op)
+    return table
+
+
+def _chains(graph: OpGraph) -> list[list[Op]]:
+    """Runs of ops that each add a term to what the one before made for it alone."""
+    found: dict[str, list[Op]] = {}  # by the last link
+    outputs = {ref.op for ref in graph.outputs}
+    for op in graph:
+        if op.kind not in _ADDS:
+            continue
+        before = op.inputs[0]
+        alone = len(graph.users[before]) == 1 and before.op not in outputs
+        found[op.name] = [*(found.pop(before.op, []) if alone else []), op]
+    return list(found.values())
+
+
+class _Finder:
+    def __init__(self, graph: OpGraph, tp: int, rules: RuleTable, table: ExpertTable) -> None:
+        self.graph, self.tp, self.rules, self.table = graph, tp, rules, table
+        self.outputs = {ref.op for ref in graph.outputs}
+        self.users: dict[str, set[str]] = {}
+        for op in graph:
+            for used in (*(ref.op for ref in op.inputs), *op.numbers):
+                self.users.setdefault(used, set()).add(op.name)
+        self.positions = {name: i for i, name in enumerate(graph.ops)}
+        self.signatures: dict[object, int] = {}
+
+    # -- bodies ----------------------------------------------------------------------------------------------------
+
+    def body(self, refs: Iterable[TensorRef], inside: set[str]) -> set[str]:
+        """The ops (and parameters) that only what is `inside` uses, as far back as that goes."""
+        found: set[str] = set()
+        pending = [ref.op for ref in refs]
+        while pending:
+            op = self.graph[pending.pop()]
+            if op.name in found or op.kind in ("input", "buffer") or op.mutates or op.name in self.outputs:
+                continue
+            if not self.users[op.name] <= inside | found:
+                continue  # it comes again with its last user
+            found.add(op.name)
+            pending += [*(ref.op for ref in op.inputs), *op.numbers]
+        return found
+
+    def alike(self, bodies: Sequence[_Body]) -> list[list[_Body]]:
+        """Bodies in groups of equal ones that share nothing."""
+        groups: dict[int, list[_Body]] = {}
+        for body in bodies:
+            if body.ops:
+                groups.setdefault(self._signature(body), []).append(body)
+        return [g for g in groups.values() if len({op for b in g for op in b.ops}) == sum(len(b.ops) for b in g)]
+
+    def _signature(self, body: _Body) -> int:
+        """Equal for bodies that are the same ops on the same shapes, tied in the same way."""
+        known: dict[str, int] = {}
+        order = self._in_order(body.ops)
+        for number, op in enumerate(order):
+            known[op.name] = number
+        text = tuple(
+            (
+                op.kind,
+                tuple((o.dtype, tuple(_dim(n, s) for n, s in zip(o.shape, o.symbols or ("",) * len(o.shape))))
+                      for o in op.outputs),
+                tuple((known.get(ref.op, -1), ref.index if ref.op in known else 0) for ref in op.inputs),
+            )
+            for op in order
+        )  # fmt: skip
+        return self.signatures.setdefault(text, len(self.signatures))
+
+    def _in_order(self, names: set[str]) -> list[Op]:
+        """In execution order, parameters where they are first used (which is the same for siblings)."""
+        found: dict[str, Op] = {}
+        for name in sorted((n for n in names if self.graph[n].kind != "param"), key=self.positions.__getitem__):
+            for ref in self.graph[name].inputs:
+                if ref.op in names:
+                    found.setdefault(ref.op, self.graph[ref.op])
+            found[name] = self.graph[name]
+        return list(found.values())
+
+    # -- dealing -----------------------------------------------------------------------------------------------------
+
+    def deal(self, bodies: Sequence[_Body], join: Op | None = None) -> None:
+        """Writes down how everything lies when the bodies are dealt to the ranks, if weights are among it."""
+        first, *others = [self._in_order(body.ops) for body in bodies]
+        for order in others:
+            self.table.twins.update((op.name, twin.name) for op, twin in zip(order, first, strict=True))
+        links = [body.link.name for body in bodies if body.link is not None]
+        # all but the last, whose result is wanted otherwise than theirs
+        self.table.twins.update((name, links[0]) for name in links[1:-1])
+        if len(bodies) < self.tp:
+            return
+        share, extra = divmod(len(bodies), self.tp)
+        rank_of = [r for r in range(self.tp) for _ in range(share + (r < extra))]
+        owner = {name: r for body, r in zip(bodies, rank_of, strict=True) for name in body.ops}
+        weights = WholeWeights(self.graph, self.rules, self.tp, owner)
+        if not weights.ways and not any(self.graph[name].attrs.get("matmul") for name in owner):
+            return
+        if not self._read_alike(bodies, weights):
+            return
+        siblings = Siblings(len(bodies), share + (extra > 0))
+        self.table.ways.update(weights.ways)
+        self.table.layouts.update(weights.layouts)
+        for name, rank in owner.items():
+            op, alone = self.graph[name], owned(rank)
+            lie = tuple(weights.read_as.get(ref, alone) for ref in op.inputs)
+            self.table.ways[name] = Way(lie, (alone,) * len(op.outputs))
+            self.table.siblings[name] = siblings
+        for body, rank in zip(bodies, rank_of, strict=True):
+            if body.link is not None:
+                self.table.ways[body.link.name] = Way((PARTIAL, owned(rank), owned(rank)), (PARTIAL,))
+                self.table.siblings[body.link.name] = siblings
+        if join is not None:
+            self.table.ways[join.name] = Way((*(owned(r) for r in rank_of), REPLICATE), (PARTIAL,))
+
+    def _read_alike(self, bodies: Sequence[_Body], weights: WholeWeights) -> bool:
+        """Whether every rank, whichever experts it has, reads of all that bears gradients which the experts read.
+
+        Backward, each has a term of the gradient, and the ranks add them up together: of a tensor that every expert
+        reads, or that is made into pieces for nothing but the experts, one for each. A rank that read nothing of it
+        would not take part.
+        """
+        inside = {name for body in bodies for name in body.ops} | {b.link.name for b in bodies if b.link is not None}
+        times: Counter[TensorRef] = Counter()
+        times_any: Counter[str] = Counter()  # of an op: experts that read some output of it
+        for body in bodies:
+            added = () if body.link is None else body.link.inputs[1:]
+            read = {*added, *(ref for name in body.ops for ref in self.graph[name].inputs)}
+            times.update(outside := {ref for ref in read if ref.op not in body.ops})
+            times_any.update({ref.op for ref in outside})
+
+        def reaches_all(ref: TensorRef) -> bool:
+            in_pieces = times_any[ref.op] == len(bodies) and self.users[ref.op] <= inside
+            return times[ref] == len(bodies) or (in_pieces and not weights.parameter_of(ref))
+
+        return all(
+            reaches_all(ref) or ref.op in weights.ways or not self._bears_gradients(ref) for ref in times
+        )
+
+    def _bears_gradients(self, ref: TensorRef) -> bool:
+        constant = self.graph[ref.op].kind in ("input", "buffer")
+        return not constant and not self.graph.spec(ref).dtype.startswith(("int", "uint", "bool"))
+
+
+def _dim(size: int, symbol: str) -> int | str:
+    """A length that follows values is like any other of which as much is expected."""
+    return symbol[symbol.find("~") + 1 :] if symbol else size

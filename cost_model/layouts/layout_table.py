@@ -1,0 +1,315 @@
+"""Which elements of each dim a tp rank would hold, for the whole graph at once, before anything is chosen.
+
+The letters of the op rules tie dims of different tensors together: the outputs of q_proj, the heads after the view, the
+attention's output, the inputs of o_proj. Followed element by element, these ties say what may not be cut apart: all
+64 outputs of one head, and with grouped attention the query heads of one KV head. Such a smallest piece is a *grain*;
+grains are dealt to the ranks in order, as evenly as whole grains allow. Because elements are followed, it makes no
+difference whether q, k and v are three weights or one, in thirds or interleaved per head or per group.
+
+Where grouped attention leaves fewer grains than ranks (2 KV heads on 4 ranks), the tie between a KV head and its query
+heads is loosened: query heads are dealt out, and each rank holds the KV heads that its query heads read.
+
+Every (tensor, dim) gets one layout or none, so that a placement S(dim) needs no further words in the search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import networkx as nx
+import numpy as np
+
+from cost_model.graph.op_graph import Op, OpGraph, TensorRef
+from cost_model.graph.placement import Layout, intervals_of
+from cost_model.rules.rule import IntArray, Letter, OpRule
+from cost_model.rules.table import RuleTable
+
+Dim = tuple[TensorRef, int]
+_UNSEEN = Layout(0, ())
+
+
+@dataclass(slots=True)
+class _Relation:
+    """Elements `a_elements[i]` of set `a` and `b_elements[i]` of set `b` (a letter's coordinate) belong together."""
+
+    a: Dim
+    b: Dim
+    pairs: tuple[IntArray, IntArray]
+    cover: bool
+
+
+class LayoutTable:
+    """The layout of every shardable dim, and the letters that are in force for every op."""
+
+    def __init__(self, graph: OpGraph, tp: int, rules: RuleTable | None = None) -> None:
+        self.graph = graph
+        self.tp = tp
+        self.rules = rules or RuleTable()
+        self._layouts: dict[Dim, Layout | None] = {}
+        self._letters: dict[str, tuple[Letter, ...]] = {}
+        self._carries_weight: dict[Dim, bool] = {}
+        self._parents: dict[Dim, Dim] = {}
+        self._made_up_sizes: dict[Dim, int] = {}
+        self._solve()
+
+    def layout(self, ref: TensorRef, dim: int) -> Layout | None:
+        """None when every rank would hold the whole dim."""
+        root = self._find((ref, dim))
+        return self._layouts.get(root)
+
+    def is_kept_whole(self, ref: TensorRef) -> bool:
+        """True when some dim (of more than one element) is whole on every rank although its op could be sharded along
+        it: the projections of a single KV head, which every rank's query heads read."""
+        shape = self.graph.spec(ref).shape
+        return any(n > 1 and self._layouts.get(self._find((ref, d)), _UNSEEN) is None for d, n in enumerate(shape))
+
+    def letters(self, op: Op) -> tuple[Letter, ...]:
+        """The op's letters that can be sharded and bear on some matmul's weight."""
+        return self._letters[op.name]
+
+    # -- dims that are the same, element by element: union-find ------------------------------------------------------
+
+    def _find(self, dim: Dim) -> Dim:
+        parents = self._parents
+        root = dim
+        while (up := parents.get(root, root)) != root:
+            root = up
+        while dim != root:  # path compression
+            up = parents.get(dim, dim)
+            parents[dim] = root
+            dim = up
+        return root
+
+    def _union(self, a: Dim, b: Dim) -> None:
+        a, b = self._find(a), self._find(b)
+        if a != b:
+            self._parents[b] = a
+
+    # -- the three steps -------------------------------------------------------------------------------------------
+
+    def _solve(self) -> None:
+        rules: dict[str, OpRule] = {}
+        static: dict[str, list[Letter]] = {}
+        for op in self.graph:
+            rules[op.name] = self.rules(op, self.graph.input_specs(op))
+            static[op.name] = [
+                x
+                for x in rules[op.name].letters
+                if not self._is_dynamic(op, x) and (x.size >= self.tp or not x.filled)
+            ]
+            for letter in static[op.name]:
+                self._tie_identical(op, letter)
+        blocked = self._blocked_dims(rules)
+        relations: list[_Relation] = []
+        for op in self.graph:
+            static[op.name] = self._choose_alternatives(op, static[op.name], blocked)
+            for letter in static[op.name]:
+                relations += self._relations(op, letter)
+        self._deal(relations)
+        for op in self.graph:
+            self._letters[op.name] = tuple(x for x in static[op.name] if self._is_useful(op, x))
+
+    def _dims(self, op: Op, letter: Letter) -> Iterable[tuple[Dim, bool]]:
+        """(dim, whether it equals the letter element by element) of all links."""
+        for link in letter.inputs:
+            yield (op.inputs[link.slot], link.dim), link.pairs is None
+        for link in letter.outputs:
+            yield (TensorRef(op.name, link.slot), link.dim), link.pairs is None
+
+    def _is_dynamic(self, op: Op, letter: Letter) -> bool:
+        return any(self.graph.spec(ref).is_dynamic(dim) for (ref, dim), _ in self._dims(op, letter))
+
+    def _anchor(self, op: Op, letter: Letter) -> Dim:
+        """A dim that stands for the letter's own coordinate: one of its identical dims, or one made up for it."""
+        for dim, identical in self._dims(op, letter):
+            if identical:
+                return dim
+        return (TensorRef(f"{op.name}/{letter.name}", -1), 0)
+
+    def _tie_identical(self, op: Op, letter: Letter) -> None:
+        anchor = self._anchor(op, letter)
+        for dim, identical in self._dims(op, letter):
+            if identical:
+                self._union(anchor, dim)
+
+    def _blocked_dims(self, rules: dict[str, OpRule]) -> set[Dim]:
+        """Dims that some op touches without a letter for them: sharding them there would cost a gather."""
+        blocked: set[Dim] = set()
+        dropped: set[Dim] = set()  # of one element
+        for op in self.graph:
+            named: set[Dim] = set()
+            for letter in rules[op.name].letters:
+                named.update(dim for dim, _ in self._dims(op, letter))
+            for ref in (*op.inputs, *(TensorRef(op.name, j) for j in range(len(op.outputs)))):
+                for d, size in enumerate(self.graph.spec(ref).shape):
+                    if (ref, d) not in named and op.inputs:
+                        (blocked if size > 1 else dropped).add(self._find((ref, d)))
+        for op in self.graph:
+            for letter in rules[op.name].letters:
+                pieces = [(TensorRef(op.name, x.slot), x.dim) for x in letter.outputs if x.pairs is not None]
+                if any(self.graph.spec(ref).shape[d] == 1 and self._find((ref, d)) in dropped for ref, d in pieces):
+                    # cut into single elements whose dim goes (one expert's weight of all): each is wanted whole
+                    blocked.update(self._find((op.inputs[x.slot], x.dim)) for x in letter.inputs)
+        return blocked
+
+    def _choose_alternatives(self, op: Op, letters: list[Letter], blocked: set[Dim]) -> list[Letter]:
+        """Of the factors of one split or merged dim at most one is a letter: the outermost that no op blocks.
+
+        A factor of size 1 (the head dim of multi-query attention) counts when the others are blocked: it keeps the
+        dim in one piece, where otherwise each rank would compute a part and gather it at once.
+        """
+        chosen = [x for x in letters if not x.alternatives]
+        for group in dict.fromkeys(x.alternatives for x in letters if x.alternatives):
+            free = [
+                x
+                for x in letters
+                if x.alternatives == group
+                and not any(self._find(dim) in blocked for dim, identical in self._dims(op, x) if identical)
+            ]
+            best = next((x for x in free if x.size > 1), None) or next(iter(free), None)
+            if best is not None:
+                chosen.append(best)
+        return chosen
+
+    def _relations(self, op: Op, letter: Letter) -> list[_Relation]:
+        anchor = self._anchor(op, letter)
+        found = []
+        for link in letter.inputs:
+            if link.pairs is not None:
+                found.append(_Relation((op.inputs[link.slot], link.dim), anchor, link.pairs, link.cover))
+        for link in letter.outputs:
+            if link.pairs is not None:
+                found.append(_Relation((TensorRef(op.name, link.slot), link.dim), anchor, link.pairs, link.cover))
+        if anchor[0].index < 0:  # made up: its size is not any tensor's
+            self._made_up_sizes[self._find(anchor)] = letter.size
+        return found
+
+    def _size(self, root: Dim) -> int:
+        made_up = self._made_up_sizes.get(root)
+        return made_up if made_up is not None else self.graph.spec(root[0]).shape[root[1]]
+
+    def _deal(self, relations: list[_Relation]) -> None:
+        """Grains of each connected set of dims, dealt to the ranks."""
+        ties: nx.Graph[Dim] = nx.Graph()
+        weights = [op for op in self.graph if op.kind == "param"]
+        for op in weights:
+            for d in range(len(op.outputs[0].shape)):
+                ties.add_node(self._find((TensorRef(op.name), d)))
+        by_root: dict[Dim, list[_Relation]] = {}
+        for relation in relations:
+            a, b = self._find(relation.a), self._find(relation.b)
+            ties.add_edge(a, b)
+            by_root.setdefault(a, []).append(relation)
+        matmul_roots = {
+            self._find((TensorRef(op.name), d))
+            for op in weights
+            if op.attrs.get("matmul")
+            for d in range(len(op.outputs[0].shape))
+        }
+        solved: dict[tuple[object, ...], list[Layout | None]] = {}
+        order = {root: i for i, root in enumerate(ties)}
+        for component in nx.connected_components(ties):
+            roots = sorted(component, key=order.__getitem__)
+            carries = any(root in matmul_roots for root in roots)
+            for root in roots:
+                self._carries_weight[root] = carries
+            if not carries:
+                continue  # nothing is won by sharding it
+            position = {root: i for i, root in enumerate(roots)}
+            edges = [
+                (i, position[self._find(r.b)], r.pairs, r.cover)
+                for i, root in enumerate(roots)
+                for r in by_root.get(root, ())
+            ]
+            sizes = tuple(self._size(root) for root in roots)
+            # the layers of a model repeat: the same sizes tied by the same (shared) arrays give the same layouts
+            key = (sizes, tuple((i, j, id(p), cover) for i, j, p, cover in edges))
+            if key not in solved:
+                solved[key] = deal_grains(sizes, edges, self.tp)
+            self._layouts.update(zip(roots, solved[key], strict=True))
+
+    def _is_useful(self, op: Op, letter: Letter) -> bool:
+        layouts = [self.layout(*dim) for dim, _ in self._dims(op, letter)]
+        if letter.reduces and any(layout is not None and layout.overlaps for layout in layouts):
+            return False
+        if letter.filled and any(x is not None and not all(x.parts) for x in layouts):
+            return False
+        return any(layout is not None for layout in layouts)
+
+
+Edge = tuple[int, int, tuple[IntArray, IntArray], bool]
+
+
+def deal_grains(sizes: tuple[int, ...], edges: list[Edge], tp: int) -> list[Layout | None]:
+    """Layouts of dims of `sizes` elements tied by `edges` (dim a, dim b, element pairs, cover) on `tp` ranks.
+
+    Covering ties hold like all others unless that leaves fewer grains to deal out than ranks; see the module's
+    docstring. Elements tied in another way too (k beside its q heads in one fused product) stay together even then.
+    """
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    labels = _components(int(starts[-1]), starts, edges)
+    followed: list[Edge] = []
+    readers = [labels[starts[b] + b_elements] for _, b, (_, b_elements), cover in edges if cover]
+    if readers and len(np.unique(np.concatenate(readers))) < tp:
+        followed = [e for e in edges if e[3]]
+        labels = _components(int(starts[-1]), starts, [e for e in edges if not e[3]])
+    grains, labels = np.unique(labels, return_inverse=True)
+    owners = np.zeros((len(grains), tp), dtype=bool)
+    follows = np.zeros(len(grains), dtype=bool)
+    for a, b, (a_elements, b_elements), _ in followed:
+        read, reader = labels[starts[a] + a_elements], labels[starts[b] + b_elements]
+        follows[read[read != reader]] = True
+    for members in _by_dims(labels, starts, len(grains)):
+        leading = members[~follows[members]]
+        if len(leading) == 1:
+            owners[leading] = True  # one piece that cannot be cut: everybody holds it
+        else:
+            share, extra = divmod(len(leading), tp)
+            bounds = np.cumsum([0] + [share + (r < extra) for r in range(tp)])
+            for r in range(tp):
+                owners[leading[bounds[r] : bounds[r + 1]], r] = True
+    counted = -1
+    while counted != (counted := int(owners.sum())):  # one that is followed may itself follow another
+        for a, b, (a_elements, b_elements), _ in followed:
+            reader = owners[labels[starts[b] + b_elements]]
+            np.logical_or.at(owners, labels[starts[a] + a_elements], reader)
+    owners[~owners.any(axis=1)] = True  # two that follow each other, and nobody else
+    layouts: list[Layout | None] = []
+    for i, size in enumerate(sizes):
+        held = owners[labels[starts[i] : starts[i + 1]]]
+        parts = tuple(intervals_of(np.flatnonzero(held[:, r]).tolist()) for r in range(tp))
+        layout = Layout(size, parts)
+        layouts.append(None if layout.is_whole else layout)
+    return layouts
+
+
+def _components(count: int, starts: IntArray, edges: list[Edge]) -> IntArray:
+    """Connected components over elements: for each element the least element it is tied to (hook and compress)."""
+    labels = np.arange(count, dtype=np.int64)
+    if not edges:
+        return labels
+    u = np.concatenate([starts[a] + pairs[0] for a, _, pairs, _ in edges])
+    v = np.concatenate([starts[b] + pairs[1] for _, b, pairs, _ in edges])
+    while True:
+        lu, lv = labels[u], labels[v]
+        least = np.minimum(lu, lv)
+        if np.array_equal(lu, lv):
+            return labels
+        np.minimum.at(labels, lu, least)
+        np.minimum.at(labels, lv, least)
+        while not np.array_equal(jumped := labels[labels], labels):
+            labels = jumped
+
+
+def _by_dims(labels: IntArray, starts: IntArray, count: int) -> list[IntArray]:
+    """Grains grouped by the set of dims they appear in, each group in element order.
+
+    Dealt out group by group, each dim is split evenly: the parts of a concatenation that nothing else ties together
+    would otherwise fall to different ranks as wholes.
+    """
+    signature = np.zeros(count, dtype=np.uint64)
+    marks = np.random.default_rng(0).integers(1, 2**63, size=len(starts), dtype=np.uint64)
+    for i in range(len(starts) - 1):
+        signature[np.unique(labels[starts[i] : starts[i + 1]])] ^= marks[i]
+    return [np.flatnonzero(signature == s) for s in dict.fromkeys(signature.tolist())]

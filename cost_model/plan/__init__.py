@@ -1,0 +1,1 @@
+"""A plan as values, and as JSON."""

@@ -1,0 +1,290 @@
+"""The partition plan: every decision of the two searches, frozen, as plain data that is saved and read as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cost_model.errors import PlanError, reason_text
+from cost_model.graph.placement import Interval, Layout, Placement
+from cost_model.mesh import Mesh
+
+if TYPE_CHECKING:
+    from cost_model.explain.diff import PlanDiff
+
+PLAN_VERSION = 2
+
+
+def rounded(seconds: float) -> float:
+    """To three digits, which is more than predictions are worth, and keeps plan files small."""
+    return float(f"{seconds:.3g}")
+
+
+@dataclass(frozen=True, slots=True)
+class OpPlan:
+    """One op's placements. `inputs[i]` is the placement that it wants of input i, `outputs[j]` what output j has.
+
+    `home` is the stage it belongs to; `stages` are all that compute it (a recomputed mask has several).
+    `letter` is the name of the sharded letter of its op rule ("" when it runs replicated), `role` its name in the
+    field's words for linears and embeddings ("column", "row", "vocab", "replicate", "").
+    `gather[j]` says that output j is also made whole on every tp rank (all_reduce of a P, all_gather of an S).
+    Seconds are of one forward on the slowest tp rank, on each stage that computes it, rounded by `rounded`.
+    """
+
+    name: str
+    kind: str
+    home: int
+    stages: tuple[int, ...]
+    inputs: tuple[Placement, ...]
+    outputs: tuple[Placement, ...]
+    gather: tuple[bool, ...]
+    letter: str = ""
+    role: str = ""
+    module: str = ""
+    weight: str = ""  # name of the parameter that a linear multiplies by, or that an embedding reads
+    # layout of each sharded dim, by position in PartitionPlan.layouts; -1 where the tensor is not sharded
+    input_layouts: tuple[int, ...] = ()
+    output_layouts: tuple[int, ...] = ()
+    compute_seconds: float = 0.0
+    comm_seconds: float = 0.0  # of the collectives that `gather` asks for
+    comm_bytes: int = 0  # of the whole tensors that they make
+    choice: int = -1  # position in PartitionPlan.choices of the roles it could have; -1 where there is no choice
+
+    @property
+    def owner(self) -> int | None:
+        """The tp rank that alone runs it, since it has to do with what lies there alone; None where all do."""
+        owners = {p.dim for p in (*self.inputs, *self.outputs) if p.is_owned}
+        return owners.pop() if len(owners) == 1 else None
+
+    @property
+    def is_term(self) -> bool:
+        """Whether it adds what one rank has to a sum that all owe."""
+        return self.owner is not None and bool(self.outputs) and self.outputs[0].is_partial
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A role that an op could have, and what the plan would be with it: everything else then chosen anew, as well as
+    can be. For the role that the op has, all zero.
+
+    The search minimises seconds, plus what its objective asks for each byte of a weight that ranks hold whole: so a
+    role may be faster and yet not taken.
+    """
+
+    role: str
+    seconds: float = 0.0  # that one forward then takes longer (below zero: less), compute and collectives of all ops
+    weight_bytes: int = 0  # that the ranks with most of each weight then hold more (below zero: less)
+    impossible: str = ""  # why not, in words: then there are no costs
+
+
+@dataclass(frozen=True, slots=True)
+class ParamPlan:
+    """One parameter: its shape, how it lies on the tp axis, and the stages that hold it (several: tied weights)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    placement: Placement
+    layout: int  # position in PartitionPlan.layouts, -1 when replicated
+    stages: tuple[int, ...]
+    matmul: bool  # a weight of a matmul or a table of an embedding, as opposed to a norm's scale or a bias
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One tensor sent from `source` stage to `target` stage: output `index` of op `op`, as it lies there.
+
+    `whole` says that it is sent replicated (after the gather), else as the op's output placement says.
+    """
+
+    op: str
+    index: int
+    source: int
+    target: int
+    channel: int
+    whole: bool
+    nbytes: int  # on one tp rank, at the plan's sizes
+
+
+@dataclass(frozen=True, slots=True)
+class CutOption:
+    """A place where a cut could be, the other cuts staying where they are."""
+
+    op: str  # the first op of the stage behind it
+    module: str
+    before_seconds: float  # of the stage in front of it: compute and collectives, without sends and recomputed ops
+    after_seconds: float  # of the stage behind it
+    nbytes: int  # of the whole tensors that cross it and depend on weights
+
+
+@dataclass(frozen=True, slots=True)
+class CutPlan:
+    """The border between two stages that follow each other: the places next to it, in order, and which was taken."""
+
+    options: tuple[CutOption, ...]
+    chosen: int  # position in `options`
+
+
+@dataclass(frozen=True, slots=True)
+class StageSummary:
+    """What the plan predicts of one stage, on its slowest tp rank at the plan's sizes."""
+
+    index: int
+    layers: tuple[str, ...]  # repeated modules it runs, e.g. "model.layers.0" ... in order
+    compute_seconds: float
+    comm_seconds: float
+    recomputed: tuple[str, ...]  # ops it computes again instead of receiving them
+    flops: float
+    weight_bytes: int
+    kv_cache_bytes: int
+    activation_bytes: int
+    workspace_bytes: int  # what the op that needs most needs beside its inputs and outputs (memory.py)
+    collectives: tuple[tuple[str, int, int], ...]  # (name, count, bytes in all) per forward
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_seconds + self.comm_seconds
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.weight_bytes + self.kv_cache_bytes + self.activation_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a stage runs on: a preset of hardware.py by name, and its memory in bytes."""
+
+    hardware: str
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user fixed (see `autodist_fx.compile`); a plan is made anew from it, and from the mesh, the
+    hardware, the objective and the sizes."""
+
+    pins: tuple[tuple[str, str], ...] = ()  # (pattern, role): see pins.py
+    cuts: tuple[int | str, ...] = ()  # where stages 1, 2, ... begin: see cuts.py
+    max_memory: tuple[int, ...] = ()  # bytes of weights and caches on a device of each stage; () for no limit
+    device_map: tuple[Device, ...] = ()  # of each stage; () where all run on the plan's hardware
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionPlan:
+    """What each rank computes, holds and says. Values only: two plans are equal when everything in them is."""
+
+    mesh: Mesh
+    model: str  # class name of the traced model
+    fingerprint: str  # sha256 over the traced graph's ops, shapes and dtypes: a plan fits only this graph
+    hardware: str
+    objective: str
+    sizes: tuple[tuple[str, int], ...]  # symbol -> length at which seconds and bytes were predicted
+    ops: tuple[OpPlan, ...]
+    params: tuple[ParamPlan, ...]
+    layouts: tuple[Layout, ...]
+    hops: tuple[Hop, ...]
+    stages: tuple[StageSummary, ...]
+    one_device_seconds: float
+    device_memory_bytes: int
+    choices: tuple[tuple[Alternative, ...], ...] = ()  # the roles that ops could have; equal ones, of layers, once
+    cuts: tuple[CutPlan, ...] = ()  # the border behind each stage but the last
+    warnings: tuple[str, ...] = ()
+    request: Request = Request()
+    version: int = PLAN_VERSION
+    _by_name: dict[str, OpPlan] = field(default_factory=dict, repr=False, compare=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._by_name.update((op.name, op) for op in self.ops)
+
+    def op(self, name: str) -> OpPlan:
+        return self._by_name[name]
+
+    def has_op(self, name: str) -> bool:
+        return name in self._by_name
+
+    def layout(self, index: int) -> Layout | None:
+        return None if index < 0 else self.layouts[index]
+
+    def memory_of_stage(self, stage: int) -> int:
+        """Bytes that a device of the stage may hold."""
+        return self.request.max_memory[stage] if self.request.max_memory else self.device_memory_bytes
+
+    def alternatives(self, op: OpPlan) -> tuple[Alternative, ...]:
+        """The roles that the op could have, its own among them; none where there is no choice."""
+        return () if op.choice < 0 else self.choices[op.choice]
+
+    @property
+    def predicted_seconds(self) -> float:
+        """One forward pass through all stages, one after the other (latency), hops included."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def __str__(self) -> str:
+        from cost_model.explain.plan_text import plan_text
+
+        return plan_text(self)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: stages, prediction and warnings; linears, collectives and hops to unfold."""
+        from cost_model.explain.html import plan_fragment
+
+        return plan_fragment(self)
+
+    def diff(self, after: PartitionPlan) -> PlanDiff:
+        """What is different in `after`. Raises PlanError when that is a plan of another model."""
+        from cost_model.explain.diff import diff_plans
+
+        return diff_plans(self, after)
+
+    def to_dict(self) -> dict[str, Any]:
+        from cost_model.plan.write_json import plan_to_dict
+
+        return plan_to_dict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PartitionPlan:
+        """Raises PlanError naming the field that is missing, unknown or malformed."""
+        from cost_model.plan.write_json import plan_from_dict
+
+        return plan_from_dict(data)
+
+    def save(self, path: str | Path) -> None:
+        """Raises PlanError when the file cannot be written."""
+        from cost_model.plan.write_json import plan_to_text
+
+        text = plan_to_text(self)
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"cannot write the plan file {path}: {reason_text(error)}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> PartitionPlan:
+        """Raises PlanError when the file cannot be read, or is not a plan: then naming the field."""
+        from cost_model.plan.write_json import plan_from_text
+
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read the plan file {path}: {reason_text(error)}") from error
+        try:
+            return plan_from_text(text)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+
+
+__all__ = [
+    "Alternative",
+    "CutOption",
+    "CutPlan",
+    "Device",
+    "Hop",
+    "Interval",
+    "OpPlan",
+    "ParamPlan",
+    "PartitionPlan",
+    "Request",
+    "StageSummary",
+    "rounded",
+]

@@ -1,0 +1,67 @@
+"""A plan for a part of the graph that it was made for: the same decisions, about fewer ops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cost_model.graph.op_graph import SOURCES, OpGraph, TensorRef
+from cost_model.plan.data import Hop, OpPlan, PartitionPlan
+
+
+def subplan(plan: PartitionPlan, graph: OpGraph, fingerprint: str) -> PartitionPlan:
+    """`graph` has some ops of the plan's graph, under their names; an op that reads less than there reads no tensor.
+
+    Ops run where they are still wanted, and only what is wanted is sent. What the plan predicts is left as it is.
+    """
+    wanted = _wanted(plan, graph)
+    ops = tuple(_op(plan.op(op.name), op.kind, len(op.inputs), wanted[op.name]) for op in _computed(graph))
+    params = []
+    for param in plan.params:
+        users = [user for user, _ in graph.users.get(TensorRef(param.name), ())]
+        stages = tuple(sorted({stage for user in users for stage in wanted[user]}))
+        if users:
+            params.append(replace(param, stages=stages))
+    by_name = {op.name: op for op in ops}
+    hops = tuple(hop for hop in plan.hops if _is_wanted(hop, plan, graph, by_name))
+    # what other cuts would cost is of the whole
+    return replace(plan, fingerprint=fingerprint, ops=ops, params=tuple(params), hops=hops, cuts=())
+
+
+def _computed(graph: OpGraph):  # type: ignore[no-untyped-def]
+    return [op for op in graph if op.kind not in SOURCES]
+
+
+def _op(op: OpPlan, kind: str, inputs: int, stages: set[int]) -> OpPlan:
+    home = op.home if op.home in stages else min(stages)
+    return replace(
+        op, kind=kind, home=home, stages=tuple(sorted(stages)), inputs=op.inputs[:inputs],
+        input_layouts=op.input_layouts[:inputs],
+    )  # fmt: skip
+
+
+def _wanted(plan: PartitionPlan, graph: OpGraph) -> dict[str, set[int]]:
+    """The stages that have to compute each op: for themselves, or, at its home, for others."""
+    outputs = {ref.op for ref in graph.outputs}
+    wanted: dict[str, set[int]] = {}
+    for op in reversed(_computed(graph)):
+        planned = plan.op(op.name)
+        stages = {planned.home} if op.mutates or op.name in outputs else set()
+        for j in range(max(len(op.outputs), 1)):
+            for user, _ in graph.users.get(TensorRef(op.name, j), ()):
+                stages |= {k if k in planned.stages else planned.home for k in wanted.get(user, ())}
+        wanted[op.name] = stages or {planned.home}  # a number: whoever needs it computes it
+    return wanted
+
+
+def _is_wanted(hop: Hop, plan: PartitionPlan, graph: OpGraph, ops: dict[str, OpPlan]) -> bool:
+    """Whether an op in the hop's target stage takes the tensor in the form in which it is sent."""
+    if hop.op not in ops or hop.target in ops[hop.op].stages:
+        return False
+    have = ops[hop.op].outputs[hop.index]
+    forms = {h.whole for h in plan.hops if (h.op, h.index, h.target) == (hop.op, hop.index, hop.target)}
+    for user, slot in graph.users.get(TensorRef(hop.op, hop.index), ()):
+        if hop.target in ops[user].stages:
+            placement = ops[user].inputs[slot]
+            if len(forms) == 1 or (placement.is_replicate or placement != have) == hop.whole:
+                return True
+    return False

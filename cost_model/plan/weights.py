@@ -1,0 +1,118 @@
+"""The weights of a plan: which are treated alike, what each tp rank has of them, and how much is sharded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+
+from cost_model.format import compress_names, name_pattern
+from cost_model.graph.op_graph import DTYPE_BYTES
+from cost_model.graph.placement import Layout
+from cost_model.plan.data import Alternative, OpPlan, ParamPlan, PartitionPlan
+
+RANGES_SHOWN = 4  # of layers named in one cell
+
+
+@dataclass(frozen=True, slots=True)
+class LinearGroup:
+    """Linears or embeddings that differ in their layer's number only: a role, a weight's shape and its layout."""
+
+    label: str  # "model.layers.*.mlp.up_proj"
+    role: str
+    modules: tuple[str, ...]
+    weights: tuple[ParamPlan, ...]  # of those whose weight is known
+    layout: int  # of the weight, by position in PartitionPlan.layouts; -1 where each rank holds it whole
+    local: str  # shape on each tp rank, "[384|192]x576"
+    stages: tuple[int, ...]
+    alternatives: tuple[Alternative, ...]  # of the first one
+
+    @property
+    def shape(self) -> str:
+        """Of a whole weight, "1536x576"; "-" where it is not known."""
+        return "x".join(map(str, self.weights[0].shape)) if self.weights else "-"
+
+
+def sharded_share(plan: PartitionPlan) -> float:
+    """Share, 0.0 to 1.0, of the bytes of matmul weights that no rank holds whole; 1.0 when there are none."""
+    total = sum(param_bytes(p) for p in plan.params if p.matmul)
+    return sum(param_bytes(p) for p in plan.params if p.matmul and is_sharded(plan, p)) / total if total else 1.0
+
+
+def whole_param_bytes(plan: PartitionPlan) -> int:
+    """Bytes of all parameters, each once."""
+    return sum(param_bytes(p) for p in plan.params)
+
+
+def linear_groups(plan: PartitionPlan) -> list[LinearGroup]:
+    """Every op with a role, in the plan's order; layers that are treated alike share a group."""
+    params = {p.name: p for p in plan.params}
+    groups: dict[tuple[str, str, str, int, str], list[tuple[OpPlan, ParamPlan | None]]] = {}
+    for op in plan.ops:
+        if not op.role:
+            continue
+        weight = weight_of(op, params)
+        shape = "x".join(map(str, weight.shape)) if weight else "-"
+        layout = weight.layout if weight else (*op.input_layouts, -1, -1)[1]
+        key = (name_pattern(op.module or op.name), op.role, shape, layout, local_shape(plan, op, weight))
+        groups.setdefault(key, []).append((op, weight))
+    rows_of = Counter(pattern for pattern, *_ in groups)
+    found = []
+    for (pattern, role, _, layout, local), ops in groups.items():
+        names = tuple(op.module or op.name for op, _ in ops)
+        # A pattern in several rows: name the layers, or nobody could tell them apart.
+        ranges = compress_names(names)
+        label = names[0] if len(names) == 1 else pattern
+        if rows_of[pattern] > 1 and len(ranges) <= RANGES_SHOWN:
+            label = ", ".join(ranges)
+        stages = tuple(sorted({stage for op, _ in ops for stage in op.stages}))
+        weights = tuple(weight for _, weight in ops if weight)
+        found.append(LinearGroup(label, role, names, weights, layout, local, stages, plan.alternatives(ops[0][0])))
+    return found
+
+
+def weight_of(op: OpPlan, params: dict[str, ParamPlan]) -> ParamPlan | None:
+    """The op's weight: as the plan says, else the one matmul weight that its module owns."""
+    if op.weight:
+        return params.get(op.weight)
+    return params.get(f"{op.module}.weight")
+
+
+def local_shape(plan: PartitionPlan, op: OpPlan, weight: ParamPlan | None) -> str:
+    """The weight's shape on each tp rank: "[320|256]x576", "288x576" where all are alike."""
+    if weight is None:  # at least how the op wants its weight, which is its second input in every role
+        placement, index = (op.inputs[1], op.input_layouts[1]) if len(op.input_layouts) > 1 else (None, -1)
+        if placement is None or index < 0:
+            return "-"
+        return f"{placement} {_lengths(plan.layouts[index])}"
+    dims = [str(n) for n in weight.shape]
+    if weight.placement.is_owned:
+        return "whole, on one rank each"
+    if weight.layout >= 0:
+        dims[weight.placement.dim] = _lengths(plan.layouts[weight.layout])
+    return "x".join(dims)
+
+
+def _lengths(layout: Layout) -> str:
+    """Local lengths by rank, runs of equal ones as "3*320"."""
+    runs: list[list[int]] = []
+    for length in (layout.local_size(r) for r in range(len(layout.parts))):
+        if runs and runs[-1][1] == length:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, length])
+    if len(runs) == 1:
+        return str(runs[0][1])
+    return "[" + "|".join(f"{n}*{length}" if n > 2 else "|".join([str(length)] * n) for n, length in runs) + "]"
+
+
+def param_bytes(param: ParamPlan) -> int:
+    """Of the whole parameter."""
+    return prod(param.shape) * DTYPE_BYTES.get(param.dtype, 4)
+
+
+def is_sharded(plan: PartitionPlan, param: ParamPlan) -> bool:
+    """False also when a layout gives some rank everything."""
+    if param.placement.is_owned:
+        return True
+    return param.layout >= 0 and plan.layouts[param.layout].max_local_size < plan.layouts[param.layout].size

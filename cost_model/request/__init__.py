@@ -1,0 +1,1 @@
+"""What a plan is asked to respect: pins, cuts, devices, memory."""

@@ -1,0 +1,90 @@
+"""Pins: roles that a user fixes for linears and embeddings by name; the search does the rest around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from cost_model.errors import PlanError
+from cost_model.graph.op_graph import OpGraph
+from cost_model.graph.roles import ROLES, role_of
+
+Pin = tuple[str, str]  # (pattern, role)
+NAMES_SHOWN = 3  # of what a pattern may have meant
+
+
+def pinned_roles(graph: OpGraph, pins: Sequence[Pin]) -> dict[str, str]:
+    """The role that each pinned op must have, by the op's name.
+
+    A pattern is fnmatch's, over the module path or the name of linears, convolutions and embeddings; it may leave out
+    how the path begins ("q_proj", "self_attn.*_proj"), and "..." means "*". Raises PlanError where a pattern matches
+    nothing (naming the nearest), where a role is none of its op's, and where two patterns want the same op differently.
+    """
+    ops = [op for op in graph if role_of(op, "")]
+    found: dict[str, Pin] = {}
+    for pattern, role in pins:
+        matched = [op for op in ops if any(_matches(name, pattern) for name in (op.module, op.name))]
+        if not matched:
+            nearest = _nearest(pattern, [op.module for op in ops])
+            raise PlanError(f"pin {pattern!r} matches no linear or embedding{nearest}")
+        for op in matched:
+            roles = (*ROLES[op.kind], "replicate")
+            if role not in roles:
+                raise PlanError(
+                    f"pin {pattern!r}: {op.module or op.name} is {_article(op.kind)}, and has no role {role!r}: choose "
+                    f"{', '.join(roles[:-1])} or {roles[-1]}"
+                )
+            before = found.setdefault(op.name, (pattern, role))
+            if before[1] != role:
+                raise PlanError(
+                    f"pins {before[0]!r} and {pattern!r} want {op.module or op.name} differently, {before[1]} and "
+                    f"{role}: leave one out, or make its pattern narrower"
+                )
+    return {name: role for name, (_, role) in found.items()}
+
+
+def to_blame(pins: Sequence[Pin], fails: Callable[[Sequence[Pin]], bool]) -> list[Pin]:
+    """A smallest set of pins that together make a plan impossible: without any one of them there is one. Empty where
+    there is none without pins either. `fails(pins)` says whether there is no plan with these."""
+    if fails(()):
+        return []
+    kept = list(pins)
+    for pin in pins:
+        fewer = [p for p in kept if p != pin]
+        if fails(fewer):
+            kept = fewer
+    return kept
+
+
+def pins_text(pins: Sequence[Pin]) -> str:
+    return ", ".join(f"{pattern!r}: {role}" for pattern, role in pins)
+
+
+def nearest_names(name: str, names: Sequence[str]) -> list[str]:
+    """Of `names`, those most like `name`; its last part counts where the whole is like none."""
+    known = list(dict.fromkeys(names))
+    close = get_close_matches(name, known, NAMES_SHOWN, 0.5)
+    if close:
+        return close
+    lasts: dict[str, str] = {}
+    for full in known:
+        lasts.setdefault(full.rpartition(".")[2], full)
+    last = name.rpartition(".")[2].strip("*")
+    return [lasts[found] for found in get_close_matches(last, list(lasts), NAMES_SHOWN, 0.4)]
+
+
+def _nearest(pattern: str, names: Sequence[str]) -> str:
+    close = nearest_names(pattern, names)
+    if close:
+        return f"; the nearest: {', '.join(close)}"
+    return f"; there are {', '.join(list(dict.fromkeys(names))[:NAMES_SHOWN])}, ..." if names else "; there is none"
+
+
+def _matches(name: str, pattern: str) -> bool:
+    pattern = pattern.replace("...", "*")
+    return bool(name) and (fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}"))
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"

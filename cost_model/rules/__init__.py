@@ -1,0 +1,1 @@
+"""Sharding rules: how each kind of op may be split."""

@@ -1,0 +1,87 @@
+"""Rules of what works on images: channels are to a convolution what features are to a linear layer.
+
+    conv         "b i ..., o i ..., o? -> b o ..."     o: column parallel.  i: row parallel, output P.  Where it has
+                                                       groups, whole groups of channels
+    batch_norm   "b c ..., c, c, c?, c? -> b c ..."
+    group_norm   "b c ..., c?, c? -> b c ..."          in whole groups
+    pool         "... !h !w -> ... h w"                each channel for itself: pooling, padding, resizing
+
+Positions in the image are never cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cost_model.rules.rule import DimLink, Letter, OpRule, Shape, rule
+
+
+def _grouped(slot: int, dim: int, size: int, groups: int) -> DimLink:
+    """A dim of `size` elements, which belong to `groups` groups in order."""
+    if size == groups:
+        return DimLink(slot, dim)
+    elements = np.arange(size, dtype=np.int64)
+    return DimLink(slot, dim, (elements, elements // (size // groups)))
+
+
+@rule("conv")
+def conv(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """x [b?, i, ...], weight [o, i/groups, ...] (or [i, o/groups, ...] where `transposed`), bias [o] -> [b?, o, ...].
+
+    A share without channels is no input that torch convolves, hence `filled`.
+    """
+    x, weight, out, groups = inputs[0], inputs[1], outputs[0], attrs["groups"]
+    channel = len(x) - len(weight) + 1
+    letters = [Letter("d0", x[0], (DimLink(0, 0),), (DimLink(0, 0),))] if channel else []
+    has_bias = len(inputs) > 2
+    if groups == 1:
+        o_dim, i_dim = (1, 0) if attrs["transposed"] else (0, 1)
+        bias = (DimLink(2, 0),) if has_bias else ()
+        links = (DimLink(1, o_dim), *bias)
+        letters.append(Letter("column", out[channel], links, (DimLink(0, channel),), filled=True))
+        links = (DimLink(0, channel), DimLink(1, i_dim))
+        letters.append(Letter("row", x[channel], links, (), reduces=True, filled=True))
+    else:
+        bias = (_grouped(2, 0, out[channel], groups),) if has_bias else ()
+        links = (_grouped(0, channel, x[channel], groups), _grouped(1, 0, weight[0], groups), *bias)
+        letters.append(Letter("groups", groups, links, (_grouped(0, channel, out[channel], groups),), filled=True))
+    return OpRule(tuple(letters))
+
+
+@rule("batch_norm")
+def batch_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """x [b, c, ...] and any of mean, variance, weight, bias, each [c]; the images are needed together unless
+    mean and variance are given."""
+    x = inputs[0]
+    links = (DimLink(0, 1), *(DimLink(i, 0) for i in range(1, len(inputs))))
+    letters = [Letter("c", x[1], links, (DimLink(0, 1),), filled=True)]
+    if attrs["statistics"]:
+        letters += [
+            Letter(f"d{d}", x[d], (DimLink(0, d),), (DimLink(0, d),), filled=True) for d in range(len(x)) if d != 1
+        ]
+    return OpRule(tuple(letters))
+
+
+@rule("group_norm")
+def group_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """x [b, c, ...], weight [c]?, bias [c]?."""
+    x, groups = inputs[0], attrs["groups"]
+    links = (_grouped(0, 1, x[1], groups), *(_grouped(i, 0, x[1], groups) for i in range(1, len(inputs))))
+    return OpRule((
+        Letter("d0", x[0], (DimLink(0, 0),), (DimLink(0, 0),)),
+        Letter("groups", groups, links, (_grouped(0, 1, x[1], groups),), filled=True),
+    ))  # fmt: skip
+
+
+@rule("pool")
+def pool(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """Works along the last `spatial` dims; every other dim goes through, in each output."""
+    x = inputs[0]
+    letters = []
+    for d in range(len(x) - attrs["spatial"]):
+        links = tuple(DimLink(j, d) for j in range(len(outputs)))
+        letters.append(Letter(f"d{d}", x[d], (DimLink(0, d),), links, filled=True))
+    return OpRule(tuple(letters), ((0,),) if attrs["linear"] else ())

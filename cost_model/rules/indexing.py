@@ -1,0 +1,83 @@
+"""Rules of ops that pick elements by integers known only when they run: x[index], index_add, gather, scatter.
+
+What the integers pick from is never cut; every other dim goes through. All are linear in what they move, so that a sum
+over ranks that is owed by what one expert computed stays owed by what all experts together add up to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cost_model.rules.rule import DimLink, Letter, OpRule, Shape, rule
+
+
+@rule("index")
+def index(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """x[i, :, j]: x first, then the index tensors. `dims` lists (input dim, output dim) of what is taken whole."""
+    letters = [
+        Letter(f"d{b}", inputs[0][a], (DimLink(0, a),), (DimLink(0, b),)) for a, b in attrs["dims"]
+    ]
+    return OpRule(tuple(letters), ((0,),))
+
+
+@rule("index_add", "index_put")
+def index_add(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """x, index [n], source -> x with source's slices added (or put) at `index` along `dim`."""
+    x = inputs[0]
+    letters = [
+        Letter(f"d{d}", n, (DimLink(0, d), DimLink(2, d)), (DimLink(0, d),))
+        for d, n in enumerate(x)
+        if d != attrs["dim"]
+    ]
+    return OpRule(tuple(letters), ((0, 2),))
+
+
+@rule("gather")
+def gather(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """x, index -> x's elements at `index` along `dim`; other dims may be shorter in the index than in x: then whole."""
+    x, at = inputs[0], inputs[1]
+    letters = [
+        Letter(f"d{d}", n, (DimLink(0, d), DimLink(1, d)), (DimLink(0, d),))
+        for d, n in enumerate(x)
+        if d != attrs["dim"] and at[d] == n
+    ]
+    return OpRule(tuple(letters), ((0,),))
+
+
+@rule("scatter")
+def scatter(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """x, index, source (or a number) -> x with the source written to, or added at, `index` along `dim`.
+
+    `adds`: whether what was there stays. Linear in x and source together, each index at most once where it overwrites.
+    """
+    x = inputs[0]
+    letters = []
+    for d, n in enumerate(x):
+        if d != attrs["dim"] and all(shape[d] == n for shape in inputs):
+            links = tuple(DimLink(slot, d) for slot in range(len(inputs)))
+            letters.append(Letter(f"d{d}", n, links, (DimLink(0, d),)))
+    return OpRule(tuple(letters), ((0, 2),) if len(inputs) == 3 else ())
+
+
+@rule("split_rows")
+def split_rows(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """x [rows, ...] and how many rows each piece has -> the pieces."""
+    letters = [
+        Letter(f"d{d}", n, (DimLink(0, d),), tuple(DimLink(j, d) for j in range(len(outputs))))
+        for d, n in enumerate(inputs[0])
+        if d > 0
+    ]
+    return OpRule(tuple(letters), ((0,),))
+
+
+@rule("join_rows")
+def join_rows(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """Pieces [some rows, ...], and how many rows each has -> all rows [rows, ...]."""
+    pieces = range(len(inputs) - 1)
+    letters = [
+        Letter(f"d{d}", n, tuple(DimLink(i, d) for i in pieces), (DimLink(0, d),))
+        for d, n in enumerate(outputs[0])
+        if d > 0
+    ]
+    return OpRule(tuple(letters), (tuple(pieces),))

@@ -1,0 +1,89 @@
+"""Rules of products: linear, matmul, attention, embedding; and of the KV cache that attention reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cost_model.rules.rule import DimLink, Letter, OpRule, Shape, passing, repeat_pairs, rule
+
+
+@rule("linear")
+def linear(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """x [..., i], weight [o, i] (or [i, o] with attr `transposed`), bias [o] -> [..., o]."""
+    x, weight = inputs[0], inputs[1]
+    o_dim, i_dim = (1, 0) if attrs.get("transposed") else (0, 1)
+    last = len(x) - 1
+    letters = [passing(0, 0, x, d, d) for d in range(last)]
+    bias = (DimLink(2, 0),) if len(inputs) > 2 else ()
+    letters.append(Letter("column", weight[o_dim], (DimLink(1, o_dim), *bias), (DimLink(0, last),)))
+    letters.append(Letter("row", weight[i_dim], (DimLink(0, last), DimLink(1, i_dim)), (), reduces=True))
+    return OpRule(tuple(letters))
+
+
+@rule("matmul")
+def matmul(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """[..., m, k] @ [..., k, n], batch dims broadcast."""
+    a, b, out = inputs[0], inputs[1], outputs[0]
+    if len(a) < 2 or len(b) < 2:
+        return OpRule()
+    letters = []
+    for dim in range(len(out) - 2):
+        links = []
+        for slot, shape in ((0, a), (1, b)):
+            own = dim - (len(out) - len(shape))
+            if own >= 0 and shape[own] == out[dim]:
+                links.append(DimLink(slot, own))
+        letters.append(Letter(f"d{dim}", out[dim], tuple(links), (DimLink(0, dim),)))
+    letters.append(Letter("m", a[-2], (DimLink(0, len(a) - 2),), (DimLink(0, len(out) - 2),)))
+    letters.append(Letter("n", b[-1], (DimLink(1, len(b) - 1),), (DimLink(0, len(out) - 1),)))
+    letters.append(Letter("k", a[-1], (DimLink(0, len(a) - 1), DimLink(1, len(b) - 2)), (), reduces=True))
+    return OpRule(tuple(letters))
+
+
+@rule("sdpa")
+def sdpa(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """q [b,h,s,d], k [b,g,t,d], v [b,g,t,e], mask broadcast to [b,h,s,t] -> [b,h,s,e]; only heads are cut."""
+    q = inputs[0]
+    head = len(q) - 3
+    if head < 0:
+        return OpRule()
+    links = [DimLink(0, head)]
+    for slot in (1, 2):
+        groups = inputs[slot][head]
+        if groups == q[head]:
+            links.append(DimLink(slot, head))
+        else:
+            links.append(DimLink(slot, head, repeat_pairs(groups, q[head]), cover=True))
+    if len(inputs) > 3 and len(inputs[3]) >= 3 and inputs[3][-3] == q[head]:
+        links.append(DimLink(3, len(inputs[3]) - 3))
+    letters = [Letter("heads", q[head], tuple(links), (DimLink(0, head),))]
+    return OpRule(tuple(letters))
+
+
+@rule("embedding")
+def embedding(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """ids [...], table [v, d] -> [..., d]."""
+    table, last = inputs[1], len(outputs[0]) - 1
+    return OpRule((
+        Letter("vocab", table[0], (DimLink(1, 0),), (), reduces=True),
+        Letter("hidden", table[1], (DimLink(1, 1),), (DimLink(0, last),)),
+    ))  # fmt: skip
+
+
+@rule("cache_update")
+def cache_update(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """k [b,g,s,d], v [b,g,s,e] -> all keys [b,g,t,d], all values [b,g,t,e]; heads stay where they are."""
+    k, v = inputs[0], inputs[1]
+    if len(k) != 4 or len(v) != 4 or k[1] != v[1]:
+        return OpRule()
+    return OpRule((Letter("heads", k[1], (DimLink(0, 1), DimLink(1, 1)), (DimLink(0, 1), DimLink(1, 1))),))
+
+
+@rule("cache_read")
+def cache_read(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """Keys [b,g,t,d] and values [b,g,t,e] as an update has left them."""
+    k, v = outputs
+    if len(k) != 4 or len(v) != 4 or k[1] != v[1]:
+        return OpRule()
+    return OpRule((Letter("heads", k[1], (), (DimLink(0, 1), DimLink(1, 1))),))

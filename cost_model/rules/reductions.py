@@ -1,0 +1,45 @@
+"""Rules of norms, reductions and scans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cost_model.rules.rule import DimLink, Letter, OpRule, Shape, passing, rule
+
+
+@rule("layer_norm", "rms_norm")
+def layer_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """The last `normalized` dims are normalised, never cut."""
+    x = inputs[0]
+    return OpRule(tuple(passing(0, 0, x, d, d) for d in range(len(x) - int(attrs["normalized"]))))
+
+
+@rule("softmax", "log_softmax", "cumsum", "sort", "flip", "roll", "topk", "tril_triu")
+def along(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """Works along `dims`; every other dim goes through, in each output."""
+    x = inputs[0]
+    cut = {d % len(x) for d in attrs["dims"]}
+    letters = []
+    for d in range(len(x)):
+        if d not in cut:
+            letters.append(Letter(f"d{d}", x[d], (DimLink(0, d),), tuple(DimLink(j, d) for j in range(len(outputs)))))
+    return OpRule(tuple(letters), ((0,),) if attrs.get("linear") else ())
+
+
+@rule("sum", "mean", "reduce")
+def reduce(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """Over `dims`. A sum (or mean) over a sharded dim leaves a Partial; other reductions ("reduce") don't add up."""
+    x, keep = inputs[0], bool(attrs["keepdim"])
+    dims = sorted(d % len(x) for d in attrs["dims"])
+    adds_up = attrs["op"] in ("sum", "mean")
+    letters = []
+    for d in range(len(x)):
+        if d in dims:
+            if adds_up:
+                letters.append(Letter(f"sum{d}", x[d], (DimLink(0, d),), (), reduces=True))
+        else:
+            out_dim = d if keep else d - sum(1 for c in dims if c < d)
+            links = tuple(DimLink(j, out_dim) for j in range(len(outputs)))
+            letters.append(Letter(f"d{d}", x[d], (DimLink(0, d),), links))
+    return OpRule(tuple(letters), ((0,),) if adds_up else ())

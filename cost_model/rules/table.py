@@ -1,0 +1,99 @@
+"""One rule an op kind: which dims of its tensors correspond, hence which ways to shard it there are.
+
+A rule lists *letters*, in the sense of an einsum. A letter is one coordinate that runs through some dims of the inputs
+and outputs; sharding the op along it shards all of these together, and leaves an output that does not carry it either
+impossible or, where the op sums over the letter, Partial. A dim that no letter names is never cut.
+
+    linear        "... i, o i, o? -> ... o"      o: column parallel.  i: row parallel, output P
+    softmax       "... !n -> ... n"              !: never cut
+    sdpa          "b h q d, b g k d, b g k e, mask -> b h q e"     g follows h in whole groups
+    embedding     "..., v d -> ... d"            v: each rank looks up its own rows, the rest is zero: output P
+
+An op without a row is Replicate in and out: slower, never wrong. `tests/cost_model/test_op_rules.py` proves every row
+by running it on real shards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from cost_model.graph.op_graph import Op, TensorSpec
+from cost_model.rules import convolutions as op_rules_images  # noqa: F401  each puts its rows into RULES
+from cost_model.rules import elementwise as op_rules_elementwise  # noqa: F401  each puts its rows into RULES
+from cost_model.rules import indexing as op_rules_indexing  # noqa: F401  each puts its rows into RULES
+from cost_model.rules import matmuls as op_rules_products  # noqa: F401  each puts its rows into RULES
+from cost_model.rules import reductions as op_rules_reductions  # noqa: F401  each puts its rows into RULES
+from cost_model.rules import views as op_rules_views  # noqa: F401  each puts its rows into RULES
+from cost_model.rules.rule import RULES, OpRule, Shape
+
+
+class RuleTable:
+    """Rules of ops, computed once per distinct (kind, shapes, attributes): the layers of a model share them."""
+
+    def __init__(self) -> None:
+        self._cache: dict[tuple[Any, ...], OpRule] = {}
+        self._exact: dict[tuple[Any, ...], OpRule] = {}  # by lengths as they are: each op is asked for several times
+
+    def __call__(self, op: Op, inputs: Sequence[TensorSpec]) -> OpRule:
+        attributes = tuple(sorted(op.attrs.items()))
+        exact = (op.kind, tuple(inputs), op.outputs, attributes)
+        known = self._exact.get(exact)
+        if known is None:
+            known = self._exact[exact] = self._at_small_lengths(op, inputs, attributes)
+        return known
+
+    def _at_small_lengths(self, op: Op, inputs: Sequence[TensorSpec], attributes: tuple[Any, ...]) -> OpRule:
+        shapes, outs = _with_small_lengths(tuple(inputs), op.outputs)
+        key = (op.kind, shapes, outs, attributes)
+        found = self._cache.get(key)
+        if found is None:
+            function = RULES.get(op.kind)
+            found = OpRule() if function is None else function(shapes, outs, op.attrs)
+            self._cache[key] = found
+        return found
+
+
+def _with_small_lengths(
+    inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
+    """The shapes, where a length that depends on values is a small prime that nothing else there has.
+
+    Such lengths are never sharded, and their examples are huge and all different (each expert's rows): the rules of
+    equal ops would not be shared, and their arrays would be as long.
+    """
+    specs = (*inputs, *outputs)
+    follow = {n: symbol for s in specs for n, symbol in zip(s.shape, s.symbols, strict=False) if "?" in symbol}
+    unknown = {n: 0 for n, symbol in follow.items() if "~" in symbol}
+    if unknown:
+        taken = {n for s in specs for n in s.shape}
+        primes = (p for p in itertools.count(11, 2) if p not in taken and all(p % k for k in range(3, p, 2)))
+        # viewed as [rows, an equal part for each]: the small length has such parts, too
+        for n, prime in zip(sorted(unknown), primes):
+            unknown[n] = prime * math.lcm(*(n // part for part in follow if _is_part(part, n)))
+
+    def small(spec: TensorSpec) -> Shape:
+        if not unknown or not spec.symbols:
+            return spec.shape
+        shape = []
+        for n, symbol in zip(spec.shape, spec.symbols, strict=True):
+            whole = next((u for u in unknown if n % u == 0), None) if "?" in symbol else None
+            part = next((u for u in unknown if _is_part(n, u)), None) if "?" in symbol else None
+            if whole is not None:
+                n = n // whole * unknown[whole]
+            elif part is not None:
+                n = unknown[part] // (part // n)
+            shape.append(n)
+        return tuple(shape)
+
+    return tuple(map(small, inputs)), tuple(map(small, outputs))
+
+
+def _is_part(part: int, whole: int) -> bool:
+    """Whether a made-up length is so many times another; they are huge, and the times no more than sequences."""
+    return whole % part == 0 and whole <= 1024 * part
+
+
+__all__ = ["RULES", "RuleTable"]

@@ -1,0 +1,124 @@
+"""What else could have been chosen for an op, at what cost, or why not: for people who ask a plan for its reasons."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from cost_model.errors import PlanError
+from cost_model.graph.op_graph import Op, TensorRef
+from cost_model.graph.roles import role_of
+from cost_model.plan.data import Alternative, rounded
+from cost_model.rules.rule import Letter
+from cost_model.search.tensor_parallel import TensorParallelResult, TensorParallelSearch
+
+
+class AlternativeCosts:
+    """The roles that each op of one solved search could have."""
+
+    def __init__(self, search: TensorParallelSearch, result: TensorParallelResult) -> None:
+        self.search = search
+        self.result = result
+        self._known: dict[str, tuple[Alternative, ...]] = {}  # by variable: alike experts choose alike
+        self._alike = Counter(result.variable.values())
+        self._pairs: dict[str, list[tuple[str, str]]] = {}
+        for pair in result.pairs:
+            for variable in pair:
+                self._pairs.setdefault(variable, []).append(pair)
+
+    def of(self, op: Op) -> tuple[Alternative, ...]:
+        """All roles that the op's rule knows, its own first; () where there is nothing to choose."""
+        variable = self.result.variable[op.name]
+        if variable not in self._known:
+            self._known[variable] = self._of(op)
+        return self._known[variable]
+
+    def _of(self, op: Op) -> tuple[Alternative, ...]:
+        domain = self.result.domains[op.name]
+        own = role_of(op, self.result.strategies[op.name].letter)
+        letters = {role_of(op, letter.name): letter for letter in _rule_letters(self.search, op)}
+        possible: dict[str, list[int]] = {}
+        for k, strategy in enumerate(domain):
+            possible.setdefault(role_of(op, strategy.letter), []).append(k)
+        roles = dict.fromkeys([own, *possible, *letters])
+        if not own or self.search.tp == 1 or len(roles) == 1:
+            return ()
+        found = []
+        for role in roles:
+            if role == own:
+                found.append(Alternative(role))
+            elif op.name in self.search.pins:
+                found.append(Alternative(role, impossible=f"it is pinned to {own}"))
+            elif role in possible:
+                found.append(self._forced(op, role, possible[role]))
+            else:
+                found.append(Alternative(role, impossible=why_not(self.search, op, letters[role])))
+        return tuple(found)
+
+    def _forced(self, op: Op, role: str, values: list[int]) -> Alternative:
+        variable = self.result.variable[op.name]
+        dearer_by = self.result.elimination.dearer_by(variable)
+        best = min(values, key=lambda k: dearer_by[k])
+        if dearer_by[best] == float("inf"):
+            return Alternative(role, impossible="no op next to it can write or read its tensors so")
+        seconds, nbytes = self._difference(self.result.elimination.forced(variable, best))
+        return Alternative(role, rounded(seconds), nbytes)
+
+    def _difference(self, changed: Mapping[str, int]) -> tuple[float, int]:
+        """Seconds, and bytes of weights on the rank that holds most of each, that other choices of variables add."""
+        search, result, choice = self.search, self.result, self.result.elimination.choice
+        seconds, nbytes = 0.0, 0
+        pairs: dict[tuple[str, str], None] = {}
+        for name, k in changed.items():
+            op, times = search.graph[name], self._alike[name]
+            now, was = result.domains[name][k], result.strategies[name]
+            seconds += times * (search.compute_seconds(op, now) - search.compute_seconds(op, was))
+            seconds += times * (search.gather_seconds(op, now) - search.gather_seconds(op, was))
+            seconds += float(result.reading[name][k] - result.reading[name][choice[name]])
+            if op.kind == "param":
+                nbytes += times * (search.held_bytes(op, now) - search.held_bytes(op, was))
+            pairs.update(dict.fromkeys(self._pairs.get(name, ())))
+        for u, v in pairs:
+            table = result.pairs[u, v]
+            seconds += float(table[changed.get(u, choice[u]), changed.get(v, choice[v])] - table[choice[u], choice[v]])
+        return seconds, nbytes
+
+
+def _rule_letters(search: TensorParallelSearch, op: Op) -> tuple[Letter, ...]:
+    return search.layouts.rules(op, search.graph.input_specs(op)).letters
+
+
+def refuse_impossible_roles(search: TensorParallelSearch) -> None:
+    """Raises PlanError, which says why, where an op cannot have the role that it is pinned to."""
+    for name, role in search.pins.items():
+        op = search.graph[name]
+        if search.domain(op):
+            continue
+        letter = next((x for x in _rule_letters(search, op) if role_of(op, x.name) == role), None)
+        if search.tp == 1:
+            why = "tp=1 cuts nothing"
+        elif letter is None:
+            why = f"the rule of {op} has no such way to cut it"
+        else:
+            why = why_not(search, op, letter)
+        raise PlanError(f"{op.module or name} cannot be {role}: {why}")
+
+
+def why_not(search: TensorParallelSearch, op: Op, letter: Letter) -> str:
+    """Why no strategy of `op` cuts it along this letter of its rule."""
+    if search.decides(op):
+        return "it decides where data goes (a router, say), and is whole on every rank: rounding must change no choice"
+    dims = [(op.inputs[x.slot], x.dim) for x in letter.inputs]
+    dims += [(TensorRef(op.name, x.slot), x.dim) for x in letter.outputs]
+    if any(search.graph.spec(ref).is_dynamic(dim) for ref, dim in dims):
+        return "that length follows the model's inputs"
+    if letter.filled and letter.size < search.tp:
+        return f"{letter.size} cannot be cut into {search.tp} parts, and none may be empty"
+    layouts = [search.layouts.layout(ref, dim) for ref, dim in dims]
+    if all(layout is None for layout in layouts):
+        return f"no grain to cut: its {letter.size} elements belong together (one head, say) and every rank reads all"
+    if letter.reduces and any(layout is not None and layout.overlaps for layout in layouts):
+        return "several ranks hold the same elements (a shared KV head, say), and a sum would count them twice"
+    if letter.filled:
+        return f"some of {search.tp} ranks would get no part, and none may be empty"
+    return "nothing that it reads or writes is cut there"

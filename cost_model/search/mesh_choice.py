@@ -1,0 +1,268 @@
+"""Which tp and pp? Every mesh of some devices planned, and ranked by what the user is after.
+
+latency      seconds of one forward through all stages: of one token, for a model that decodes
+throughput   tokens/s of all devices under load: each mesh with as many sequences in flight as it has memory for, up to
+             LOAD a device. Stages work on a micro-batch each, so the slowest sets the pace
+memory       bytes of the fullest rank
+
+A mesh may take a part of the devices only, N / 2 or N / 4 of them, say. For latency the rest is left over; for
+throughput it runs more copies of the same, each with its share of the sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cost_model.errors import AutodistError, MeshError, NoPlanFits, PlanError
+from cost_model.format import bytes_text, seconds_text
+from cost_model.graph.op_graph import OpGraph
+from cost_model.mesh import Mesh
+from cost_model.plan.data import PartitionPlan
+from cost_model.request.pins import pinned_roles
+from cost_model.request.plan_request import PlanRequest
+from cost_model.search.plan_search import SharedSearches
+from cost_model.search.planner import forward_seconds, plan
+from cost_model.text_tables import table
+
+OBJECTIVES = ("latency", "throughput", "memory")
+LOAD = 256  # sequences in flight a device, at most: what vLLM admits by default (max_num_seqs)
+USABLE = 0.9  # of a device's memory: the rest is the context's, the allocator's and the collectives' (vLLM's default)
+NEAR = 1.1  # times the best's seconds: a mesh of fewer devices that near is worth a word
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One mesh, planned. Seconds and bytes are predictions at the plan's sizes (`plan.sizes`)."""
+
+    plan: PartitionPlan
+    copies: int  # of the split model, on the devices that there are
+    sequences: int  # in flight in one copy: of all its micro-batches together
+    fits: bool  # weights, caches and activations into a device's memory
+    seconds: float  # of one forward through all stages
+    prompt_seconds: float | None  # of a prompt as long as what is cached; None without a cache, or with one of its own
+    tokens_per_second: float  # of all copies; samples/s of a model without tokens
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.plan.mesh
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the fullest rank."""
+        return max(stage.memory_bytes for stage in self.plan.stages)
+
+
+@dataclass(frozen=True, slots=True)
+class MeshChoice:
+    """Candidates, the best first; those that do not fit come last. `impossible`: meshes without a plan, and why."""
+
+    model: str
+    devices: int
+    objective: str
+    candidates: tuple[Candidate, ...]
+    impossible: tuple[tuple[Mesh, str], ...]
+
+    @property
+    def best(self) -> Candidate:
+        return self.candidates[0]
+
+    def __str__(self) -> str:
+        return choice_text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data; of each plan its mesh, sizes and predictions."""
+        return {
+            "model": self.model,
+            "devices": self.devices,
+            "hardware": self.best.plan.hardware,
+            "objective": self.objective,
+            "candidates": [
+                {
+                    "tp": c.mesh.tp,
+                    "pp": c.mesh.pp,
+                    "copies": c.copies,
+                    "sizes": dict(c.plan.sizes),
+                    "sequences": c.sequences,
+                    "fits": c.fits,
+                    "seconds": c.seconds,
+                    "prompt_seconds": c.prompt_seconds,
+                    "tokens_per_second": c.tokens_per_second,
+                    "memory_bytes": c.memory_bytes,
+                }
+                for c in self.candidates
+            ],
+            "impossible": [{"tp": mesh.tp, "pp": mesh.pp, "why": why} for mesh, why in self.impossible],
+        }
+
+
+def choose_mesh(
+    graph: OpGraph,
+    request: PlanRequest,
+    devices: int,
+    *,
+    model: str,
+    fingerprint: str,
+    sequences: int | None = None,
+) -> MeshChoice:
+    """Plans every mesh whose ranks divide `devices`, and ranks them by `request.objective`; the request's mesh is not
+    looked at, its memory limit (of the first stage) holds for every device, else USABLE of the device's own memory.
+
+    `sequences`: in flight over all devices under load; None: as many as each mesh has memory for.
+
+    Raises PlanError (a bad request), MeshError (no mesh can be planned), NoPlanFits (none fits).
+    """
+    if request.objective not in OBJECTIVES:
+        raise PlanError(f"no mesh is chosen for objective {request.objective!r}: choose one of {', '.join(OBJECTIVES)}")
+    if devices < 1:
+        raise MeshError(f"{devices} devices: there must be one at least")
+    pinned_roles(graph, request.pins)  # says what is wrong with them, for all meshes
+    chooser = _Chooser(graph, request, devices, sequences, model, fingerprint)
+    found: list[Candidate] = []
+    impossible: list[tuple[Mesh, AutodistError]] = []
+    for mesh in _meshes(devices, len(request.cuts) + 1 if request.cuts else None):
+        try:
+            found.append(chooser.candidate(mesh))
+        except (MeshError, PlanError) as error:
+            impossible.append((mesh, error))
+    if not found:
+        no_mesh = MeshError(f"no mesh of {devices} devices has pp={len(request.cuts) + 1}: give other cuts, or none")
+        raise impossible[0][1] if impossible else no_mesh
+    ranked = sorted(found, key=lambda c: (not c.fits, _rank(c, request.objective), c.mesh.size))
+    if not ranked[0].fits:
+        least = min(found, key=lambda c: c.memory_bytes)
+        raise NoPlanFits(
+            f"{model} fits on no mesh of {devices} devices: the least is {bytes_text(least.memory_bytes)} on a rank "
+            f"with {least.mesh}, and a device holds {bytes_text(chooser.memory_bytes)}: use more devices, a smaller "
+            f"dtype, or fewer or shorter sequences"
+        )
+    return MeshChoice(model, devices, request.objective, tuple(ranked), tuple((m, str(e)) for m, e in impossible))
+
+
+def _meshes(devices: int, pp: int | None) -> Iterator[Mesh]:
+    for ranks in range(1, devices + 1):
+        if devices % ranks == 0:
+            for tp in range(1, ranks + 1):
+                if ranks % tp == 0 and pp in (None, ranks // tp):
+                    yield Mesh(tp, ranks // tp)
+
+
+def _rank(candidate: Candidate, objective: str) -> float:
+    if objective == "latency":
+        return candidate.seconds
+    return -candidate.tokens_per_second if objective == "throughput" else float(candidate.memory_bytes)
+
+
+class _Chooser:
+    """Plans one mesh after another; what depends on tp alone is searched once."""
+
+    def __init__(
+        self, graph: OpGraph, request: PlanRequest, devices: int, sequences: int | None, model: str, fingerprint: str
+    ) -> None:
+        self.graph = graph
+        self.request = request
+        self.devices = devices
+        self.sequences = sequences
+        self.names = {"model": model, "fingerprint": fingerprint}
+        self.shared: SharedSearches = {}
+        own = int(USABLE * request.hardware.memory_bytes)
+        self.memory_bytes = request.memory_bytes[0] if request.memory_bytes else own
+        self.is_loaded = request.objective == "throughput"
+
+    def candidate(self, mesh: Mesh) -> Candidate:
+        copies = self.devices // mesh.size
+        if not self.is_loaded:
+            return self._planned(mesh, copies, None)
+        # Of one micro-batch; a pipeline kept full has one for each stage.
+        share = (self.sequences or LOAD * self.devices) // (copies * mesh.pp)
+        found = self._planned(mesh, copies, max(share, 1))
+        while not found.fits and self.sequences is None and (fewer := self._fewer(found)):
+            found = self._planned(mesh, copies, fewer)
+        return found
+
+    def _fewer(self, found: Candidate) -> int:
+        """A micro-batch for which the fullest stage may have memory; 0 where its weights alone are too much."""
+        batch = dict(found.plan.sizes)["B"]
+        most = batch - 1
+        for stage in found.plan.stages:
+            a_sequence = (stage.memory_bytes - stage.weight_bytes) / batch
+            if stage.memory_bytes > self.memory_bytes:
+                most = min(most, int((self.memory_bytes - stage.weight_bytes) / a_sequence))
+        return 2 ** int(math.log2(most)) if most >= 1 else 0
+
+    def _planned(self, mesh: Mesh, copies: int, batch: int | None) -> Candidate:
+        sizes = self.request.sizes if batch is None else (*dict(self.request.sizes, B=batch).items(),)
+        in_flight = mesh.pp if batch is not None else 1
+        wanted = replace(
+            self.request, mesh=mesh, sizes=sizes, in_flight=in_flight, memory_bytes=(self.memory_bytes,) * mesh.pp
+        )
+        try:
+            planned = plan(self.graph, wanted, **self.names, shared=self.shared)
+        except NoPlanFits:
+            planned = plan(self.graph, replace(wanted, memory_bytes=None), **self.names, shared=self.shared)
+        used = dict(planned.sizes)
+        pace = max(stage.seconds for stage in planned.stages) if in_flight > 1 else planned.predicted_seconds
+        return Candidate(
+            plan=planned,
+            copies=copies,
+            sequences=used["B"] * in_flight,
+            fits=all(stage.memory_bytes <= self.memory_bytes for stage in planned.stages),
+            seconds=planned.predicted_seconds,
+            prompt_seconds=self._prompt_seconds(planned, wanted, used) if used.get("P") and "S" in used else None,
+            tokens_per_second=copies * used["B"] * used.get("S", 1) / pace,
+        )
+
+    def _prompt_seconds(self, planned: PartitionPlan, wanted: PlanRequest, used: Mapping[str, int]) -> float:
+        """Of what the cache holds, computed as one prompt of one sequence."""
+        return forward_seconds(self.graph, planned, wanted, {**used, "B": 1, "S": used["P"], "P": 0}, self.shared)
+
+
+# -- as text -----------------------------------------------------------------------------------------------------------
+
+
+def choice_text(choice: MeshChoice) -> str:
+    """A table, the best first, and what to know about it."""
+    sizes = dict(choice.best.plan.sizes)
+    at = ", ".join(f"{symbol}={n}" for symbol, n in sizes.items() if symbol != "B" or choice.objective != "throughput")
+    hardware = choice.best.plan.hardware
+    lines = [f"{choice.model} on {choice.devices} {hardware}, by {choice.objective}; predicted at {at}", ""]
+    step = "a token" if sizes.get("P") else "a forward"
+    prompt = [f"prompt of {sizes['P']}"] if sizes.get("P") and "S" in sizes else []
+    pace = "tokens/s" if "S" in sizes or "P" in sizes else "samples/s"
+    rows = [["", "mesh", "copies", "sequences", step, *prompt, pace, "memory", ""]]
+    for number, c in enumerate(choice.candidates, 1):
+        rows.append([
+            str(number),
+            str(c.mesh),
+            str(c.copies),
+            str(c.sequences * c.copies),  # in flight where tokens/s are counted: on all devices
+            seconds_text(c.seconds),
+            *([seconds_text(c.prompt_seconds)] if c.prompt_seconds is not None else ["-"] * len(prompt)),
+            f"{c.tokens_per_second:.0f}",
+            bytes_text(c.memory_bytes),
+            "chosen" if number == 1 else "" if c.fits else "does not fit",
+        ])  # fmt: skip
+    lines += table(rows, left=(0, 1, 8 if prompt else 7), flexible=1)
+    return "\n".join(line.rstrip() for line in [*lines, "", *_remarks(choice)]).rstrip()
+
+
+def _remarks(choice: MeshChoice) -> Sequence[str]:
+    best, remarks = choice.best, []
+    left = choice.devices - best.mesh.size
+    if choice.objective == "latency":
+        if left:
+            are = "is" if left == 1 else "are"
+            remarks.append(f"{left} of {choice.devices} devices {are} left over: more ranks would be slower.")
+        fewer = [c for c in choice.candidates if c.fits and c.mesh.size < best.mesh.size]
+        if near := [c for c in fewer if c.seconds <= NEAR * best.seconds]:
+            small = min(near, key=lambda c: c.mesh.size)
+            slower = small.seconds / best.seconds - 1
+            remarks.append(f"{small.mesh}, with {small.mesh.size} of the devices, is only {slower:.0%} slower.")
+    if choice.objective == "throughput" and best.copies > 1:
+        remarks.append(f"{best.copies} copies of {best.mesh} side by side, each with its share of the sequences.")
+    if choice.objective == "throughput" and any(c.mesh.pp > 1 for c in choice.candidates):
+        remarks.append("Tokens/s of pp > 1 are those of a pipeline that as many micro-batches as stages keep full.")
+    remarks += [f"{mesh}: {why}" for mesh, why in choice.impossible]
+    return remarks

@@ -1,0 +1,421 @@
+"""The pipeline search: where to cut the op sequence into stages, and what crosses each cut.
+
+Cuts are positions in execution order. Dynamic programming places them: the slowest stage as fast as can be, each on
+its own device, then the fewest bytes over the hops, each stage within its device's memory. What a stage needs from
+before it is either received or computed again from what it has (graph inputs go to every rank): a minimum cut in
+networkx decides, stage by stage, so that masks and rotary tables are recomputed and hidden states are sent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+
+from cost_model.errors import MeshError, NoPlanFits
+from cost_model.format import bytes_text
+from cost_model.graph.op_graph import SOURCES, Op, OpGraph, TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class OpCost:
+    """What one op adds to the stage that runs it, on its slowest tp rank."""
+
+    seconds: float  # compute and collectives, where devices do not differ
+    state_bytes: int  # KV cache that it keeps
+    repeatable: bool  # may a later stage compute it again? (no weights, no collectives, no side effects)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Ops [start, stop) of the sequence, what it computes again, and the tensors it receives."""
+
+    start: int
+    stop: int
+    recomputed: tuple[str, ...]
+    received: tuple[TensorRef, ...]
+
+
+# Seconds that stage k, which is this one, takes to receive what it receives. The third are the positions where stages
+# begin; () while these are not known yet, and all comes from the stage before.
+Arrival = Callable[[int, Stage, Sequence[int]], float]
+
+
+class PipelineSearch:
+    """Cuts one graph into stages. `send_seconds(ref)` is the time to hand that tensor to another stage;
+    `weight_bytes` are a parameter's bytes on the slowest tp rank; `sizes`, the lengths ("B", "S", ...) at which the
+    bytes over a border are counted, those of the graph's examples where it has none."""
+
+    def __init__(
+        self,
+        graph: OpGraph,
+        costs: Mapping[str, OpCost],
+        send_seconds: Mapping[TensorRef, float],
+        weight_bytes: Mapping[str, int],
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
+        self.graph = graph
+        self.costs = costs
+        self.send_seconds = send_seconds
+        self.weight_bytes = weight_bytes
+        self.sequence = [op.name for op in graph if op.kind not in SOURCES]
+        self.position = {name: i for i, name in enumerate(self.sequence)}
+        self._state = _prefix_sums([costs[name].state_bytes for name in self.sequence])
+        self._from_weights = self._weight_derived()
+        self._counts, self._bytes = self._crossing(sizes or {})
+
+    # -- where cuts may be -------------------------------------------------------------------------------------------
+
+    def _weight_derived(self) -> set[str]:
+        found: set[str] = set()
+        for op in self.graph:
+            if op.kind == "param" or any(ref.op in found for ref in op.inputs):
+                found.add(op.name)
+        return found
+
+    def _crossing(self, lengths: Mapping[str, int]) -> tuple[list[int], list[int]]:
+        """At each position: how many tensors, and bytes, derived from weights are made before it and used after."""
+        counts, sizes = [0] * (len(self.sequence) + 1), [0] * (len(self.sequence) + 1)
+        outputs = set(self.graph.outputs)
+        for name in self.sequence:
+            if name not in self._from_weights:
+                continue
+            for j, spec in enumerate(self.graph[name].outputs):
+                ref = TensorRef(name, j)
+                users = [self.position[user] for user, _ in self.graph.users.get(ref, ())]
+                last = max(users, default=self.position[name])
+                if ref in outputs:
+                    last = max(last, self.position[name])  # leaves the model from where it is made
+                nbytes = spec.at(lengths).nbytes
+                counts[self.position[name] + 1] += 1
+                sizes[self.position[name] + 1] += nbytes
+                counts[last + 1] -= 1
+                sizes[last + 1] -= nbytes
+        return _running(counts), _running(sizes)
+
+    def candidates(self, enough: int = 1) -> list[int]:
+        """Positions worth cutting at: where the fewest tensors cross, and fewer bytes than at their neighbours.
+
+        Where these are not `enough`, because some tensor is used far on, also those that one more tensor crosses.
+        """
+        counts, sizes = self._counts, self._bytes
+        inner = [
+            p
+            for p in range(1, len(self.sequence))
+            if counts[p] > 0
+            and (counts[p], sizes[p]) <= (counts[p - 1] or math.inf, sizes[p - 1])
+            and (counts[p], sizes[p]) < (counts[p + 1] or math.inf, sizes[p + 1])
+        ]
+        places: list[int] = []
+        for most in sorted({counts[p] for p in inner}):
+            places = [p for p in inner if counts[p] <= most]
+            if len(places) >= enough:
+                break
+        return places
+
+    # -- the cuts ------------------------------------------------------------------------------------------------------
+
+    def solve(
+        self,
+        stages: int,
+        memory_bytes: Sequence[int] | None = None,
+        *,
+        seconds: Sequence[Mapping[str, float]] | None = None,
+        cuts: Sequence[int] | None = None,
+        balance: str = "seconds",
+        arrival: Arrival = lambda k, stage, starts: 0.0,
+    ) -> list[Stage]:
+        """The best `stages` stages. `memory_bytes[k]` is what stage k's device holds of weights and caches.
+
+        seconds: of each op on stage k's device, where the stages' devices differ; else `costs` has them.
+        cuts: positions to cut at, where they are given and nothing is left to search.
+        balance: "seconds" (the slowest stage as fast as can be) or "bytes" (the fullest as empty as can be, as a share
+            of its memory); the other decides between equals, then the bytes over the hops.
+        arrival: of what each stage receives. A stage's seconds are those of its ops, of what it computes again, and it.
+
+        Raises MeshError when there are fewer places to cut than needed, NoPlanFits when memory rules all out.
+        """
+        alike = {name: cost.seconds for name, cost in self.costs.items()}
+        self.times = [dict(s) for s in seconds] if seconds is not None else [alike] * stages
+        until = {id(t): _prefix_sums([t[name] for name in self.sequence]) for t in self.times}
+        self._until = [until[id(t)] for t in self.times]
+        self.arrival = arrival
+        if cuts is None:
+            places = self.candidates(stages - 1) if stages > 1 else []
+            cuts = self._place(stages, places, memory_bytes, balance)
+        else:
+            cuts = [0, *cuts, len(self.sequence)]
+            self._check_memory(cuts, memory_bytes)
+        return [self.stage(k, a, b) for k, (a, b) in enumerate(itertools.pairwise(cuts))]
+
+    def _place(
+        self,
+        stages: int,
+        places: list[int],
+        memory_bytes: Sequence[int] | None,
+        balance: str,
+    ) -> list[int]:
+        if len(places) < stages - 1:
+            raise MeshError(
+                f"pp={stages} needs {stages - 1} cuts, but the model has only {len(places)} places to cut it: "
+                f"use pp={len(places) + 1} at most"
+            )
+        ends = [0, *places, len(self.sequence)]
+        spans = _Spans(len(ends) - 1, stages)
+        if memory_bytes is not None or balance == "bytes":
+            held = self._held_between(ends)
+            if memory_bytes is not None:
+                spans.restrict(lambda k, i, j: held[i, j], memory_bytes)
+            if balance == "bytes":
+                limits = memory_bytes or [1] * stages
+                spans.flatten(lambda k, i, j: held[i, j] / limits[k])
+        before = self._before(ends[:-1], stages)
+        spans.flatten(lambda k, i, j: before[k][i] + self._until[k][ends[j]] - self._until[k][ends[i]])
+        found = spans.shortest(lambda k, i, j: self._bytes[ends[j]] if j < len(ends) - 1 else 0)
+        if found is None:
+            raise NoPlanFits(self._too_big(stages, memory_bytes, spans.least(lambda k, i, j: held[i, j])))
+        return [ends[i] for i in found]
+
+    def _before(self, starts: Sequence[int], stages: int) -> list[list[float]]:
+        """Seconds of receiving and computing again before stage k's own ops, were it to begin at each of `starts`: as
+        much as all ops from there to the end need, which in layers that are alike is what the stage's own do."""
+        end = len(self.sequence)
+        found: list[list[float]] = []
+        at_all: dict[int, list[Stage]] = {}
+        for k in range(stages):
+            times = self.times[k]
+            if k and id(times) not in at_all:  # nothing is needed at 0, where only stage 0 begins
+                at_all[id(times)] = [
+                    self._stage_of(a, end, needed, times) for a, needed in zip(starts, self._needed_at(starts))
+                ]
+            candidates = at_all[id(times)] if k else []
+            found.append([self._start_seconds(k, stage, ()) for stage in candidates] or [0.0] * len(starts))
+        return found
+
+    def _start_seconds(self, k: int, stage: Stage, starts: Sequence[int]) -> float:
+        return sum(self.times[k][name] for name in stage.recomputed) + self.arrival(k, stage, starts)
+
+    def _needed_at(self, starts: Sequence[int]) -> list[list[TensorRef]]:
+        """For each of these positions, in order, the tensors made before it and used there or later."""
+        spans = [
+            (self.position[ref.op], max(self.position[user] for user, _ in users), ref)
+            for ref, users in self.graph.users.items()
+            if ref.op in self.position and users
+        ]
+        spans.sort(key=lambda span: span[0])
+        found: list[list[TensorRef]] = []
+        crossing: list[tuple[int, int, TensorRef]] = []
+        at = 0
+        for start in starts:
+            while at < len(spans) and spans[at][0] < start:
+                crossing.append(spans[at])
+                at += 1
+            crossing = [span for span in crossing if span[1] >= start]
+            found.append([ref for _, _, ref in crossing])
+        return found
+
+    def _held_between(self, ends: Sequence[int]) -> dict[tuple[int, int], int]:
+        """Bytes of weights and caches of ops [ends[i], ends[j]), for all i < j; a weight used twice counts once."""
+        found: dict[tuple[int, int], int] = {}
+        reads = [
+            [ref.op for ref in self.graph[name].inputs if ref.op in self.weight_bytes] for name in self.sequence
+        ]
+        for i, start in enumerate(ends):
+            seen: set[str] = set()
+            total = 0
+            for j in range(i + 1, len(ends)):
+                for names in reads[ends[j - 1] : ends[j]]:
+                    for weight in names:
+                        if weight not in seen:
+                            seen.add(weight)
+                            total += self.weight_bytes[weight]
+                found[i, j] = total + int(self._state[ends[j]] - self._state[start])
+        return found
+
+    def _check_memory(self, cuts: Sequence[int], memory_bytes: Sequence[int] | None) -> None:
+        """Of stages that were given. Raises NoPlanFits."""
+        if memory_bytes is None:
+            return
+        held = self._held_between(cuts)
+        for k, limit in enumerate(memory_bytes):
+            if held[k, k + 1] > limit:
+                modules = (self.graph[name].module for name in self.sequence[cuts[k] :])
+                raise NoPlanFits(
+                    f"stage {k}, from {next(filter(None, modules), 'the start')}, holds "
+                    f"{bytes_text(held[k, k + 1])} of weights and KV cache, and its device {bytes_text(limit)}: move "
+                    "the cuts, or leave them to the search"
+                )
+
+    def _too_big(self, stages: int, memory_bytes: Sequence[int] | None, least: float) -> str:
+        """`least`: bytes of the fullest stage, were the stages as even as they can be."""
+        total = sum(self.weight_bytes.values()) + int(self._state[-1])
+        limits = [bytes_text(limit) for limit in dict.fromkeys(memory_bytes or [0])]
+        holds = f"a device holds {limits[0]}" if len(limits) == 1 else f"the devices hold {', '.join(limits)}"
+        fullest = f", {bytes_text(least)} on the fullest at best" if stages > 1 else ""
+        return (
+            f"no cut into {stages} stages fits: weights and KV cache take {bytes_text(total)} over the stages of one "
+            f"tp rank{fullest}, and {holds}: use more ranks (tp or pp), a smaller dtype, or raise max_memory"
+        )
+
+    def crossing(self, position: int) -> list[TensorRef]:
+        """The tensors that depend on weights, are made before `position` and used behind it."""
+        return [
+            ref
+            for ref, users in self.graph.users.items()
+            if ref.op in self.position
+            and ref.op in self._from_weights
+            and self.position[ref.op] < position <= max(self.position[user] for user, _ in users)
+        ]
+
+    def stage_seconds(self, k: int, stage: Stage, starts: Sequence[int]) -> float:
+        """Of a stage k that `stage` finds, in the pipeline whose stages begin at `starts`: its ops, what it computes
+        again, and what it receives."""
+        own = self._until[k][stage.stop] - self._until[k][stage.start]
+        return own + self._start_seconds(k, stage, starts)
+
+    # -- what crosses --------------------------------------------------------------------------------------------------
+
+    def stage(self, k: int, start: int, stop: int) -> Stage:
+        """Ops [start, stop) as stage k, with what crosses into it. Only after `solve`."""
+        return self._stage(start, stop, self.times[k])
+
+    def _stage(self, start: int, stop: int, seconds: Mapping[str, float] | None = None) -> Stage:
+        needed = [
+            ref
+            for name in self.sequence[start:stop]
+            for ref in self.graph[name].inputs
+            if ref.op in self.position and self.position[ref.op] < start
+        ]
+        seconds = seconds or {name: self.costs[name].seconds for name in self.sequence}
+        return self._stage_of(start, stop, list(dict.fromkeys(needed)), seconds)
+
+    def _stage_of(self, start: int, stop: int, needed: Sequence[TensorRef], seconds: Mapping[str, float]) -> Stage:
+        recomputed = self._recompute(needed, seconds)
+        inside = set(recomputed)
+        wanted = [ref for ref in needed if ref.op not in inside]
+        for name in recomputed:
+            wanted += [r for r in self.graph[name].inputs if r.op in self.position and r.op not in inside]
+        received = tuple(sorted(dict.fromkeys(wanted), key=lambda r: (self.position[r.op], r.index)))
+        return Stage(start, stop, tuple(sorted(recomputed, key=self.position.__getitem__)), received)
+
+    def _recompute(self, needed: Sequence[TensorRef], seconds: Mapping[str, float]) -> list[str]:
+        """Which ops to compute again so that `needed` is there at least cost.
+
+        Minimum cut. Each op has two vertices, "its value is wanted here" and "it is computed here"; to want it without
+        computing it costs a send, to compute it costs its seconds and makes its inputs wanted. Ops that cost more to
+        compute than to send are not followed further: computing them is never part of a minimum.
+        """
+        if not needed:
+            return []
+        flow: nx.DiGraph[object] = nx.DiGraph()
+        flow.add_nodes_from(("start", "end"))
+        stack = [ref.op for ref in needed]
+        sends: dict[str, float] = {}
+        stuck: list[Op] = []
+        for ref in needed:
+            flow.add_edge("start", ("wanted", ref.op))  # no capacity: infinite
+        seen: set[str] = set()
+        while stack:
+            name = stack.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            op, cost = self.graph[name], self.costs[name]
+            sends[name] = sum(self.send_seconds[TensorRef(name, j)] for j in range(len(op.outputs)))
+            can_send = bool(op.outputs) and math.isfinite(sends[name])
+            if not cost.repeatable and not can_send:
+                flow.add_edge(("wanted", name), "end")  # infinite: whatever reads it is to be sent instead
+                stuck.append(op)
+                continue
+            if not cost.repeatable or (can_send and seconds[name] >= sends[name]):
+                flow.add_edge(("wanted", name), "end", capacity=sends[name])
+                continue
+            if can_send:
+                flow.add_edge(("wanted", name), ("computed", name), capacity=sends[name])
+            else:
+                flow.add_edge(("wanted", name), ("computed", name))  # a number: never sent
+            flow.add_edge(("computed", name), "end", capacity=seconds[name])
+            for ref in op.inputs:
+                if ref.op in self.position:
+                    flow.add_edge(("computed", name), ("wanted", ref.op))
+                    stack.append(ref.op)
+        try:
+            _, (side, _) = nx.minimum_cut(flow, "start", "end")
+        except nx.NetworkXUnbounded:
+            raise MeshError(
+                f"{stuck[0]} is needed in a later stage, but can neither be sent there (a length that no input of the "
+                f"model has) nor computed again: use fewer stages"
+            ) from None
+        return [name for name in seen if ("computed", name) in side]
+
+
+class _Spans:
+    """Ways to go from end 0 to end `last` in `stages` steps forward. Step k from i to j is ruled out by `restrict` and
+    `flatten`, one demand after the other; `shortest` then picks among what is left."""
+
+    def __init__(self, last: int, stages: int) -> None:
+        self.last = last
+        self.stages = stages
+        self._demands: list[tuple[Callable[[int, int, int], float], Sequence[float]]] = []
+
+    def restrict(self, cost: Callable[[int, int, int], float], most: Sequence[float]) -> None:
+        """Step k costs `most[k]` at most."""
+        self._demands.append((cost, most))
+
+    def flatten(self, cost: Callable[[int, int, int], float]) -> None:
+        """No step costs more than the dearest step has to."""
+        found = self._best(cost, max)
+        if found is not None:
+            self.restrict(cost, [found[0]] * self.stages)
+
+    def least(self, cost: Callable[[int, int, int], float]) -> float:
+        """What the dearest step costs at least, whatever else is demanded; there is a way."""
+        found = _Spans(self.last, self.stages)._best(cost, max)
+        assert found is not None
+        return found[0]
+
+    def shortest(self, cost: Callable[[int, int, int], float]) -> list[int] | None:
+        """The ends of the way whose steps cost the least together; None where there is no way."""
+        found = self._best(cost, lambda a, b: a + b)
+        return None if found is None else found[1]
+
+    def _best(
+        self, cost: Callable[[int, int, int], float], joined: Callable[[float, float], float]
+    ) -> tuple[float, list[int]] | None:
+        best: list[dict[int, tuple[float, int]]] = [{0: (0.0, -1)}]  # end -> (cost so far, end before it)
+        for k in range(self.stages):
+            row: dict[int, tuple[float, int]] = {}
+            left = self.stages - 1 - k  # steps after this one
+            for j in range(k + 1, self.last - left + 1) if left else (self.last,):
+                for i, (so_far, _) in best[k].items():
+                    if i >= j or any(of(k, i, j) > most[k] for of, most in self._demands):
+                        continue
+                    option = (joined(so_far, cost(k, i, j)), i)
+                    if j not in row or option < row[j]:
+                        row[j] = option
+            best.append(row)
+        if self.last not in best[self.stages]:
+            return None
+        way, at = [], self.last
+        for k in range(self.stages, -1, -1):
+            way.append(at)
+            at = best[k][at][1]
+        return best[self.stages][self.last][0], way[::-1]
+
+
+def _prefix_sums(values: Sequence[float]) -> list[float]:
+    sums = [0.0]
+    for v in values:
+        sums.append(sums[-1] + v)
+    return sums
+
+
+def _running(steps: Sequence[int]) -> list[int]:
+    total, out = 0, []
+    for step in steps:
+        total += step
+        out.append(total)
+    return out

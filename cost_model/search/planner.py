@@ -1,0 +1,64 @@
+"""plan(): both searches, and their result written down as a PartitionPlan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from cost_model.costs.communication import send_seconds
+from cost_model.errors import NoPlanFits
+from cost_model.graph.op_graph import OpGraph, TensorRef
+from cost_model.graph.placement import REPLICATE
+from cost_model.plan.data import PartitionPlan
+from cost_model.request.pins import pins_text, to_blame
+from cost_model.request.plan_request import PlanRequest
+from cost_model.search.plan_search import Infeasible, PlanSearch, SharedSearches
+from cost_model.search.plan_writer import PlanWriter
+from cost_model.search.tensor_parallel import Strategy
+
+
+def plan(
+    graph: OpGraph, request: PlanRequest, *, model: str, fingerprint: str, shared: SharedSearches | None = None
+) -> PartitionPlan:
+    """Choose every op's placement and every cut. `shared` is filled with searches, for another plan of the same graph.
+
+    Raises MeshError (no such cut), NoPlanFits (an explicit memory limit cannot be met), PlanError (bad request: a pin
+    or a cut that names nothing, is impossible, or contradicts another).
+    """
+    shared = {} if shared is None else shared
+    try:
+        search = PlanSearch(graph, request, shared)
+        stages = search.choose()
+    except (NoPlanFits, Infeasible) as error:
+        blamed = to_blame(request.pins, lambda pins: _fails(graph, replace(request, pins=tuple(pins)), shared))
+        if blamed:
+            together = "the pin" if len(blamed) == 1 else "together the pins"
+            raise type(error)(f"{together} {pins_text(blamed)} cannot be met: {error}") from error
+        raise
+    return PlanWriter(search).write(model, fingerprint, stages)
+
+
+def forward_seconds(
+    graph: OpGraph, plan: PartitionPlan, request: PlanRequest, sizes: Mapping[str, int], shared: SharedSearches
+) -> float:
+    """Of one forward through all stages of a plan for `graph`, made for `request`, at other sizes than its own."""
+    planned = PlanSearch(graph, replace(request, sizes=tuple(sizes.items())), shared)
+    total = 0.0
+    for op in plan.ops:
+        s = Strategy(op.letter, op.inputs, op.outputs, op.gather)
+        for stage in op.stages:
+            search = planned.of_stage[stage]
+            total += search.compute_seconds(graph[op.name], s) + search.gather_seconds(graph[op.name], s)
+    for hop in plan.hops:
+        placement = REPLICATE if hop.whole else plan.op(hop.op).outputs[hop.index]
+        nbytes = planned.search.local(TensorRef(hop.op, hop.index), placement).nbytes
+        total += send_seconds(nbytes, planned.hop_link(hop.source, hop.target))
+    return total
+
+
+def _fails(graph: OpGraph, request: PlanRequest, shared: SharedSearches) -> bool:
+    try:
+        PlanSearch(graph, request, shared).choose()
+    except (NoPlanFits, Infeasible):
+        return True
+    return False

@@ -1,0 +1,395 @@
+"""The tensor-parallel search: one strategy per op, exact.
+
+One variable per op, its domain the strategies that the op's rule allows. A strategy costs the op's compute seconds on
+the slowest rank, plus the collective that makes its output whole when some consumer wants that: paid once, however many
+consumers there are. A producer and a consumer agree when the tensor lies as the consumer wants it, or is whole (a rank
+can cut its own piece out of a whole tensor). Memory enters as a price per byte of a matmul's weight that a rank holds
+beyond an even share.
+
+The minimum over all assignments is found by min-sum variable elimination (elimination.py); transformer graphs have a
+treewidth of 2 to 6 once shape arithmetic is left out, so tables stay small and the time grows linearly with the number
+of layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cost_model.costs.communication import all_gather_seconds, all_reduce_seconds
+from cost_model.costs.compute import op_seconds
+from cost_model.costs.hardware import Hardware
+from cost_model.graph.op_graph import SOURCES, Op, OpGraph, TensorRef, TensorSpec, expected_length
+from cost_model.graph.placement import PARTIAL, REPLICATE, Layout, Placement, shard
+from cost_model.graph.roles import EXPERT, role_of
+from cost_model.layouts.expert_siblings import Siblings, find_experts
+from cost_model.layouts.layout_table import LayoutTable
+from cost_model.layouts.routing import deciding_ops
+from cost_model.rules.table import RuleTable
+from cost_model.search.elimination import Elimination, Table
+
+INFEASIBLE = np.inf
+# Breaks ties towards whole tensors: a residual that stays a sum over ranks costs no more to move, but a later
+# all_reduce then adds up values that have grown, and loses more of a 16-bit dtype. Far below any real difference.
+PARTIAL_INPUT_SECONDS = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """How one op runs on the tp axis. `gather[j]`: output j is also made whole on every rank."""
+
+    letter: str  # the sharded letter of the op's rule, "" for none
+    inputs: tuple[Placement, ...]
+    outputs: tuple[Placement, ...]
+    gather: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorParallelResult:
+    """The chosen strategy of every op, and the optimum's cost in seconds (price of memory included).
+
+    `elimination` knows what other choices from the `domains` would cost.
+    """
+
+    strategies: Mapping[str, Strategy]
+    cost: float
+    domains: Mapping[str, Sequence[Strategy]]
+    elimination: Elimination
+    variable: Mapping[str, str]  # op -> the op whose choice is its own, too: itself, but for alike experts
+    # Seconds of agreement (TensorParallelSearch.agreement), of all ops of a variable together: with ops that have no
+    # choice, by its own; and between two variables, by both their choices.
+    reading: Mapping[str, Table]
+    pairs: Mapping[tuple[str, str], Table]
+
+
+class TensorParallelSearch:
+    """Costs and domains of one (graph, tp, hardware); `solve` finds the cheapest assignment for a memory price.
+
+    `sizes` maps symbols ("B", "S", "T") to the lengths at which seconds are counted. `pins` maps names of ops to the
+    role that each must have.
+    """
+
+    def __init__(
+        self,
+        graph: OpGraph,
+        tp: int,
+        hardware: Hardware,
+        sizes: Mapping[str, int],
+        layouts: LayoutTable | None = None,
+        pins: Mapping[str, str] | None = None,
+    ) -> None:
+        self.graph = graph
+        self.tp = tp
+        self.hardware = hardware
+        self.sizes = dict(sizes)
+        self.layouts = layouts or LayoutTable(graph, tp, RuleTable())
+        self._specs: dict[TensorRef, TensorSpec] = {}
+        self._from_weights = _depends_on_weights(graph)
+        self._whole = deciding_ops(graph)
+        self.experts = find_experts(graph, tp, self.layouts.rules)
+        self._seconds: dict[tuple[object, ...], float] = {}
+        self._seconds_of: dict[tuple[str, Strategy], float] = {}
+        self._rows: dict[str, float | None] = {}
+        self._solved: dict[float, TensorParallelResult] = {}
+        self.pins = dict(pins or {})
+
+    # -- what an op can do -----------------------------------------------------------------------------------------
+
+    def domain(self, op: Op) -> list[Strategy]:
+        """All strategies of `op`, the replicated one first, that of whole experts last; of a pinned op those that have
+        its role, if any."""
+        every = self._own_domain(op)
+        way = self.experts.ways.get(op.name)
+        if way is not None:
+            every = [*every, *self._gathered(Strategy(EXPERT, way.inputs, way.outputs, ()))]
+        role = self.pins.get(op.name)
+        return every if role is None else [s for s in every if role_of(op, s.letter) == role]
+
+    def _own_domain(self, op: Op) -> list[Strategy]:
+        plain = Strategy("", (REPLICATE,) * len(op.inputs), (REPLICATE,) * len(op.outputs), (False,) * len(op.outputs))
+        if self.tp == 1 or not op.outputs:
+            return [plain]
+        if op.kind == "param" and op.name not in self._whole:
+            dims = range(len(op.outputs[0].shape))
+            cuts = [shard(d) for d in dims if self.layouts.layout(TensorRef(op.name), d) is not None]
+            return [plain, *(Strategy(str(p), (), (p,), (False,)) for p in cuts)]
+        if op.kind in SOURCES or op.name not in self._from_weights or op.name in self._whole:
+            # Derived from the graph's inputs alone (masks, rotary tables): small, the same for every layer, and cheaper
+            # to have whole everywhere. Left as variables they would tie all layers to each other.
+            return [plain]
+        found = {(plain.inputs, plain.outputs): plain}
+        for letter in self.layouts.letters(op):
+            inputs = [REPLICATE] * len(op.inputs)
+            outputs = [PARTIAL if letter.reduces else None for _ in op.outputs]
+            for link in letter.inputs:
+                if self.layouts.layout(op.inputs[link.slot], link.dim) is not None:
+                    inputs[link.slot] = shard(link.dim)
+            for link in letter.outputs:
+                if self.layouts.layout(TensorRef(op.name, link.slot), link.dim) is not None:
+                    outputs[link.slot] = shard(link.dim)
+                else:
+                    outputs[link.slot] = REPLICATE
+            covers = any(link.cover for link in letter.inputs)
+            if all(p.is_replicate for p in inputs) and not covers:
+                continue  # nothing to shard: its one sharded form is a slice of the replicated one
+            if any(p is None for p in outputs):
+                continue
+            done = tuple(p for p in outputs if p is not None)
+            found.setdefault((tuple(inputs), done), Strategy(letter.name, tuple(inputs), done, (False,) * len(done)))
+        for slots in self.layouts.rules(op, self.graph.input_specs(op)).linear_in:
+            partial = tuple(PARTIAL if i in slots else REPLICATE for i in range(len(op.inputs)))
+            out = (PARTIAL,) * len(op.outputs)
+            found.setdefault((partial, out), Strategy("", partial, out, (False,) * len(out)))
+        return [both for s in found.values() for both in self._gathered(s)]
+
+    def _gathered(self, strategy: Strategy) -> list[Strategy]:
+        """The strategy as it is, and with its outputs made whole, where a collective does that."""
+        letter, inputs, outputs = strategy.letter, strategy.inputs, strategy.outputs
+        gather = tuple(p.is_partial or p.kind == "S" for p in outputs)
+        plain = Strategy(letter, inputs, outputs, (False,) * len(outputs))
+        return [plain, Strategy(letter, inputs, outputs, gather)] if any(gather) else [plain]
+
+    def decides(self, op: Op) -> bool:
+        """True of what decides a choice (decisions.py): whole on every rank, however cheap it would be to cut."""
+        return op.name in self._whole
+
+    # -- what it costs -----------------------------------------------------------------------------------------------
+
+    def spec(self, ref: TensorRef) -> TensorSpec:
+        """The whole tensor at the search's sizes."""
+        found = self._specs.get(ref)
+        if found is None:
+            at = self.graph.spec(ref).at(self.sizes)
+            found = self._specs[ref] = TensorSpec(at.shape, at.dtype)
+        return found
+
+    def layout(self, ref: TensorRef, placement: Placement) -> Layout | None:
+        """Of a sharded tensor."""
+        if placement.is_dealt:
+            return self.experts.layouts[ref, placement.dim]
+        return self.layouts.layout(ref, placement.dim)
+
+    def local(self, ref: TensorRef, placement: Placement) -> TensorSpec:
+        """What the slowest rank holds of it; of what lies on one rank, that."""
+        spec = self.spec(ref)
+        if not placement.is_shard:
+            return spec
+        layout = self.layout(ref, placement)
+        if layout is None:
+            return spec
+        shape = (*spec.shape[: placement.dim], layout.max_local_size, *spec.shape[placement.dim + 1 :])
+        return TensorSpec(shape, spec.dtype)
+
+    def held_bytes(self, op: Op, strategy: Strategy) -> int:
+        """Of a parameter on the fullest rank; of an expert's, its part of what that rank has of all its siblings."""
+        nbytes = self.local(TensorRef(op.name), strategy.outputs[0]).nbytes
+        siblings = self._siblings(op, strategy)
+        return nbytes if siblings is None else nbytes * siblings.most // siblings.count
+
+    def on_slowest(self, op: Op, strategy: Strategy) -> float:
+        """The part of the op's whole work that counts for the slowest rank: less than 1 for one of dealt experts."""
+        siblings = self._siblings(op, strategy)
+        return 1.0 if siblings is None else siblings.share
+
+    def _siblings(self, op: Op, strategy: Strategy) -> Siblings | None:
+        return self.experts.siblings.get(op.name) if strategy.letter == EXPERT else None
+
+    def compute_seconds(self, op: Op, strategy: Strategy) -> float:
+        """On the slowest tp rank. An op on rows that values choose costs less where often none is chosen, and, one of
+        dealt experts, its part of the time of the rank that has most to do."""
+        known = self._seconds_of.get((op.name, strategy))
+        if known is None:
+            known = self._seconds_of[op.name, strategy] = self._compute_seconds(op, strategy)
+        return known
+
+    def _compute_seconds(self, op: Op, strategy: Strategy) -> float:
+        if op.kind in SOURCES or op.name in self.graph.fused:
+            return 0.0
+        ins = tuple(self.local(self._read(r), p) for r, p in zip(op.inputs, strategy.inputs, strict=True))
+        outs = tuple(self.local(TensorRef(op.name, j), p) for j, p in enumerate(strategy.outputs))
+        key = (op.kind, ins, outs, tuple(sorted(op.attrs.items())))
+        found = self._seconds.get(key)
+        if found is None:
+            found = self._seconds[key] = op_seconds(op, ins, outs, self.hardware)
+        siblings, rows = self._siblings(op, strategy), self._rows_expected(op)
+        if siblings is None and rows is None:
+            return found
+        fixed = min(found, self.hardware.view_seconds if found < self.hardware.op_seconds else self.hardware.op_seconds)
+        work, share = (found - fixed) * min(1.0, 1.0 if rows is None else rows), 1.0
+        if siblings is not None:
+            fixed *= siblings.share
+            share = siblings.share if rows is None else busiest_share(siblings, rows, self.tp)
+        return fixed + work * share
+
+    def _rows_expected(self, op: Op) -> float | None:
+        """How many rows its tensors have whose number follows values; None without such."""
+        if op.name not in self._rows:
+            specs = (*op.outputs, *self.graph.input_specs(op))
+            self._rows[op.name] = next(
+                (expected_length(symbol, n, self.sizes) for spec in specs
+                 for n, symbol in zip(spec.shape, spec.symbols) if "~" in symbol),
+                None,
+            )  # fmt: skip
+        return self._rows[op.name]
+
+    def _read(self, ref: TensorRef) -> TensorRef:
+        """What an op really reads that reads `ref`: the keys of attention's own heads, say, and not their repetitions
+        (the same dims, fewer elements)."""
+        op = self.graph[ref.op]
+        if op.name in self.graph.fused and op.kind == "repeat_interleave":
+            return op.inputs[0]
+        return ref
+
+    def gather_seconds(self, op: Op, strategy: Strategy) -> float:
+        """Of the collectives that make its outputs whole."""
+        total = 0.0
+        for j, (placement, gather) in enumerate(zip(strategy.outputs, strategy.gather, strict=True)):
+            if gather:
+                nbytes = self.spec(TensorRef(op.name, j)).nbytes
+                seconds = all_reduce_seconds if placement.is_partial else all_gather_seconds
+                total += seconds(nbytes, self.tp, self.hardware.tp_link)
+        return total
+
+    def excess_bytes(self, op: Op, strategy: Strategy) -> float:
+        """Bytes of a matmul's weight that this strategy leaves replicated where it could be sharded.
+
+        How even the shards are is not a matter of strategy: a rank with 6 of 9 heads has its whole grains. Nor is it
+        that a KV head which all ranks read is on all of them.
+        """
+        if op.kind != "param" or not op.attrs.get("matmul"):
+            return 0.0
+        if strategy.letter == EXPERT:  # that is a matter of strategy: 5 experts on 2 ranks, or half of each
+            return self.held_bytes(op, strategy) - self.spec(TensorRef(op.name)).nbytes / self.tp
+        if not strategy.outputs[0].is_replicate:
+            return 0.0
+        if op.name in self._whole or self.layouts.is_kept_whole(TensorRef(op.name)):
+            return 0.0
+        return self.spec(TensorRef(op.name)).nbytes * (1 - 1 / self.tp)
+
+    def slice_seconds(self, have: Placement, want: Placement) -> float:
+        """Of cutting a rank's own piece out of a whole tensor: an op's overhead, no bytes (it is a view)."""
+        return self.hardware.op_seconds if want.is_shard and have != want else 0.0
+
+    def agreement(self, producer: Strategy, index: int, wanted: Placement, ref: TensorRef) -> float:
+        """Seconds, or infinity: can a consumer that wants `wanted` read this output?"""
+        have = producer.outputs[index]
+        if have == wanted:
+            return 0.0
+        if wanted.is_dealt or not (have.is_replicate or producer.gather[index]):
+            return INFEASIBLE
+        if wanted.is_owned and ref.op in self.experts.ways:
+            return INFEASIBLE  # an expert is dealt whole or not at all
+        if wanted.is_partial:  # rank 0 has it and the others zeros: an op that writes them
+            return self.hardware.op_seconds + self.spec(ref).nbytes / self.hardware.memory_bandwidth
+        return self.slice_seconds(have, wanted)
+
+    # -- the search ------------------------------------------------------------------------------------------------
+
+    def solve(self, price: float) -> TensorParallelResult:
+        """The cheapest assignment. `price`: seconds per excess byte of matmul weight (see `excess_bytes`).
+
+        Experts of one layer that are alike are treated alike: one variable for all that do the same. Raises ValueError
+        where no assignment is possible.
+        """
+        if price in self._solved:
+            return self._solved[price]
+        domains = {op.name: self.domain(op) for op in self.graph}
+        costs: dict[str, Table] = {}
+        outputs = set(self.graph.outputs)
+        variable: dict[str, str] = {}
+        for op in sorted(self.graph, key=lambda op: op.name in self.experts.twins):  # twins after those they are of
+            domain = domains[op.name]
+            twin = self.experts.twins.get(op.name, op.name)
+            if twin != op.name and list(map(_form, domain)) == list(map(_form, domains[twin])):
+                variable[op.name], costs[op.name] = twin, costs[twin]
+                continue
+            variable[op.name] = op.name
+            costs[op.name] = np.array([
+                self.compute_seconds(op, s)
+                + self.gather_seconds(op, s)
+                + price * self.excess_bytes(op, s)
+                + PARTIAL_INPUT_SECONDS * sum(p.is_partial for p in s.inputs)
+                for s in domain
+            ])  # fmt: skip
+            for j in range(len(op.outputs)):
+                if TensorRef(op.name, j) in outputs:  # what leaves the model is whole
+                    for k, s in enumerate(domain):
+                        costs[op.name][k] += self.agreement(s, j, REPLICATE, TensorRef(op.name, j))
+        unary: dict[str, Table] = {}
+        for name, v in variable.items():
+            unary[v] = unary[v] + costs[name] if v in unary else costs[name]
+        reading = {v: np.zeros_like(table) for v, table in unary.items()}
+        pairs: dict[tuple[str, str], Table] = {}
+        for op in self.graph:
+            edges = [(ref.op, self._edge_table(domains[ref.op], domains[op.name], ref, slot))
+                     for slot, ref in enumerate(op.inputs)]  # fmt: skip
+            edges += [(number, _number_table(domains[number], domains[op.name])) for number in op.numbers]
+            for producer, table in edges:
+                if table is None:
+                    continue
+                u, v = variable[producer], variable[op.name]
+                if len(domains[producer]) > 1 and len(domains[op.name]) > 1 and u != v:
+                    pairs[u, v] = pairs[u, v] + table if (u, v) in pairs else table
+                    continue
+                if len(domains[producer]) == 1:  # nothing to choose there: no interaction
+                    chooses, seconds = v, table[0]
+                elif len(domains[op.name]) == 1:
+                    chooses, seconds = u, table[:, 0]
+                else:
+                    chooses, seconds = v, table.diagonal()
+                unary[chooses] = unary[chooses] + seconds
+                reading[chooses] = reading[chooses] + seconds
+        found = Elimination(unary, pairs)
+        chosen = {name: domains[name][found.choice[v]] for name, v in variable.items()}
+        self._solved[price] = TensorParallelResult(chosen, found.cost, domains, found, variable, reading, pairs)
+        return self._solved[price]
+
+    def _edge_table(
+        self, producers: Sequence[Strategy], consumers: Sequence[Strategy], ref: TensorRef, slot: int
+    ) -> Table | None:
+        if len(producers) == 1 and len(consumers) == 1:
+            return None
+        columns: dict[Placement, list[float]] = {}
+        for c in consumers:
+            wanted = c.inputs[slot]
+            if wanted not in columns:
+                columns[wanted] = [self.agreement(p, ref.index, wanted, ref) for p in producers]
+        return np.array([columns[c.inputs[slot]] for c in consumers]).T
+
+
+def _number_table(producers: Sequence[Strategy], consumers: Sequence[Strategy]) -> Table | None:
+    """A number that one rank alone computes is read by that rank alone."""
+    if len(producers) == 1:
+        return None
+    return np.array([
+        [INFEASIBLE if p.letter == EXPERT != c.letter else 0.0 for c in consumers] for p in producers
+    ])  # fmt: skip
+
+
+def _form(strategy: Strategy) -> tuple[object, ...]:
+    """But for which rank has what one rank has alone."""
+    kinds = tuple(p.kind if p.is_owned else p for p in (*strategy.inputs, *strategy.outputs))
+    return strategy.letter, kinds, strategy.gather
+
+
+def busiest_share(siblings: Siblings, rows: float, tp: int) -> float:
+    """Of all rows that `siblings` get, `rows` each, the share that the busiest rank is expected to have.
+
+    m rows thrown into n ranks: the fullest has about m/n + sqrt(2 m/n ln n) (M. Raab, A. Steger, "Balls into bins - a
+    simple and tight analysis", 1998).
+    """
+    total = siblings.count * rows
+    mean = total * siblings.share
+    return min(1.0, (mean + math.sqrt(2 * mean * math.log(tp))) / total) if total else siblings.share
+
+
+def _depends_on_weights(graph: OpGraph) -> set[str]:
+    """Ops downstream of a parameter."""
+    found: set[str] = set()
+    for op in graph:
+        if op.kind == "param" or any(ref.op in found for ref in op.inputs):
+            found.add(op.name)
+    return found

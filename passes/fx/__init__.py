@@ -1,0 +1,1 @@
+"""What any pass may ask of, or do to, a torch.fx graph."""

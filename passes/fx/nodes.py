@@ -1,0 +1,37 @@
+"""What a node calls, and whether it may be called twice."""
+
+from __future__ import annotations
+
+import torch
+import torch.fx
+from torch.fx import Node
+
+from passes.fx.arguments import submodule
+from passes.normalize.extract_guards import is_condition
+
+_MUTATING = frozenset({
+    "update", "dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "multinomial", "normal", "uniform",
+})  # fmt: skip
+
+
+def op_name(node: Node) -> str:
+    """The plain name of what a node calls: "add" for operator.add, torch.add and Tensor.add alike."""
+    if node.op in ("call_method",):
+        return str(node.target)
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", str(node.target))
+        return name.strip("_") if name in ("and_", "or_", "not_") else name
+    if node.op == "call_module":
+        return type(submodule(node.graph.owning_module, str(node.target))).__name__
+    return node.op
+
+
+def is_pure(node: Node) -> bool:
+    """False for what writes a cache or draws random numbers: never merged, never computed twice."""
+    if is_condition(node):
+        return False
+    name = op_name(node)
+    if node.op == "call_module":
+        module = submodule(node.graph.owning_module, str(node.target))
+        return not (isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p > 0)
+    return node.op not in ("placeholder", "output") and name not in _MUTATING

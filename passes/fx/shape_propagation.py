@@ -1,0 +1,138 @@
+"""Runs a graph on meta tensors at two example sizes, to tell what is constant in it from what follows the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.fx
+
+from passes.fx.arguments import fetch, submodule
+from passes.ops.data_dependent import expectation
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Inputs by name at one choice of sizes, and what the sizes are called: {"B": 11, "S": 23, "T": 52}."""
+
+    inputs: Mapping[str, Any]
+    symbols: Mapping[str, int]
+    known: Mapping[torch.fx.Node, Any] = field(default_factory=dict)  # what a run with these inputs has found already
+
+
+class ShapeInterpreter(torch.fx.Interpreter):
+    """Interprets on the meta device and keeps every node's value. Parameters and buffers are taken as meta tensors."""
+
+    def __init__(self, graph_module: torch.fx.GraphModule) -> None:
+        super().__init__(graph_module, garbage_collect_values=False)
+        self._meta: dict[str, torch.Tensor] = {}
+
+    def values(self, example: Example) -> dict[torch.fx.Node, Any]:
+        names = [n.target for n in self.module.graph.nodes if n.op == "placeholder"]
+        with torch.no_grad(), torch.device("meta"):  # also what is made of numbers alone, on no device by name
+            self.run(*(example.inputs[name] for name in names), initial_env=dict(example.known))
+        return dict(self.env)
+
+    def fetch_attr(self, target: str) -> Any:
+        value = fetch(self.module, target)
+        if isinstance(value, torch.Tensor) and value.device.type != "meta":
+            value = self._meta.setdefault(target, value.to("meta"))
+        return value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = submodule(self.module, target)
+        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        if all(t.device.type == "meta" for t in state.values()):
+            return module(*args, **kwargs)
+        meta = {name: t.to("meta") for name, t in state.items()}
+        return torch.func.functional_call(module, meta, args, kwargs)
+
+
+class Sizes:
+    """Names lengths: which are constant, which are a symbol of the inputs, at two examples at once."""
+
+    def __init__(self, a: Mapping[str, int], b: Mapping[str, int]) -> None:
+        self._names: dict[tuple[int, int], str] = {}
+        for x in a:
+            for y in a:
+                if x <= y:
+                    self._names[a[x] * a[y], b[x] * b[y]] = f"{x}*{y}"
+        for x in a:
+            self._names[a[x], b[x]] = x
+
+    def symbol(self, first: int, second: int) -> str:
+        """ "" for a constant, "B" for a known length, "B*16" for a multiple of one, "?5|8" for one that follows the
+        inputs in an unknown way, "?5~B*S/8" where it can at least be said what to expect."""
+        if first == second:
+            return ""
+        for (a, b), name in {(first, second): self._names.get((first, second)), **self._names}.items():
+            times = first // a if a else 0
+            if name is not None and times and (times * a, times * b) == (first, second):
+                return name if times == 1 else f"{name}*{times}"
+        one, other = expectation(first), expectation(second)
+        if one is not None and other is not None and one[0] != other[0]:
+            whole = self.symbol(one[0], other[0])
+            if not whole.startswith("?"):
+                return f"?{first}~{whole}/{one[1]}"  # so many are expected to be selected
+        return f"?{first}|{second}"
+
+    def of_shape(self, first: torch.Size, second: torch.Size) -> tuple[str, ...]:
+        if len(first) != len(second):
+            return tuple(f"?{n}" for n in first)
+        return tuple(self.symbol(x, y) for x, y in zip(first, second, strict=True))
+
+
+_BENDING = ("mod", "floordiv", "max", "min")
+
+
+def bending_points(
+    graph_module: torch.fx.GraphModule, examples: tuple[Example, Example]
+) -> tuple[set[int], tuple[Example, Example]]:
+    """Numbers that lengths are divided by or compared with: the chunk size that a sequence is padded to multiples of.
+
+    What comes of such an op may be equal for two lengths without being constant, so that examples have to be chosen on
+    both sides of these numbers, and with different remainders. The second result is `examples` with what is known of
+    them now, so that nothing has to run twice where they will do.
+    """
+    candidates = [
+        (node, [a for a in node.args if type(a) is int and a > 1])
+        for node in graph_module.graph.nodes
+        if node.op == "call_function" and getattr(node.target, "__name__", "") in _BENDING
+    ]
+    if not any(numbers for _, numbers in candidates):
+        return set(), examples
+    interpreter = ShapeInterpreter(graph_module)
+    first, second = interpreter.values(examples[0]), interpreter.values(examples[1])
+    points = {
+        number
+        for node, numbers in candidates
+        if any(type(first[a]) is int and first[a] != second[a] for a in node.all_input_nodes)
+        for number in numbers
+    }
+    return points, (replace(examples[0], known=first), replace(examples[1], known=second))
+
+
+def annotate(graph_module: torch.fx.GraphModule, examples: tuple[Example, Example]) -> dict[torch.fx.Node, Any]:
+    """Write `meta["val"]` (a meta tensor, a number, or a tuple of them; at the first example) and, for tensors,
+    `meta["symbols"]` (one name a dim, "" where constant; a tuple of such for a tuple) on every node; for an integer
+    `meta["symbol"]`, its name.
+
+    Returns every node's value at the second example.
+    """
+    interpreter = ShapeInterpreter(graph_module)
+    first, second = interpreter.values(examples[0]), interpreter.values(examples[1])
+    sizes = Sizes(examples[0].symbols, examples[1].symbols)
+    for node, value in first.items():
+        node.meta["val"] = value
+        if isinstance(value, torch.Tensor):
+            node.meta["symbols"] = sizes.of_shape(value.shape, second[node].shape)
+        elif type(value) is int and type(second[node]) is int:
+            node.meta["symbol"] = sizes.symbol(value, second[node])
+        elif isinstance(value, (tuple, list)):
+            node.meta["symbols"] = tuple(
+                sizes.of_shape(x.shape, y.shape) if isinstance(x, torch.Tensor) else None
+                for x, y in zip(value, second[node], strict=False)
+            )
+    return second

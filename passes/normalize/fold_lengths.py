@@ -1,0 +1,163 @@
+"""fold_lengths: numbers that follow the inputs come from a few nodes at the top of the graph; all others are literals.
+
+    before  size = x.size(); getitem = size[0]; add = getitem + 0; view = q.view((add, getitem_1, -1, 64))
+    after   batch = sym_size(input_ids, 0); view = q.view((batch, seq, -1, 64))
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from passes.fx.nodes import is_pure, op_name
+
+
+def fold_lengths(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
+    """Replace every number, size, dtype and device by a literal or by one of a few nodes at the top, in place.
+    `second`: every node's value at the second example, which gets those of new nodes; what is the same is constant."""
+    lengths = _length_nodes(graph, second)
+    lengths = _WithChunks(graph, second, lengths)
+    anchor = next((n for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], torch.Tensor)), None)
+    device: Node | None = None
+
+    def spelled(node: Node, a: Any, b: Any) -> Any:
+        """`a` in literals and length nodes; raises KeyError where that can't be said."""
+        nonlocal device
+        if isinstance(a, torch.Size) or type(a) is tuple or type(a) is list:
+            return tuple(spelled(node, x, y) for x, y in zip(a, b, strict=True))
+        if isinstance(a, torch.device):
+            if anchor is None:
+                raise KeyError(a)
+            if device is None:
+                with graph.inserting_after(max(lengths.values(), key=_position(graph), default=anchor)):
+                    device = graph.call_function(getattr, (anchor, "device"))
+                    device.meta["val"] = a
+            return device
+        if a is None or isinstance(a, (torch.dtype, str)):
+            return a
+        if isinstance(a, (bool, float)) and a == b:
+            return a
+        if isinstance(a, int) and not isinstance(a, bool):
+            if a != b and (a, b) not in lengths:
+                product = _product(graph, inputs, a, b)
+                if product is not None:
+                    lengths[a, b], second[product] = product, b
+                    known.add(product)
+            return a if a == b else lengths[a, b]
+        raise KeyError(a)
+
+    inputs = dict(lengths)
+    known = set(lengths.values())
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) or not node.users:
+            continue
+        if node.op in ("placeholder", "output", "get_attr") or node in known or node is device or not is_pure(node):
+            continue
+        try:
+            said = spelled(node, value, second[node])
+        except (KeyError, TypeError, ValueError):
+            if isinstance(value, int) and not isinstance(value, bool) and (value, second[node]) not in lengths:
+                lengths[value, second[node]] = node  # the first to compute this length computes it for all
+            continue
+        _replace_everywhere(node, said)
+
+
+def _position(graph: torch.fx.Graph) -> Callable[[Node], int]:
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    return lambda n: order.get(n, len(order))
+
+
+def _length_nodes(graph: torch.fx.Graph, second: dict[Node, Any]) -> dict[tuple[int, int], Node]:
+    """A node for each distinct length among the graph inputs' dims, right behind the placeholders."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    sources: dict[tuple[int, int], tuple[Node, int]] = {}
+    for node in inputs:
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            for dim, pair in enumerate(zip(value.shape, second[node].shape, strict=True)):
+                if pair[0] != pair[1]:
+                    sources.setdefault(pair, (node, dim))
+    names = {"B": "batch", "S": "seq", "T": "total"}
+    lengths: dict[tuple[int, int], Node] = {}
+    for pair, (node, dim) in reversed(sources.items()):
+        with graph.inserting_after(inputs[-1]):
+            name = names.get(node.meta["symbols"][dim], "length")
+            length = graph.create_node("call_function", torch.ops.aten.sym_size.int, (node, dim), name=name)
+        length.meta["val"], second[length] = pair
+        lengths[pair] = length
+    return lengths
+
+
+class _WithChunks(dict[tuple[int, int], Node]):
+    """Lengths by their values at both examples; also the number of chunks that a length of the inputs makes.
+
+    ceil(S / 64), that and one more, and that times 64, are computed from S at the top of the graph, where the model
+    may read them off a tensor that not every stage has. The examples tell them from floor(S / 64) and from
+    floor(S / 64) + 1: the second length is a multiple of 64, the first is none.
+    """
+
+    def __init__(
+        self, graph: torch.fx.Graph, second: dict[Node, Any], lengths: dict[tuple[int, int], Node]
+    ) -> None:
+        super().__init__(lengths)
+        self.graph, self.second = graph, second
+        self.sizes = {a for n in graph.nodes if op_name(n) in ("mod", "floordiv") for a in n.args if type(a) is int}
+        self.inputs = dict(lengths)
+
+    def __missing__(self, pair: tuple[int, int]) -> Node:
+        for (a, b), length in self.inputs.items():
+            for size in self.sizes:
+                if size < 2 or a % size == 0 or b % size:
+                    continue
+                chunks = (-(-a // size), -(-b // size))
+                steps = [(operator.add, size - 1), (operator.floordiv, size)]
+                if pair == chunks:
+                    return self._make(length, pair, steps)
+                if pair == (chunks[0] * size, chunks[1] * size):
+                    return self._make(length, pair, [*steps, (operator.mul, size)])
+                if pair == (chunks[0] + 1, chunks[1] + 1):
+                    return self._make(length, pair, [*steps, (operator.add, 1)])
+        raise KeyError(pair)
+
+    def _make(self, length: Node, pair: tuple[int, int], steps: list[tuple[Callable[[int, int], int], int]]) -> Node:
+        last = max(self.values(), key=_position(self.graph))
+        made = length
+        for operation, number in steps:
+            with self.graph.inserting_after(last):
+                last = self.graph.call_function(operation, (made, number))
+            last.meta["val"] = operation(made.meta["val"], number)
+            self.second[last] = operation(self.second[made], number)
+            made = last
+        self[pair] = made
+        return made
+
+
+def _product(graph: torch.fx.Graph, inputs: dict[tuple[int, int], Node], a: int, b: int) -> Node | None:
+    """A node for what is `a` and `b` at the two examples, at the top of the graph: lengths of the inputs times each
+    other or a number ("B*S", "B*S*2"). So no stage has to know a tensor of another stage for its size."""
+    for (x, y), length in inputs.items():
+        if not x or not y or a % x or b % y:
+            continue
+        more = (a // x, b // y)
+        rest = more[0] if more[0] == more[1] else inputs.get(more) or _product(graph, inputs, *more)
+        if rest is not None:
+            last = max((n for n in (length, rest) if isinstance(n, Node)), key=_position(graph))
+            with graph.inserting_after(last):
+                product = graph.call_function(operator.mul, (length, rest))
+            product.meta["val"] = a
+            return product
+    return None
+
+
+def _replace_everywhere(node: Node, value: Any) -> None:
+    """Like replace_all_uses_with, for a value that may be a literal or a tuple holding nodes."""
+    for user in list(node.users):
+        user.args = map_arg(user.args, lambda n: value if n is node else n)
+        user.kwargs = map_arg(user.kwargs, lambda n: value if n is node else n)

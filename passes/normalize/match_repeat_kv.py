@@ -1,0 +1,43 @@
+"""repeat_heads: KV heads that are repeated for their query heads, in one op.
+
+    before  reshape(broadcast_to(x[:, :, None], (b, g, r, t, d)), (b, g * r, t, d))
+    after   repeat_interleave(x, r, 1)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.fx
+from torch.fx import Node
+
+from passes.fx.nodes import op_name
+
+
+def repeat_heads(graph: torch.fx.Graph) -> None:
+    """Rewrites `graph` in place; nodes that nothing uses any more are left to the caller."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not torch.reshape:
+            continue
+        expand = node.args[0]
+        if expand.op != "call_function" or expand.target is not torch.broadcast_to:
+            continue
+        unsqueeze = expand.args[0]
+        base = unsqueeze.args[0] if unsqueeze.args and isinstance(unsqueeze.args[0], Node) else None
+        if base is None or op_name(unsqueeze) not in ("getitem", "unsqueeze"):
+            continue
+        x, wide, out = (n.meta["val"] for n in (base, expand, node))
+        if not isinstance(x, torch.Tensor):
+            continue
+        one = unsqueeze.meta["val"].shape
+        for dim in range(x.dim()):
+            repeats = wide.shape[dim + 1] if wide.dim() == x.dim() + 1 else 0
+            if (
+                repeats > 0
+                and one == (*x.shape[: dim + 1], 1, *x.shape[dim + 1 :])
+                and wide.shape == (*x.shape[: dim + 1], repeats, *x.shape[dim + 1 :])
+                and out.shape == (*x.shape[:dim], x.shape[dim] * repeats, *x.shape[dim + 1 :])
+                and node.meta["symbols"][dim] == ""
+                and x.shape[dim] * repeats > x.shape[dim]
+            ):
+                node.target, node.args = torch.repeat_interleave, (base, repeats, dim)
+                break

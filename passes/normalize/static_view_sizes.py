@@ -1,0 +1,46 @@
+"""spell_out_views: reshapes and expands with every size written: a literal where constant, a length's node where not.
+
+    before  view = q.view((batch, seq, -1, 64))
+    after   reshape = torch.reshape(q, (batch, seq, 8, 64))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx import Node
+
+from passes.fx.nodes import op_name
+
+RESHAPES = ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
+EXPANDS = ("expand", "expand_as", "broadcast_to")
+
+
+def spell_out_views(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
+    """Rewrites `graph` in place. `second`: every node's value at the second example. A view of which two sizes or more
+    cannot be said stays as it is."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    lengths: dict[tuple[int, int], Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.aten.sym_size.int:
+            source, dim = node.args
+            lengths[source.meta["val"].shape[dim], second[source].shape[dim]] = node
+        elif node in second and type(node.meta["val"]) is int and node.meta["val"] != second[node]:
+            lengths.setdefault((node.meta["val"], second[node]), node)
+        if node.op not in ("call_method", "call_function") or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        name = op_name(node)
+        if name not in RESHAPES and name not in EXPANDS:
+            continue
+        a, b = node.meta["val"].shape, second[node].shape
+        shape: list[Any] = []
+        for x, y in zip(a, b, strict=True):
+            length = lengths.get((x, y))
+            shape.append(x if x == y else length if length is not None and order.get(length, -1) < order[node] else -1)
+        if shape.count(-1) > 1 or (name in EXPANDS and -1 in shape):
+            continue
+        node.op = "call_function"
+        node.target = torch.reshape if name in RESHAPES else torch.broadcast_to
+        node.args, node.kwargs = (node.args[0], tuple(shape)), {}

@@ -1,0 +1,58 @@
+"""spell_out_tuples: each tensor of a tuple that an op takes is an argument of its own.
+
+    before  chunk = x.chunk(2); cat = torch.cat(chunk)
+    after   chunk = x.chunk(2); cat = torch.cat((chunk[0], chunk[1]))
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from passes.fx.nodes import op_name
+
+
+def spell_out_tuples(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
+    """Rewrites `graph` in place. `second`: every node's value at the second example, which gets those of new nodes."""
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if type(value) not in (tuple, list) or not value or not all(isinstance(v, torch.Tensor) for v in value):
+            continue
+        for part in [u for u in node.users if op_name(u) == "getitem" and isinstance(u.args[1], slice)]:
+            _spell_out_part(graph, node, part, second)
+        takers = [u for u in node.users if u.op.startswith("call") and op_name(u) != "getitem"]
+        if not takers:
+            continue
+        elements: list[Node] = []
+        with graph.inserting_after(node):
+            for i in reversed(range(len(value))):
+                element = graph.call_function(operator.getitem, (node, i))
+                element.meta = {**node.meta, "val": value[i], "symbols": node.meta["symbols"][i]}
+                second[element] = second[node][i]
+                elements.insert(0, element)
+        for user in takers:
+            user.args = map_arg(user.args, lambda n, node=node, e=elements: tuple(e) if n is node else n)
+            user.kwargs = map_arg(user.kwargs, lambda n, node=node, e=elements: tuple(e) if n is node else n)
+
+
+def _spell_out_part(graph: torch.fx.Graph, node: Node, part: Node, second: dict[Node, Any]) -> None:
+    """chunk(x)[1:][0] becomes chunk(x)[1]."""
+    numbers = range(len(node.meta["val"]))[part.args[1]]
+    elements = []
+    with graph.inserting_before(part):
+        for i in numbers:
+            element = graph.call_function(operator.getitem, (node, i))
+            element.meta = {**part.meta, "val": node.meta["val"][i], "symbols": node.meta["symbols"][i]}
+            second[element] = second[node][i]
+            elements.append(element)
+    for user in list(part.users):
+        if op_name(user) == "getitem" and isinstance(user.args[1], int):
+            user.replace_all_uses_with(elements[user.args[1]])
+        else:
+            user.args = map_arg(user.args, lambda n: tuple(elements) if n is part else n)
+            user.kwargs = map_arg(user.kwargs, lambda n: tuple(elements) if n is part else n)

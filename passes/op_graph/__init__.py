@@ -1,0 +1,1 @@
+"""From a normalised fx graph to the cost model's op graph."""

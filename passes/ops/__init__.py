@@ -1,0 +1,1 @@
+"""Functions and modules of ours that emitted graphs call."""

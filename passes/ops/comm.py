@@ -1,0 +1,126 @@
+"""What a rank's graph says to other ranks: plain functions of tensors, names and integers.
+
+The graph never holds a process group: it prints, diffs and serialises, and runs on whichever communicator is current
+in the calling thread (`using(communicator)`), be it threads of one process or torch.distributed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.fx.node
+
+from passes.ops.comm_autograd import AllGather, AllReduce, CopyToTp, Parts
+
+
+class Communicator(Protocol):
+    """What carries the bytes. `axis` is a mesh axis ("tp"); `to` and `source` are global ranks."""
+
+    tp_rank: int  # of the rank that it speaks for
+
+    def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
+        """The sum of every rank's `x` (same shape everywhere); may reuse `x`'s memory."""
+
+    def all_gather(self, x: torch.Tensor, axis: str, dim: int, parts: Parts) -> torch.Tensor:
+        """The whole tensor of which each rank holds `parts[rank]` along `dim` (uneven, even empty, parts allowed)."""
+
+    def send(self, x: torch.Tensor, to: int, channel: int) -> None:
+        """Start sending; `x` is not changed afterwards. Returns before the bytes have left."""
+
+    def recv(self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int) -> torch.Tensor:
+        """The next tensor from `source` on `channel`; waits for it."""
+
+
+@dataclass
+class Tape:
+    """What a graph has sent and received that gradients come back of, in order; each with the other's global rank and
+    the channel. What was received is a leaf to autograd."""
+
+    sent: list[tuple[torch.Tensor, int, int]] = field(default_factory=list)
+    received: list[tuple[torch.Tensor, int, int]] = field(default_factory=list)
+
+
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def using(communicator: Communicator, tape: Tape | None = None) -> Iterator[None]:
+    """Make `communicator` the one that this thread's graphs speak through, and note on `tape` what they say."""
+    before = getattr(_local, "communicator", None), getattr(_local, "tape", None)
+    _local.communicator, _local.tape = communicator, tape
+    try:
+        yield
+    finally:
+        _local.communicator, _local.tape = before
+
+
+def current() -> Communicator:
+    communicator = getattr(_local, "communicator", None)
+    if communicator is None:
+        raise RuntimeError(
+            "a rank's graph was called outside a communicator: run it with compiled.simulate(...), under torchrun "
+            "through adx.from_pretrained(...), or inside `with passes.ops.comm.using(communicator):`"
+        )
+    return communicator
+
+
+def all_reduce(x: torch.Tensor, axis: str) -> torch.Tensor:
+    if _has_gradient(x):
+        return AllReduce.apply(x, axis, current())  # type: ignore[no-any-return]
+    return current().all_reduce(x, axis)
+
+
+def all_gather(x: torch.Tensor, axis: str, dim: int, parts: Parts) -> torch.Tensor:
+    if _has_gradient(x):
+        return AllGather.apply(x, axis, dim, parts, current())  # type: ignore[no-any-return]
+    return current().all_gather(x, axis, dim, parts)
+
+
+def copy_to_tp(x: torch.Tensor, axis: str) -> torch.Tensor:
+    """`x` itself, for readers of whose gradients each rank has a term: backward they are added up (Megatron's f)."""
+    if _has_gradient(x):
+        return CopyToTp.apply(x, axis, current())  # type: ignore[no-any-return]
+    return x
+
+
+def _has_gradient(x: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def send(x: torch.Tensor, to: int, channel: int, sized: bool = False, gradient: bool = False) -> None:
+    """`sized`: its shape goes ahead, which the receiver cannot tell from the model's inputs. `gradient`: on a tape, its
+    gradient is waited for on the way back."""
+    tape = getattr(_local, "tape", None)
+    if tape is not None:
+        if gradient:
+            tape.sent.append((x, to, channel))
+        x = x.detach()
+    if sized:
+        current().send(torch.tensor(x.shape, device=x.device), to, channel)
+    current().send(x, to, channel)
+
+
+def recv(
+    shape: Sequence[int | None], dtype: torch.dtype, device: Any, source: int, channel: int, gradient: bool = False
+) -> torch.Tensor:
+    """A dim None is of the length that the sender says. `gradient`: on a tape, its gradient is sent back."""
+    if None in shape:
+        shape = current().recv((len(shape),), torch.long, device, source, channel).tolist()
+    x = current().recv(shape, dtype, device, source, channel)  # type: ignore[arg-type]
+    tape = getattr(_local, "tape", None)
+    if gradient and tape is not None:
+        tape.received.append((x.requires_grad_(), source, channel))
+    return x
+
+
+COLLECTIVES = (all_reduce, all_gather)
+COMM_OPS = (*COLLECTIVES, send, recv)
+
+# torch.fx drops nodes without users; a send has none, and a recv or a collective must stay matched with its peers.
+for _op in COMM_OPS:
+    torch.fx.node._side_effectful_functions.add(_op)

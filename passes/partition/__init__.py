@@ -1,0 +1,1 @@
+"""Passes that rewrite the whole graph into one rank's."""

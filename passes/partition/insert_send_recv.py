@@ -1,0 +1,129 @@
+"""insert_send_recv: what crosses a stage's border becomes a recv at its first layer and a send at its last.
+
+    before  %incoming_h = placeholder;  ...;  return ({"logits": ...}, (%h2,))
+    after   %incoming_h = recv((%batch, %seq, 64), torch.float32, %device, source=0, channel=0);  ...
+            send(%h2, to=2, channel=1);  return {"logits": ...}
+
+A tp rank talks to the rank at its own place in the other stage. A length that the receiver cannot tell from the model's
+inputs (frames after convolutions, tokens that a mask selects) is None in the recv, and the send is `sized`.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx import Node
+
+from cost_model.errors import PlanError
+from cost_model.plan.data import Hop
+from passes.ops.comm import recv, send
+from passes.partition.context import RankContext
+
+
+def insert_send_recv(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.GraphModule:
+    """Rewrites `module` in place; afterwards it takes the model's inputs only, and returns the dict of outputs."""
+    graph = module.graph
+    incoming = [n for n in graph.nodes if n.op == "placeholder" and "hop" in n.meta]
+    lengths = _Lengths(graph)
+    for node in sorted(incoming, key=lambda n: n.meta["hop"].channel):
+        hop: Hop = node.meta["hop"]
+        with graph.inserting_before(lengths.first_computed()):
+            shape = _shape(node, hop, ctx, lengths)
+            received = graph.call_function(
+                recv,
+                (shape, node.meta["val"].dtype, lengths.device()),
+                {"source": ctx.mesh.rank(hop.source, ctx.tp_rank), "channel": hop.channel},
+            )
+        received.meta = dict(node.meta)
+        name = node.name
+        node.replace_all_uses_with(received)
+        graph.erase_node(node)
+        received.name = name
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    outputs, owed = output.args[0]
+    for hop, value in zip((h for h in ctx.plan.hops if h.source == ctx.stage), owed, strict=True):
+        with graph.inserting_before(output):
+            told = {"sized": True} if any(map(_is_unknown, value.meta["symbols"])) else {}
+            node = graph.call_function(
+                send, (value,), {"to": ctx.mesh.rank(hop.target, ctx.tp_rank), "channel": hop.channel, **told}
+            )
+        node.meta = {**value.meta, "hop": hop}
+    output.args = (outputs,)
+    module.recompile()
+    return module
+
+
+def _shape(node: Node, hop: Hop, ctx: RankContext, lengths: _Lengths) -> tuple[Any, ...]:
+    """The shape in which the tensor arrives: literals, and lengths that this rank reads off its own inputs."""
+    sizes = list(node.meta["val"].shape)
+    op = ctx.plan.op(hop.op)
+    placement, layout = op.outputs[hop.index], ctx.plan.layout(op.output_layouts[hop.index])
+    if placement.is_shard and layout is not None and not hop.whole:
+        sizes[placement.dim] = layout.local_size(ctx.tp_rank)
+    return tuple(
+        (None if _is_unknown(symbol) else lengths.node(symbol, hop)) if symbol else size
+        for size, symbol in zip(sizes, node.meta["symbols"], strict=True)
+    )
+
+
+def _is_unknown(symbol: str) -> bool:
+    return symbol.startswith("?")
+
+
+class _Lengths:
+    """Nodes for the lengths ("B", "S", "B*S", "B*16") and the device of the graph's inputs, made where missing."""
+
+    def __init__(self, graph: torch.fx.Graph) -> None:
+        self.graph = graph
+        self.inputs = [n for n in graph.nodes if n.op == "placeholder" and "hop" not in n.meta]
+        self.known: dict[str, Node] = {}
+        self._device: Node | None = None
+        for node in list(graph.nodes):  # a list: nodes are moved
+            if node.op == "call_function" and node.target is torch.ops.aten.sym_size.int:
+                symbols = node.args[0].meta.get("symbols", ())
+                if node.args[0] in self.inputs and symbols[node.args[1]]:
+                    self.known.setdefault(symbols[node.args[1]], node)
+                    self._hoist(node)
+            elif node.op == "call_function" and node.target is getattr and node.args[1] == "device":
+                self._device = node
+                self._hoist(node)
+
+    def _hoist(self, node: Node) -> None:
+        """Lengths of inputs can be read before anything else, hence before a recv needs them."""
+        self.inputs[-1].append(node)
+
+    def first_computed(self) -> Node:
+        """The first node that is neither an input nor one of these."""
+        mine = {*self.known.values(), self._device}
+        return next(n for n in self.graph.nodes if n.op != "placeholder" and n not in mine and n.target is not recv)
+
+    def node(self, symbol: str, hop: Hop) -> Node:
+        if symbol not in self.known:
+            self.known[symbol] = self._make(symbol, hop)
+        return self.known[symbol]
+
+    def _make(self, symbol: str, hop: Hop) -> Node:
+        if "*" in symbol:
+            left, _, right = symbol.rpartition("*")
+            factors = (self.node(left, hop), int(right) if right.isdecimal() else self.node(right, hop))
+            return self.graph.call_function(operator.mul, factors)
+        for node in self.inputs:
+            symbols = node.meta.get("symbols") or ()
+            if isinstance(node.meta.get("val"), torch.Tensor) and symbol in symbols:
+                dim = symbols.index(symbol)
+                made = self.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+                made.meta["val"] = node.meta["val"].shape[dim]
+                return made
+        raise PlanError(
+            f"{hop.op} crosses from stage {hop.source} to {hop.target} with a length ({symbol}) that no input of the "
+            f"model has: the receiver cannot know its shape; cut the pipeline elsewhere"
+        )
+
+    def device(self) -> Node:
+        if self._device is None:
+            node = next(n for n in self.inputs if isinstance(n.meta.get("val"), torch.Tensor))
+            self._device = self.graph.call_function(getattr, (node, "device"))
+        return self._device

@@ -1,0 +1,73 @@
+"""localize_cache: a stage's cache has only its own layers, counted from 0.
+
+    before  (stage 1 of 2 layers)  %kv = %past_key_values.update(%k, %v, 1)
+    after                          %kv = %past_key_values.update(%k, %v, 0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.fx
+
+from cost_model.errors import PlanError
+from passes.fx.nodes import is_pure
+from passes.partition.context import RankContext
+
+# Methods of transformers' Cache that take a layer's index, and the index's position among the arguments.
+_LAYER_ARGUMENT = {"update": 3, "read": 1, "get_seq_length": 1, "get_mask_sizes": 2}
+_OWNS = ("update", "read")  # what is done where a layer lies
+
+
+def localize_cache(module: torch.fx.GraphModule, ctx: RankContext, layer_kinds: Sequence[str]) -> torch.fx.GraphModule:
+    """Rewrites `module` in place and notes in `ctx.cache_layers` which global layers the rank's cache has.
+
+    `layer_kinds[i]` says what kind of cache layer i is ("full", "sliding:4096"): a question about a layer that the
+    stage does not have is put to one of its own of the same kind, which holds as many tokens.
+    """
+    calls = [n for n in module.graph.nodes if n.op == "call_method" and n.target in _LAYER_ARGUMENT]
+    owned = sorted({_layer(n) for n in calls if n.target in _OWNS})
+    local = {layer: i for i, layer in enumerate(owned)}
+    for node in calls:
+        layer = _layer(node)
+        if layer not in local:
+            twins = [i for i in owned if layer_kinds[i] == layer_kinds[layer]]
+            if not twins and _erased(node):
+                continue
+            if not twins:
+                raise PlanError(
+                    f"stage {ctx.stage} asks for the length of cache layer {layer} ({layer_kinds[layer]}) and has no "
+                    f"layer of that kind: cut the pipeline elsewhere or use fewer stages"
+                )
+            layer = twins[0]
+        position = _LAYER_ARGUMENT[node.target]
+        if len(node.args) > position:
+            args = list(node.args)
+            args[position] = local[layer]
+            node.args = tuple(args)
+        else:
+            node.kwargs = {**node.kwargs, "layer_idx": local[layer]}
+    ctx.cache_layers = tuple(owned)
+    return module
+
+
+def _erased(node: torch.fx.Node) -> bool:
+    """Takes a question, and all that follows from it, out of the graph, if nothing that is left uses any of it.
+
+    Such is the mask for layers that run on later stages, which make it themselves.
+    """
+    following = {node: None}
+    for user in list(node.graph.nodes):
+        if any(source in following for source in user.all_input_nodes):
+            if not is_pure(user):
+                return False
+            following[user] = None
+    for user in reversed(following):
+        node.graph.erase_node(user)
+    return True
+
+
+def _layer(node: torch.fx.Node) -> int:
+    position = _LAYER_ARGUMENT[str(node.target)]
+    return int(node.args[position] if len(node.args) > position else node.kwargs.get("layer_idx", 0))

@@ -1,0 +1,45 @@
+"""The result of the passes for one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.fx
+
+from cost_model.mesh import Mesh
+from passes.partition.context import ParamShard
+from passes.program.gradient_sums import GradSum
+
+
+@dataclass
+class RankProgram:
+    """One rank's graph and what it needs to run.
+
+    The graph takes every input of the traced model by name (a stage that does not need one ignores it) and returns a
+    dict of the outputs that this rank has: all of them on the last stage, none or the cache alone elsewhere.
+    Parameters are on the meta device, in their local shapes, until `param_shards` are loaded into them.
+    """
+
+    rank: int
+    mesh: Mesh
+    graph_module: torch.fx.GraphModule
+    input_names: tuple[str, ...]
+    param_shards: Mapping[str, ParamShard]  # by name in graph_module
+    cache_layers: tuple[int, ...]  # the global cache layer behind each local one
+    cache_kinds: tuple[str, ...] = ()  # what each local one is: "full", "sliding:4096", "cross"
+    grad_sums: tuple[GradSum, ...] | None = None  # owed after a backward pass; None: the program has none
+
+    @property
+    def stage(self) -> int:
+        return self.mesh.coordinates(self.rank)[0]
+
+    @property
+    def tp_rank(self) -> int:
+        return self.mesh.coordinates(self.rank)[1]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of this rank's parameters and buffers."""
+        state = self.graph_module.state_dict()
+        return sum(t.numel() * t.element_size() for t in state.values())

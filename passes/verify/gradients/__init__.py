@@ -1,0 +1,1 @@
+"""What backward passes owe, and which ranks add it up."""

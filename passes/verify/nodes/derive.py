@@ -1,0 +1,58 @@
+"""One step of the proof: what an op's rule allows, and whether its own arguments fit the shapes that follow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx import Node
+
+from cost_model.graph.op_graph import Op
+from passes.fx.arguments import argument, tensor_arguments
+from passes.verify.core.held import Derivation, Held
+from passes.verify.core.report import fail
+from passes.verify.core.state import RankState, named
+
+_COLLECTIVES = "passes/partition/insert_collectives.py"
+_SHAPES = "passes/partition/localize_shapes.py"
+
+
+def derived(state: RankState, node: Node, op: Op, types: tuple[Held, ...], expected: tuple[Held, ...]) -> Derivation:
+    """How the outputs lie, by the op's rule; the plan must say the same."""
+    rule, ins, outs = state.tools.rule(op)
+    judged = state.tools.judge(rule, ins, outs, types)
+    for derivation in judged.derivations:
+        if derivation.outputs == expected:
+            return derivation
+        if all(map(state.may_count_as, derivation.outputs, expected)):
+            return Derivation(expected)
+    lie = ", ".join(f"{named(r)} is {t}" for r, t in zip(op.inputs, types, strict=False))
+    if not judged.derivations:
+        fail(state.program, node, f"{op.kind} cannot be run here: {lie}; {judged.reason}", _COLLECTIVES)
+    out = ", ".join(map(str, judged.derivations[0].outputs))
+    fail(
+        state.program, node,
+        f"its output is {out}, and the plan says {', '.join(map(str, expected))}; of its inputs {lie}", _COLLECTIVES,
+    )  # fmt: skip
+
+
+def check_shape(state: RankState, node: Node, expected: Any) -> None:
+    """Run `node` on meta tensors of this rank's shapes; `expected` is what must come out."""
+    if node.target in (torch.reshape, torch.broadcast_to):
+        _check_lengths(state, node)
+    try:
+        found = state.tools.runner.run(state.program, node, state.known)
+    except Exception as error:
+        shapes = ", ".join(f"{a.name} {state.known[a]}" for a in tensor_arguments(node))
+        fail(state.program, node, f"cannot be run on this rank's shapes ({shapes}): {error}", _SHAPES)
+    if found != expected:
+        fail(state.program, node, f"gives {found} on this rank, and its share is {expected}", _SHAPES)
+
+
+def _check_lengths(state: RankState, node: Node) -> None:
+    """A length that follows the inputs is not written as a number."""
+    shape, symbols = argument(node, 1, "shape", argument(node, 1, "size")), node.meta.get("symbols", ())
+    for size, symbol in zip(shape, symbols, strict=False):
+        if symbol and type(size) is int and size >= 0:
+            fail(state.program, node, f"its size {size} follows the inputs ({symbol}), and is a number here", _SHAPES)

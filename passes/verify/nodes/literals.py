@@ -1,0 +1,147 @@
+"""Are the numbers in an emitted node's arguments those that the model has there? The op graph does not know them all
+(the scale of a softmax, an eps, which element an index takes), so they are compared with the model's own graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx import Node
+
+from cost_model.graph.op_graph import Op
+from passes.fx.arguments import submodule
+from passes.op_graph.indexing import spelled_index
+from passes.ops.parallel_layers import partial_mean
+from passes.verify.core.held import Held
+from passes.verify.core.report import fail
+from passes.verify.core.state import RankState
+
+# Their numbers become the rank's own, and are proven in other ways.
+_REWRITTEN = (
+    "view", "expand", "split", "slice", "repeat_interleave", "cache_update", "cache_read", "linear", "embedding",
+)  # fmt: skip
+_HERE = "passes/partition/localize_shapes.py"
+
+
+def nodes_by_name(whole: torch.fx.GraphModule) -> dict[str, Node]:
+    return {node.name: node for node in whole.graph.nodes}
+
+
+def check_literals(state: RankState, node: Node, op: Op, types: tuple[Held, ...]) -> None:
+    theirs = state.tools.whole.get(op.name)
+    if theirs is None or node.target is partial_mean:
+        return
+    if op.kind == "slice":
+        _check_index(state, node, theirs, types[0])
+    if op.kind in _REWRITTEN:
+        return
+    called, calls = (n.op if n.op == "call_module" else (n.op, n.target) for n in (node, theirs))
+    if called != calls:
+        fail(state.program, node, f"calls {node.target}, and the model calls {theirs.target}", _HERE)
+    if node.op == "call_module":
+        _check_settings(state, node, theirs)
+    own, others = _by_position(node, op), _by_position(theirs, op)
+    mine, wanted = _pattern((own, _named(node, op)), state), _pattern((others, _named(theirs, op)))
+    if mine != wanted:
+        fail(
+            state.program, node,
+            f"is called with {node.args} {dict(node.kwargs)}, and the model calls it with {theirs.args} "
+            f"{dict(theirs.kwargs)}",
+            _HERE,
+        )  # fmt: skip
+
+
+def _check_index(state: RankState, node: Node, theirs: Node, lies: Held) -> None:
+    """x[...]: what is taken of each dim but the sharded one, which verify_same_op looks at."""
+    shape = theirs.args[0].meta["val"].shape
+    mine, wanted = (_taken(spelled_index(n), shape, s) for n, s in ((node, state), (theirs, None)))
+    differing = [d for d in range(len(shape)) if d != lies.dim and mine[d] != wanted[d]]
+    if differing:
+        fail(
+            state.program, node,
+            f"takes {node.args[1]} of dim {differing[0]}, and the model takes {theirs.args[1]}", _HERE,
+        )  # fmt: skip
+
+
+def _taken(index: list[Any], shape: torch.Size, state: RankState | None) -> list[Any]:
+    """Of each dim: the element, or (first, end, step)."""
+    found: list[Any] = []
+    for item in (i for i in index if i is not None):
+        size = shape[len(found)]
+        if isinstance(item, slice):
+            bounds = [_number(b, state) for b in (item.start, item.stop, item.step)]
+            found.append(slice(*bounds).indices(size) if all(type(b) in (int, type(None)) for b in bounds) else bounds)
+        else:
+            found.append(item % size)
+    return found
+
+
+def _check_settings(state: RankState, node: Node, theirs: Node) -> None:
+    """A module computes by its settings, too: the eps of a norm, the approximation of a gelu."""
+    module = submodule(state.module, str(node.target))
+    model = submodule(theirs.graph.owning_module, str(theirs.target))
+    mine, wanted = _settings(module), _settings(model)
+    if type(module) is not type(model) or mine != wanted:
+        differing = [f"{k}={mine.get(k)}" for k in {**mine, **wanted} if mine.get(k) != wanted.get(k)]
+        fail(
+            state.program, node,
+            f"is {type(module).__name__} with {', '.join(differing) or 'the same settings'}, and the model has {model}",
+            _HERE,
+        )  # fmt: skip
+
+
+def _settings(module: torch.nn.Module, prefix: str = "") -> dict[str, Any]:
+    """The plain values among its attributes, and those of the modules in it."""
+    plain = (int, float, str, bool, tuple, torch.dtype, type(None))
+    found = {
+        prefix + name: value for name, value in vars(module).items()
+        if not name.startswith("_") and isinstance(value, plain) and name != "training"
+    }  # fmt: skip
+    for name, child in module.named_children():
+        found |= {f"{prefix}{name}": type(child), **_settings(child, f"{prefix}{name}.")}
+    return found
+
+
+def check_eps(state: RankState, node: Node, add: Op) -> None:
+    """`node` is a norm that fuse_ops made; `add` the op of the model that adds its eps."""
+    theirs = state.tools.whole.get(add.name)
+    if theirs is None:
+        return
+    numbers = [a for a in theirs.args if not isinstance(a, Node)]
+    if numbers != [node.args[3]]:
+        fail(state.program, node, f"has eps {node.args[3]}, and the model {numbers}", "passes/partition/fuse_ops.py")
+
+
+def _by_position(node: Node, op: Op) -> tuple[Any, ...]:
+    """But for the bias and groups of a convolution, the groups of a norm: a rank has its own (verify_same_op)."""
+    left_out = {"conv": (2, 6), "group_norm": (1,)}.get(op.kind, ())
+    return tuple(a for i, a in enumerate(node.args) if i not in left_out)
+
+
+def _named(node: Node, op: Op) -> dict[str, Any]:
+    """Keyword arguments; whether attention repeats heads is looked at with the heads."""
+    return {k: v for k, v in node.kwargs.items() if not (op.kind == "sdpa" and k == "enable_gqa")}
+
+
+def _pattern(value: Any, state: RankState | None = None) -> Any:
+    """`value` with a mark for each tensor, and lengths as they are at the example sizes. 1, 1.0 and True are different
+    to torch. `state`: of the rank whose node it is, None for the model's."""
+    if isinstance(value, Node):
+        number = _number(value, state)
+        return Node if number is value else ("number", number)
+    if isinstance(value, (tuple, list)):
+        return [_pattern(v, state) for v in value]
+    if isinstance(value, dict):
+        return {k: _pattern(v, state) for k, v in value.items()}
+    if isinstance(value, slice):
+        return slice, *(_pattern(v, state) for v in (value.start, value.stop, value.step))
+    return type(value), value
+
+
+def _number(value: Any, state: RankState | None) -> Any:
+    """What a node gives that gives a number; anything else as it is."""
+    if not isinstance(value, Node):
+        return value
+    known = value.meta.get("val") if state is None else state.known.get(value)
+    return known if isinstance(known, (int, float)) else value

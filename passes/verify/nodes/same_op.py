@@ -1,0 +1,158 @@
+"""Is an emitted node the op that the model has there? Seen through what passes write in an op's place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.fx
+from torch.fx import Node
+
+from cost_model.graph.op_graph import Op
+from passes.fx.arguments import argument, submodule
+from passes.fx.nodes import op_name
+from passes.ops.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, partial_mean
+from passes.verify.core.held import PARTIAL, WHOLE, Derivation, Held, elements, held
+from passes.verify.core.report import fail
+from passes.verify.core.state import RankState
+from passes.verify.nodes.experts import check_pick, picks_own
+
+_SHAPES = "passes/partition/localize_shapes.py"
+_SHARDS = "passes/partition/shard_parameters.py"
+_CACHE = "passes/partition/localize_cache.py"
+
+
+def check_same_op(state: RankState, node: Node, op: Op, types: tuple[Held, ...]) -> None:
+    kind, attrs = _classified(state, node, op)
+    if kind != op.kind:
+        fail(state.program, node, f"does {kind} where the model does {op.kind}", _SHAPES)
+    if picks_own(state, op, types) and len(attrs.get("picks", ())) == 1:
+        check_pick(state, node, op, types[0], attrs["picks"])
+        if attrs["dims"] != op.attrs["dims"]:
+            fail(state.program, node, f"takes {attrs['dims']} where the model takes {op.attrs['dims']}", _SHAPES)
+    elif op.kind == "slice" and types[0].is_sharded:
+        _check_slice(state, node, op, types[0], attrs["dims"])
+    elif op.kind == "repeat_interleave" and op_name(node) != "index_select":
+        if attrs["dim"] != op.attrs["dim"]:
+            fail(state.program, node, f"repeats dim {attrs['dim']}, the model dim {op.attrs['dim']}", _SHAPES)
+    elif op.kind in ("conv", "group_norm"):
+        _check_groups(state, node, op, types[0], attrs)
+    elif op.kind not in ("cache_update", "cache_read", "slice", "repeat_interleave") and attrs != op.attrs:
+        fail(state.program, node, f"has {dict(attrs)} where the model has {dict(op.attrs)}", _SHAPES)
+    elif op.kind == "slice" and attrs != op.attrs:
+        fail(state.program, node, f"takes {attrs['dims']} where the model takes {op.attrs['dims']}", _SHAPES)
+
+
+def _classified(state: RankState, node: Node, op: Op) -> tuple[str, Any]:
+    """Kind and attributes, seen through what passes write in a node's place."""
+    if node.op == "call_module":
+        module = submodule(state.module, str(node.target))
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            return "linear", {"transposed": module.transposed}
+        if isinstance(module, VocabParallelEmbedding):
+            return "embedding", {}
+    if node.op == "call_function" and node.target is partial_mean and op.kind == "reduce":
+        return "reduce", {"op": "mean", "dims": tuple(node.args[1]), "keepdim": node.args[2]}
+    if op.kind == "repeat_interleave" and node.target is torch.index_select:
+        return op.kind, op.attrs  # which elements it takes is looked at in _repeated
+    return state.classify(node)
+
+
+def _check_slice(state: RankState, node: Node, op: Op, lies: Held, given: Any) -> None:
+    """Where the slice starts along the sharded dim, among the elements that the rank holds."""
+    _, (shape,), (out,) = state.tools.rule(op)
+    own = elements(lies, shape[lies.dim])
+    wanted = []
+    for number, (in_dim, out_dim, start, step) in enumerate(op.attrs["dims"]):
+        if in_dim == lies.dim and step != 1 and number < len(given):
+            taken = np.flatnonzero(np.isin(own, np.arange(start, start + step * out[out_dim], step)))
+            first, every = given[number][2:]
+            if np.array_equal(taken, first + every * np.arange(len(taken))):  # and no more: check_shape says so
+                start, step = first, every
+        elif in_dim == lies.dim and out[out_dim] != shape[in_dim]:
+            start = int(np.count_nonzero(own < start))
+        wanted.append((in_dim, out_dim, start, step))
+    if tuple(wanted) != tuple(given):
+        fail(
+            state.program, node,
+            f"takes {tuple(given)} (dim, dim of the result, start, step) of its share, where the model's slice lies "
+            f"at {tuple(wanted)}",
+            _SHAPES,
+        )  # fmt: skip
+
+
+def _check_groups(state: RankState, node: Node, op: Op, lies: Held, given: Any) -> None:
+    """As many groups of channels as the rank has; the rule has seen to it that none is cut."""
+    groups, (_, (shape, *_), _) = op.attrs["groups"], state.tools.rule(op)
+    if lies.is_sharded and groups > 1 and len(shape) > 2 and lies.dim == 1:
+        groups = groups * len(elements(lies, shape[1])) // shape[1]
+    if dict(given) != {**op.attrs, "groups": groups}:
+        fail(state.program, node, f"has {dict(given)} where {groups} groups and {dict(op.attrs)} are wanted", _SHAPES)
+
+
+# -- what single kinds owe beside their rule ---------------------------------------------------------------------------
+
+
+def _embedding(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
+    """Rows of other ranks must come out as zeros; the row of padding, and no other, gets no gradient."""
+    module = submodule(state.module, str(node.target)) if node.op == "call_module" else None
+    rows = state.graph.spec(op.inputs[1]).shape[0]
+    if isinstance(module, VocabParallelEmbedding):
+        own = held(0, module.intervals, rows)
+        if own != (types[1] if types[1].dim == 0 else WHOLE):
+            fail(state.program, node, f"looks up {own}, and its table is {types[1]}", _SHARDS)
+    elif types[1].dim == 0:
+        fail(state.program, node, f"its table is {types[1]}, and it looks up every row", _SHARDS)
+    theirs = state.tools.whole.get(op.name)
+    if theirs is not None and _padding(node, rows) != _padding(theirs, rows):
+        fail(
+            state.program, node,
+            f"keeps the gradient from row {_padding(node, rows)}, and the model from row {_padding(theirs, rows)}",
+            _SHARDS,
+        )  # fmt: skip
+
+
+def _padding(node: Node, rows: int) -> int | None:
+    if node.op == "call_module":
+        given = getattr(submodule(node.graph.owning_module, str(node.target)), "padding_idx", None)
+    else:
+        given = argument(node, 2, "padding_idx")
+    return None if given is None else given % rows
+
+
+def _mean(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
+    """A part of a mean divides by the number of all elements."""
+    owes = done.letter is not None and PARTIAL in done.outputs and op.attrs["op"] == "mean"
+    if owes != (node.target is partial_mean):
+        fail(state.program, node, "a mean over a sharded dim must divide by the number of all elements", _SHAPES)
+    if owes:
+        cut, shape = types[0].dim, state.graph.spec(op.inputs[0]).shape
+        if tuple(node.args[3:]) != (cut, shape[cut]):
+            said = f"divides as if its whole input were {node.args[4]} long in dim {node.args[3]}"
+            fail(state.program, node, f"{said}: it is {shape[cut]} long in dim {cut}, where it is sharded", _SHAPES)
+        theirs = state.tools.whole.get(op.name)
+        if theirs is not None and node.kwargs.get("dtype") != theirs.kwargs.get("dtype"):
+            fail(state.program, node, f"computes in {node.kwargs.get('dtype')}, unlike the model", _SHAPES)
+
+
+def _cache_update(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
+    position, does = (1, "reads") if op.kind == "cache_read" else (3, "writes")
+    layer, layers = argument(node, position, "layer_idx"), state.program.cache_layers
+    if type(layer) is not int or not 0 <= layer < len(layers) or layers[layer] != op.attrs["layer"]:
+        fail(
+            state.program, node,
+            f"{does} cache layer {layer} of this rank, whose layers are those numbered {list(layers)} in the model; "
+            f"the model {does} {op.attrs['layer']}",
+            _CACHE,
+        )  # fmt: skip
+    state.facts.updates.append((op.name, layer, node))
+
+
+FURTHER_CHECKS: dict[str, Callable[[RankState, Node, Op, tuple[Held, ...], Derivation], None]] = {
+    "embedding": _embedding,
+    "reduce": _mean,
+    "cache_update": _cache_update,
+    "cache_read": _cache_update,
+}
