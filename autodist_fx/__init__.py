@@ -6,13 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autodist_fx.api.artifact import load
     from autodist_fx.api.choose_mesh import choose_mesh
     from autodist_fx.api.compiled_model import CompiledModel
-    from autodist_fx.artifact.reader import Artifact, load
+    from autodist_fx.api.from_pretrained import from_pretrained
+    from autodist_fx.artifact.reader import Artifact
     from autodist_fx.compiler.compile import compile
     from autodist_fx.errors import AutodistError
     from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
-    from autodist_fx.startup.from_checkpoint import from_pretrained
     from cost_model.plan.data import PartitionPlan
     from cost_model.search.mesh_choice import MeshChoice
 
@@ -39,8 +40,8 @@ _HOMES = {
     "PartitionPlan": "cost_model.plan.data",
     "choose_mesh": "autodist_fx.api.choose_mesh",
     "compile": "autodist_fx.compiler.compile",
-    "from_pretrained": "autodist_fx.startup.from_checkpoint",
-    "load": "autodist_fx.artifact.reader",
+    "from_pretrained": "autodist_fx.api.from_pretrained",
+    "load": "autodist_fx.api.artifact",
 }
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cost_model.search.tensor_parallel import Strategy, TensorParallelSearch
+from cost_model.search.strategy import Strategy
+from cost_model.search.tensor_parallel import TensorParallelSearch
 
 Shape = tuple[Any, ...]  # "B", "S", and numbers
 

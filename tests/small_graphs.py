@@ -24,8 +24,8 @@ from passes.fx.arguments import fetch, place
 from passes.fx.shape_propagation import Example
 from passes.normalize.pipeline import normalize
 from passes.op_graph.build import build_op_graph, fingerprint
-from passes.partition.context import ParamShard
 from passes.partition.pipeline import emit_rank
+from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 from passes.verify.verify import verify
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from autodist_fx.api.compiled_model import class_of
 from autodist_fx.compiler.compile import hardware_for
+from autodist_fx.compiler.examples import phases_once, planned_graph, traced_once
 from autodist_fx.compiler.peft import without_wrapper
-from autodist_fx.compiler.variant import phases_once, planned_graph, traced_once
 from autodist_fx.tracing import has_own_cache
+from autodist_fx.tracing.meta_model import class_of
 from cost_model.costs.hardware import Hardware
 from cost_model.mesh import Mesh
 from cost_model.request.devices import Memory

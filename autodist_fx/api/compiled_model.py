@@ -12,7 +12,7 @@ import torch
 import torch.fx
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from autodist_fx.calls.call import Call, read_call
+from autodist_fx.calls.call import FILLED_IN, Call, read_call
 from autodist_fx.calls.lengths import Lengths, lengths_of
 from autodist_fx.compiler.pause_gc import garbage_stays
 from autodist_fx.compiler.variant import Variant
@@ -22,7 +22,6 @@ from autodist_fx.runtime.cache.kv_cache import local_cache
 from autodist_fx.runtime.comm.process_group import DEFAULT_TIMEOUT_SECONDS, join
 from autodist_fx.simulation.backward import glued, run_backward
 from autodist_fx.simulation.call import (
-    FILLED_IN,
     SimulatedCache,
     encode,
     returned,
@@ -33,11 +32,11 @@ from autodist_fx.simulation.call import (
 )
 from autodist_fx.tracing import (
     InputForm,
-    class_for,
     empty_model,
     forms_of,
     has_own_cache,
 )
+from autodist_fx.tracing.meta_model import class_of
 from autodist_fx.weights.load import load_rank
 from autodist_fx.weights.sources.module_source import ModuleSource
 from cost_model.graph.op_graph import OpGraph
@@ -53,10 +52,6 @@ from passes.verify.verify import verify as verify_programs
 
 if TYPE_CHECKING:
     from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
-
-
-def class_of(model: PreTrainedModel | PretrainedConfig) -> type[PreTrainedModel]:
-    return class_for(model) if isinstance(model, PretrainedConfig) else type(model)
 
 
 class CompiledModel:

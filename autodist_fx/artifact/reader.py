@@ -8,10 +8,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -28,57 +27,26 @@ from autodist_fx.calls.input_spec import InputForm
 from autodist_fx.calls.lengths import Lengths, another_way
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import agree
-from autodist_fx.runtime.comm.process_group import DEFAULT_TIMEOUT_SECONDS, JoinedRank, join, started_by_torchrun
+from autodist_fx.runtime.comm.process_group import DEFAULT_TIMEOUT_SECONDS, JoinedRank, join
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.guarded_programs import Ways
 from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
+from autodist_fx.startup.from_artifact import T
 from autodist_fx.weights.load import LoadReport
 from autodist_fx.weights.process_memory import peak_rss_bytes, rss_bytes
 from cost_model.errors import PlanError
 from cost_model.mesh import Mesh
 from cost_model.plan.data import PartitionPlan
-from cost_model.plan.write_json import plan_from_text
-from passes.normalize.extract_guards import Conditions
+from cost_model.plan.read_json import plan_from_text
+from passes.fx.guards import Conditions
 from passes.program.rank_program import RankProgram
 
 if TYPE_CHECKING:
     from autodist_fx.artifact.loaded_variants import LoadedModel
 
-T = TypeVar("T")
 TOKENIZER = "tokenizer"
 SAVE_SUCH = ", and the artifact has no form for that: save one by calling simulate with such lengths before save"
 _AGAIN = ": make the artifact again"
-
-
-def load(
-    directory: str | Path,
-    *,
-    device: str | torch.device | None = None,
-    timeout: float = DEFAULT_TIMEOUT_SECONDS,
-    rank: int | None = None,
-    world_size: int | None = None,
-    master_addr: str | None = None,
-    master_port: int | None = None,
-) -> Artifact | DistributedCausalLM:
-    """What `compiled.save(directory)` or `autodist-fx compile --out` wrote.
-
-    Under torchrun, or with `rank`, ... given: this process's share, on `device`, as `from_pretrained` gives it. Called
-    in every process alike; each reads its own graph and weights only. Otherwise an `Artifact`, of all ranks.
-
-    Nothing in the directory is run or unpickled; a file that is not what was written is refused by name. Raises
-    ArtifactError, RuntimeSetupError.
-    """
-    artifact = Artifact(directory)
-    if rank is None and not started_by_torchrun() and not dist.is_initialized():
-        return artifact
-    return artifact.to_distributed(
-        device=device,
-        timeout=timeout,
-        rank=rank,
-        world_size=world_size,
-        master_addr=master_addr,
-        master_port=master_port,
-    )
 
 
 class Artifact:
@@ -405,4 +373,4 @@ def _warn_of_versions(directory: Path, made_with: Mapping[str, str]) -> None:
         warnings.warn(f"{made}: compare its output, or make it again", stacklevel=3)
 
 
-__all__ = ["Artifact", "load"]
+__all__ = ["Artifact"]

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from autodist_fx.artifact.manifest import ArtifactError
 from cost_model.errors import AutodistError
 from cost_model.mesh import Mesh
-from passes.normalize.extract_guards import Conditions
-from passes.partition.context import ParamShard
+from passes.fx.guards import Conditions
+from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 from passes.serialize.modules import KINDS
 from passes.serialize.read_graph import graph_from_json

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import inspect
 import os
-import re
-import secrets
-import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +13,18 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationMixin
 
+from autodist_fx.artifact.directory import new_directory
 from autodist_fx.artifact.files import Staging, sync_directory
 from autodist_fx.artifact.manifest import (
     MANIFEST,
-    ArtifactError,
     FileRecord,
     Manifest,
     check_listing,
     library_versions,
-    read_manifest,
 )
+from autodist_fx.artifact.parts import Part, parts_of
 from autodist_fx.artifact.variant_format import (
-    DECODE,
-    ENCODE,
     LAYERS,
-    PROMPT,
-    STEP,
-    WHOLE,
     Form,
     conditions_to_dict,
     program_to_dict,
@@ -46,8 +34,8 @@ from autodist_fx.compiler.variant import Variant
 from autodist_fx.weights.share import share_weights
 from cost_model.plan.data import PartitionPlan
 from cost_model.plan.write_json import plan_to_text
-from passes.partition.context import ParamShard
 from passes.partition.pipeline import emit_rank
+from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 from passes.serialize.write_graph import graph_to_json, used_tensors
 
@@ -55,17 +43,8 @@ if TYPE_CHECKING:
     from autodist_fx.api.compiled_model import CompiledModel
 
 TOKENIZER = "tokenizer"
-_JUST_MADE_SECONDS = 10  # a directory that is younger may not be locked yet
 # Puts weights into a program of the form: load(variant, program).
 Load = Callable[[Variant, RankProgram], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A form that is to be saved."""
-
-    name: str
-    variant: Variant
 
 
 def save_compiled(
@@ -87,50 +66,6 @@ def save_compiled(
         for rank in range(compiled.mesh.size):
             write_rank(staging, rank, list(_programs(parts, rank, load)))
         finish(staging, parts, compiled.plan, staging.records)
-
-
-def parts_of(compiled: CompiledModel) -> list[Part]:
-    """The forms that were compiled, the main one first; then what `generate` and `model(...)` over processes run."""
-    variants, model = list(compiled.variants), compiled.shape
-    cached = [v for v in variants if v.traced.use_cache]
-    if isinstance(model, GenerationMixin) and model.can_generate():
-        if not cached and compiled.has_own_cache:
-            cached = [*compiled.new_phases()]
-            variants += cached
-        elif not cached:
-            cached = [compiled.new_variant(use_cache=True, fixed=last_logits_only(model))]
-            variants += cached
-        asked = ["input_ids", "attention_mask"]
-        takes = set(asked) <= inspect.signature(model.forward).parameters.keys()
-        if takes and cached[0].encoder is None and not any(_is_whole(v, set(asked)) for v in variants):
-            variants.append(compiled.new_variant(use_cache=False, input_names=asked))
-    return named_parts(variants)
-
-
-def named_parts(variants: Sequence[Variant]) -> list[Part]:
-    """These forms under names, with the encoders that fill their caches; the first of them comes first."""
-    parts: list[Part] = []
-    for variant in variants:
-        if variant.encoder is not None:
-            parts.append(Part(_free(ENCODE, parts), variant.encoder))
-        phase = {"prompt": PROMPT, "step": STEP}.get(variant.traced.phase)
-        parts.append(Part(_free(phase or (DECODE if variant.traced.use_cache else WHOLE), parts), variant))
-    return sorted(parts, key=lambda part: part.variant is not variants[0])
-
-
-def last_logits_only(model: PreTrainedModel) -> dict[str, object]:
-    """Generating needs the logits of the last position; the argument that says so, where forward has it."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-
-
-def _is_whole(variant: Variant, asked: set[str]) -> bool:
-    traced = variant.traced
-    return not traced.use_cache and not traced.phase and set(traced.input_names) == asked and not variant.fixed
-
-
-def _free(name: str, parts: Sequence[Part]) -> str:
-    taken = {part.name for part in parts}
-    return next(n for i in range(1, len(parts) + 2) if (n := name if i == 1 else f"{name}{i}") not in taken)
 
 
 def _programs(parts: Sequence[Part], rank: int, load: Load) -> Iterator[tuple[Part, RankProgram]]:
@@ -297,85 +232,3 @@ def finish(
 # -- taking the target's place ----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def new_directory(target: Path) -> Iterator[Staging]:
-    """A directory to fill, which becomes `target` if all goes well and is gone if not.
-
-    What processes that were killed have left beside it is gone, too. ArtifactError where `target` is there already and
-    is no artifact: nobody's files are overwritten.
-    """
-    refuse_foreign(target)
-    scratch = beside(target)
-    try:
-        scratch.mkdir(parents=True)
-    except OSError as error:
-        raise ArtifactError(f"cannot make {scratch.parent}: {error.strerror}") from error
-    try:
-        with _locked(scratch):
-            yield Staging(scratch)
-            take_place(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    _drop_leftovers(target)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
-    """Whether nobody else has it locked; the kernel takes a lock from a process that dies."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # locked, or a file system without locks
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
-
-
-def _drop_leftovers(target: Path) -> None:
-    target = Path(os.path.abspath(target))
-    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
-    for path in target.parent.iterdir():
-        with contextlib.suppress(OSError):
-            if name.fullmatch(path.name) and time.time() - path.stat().st_mtime > _JUST_MADE_SECONDS:
-                with _locked(path) as is_left:
-                    if is_left:
-                        shutil.rmtree(path, ignore_errors=True)
-
-
-def beside(target: Path) -> Path:
-    target = Path(os.path.abspath(target))
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-
-
-def refuse_foreign(target: Path) -> None:
-    if not target.exists() and not target.is_symlink():
-        return
-    if target.is_symlink() or not target.is_dir():
-        raise ArtifactError(f"{target} is there already and is no directory: choose another name")
-    if any(target.iterdir()):
-        try:
-            read_manifest(target)
-        except ArtifactError as error:
-            raise ArtifactError(
-                f"{target} is there already and is no whole artifact, so that it is left alone: choose another name or "
-                "take it away"
-            ) from error
-
-
-def take_place(scratch: Path, target: Path) -> None:
-    """At every moment `target` is what it was, nothing, or all of the new one."""
-    target = Path(os.path.abspath(target))
-    old = None
-    try:
-        if target.is_dir() and any(target.iterdir()):
-            old = beside(target)
-            target.rename(old)
-        scratch.rename(target)
-    except OSError as error:
-        raise ArtifactError(f"cannot put {target} in place: {error.strerror}") from error
-    sync_directory(target.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)

@@ -11,7 +11,12 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.errors import AutodistError
-from autodist_fx.tracing import OUTPUT_FLAGS
+
+# What a call without them gets: the others follow from the ids.
+FILLED_IN = frozenset({"input_ids", "attention_mask", "position_ids", "cache_position"})
+
+# What every forward with **keywords takes, though its signature doesn't say so (transformers' TransformersKwargs).
+OUTPUT_FLAGS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,4 +93,14 @@ def _refuse_gaps(
                 raise AutodistError(f"{name} got neither {ids} nor {embeds}: pass one of them")
 
 
+
+
+
+
+
+
+
+
 __all__ = ["Call", "read_call", "unusual"]
+
+

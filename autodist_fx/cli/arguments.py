@@ -126,7 +126,7 @@ def planning_options(args: argparse.Namespace) -> dict[str, Any]:
 def compile_config(args: argparse.Namespace, **options: Any) -> CompiledModel:
     """The split of the model whose config --model has; no weights are looked for, nothing is verified. `options` of
     compile count where the command line says nothing."""
-    from autodist_fx.startup.from_checkpoint import wanted_dtype
+    from autodist_fx.weights.dtype import wanted_dtype
     from autodist_fx.weights.resolve import resolve_config
 
     config = resolve_config(args.model, revision=args.revision, cache_dir=args.cache_dir)
@@ -137,8 +137,9 @@ def compile_for(
     args: argparse.Namespace, config: PretrainedConfig, dtype: torch.dtype, **options: Any
 ) -> CompiledModel:
     """The same for a config that was found already."""
-    from autodist_fx.startup.from_checkpoint import compile_as_used, mesh_of
+    from autodist_fx.compiler.compile import compile_as_used
     from autodist_fx.tracing import empty_model
+    from cost_model.request.plan_request import mesh_of
 
     plan = PartitionPlan.load(args.plan) if args.plan else None
     mesh = mesh_of(plan, args.tp or options.pop("tp", None), args.pp or options.pop("pp", None))

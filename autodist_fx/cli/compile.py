@@ -9,12 +9,13 @@ import argparse
 import time
 from pathlib import Path
 
-from autodist_fx.artifact.writer import refuse_foreign, save_compiled
+from autodist_fx.artifact.directory import refuse_foreign
+from autodist_fx.artifact.writer import save_compiled
 from autodist_fx.cli.arguments import add_model_arguments, be_quiet, compile_for
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import CheckpointError
-from autodist_fx.startup.from_checkpoint import wanted_dtype
 from autodist_fx.weights.checkpoint import load_tokenizer, open_source
+from autodist_fx.weights.dtype import wanted_dtype
 from autodist_fx.weights.load_program import load_program
 from autodist_fx.weights.resolve import resolve
 from passes.program.rank_program import RankProgram

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, TextStreamer
 
+from autodist_fx.api.from_pretrained import from_pretrained
 from autodist_fx.cli.arguments import be_quiet
 from autodist_fx.cli.prompts import encode, split_answers
+from autodist_fx.compiler.compile import compile_for_generation
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.launch import launch_local
-from autodist_fx.startup.from_checkpoint import compile_for_generation, from_pretrained, wanted_dtype
 from autodist_fx.tracing import empty_model
 from autodist_fx.weights.checkpoint import Checkpoint, load_tokenizer
+from autodist_fx.weights.dtype import wanted_dtype
 from autodist_fx.weights.resolve import SMOLLM2, resolve
 from autodist_fx.weights.sources.gguf_file import forget
 from cost_model.mesh import Mesh

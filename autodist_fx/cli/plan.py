@@ -12,9 +12,10 @@ from typing import Any
 
 from autodist_fx.api.choose_mesh import choose_mesh
 from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, compile_config, planning_options
+from autodist_fx.compiler.generation_traits import generation_arguments, keeps_cache
 from autodist_fx.errors import AutodistError
-from autodist_fx.startup.from_checkpoint import generation_arguments, keeps_cache, wanted_dtype
 from autodist_fx.tracing import empty_model
+from autodist_fx.weights.dtype import wanted_dtype
 from autodist_fx.weights.resolve import resolve_config
 from cost_model.plan.write_json import plan_to_text
 from cost_model.request.plan_request import options_in_file

@@ -175,7 +175,8 @@ class _Checkpoint:
         if args.cached:
             self.entry = CacheEntry(Path(args.cache_entry))
             return
-        from autodist_fx.startup.from_checkpoint import cache_entry, mesh_of
+        from autodist_fx.startup.split_cache import cache_entry
+        from cost_model.request.plan_request import mesh_of
 
         self.mesh = mesh_of(self.plan, args.tp, args.pp)
         if args.cache_entry:
@@ -210,7 +211,7 @@ class _Checkpoint:
             if found is not None:
                 return found
             joined.close()
-        from autodist_fx.startup.from_checkpoint import from_pretrained
+        from autodist_fx.api.from_pretrained import from_pretrained
 
         return from_pretrained(
             args.model,
@@ -234,7 +235,7 @@ class _Checkpoint:
         if self.entry is not None and self.entry.is_there:
             return [*further, "--cached"]
         from autodist_fx.cli.arguments import compile_for
-        from autodist_fx.startup.from_checkpoint import wanted_dtype
+        from autodist_fx.weights.dtype import wanted_dtype
 
         config = self._resolve().config
         plan_file = scratch / "plan.json"

@@ -14,11 +14,12 @@ from autodist_fx.artifact.reader import Artifact
 from autodist_fx.cli.arguments import add_model_arguments, be_quiet, compile_config, planning_options
 from autodist_fx.compiler.compile import compile as compile_model
 from autodist_fx.errors import AutodistError
-from autodist_fx.startup.from_checkpoint import mesh_of, wanted_dtype
 from autodist_fx.tracing import empty_model
 from autodist_fx.tracing.example_inputs import default_inputs
+from autodist_fx.weights.dtype import wanted_dtype
 from autodist_fx.weights.resolve import resolve_config
 from cost_model.plan.data import PartitionPlan
+from cost_model.request.plan_request import mesh_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

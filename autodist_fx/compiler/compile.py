@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from autodist_fx.api.compiled_model import CompiledModel, class_of
+from autodist_fx.api.compiled_model import CompiledModel
+from autodist_fx.compiler.generation_traits import generation_arguments, keeps_cache
 from autodist_fx.compiler.peft import without_wrapper
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
-from autodist_fx.tracing import has_own_cache
+from autodist_fx.tracing import empty_model, has_own_cache
+from autodist_fx.tracing.meta_model import class_of
 from cost_model.costs import hardware as presets
 from cost_model.costs.hardware import Hardware
 from cost_model.errors import PlanError
@@ -107,3 +109,24 @@ def hardware_for(name: str | Hardware | None, device_map: DeviceMap | None = Non
     if name is None:
         name = "generic" if torch.cuda.is_available() else "cpu-gloo"
     return presets.hardware(name)
+
+
+
+def compile_for_generation(model: PreTrainedModel | PretrainedConfig, **options: Any) -> CompiledModel:
+    """`compile` with a KV cache, and logits of the last position only where the model offers that. Raises AutodistError
+    for a model without a cache."""
+    shape = empty_model(model) if isinstance(model, PretrainedConfig) else model
+    if not keeps_cache(shape):
+        raise AutodistError(
+            f"{type(shape).__name__} keeps no cache of the tokens before, so it cannot generate over processes: split "
+            f"it with adx.compile (or `autodist-fx compile`), and run the split with its simulate"
+        )
+    return compile_as_used(shape, **options)
+
+
+def compile_as_used(model: PreTrainedModel, **options: Any) -> CompiledModel:
+    """`compile` for a step of generating; for a model that keeps no cache, for one forward of its main inputs."""
+    if not keeps_cache(model):
+        return compile(model, **options)
+    return compile(model, use_cache=True, concrete_args=generation_arguments(model), **options)
+

@@ -6,6 +6,8 @@ import inspect
 
 from transformers import GenerationMixin, PreTrainedModel
 
+from autodist_fx.tracing import has_own_cache
+
 
 def follow_mask(model_class: type[PreTrainedModel]) -> bool:
     """Whether generate tells the model its positions, counting the tokens that the mask shows, as GenerationMixin does.
@@ -18,3 +20,23 @@ def follow_mask(model_class: type[PreTrainedModel]) -> bool:
         return True
     text = inspect.getsource(prepare)
     return "position_ids" in text or "super()" in text
+
+
+
+def keeps_cache(model: PreTrainedModel) -> bool:
+    """Whether its forward takes what it made of the tokens before."""
+    return "past_key_values" in inspect.signature(model.forward).parameters or has_own_cache(type(model))
+
+
+def generation_arguments(model: PreTrainedModel) -> dict[str, object]:
+    """What forward is told while generating, beside its inputs."""
+    accepted = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+
+
+
+def last_logits_only(model: PreTrainedModel) -> dict[str, object]:
+    """Generating needs the logits of the last position; the argument that says so, where forward has it."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+

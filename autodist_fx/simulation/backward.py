@@ -17,8 +17,8 @@ from autodist_fx.errors import AutodistError, CommunicationError
 from autodist_fx.simulation.thread_communicator import ThreadCommunicator, ThreadWorld
 from cost_model.graph.placement import Interval
 from passes.ops.comm import Communicator, Tape, using
-from passes.partition.context import ParamShard
 from passes.program.gradient_sums import Box
+from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 
 GRADIENT_CHANNEL = 1 << 24  # plus the channel of what it is the gradient of: apart from all that is sent forward

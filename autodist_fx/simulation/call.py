@@ -17,9 +17,6 @@ from autodist_fx.simulation.run_ranks import simulate
 from autodist_fx.simulation.table_checks import outside_a_table
 from autodist_fx.tracing import STATE_PREFIX
 
-# What a call without them gets: the others follow from the ids.
-FILLED_IN = frozenset({"input_ids", "attention_mask", "position_ids", "cache_position"})
-
 
 @dataclass
 class SimulatedCache:

@@ -16,9 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import constants
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from autodist_fx.api.compiled_model import CompiledModel
 from autodist_fx.artifact.files import Staging
 from autodist_fx.artifact.manifest import (
     ArtifactError,
@@ -26,11 +28,18 @@ from autodist_fx.artifact.manifest import (
     library_versions,
     read_manifest,
 )
+from autodist_fx.artifact.parts import named_parts
 from autodist_fx.artifact.reader import Artifact
+from autodist_fx.artifact.writer import finish, write_common, write_rank
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import everyone
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+from autodist_fx.startup.rank import _Options
+from autodist_fx.weights.resolve import locate
+from cost_model.mesh import Mesh
+from cost_model.plan.data import PartitionPlan
+from cost_model.plan.write_json import plan_to_text
 
 ENVIRONMENT = "ADX_CACHE"
 _STALE_SECONDS = 3600.0  # a directory half filled for so long has nobody who fills it
@@ -125,7 +134,7 @@ def keep(
 
     `write` puts a rank's own files into the directory, `finish`, on rank 0, the manifest of all.
     """
-    from autodist_fx.artifact.writer import beside, refuse_foreign, take_place
+    from autodist_fx.artifact.directory import beside, refuse_foreign, take_place
 
     rank, scratch = joined.rank, beside(entry.path)
     plan = {"scratch": str(scratch), "weight_bytes": weight_bytes, "error": ""}
@@ -187,3 +196,61 @@ def _drop_stale(entry: Path) -> None:
     for path in entry.parent.glob(".*.tmp"):
         if path.is_dir() and time.time() - path.stat().st_mtime > _STALE_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
+
+
+
+def _entry(
+    cache: bool | str | Path | CacheEntry | None,
+    name: str | Path,
+    where: Mapping[str, Any],
+    dtype: torch.dtype | str | None,
+    plan: PartitionPlan | None,
+    options: _Options,
+) -> CacheEntry | None:
+    """The cache's entry for this split, None without a cache."""
+    if isinstance(cache, CacheEntry):
+        return cache
+    directory = cache_directory(cache)
+    if directory is None:
+        return None
+    asked = {"dtype": str(dtype), "plan": "" if plan is None else plan_to_text(plan), **options.for_compile()}
+    return entry_for(directory, locate(name, **where), asked)
+
+
+def cache_entry(
+    cache: bool | str | Path | None,
+    name: str | Path,
+    *,
+    dtype: str | None,
+    plan: PartitionPlan | None,
+    mesh: Mesh,
+    planning: Mapping[str, Any],
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> CacheEntry | None:
+    """The entry for a split that is asked for like this; None where splits are not kept. `planning`: arguments of
+    compile that say what to plan for."""
+    options = _Options(mesh=mesh, planning=planning, verify=True, dump_dir=None, progress=None)
+    where: dict[str, Any] = {"revision": revision, "token": None, "cache_dir": cache_dir, "local_files_only": None}
+    return _entry(cache, name, where, dtype, plan, options)
+
+
+def _keep(
+    entry: CacheEntry, joined: JoinedRank, main: CompiledModel, generation_config: GenerationConfig | None
+) -> None:
+    """What this rank has, loaded, goes into the cache; a model with an op that no file can hold does not."""
+    parts = named_parts(main.variants)
+    programs = [(part, part.variant.programs[joined.rank]) for part in parts]
+
+    def write(staging: Staging) -> None:
+        if joined.rank == 0:
+            write_common(
+                staging, parts, main.plan, main.shape, generation_config, entry.tokenizer, main.always
+            )
+        write_rank(staging, joined.rank, programs)
+
+    def end(staging: Staging, files: Mapping[str, FileRecord], key: str) -> None:
+        finish(staging, parts, main.plan, files, key)
+
+    keep(entry, joined, sum(program.weight_bytes for _, program in programs), write, end)
+

@@ -148,3 +148,9 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register_parameter
+
+
+
+def class_of(model: PreTrainedModel | PretrainedConfig) -> type[PreTrainedModel]:
+    return class_for(model) if isinstance(model, PretrainedConfig) else type(model)
+

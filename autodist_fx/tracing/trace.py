@@ -13,6 +13,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import fx as hf_fx
 
+from autodist_fx.calls.call import OUTPUT_FLAGS
 from autodist_fx.calls.outputs import flat
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, cache_layers, layer_kinds
@@ -180,10 +181,6 @@ def _trace(
         layer_kinds=_layer_kinds(examples) if use_cache else (),
         _examples=examples,
     )
-
-
-# What every forward with **keywords takes, though its signature doesn't say so (transformers' TransformersKwargs).
-OUTPUT_FLAGS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def _cache_layers(model: PreTrainedModel, examples: ExampleInputs) -> tuple[CacheLayer | None, ...]:

@@ -16,7 +16,7 @@ from autodist_fx.weights.process_memory import peak_rss_bytes, rss_bytes
 from autodist_fx.weights.sources.module_source import ModuleSource
 from autodist_fx.weights.sources.source import WeightSource
 from cost_model.graph.placement import Interval
-from passes.partition.context import ParamShard
+from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 
 _Key = tuple[str, int | None, tuple[Interval, ...], torch.dtype, bool]

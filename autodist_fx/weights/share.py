@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from passes.partition.context import ParamShard
+from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 
 

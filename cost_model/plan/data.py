@@ -262,7 +262,7 @@ class PartitionPlan:
     @classmethod
     def load(cls, path: str | Path) -> PartitionPlan:
         """Raises PlanError when the file cannot be read, or is not a plan: then naming the field."""
-        from cost_model.plan.write_json import plan_from_text
+        from cost_model.plan.read_json import plan_from_text
 
         try:
             text = Path(path).read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -306,3 +307,25 @@ def _add(found: dict[str, N], item: N, f: Fields) -> None:
     if item.name in found:
         raise f.error("name", f"{item.name!r} is listed twice")
     found[item.name] = item
+
+
+
+def plan_from_text(text: str) -> PartitionPlan:
+    """Inverse of `plan_to_text`, for any JSON layout. Raises PlanError for what is not a plan."""
+    try:
+        data = json.loads(text, object_pairs_hook=_no_duplicates)
+    except RecursionError as error:
+        raise PlanError("not a plan: nested too deeply") from error
+    except ValueError as error:  # JSONDecodeError, or a number of thousands of digits
+        raise PlanError(f"not JSON: {error}") from error
+    return plan_from_dict(data)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise PlanError(f"field {twice!r} is given twice in one object")
+    return data
+

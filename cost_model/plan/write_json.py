@@ -163,24 +163,4 @@ def plan_to_text(plan: PartitionPlan) -> str:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def plan_from_text(text: str) -> PartitionPlan:
-    """Inverse of `plan_to_text`, for any JSON layout. Raises PlanError for what is not a plan."""
-    try:
-        data = json.loads(text, object_pairs_hook=_no_duplicates)
-    except RecursionError as error:
-        raise PlanError("not a plan: nested too deeply") from error
-    except ValueError as error:  # JSONDecodeError, or a number of thousands of digits
-        raise PlanError(f"not JSON: {error}") from error
-    return plan_from_dict(data)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise PlanError(f"field {twice!r} is given twice in one object")
-    return data
-
-
-__all__ = ["plan_from_dict", "plan_from_text", "plan_to_dict", "plan_to_text"]
+__all__ = ["plan_from_dict", "plan_to_dict", "plan_to_text"]

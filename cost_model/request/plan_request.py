@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autodist_fx.errors import AutodistError
 from cost_model.costs.hardware import PRESETS, Hardware
 from cost_model.errors import PlanError, reason_text
 from cost_model.mesh import Mesh
@@ -157,3 +158,17 @@ def options_in_file(path: str | Path) -> dict[str, Any]:
         raise PlanError(f"{path}: request.cuts is {cuts!r}: expected a list of modules or layer numbers")
     found |= {"pin": pins, "cuts": cuts}
     return found | {name: asked.get(name) or None for name in ("max_memory", "device_map")}
+
+
+
+def mesh_of(plan: PartitionPlan | None, tp: int | None, pp: int | None) -> Mesh:
+    """The mesh asked for. Raises AutodistError where the plan is for another one."""
+    if plan is None:
+        return Mesh(1 if tp is None else tp, 1 if pp is None else pp)
+    if (tp or plan.mesh.tp, pp or plan.mesh.pp) != (plan.mesh.tp, plan.mesh.pp):
+        raise AutodistError(
+            f"the plan is for {plan.mesh}, and {Mesh(tp or plan.mesh.tp, pp or plan.mesh.pp)} was asked for: leave tp "
+            "and pp out, or make another plan"
+        )
+    return plan.mesh
+

@@ -10,7 +10,8 @@ from cost_model.graph.op_graph import Op, TensorRef
 from cost_model.graph.roles import role_of
 from cost_model.plan.data import Alternative, rounded
 from cost_model.rules.rule import Letter
-from cost_model.search.tensor_parallel import TensorParallelResult, TensorParallelSearch
+from cost_model.search.strategy import TensorParallelResult
+from cost_model.search.tensor_parallel import TensorParallelSearch
 
 
 class AlternativeCosts:

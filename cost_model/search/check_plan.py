@@ -8,7 +8,8 @@ from cost_model.graph.op_graph import SOURCES, Op, OpGraph, TensorRef
 from cost_model.graph.placement import REPLICATE, Placement
 from cost_model.graph.roles import role_of
 from cost_model.plan.data import OpPlan, PartitionPlan
-from cost_model.search.tensor_parallel import Strategy, TensorParallelSearch
+from cost_model.search.strategy import Strategy
+from cost_model.search.tensor_parallel import TensorParallelSearch
 
 _WAY_OUT = "undo the edit, or edit `request` in the plan and make it anew with `autodist-fx plan --from`"
 

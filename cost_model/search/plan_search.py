@@ -21,7 +21,8 @@ from cost_model.request.plan_request import PRICES, PlanRequest
 from cost_model.search.alternatives import refuse_impossible_roles
 from cost_model.search.pipeline import OpCost, PipelineSearch, Stage
 from cost_model.search.prediction_sizes import DECODE_SIZES, FORWARD_SIZES, SOURCE_SIZE, all_lengths, lengths_of
-from cost_model.search.tensor_parallel import Strategy, TensorParallelSearch
+from cost_model.search.strategy import Strategy
+from cost_model.search.tensor_parallel import TensorParallelSearch
 
 # Searches made already, by what they depend on: several plans of one graph share them.
 SharedSearches = dict[tuple[object, ...], TensorParallelSearch]

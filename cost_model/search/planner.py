@@ -14,7 +14,7 @@ from cost_model.request.pins import pins_text, to_blame
 from cost_model.request.plan_request import PlanRequest
 from cost_model.search.plan_search import Infeasible, PlanSearch, SharedSearches
 from cost_model.search.plan_writer import PlanWriter
-from cost_model.search.tensor_parallel import Strategy
+from cost_model.search.strategy import Strategy
 
 
 def plan(

@@ -15,54 +15,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from cost_model.costs.communication import all_gather_seconds, all_reduce_seconds
 from cost_model.costs.compute import op_seconds
 from cost_model.costs.hardware import Hardware
-from cost_model.graph.op_graph import SOURCES, Op, OpGraph, TensorRef, TensorSpec, expected_length
+from cost_model.graph.op_graph import SOURCES, Op, OpGraph, TensorRef, TensorSpec
 from cost_model.graph.placement import PARTIAL, REPLICATE, Layout, Placement, shard
 from cost_model.graph.roles import EXPERT, role_of
+from cost_model.graph.symbols import expected_length
 from cost_model.layouts.expert_siblings import Siblings, find_experts
 from cost_model.layouts.layout_table import LayoutTable
 from cost_model.layouts.routing import deciding_ops
 from cost_model.rules.table import RuleTable
 from cost_model.search.elimination import Elimination, Table
+from cost_model.search.strategy import INFEASIBLE, Strategy, TensorParallelResult
 
-INFEASIBLE = np.inf
 # Breaks ties towards whole tensors: a residual that stays a sum over ranks costs no more to move, but a later
 # all_reduce then adds up values that have grown, and loses more of a 16-bit dtype. Far below any real difference.
 PARTIAL_INPUT_SECONDS = 1e-9
-
-
-@dataclass(frozen=True, slots=True)
-class Strategy:
-    """How one op runs on the tp axis. `gather[j]`: output j is also made whole on every rank."""
-
-    letter: str  # the sharded letter of the op's rule, "" for none
-    inputs: tuple[Placement, ...]
-    outputs: tuple[Placement, ...]
-    gather: tuple[bool, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorParallelResult:
-    """The chosen strategy of every op, and the optimum's cost in seconds (price of memory included).
-
-    `elimination` knows what other choices from the `domains` would cost.
-    """
-
-    strategies: Mapping[str, Strategy]
-    cost: float
-    domains: Mapping[str, Sequence[Strategy]]
-    elimination: Elimination
-    variable: Mapping[str, str]  # op -> the op whose choice is its own, too: itself, but for alike experts
-    # Seconds of agreement (TensorParallelSearch.agreement), of all ops of a variable together: with ops that have no
-    # choice, by its own; and between two variables, by both their choices.
-    reading: Mapping[str, Table]
-    pairs: Mapping[tuple[str, str], Table]
 
 
 class TensorParallelSearch:

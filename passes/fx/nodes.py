@@ -7,7 +7,7 @@ import torch.fx
 from torch.fx import Node
 
 from passes.fx.arguments import submodule
-from passes.normalize.extract_guards import is_condition
+from passes.fx.guards import is_condition
 
 _MUTATING = frozenset({
     "update", "dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "multinomial", "normal", "uniform",

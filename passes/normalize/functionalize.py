@@ -11,11 +11,12 @@ another view (x.transpose(0, 1)[0] = 1) reaches the view alone.
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 import torch.fx
 from torch.fx import Node
+
+from passes.ops.functional_writes import changed_by, copied, with_item
 
 _IN_PLACE_OPERATORS = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
@@ -23,25 +24,6 @@ _IN_PLACE_OPERATORS = {
 }  # fmt: skip
 
 _IN_PLACE_ONLY = ("fill_diagonal_",)  # methods that have no twin which gives the result
-
-
-def with_item(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
-    """A copy of `x` in which x[index] is `value`."""
-    changed = x.clone()
-    changed[index] = value
-    return changed
-
-
-def copied(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """What x.copy_(y) leaves in x."""
-    return y.to(x.dtype).expand_as(x).clone()
-
-
-def changed_by(x: torch.Tensor, method: str, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """A copy of `x` after that method, which changes a tensor in place, was called on it."""
-    changed = x.clone()
-    getattr(changed, method)(*args, **kwargs)
-    return changed
 
 
 def functionalize(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:

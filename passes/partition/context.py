@@ -4,34 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cost_model.graph.placement import Interval, Layout
+from cost_model.graph.placement import Layout
 from cost_model.mesh import Mesh
 from cost_model.plan.data import PartitionPlan
 from passes.program.gradient_sums import ParamUse
-
-
-@dataclass(frozen=True, slots=True)
-class ParamShard:
-    """Where one parameter (or buffer) of a rank's module comes from.
-
-    `name` is its path in the rank's GraphModule, `source` in the original model's state. The rank holds the given
-    `intervals` along `dim`, concatenated; `dim` is None for the whole tensor.
-    """
-
-    name: str
-    source: str
-    shape: tuple[int, ...]  # of the whole source tensor
-    dtype: str  # "float32", ...
-    dim: int | None = None
-    intervals: tuple[Interval, ...] = ()
-    is_buffer: bool = False
-
-    @property
-    def local_shape(self) -> tuple[int, ...]:
-        if self.dim is None:
-            return self.shape
-        held = sum(b - a for a, b in self.intervals)
-        return (*self.shape[: self.dim], held, *self.shape[self.dim + 1 :])
+from passes.program.param_shard import ParamShard
 
 
 @dataclass

@@ -19,7 +19,8 @@ from cost_model.graph.placement import Interval, Placement
 from cost_model.plan.data import OpPlan
 from passes.fx.arguments import argument, fetch, place, tensor_arguments
 from passes.ops.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from passes.partition.context import ParamShard, RankContext
+from passes.partition.context import RankContext
+from passes.program.param_shard import ParamShard
 
 Key = tuple[str, int | None, tuple[Interval, ...]]
 

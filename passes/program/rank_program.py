@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch.fx
 
 from cost_model.mesh import Mesh
-from passes.partition.context import ParamShard
 from passes.program.gradient_sums import GradSum
+from passes.program.param_shard import ParamShard
 
 
 @dataclass

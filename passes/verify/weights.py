@@ -9,7 +9,7 @@ import numpy as np
 from cost_model.graph.op_graph import OpGraph
 from cost_model.graph.placement import Interval
 from cost_model.plan.data import ParamPlan, PartitionPlan
-from passes.partition.context import ParamShard
+from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 from passes.verify.core.report import fail_plainly, on_rank
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import autodist_fx as adx
 from autodist_fx.api.compiled_model import CompiledModel
-from autodist_fx.artifact.writer import new_directory
+from autodist_fx.artifact.directory import new_directory
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "families"))
 from test_state_space import state_space_model
@@ -117,7 +117,7 @@ def test_an_encoder(tmp_path: Path) -> None:
 _FILL_UNTIL_KILLED = """
 import sys, time
 from pathlib import Path
-from autodist_fx.artifact.writer import new_directory
+from autodist_fx.artifact.directory import new_directory
 with new_directory(Path(sys.argv[1])) as staging:
     staging.write("weights.bin", b"x" * 1000)
     print("written", flush=True)

@@ -13,12 +13,13 @@ from tiny_seq2seq import tiny_seq2seq
 from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
 import autodist_fx as adx
-from autodist_fx.calls.lengths import examples_like, with_total
+from autodist_fx.calls.lengths import with_total
+from autodist_fx.compiler.guard_examples import examples_like
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.simulation.thread_communicator import ThreadWorld
 from cost_model.mesh import Mesh
-from passes.normalize.extract_guards import Conditions
+from passes.fx.guards import Conditions
 
 IDS = torch.arange(3, 21).view(2, 9)
 

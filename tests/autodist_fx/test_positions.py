@@ -12,10 +12,9 @@ from tiny_models import randomized, tiny_model
 from transformers import GitConfig, GitForCausalLM, PreTrainedModel
 
 import autodist_fx as adx
-from autodist_fx.compiler.generation_traits import follow_mask
+from autodist_fx.compiler.generation_traits import follow_mask, generation_arguments
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.simulation.thread_communicator import ThreadWorld
-from autodist_fx.startup.from_checkpoint import generation_arguments
 from cost_model.mesh import Mesh
 
 IDS = torch.tensor([[0, 0, 0, 5, 9, 7], [11, 4, 8, 6, 3, 12]])

@@ -15,7 +15,7 @@ from autodist_fx.weights.names import resolve_names
 from autodist_fx.weights.sources.module_source import ModuleSource
 from autodist_fx.weights.sources.safetensors_source import SafetensorsSource
 from cost_model.mesh import Mesh
-from passes.partition.context import ParamShard
+from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 
 

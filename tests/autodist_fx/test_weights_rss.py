@@ -28,7 +28,7 @@ def measure(directory: str, tp_rank: int, dtype: str | None = None, ranks: int =
     from autodist_fx.weights.process_memory import rss_bytes
     from autodist_fx.weights.sources.safetensors_source import SafetensorsSource
     from cost_model.mesh import Mesh
-    from passes.partition.context import ParamShard
+    from passes.program.param_shard import ParamShard
     from passes.program.rank_program import RankProgram
 
     source = SafetensorsSource(directory)

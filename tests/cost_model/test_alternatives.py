@@ -14,7 +14,8 @@ from cost_model.costs.hardware import A100, CPU_GLOO
 from cost_model.graph.op_graph import Op, TensorRef
 from cost_model.graph.roles import role_of
 from cost_model.search.alternatives import AlternativeCosts
-from cost_model.search.tensor_parallel import Strategy, TensorParallelSearch
+from cost_model.search.strategy import Strategy
+from cost_model.search.tensor_parallel import TensorParallelSearch
 
 
 class Restricted(TensorParallelSearch):

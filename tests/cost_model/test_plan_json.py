@@ -13,7 +13,8 @@ from cost_model.errors import PlanError
 from cost_model.graph.placement import PARTIAL, REPLICATE, Layout, intervals_of, shard
 from cost_model.mesh import Mesh
 from cost_model.plan.data import Alternative, CutOption, CutPlan, Hop, OpPlan, ParamPlan, PartitionPlan, StageSummary
-from cost_model.plan.write_json import plan_from_dict, plan_from_text, plan_to_dict, plan_to_text
+from cost_model.plan.read_json import plan_from_text
+from cost_model.plan.write_json import plan_from_dict, plan_to_dict, plan_to_text
 
 # --- both ways -------------------------------------------------------------------------------------------------------
 

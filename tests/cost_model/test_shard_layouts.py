@@ -11,7 +11,8 @@ from small_graphs import Attention, Ids, Mlp, Stack, op_graph_of
 
 from cost_model.graph.op_graph import TensorRef
 from cost_model.graph.placement import Layout, intervals_of
-from cost_model.layouts.layout_table import Edge, LayoutTable, deal_grains
+from cost_model.layouts.grains import Edge, deal_grains
+from cost_model.layouts.layout_table import LayoutTable
 
 
 def layouts_of_attention(

@@ -25,7 +25,8 @@ from cost_model.graph.op_graph import OpGraph, TensorRef
 from cost_model.graph.placement import REPLICATE, Placement
 from cost_model.search.elimination import Elimination
 from cost_model.search.prediction_sizes import all_lengths
-from cost_model.search.tensor_parallel import Strategy, TensorParallelSearch
+from cost_model.search.strategy import Strategy
+from cost_model.search.tensor_parallel import TensorParallelSearch
 
 # -- variable elimination
 

@@ -8,7 +8,8 @@ import pytest
 
 import autodist_fx.compiler.variant
 from cost_model.plan.data import PartitionPlan
-from cost_model.plan.write_json import plan_from_text, plan_to_text
+from cost_model.plan.read_json import plan_from_text
+from cost_model.plan.write_json import plan_to_text
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ from autodist_fx.api.compiled_model import CompiledModel
 from cost_model.costs.hardware import CPU_GLOO, Hardware
 from cost_model.graph.placement import Layout
 from passes.fx.arguments import fetch
-from passes.partition.context import ParamShard
+from passes.program.param_shard import ParamShard
 
 EXAMPLES = int(os.environ.get("ADX_PROPERTY_EXAMPLES", "24"))
 # Every example builds a model and its graphs: shrinking one that fails would take minutes.

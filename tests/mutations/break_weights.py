@@ -13,7 +13,7 @@ from mutation import NotHere, mutation, pick
 from cost_model.graph.placement import Interval
 from passes.fx.arguments import place
 from passes.ops.parallel_layers import RowParallelLinear, VocabParallelEmbedding
-from passes.partition.context import ParamShard
+from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 
 

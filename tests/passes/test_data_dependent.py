@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cost_model.errors import PlanError
-from cost_model.graph.op_graph import TensorSpec, length
+from cost_model.graph.op_graph import TensorSpec
+from cost_model.graph.symbols import length
 from passes.fx.shape_propagation import Example, Sizes
 from passes.normalize.pipeline import normalize
 from passes.ops.data_dependent import bincount, expectation, join_rows, made_up_length, selected, split_rows

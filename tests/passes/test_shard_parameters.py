@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from cost_model.plan.data import PartitionPlan
 from passes.fx.text import graph_text
 from passes.op_graph.build import parameter_names
-from passes.partition.context import ParamShard, RankContext
+from passes.partition.context import RankContext
 from passes.partition.extract_stage import extract_stage
 from passes.partition.shard_parameters import shard_parameters
+from passes.program.param_shard import ParamShard
 
 
 def sharded(

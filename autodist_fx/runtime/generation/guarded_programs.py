@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from autodist_fx.calls.input_spec import InputForm
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.errors import AutodistError
-from passes.normalize.extract_guards import Conditions
+from passes.fx.guards import Conditions
 
 T = TypeVar("T")
 

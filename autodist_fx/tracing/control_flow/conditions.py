@@ -28,7 +28,7 @@ from transformers.utils import fx as hf_fx
 
 from autodist_fx.tracing.control_flow.raise_branches import answer_without_error
 from autodist_fx.tracing.control_flow.value_ranges import certain
-from passes.normalize.extract_guards import MARK
+from passes.fx.guards import MARK
 
 
 def decide(proxy: hf_fx.HFProxy) -> bool:

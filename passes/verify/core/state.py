@@ -16,7 +16,7 @@ from cost_model.plan.data import Hop, PartitionPlan
 from cost_model.rules.rule import OpRule
 from cost_model.rules.table import RuleTable
 from passes.op_graph.build import Classifier
-from passes.partition.context import ParamShard
+from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 from passes.verify.core.held import WHOLE, Held, Judge, Shape, as_planned, held
 from passes.verify.core.messages import Message

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import networkx as nx
 
 from cost_model.mesh import Mesh
-from passes.partition.context import ParamShard
 from passes.program.gradient_sums import Box, GradSum, Holder, cells, contains
+from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 from passes.verify.core.report import fail_plainly, on_rank
 

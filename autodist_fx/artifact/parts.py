@@ -1,0 +1,66 @@
+"""parts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from transformers.generation import GenerationMixin
+
+from autodist_fx.artifact.variant_format import DECODE, ENCODE, PROMPT, STEP, WHOLE
+from autodist_fx.compiler.generation_traits import last_logits_only
+from autodist_fx.compiler.variant import Variant
+
+if TYPE_CHECKING:
+    from autodist_fx.api.compiled_model import CompiledModel
+
+
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A form that is to be saved."""
+
+    name: str
+    variant: Variant
+
+
+def parts_of(compiled: CompiledModel) -> list[Part]:
+    """The forms that were compiled, the main one first; then what `generate` and `model(...)` over processes run."""
+    variants, model = list(compiled.variants), compiled.shape
+    cached = [v for v in variants if v.traced.use_cache]
+    if isinstance(model, GenerationMixin) and model.can_generate():
+        if not cached and compiled.has_own_cache:
+            cached = [*compiled.new_phases()]
+            variants += cached
+        elif not cached:
+            cached = [compiled.new_variant(use_cache=True, fixed=last_logits_only(model))]
+            variants += cached
+        asked = ["input_ids", "attention_mask"]
+        takes = set(asked) <= inspect.signature(model.forward).parameters.keys()
+        if takes and cached[0].encoder is None and not any(_is_whole(v, set(asked)) for v in variants):
+            variants.append(compiled.new_variant(use_cache=False, input_names=asked))
+    return named_parts(variants)
+
+
+def named_parts(variants: Sequence[Variant]) -> list[Part]:
+    """These forms under names, with the encoders that fill their caches; the first of them comes first."""
+    parts: list[Part] = []
+    for variant in variants:
+        if variant.encoder is not None:
+            parts.append(Part(_free(ENCODE, parts), variant.encoder))
+        phase = {"prompt": PROMPT, "step": STEP}.get(variant.traced.phase)
+        parts.append(Part(_free(phase or (DECODE if variant.traced.use_cache else WHOLE), parts), variant))
+    return sorted(parts, key=lambda part: part.variant is not variants[0])
+
+
+def _is_whole(variant: Variant, asked: set[str]) -> bool:
+    traced = variant.traced
+    return not traced.use_cache and not traced.phase and set(traced.input_names) == asked and not variant.fixed
+
+
+def _free(name: str, parts: Sequence[Part]) -> str:
+    taken = {part.name for part in parts}
+    return next(n for i in range(1, len(parts) + 2) if (n := name if i == 1 else f"{name}{i}") not in taken)

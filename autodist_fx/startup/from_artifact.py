@@ -1,0 +1,10 @@
+"""from artifact."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+

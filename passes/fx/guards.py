@@ -1,0 +1,93 @@
+"""guards."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.fx
+from torch.fx import Node
+
+MARK = "condition"  # node.meta key: what the condition was while tracing
+_CACHED = "P"
+_NEVER_OTHERWISE = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
+_ANY_LENGTH = 2  # stands for one that is not known, in computing others
+
+
+def is_condition(node: Node) -> bool:
+    return MARK in node.meta
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Of the lengths of a traced graph's inputs; `asked` gives one value a condition, in order."""
+
+    asked: torch.fx.GraphModule
+    letters: tuple[str, ...]  # of the lengths that `asked` takes
+    expected: tuple[bool, ...]
+    sources: tuple[str, ...]  # the model's lines
+
+    @functools.cached_property
+    def needs(self) -> tuple[frozenset[str], ...]:
+        """The letters that each condition depends on."""
+        of: dict[Node, frozenset[str]] = {}
+        for node in self.asked.graph.nodes:
+            own = [str(node.target)] if node.op == "placeholder" else []
+            of[node] = frozenset(own).union(*(of[source] for source in node.all_input_nodes))
+        output = next(reversed(self.asked.graph.nodes))
+        return tuple(of.get(asked, frozenset()) for asked in output.args[0])
+
+    @functools.cached_property
+    def numbers(self) -> frozenset[int]:
+        """That lengths are compared with or divided by."""
+        return frozenset(a for n in self.asked.graph.nodes for a in n.args if type(a) is int and a > 1)
+
+    def answers(self, lengths: Mapping[str, int]) -> tuple[bool | None, ...]:
+        """What each comes to; None where it depends on a length that is not among `lengths`."""
+        found = self.asked.forward(*(lengths.get(letter, _ANY_LENGTH) for letter in self.letters))
+        if all(letter in lengths for letter in self.letters):
+            return tuple(bool(answer) for answer in found)
+        return tuple(bool(a) if n <= lengths.keys() else None for a, n in zip(found, self.needs, strict=True))
+
+    def otherwise(self, lengths: Mapping[str, int], *, remainders: bool = True) -> list[str]:
+        """The model's lines at which these lengths take it another way than it was traced: none, mostly. Conditions
+        on lengths that are not given are not asked, nor, without `remainders`, those on what divides them."""
+        found = []
+        for number, (answer, expected) in enumerate(zip(self.answers(lengths), self.expected, strict=True)):
+            if answer is not None and answer != expected and (remainders or not self._divides[number]):
+                found.append(self.sources[number])
+        return found
+
+    @functools.cached_property
+    def _divides(self) -> tuple[bool, ...]:
+        of: dict[Any, bool] = {}
+        for node in self.asked.graph.nodes:
+            of[node] = node.target is operator.mod or any(of[source] for source in node.all_input_nodes)
+        return tuple(of.get(asked, False) for asked in next(reversed(self.asked.graph.nodes)).args[0])
+
+
+def with_fixed(conditions: Conditions | None, fixed: Mapping[str, int]) -> Conditions | None:
+    """The same, and that each length in `fixed` is what is said there: such a graph holds it as a number."""
+    if not fixed:
+        return conditions
+    graph, copies = torch.fx.Graph(), dict[Node, Node]()
+    letters = dict.fromkeys((*(() if conditions is None else conditions.letters), *fixed))
+    inputs = {letter: graph.placeholder(letter) for letter in letters}
+    asked: list[Any] = []
+    if conditions is not None:
+        for node in conditions.asked.graph.nodes:
+            if node.op == "output":
+                asked = [copies.get(n, n) for n in node.args[0]]
+            elif node.op == "placeholder":
+                copies[node] = inputs[str(node.target)]
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+    asked += [graph.call_function(operator.eq, (inputs[letter], number)) for letter, number in fixed.items()]
+    graph.output(tuple(asked))
+    before = ((), ()) if conditions is None else (conditions.expected, conditions.sources)
+    expected = (*before[0], *(True for _ in fixed))
+    sources = (*before[1], *(f"{letter} == {number}" for letter, number in fixed.items()))
+    return Conditions(torch.fx.GraphModule({}, graph), tuple(letters), expected, sources)
