@@ -6,15 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autodist_fx.api.artifact import load
+    from autodist_fx.api.artifact import Artifact, load
     from autodist_fx.api.choose_mesh import choose_mesh
+    from autodist_fx.api.compile import compile
     from autodist_fx.api.compiled_model import CompiledModel
     from autodist_fx.api.from_pretrained import from_pretrained
-    from autodist_fx.artifact.reader import Artifact
-    from autodist_fx.compiler.compile import compile
     from autodist_fx.errors import AutodistError
     from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
-    from cost_model.plan.data import PartitionPlan
+    from cost_model.partition_plan import PartitionPlan
     from cost_model.search.mesh_choice import MeshChoice
 
 __all__ = [
@@ -32,14 +31,14 @@ __all__ = [
 
 # Imported at first use: torch and transformers take seconds, and a process that only starts ranks needs neither.
 _HOMES = {
-    "Artifact": "autodist_fx.artifact.reader",
+    "Artifact": "autodist_fx.api.artifact",
     "AutodistError": "autodist_fx.errors",
     "CompiledModel": "autodist_fx.api.compiled_model",
     "DistributedCausalLM": "autodist_fx.runtime.generation.causal_lm",
     "MeshChoice": "cost_model.search.mesh_choice",
-    "PartitionPlan": "cost_model.plan.data",
+    "PartitionPlan": "cost_model.partition_plan",
     "choose_mesh": "autodist_fx.api.choose_mesh",
-    "compile": "autodist_fx.compiler.compile",
+    "compile": "autodist_fx.api.compile",
     "from_pretrained": "autodist_fx.api.from_pretrained",
     "load": "autodist_fx.api.artifact",
 }

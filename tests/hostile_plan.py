@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from plan_examples import small_plan
 
-from cost_model.plan.data import Device, PartitionPlan, Request
+from cost_model.partition_plan import PartitionPlan
+from cost_model.plan.data import Device, Request
 
 HACK = "document.title='hacked'"
 ATTACK = f"</script><script>{HACK}</script><img src=x onerror=\"{HACK}\">'\"&lt;[red]\\N"

@@ -6,18 +6,8 @@ from dataclasses import replace
 
 from cost_model.graph.placement import PARTIAL, REPLICATE, Layout, shard
 from cost_model.mesh import Mesh
-from cost_model.plan.data import (
-    Alternative,
-    CutOption,
-    CutPlan,
-    Device,
-    Hop,
-    OpPlan,
-    ParamPlan,
-    PartitionPlan,
-    Request,
-    StageSummary,
-)
+from cost_model.partition_plan import PartitionPlan
+from cost_model.plan.data import Alternative, CutOption, CutPlan, Device, Hop, OpPlan, ParamPlan, Request, StageSummary
 
 R, P = REPLICATE, PARTIAL
 CHOICES = (

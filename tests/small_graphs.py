@@ -17,7 +17,7 @@ from autodist_fx.simulation.run_ranks import simulate
 from cost_model.costs.hardware import CPU_GLOO, Hardware, Link
 from cost_model.graph.op_graph import OpGraph
 from cost_model.mesh import Mesh
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.request.plan_request import PlanRequest
 from cost_model.search.planner import plan as make_plan
 from passes.fx.arguments import fetch, place

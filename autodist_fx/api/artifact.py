@@ -1,15 +1,74 @@
-"""artifact."""
+"""`load`, and `Artifact`: a split on disk, as users hold it."""
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from autodist_fx.artifact.reader import Artifact
-from autodist_fx.runtime.comm.process_group import DEFAULT_TIMEOUT_SECONDS, started_by_torchrun
+from autodist_fx.numeric.verify_numeric import verify_numeric_of
+from autodist_fx.runtime.comm.agreement import agree
+from autodist_fx.runtime.comm.process_group import DEFAULT_TIMEOUT_SECONDS, join
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+
+if TYPE_CHECKING:
+    from autodist_fx.artifact.loaded_variants import LoadedModel
+from autodist_fx.artifact.reader import ArtifactReader
+from autodist_fx.runtime.comm.process_group import started_by_torchrun
+from autodist_fx.startup.from_artifact import share
+
+
+class Artifact(ArtifactReader):
+    """An artifact on the disk: `plan`, `mesh`, `config`, `rank(r)`, `simulate(**inputs)`, `verify()`,
+    `to_distributed()`. Files are read when they are asked for, and checked then."""
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the plan."""
+        return self.plan._repr_html_()
+
+    @cached_property
+    def whole(self) -> LoadedModel:
+        """All ranks in this process, as `compile` gives them."""
+        from autodist_fx.artifact.loaded_variants import load_whole  # which imports what compiles
+
+        return load_whole(self, self._files)
+
+    def simulate(self, **inputs: Any) -> Any:
+        """All ranks in this process; see CompiledModel.simulate. AutodistError for a call that has no form here."""
+        return self.whole.simulate(**inputs)
+
+    def verify(self, *, numeric: bool = False) -> None:
+        """Prove the programs on the disk against the model's graph beside them; with `numeric`, run them in float64
+        against it, too. Raises VerificationError."""
+        self.whole.verify()
+        if numeric:
+            verify_numeric_of(self.whole)
+
+    def to_distributed(
+        self,
+        *,
+        device: str | torch.device | None = None,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        rank: int | None = None,
+        world_size: int | None = None,
+        master_addr: str | None = None,
+        master_port: int | None = None,
+    ) -> DistributedCausalLM:
+        """This process's share, ready to generate; see `load`."""
+        joined = join(
+            self.mesh,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            master_addr=master_addr,
+            master_port=master_port,
+            timeout_seconds=timeout,
+        )
+        agree(joined.communicator, joined.rank, self.mesh.size, [self.manifest.to_text()], what="artifact")
+        return share(self, joined)
 
 
 def load(

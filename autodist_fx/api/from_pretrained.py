@@ -1,4 +1,4 @@
-"""from pretrained."""
+"""`from_pretrained`: from a checkpoint's name to this rank's share of the model, ready to generate."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from autodist_fx.artifact.reader import Artifact
+from autodist_fx.artifact.reader import ArtifactReader
 from autodist_fx.calls.lengths import Lengths
+from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.compile import compile_for_generation
 from autodist_fx.runtime.comm.process_group import DEFAULT_TIMEOUT_SECONDS, join
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+from autodist_fx.runtime.generation.guarded_programs import Ways
+from autodist_fx.startup.from_artifact import share
 from autodist_fx.startup.from_checkpoint import _distribute, _ways
 from autodist_fx.startup.rank import _Options, _Rank
 from autodist_fx.startup.split_cache import CacheEntry, _entry, from_cache
@@ -22,7 +25,7 @@ from autodist_fx.weights.checkpoint import open_source
 from autodist_fx.weights.dtype import wanted_dtype
 from autodist_fx.weights.resolve import resolve
 from cost_model.costs.hardware import Hardware
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.request.devices import DeviceMap, Memory
 from cost_model.request.plan_request import mesh_of
 from passes.program.rank_program import RankProgram
@@ -109,19 +112,20 @@ def from_pretrained(
     entry = None if dump_dir is not None else _entry(cache, name, where, dtype, given, options)
     if entry is not None and not entry.looked_up:
 
-        def share(artifact: Artifact) -> DistributedCausalLM:
+        def share_of(artifact: ArtifactReader) -> DistributedCausalLM:
             def at_lengths(lengths: Lengths, program: RankProgram) -> Any:
                 me = opened()[0]
-                main = compile_for_generation(me.model, **me.options.for_compile(artifact.plan))
+                main = compile_for_generation(me.model, Compilation, **me.options.for_compile(artifact.plan))
                 make = _ways(me, main, program).make
                 assert make is not None
                 return make(lengths)
 
-            return artifact.share(
-                joined, lambda names, program: opened()[0].whole_sequences(names, program), at_lengths
-            )
+            def whole_sequences(names: tuple[str, ...], program: RankProgram) -> Ways[RankProgram]:
+                return opened()[0].whole_sequences(names, program)
 
-        found = from_cache(entry, joined, share)
+            return share(artifact, joined, whole_sequences, at_lengths)
+
+        found = from_cache(entry, joined, share_of)
         if found is not None:
             return found
     me, generation_config = opened()

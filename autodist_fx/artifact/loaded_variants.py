@@ -1,4 +1,4 @@
-"""All ranks of an artifact in one process: a CompiledModel whose forms come from files."""
+"""All ranks of an artifact in one process: a Simulator whose variants come from files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from autodist_fx.api.compiled_model import CompiledModel
 from autodist_fx.artifact.files import CheckedFiles
 from autodist_fx.artifact.manifest import ArtifactError
-from autodist_fx.artifact.reader import SAVE_SUCH, Artifact
+from autodist_fx.artifact.reader import SAVE_SUCH, ArtifactReader
 from autodist_fx.artifact.variant_format import Form, read_graph
 from autodist_fx.calls.call import Call
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
+from autodist_fx.simulation.simulator import Simulator
 from autodist_fx.tracing import InputForm, TracedModel
 from autodist_fx.tracing.example_inputs import ExampleInputs
 from cost_model.costs import hardware
@@ -28,8 +28,8 @@ from passes.op_graph.build import build_op_graph, fingerprint
 _KINDS = {kind.name: kind for kind in inspect._ParameterKind}
 
 
-class LoadedModel(CompiledModel):
-    """As CompiledModel, but that a call which none of the saved forms is for is refused."""
+class LoadedModel(Simulator):
+    """As Simulator, but that a call which none of the saved forms is for is refused."""
 
     own_cache = False
 
@@ -59,7 +59,7 @@ class LoadedModel(CompiledModel):
         raise AutodistError("this artifact has no form with the model's own cache: compile it with use_cache=True")
 
 
-def load_whole(artifact: Artifact, files: CheckedFiles) -> LoadedModel:
+def load_whole(artifact: ArtifactReader, files: CheckedFiles) -> LoadedModel:
     """Reads every file. Raises ArtifactError."""
     fields = artifact.model_fields
     variants: dict[str, Variant] = {}
@@ -89,7 +89,7 @@ def load_whole(artifact: Artifact, files: CheckedFiles) -> LoadedModel:
     return loaded
 
 
-def _variant(artifact: Artifact, files: CheckedFiles, form: Form, before: Mapping[str, Variant]) -> Variant:
+def _variant(artifact: ArtifactReader, files: CheckedFiles, form: Form, before: Mapping[str, Variant]) -> Variant:
     folder = artifact.directory / form.folder
     values, _ = (
         files.read_tensors(f"{form.folder}/graph.safetensors")

@@ -14,9 +14,7 @@ from autodist_fx.compiler.generation_traits import last_logits_only
 from autodist_fx.compiler.variant import Variant
 
 if TYPE_CHECKING:
-    from autodist_fx.api.compiled_model import CompiledModel
-
-
+    from autodist_fx.compiler.compilation import Compilation
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +25,7 @@ class Part:
     variant: Variant
 
 
-def parts_of(compiled: CompiledModel) -> list[Part]:
+def parts_of(compiled: Compilation) -> list[Part]:
     """The forms that were compiled, the main one first; then what `generate` and `model(...)` over processes run."""
     variants, model = list(compiled.variants), compiled.shape
     cached = [v for v in variants if v.traced.use_cache]

@@ -32,7 +32,7 @@ from autodist_fx.artifact.variant_format import (
 from autodist_fx.compiler.generation_traits import follow_mask
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.weights.share import share_weights
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.write_json import plan_to_text
 from passes.partition.pipeline import emit_rank
 from passes.program.param_shard import ParamShard
@@ -40,7 +40,7 @@ from passes.program.rank_program import RankProgram
 from passes.serialize.write_graph import graph_to_json, used_tensors
 
 if TYPE_CHECKING:
-    from autodist_fx.api.compiled_model import CompiledModel
+    from autodist_fx.compiler.compilation import Compilation
 
 TOKENIZER = "tokenizer"
 # Puts weights into a program of the form: load(variant, program).
@@ -48,7 +48,7 @@ Load = Callable[[Variant, RankProgram], None]
 
 
 def save_compiled(
-    compiled: CompiledModel,
+    compiled: Compilation,
     directory: str | Path,
     load: Load,
     *,

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from autodist_fx.errors import AutodistError
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.request.plan_request import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def compile_for(
     args: argparse.Namespace, config: PretrainedConfig, dtype: torch.dtype, **options: Any
 ) -> CompiledModel:
     """The same for a config that was found already."""
+    from autodist_fx.api.compiled_model import CompiledModel
     from autodist_fx.compiler.compile import compile_as_used
     from autodist_fx.tracing import empty_model
     from cost_model.request.plan_request import mesh_of
@@ -144,7 +145,7 @@ def compile_for(
     plan = PartitionPlan.load(args.plan) if args.plan else None
     mesh = mesh_of(plan, args.tp or options.pop("tp", None), args.pp or options.pop("pp", None))
     wanted = {**options, **planning_options(args), "tp": mesh.tp, "pp": mesh.pp}
-    return compile_as_used(empty_model(config, dtype), plan=plan, verify=False, **wanted)
+    return compile_as_used(empty_model(config, dtype), CompiledModel, plan=plan, verify=False, **wanted)
 
 
 def be_quiet() -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, TextStreamer
 from autodist_fx.api.from_pretrained import from_pretrained
 from autodist_fx.cli.arguments import be_quiet
 from autodist_fx.cli.prompts import encode, split_answers
+from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.compile import compile_for_generation
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.launch import launch_local
@@ -28,7 +29,7 @@ from autodist_fx.weights.dtype import wanted_dtype
 from autodist_fx.weights.resolve import SMOLLM2, resolve
 from autodist_fx.weights.sources.gguf_file import forget
 from cost_model.mesh import Mesh
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 
 QUESTION = "What is the capital of France?"
 BATCH = (
@@ -65,7 +66,7 @@ def _demo(name: str) -> int:
     mesh = MESHES[-1]
     _say(f"1. How autodist-fx plan --model {name} --tp {mesh.tp} --pp {mesh.pp} would split it")
     model = empty_model(checkpoint.config, wanted_dtype(None, checkpoint.config))
-    plans = [compile_for_generation(model, tp=mesh.tp, pp=mesh.pp, verify=False).plan for mesh in MESHES]
+    plans = [compile_for_generation(model, Compilation, tp=mesh.tp, pp=mesh.pp, verify=False).plan for mesh in MESHES]
     print(plans[-1])
 
     _say("2. One process, plain transformers: AutoModelForCausalLM.from_pretrained(...).generate(), greedy")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 
 DIFFERENT = 1
 

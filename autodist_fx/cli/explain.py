@@ -14,7 +14,7 @@ from cost_model.explain.cut import cut_facts, cut_section
 from cost_model.explain.find_ops import find_ops
 from cost_model.explain.op import alike, op_facts, sections_of
 from cost_model.explain.plan_text import plan_header
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.text_tables import Section, sections_text
 
 

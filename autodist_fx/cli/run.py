@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from autodist_fx.artifact.reader import Artifact
+from autodist_fx.api.artifact import Artifact
 from autodist_fx.cli.arguments import (
     above_zero,
     add_model_arguments,
@@ -34,9 +34,10 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import agree
 from autodist_fx.runtime.comm.launch import launch_local
 from autodist_fx.runtime.comm.process_group import DEFAULT_TIMEOUT_SECONDS, choose_device, join, started_by_torchrun
+from autodist_fx.startup.from_artifact import share
 from autodist_fx.startup.split_cache import ENVIRONMENT, CacheEntry, from_cache
 from cost_model.mesh import Mesh
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 
 _DAY = 86400.0  # of patience with somebody at a breakpoint
 
@@ -207,7 +208,7 @@ class _Checkpoint:
         args, entry = self.args, self.entry
         if args.cached and entry is not None:
             joined = join(self.mesh, device=args.device, timeout_seconds=_timeout(args))
-            found = from_cache(entry, joined, lambda kept: kept.share(joined))
+            found = from_cache(entry, joined, lambda kept: share(kept, joined))
             if found is not None:
                 return found
             joined.close()

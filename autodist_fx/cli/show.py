@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from autodist_fx.errors import AutodistError
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,16 +9,18 @@ import argparse
 import inspect
 import time
 
+from autodist_fx.api.artifact import Artifact
+from autodist_fx.api.compile import compile
 from autodist_fx.api.compiled_model import CompiledModel
-from autodist_fx.artifact.reader import Artifact
 from autodist_fx.cli.arguments import add_model_arguments, be_quiet, compile_config, planning_options
-from autodist_fx.compiler.compile import compile as compile_model
 from autodist_fx.errors import AutodistError
+from autodist_fx.numeric.verify_numeric import verify_numeric_of
+from autodist_fx.simulation.simulator import Simulator
 from autodist_fx.tracing import empty_model
 from autodist_fx.tracing.example_inputs import default_inputs
 from autodist_fx.weights.dtype import wanted_dtype
 from autodist_fx.weights.resolve import resolve_config
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.request.plan_request import mesh_of
 
 
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.artifact and (args.tp or args.pp or args.plan or planning_options(args)):
         raise AutodistError("a split on disk has its mesh and its plan: leave the options of a split out")
     if args.artifact:
-        compiled: CompiledModel = Artifact(args.artifact).whole
+        compiled: Simulator = Artifact(args.artifact).whole
     else:
         compiled = _compile_for_training(args) if args.train else compile_config(args)
     began = time.perf_counter()
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.numeric:
         began = time.perf_counter()
-        compiled.verify_numeric()
+        verify_numeric_of(compiled)
         seconds = time.perf_counter() - began
         print(f"run in float64 against the model's own graph: all that leaves a rank is equal ({seconds:.1f} s)")
     return 0
@@ -68,6 +70,6 @@ def _compile_for_training(args: argparse.Namespace) -> CompiledModel:
         names = (*names, "labels")
     plan = PartitionPlan.load(args.plan) if args.plan else None
     mesh = mesh_of(plan, args.tp, args.pp)
-    return compile_model(
+    return compile(
         model, tp=mesh.tp, pp=mesh.pp, plan=plan, input_names=names, train=True, verify=False, **planning_options(args)
     )

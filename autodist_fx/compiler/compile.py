@@ -1,15 +1,15 @@
-"""`compile`: a model, or its config, traced, planned, emitted and verified."""
+"""From a model, or its config, to a `Compilation`: traced, planned, emitted and verified."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from autodist_fx.api.compiled_model import CompiledModel
+from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.generation_traits import generation_arguments, keeps_cache
 from autodist_fx.compiler.peft import without_wrapper
 from autodist_fx.compiler.variant import Variant
@@ -20,13 +20,16 @@ from cost_model.costs import hardware as presets
 from cost_model.costs.hardware import Hardware
 from cost_model.errors import PlanError
 from cost_model.mesh import Mesh
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.request.devices import DeviceMap, Memory
 from cost_model.request.plan_request import options_of, request_for
 
+C = TypeVar("C", bound=Compilation)
 
-def compile(
+
+def compile_model(
     model: PreTrainedModel | PretrainedConfig,
+    kind: type[C],
     *,
     tp: int = 1,
     pp: int = 1,
@@ -44,36 +47,8 @@ def compile(
     train: bool = False,
     verify: bool = True,
     dump_dir: str | Path | None = None,
-) -> CompiledModel:
-    """Split a model over `tp * pp` ranks.
-
-    model: a PreTrainedModel, with weights or on meta (never changed), or a config. A PeftModel counts as the model that
-        it has put adapters into.
-    tp, pp: ranks that share each tensor; pipeline stages. Global rank = stage * tp + tp_rank.
-    hardware: what seconds and memory are predicted for ("cpu-gloo", "a100", "h100", "generic", or a Hardware);
-        by default "generic" where CUDA is there, "cpu-gloo" where not.
-    objective: "shard" (shard every matmul weight that can be, as fast as can be); "latency" or "throughput" (time alone
-        decides, it may replicate; the two differ in choose_mesh, not on one mesh); "memory" (as "shard", with stages
-        cut so that the fullest device is as empty as can be, instead of the slowest as fast).
-    use_cache, input_names, concrete_args: what to trace; see autodist_fx.tracing.trace.
-    sizes: lengths "B" (batch), "S" (tokens a step), "P" (tokens cached before) and "E" (what an encoder before the
-        decoder reads) to predict for; by default one sequence of 128 tokens, with use_cache one step after 512.
-    pin: roles fixed for linears ("column", "row", "replicate") and embeddings ("vocab", "hidden", "replicate") by
-        patterns over module paths or op names: {"*.q_proj": "replicate"}. The search does the rest around them.
-    cuts: where stages 1, 2, ... begin: a module path ("model.layers.12"), or 12, the number of a repeated layer.
-    max_memory: what a device holds of weights and caches, in bytes or as "40GiB"; or one amount for each stage, in a
-        list or by the stage's number. The search then meets it or raises NoPlanFits.
-    device_map: stages on devices that differ, one entry a stage: ["a100", "h100"], or {"0": {"hardware": "h100",
-        "memory": "40GiB"}, ...}. Stages end where each device, at its own speed and with its own memory, keeps up with
-        the others. The ranks of one stage must be alike. Sharding is chosen for the slowest device.
-    plan: a plan made earlier for this model; no search then, and objective, pin, ... are the plan's. PlanError if it is
-        another model's, or contradicts itself (edited by hand).
-    train: let the programs carry what a backward pass needs, too (CompiledModel.gradients).
-    verify: prove every rank's program before returning it (CompiledModel.verify).
-    dump_dir: gets every rank's graph after each pass, as text.
-
-    Errors: TracingError, MeshError, NoPlanFits, PlanError, VerificationError; all are AutodistError.
-    """
+) -> C:
+    """A `kind` of compilation of `model`; see autodist_fx.compile for the rest."""
     if train and use_cache:
         raise AutodistError("train=True is for whole sequences: leave use_cache out")
     model = without_wrapper(model)
@@ -93,10 +68,10 @@ def compile(
     }  # fmt: skip
     if use_cache and has_own_cache(class_of(model)):
         prompt, step = Variant.make_phases(model, request, concrete_args, plan)
-        compiled = CompiledModel(model, request, step, prompt=prompt, **checks)
+        compiled = kind(model, request, step, prompt=prompt, **checks)
     else:
         variant = Variant.make(model, request, use_cache, input_names, concrete_args, plan)
-        compiled = CompiledModel(model, request, variant, **checks)
+        compiled = kind(model, request, variant, **checks)
     if verify:
         compiled.verify()
     return compiled
@@ -111,22 +86,20 @@ def hardware_for(name: str | Hardware | None, device_map: DeviceMap | None = Non
     return presets.hardware(name)
 
 
-
-def compile_for_generation(model: PreTrainedModel | PretrainedConfig, **options: Any) -> CompiledModel:
-    """`compile` with a KV cache, and logits of the last position only where the model offers that. Raises AutodistError
-    for a model without a cache."""
+def compile_for_generation(model: PreTrainedModel | PretrainedConfig, kind: type[C], **options: Any) -> C:
+    """`compile_model` with a KV cache, and logits of the last position only where the model offers that. Raises
+    AutodistError for a model without a cache."""
     shape = empty_model(model) if isinstance(model, PretrainedConfig) else model
     if not keeps_cache(shape):
         raise AutodistError(
             f"{type(shape).__name__} keeps no cache of the tokens before, so it cannot generate over processes: split "
             f"it with adx.compile (or `autodist-fx compile`), and run the split with its simulate"
         )
-    return compile_as_used(shape, **options)
+    return compile_as_used(shape, kind, **options)
 
 
-def compile_as_used(model: PreTrainedModel, **options: Any) -> CompiledModel:
-    """`compile` for a step of generating; for a model that keeps no cache, for one forward of its main inputs."""
+def compile_as_used(model: PreTrainedModel, kind: type[C], **options: Any) -> C:
+    """`compile_model` for a step of generating; for a model that keeps no cache, for one forward of its main inputs."""
     if not keeps_cache(model):
-        return compile(model, **options)
-    return compile(model, use_cache=True, concrete_args=generation_arguments(model), **options)
-
+        return compile_model(model, kind, **options)
+    return compile_model(model, kind, use_cache=True, concrete_args=generation_arguments(model), **options)

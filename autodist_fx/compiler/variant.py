@@ -19,7 +19,7 @@ from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import InputForm, TracedModel, trace_phases
 from cost_model.errors import PlanError
 from cost_model.graph.op_graph import OpGraph
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.subplan import subplan
 from cost_model.request.plan_request import PlanRequest
 from cost_model.search.check_plan import check_plan

@@ -16,7 +16,7 @@ from autodist_fx.numeric.locate import first_difference
 from autodist_fx.simulation.thread_communicator import ThreadCommunicator, ThreadWorld
 from cost_model.errors import VerificationError
 from cost_model.mesh import Mesh
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from passes.ops.comm import using
 from passes.program.rank_program import RankProgram
 

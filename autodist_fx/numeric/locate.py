@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from passes.program.rank_program import RankProgram
 from passes.verify.core.held import Held, as_planned, elements
 from passes.verify.core.report import described, on_rank

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
 from autodist_fx.numeric.check import Form, check_call, drawn_weights
@@ -50,6 +51,12 @@ def verify_numeric(
         if check.is_small and locate:
             _Conversation(programs, buffers, seed, locate=True).run(variants)
         raise
+
+
+def verify_numeric_of(compiled: Compilation) -> None:
+    """Run `verify_numeric` on the main variants of `compiled`; see CompiledModel.verify_numeric."""
+    for variants in compiled.variant_groups:
+        verify_numeric(variants, compiled.all_programs, compiled.buffers)
 
 
 class _Conversation:

@@ -15,7 +15,8 @@ from autodist_fx.report.stage_transfers import sent_tensors
 from autodist_fx.report.stages import layer_of
 from cost_model.explain.html import shorten
 from cost_model.format import bytes_text, compress_names, name_pattern
-from cost_model.plan.data import OpPlan, PartitionPlan
+from cost_model.partition_plan import PartitionPlan
+from cost_model.plan.data import OpPlan
 from cost_model.plan.weights import linear_groups
 
 FILLS = {"column": "#b9cdfd", "row": "#ffd79c", "vocab": "#b5e6d2", "hidden": "#c4e3ea", "groups": "#dccdff",

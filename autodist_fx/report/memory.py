@@ -9,7 +9,8 @@ from autodist_fx.report.html_parts import cell, left_out, note, section, span, t
 from cost_model.explain.html import element
 from cost_model.format import bytes_text, ranges_text
 from cost_model.graph.placement import Placement
-from cost_model.plan.data import PartitionPlan, StageSummary
+from cost_model.partition_plan import PartitionPlan
+from cost_model.plan.data import StageSummary
 from cost_model.plan.weights import param_bytes
 
 BARS_SHOWN = 256

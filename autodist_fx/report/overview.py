@@ -9,7 +9,7 @@ from autodist_fx.report.html_parts import show_name
 from autodist_fx.report.memory import share_of_device
 from cost_model.explain.html import element, shorten
 from cost_model.format import bytes_text, count_text, seconds_text
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.warnings import all_warnings, whole_device
 from cost_model.plan.weights import sharded_share, whole_param_bytes
 

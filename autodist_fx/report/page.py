@@ -17,7 +17,7 @@ from autodist_fx.report.weights import weights_section
 from cost_model.explain.breakdown import whole_sections
 from cost_model.explain.html import element, section_table, shorten, to_html
 from cost_model.explain.plan_text import plan_sections
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.text_tables import Section
 
 

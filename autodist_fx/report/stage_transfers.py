@@ -10,7 +10,8 @@ from autodist_fx.report.html_parts import STAGES_SHOWN, cell, left_out, name, no
 from cost_model.explain.cut import cut_reason
 from cost_model.explain.html import element
 from cost_model.format import bytes_text, ranges_text, seconds_text
-from cost_model.plan.data import OpPlan, PartitionPlan
+from cost_model.partition_plan import PartitionPlan
+from cost_model.plan.data import OpPlan
 
 TENSORS_SHOWN = 200  # in the table
 OPTIONS_SHOWN = 7  # places next to one cut

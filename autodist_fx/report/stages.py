@@ -10,7 +10,8 @@ from autodist_fx.report.memory import memory_bar, parts_of
 from autodist_fx.report.stage_transfers import Sent, bytes_of, crossing, sent_tensors
 from cost_model.explain.html import element
 from cost_model.format import bytes_text, compress_names, count_text, name_pattern, ranges_text, seconds_text
-from cost_model.plan.data import OpPlan, PartitionPlan, StageSummary
+from cost_model.partition_plan import PartitionPlan
+from cost_model.plan.data import OpPlan, StageSummary
 
 BLOCKS_SHOWN = 12  # of layers in a stage
 TENSORS_SHOWN = 4  # at an arrow

@@ -11,7 +11,7 @@ from rich.text import Text
 from autodist_fx.report.memory import memory_rows, share_of_device
 from cost_model.explain.plan_text import plan_header, plan_sections
 from cost_model.format import bytes_text, ranges_text, seconds_text
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.text_tables import WIDTH, Section
 
 ROLE_STYLES = {

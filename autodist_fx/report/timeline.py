@@ -8,7 +8,8 @@ from xml.etree.ElementTree import Element
 from autodist_fx.report.html_parts import STAGES_SHOWN, left_out, note, ranks_text, section
 from cost_model.explain.html import element
 from cost_model.format import seconds_text
-from cost_model.plan.data import PartitionPlan, StageSummary
+from cost_model.partition_plan import PartitionPlan
+from cost_model.plan.data import StageSummary
 from cost_model.plan.warnings import whole_device
 
 SHORTEST = 1e-12  # seconds of a forward pass that there is a timeline of

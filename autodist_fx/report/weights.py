@@ -22,7 +22,8 @@ from autodist_fx.report.memory import owner_of
 from autodist_fx.report.split_bar import SplitBars, matrix
 from cost_model.explain.html import element, shorten
 from cost_model.format import bytes_text, name_pattern, ranges_text
-from cost_model.plan.data import ParamPlan, PartitionPlan
+from cost_model.partition_plan import PartitionPlan
+from cost_model.plan.data import ParamPlan
 from cost_model.plan.weights import LinearGroup, linear_groups, param_bytes
 
 ROWS_SHOWN = 400

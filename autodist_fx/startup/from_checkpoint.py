@@ -1,4 +1,4 @@
-"""`from_pretrained`: from a checkpoint's name to this rank's share of the model, ready to generate."""
+"""A process becomes a rank of a model: compiled, agreed upon with the other ranks, loaded, ready to generate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from autodist_fx.api.compiled_model import CompiledModel
+from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.compile import compile_for_generation
 from autodist_fx.compiler.generation_traits import follow_mask
 from autodist_fx.compiler.variant import Variant
@@ -25,7 +25,7 @@ from autodist_fx.startup.split_cache import CacheEntry, _keep
 from autodist_fx.tracing import meta_copy
 from autodist_fx.weights.load_program import load_beside
 from autodist_fx.weights.sources.module_source import ModuleSource
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.request.plan_request import options_of
 from passes.program.rank_program import RankProgram
 
@@ -59,7 +59,7 @@ def _distribute(
             f"{type(model).__name__} does not generate, and over processes a model is run for that: name a checkpoint "
             "of a language model, or use compile(model).simulate(...) in one process"
         )
-    main = compile_for_generation(model, **me.options.for_compile(plan))
+    main = compile_for_generation(model, Compilation, **me.options.for_compile(plan))
     if plan is not None:  # what it was made for holds for whole sequences, too, which get a plan of their own
         me = replace(me, options=replace(me.options, planning=options_of(plan)))
     program = me.agreed(main)
@@ -106,7 +106,7 @@ def _distribute(
     return split
 
 
-def _ways(me: _Rank, main: CompiledModel, program: RankProgram) -> Ways[Any]:
+def _ways(me: _Rank, main: Compilation, program: RankProgram) -> Ways[Any]:
     """What this rank runs to generate, by lengths: the program of a step (with an encoder's before it); of a prompt and
     what changes hands after it, in a model with a cache of its own. `program` is loaded."""
     rank, mesh = me.joined.rank, me.options.mesh

@@ -1,4 +1,4 @@
-"""rank."""
+"""What makes the programs of one rank: the model, its weights, the mesh it joined, and what was asked for."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
-from autodist_fx.api.compiled_model import CompiledModel
 from autodist_fx.calls.lengths import Lengths
-from autodist_fx.compiler.compile import compile
+from autodist_fx.compiler.compilation import Compilation
+from autodist_fx.compiler.compile import compile_model
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import agree
@@ -22,7 +22,7 @@ from autodist_fx.weights.load_program import load_program
 from autodist_fx.weights.share import share_weights
 from autodist_fx.weights.sources.source import WeightSource
 from cost_model.mesh import Mesh
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.write_json import plan_to_text
 from passes.fx.guards import Conditions
 from passes.program.rank_program import RankProgram
@@ -55,7 +55,7 @@ class _Rank:
     options: _Options
     facts: Sequence[str]
 
-    def agreed(self, compiled: CompiledModel) -> RankProgram:
+    def agreed(self, compiled: Compilation) -> RankProgram:
         check = compiled.verify if self.options.verify else None
         program = compiled.program(self.joined.rank)
         plans = [p for p in (compiled.prompt_plan, compiled.plan) if p is not None]
@@ -64,7 +64,7 @@ class _Rank:
         return program
 
     def ways(
-        self, compiled: CompiledModel, beside: RankProgram, run: Callable[[Variant], T], first: Variant
+        self, compiled: Compilation, beside: RankProgram, run: Callable[[Variant], T], first: Variant
     ) -> Ways[T]:
         """What `run` makes of `first`, a form of `compiled` whose programs are loaded, and of graphs for other lengths;
         `beside` is a program of this rank whose weights they use."""
@@ -92,7 +92,7 @@ class _Rank:
 
         return Ways([(first.conditions, run(first))], make, first.forms)
 
-    def load(self, compiled: CompiledModel, program: RankProgram) -> LoadReport:
+    def load(self, compiled: Compilation, program: RankProgram) -> LoadReport:
         source = self.open_weights()
         try:
             return load_program(
@@ -108,7 +108,8 @@ class _Rank:
 
     def whole_sequences(self, input_names: tuple[str, ...], beside: RankProgram) -> Ways[RankProgram]:
         """The program for whole sequences of these inputs, with the weights of `beside` where both hold them alike."""
-        compiled = compile(self.model, use_cache=False, input_names=input_names, **self.options.for_compile())
+        options = self.options.for_compile()
+        compiled = compile_model(self.model, Compilation, use_cache=False, input_names=input_names, **options)
         program = self.agreed(compiled)
         left = share_weights(beside, program)
         if left.param_shards:  # slices that this layout has and the other has not

@@ -20,7 +20,6 @@ import torch
 from huggingface_hub import constants
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from autodist_fx.api.compiled_model import CompiledModel
 from autodist_fx.artifact.files import Staging
 from autodist_fx.artifact.manifest import (
     ArtifactError,
@@ -29,8 +28,9 @@ from autodist_fx.artifact.manifest import (
     read_manifest,
 )
 from autodist_fx.artifact.parts import named_parts
-from autodist_fx.artifact.reader import Artifact
+from autodist_fx.artifact.reader import ArtifactReader
 from autodist_fx.artifact.writer import finish, write_common, write_rank
+from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import everyone
 from autodist_fx.runtime.comm.process_group import JoinedRank
@@ -38,7 +38,7 @@ from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.startup.rank import _Options
 from autodist_fx.weights.resolve import locate
 from cost_model.mesh import Mesh
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.write_json import plan_to_text
 
 ENVIRONMENT = "ADX_CACHE"
@@ -96,7 +96,7 @@ def entry_for(directory: Path, checkpoint: Path, request: Mapping[str, object]) 
 
 
 def from_cache(
-    entry: CacheEntry, joined: JoinedRank, make_share: Callable[[Artifact], DistributedCausalLM]
+    entry: CacheEntry, joined: JoinedRank, make_share: Callable[[ArtifactReader], DistributedCausalLM]
 ) -> DistributedCausalLM | None:
     """This rank's share, if every rank finds its own in the same entry; else None, on every rank.
 
@@ -105,7 +105,7 @@ def from_cache(
     share, status = None, {"found": "", "damage": ""}
     if entry.path.is_dir():
         try:
-            artifact = Artifact(entry.path)
+            artifact = ArtifactReader(entry.path)
             if artifact.manifest.key != entry.key or artifact.mesh != joined.mesh:
                 raise ArtifactError(f"{entry.path} is another split than its name says")
             share = make_share(artifact)
@@ -198,7 +198,6 @@ def _drop_stale(entry: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-
 def _entry(
     cache: bool | str | Path | CacheEntry | None,
     name: str | Path,
@@ -236,7 +235,7 @@ def cache_entry(
 
 
 def _keep(
-    entry: CacheEntry, joined: JoinedRank, main: CompiledModel, generation_config: GenerationConfig | None
+    entry: CacheEntry, joined: JoinedRank, main: Compilation, generation_config: GenerationConfig | None
 ) -> None:
     """What this rank has, loaded, goes into the cache; a model with an op that no file can hold does not."""
     parts = named_parts(main.variants)

@@ -8,7 +8,7 @@ from typing import Any
 from cost_model.explain.cut import cut_reason
 from cost_model.explain.plan_text import prediction_lines
 from cost_model.format import bytes_text, compress_names, name_pattern, seconds_text
-from cost_model.plan.data import OpPlan, PartitionPlan
+from cost_model.plan.data import OpPlan, PlanData
 from cost_model.plan.warnings import all_warnings
 from cost_model.text_tables import Section
 
@@ -31,7 +31,7 @@ class OpGroup:
         return self.compute_seconds + self.comm_seconds
 
 
-def dearest(plan: PartitionPlan) -> list[OpGroup]:
+def dearest(plan: PlanData) -> list[OpGroup]:
     """All groups of ops, the dearest first."""
     groups: dict[tuple[str, str, str], list[OpPlan]] = {}
     for op in plan.ops:
@@ -46,7 +46,7 @@ def dearest(plan: PartitionPlan) -> list[OpGroup]:
     return sorted(found, key=lambda group: -group.seconds)
 
 
-def moved_bytes(plan: PartitionPlan) -> dict[str, int]:
+def moved_bytes(plan: PlanData) -> dict[str, int]:
     """Bytes over all links in one forward, all ranks together, by what moves them.
 
     A ring's, as comm_cost.py counts them: of a tensor that is whole on n ranks in the end, all_reduce moves 2 (n-1)
@@ -62,13 +62,13 @@ def moved_bytes(plan: PartitionPlan) -> dict[str, int]:
     return moved
 
 
-def tokens(plan: PartitionPlan) -> int:
+def tokens(plan: PlanData) -> int:
     """Tokens of one forward, over all sequences; 1 for models without such lengths."""
     sizes = dict(plan.sizes)
     return max(1, sizes.get("B", 1) * sizes.get("S", 1))
 
 
-def whole_facts(plan: PartitionPlan) -> dict[str, Any]:
+def whole_facts(plan: PlanData) -> dict[str, Any]:
     """What `whole_sections` says, as plain values."""
     total, moved = plan.predicted_seconds, moved_bytes(plan)
     comm = sum(stage.comm_seconds for stage in plan.stages)
@@ -99,7 +99,7 @@ def whole_facts(plan: PartitionPlan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def whole_sections(plan: PartitionPlan) -> list[Section]:
+def whole_sections(plan: PlanData) -> list[Section]:
     """Prediction, bytes moved, the dearest ops, the cuts, warnings; those that have something to say."""
     sections = [
         Section("Prediction", lines=prediction_lines(plan)),
@@ -111,7 +111,7 @@ def whole_sections(plan: PartitionPlan) -> list[Section]:
     return [section for section in sections if section.rows or section.lines]
 
 
-def _moved_section(plan: PartitionPlan) -> Section:
+def _moved_section(plan: PlanData) -> Section:
     moved = moved_bytes(plan)
     if not moved:
         return Section("")
@@ -123,7 +123,7 @@ def _moved_section(plan: PartitionPlan) -> Section:
     return Section(title, tuple(rows), left=(0,))
 
 
-def _dearest_section(plan: PartitionPlan) -> Section:
+def _dearest_section(plan: PlanData) -> Section:
     groups = [group for group in dearest(plan) if group.seconds > 0]
     total = plan.predicted_seconds
     rows = [("ops", "kind", "role", "times", "compute", "collectives", "share")]
@@ -139,7 +139,7 @@ def _dearest_section(plan: PartitionPlan) -> Section:
     return Section(title, tuple(rows) if len(rows) > 1 else (), lines, left=(0, 1, 2), flexible=0)
 
 
-def _cut_line(plan: PartitionPlan, k: int) -> str:
+def _cut_line(plan: PlanData, k: int) -> str:
     option = plan.cuts[k].options[plan.cuts[k].chosen]
     place = compress_names([option.module])[0] if option.module else option.op
     return f"{k} -> {k + 1}  before {place}: {cut_reason(plan, k)}"

@@ -6,11 +6,11 @@ from typing import Any
 
 from cost_model.errors import PlanError
 from cost_model.format import bytes_text, seconds_text
-from cost_model.plan.data import CutOption, CutPlan, Hop, PartitionPlan
+from cost_model.plan.data import CutOption, CutPlan, Hop, PlanData
 from cost_model.text_tables import Section
 
 
-def cut_facts(plan: PartitionPlan, cut: int) -> dict[str, Any]:
+def cut_facts(plan: PlanData, cut: int) -> dict[str, Any]:
     """What `cut_section` says, as plain values. Raises PlanError when the plan has no such cut."""
     found = _cut(plan, cut)
     return {
@@ -29,7 +29,7 @@ def cut_facts(plan: PartitionPlan, cut: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def cut_section(plan: PartitionPlan, cut: int) -> Section:
+def cut_section(plan: PlanData, cut: int) -> Section:
     """The cut behind stage `cut`. Raises PlanError when the plan has no such cut."""
     found = _cut(plan, cut)
     rows = [("stage " + str(cut + 1) + " begins with", "", f"stage {cut}", f"stage {cut + 1}", "slower", "crosses")]
@@ -51,7 +51,7 @@ def cut_section(plan: PartitionPlan, cut: int) -> Section:
     return Section(title, tuple(rows), lines, left=(0, 1), flexible=0, indent="  ")
 
 
-def cut_reason(plan: PartitionPlan, cut: int) -> str:
+def cut_reason(plan: PlanData, cut: int) -> str:
     """One sentence, from the figures of the places next to it."""
     found = _cut(plan, cut)
     here = found.options[found.chosen]
@@ -80,7 +80,7 @@ def _slower(option: CutOption) -> float:
     return max(option.before_seconds, option.after_seconds)
 
 
-def _cut(plan: PartitionPlan, cut: int) -> CutPlan:
+def _cut(plan: PlanData, cut: int) -> CutPlan:
     if not plan.cuts:
         raise PlanError("the plan has no cuts: it is of one stage" if plan.mesh.pp == 1 else "the plan says no cuts")
     if not 0 <= cut < len(plan.cuts):
@@ -89,5 +89,5 @@ def _cut(plan: PartitionPlan, cut: int) -> CutPlan:
     return plan.cuts[cut]
 
 
-def _crossing(plan: PartitionPlan, cut: int) -> list[Hop]:
+def _crossing(plan: PlanData, cut: int) -> list[Hop]:
     return [h for h in plan.hops if h.source <= cut < h.target]

@@ -8,7 +8,7 @@ from typing import Any
 
 from cost_model.errors import PlanError
 from cost_model.format import bytes_text, compress_names, count_text, name_pattern, seconds_text
-from cost_model.plan.data import OpPlan, PartitionPlan
+from cost_model.plan.data import OpPlan, PlanData
 from cost_model.plan.warnings import whole_device
 from cost_model.text_tables import Section, sections_text
 
@@ -36,7 +36,7 @@ class RoleChange:
 
 @dataclass(frozen=True, slots=True)
 class PlanDiff:
-    """What `PartitionPlan.diff` found. Empty parts are equal; `str()` says all of it, and nothing of equal plans."""
+    """What `PlanData.diff` found. Empty parts are equal; `str()` says all of it, and nothing of equal plans."""
 
     model: str
     settings: tuple[Changed, ...] = ()  # mesh, hardware, objective, sizes, graph
@@ -62,7 +62,7 @@ class PlanDiff:
         return asdict(self)
 
 
-def diff_plans(before: PartitionPlan, after: PartitionPlan) -> PlanDiff:
+def diff_plans(before: PlanData, after: PlanData) -> PlanDiff:
     """Raises PlanError when the plans are of different models."""
     if before.model != after.model:
         models = f"{before.model} and {after.model}"
@@ -91,11 +91,11 @@ def _changes(values: dict[str, tuple[Any, Any]]) -> tuple[Changed, ...]:
     return tuple(Changed(name, before, after) for name, (before, after) in values.items() if before != after)
 
 
-def _other(before: PartitionPlan, after: PartitionPlan) -> tuple[str, ...]:
+def _other(before: PlanData, after: PlanData) -> tuple[str, ...]:
     return tuple(f.name for f in fields(before) if f.compare and getattr(before, f.name) != getattr(after, f.name))
 
 
-def _settings(plan: PartitionPlan) -> dict[str, Any]:
+def _settings(plan: PlanData) -> dict[str, Any]:
     return {
         "mesh": str(plan.mesh),
         "hardware": plan.hardware,
@@ -107,7 +107,7 @@ def _settings(plan: PartitionPlan) -> dict[str, Any]:
     }
 
 
-def _cuts(plan: PartitionPlan) -> dict[str, str]:
+def _cuts(plan: PlanData) -> dict[str, str]:
     """The first op of each stage but the first, by the border in front of it."""
     first: dict[int, OpPlan] = {}
     for op in plan.ops:
@@ -119,7 +119,7 @@ def _cuts(plan: PartitionPlan) -> dict[str, str]:
     }
 
 
-def _ops(before: PartitionPlan, after: PartitionPlan) -> tuple[list[RoleChange], int, int]:
+def _ops(before: PlanData, after: PlanData) -> tuple[list[RoleChange], int, int]:
     """Changed roles, and how many other ops lie otherwise, and how many are computed by other stages."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     placements = moved = 0
@@ -140,7 +140,7 @@ def _ops(before: PartitionPlan, after: PartitionPlan) -> tuple[list[RoleChange],
     return changes, placements, moved
 
 
-def _communication(plan: PartitionPlan) -> dict[str, tuple[int, int]]:
+def _communication(plan: PlanData) -> dict[str, tuple[int, int]]:
     """(how many, bytes) of one forward by collective, and of sends."""
     found: dict[str, tuple[int, int]] = {}
     for stage in plan.stages:
@@ -152,7 +152,7 @@ def _communication(plan: PartitionPlan) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _memory(plan: PartitionPlan) -> dict[str, int]:
+def _memory(plan: PlanData) -> dict[str, int]:
     fullest = max(plan.stages, key=lambda s: s.memory_bytes)
     return {
         "weights": fullest.weight_bytes,
@@ -163,7 +163,7 @@ def _memory(plan: PartitionPlan) -> dict[str, int]:
     }
 
 
-def _seconds(plan: PartitionPlan) -> dict[str, float]:
+def _seconds(plan: PlanData) -> dict[str, float]:
     return {
         "one forward": plan.predicted_seconds,
         "compute": sum(s.compute_seconds for s in plan.stages),
@@ -173,7 +173,7 @@ def _seconds(plan: PartitionPlan) -> dict[str, float]:
     }
 
 
-def _named(what: str, before: PartitionPlan, after: PartitionPlan) -> str:
+def _named(what: str, before: PlanData, after: PlanData) -> str:
     """One device is as many cores as there are ranks, where these share a CPU."""
     same = before.hardware != after.hardware or whole_device(before) == whole_device(after)
     if what != ONE_DEVICE or same:

@@ -7,14 +7,14 @@ from fnmatch import fnmatchcase
 
 from cost_model.errors import PlanError
 from cost_model.format import name_pattern
-from cost_model.plan.data import OpPlan, PartitionPlan
+from cost_model.plan.data import OpPlan, PlanData
 
 SHOWN = 6  # names listed in an error
 # how passes/partition/fuse_ops.py calls the op that it puts in place of a chain, before the name of its last
 FUSED = "fused_"
 
 
-def find_ops(plan: PartitionPlan, name: str) -> list[OpPlan]:
+def find_ops(plan: PlanData, name: str) -> list[OpPlan]:
     """One or more ops, in the plan's order; several are the same op of different layers, or all of one module.
 
     Of a module's ops those with a role are meant, where there are some. Raises PlanError, naming what comes near or
@@ -39,7 +39,7 @@ def _means(name: str, text: str) -> bool:
     return bool(text) and (fnmatchcase(text, name) or fnmatchcase(text, f"*.{name}"))
 
 
-def _unknown(plan: PartitionPlan, name: str) -> str:
+def _unknown(plan: PlanData, name: str) -> str:
     modules = list(dict.fromkeys(op.module for op in plan.ops if op.module))
     inside = [module for module in modules if name and f".{name}." in f".{module}"]
     if inside:

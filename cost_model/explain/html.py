@@ -8,7 +8,7 @@ from __future__ import annotations
 from xml.etree.ElementTree import Element, tostring
 
 from cost_model.explain.plan_text import plan_header, plan_sections
-from cost_model.plan.data import PartitionPlan
+from cost_model.plan.data import PlanData
 from cost_model.text_tables import Section
 
 ROWS_SHOWN = 200  # of a table
@@ -80,7 +80,7 @@ def _left_out(rows: int, columns: int) -> Element | None:
     return element("tr", element("td", text, colspan=str(columns), cls="adx-left"))
 
 
-def plan_fragment(plan: PartitionPlan) -> str:
+def plan_fragment(plan: PlanData) -> str:
     """The plan for a notebook cell: stages, prediction and warnings open, the rest to unfold. No script, no links."""
     first, *more = plan_header(plan)
     opened = ("Stages", "Prediction", "Warnings")

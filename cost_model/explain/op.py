@@ -7,14 +7,14 @@ from typing import Any
 
 from cost_model.format import bytes_text, compress_names, name_pattern, ranges_text, seconds_text
 from cost_model.graph.roles import MEANING
-from cost_model.plan.data import Alternative, OpPlan, PartitionPlan
+from cost_model.plan.data import Alternative, OpPlan, PlanData
 from cost_model.plan.weights import local_shape, weight_of
 from cost_model.text_tables import Section
 
 _NO_ROLES = "Roles are of linears, embeddings and convolutions"
 
 
-def alike(plan: PartitionPlan, ops: Sequence[OpPlan]) -> list[list[OpPlan]]:
+def alike(plan: PlanData, ops: Sequence[OpPlan]) -> list[list[OpPlan]]:
     """The ops in groups that the plan treats alike, whatever their layer and stage."""
     groups: dict[object, list[OpPlan]] = {}
     for op in ops:
@@ -30,7 +30,7 @@ def collectives_of(op: OpPlan) -> list[str]:
     return ["all_reduce" if p.is_partial else "all_gather" for p, whole in zip(op.outputs, op.gather) if whole]
 
 
-def op_facts(plan: PartitionPlan, ops: Sequence[OpPlan]) -> dict[str, Any]:
+def op_facts(plan: PlanData, ops: Sequence[OpPlan]) -> dict[str, Any]:
     """What `op_section` says of ops that are alike, as plain values."""
     op = ops[0]
     weight = weight_of(op, {p.name: p for p in plan.params}) if op.role else None
@@ -59,14 +59,14 @@ def op_facts(plan: PartitionPlan, ops: Sequence[OpPlan]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sections_of(plan: PartitionPlan, groups: Sequence[Sequence[OpPlan]]) -> list[Section]:
+def sections_of(plan: PlanData, groups: Sequence[Sequence[OpPlan]]) -> list[Section]:
     """Of groups that are alike in themselves: each with its roles; one table, where none has any."""
     if len(groups) > 1 and not any(ops[0].role for ops in groups):
         return [_table(plan, groups)]
     return [section for ops in groups for section in op_sections(plan, ops)]
 
 
-def op_sections(plan: PartitionPlan, ops: Sequence[OpPlan]) -> list[Section]:
+def op_sections(plan: PlanData, ops: Sequence[OpPlan]) -> list[Section]:
     """Two: what the op does, and what else it could have done. `ops` are alike."""
     op, facts = ops[0], op_facts(plan, ops)
     place = ", ".join(compress_names(o.module for o in ops)) if op.module else op.name
@@ -91,7 +91,7 @@ def op_sections(plan: PartitionPlan, ops: Sequence[OpPlan]) -> list[Section]:
     return [Section(title, lines=tuple(lines), indent=" " * 13), _alternatives(plan, op)]
 
 
-def _table(plan: PartitionPlan, groups: Sequence[Sequence[OpPlan]]) -> Section:
+def _table(plan: PlanData, groups: Sequence[Sequence[OpPlan]]) -> Section:
     rows = [("op", "times", "stages", "cut", "reads", "leaves", "compute", "collectives")]
     for ops in groups:
         op, facts = ops[0], op_facts(plan, ops)
@@ -123,7 +123,7 @@ def _cut_text(op: OpPlan) -> str:
     return "along what it sums over" if any(p.is_partial for p in op.outputs) else f"along {op.letter}"
 
 
-def _alternatives(plan: PartitionPlan, op: OpPlan) -> Section:
+def _alternatives(plan: PlanData, op: OpPlan) -> Section:
     title = "Roles it could have, everything else then chosen anew"
     found = plan.alternatives(op)
     if not found:
@@ -148,7 +148,7 @@ def _signed(value: float, text: Any) -> str:
     return f"{'-' if value < 0 else '+'}{text(abs(value))}" if value else "the same"
 
 
-def _verdict(plan: PartitionPlan, a: Alternative) -> str:
+def _verdict(plan: PlanData, a: Alternative) -> str:
     if a.seconds > 0:
         return "dearer"
     if a.weight_bytes > 0:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from math import prod
 
 from cost_model.format import bytes_text, compress_names, count_text, ops_text, ranges_text, seconds_text
-from cost_model.plan.data import Hop, ParamPlan, PartitionPlan
+from cost_model.plan.data import Hop, ParamPlan, PlanData
 from cost_model.plan.warnings import all_warnings, whole_device
 from cost_model.plan.weights import is_sharded, linear_groups, param_bytes, whole_param_bytes
 from cost_model.text_tables import Section, sections_text
@@ -17,12 +17,12 @@ from cost_model.text_tables import Section, sections_text
 HOPS_SHOWN = 6  # tensors named of each border
 
 
-def plan_text(plan: PartitionPlan) -> str:
+def plan_text(plan: PlanData) -> str:
     """The whole plan: header, then `plan_sections`."""
     return sections_text(plan_header(plan), plan_sections(plan))
 
 
-def plan_sections(plan: PartitionPlan) -> list[Section]:
+def plan_sections(plan: PlanData) -> list[Section]:
     """Stages, linears, collectives, hops, parameters, prediction and warnings; those that have something to say."""
     warnings = tuple("! " + warning for warning in all_warnings(plan))
     sections = [
@@ -37,7 +37,7 @@ def plan_sections(plan: PartitionPlan) -> list[Section]:
     return [section for section in sections if section.rows or section.lines]
 
 
-def plan_header(plan: PartitionPlan) -> list[str]:
+def plan_header(plan: PlanData) -> list[str]:
     """Two lines: what is split how, and its size."""
     ranks = f"{plan.mesh.size} rank{'s' if plan.mesh.size > 1 else ''}"
     sizes = ", ".join(f"{symbol}={length}" for symbol, length in plan.sizes)
@@ -49,7 +49,7 @@ def plan_header(plan: PartitionPlan) -> list[str]:
     ]
 
 
-def _stage_section(plan: PartitionPlan) -> Section:
+def _stage_section(plan: PlanData) -> Section:
     memory = ("weights", "KV", "activ.", "work", "total")
     rows = [("stage", "ranks", "layers", "compute", "comm", "FLOPs", *memory, "recomputes")]
     for s in plan.stages:
@@ -72,14 +72,14 @@ def _stage_section(plan: PartitionPlan) -> Section:
     return Section(title, tuple(rows), left=(0, 1, 2), flexible=2)
 
 
-def _linear_section(plan: PartitionPlan) -> Section:
+def _linear_section(plan: PlanData) -> Section:
     rows = [("module", "role", "times", "weight", "on each tp rank")]
     for group in linear_groups(plan):
         rows.append((group.label, group.role, f"x{len(group.modules)}", group.shape, group.local))
     return Section("Linears and embeddings", tuple(rows) if len(rows) > 1 else (), left=(0, 1, 3, 4), flexible=0)
 
 
-def _collective_section(plan: PartitionPlan) -> Section:
+def _collective_section(plan: PlanData) -> Section:
     title = "Collectives in one forward, bytes of whole tensors"
     groups: dict[tuple[tuple[str, int, int], ...], list[int]] = {}
     for s in plan.stages:
@@ -99,7 +99,7 @@ def _collective_section(plan: PartitionPlan) -> Section:
     return Section(title, tuple(rows), left=(0, 1))
 
 
-def _hop_lines(plan: PartitionPlan) -> tuple[str, ...]:
+def _hop_lines(plan: PlanData) -> tuple[str, ...]:
     if plan.mesh.pp == 1:
         return ()
     borders: dict[tuple[int, int], list[Hop]] = {}
@@ -116,13 +116,13 @@ def _hop_lines(plan: PartitionPlan) -> tuple[str, ...]:
     return tuple(lines) or ("nothing",)
 
 
-def _hop_text(plan: PartitionPlan, hop: Hop) -> str:
+def _hop_text(plan: PlanData, hop: Hop) -> str:
     name = hop.op if len(plan.op(hop.op).outputs) == 1 else f"{hop.op}[{hop.index}]"
     placement = plan.op(hop.op).outputs[hop.index]
     return f"{name} ({bytes_text(hop.nbytes)}{'' if hop.whole or placement.is_replicate else f', {placement}'})"
 
 
-def _param_section(plan: PartitionPlan) -> Section:
+def _param_section(plan: PlanData) -> Section:
     rows = [("", "whole", "sharded", "replicated", "share sharded")]
     for label, params in (
         ("weights of matmuls and embeddings", [p for p in plan.params if p.matmul]),
@@ -140,7 +140,7 @@ def _param_section(plan: PartitionPlan) -> Section:
     return Section("Parameters", tuple(rows) if plan.mesh.tp > 1 else (), lines, left=(0,), indent="  ")
 
 
-def prediction_lines(plan: PartitionPlan) -> tuple[str, ...]:
+def prediction_lines(plan: PlanData) -> tuple[str, ...]:
     compute, comm = sum(s.compute_seconds for s in plan.stages), sum(s.comm_seconds for s in plan.stages)
     total = plan.predicted_seconds
     share = f", {comm / total:.0%} of it communication" if total > 0 and plan.mesh.size > 1 else ""

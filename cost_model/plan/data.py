@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cost_model.errors import PlanError, reason_text
 from cost_model.graph.placement import Interval, Layout, Placement
 from cost_model.mesh import Mesh
 
 if TYPE_CHECKING:
-    from cost_model.explain.diff import PlanDiff
+    pass
 
 PLAN_VERSION = 2
 
@@ -44,13 +41,13 @@ class OpPlan:
     role: str = ""
     module: str = ""
     weight: str = ""  # name of the parameter that a linear multiplies by, or that an embedding reads
-    # layout of each sharded dim, by position in PartitionPlan.layouts; -1 where the tensor is not sharded
+    # layout of each sharded dim, by position in PlanData.layouts; -1 where the tensor is not sharded
     input_layouts: tuple[int, ...] = ()
     output_layouts: tuple[int, ...] = ()
     compute_seconds: float = 0.0
     comm_seconds: float = 0.0  # of the collectives that `gather` asks for
     comm_bytes: int = 0  # of the whole tensors that they make
-    choice: int = -1  # position in PartitionPlan.choices of the roles it could have; -1 where there is no choice
+    choice: int = -1  # position in PlanData.choices of the roles it could have; -1 where there is no choice
 
     @property
     def owner(self) -> int | None:
@@ -87,7 +84,7 @@ class ParamPlan:
     shape: tuple[int, ...]
     dtype: str
     placement: Placement
-    layout: int  # position in PartitionPlan.layouts, -1 when replicated
+    layout: int  # position in PlanData.layouts, -1 when replicated
     stages: tuple[int, ...]
     matmul: bool  # a weight of a matmul or a table of an embedding, as opposed to a norm's scale or a bias
 
@@ -172,7 +169,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class PartitionPlan:
+class PlanData:
     """What each rank computes, holds and says. Values only: two plans are equal when everything in them is."""
 
     mesh: Mesh
@@ -220,59 +217,6 @@ class PartitionPlan:
         """One forward pass through all stages, one after the other (latency), hops included."""
         return sum(stage.seconds for stage in self.stages)
 
-    def __str__(self) -> str:
-        from cost_model.explain.plan_text import plan_text
-
-        return plan_text(self)
-
-    def _repr_html_(self) -> str:
-        """For notebooks: stages, prediction and warnings; linears, collectives and hops to unfold."""
-        from cost_model.explain.html import plan_fragment
-
-        return plan_fragment(self)
-
-    def diff(self, after: PartitionPlan) -> PlanDiff:
-        """What is different in `after`. Raises PlanError when that is a plan of another model."""
-        from cost_model.explain.diff import diff_plans
-
-        return diff_plans(self, after)
-
-    def to_dict(self) -> dict[str, Any]:
-        from cost_model.plan.write_json import plan_to_dict
-
-        return plan_to_dict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PartitionPlan:
-        """Raises PlanError naming the field that is missing, unknown or malformed."""
-        from cost_model.plan.write_json import plan_from_dict
-
-        return plan_from_dict(data)
-
-    def save(self, path: str | Path) -> None:
-        """Raises PlanError when the file cannot be written."""
-        from cost_model.plan.write_json import plan_to_text
-
-        text = plan_to_text(self)
-        try:
-            Path(path).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise PlanError(f"cannot write the plan file {path}: {reason_text(error)}") from error
-
-    @classmethod
-    def load(cls, path: str | Path) -> PartitionPlan:
-        """Raises PlanError when the file cannot be read, or is not a plan: then naming the field."""
-        from cost_model.plan.read_json import plan_from_text
-
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"cannot read the plan file {path}: {reason_text(error)}") from error
-        try:
-            return plan_from_text(text)
-        except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
-
 
 __all__ = [
     "Alternative",
@@ -283,7 +227,7 @@ __all__ = [
     "Interval",
     "OpPlan",
     "ParamPlan",
-    "PartitionPlan",
+    "PlanData",
     "Request",
     "StageSummary",
     "rounded",

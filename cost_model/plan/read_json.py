@@ -18,7 +18,7 @@ from cost_model.plan.data import (
     Hop,
     OpPlan,
     ParamPlan,
-    PartitionPlan,
+    PlanData,
     Request,
     StageSummary,
 )
@@ -34,12 +34,14 @@ from cost_model.plan.json_fields import (
     type_name,
 )
 
+P = TypeVar("P", bound=PlanData)
 N = TypeVar("N", OpPlan, ParamPlan)
 Choices = tuple[tuple[Alternative, ...], ...]
 
 
-def plan_from_dict(data: Mapping[str, Any]) -> PartitionPlan:
-    """The plan that `plan_to_dict` wrote. Raises PlanError naming the field that is missing, unknown or malformed."""
+def plan_from_dict(data: Mapping[str, Any], cls: type[P]) -> P:
+    """The plan that `plan_to_dict` wrote, as a `cls`. Raises PlanError naming the field that is missing, unknown or
+    malformed."""
     if not isinstance(data, Mapping):
         raise PlanError(f"a plan is a JSON object, not {type_name(data)}")
     top = Fields(data, "")
@@ -66,7 +68,7 @@ def plan_from_dict(data: Mapping[str, Any]) -> PartitionPlan:
     cuts = tuple(top.objects("cuts", lambda f: _cut(f, ops)))
     if len(cuts) not in (0, mesh.pp - 1):
         raise PlanError(f"cuts: {len(cuts)} for {mesh.pp} stages; expected {mesh.pp - 1}, or none")
-    plan = PartitionPlan(
+    plan = cls(
         mesh=mesh,
         model=top.text("model"),
         fingerprint=top.text("fingerprint"),
@@ -309,16 +311,15 @@ def _add(found: dict[str, N], item: N, f: Fields) -> None:
     found[item.name] = item
 
 
-
-def plan_from_text(text: str) -> PartitionPlan:
-    """Inverse of `plan_to_text`, for any JSON layout. Raises PlanError for what is not a plan."""
+def plan_from_text(text: str, cls: type[P]) -> P:
+    """Inverse of `plan_to_text`, for any JSON layout, as a `cls`. Raises PlanError for what is not a plan."""
     try:
         data = json.loads(text, object_pairs_hook=_no_duplicates)
     except RecursionError as error:
         raise PlanError("not a plan: nested too deeply") from error
     except ValueError as error:  # JSONDecodeError, or a number of thousands of digits
         raise PlanError(f"not JSON: {error}") from error
-    return plan_from_dict(data)
+    return plan_from_dict(data, cls)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 from cost_model.graph.op_graph import SOURCES, OpGraph, TensorRef
-from cost_model.plan.data import Hop, OpPlan, PartitionPlan
+from cost_model.plan.data import Hop, OpPlan, PlanData
+
+P = TypeVar("P", bound=PlanData)
 
 
-def subplan(plan: PartitionPlan, graph: OpGraph, fingerprint: str) -> PartitionPlan:
+def subplan(plan: P, graph: OpGraph, fingerprint: str) -> P:
     """`graph` has some ops of the plan's graph, under their names; an op that reads less than there reads no tensor.
 
     Ops run where they are still wanted, and only what is wanted is sent. What the plan predicts is left as it is.
@@ -39,7 +42,7 @@ def _op(op: OpPlan, kind: str, inputs: int, stages: set[int]) -> OpPlan:
     )  # fmt: skip
 
 
-def _wanted(plan: PartitionPlan, graph: OpGraph) -> dict[str, set[int]]:
+def _wanted(plan: PlanData, graph: OpGraph) -> dict[str, set[int]]:
     """The stages that have to compute each op: for themselves, or, at its home, for others."""
     outputs = {ref.op for ref in graph.outputs}
     wanted: dict[str, set[int]] = {}
@@ -53,7 +56,7 @@ def _wanted(plan: PartitionPlan, graph: OpGraph) -> dict[str, set[int]]:
     return wanted
 
 
-def _is_wanted(hop: Hop, plan: PartitionPlan, graph: OpGraph, ops: dict[str, OpPlan]) -> bool:
+def _is_wanted(hop: Hop, plan: PlanData, graph: OpGraph, ops: dict[str, OpPlan]) -> bool:
     """Whether an op in the hop's target stage takes the tensor in the form in which it is sent."""
     if hop.op not in ops or hop.target in ops[hop.op].stages:
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cost_model.costs.hardware import PRESETS
 from cost_model.format import bytes_text, name_pattern, ranges_text, seconds_text
-from cost_model.plan.data import ParamPlan, PartitionPlan
+from cost_model.plan.data import ParamPlan, PlanData
 from cost_model.plan.weights import param_bytes, sharded_share, whole_param_bytes
 
 UNBALANCED = 1.25  # times the mean of the stages: the slowest bounds a pipeline that is kept full
@@ -13,12 +13,12 @@ IDLE_NAMED = 4  # modules of these
 SHARE_EXPECTED = 0.9  # of the bytes of matmul weights, sharded: with less, tp is not what its user thinks
 
 
-def all_warnings(plan: PartitionPlan) -> list[str]:
+def all_warnings(plan: PlanData) -> list[str]:
     """`plan_warnings`, and what the plan itself carries; each once."""
     return list(dict.fromkeys([*plan_warnings(plan), *plan.warnings]))
 
 
-def plan_warnings(plan: PartitionPlan) -> list[str]:
+def plan_warnings(plan: PlanData) -> list[str]:
     """What to know before running the plan, a sentence each: it does not fit, it is slower than one device."""
     warnings = []
     if plan.device_memory_bytes:
@@ -60,7 +60,7 @@ def plan_warnings(plan: PartitionPlan) -> list[str]:
     return warnings + _idle_warning(plan)
 
 
-def _idle_warning(plan: PartitionPlan) -> list[str]:
+def _idle_warning(plan: PlanData) -> list[str]:
     """Ranks that have no part of what the others share: more of them than a layer has heads, say."""
     matmuls = [p for p in plan.params if p.matmul]
     enough = IDLE_WORTH_A_WORD * sum(map(param_bytes, matmuls))
@@ -82,7 +82,7 @@ def _idle_warning(plan: PartitionPlan) -> list[str]:
     ]
 
 
-def whole_device(plan: PartitionPlan) -> str:
+def whole_device(plan: PlanData) -> str:
     """What "one device" is, where it is more than one rank's: " with all 4 cores", where ranks share a CPU."""
     names = plan.hardware.split(", ")
     shares = any(name in PRESETS and PRESETS[name].ranks_share_device for name in names)

@@ -9,7 +9,7 @@ from math import prod
 from cost_model.format import compress_names, name_pattern
 from cost_model.graph.op_graph import DTYPE_BYTES
 from cost_model.graph.placement import Layout
-from cost_model.plan.data import Alternative, OpPlan, ParamPlan, PartitionPlan
+from cost_model.plan.data import Alternative, OpPlan, ParamPlan, PlanData
 
 RANGES_SHOWN = 4  # of layers named in one cell
 
@@ -22,7 +22,7 @@ class LinearGroup:
     role: str
     modules: tuple[str, ...]
     weights: tuple[ParamPlan, ...]  # of those whose weight is known
-    layout: int  # of the weight, by position in PartitionPlan.layouts; -1 where each rank holds it whole
+    layout: int  # of the weight, by position in PlanData.layouts; -1 where each rank holds it whole
     local: str  # shape on each tp rank, "[384|192]x576"
     stages: tuple[int, ...]
     alternatives: tuple[Alternative, ...]  # of the first one
@@ -33,18 +33,18 @@ class LinearGroup:
         return "x".join(map(str, self.weights[0].shape)) if self.weights else "-"
 
 
-def sharded_share(plan: PartitionPlan) -> float:
+def sharded_share(plan: PlanData) -> float:
     """Share, 0.0 to 1.0, of the bytes of matmul weights that no rank holds whole; 1.0 when there are none."""
     total = sum(param_bytes(p) for p in plan.params if p.matmul)
     return sum(param_bytes(p) for p in plan.params if p.matmul and is_sharded(plan, p)) / total if total else 1.0
 
 
-def whole_param_bytes(plan: PartitionPlan) -> int:
+def whole_param_bytes(plan: PlanData) -> int:
     """Bytes of all parameters, each once."""
     return sum(param_bytes(p) for p in plan.params)
 
 
-def linear_groups(plan: PartitionPlan) -> list[LinearGroup]:
+def linear_groups(plan: PlanData) -> list[LinearGroup]:
     """Every op with a role, in the plan's order; layers that are treated alike share a group."""
     params = {p.name: p for p in plan.params}
     groups: dict[tuple[str, str, str, int, str], list[tuple[OpPlan, ParamPlan | None]]] = {}
@@ -78,7 +78,7 @@ def weight_of(op: OpPlan, params: dict[str, ParamPlan]) -> ParamPlan | None:
     return params.get(f"{op.module}.weight")
 
 
-def local_shape(plan: PartitionPlan, op: OpPlan, weight: ParamPlan | None) -> str:
+def local_shape(plan: PlanData, op: OpPlan, weight: ParamPlan | None) -> str:
     """The weight's shape on each tp rank: "[320|256]x576", "288x576" where all are alike."""
     if weight is None:  # at least how the op wants its weight, which is its second input in every role
         placement, index = (op.inputs[1], op.input_layouts[1]) if len(op.input_layouts) > 1 else (None, -1)
@@ -111,7 +111,7 @@ def param_bytes(param: ParamPlan) -> int:
     return prod(param.shape) * DTYPE_BYTES.get(param.dtype, 4)
 
 
-def is_sharded(plan: PartitionPlan, param: ParamPlan) -> bool:
+def is_sharded(plan: PlanData, param: ParamPlan) -> bool:
     """False also when a layout gives some rank everything."""
     if param.placement.is_owned:
         return True

@@ -33,13 +33,13 @@ import json
 from typing import Any
 
 from cost_model.errors import PlanError
-from cost_model.plan.data import Alternative, OpPlan, PartitionPlan
+from cost_model.plan.data import Alternative, OpPlan, PlanData
 from cost_model.plan.read_json import plan_from_dict
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def plan_to_dict(plan: PartitionPlan) -> dict[str, Any]:
+def plan_to_dict(plan: PlanData) -> dict[str, Any]:
     """Plain dicts, lists, texts and numbers, for json.dumps. `plan_from_dict` gives back an equal plan."""
     return {
         "version": plan.version,
@@ -138,7 +138,7 @@ def _alternative_to_dict(alternative: Alternative) -> dict[str, Any]:
     return data
 
 
-def plan_to_text(plan: PartitionPlan) -> str:
+def plan_to_text(plan: PlanData) -> str:
     """The JSON text of a plan file: one line for each op, parameter, layout, hop and stage, so that files compare well.
 
     Raises PlanError when a number in the plan is infinite or not a number, which JSON cannot say.

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from cost_model.errors import PlanError
 from cost_model.graph.op_graph import Op, OpGraph
 from cost_model.graph.roles import ROLES, role_of
-from cost_model.plan.data import PartitionPlan
+from cost_model.plan.data import PlanData
 
 
-def roles_like(graph: OpGraph, like: PartitionPlan) -> dict[str, str]:
+def roles_like(graph: OpGraph, like: PlanData) -> dict[str, str]:
     """The role that each op of `graph` has in `like`, by the op's name; of ops that have one, and one only, there."""
     known: dict[tuple[str, str], set[str]] = {}
     for planned in like.ops:
@@ -26,7 +26,7 @@ def roles_like(graph: OpGraph, like: PartitionPlan) -> dict[str, str]:
     return found
 
 
-def cuts_like(graph: OpGraph, sequence: Sequence[str], like: PartitionPlan) -> list[int]:
+def cuts_like(graph: OpGraph, sequence: Sequence[str], like: PlanData) -> list[int]:
     """Positions in `sequence` at which stages 1, 2, ... begin: each in front of the first op with weights that its
     stage holds in `like`. Raises PlanError where the weights come in another order."""
     home = {param.name: param.stages[0] for param in like.params if len(param.stages) == 1}

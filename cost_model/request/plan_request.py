@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autodist_fx.errors import AutodistError
 from cost_model.costs.hardware import PRESETS, Hardware
-from cost_model.errors import PlanError, reason_text
+from cost_model.errors import AutodistError, PlanError, reason_text
 from cost_model.mesh import Mesh
-from cost_model.plan.data import PLAN_VERSION, PartitionPlan
+from cost_model.plan.data import PLAN_VERSION, PlanData
 from cost_model.request.cuts import Cut
 from cost_model.request.devices import DeviceMap, Memory, devices_of_stages, memory_of_stages
 from cost_model.request.pins import Pin
@@ -49,7 +48,7 @@ class PlanRequest:
     cuts: tuple[Cut, ...] = ()
     devices: tuple[Hardware, ...] = ()
     in_flight: int = 1
-    like: PartitionPlan | None = None
+    like: PlanData | None = None
 
     def __post_init__(self) -> None:
         if self.objective not in PRICES:
@@ -113,7 +112,7 @@ def request_for(
     )
 
 
-def options_of(plan: PartitionPlan) -> dict[str, Any]:
+def options_of(plan: PlanData) -> dict[str, Any]:
     """Arguments of `request_for` that ask for `plan` again; hardware that is no preset is left out."""
     asked = plan.request
     devices = [{"hardware": d.hardware, "memory": d.memory} for d in asked.device_map if d.hardware in PRESETS]
@@ -160,8 +159,7 @@ def options_in_file(path: str | Path) -> dict[str, Any]:
     return found | {name: asked.get(name) or None for name in ("max_memory", "device_map")}
 
 
-
-def mesh_of(plan: PartitionPlan | None, tp: int | None, pp: int | None) -> Mesh:
+def mesh_of(plan: PlanData | None, tp: int | None, pp: int | None) -> Mesh:
     """The mesh asked for. Raises AutodistError where the plan is for another one."""
     if plan is None:
         return Mesh(1 if tp is None else tp, 1 if pp is None else pp)

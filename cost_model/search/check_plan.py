@@ -7,7 +7,8 @@ from cost_model.errors import PlanError
 from cost_model.graph.op_graph import SOURCES, Op, OpGraph, TensorRef
 from cost_model.graph.placement import REPLICATE, Placement
 from cost_model.graph.roles import role_of
-from cost_model.plan.data import OpPlan, PartitionPlan
+from cost_model.partition_plan import PartitionPlan
+from cost_model.plan.data import OpPlan
 from cost_model.search.strategy import Strategy
 from cost_model.search.tensor_parallel import TensorParallelSearch
 

@@ -20,7 +20,7 @@ from cost_model.errors import AutodistError, MeshError, NoPlanFits, PlanError
 from cost_model.format import bytes_text, seconds_text
 from cost_model.graph.op_graph import OpGraph
 from cost_model.mesh import Mesh
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.request.pins import pinned_roles
 from cost_model.request.plan_request import PlanRequest
 from cost_model.search.plan_search import SharedSearches

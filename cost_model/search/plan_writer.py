@@ -11,17 +11,8 @@ from cost_model.costs.memory import collective_workspace_bytes, peak_activation_
 from cost_model.graph.op_graph import Op, TensorRef
 from cost_model.graph.placement import Layout, Placement
 from cost_model.graph.roles import role_of
-from cost_model.plan.data import (
-    Alternative,
-    Device,
-    Hop,
-    OpPlan,
-    ParamPlan,
-    PartitionPlan,
-    Request,
-    StageSummary,
-    rounded,
-)
+from cost_model.partition_plan import PartitionPlan
+from cost_model.plan.data import Alternative, Device, Hop, OpPlan, ParamPlan, Request, StageSummary, rounded
 from cost_model.plan.warnings import plan_warnings
 from cost_model.search.alternatives import AlternativeCosts
 from cost_model.search.cut_options import cut_plans

@@ -9,7 +9,7 @@ from cost_model.costs.communication import send_seconds
 from cost_model.errors import NoPlanFits
 from cost_model.graph.op_graph import OpGraph, TensorRef
 from cost_model.graph.placement import REPLICATE
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.request.pins import pins_text, to_blame
 from cost_model.request.plan_request import PlanRequest
 from cost_model.search.plan_search import Infeasible, PlanSearch, SharedSearches

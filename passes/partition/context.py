@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from cost_model.graph.placement import Layout
 from cost_model.mesh import Mesh
-from cost_model.plan.data import PartitionPlan
+from cost_model.plan.data import PlanData
 from passes.program.gradient_sums import ParamUse
 from passes.program.param_shard import ParamShard
 
@@ -15,7 +15,7 @@ from passes.program.param_shard import ParamShard
 class RankContext:
     """One rank's coordinates, the plan, and what the passes found out on the way."""
 
-    plan: PartitionPlan
+    plan: PlanData
     rank: int
     param_shards: dict[str, ParamShard] = field(default_factory=dict)
     param_layouts: dict[str, Layout | None] = field(default_factory=dict)  # of the sharded dim of each parameter

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.fx
 
-from cost_model.plan.data import PartitionPlan
+from cost_model.plan.data import PlanData
 from passes.fx.text import graph_text
 from passes.op_graph.build import parameter_names
 from passes.partition.context import RankContext
@@ -25,7 +25,7 @@ from passes.program.rank_program import RankProgram
 
 def emit_rank(
     whole: torch.fx.GraphModule,
-    plan: PartitionPlan,
+    plan: PlanData,
     rank: int,
     *,
     layer_kinds: Sequence[str] = (),
@@ -67,7 +67,7 @@ def emit_rank(
 
 def _run(
     whole: torch.fx.GraphModule,
-    plan: PartitionPlan,
+    plan: PlanData,
     rank: int,
     layer_kinds: Sequence[str],
     names: dict[int, str],
@@ -103,6 +103,6 @@ def _run(
     return ctx, graph
 
 
-def _stages_with_the_same(plan: PartitionPlan, stage: int) -> set[int]:
+def _stages_with_the_same(plan: PlanData, stage: int) -> set[int]:
     """`stage`, and those that hold a parameter which it holds too."""
     return {stage, *(other for p in plan.params if stage in p.stages for other in p.stages)}

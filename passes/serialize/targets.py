@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from passes.normalize import functionalize
 from passes.ops import comm as comm_ops
-from passes.ops import data_dependent, parallel_layers, strided
+from passes.ops import data_dependent, functional_writes, parallel_layers, strided
 
 _TORCH = """
     abs acos add addbmm addcdiv addcmul addmm all amax amin aminmax any arange argmax argmin argsort asin atan
@@ -61,7 +60,7 @@ _MATH = "ceil floor sqrt log log2 exp prod trunc"
 _OURS: dict[Any, str] = {
     comm_ops: "all_reduce all_gather copy_to_tp send recv",
     data_dependent: "selected split_rows join_rows join_own_rows bincount",
-    functionalize: "with_item copied changed_by",
+    functional_writes: "with_item copied changed_by",
     parallel_layers: "partial_mean one_term one_gradient",
     strided: "strided",
 }

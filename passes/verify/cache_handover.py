@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cost_model.graph.op_graph import OpGraph
-from cost_model.plan.data import PartitionPlan
+from cost_model.plan.data import PlanData
 from passes.program.rank_program import RankProgram
 from passes.verify.core.report import fail_plainly, on_rank
 
@@ -14,9 +14,9 @@ _SPLIT = "passes/normalize/split_encoder.py"
 
 def verify_handover(
     writers: Sequence[RankProgram],
-    written: tuple[PartitionPlan, OpGraph],
+    written: tuple[PlanData, OpGraph],
     readers: Sequence[RankProgram],
-    read: tuple[PartitionPlan, OpGraph],
+    read: tuple[PlanData, OpGraph],
 ) -> None:
     """`writers` and `readers` are programs of ranks 0, 1, ..., each verified for its own plan and graph.
 
@@ -34,7 +34,7 @@ def verify_handover(
             fail_plainly(f"{on_rank(reader)} reads cache layer {lost[0]}, which is written on another rank", _SPLIT)
 
 
-def _layers(plan: PartitionPlan, graph: OpGraph, kind: str) -> dict[int, tuple[object, ...]]:
+def _layers(plan: PlanData, graph: OpGraph, kind: str) -> dict[int, tuple[object, ...]]:
     """Cache layer -> how its keys and values lie, as values to compare."""
     found: dict[int, tuple[object, ...]] = {}
     for op in graph:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from cost_model.graph.op_graph import SOURCES, OpGraph, TensorRef
-from cost_model.plan.data import PartitionPlan
+from cost_model.plan.data import PlanData
 from passes.program.rank_program import RankProgram
 from passes.verify.core.report import fail, fail_plainly, on_rank
 from passes.verify.core.state import RankFacts
@@ -73,7 +73,7 @@ _SHARDS = "passes/partition/shard_parameters.py"
 
 
 def check_outputs(
-    facts: Sequence[RankFacts], plan: PartitionPlan, graph: OpGraph, names: Mapping[str, TensorRef] | None = None
+    facts: Sequence[RankFacts], plan: PlanData, graph: OpGraph, names: Mapping[str, TensorRef] | None = None
 ) -> None:
     """Every output of the model comes out of exactly one stage, and under its name where `names` are given."""
     stages: dict[TensorRef, set[int]] = {}
@@ -103,7 +103,7 @@ _CACHE = "passes/partition/localize_cache.py"
 _CACHED = ("cache_update", "cache_read")
 
 
-def check_caches(facts: Sequence[RankFacts], plan: PartitionPlan, graph: OpGraph) -> None:
+def check_caches(facts: Sequence[RankFacts], plan: PlanData, graph: OpGraph) -> None:
     """Each cache layer is on one stage, whose layers count from 0 in the order in which they are written."""
     owners: dict[int, int] = {}
     for stage in range(plan.mesh.pp):

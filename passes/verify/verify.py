@@ -24,7 +24,7 @@ import torch.fx
 
 from cost_model.errors import VerificationError
 from cost_model.graph.op_graph import SOURCES, OpGraph, TensorRef
-from cost_model.plan.data import PartitionPlan
+from cost_model.plan.data import PlanData
 from passes.fx.arguments import fetch, is_tensor, tensor_source
 from passes.op_graph.build import parameter_names
 from passes.program.rank_program import RankProgram
@@ -40,7 +40,7 @@ from passes.verify.weights import check_weights
 
 def verify(
     programs: Sequence[RankProgram],
-    plan: PartitionPlan,
+    plan: PlanData,
     graph: OpGraph,
     whole: torch.fx.GraphModule | None = None,
 ) -> None:
@@ -76,7 +76,7 @@ def _output_names(whole: torch.fx.GraphModule, graph: OpGraph) -> dict[str, Tens
     return found
 
 
-def _check_programs(programs: Sequence[RankProgram], plan: PartitionPlan, graph: OpGraph) -> None:
+def _check_programs(programs: Sequence[RankProgram], plan: PlanData, graph: OpGraph) -> None:
     ranks = [program.rank for program in programs]
     if ranks != list(range(plan.mesh.size)):
         raise VerificationError(f"the plan is for ranks 0 to {plan.mesh.size - 1}, and there are programs of {ranks}")

@@ -8,7 +8,7 @@ import numpy as np
 
 from cost_model.graph.op_graph import OpGraph
 from cost_model.graph.placement import Interval
-from cost_model.plan.data import ParamPlan, PartitionPlan
+from cost_model.plan.data import ParamPlan, PlanData
 from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 from passes.verify.core.report import fail_plainly, on_rank
@@ -17,7 +17,7 @@ _FAULT = "passes/partition/shard_parameters.py"
 Parts = tuple[tuple[Interval, ...], ...]
 
 
-def check_weights(programs: Sequence[RankProgram], plan: PartitionPlan, graph: OpGraph) -> None:
+def check_weights(programs: Sequence[RankProgram], plan: PlanData, graph: OpGraph) -> None:
     """Raises VerificationError. Which slice an op needs is verify_rank's to prove."""
     params = {p.name: p for p in plan.params}
     lost = [op.name for op in graph if op.kind == "param" and op.name not in params]
@@ -113,7 +113,7 @@ def _check_ties(program: RankProgram) -> None:
 # -- a tp group --------------------------------------------------------------------------------------------------------
 
 
-def _planned_layouts(plan: PartitionPlan, graph: OpGraph) -> dict[str, set[tuple[int, Parts]]]:
+def _planned_layouts(plan: PlanData, graph: OpGraph) -> dict[str, set[tuple[int, Parts]]]:
     """For each parameter the (dim, parts) in which the plan lays it, or an op takes it."""
     found: dict[str, set[tuple[int, Parts]]] = {}
 
@@ -131,7 +131,7 @@ def _planned_layouts(plan: PartitionPlan, graph: OpGraph) -> dict[str, set[tuple
     return found
 
 
-def _row_biases(plan: PartitionPlan, graph: OpGraph) -> set[str]:
+def _row_biases(plan: PlanData, graph: OpGraph) -> set[str]:
     return {graph[op.name].inputs[2].op for op in plan.ops if op.role == "row" and len(graph[op.name].inputs) > 2}
 
 

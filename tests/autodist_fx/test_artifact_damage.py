@@ -24,8 +24,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import autodist_fx as adx
+from autodist_fx.api.artifact import Artifact
 from autodist_fx.artifact.manifest import ArtifactError, _digest_of
-from autodist_fx.artifact.reader import Artifact
 
 PLAN, GRAPH, FORM = "plan.json", "forms/whole/rank1.json", "forms/decode/form.json"
 WEIGHTS = "weights/rank1.safetensors"

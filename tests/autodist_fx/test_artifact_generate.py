@@ -12,9 +12,10 @@ from tiny_seq2seq import seq2seq_inputs, tiny_seq2seq
 from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedModel, RwkvConfig, RwkvForCausalLM
 
 import autodist_fx as adx
-from autodist_fx.artifact.reader import Artifact
+from autodist_fx.api.artifact import Artifact
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.simulation.thread_communicator import ThreadWorld
+from autodist_fx.startup.from_artifact import share
 
 IDS = torch.tensor([[9, 10, 11, 12, 13], [0, 0, 14, 15, 16]])
 TEXT = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
@@ -23,7 +24,7 @@ TEXT = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
 def _on_each_rank(directory: Path, work: Any) -> list[Any]:
     def run(rank: int, communicator: Any) -> Any:
         artifact = Artifact(directory)
-        return work(artifact.share(JoinedRank(artifact.mesh, rank, torch.device("cpu"), communicator)))
+        return work(share(artifact, JoinedRank(artifact.mesh, rank, torch.device("cpu"), communicator)))
 
     return ThreadWorld(Artifact(directory).mesh).run(run)
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from autodist_fx.cli.main import main
 from autodist_fx.runtime.comm.agreement import agree
 from cost_model.errors import VerificationError
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 
 
 @pytest.fixture(scope="module")

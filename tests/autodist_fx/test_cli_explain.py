@@ -13,7 +13,7 @@ from tiny_moe import tiny_moe_model
 import autodist_fx as adx
 from autodist_fx.cli.main import main
 from cost_model.graph.roles import MEANING, ROLES
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 
 
 @pytest.fixture

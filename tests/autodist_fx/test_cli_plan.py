@@ -11,7 +11,7 @@ from tiny_encoders import tiny_config as encoder_config
 from tiny_models import tiny_config
 
 from autodist_fx.cli.main import main
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from autodist_fx.compiler.guard_examples import examples_like
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.simulation.thread_communicator import ThreadWorld
+from autodist_fx.startup.from_artifact import share
 from cost_model.mesh import Mesh
 from passes.fx.guards import Conditions
 
@@ -233,7 +234,7 @@ def test_an_artifact_has_the_ways_that_were_used_and_refuses_others(tmp_path: Pa
         artifact.simulate(input_ids=IDS[:, :8])
 
     def run(rank: int, communicator: Any) -> list[torch.Tensor]:
-        split = artifact.share(JoinedRank(artifact.mesh, rank, torch.device("cpu"), communicator))
+        split = share(artifact, JoinedRank(artifact.mesh, rank, torch.device("cpu"), communicator))
         with pytest.raises(AutodistError, match="no form for that"):
             split.generate(IDS[:, :8], max_new_tokens=2)
         with pytest.raises(AutodistError, match="no form for that"):

@@ -15,6 +15,7 @@ import autodist_fx as adx
 from autodist_fx.compiler.generation_traits import follow_mask, generation_arguments
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.simulation.thread_communicator import ThreadWorld
+from autodist_fx.startup.from_artifact import share
 from cost_model.mesh import Mesh
 
 IDS = torch.tensor([[0, 0, 0, 5, 9, 7], [11, 4, 8, 6, 3, 12]])
@@ -58,6 +59,6 @@ def test_rows_padded_on_the_left(make: Any, tmp_path: Path) -> None:
     artifact = adx.load(tmp_path / "saved")
 
     def of_rank(rank: int, communicator: Any) -> list[list[int]]:
-        return tokens(artifact.share(JoinedRank(artifact.mesh, rank, torch.device("cpu"), communicator)))
+        return tokens(share(artifact, JoinedRank(artifact.mesh, rank, torch.device("cpu"), communicator)))
 
     assert ThreadWorld(artifact.mesh).run(of_rank) == [expected] * 2

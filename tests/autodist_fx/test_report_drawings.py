@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from plan_examples import large_plan, small_plan
 from transformers import LlamaConfig
 
-from autodist_fx.compiler.compile import compile
+from autodist_fx.api.compile import compile
 from autodist_fx.report.memory import memory_rows, rank_parts
 from autodist_fx.report.page import plan_page
 from autodist_fx.report.split_bar import CELLS, SplitBars, matrix

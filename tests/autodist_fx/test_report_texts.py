@@ -20,7 +20,8 @@ from cost_model.errors import PlanError
 from cost_model.explain.html import plan_fragment
 from cost_model.explain.plan_text import plan_sections
 from cost_model.graph.placement import Placement
-from cost_model.plan.data import Device, PartitionPlan, Request
+from cost_model.partition_plan import PartitionPlan
+from cost_model.plan.data import Device, Request
 
 LIMIT = 3_000_000
 VOID = {"meta", "br", "wbr", "input", "link", "img", "hr"}

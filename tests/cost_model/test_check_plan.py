@@ -11,7 +11,7 @@ from tiny_models import tiny_config
 
 import autodist_fx as adx
 from cost_model.errors import PlanError
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 
 CONFIG = tiny_config("llama", num_hidden_layers=3)
 PLAN = adx.compile(CONFIG, tp=2, pp=2, hardware="cpu-gloo", use_cache=True).plan

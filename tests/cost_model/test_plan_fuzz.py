@@ -15,7 +15,7 @@ from cost_model.explain.breakdown import whole_facts, whole_sections
 from cost_model.explain.cut import cut_section
 from cost_model.explain.find_ops import find_ops
 from cost_model.explain.op import alike, op_sections
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.read_json import plan_from_text
 from cost_model.plan.write_json import plan_from_dict, plan_to_text
 from cost_model.text_tables import sections_text
@@ -59,12 +59,12 @@ def test_fuzzed_plans_are_refused_or_valid(kind):
     for seed in range(500 if kind == "small" else 300):
         data = mutated(seed, text)
         try:
-            plan = plan_from_dict(data)
+            plan = plan_from_dict(data, PartitionPlan)
         except PlanError as error:
             assert str(error).isprintable(), seed
             refused += 1
             continue
-        assert plan_from_text(plan_to_text(plan)) == plan, seed
+        assert plan_from_text(plan_to_text(plan), PartitionPlan) == plan, seed
         assert_prints(plan, original, seed)
     assert refused > 150
 
@@ -77,10 +77,10 @@ def test_damaged_files_are_refused_or_valid(seed, at, junk):
     at %= len(raw)
     raw = raw[:at] + junk + raw[at + len(junk) :] if junk else raw[:at]
     try:
-        plan = plan_from_text(raw.decode("utf-8", "replace"))
+        plan = plan_from_text(raw.decode("utf-8", "replace"), PartitionPlan)
     except PlanError:
         return
-    assert plan_from_text(plan_to_text(plan)) == plan
+    assert plan_from_text(plan_to_text(plan), PartitionPlan) == plan
 
 
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1", "cp037")
@@ -103,5 +103,5 @@ DEEP = ("[" * 10**6, '{"ops":' * 10**5, '{"version": 2, "ops": ' + "[" * 5000 + 
 @pytest.mark.parametrize("deep", DEEP, ids=["lists", "objects", "closed"])
 def test_deep_nesting(deep):
     with pytest.raises(PlanError) as caught:
-        plan_from_text(deep)
+        plan_from_text(deep, PartitionPlan)
     assert len(str(caught.value)) < 200

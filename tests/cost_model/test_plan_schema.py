@@ -14,8 +14,9 @@ from test_plan_json import plans
 from cost_model.errors import PlanError
 from cost_model.graph.placement import Layout
 from cost_model.mesh import Mesh
+from cost_model.partition_plan import PartitionPlan
 from cost_model.plan import data as plan_module
-from cost_model.plan.data import PLAN_VERSION, PartitionPlan
+from cost_model.plan.data import PLAN_VERSION
 from cost_model.plan.write_json import plan_from_dict, plan_to_text
 
 SCHEMA = json.loads((Path(plan_module.__file__).parent / "plan.schema.json").read_text(encoding="utf-8"))
@@ -72,7 +73,7 @@ def test_a_field_that_may_be_left_out_may_be_left_out_in_both():
                 if key in schema["required"]:
                     assert not VALIDATOR.is_valid(data)
                     with pytest.raises(PlanError, match=f"{key}: missing"):
-                        plan_from_dict(data)
+                        plan_from_dict(data, PartitionPlan)
                 else:
                     assert VALIDATOR.is_valid(data), (path, key)
                 item[key] = value
@@ -91,7 +92,7 @@ def test_what_the_code_reads_the_schema_allows():
     for seed in range(200):
         data = mutated(seed)
         try:
-            plan_from_dict(data)
+            plan_from_dict(data, PartitionPlan)
         except PlanError:
             continue
         read += 1

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import autodist_fx as adx
 from autodist_fx.api.compiled_model import CompiledModel
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 
 MESHES = ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2), (3, 2))
 # Heads that no mesh divides, KV heads fewer than ranks, odd vocabularies and widths, tied and untied: (family, changes,

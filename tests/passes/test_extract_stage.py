@@ -8,7 +8,7 @@ from expecttest import assert_expected_inline
 from small_graphs import Mlp, Stack, assert_split_equals_whole, normalized, plan_for
 from torch import nn
 
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from passes.fx.text import graph_text
 from passes.partition.context import RankContext
 from passes.partition.extract_stage import extract_stage

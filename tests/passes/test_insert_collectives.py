@@ -11,7 +11,7 @@ from small_graphs import Mlp, assert_split_equals_whole, normalized, plan_for
 from torch import nn
 
 from cost_model.graph.placement import REPLICATE
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from passes.fx.changes import graph_changes
 from passes.fx.text import graph_diff, graph_text
 from passes.op_graph.build import parameter_names

@@ -11,7 +11,7 @@ from torch import nn
 from autodist_fx.simulation.backward import glued, run_backward
 from autodist_fx.simulation.thread_communicator import ThreadWorld
 from cost_model.mesh import Mesh
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from passes.fx.text import graph_text
 from passes.op_graph.build import build_op_graph
 from passes.ops import comm as comm_ops

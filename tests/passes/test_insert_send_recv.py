@@ -11,7 +11,7 @@ from small_graphs import Ids, Mlp, Stack, assert_split_equals_whole, normalized,
 from torch import nn
 
 from cost_model.errors import VerificationError
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from passes.fx.text import graph_text
 from passes.op_graph.build import build_op_graph, parameter_names
 from passes.ops.comm import send

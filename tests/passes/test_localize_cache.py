@@ -11,7 +11,7 @@ from small_graphs import normalized, plan_for, run_split
 from torch import nn
 
 from cost_model.errors import PlanError
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from passes.fx.text import graph_text
 from passes.partition.context import RankContext
 from passes.partition.extract_stage import extract_stage

@@ -8,7 +8,7 @@ from small_graphs import Attention, Ids, Mlp, Stack, assert_split_equals_whole, 
 from torch import nn
 from torch.nn import functional as F
 
-from cost_model.plan.data import PartitionPlan
+from cost_model.partition_plan import PartitionPlan
 from passes.fx.text import graph_text
 from passes.op_graph.build import parameter_names
 from passes.partition.context import RankContext

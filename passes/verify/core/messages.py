@@ -16,7 +16,7 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.errors import VerificationError
-from cost_model.plan.data import PartitionPlan
+from cost_model.plan.data import PlanData
 from passes.fx.arguments import argument
 from passes.ops.comm import COLLECTIVES, COMM_OPS, all_gather, recv, send
 from passes.program.rank_program import RankProgram
@@ -41,7 +41,7 @@ def message(program: RankProgram, node: Node) -> Message:
     return (program.rank, peer, channel) if node.target is send else (peer, program.rank, channel)
 
 
-def check_communication(programs: Sequence[RankProgram], plan: PartitionPlan) -> None:
+def check_communication(programs: Sequence[RankProgram], plan: PlanData) -> None:
     """Raises VerificationError. Local shapes of what is said are checked where they are known (verify_rank)."""
     nodes = {program.rank: comm_nodes(program) for program in programs}
     sends, recvs = check_messages(programs, nodes)
@@ -125,7 +125,7 @@ def _nearest(key: Message, table: dict[Message, Node]) -> str:
     return f"nothing there names channel {channel} from rank {source} to rank {target}"
 
 
-def _check_hops(programs: Sequence[RankProgram], plan: PartitionPlan, sends: dict[Message, Node]) -> None:
+def _check_hops(programs: Sequence[RankProgram], plan: PlanData, sends: dict[Message, Node]) -> None:
     """Messages are the plan's hops, between ranks of the same place in their stages."""
     mesh = plan.mesh
     planned = {

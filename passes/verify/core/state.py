@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from cost_model.graph.op_graph import Op, OpGraph, TensorRef
 from cost_model.graph.placement import Interval
-from cost_model.plan.data import Hop, PartitionPlan
+from cost_model.plan.data import Hop, PlanData
 from cost_model.rules.rule import OpRule
 from cost_model.rules.table import RuleTable
 from passes.op_graph.build import Classifier
@@ -43,7 +43,7 @@ class Sent(NamedTuple):
 class Tools:
     """What the ranks of one verification share: rules, judgements and shapes that all of them ask for."""
 
-    plan: PartitionPlan
+    plan: PlanData
     graph: OpGraph
     whole: Mapping[str, Node] = field(default_factory=dict)  # nodes of the model's own graph, where it is given
     judge: Judge = field(default_factory=Judge)

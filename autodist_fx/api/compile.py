@@ -1,0 +1,72 @@
+"""`compile`, as users call it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from autodist_fx.api.compiled_model import CompiledModel
+from autodist_fx.compiler.compile import compile_model
+from cost_model.costs.hardware import Hardware
+from cost_model.partition_plan import PartitionPlan
+from cost_model.request.devices import DeviceMap, Memory
+
+
+def compile(
+    model: PreTrainedModel | PretrainedConfig,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    hardware: str | Hardware | None = None,
+    objective: str = "shard",
+    use_cache: bool = False,
+    input_names: Sequence[str] | None = None,
+    concrete_args: Mapping[str, object] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    pin: Mapping[str, str] | None = None,
+    cuts: Sequence[int | str] | None = None,
+    max_memory: Memory | None = None,
+    device_map: DeviceMap | None = None,
+    plan: PartitionPlan | None = None,
+    train: bool = False,
+    verify: bool = True,
+    dump_dir: str | Path | None = None,
+) -> CompiledModel:
+    """Split a model over `tp * pp` ranks.
+
+    model: a PreTrainedModel, with weights or on meta (never changed), or a config. A PeftModel counts as the model that
+        it has put adapters into.
+    tp, pp: ranks that share each tensor; pipeline stages. Global rank = stage * tp + tp_rank.
+    hardware: what seconds and memory are predicted for ("cpu-gloo", "a100", "h100", "generic", or a Hardware);
+        by default "generic" where CUDA is there, "cpu-gloo" where not.
+    objective: "shard" (shard every matmul weight that can be, as fast as can be); "latency" or "throughput" (time alone
+        decides, it may replicate; the two differ in choose_mesh, not on one mesh); "memory" (as "shard", with stages
+        cut so that the fullest device is as empty as can be, instead of the slowest as fast).
+    use_cache, input_names, concrete_args: what to trace; see autodist_fx.tracing.trace.
+    sizes: lengths "B" (batch), "S" (tokens a step), "P" (tokens cached before) and "E" (what an encoder before the
+        decoder reads) to predict for; by default one sequence of 128 tokens, with use_cache one step after 512.
+    pin: roles fixed for linears ("column", "row", "replicate") and embeddings ("vocab", "hidden", "replicate") by
+        patterns over module paths or op names: {"*.q_proj": "replicate"}. The search does the rest around them.
+    cuts: where stages 1, 2, ... begin: a module path ("model.layers.12"), or 12, the number of a repeated layer.
+    max_memory: what a device holds of weights and caches, in bytes or as "40GiB"; or one amount for each stage, in a
+        list or by the stage's number. The search then meets it or raises NoPlanFits.
+    device_map: stages on devices that differ, one entry a stage: ["a100", "h100"], or {"0": {"hardware": "h100",
+        "memory": "40GiB"}, ...}. Stages end where each device, at its own speed and with its own memory, keeps up with
+        the others. The ranks of one stage must be alike. Sharding is chosen for the slowest device.
+    plan: a plan made earlier for this model; no search then, and objective, pin, ... are the plan's. PlanError if it is
+        another model's, or contradicts itself (edited by hand).
+    train: let the programs carry what a backward pass needs, too (CompiledModel.gradients).
+    verify: prove every rank's program before returning it (CompiledModel.verify).
+    dump_dir: gets every rank's graph after each pass, as text.
+
+    Errors: TracingError, MeshError, NoPlanFits, PlanError, VerificationError; all are AutodistError.
+    """
+    return compile_model(
+        model,
+        CompiledModel,
+        tp=tp, pp=pp, hardware=hardware, objective=objective, use_cache=use_cache, input_names=input_names,
+        concrete_args=concrete_args, sizes=sizes, pin=pin, cuts=cuts, max_memory=max_memory,
+        device_map=device_map, plan=plan, train=train, verify=verify, dump_dir=dump_dir,
+    )
