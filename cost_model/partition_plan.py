@@ -5,53 +5,42 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cost_model.errors import PlanError, reason_text
-
-if TYPE_CHECKING:
-    from cost_model.explain.diff import PlanDiff
-
+from cost_model.explain.diff import PlanDiff, diff_plans
+from cost_model.explain.html import plan_fragment
+from cost_model.explain.plan_text import plan_text
 from cost_model.plan.data import PlanData
+from cost_model.plan.read_json import plan_from_dict, plan_from_text
+from cost_model.plan.write_json import plan_to_dict, plan_to_text
 
 
 @dataclass(frozen=True, slots=True)
 class PartitionPlan(PlanData):
-    """A plan as `compile` gives it."""
+    """A plan as `compile` gives it: every decision made, as values that never change."""
 
     def __str__(self) -> str:
-        from cost_model.explain.plan_text import plan_text
-
         return plan_text(self)
 
     def _repr_html_(self) -> str:
         """For notebooks: stages, prediction and warnings; linears, collectives and hops to unfold."""
-        from cost_model.explain.html import plan_fragment
-
         return plan_fragment(self)
 
     def diff(self, after: PartitionPlan) -> PlanDiff:
         """What is different in `after`. Raises PlanError when that is a plan of another model."""
-        from cost_model.explain.diff import diff_plans
-
         return diff_plans(self, after)
 
     def to_dict(self) -> dict[str, Any]:
-        from cost_model.plan.write_json import plan_to_dict
-
         return plan_to_dict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PartitionPlan:
         """Raises PlanError naming the field that is missing, unknown or malformed."""
-        from cost_model.plan.write_json import plan_from_dict
-
         return plan_from_dict(data, cls)
 
     def save(self, path: str | Path) -> None:
         """Raises PlanError when the file cannot be written."""
-        from cost_model.plan.write_json import plan_to_text
-
         text = plan_to_text(self)
         try:
             Path(path).write_text(text, encoding="utf-8")
@@ -61,8 +50,6 @@ class PartitionPlan(PlanData):
     @classmethod
     def load(cls, path: str | Path) -> PartitionPlan:
         """Raises PlanError when the file cannot be read, or is not a plan: then naming the field."""
-        from cost_model.plan.read_json import plan_from_text
-
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.fx
 from transformers import PreTrainedTokenizerBase
 
+from autodist_fx.artifact.writer import save_compiled
 from autodist_fx.numeric.verify_numeric import verify_numeric_of
 from autodist_fx.runtime.comm.process_group import DEFAULT_TIMEOUT_SECONDS, join
+from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.simulation.simulator import Simulator
+from autodist_fx.startup.from_checkpoint import distribute
 from autodist_fx.weights.sources.module_source import ModuleSource
 from passes.fx.changes import GraphChanges, graph_changes
 from passes.fx.text import graph_diff
-
-if TYPE_CHECKING:
-    from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 
 
 class CompiledModel(Simulator):
@@ -70,8 +69,6 @@ class CompiledModel(Simulator):
         Planned anew for generating (with a KV cache), with what was given to `compile` for that. Called in
         every process alike, under torchrun or with `rank`, ... given. The model itself may be freed afterwards.
         """
-        from autodist_fx.startup.from_checkpoint import distribute  # which compiles
-
         self._refuse_without_weights("to_distributed")
         joined = join(
             self.mesh,
@@ -97,8 +94,6 @@ class CompiledModel(Simulator):
         `autodist-fx run --artifact`. An artifact that is there already is replaced. Raises ArtifactError; AutodistError
         where the model has no weights; GraphFormatError where a graph has an op that no file can hold.
         """
-        from autodist_fx.artifact.writer import save_compiled
-
         self._refuse_without_weights("save")
         source = ModuleSource(self._model)
         save_compiled(

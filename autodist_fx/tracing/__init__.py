@@ -7,7 +7,7 @@ from autodist_fx.tracing.meta_model import class_for, empty_model, meta_copy
 from autodist_fx.tracing.prompt_and_step import trace_phases
 from autodist_fx.tracing.recurrent_states import PREFIX as STATE_PREFIX
 from autodist_fx.tracing.recurrent_states import has_own_cache
-from autodist_fx.tracing.trace import TracedModel, trace
+from autodist_fx.tracing.traced_model import TracedModel, trace
 
 __all__ = [
     "OUTPUT_FLAGS",

@@ -19,7 +19,7 @@ from autodist_fx.tracing.example_inputs import ExampleInputs, Sizes, embedding_d
 from autodist_fx.tracing.meta_model import empty_model, meta_copy
 from autodist_fx.tracing.patches import traceable
 from autodist_fx.tracing.recurrent_states import StateTensor
-from autodist_fx.tracing.trace import TracedModel, choose_attention, graph_module_of, tracing_error
+from autodist_fx.tracing.traced_model import TracedModel, choose_attention, graph_module_of, tracing_error
 from autodist_fx.tracing.tracer import Tracer
 from passes.normalize.functionalize import functionalize
 

@@ -34,7 +34,6 @@ from typing import Any
 
 from cost_model.errors import PlanError
 from cost_model.plan.data import Alternative, OpPlan, PlanData
-from cost_model.plan.read_json import plan_from_dict
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
@@ -161,6 +160,3 @@ def plan_to_text(plan: PlanData) -> str:
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
-
-
-__all__ = ["plan_from_dict", "plan_to_dict", "plan_to_text"]

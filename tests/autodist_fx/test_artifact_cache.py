@@ -82,7 +82,7 @@ def test_a_disk_that_is_full_is_a_warning(llama: Path, tmp_path: Path, monkeypat
 
 def test_a_start_that_fails_while_writing_leaves_nothing(llama: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained, "write_rank", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
+        patch.setattr(cache, "write_rank", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
         with pytest.warns(UserWarning, match="the split was not kept in the cache: no space left"):
             _start(llama, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

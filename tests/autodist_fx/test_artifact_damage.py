@@ -461,15 +461,15 @@ def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:
 def test_an_artifact_is_replaced_and_a_failure_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from autodist_fx.artifact import writer as save
+    from autodist_fx.artifact import directory, writer
 
     compiled = adx.compile(tiny_model("gpt2"), tp=1)
     compiled.save(tmp_path / "saved")
     compiled.save(tmp_path / "saved")
     before = (tmp_path / "saved" / "manifest.json").read_bytes()
-    for step in ("write_rank", "finish", "take_place"):
+    for module, step in ((writer, "write_rank"), (writer, "finish"), (directory, "take_place")):
         with monkeypatch.context() as patch:
-            patch.setattr(save, step, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(module, step, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 compiled.save(tmp_path / "saved")
         assert (tmp_path / "saved" / "manifest.json").read_bytes() == before

@@ -10,8 +10,8 @@ from tiny_models import tiny_model
 from torch.fx import Node
 
 import autodist_fx as adx
-from autodist_fx.api import compiled_model as compiled
 from autodist_fx.cli.main import main
+from autodist_fx.compiler import compilation
 from passes.ops.comm import all_reduce, copy_to_tp
 from passes.program.rank_program import RankProgram
 
@@ -38,8 +38,8 @@ def lose(monkeypatch):
             program.graph_module.recompile()
             return program
 
-        emit_rank = compiled.emit_rank
-        monkeypatch.setattr(compiled, "emit_rank", emit)
+        emit_rank = compilation.emit_rank
+        monkeypatch.setattr(compilation, "emit_rank", emit)
 
     return patch
 
@@ -47,7 +47,7 @@ def lose(monkeypatch):
 @pytest.fixture
 def trusting(monkeypatch):
     """The proof says yes to everything: what then comes is the numeric check's."""
-    monkeypatch.setattr(compiled, "verify_programs", lambda *_: None)
+    monkeypatch.setattr(compilation, "verify_programs", lambda *_: None)
 
 
 def damaged(directory):

@@ -27,8 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import fx as hf_fx
 
 from autodist_fx.errors import TracingError
-from autodist_fx.tracing import Sizes, TracedModel, empty_model, meta_copy, trace
-from autodist_fx.tracing import trace as traced_model
+from autodist_fx.tracing import Sizes, TracedModel, empty_model, meta_copy, trace, traced_model
 from autodist_fx.tracing.example_inputs import unmistakable_sizes
 
 TINY = {

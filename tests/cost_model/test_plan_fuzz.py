@@ -16,8 +16,8 @@ from cost_model.explain.cut import cut_section
 from cost_model.explain.find_ops import find_ops
 from cost_model.explain.op import alike, op_sections
 from cost_model.partition_plan import PartitionPlan
-from cost_model.plan.read_json import plan_from_text
-from cost_model.plan.write_json import plan_from_dict, plan_to_text
+from cost_model.plan.read_json import plan_from_dict, plan_from_text
+from cost_model.plan.write_json import plan_to_text
 from cost_model.text_tables import sections_text
 
 

@@ -14,8 +14,8 @@ from cost_model.graph.placement import PARTIAL, REPLICATE, Layout, intervals_of,
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.data import Alternative, CutOption, CutPlan, Hop, OpPlan, ParamPlan, StageSummary
-from cost_model.plan.read_json import plan_from_text
-from cost_model.plan.write_json import plan_from_dict, plan_to_dict, plan_to_text
+from cost_model.plan.read_json import plan_from_dict, plan_from_text
+from cost_model.plan.write_json import plan_to_dict, plan_to_text
 
 # --- both ways -------------------------------------------------------------------------------------------------------
 

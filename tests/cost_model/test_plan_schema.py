@@ -17,7 +17,8 @@ from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan import data as plan_module
 from cost_model.plan.data import PLAN_VERSION
-from cost_model.plan.write_json import plan_from_dict, plan_to_text
+from cost_model.plan.read_json import plan_from_dict
+from cost_model.plan.write_json import plan_to_text
 
 SCHEMA = json.loads((Path(plan_module.__file__).parent / "plan.schema.json").read_text(encoding="utf-8"))
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -43,7 +44,7 @@ def test_it_has_the_fields_of_the_plan():
     shown = {name: SCHEMA["$defs"][name] for name in OBJECTS}
     shown["alternative"] = SCHEMA["$defs"]["choice"]["items"]
     classes = {**OBJECTS, "alternative": plan_module.Alternative}
-    shown["plan"], classes["plan"] = SCHEMA, PartitionPlan
+    shown["plan"], classes["plan"] = SCHEMA, plan_module.PlanData
     shown["mesh"], classes["mesh"] = SCHEMA["properties"]["mesh"], Mesh
     for name, schema in shown.items():
         assert set(schema["properties"]) == {f.name for f in fields(classes[name]) if not f.name.startswith("_")}, name
