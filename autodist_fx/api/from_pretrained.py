@@ -15,7 +15,7 @@ from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.compile import compile_for_generation
 from autodist_fx.runtime.comm.process_group import DEFAULT_TIMEOUT_SECONDS, join
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
-from autodist_fx.runtime.generation.guarded_programs import Ways
+from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.startup.from_artifact import share
 from autodist_fx.startup.from_checkpoint import _distribute, _ways
 from autodist_fx.startup.rank import _Options, _Rank
@@ -120,7 +120,7 @@ def from_pretrained(
                 assert make is not None
                 return make(lengths)
 
-            def whole_sequences(names: tuple[str, ...], program: RankProgram) -> Ways[RankProgram]:
+            def whole_sequences(names: tuple[str, ...], program: RankProgram) -> GuardedPrograms[RankProgram]:
                 return opened()[0].whole_sequences(names, program)
 
             return share(artifact, joined, whole_sequences, at_lengths)

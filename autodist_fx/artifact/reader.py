@@ -27,7 +27,7 @@ from cost_model.errors import PlanError
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.read_json import plan_from_text
-from passes.fx.guards import Conditions
+from passes.fx.guards import Guards
 from passes.program.rank_program import RankProgram
 
 TOKENIZER = "tokenizer"
@@ -161,7 +161,7 @@ class ArtifactReader:
         return self._weights[rank, device]
 
 
-    def conditions_of(self, form: Form) -> Conditions | None:
+    def conditions_of(self, form: Form) -> Guards | None:
         return conditions_from_dict(form.conditions, str(self.directory / form.folder / "form.json"))
 
     def generating_form(self) -> Form:

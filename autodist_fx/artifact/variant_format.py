@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from autodist_fx.artifact.manifest import ArtifactError
 from cost_model.errors import AutodistError
 from cost_model.mesh import Mesh
-from passes.fx.guards import Conditions
+from passes.fx.guards import Guards
 from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 from passes.serialize.modules import KINDS
@@ -204,7 +204,7 @@ def _texts(values: Any) -> tuple[str, ...]:
 # -- conditions -------------------------------------------------------------------------------------------------------
 
 
-def conditions_to_dict(conditions: Conditions | None) -> dict[str, Any] | None:
+def conditions_to_dict(conditions: Guards | None) -> dict[str, Any] | None:
     if conditions is None:
         return None
     return {
@@ -215,7 +215,7 @@ def conditions_to_dict(conditions: Conditions | None) -> dict[str, Any] | None:
     }
 
 
-def conditions_from_dict(data: Mapping[str, Any] | None, where: str) -> Conditions | None:
+def conditions_from_dict(data: Mapping[str, Any] | None, where: str) -> Guards | None:
     if data is None:
         return None
 
@@ -225,7 +225,7 @@ def conditions_from_dict(data: Mapping[str, Any] | None, where: str) -> Conditio
     try:
         asked = read_graph(data["graph"], no_tensor, where)
         expected = tuple(bool(answer) for answer in data["expected"])
-        conditions = Conditions(asked, _texts(data["letters"]), expected, _texts(data["sources"]))
+        conditions = Guards(asked, _texts(data["letters"]), expected, _texts(data["sources"]))
         taken = [str(node.target) for node in asked.graph.nodes if node.op == "placeholder"]
         counts = {len(conditions.needs), len(expected), len(conditions.sources)}
         if taken != list(conditions.letters) or len(counts) > 1:

@@ -15,7 +15,7 @@ from autodist_fx.compiler.guard_examples import examples_like, tells_apart
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import Sizes, TracedModel, trace, trace_phases
 from cost_model.graph.op_graph import OpGraph
-from passes.fx.guards import Conditions, with_fixed
+from passes.fx.guards import Guards, with_fixed
 from passes.fx.randomness import random_nodes
 from passes.fx.shape_propagation import Example, bending_points
 from passes.normalize.functionalize import functionalize
@@ -38,7 +38,7 @@ Trace = Callable[[tuple[Sizes, Sizes]], TracedModel]
 
 
 def _traced_at(
-    alike: TracedModel, again: Trace, lengths: Lengths, known: Sequence[Conditions]
+    alike: TracedModel, again: Trace, lengths: Lengths, known: Sequence[Guards]
 ) -> TracedModel | None:
     """`alike` traced and normalised anew, so that all its conditions, and those known, come out as at `lengths`."""
     known, points = list(known), frozenset[int]()
@@ -109,7 +109,7 @@ def _going_one_way(traced: TracedModel, again: Trace) -> TracedModel:
     """`traced`, normalised; traced anew where the lengths that it is normalised at take the model another way."""
     examples = _examples_for(traced)
     _normalize(traced, examples)
-    conditions: Conditions | None = traced.graph_module.meta["conditions"]
+    conditions: Guards | None = traced.graph_module.meta["conditions"]
     lengths = [with_total({"P": 0, **example.symbols}) for example in examples]
     if conditions is None or not any(conditions.otherwise(each, remainders=False) for each in lengths):
         return traced

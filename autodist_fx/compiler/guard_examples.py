@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import networkx as nx
 
 from autodist_fx.calls.lengths import Lengths, with_total
-from passes.fx.guards import Conditions
+from passes.fx.guards import Guards
 
 _MOST_TRIED = 40_000  # of one choice of fixed lengths
 _MOST_PAIRED = 300
@@ -22,7 +22,7 @@ _Way = tuple[Lengths, Lengths, Lengths]  # first, second, and what is fixed in b
 
 
 def examples_like(
-    known: Sequence[Conditions],
+    known: Sequence[Guards],
     lengths: Mapping[str, int],
     usual: tuple[Lengths, Lengths],
     points: frozenset[int] = frozenset(),
@@ -61,7 +61,7 @@ def tells_apart(first: Mapping[str, int], second: Mapping[str, int], points: fro
 
 @dataclass(frozen=True)
 class _Search:
-    known: Sequence[Conditions]
+    known: Sequence[Guards]
     lengths: Mapping[str, int]
     usual: tuple[Lengths, Lengths]
     points: frozenset[int]

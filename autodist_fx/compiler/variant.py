@@ -24,7 +24,7 @@ from cost_model.plan.subplan import subplan
 from cost_model.request.plan_request import PlanRequest
 from cost_model.search.check_plan import check_plan
 from cost_model.search.planner import plan as make_plan
-from passes.fx.guards import Conditions
+from passes.fx.guards import Guards
 from passes.normalize.split_encoder import split_encoder
 from passes.op_graph.build import build_op_graph, fingerprint, parameter_names
 from passes.program.gradient_sums import ParamUse
@@ -181,7 +181,7 @@ class Variant:
         return step
 
     @property
-    def conditions(self) -> Conditions | None:
+    def conditions(self) -> Guards | None:
         """On lengths; at others than this graph is for, the model's code goes another way."""
         return self.traced.graph_module.meta.get("conditions")
 

@@ -18,11 +18,11 @@ from autodist_fx.calls.lengths import Lengths, another_way
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
-from autodist_fx.runtime.generation.guarded_programs import Ways
+from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
 from autodist_fx.weights.load import LoadReport
 from autodist_fx.weights.process_memory import peak_rss_bytes, rss_bytes
-from passes.fx.guards import Conditions
+from passes.fx.guards import Guards
 from passes.program.rank_program import RankProgram
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 def share(artifact: ArtifactReader,
     joined: JoinedRank,
-    whole_sequences: Callable[[tuple[str, ...], RankProgram], Ways[RankProgram]] | None = None,
+    whole_sequences: Callable[[tuple[str, ...], RankProgram], GuardedPrograms[RankProgram]] | None = None,
     at_lengths: Callable[[Lengths, RankProgram], Any] | None = None,
 ) -> DistributedCausalLM:
     """The share of `joined`. What the artifact lacks is made by `whole_sequences(input_names, program)` and, of the
@@ -44,7 +44,7 @@ def share(artifact: ArtifactReader,
     def mine(form: Form) -> RankProgram:
         return artifact.program(joined.rank, form.name, joined.device)
 
-    def make_program(names: tuple[str, ...]) -> Ways[RankProgram]:
+    def make_program(names: tuple[str, ...]) -> GuardedPrograms[RankProgram]:
         found = artifact.form_of_whole_sequences(names)
         if found is not None:
             return _ways(artifact, found, mine)
@@ -80,24 +80,24 @@ def share(artifact: ArtifactReader,
 
 
 def _ways(artifact: ArtifactReader, first: Form, run: Callable[[Form], T], more: Callable[[Lengths], Any] | None = None
-) -> Ways[T]:
+) -> GuardedPrograms[T]:
     """What `run` makes of a form, and of those for the same call with other lengths; `more` makes others."""
     same = [f for f in artifact.forms.values() if f.same_call(first)]
     found = [(artifact.conditions_of(form), run(form)) for form in (first, *(f for f in same if f is not first))]
     dtypes = {name: getattr(torch, dtype, torch.long) for name, (_, dtype) in first.input_forms.items()}
     forms = {name: InputForm(dims, dtypes[name]) for name, (dims, _) in first.input_forms.items()}
 
-    def refuse(lengths: Lengths) -> tuple[Conditions | None, T]:
+    def refuse(lengths: Lengths) -> tuple[Guards | None, T]:
         lines = found[0][0].otherwise(lengths) if found[0][0] is not None else []
         raise AutodistError(another_way(artifact.manifest.model, lengths, lines) + SAVE_SUCH)
 
-    return Ways(found, more or refuse, forms)
+    return GuardedPrograms(found, more or refuse, forms)
 
 
 def _with_encoder(
     artifact: ArtifactReader,
     given: tuple[Any, ...],
-    ways: Ways[tuple[RankProgram, RankProgram]],
+    ways: GuardedPrograms[tuple[RankProgram, RankProgram]],
     device: torch.device,
 ) -> DistributedCausalLM:
     from autodist_fx.runtime.generation.seq2seq_lm import DistributedSeq2SeqLM, seq2seq_class
@@ -120,7 +120,7 @@ def _with_encoder(
 def _with_own_cache(artifact: ArtifactReader,
     given: tuple[Any, ...],
     step: Form,
-    make_program: Callable[[tuple[str, ...]], Ways[RankProgram]],
+    make_program: Callable[[tuple[str, ...]], GuardedPrograms[RankProgram]],
     joined: JoinedRank,
     more: Callable[[Lengths], Any] | None,
 ) -> DistributedCausalLM:

@@ -16,7 +16,7 @@ from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
-from autodist_fx.runtime.generation.guarded_programs import Ways, one_way
+from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, one_way
 from autodist_fx.runtime.generation.recurrent_lm import DistributedOwnCacheLM, Prompt, handovers
 from autodist_fx.runtime.generation.seq2seq_lm import DistributedSeq2SeqLM, seq2seq_class
 from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
@@ -72,7 +72,7 @@ def _distribute(
         _keep(entry, joined, main, generation_config)
     given = program, joined.communicator, main.config, generation_config
 
-    def make_program(input_names: tuple[str, ...]) -> Ways[RankProgram]:
+    def make_program(input_names: tuple[str, ...]) -> GuardedPrograms[RankProgram]:
         return me.whole_sequences(input_names, program)
 
     step = main.variants[0]
@@ -106,7 +106,7 @@ def _distribute(
     return split
 
 
-def _ways(me: _Rank, main: Compilation, program: RankProgram) -> Ways[Any]:
+def _ways(me: _Rank, main: Compilation, program: RankProgram) -> GuardedPrograms[Any]:
     """What this rank runs to generate, by lengths: the program of a step (with an encoder's before it); of a prompt and
     what changes hands after it, in a model with a cache of its own. `program` is loaded."""
     rank, mesh = me.joined.rank, me.options.mesh

@@ -16,7 +16,7 @@ from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import agree
 from autodist_fx.runtime.comm.process_group import JoinedRank
-from autodist_fx.runtime.generation.guarded_programs import Ways
+from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.weights.load import LoadReport
 from autodist_fx.weights.load_program import load_program
 from autodist_fx.weights.share import share_weights
@@ -24,7 +24,7 @@ from autodist_fx.weights.sources.source import WeightSource
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.write_json import plan_to_text
-from passes.fx.guards import Conditions
+from passes.fx.guards import Guards
 from passes.program.rank_program import RankProgram
 
 T = TypeVar("T")
@@ -65,11 +65,11 @@ class _Rank:
 
     def ways(
         self, compiled: Compilation, beside: RankProgram, run: Callable[[Variant], T], first: Variant
-    ) -> Ways[T]:
+    ) -> GuardedPrograms[T]:
         """What `run` makes of `first`, a form of `compiled` whose programs are loaded, and of graphs for other lengths;
         `beside` is a program of this rank whose weights they use."""
 
-        def make(lengths: Lengths) -> tuple[Conditions | None, T]:
+        def make(lengths: Lengths) -> tuple[Guards | None, T]:
             variant, failure = None, None
             try:
                 variant = compiled.at_lengths(lengths)
@@ -90,7 +90,7 @@ class _Rank:
                     program.graph_module.eval()
             return variant.conditions, run(variant)
 
-        return Ways([(first.conditions, run(first))], make, first.forms)
+        return GuardedPrograms([(first.conditions, run(first))], make, first.forms)
 
     def load(self, compiled: Compilation, program: RankProgram) -> LoadReport:
         source = self.open_weights()
@@ -106,7 +106,7 @@ class _Rank:
         finally:
             source.close()
 
-    def whole_sequences(self, input_names: tuple[str, ...], beside: RankProgram) -> Ways[RankProgram]:
+    def whole_sequences(self, input_names: tuple[str, ...], beside: RankProgram) -> GuardedPrograms[RankProgram]:
         """The program for whole sequences of these inputs, with the weights of `beside` where both hold them alike."""
         options = self.options.for_compile()
         compiled = compile_model(self.model, Compilation, use_cache=False, input_names=input_names, **options)

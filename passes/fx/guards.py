@@ -22,7 +22,7 @@ def is_condition(node: Node) -> bool:
 
 
 @dataclass(frozen=True)
-class Conditions:
+class Guards:
     """Of the lengths of a traced graph's inputs; `asked` gives one value a condition, in order."""
 
     asked: torch.fx.GraphModule
@@ -69,7 +69,7 @@ class Conditions:
         return tuple(of.get(asked, False) for asked in next(reversed(self.asked.graph.nodes)).args[0])
 
 
-def with_fixed(conditions: Conditions | None, fixed: Mapping[str, int]) -> Conditions | None:
+def with_fixed(conditions: Guards | None, fixed: Mapping[str, int]) -> Guards | None:
     """The same, and that each length in `fixed` is what is said there: such a graph holds it as a number."""
     if not fixed:
         return conditions
@@ -90,4 +90,4 @@ def with_fixed(conditions: Conditions | None, fixed: Mapping[str, int]) -> Condi
     before = ((), ()) if conditions is None else (conditions.expected, conditions.sources)
     expected = (*before[0], *(True for _ in fixed))
     sources = (*before[1], *(f"{letter} == {number}" for letter, number in fixed.items()))
-    return Conditions(torch.fx.GraphModule({}, graph), tuple(letters), expected, sources)
+    return Guards(torch.fx.GraphModule({}, graph), tuple(letters), expected, sources)

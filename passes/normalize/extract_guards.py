@@ -1,7 +1,7 @@
 """conditions: `if`s on lengths that the model's Python took while it was traced, kept to be asked again at every call.
 
     before  %gt = %seq > 24                      (meta["condition"] = False: so it was for the traced lengths)
-    after   nothing in the graph; Conditions.otherwise({"S": 30, ...}) computes `S > 24` for the lengths at hand
+    after   nothing in the graph; Guards.otherwise({"S": 30, ...}) computes `S > 24` for the lengths at hand
 
 A graph has one way through. A call whose lengths would have taken the model another way needs another graph, which
 whoever calls has made. But not for comparisons with 1: that a single token needs no causal mask is the shortcut which
@@ -23,10 +23,10 @@ import torch.fx
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from passes.fx.guards import _CACHED, _NEVER_OTHERWISE, MARK, Conditions, is_condition
+from passes.fx.guards import _CACHED, _NEVER_OTHERWISE, MARK, Guards, is_condition
 
 
-def take_conditions(module: torch.fx.GraphModule) -> Conditions | None:
+def take_conditions(module: torch.fx.GraphModule) -> Guards | None:
     """Takes the marked nodes out of a normalised graph. None where all came out as constants.
 
     A condition on something else than lengths of the inputs (devices, how many tokens chose an expert) stays as it was
@@ -61,7 +61,7 @@ def take_conditions(module: torch.fx.GraphModule) -> Conditions | None:
             graph.erase_node(node)
     letters = tuple(str(n.target) for n in graph.nodes if n.op == "placeholder")
     expected, sources = tuple(e for _, e, _ in found.values()), tuple(s for _, _, s in found.values())
-    return Conditions(torch.fx.GraphModule({}, graph), letters, expected, sources)
+    return Guards(torch.fx.GraphModule({}, graph), letters, expected, sources)
 
 
 def _is_sure(node: Node) -> bool:

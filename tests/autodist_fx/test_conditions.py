@@ -20,7 +20,7 @@ from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.simulation.thread_communicator import ThreadWorld
 from autodist_fx.startup.from_artifact import share
 from cost_model.mesh import Mesh
-from passes.fx.guards import Conditions
+from passes.fx.guards import Guards
 
 IDS = torch.arange(3, 21).view(2, 9)
 
@@ -250,13 +250,13 @@ def test_an_artifact_has_the_ways_that_were_used_and_refuses_others(tmp_path: Pa
 USUAL = ({"B": 11, "S": 23, "P": 29}, {"B": 13, "S": 31, "P": 43})
 
 
-def asked(*questions: str) -> Conditions:
+def asked(*questions: str) -> Guards:
     """Of Python expressions over S and P."""
     graph = torch.fx.Graph()
     s, p = (graph.placeholder(letter) for letter in "SP")
     graph.output(tuple(eval(question, {"S": torch.fx.Proxy(s), "P": torch.fx.Proxy(p)}).node for question in questions))
     count = len(questions)
-    return Conditions(torch.fx.GraphModule({}, graph), ("S", "P"), (True,) * count, ("",) * count)
+    return Guards(torch.fx.GraphModule({}, graph), ("S", "P"), (True,) * count, ("",) * count)
 
 
 @pytest.mark.parametrize("call", [(1, 5), (6, 0), (8, 0), (3, 64), (2049, 0), (17, 1), (4, 4), (512, 513)])

@@ -24,7 +24,7 @@ from autodist_fx.calls.lengths import Lengths
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.kv_cache import SplitCache, local_cache
 from autodist_fx.runtime.generation.failing_node import name_failing_node
-from autodist_fx.runtime.generation.guarded_programs import Ways, only
+from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, only
 from autodist_fx.runtime.generation.step_messages import Command, StepChannel
 from passes.ops.comm import Communicator, using
 from passes.program.rank_program import RankProgram
@@ -61,7 +61,7 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
         *,
         device: torch.device | str = "cpu",
         logits_on_every_rank: bool = False,
-        ways: Ways[Any] | None = None,
+        ways: GuardedPrograms[Any] | None = None,
     ) -> None:
         super().__init__()
         self._ways = ways or only(program)
@@ -237,7 +237,7 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
         numbers = (cache.number, batch, tokens, flags, attention_mask.shape[1])
         self._channel.say(Command.STEP, (*numbers, int(cache_position[0]), *self._further_numbers()), payload)
 
-    def _prepare(self, ways: Ways[Any], lengths: Lengths) -> None:
+    def _prepare(self, ways: GuardedPrograms[Any], lengths: Lengths) -> None:
         """See that there is something to run for these lengths, on all ranks, before any runs. Raises AutodistError."""
         if ways.known(lengths) is not None:
             return
@@ -396,7 +396,7 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
         batch, tokens = input_ids.shape
         return {"B": batch, "S": tokens, "P": cache.tokens, "T": cache.tokens + tokens}
 
-    def _ways_for(self, lengths: Lengths) -> Ways[Any]:
+    def _ways_for(self, lengths: Lengths) -> GuardedPrograms[Any]:
         return self._ways
 
     def _program_for(self, lengths: Lengths) -> RankProgram:

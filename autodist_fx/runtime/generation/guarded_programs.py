@@ -9,21 +9,21 @@ from typing import Generic, TypeVar
 from autodist_fx.calls.input_spec import InputForm
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.errors import AutodistError
-from passes.fx.guards import Conditions
+from passes.fx.guards import Guards
 
 T = TypeVar("T")
 
 
 @dataclass
-class Ways(Generic[T]):
+class GuardedPrograms(Generic[T]):
     """`found`: (conditions on lengths that what is run was made for, what is run), the usual one first.
 
     `make(lengths)` is called on all ranks alike for lengths that none of them is for; it raises AutodistError, on all
     ranks alike, where there can be none. `forms`: of the inputs, which tell what their lengths are called.
     """
 
-    found: list[tuple[Conditions | None, T]]
-    make: Callable[[Lengths], tuple[Conditions | None, T]] | None = None
+    found: list[tuple[Guards | None, T]]
+    make: Callable[[Lengths], tuple[Guards | None, T]] | None = None
     forms: Mapping[str, InputForm] = field(default_factory=dict)
 
     def known(self, lengths: Lengths) -> T | None:
@@ -42,15 +42,15 @@ class Ways(Generic[T]):
         return program
 
 
-def only(program: T) -> Ways[T]:
+def only(program: T) -> GuardedPrograms[T]:
     """The same for all lengths."""
-    return Ways([(None, program)])
+    return GuardedPrograms([(None, program)])
 
 
-def one_way(conditions: Conditions | None, program: T, other: Callable[[Lengths], str]) -> Ways[T]:
+def one_way(conditions: Guards | None, program: T, other: Callable[[Lengths], str]) -> GuardedPrograms[T]:
     """For lengths that meet the conditions; for any other AutodistError, of the words that `other` has for them."""
 
-    def refuse(lengths: Lengths) -> tuple[Conditions | None, T]:
+    def refuse(lengths: Lengths) -> tuple[Guards | None, T]:
         raise AutodistError(other(lengths))
 
-    return Ways([(conditions, program)], refuse)
+    return GuardedPrograms([(conditions, program)], refuse)

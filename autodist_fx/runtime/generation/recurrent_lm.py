@@ -16,7 +16,7 @@ from autodist_fx.calls.cache_kinds import STATE_PREFIX
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.kv_cache import SplitCache
-from autodist_fx.runtime.generation.guarded_programs import Ways
+from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
 from passes.program.rank_program import RankProgram
 
@@ -72,8 +72,8 @@ class DistributedOwnCacheLM(TwoGraphCausalLM):
         self,
         program: RankProgram,
         *args: Any,
-        prompts: Ways[Prompt],
-        steps: Ways[RankProgram],
+        prompts: GuardedPrograms[Prompt],
+        steps: GuardedPrograms[RankProgram],
         after_step: tuple[Handover, ...],
         **keywords: Any,
     ) -> None:
@@ -84,7 +84,7 @@ class DistributedOwnCacheLM(TwoGraphCausalLM):
         self._inputs |= frozenset(self.prompt_program.input_names)
         self._after_step = after_step
 
-    def _ways_for(self, lengths: Lengths) -> Ways[Any]:
+    def _ways_for(self, lengths: Lengths) -> GuardedPrograms[Any]:
         return self._ways if lengths["P"] else self._prompts
 
     def _run(

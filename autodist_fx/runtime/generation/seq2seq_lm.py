@@ -22,7 +22,7 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.cross_cache import CrossCache, Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache, encoder_view, local_cache
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
-from autodist_fx.runtime.generation.guarded_programs import Ways, only
+from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, only
 from autodist_fx.runtime.generation.step_messages import Command
 from passes.program.rank_program import RankProgram
 
@@ -54,7 +54,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         encoder: RankProgram,
         main_input_name: str,
         skeleton: nn.Module | None = None,
-        ways: Ways[tuple[RankProgram, RankProgram]] | None = None,
+        ways: GuardedPrograms[tuple[RankProgram, RankProgram]] | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(program, *args, **{"logits_on_every_rank": True, **keywords})

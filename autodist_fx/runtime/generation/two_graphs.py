@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from autodist_fx.calls.lengths import lengths_of
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
-from autodist_fx.runtime.generation.guarded_programs import Ways
+from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from passes.program.rank_program import RankProgram
 
 _CHANNEL = 0x7F000004  # of logits on their way to earlier stages
@@ -31,13 +31,13 @@ class TwoGraphCausalLM(DistributedCausalLM):
         self,
         program: RankProgram,
         *args: Any,
-        make_program: Callable[[tuple[str, ...]], Ways[RankProgram]],
+        make_program: Callable[[tuple[str, ...]], GuardedPrograms[RankProgram]],
         **keywords: Any,
     ) -> None:
         super().__init__(program, *args, **keywords)
         self._make_program = make_program
         # Not a submodule: its weights are this model's own, and parameters() should name them once.
-        self._whole: dict[tuple[str, ...], Ways[RankProgram]] = {}
+        self._whole: dict[tuple[str, ...], GuardedPrograms[RankProgram]] = {}
 
     def forward(  # type: ignore[override]  # what only the cached graph takes is passed on
         self,
