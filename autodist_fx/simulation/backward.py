@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from autodist_fx.errors import AutodistError, CommunicationError
+from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.simulation.thread_communicator import ThreadCommunicator, ThreadWorld
 from cost_model.graph.placement import Interval
 from passes.ops.comm import Communicator, Tape, using
@@ -21,8 +22,6 @@ from passes.program.gradient_sums import Box
 from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 
-GRADIENT_CHANNEL = 1 << 24  # plus the channel of what it is the gradient of: apart from all that is sent forward
-SUM_CHANNEL = 1 << 25
 Gradients = dict[str, torch.Tensor]  # by the parameter's path in a rank's module
 
 
@@ -35,7 +34,7 @@ def go_back(
     """
     roots, known = ([], []) if loss is None else ([loss], [torch.ones_like(loss)])
     for x, to, channel in tape.sent:
-        gradient = communicator.recv(x.shape, x.dtype, x.device, to, GRADIENT_CHANNEL + channel)
+        gradient = communicator.recv(x.shape, x.dtype, x.device, to, Channel.GRADIENTS + channel)
         if x.requires_grad:
             roots.append(x)
             known.append(gradient)
@@ -48,7 +47,7 @@ def go_back(
             found = list(torch.autograd.grad(roots, wanted, known, allow_unused=True))
     for (x, source, channel), gradient in zip(tape.received, found[len(parameters) :], strict=True):
         back = torch.zeros_like(x) if gradient is None else gradient.contiguous()
-        communicator.send(back, source, GRADIENT_CHANNEL + channel)
+        communicator.send(back, source, Channel.GRADIENTS + channel)
     return found[: len(parameters)]
 
 
@@ -69,13 +68,15 @@ def pay_sums(program: RankProgram, gradients: Gradients, communicator: Communica
         pieces = {path: gradients[names[path]][own[path]].clone() for path in mine}
         for peer in owed.ranks:
             for path in mine if peer != program.rank else ():
-                communicator.send(pieces[path], peer, SUM_CHANNEL)
+                communicator.send(pieces[path], peer, Channel.GRADIENT_SUMS)
         like = gradients[names[next(iter(own))]]
         shape = [stop - start for start, stop in owed.box]
         total = like.new_zeros(shape)
         for r, path in owed.terms:
-            here = r == program.rank
-            total += pieces[path] if here else communicator.recv(shape, like.dtype, like.device, r, SUM_CHANNEL)
+            if r == program.rank:
+                total += pieces[path]
+            else:
+                total += communicator.recv(shape, like.dtype, like.device, r, Channel.GRADIENT_SUMS)
         for path, place in own.items():
             gradients[names[path]][place] = total
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from autodist_fx.errors import CommunicationError, DeadlockError
+from autodist_fx.runtime.comm.channels import channel_text
 from autodist_fx.runtime.comm.gather import check_shard, frozen_parts, gather_layout, glue
 from cost_model.mesh import Mesh
 from passes.ops.comm import Parts
@@ -139,15 +140,16 @@ class ThreadWorld:
             lines.append(f"  rank {rank} ({self._place(rank)}) {state}")
         for (source, to, channel), tensors in sorted(self.mail.items()):
             if tensors:
-                lines.append(f"  unread: {describe(tensors[0])} from rank {source} to rank {to} on channel {channel}")
+                what = f"{describe(tensors[0])} from rank {source} to rank {to} on channel {channel_text(channel)}"
+                lines.append(f"  unread: {what}")
         return DeadlockError("\n".join(lines))
 
     def _refuse_unread_mail(self) -> None:
         for (source, to, channel), tensors in sorted(self.mail.items()):
             if tensors:
                 raise CommunicationError(
-                    f"rank {source} sent {describe(tensors[0])} to rank {to} on channel {channel}, and rank {to} "
-                    "finished without receiving it"
+                    f"rank {source} sent {describe(tensors[0])} to rank {to} on channel {channel_text(channel)}, "
+                    f"and rank {to} finished without receiving it"
                 )
 
 
@@ -180,13 +182,15 @@ class ThreadCommunicator:
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int) -> torch.Tensor:
         mail = self._world.mail.setdefault((source, self.rank, channel), deque())
-        wanted = f"{str(dtype).removeprefix('torch.')}{list(shape)}"
-        self._world.wait(self.rank, lambda: bool(mail), lambda: f"{wanted} from rank {source} on channel {channel}")
+
+        def wanted() -> str:
+            text = f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+            return f"{text} from rank {source} on channel {channel_text(channel)}"
+
+        self._world.wait(self.rank, lambda: bool(mail), wanted)
         x = mail.popleft()
         if x.shape != torch.Size(shape) or x.dtype != dtype:
-            raise CommunicationError(
-                f"rank {self.rank} expects {wanted} from rank {source} on channel {channel}, and was sent {describe(x)}"
-            )
+            raise CommunicationError(f"rank {self.rank} expects {wanted()}, and was sent {describe(x)}")
         return x.to(device=x.device if device is None else device, copy=True)  # the receiver may write into it
 
     def _meet(

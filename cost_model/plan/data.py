@@ -89,6 +89,9 @@ class ParamPlan:
     matmul: bool  # a weight of a matmul or a table of an embedding, as opposed to a norm's scale or a bias
 
 
+HOP_CHANNELS = 1 << 24  # a hop's channel is below; those above are the runtime's (autodist_fx/runtime/comm/channels.py)
+
+
 @dataclass(frozen=True, slots=True)
 class Hop:
     """One tensor sent from `source` stage to `target` stage: output `index` of op `op`, as it lies there.

@@ -10,6 +10,7 @@ from cost_model.errors import PlanError
 from cost_model.graph.placement import Interval, Layout
 from cost_model.mesh import Mesh
 from cost_model.plan.data import (
+    HOP_CHANNELS,
     PLAN_VERSION,
     Alternative,
     CutOption,
@@ -269,6 +270,8 @@ def _hop(f: Fields, mesh: Mesh, ops: Mapping[str, OpPlan]) -> Hop:
         whole=f.flag("whole"),
         nbytes=f.integer("nbytes"),
     )
+    if hop.channel >= HOP_CHANNELS:
+        raise f.error("channel", f"{hop.channel} is reserved for the runtime; a hop's is below {HOP_CHANNELS}")
     if hop.source >= hop.target:
         raise f.error("target", f"a hop goes to a later stage, not from {hop.source} to {hop.target}")
     f.done()

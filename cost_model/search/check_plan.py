@@ -8,7 +8,7 @@ from cost_model.graph.op_graph import SOURCES, Op, OpGraph, TensorRef
 from cost_model.graph.placement import REPLICATE, Placement
 from cost_model.graph.roles import role_of
 from cost_model.partition_plan import PartitionPlan
-from cost_model.plan.data import OpPlan
+from cost_model.plan.data import HOP_CHANNELS, OpPlan
 from cost_model.search.strategy import Strategy
 from cost_model.search.tensor_parallel import TensorParallelSearch
 
@@ -171,6 +171,8 @@ class _Checked:
                 raise PlanError(f"{what}: stage {planned.home} has it, and stages {list(planned.stages)} compute it")
             if key in seen or hop.channel in channels:
                 raise PlanError(f"{what}: it, or its channel {hop.channel}, is there twice; {_WAY_OUT}")
+            if not 0 <= hop.channel < HOP_CHANNELS:
+                raise PlanError(f"{what}: channel {hop.channel} is reserved for the runtime; {_WAY_OUT}")
             if hop.whole and not (planned.outputs[hop.index].is_replicate or planned.gather[hop.index]):
                 raise PlanError(f"{what} whole: it is not gathered there; {_WAY_OUT}")
             users = [user for user, _ in self.graph.users.get(TensorRef(hop.op, hop.index), ())]

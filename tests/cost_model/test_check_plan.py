@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tiny_models import tiny_config
 import autodist_fx as adx
 from cost_model.errors import PlanError
 from cost_model.partition_plan import PartitionPlan
+from cost_model.plan.data import HOP_CHANNELS
 
 CONFIG = tiny_config("llama", num_hidden_layers=3)
 PLAN = adx.compile(CONFIG, tp=2, pp=2, hardware="cpu-gloo", use_cache=True).plan
@@ -96,6 +98,12 @@ def test_a_contradiction_is_named(name: str) -> None:
     with pytest.raises(PlanError, match=re.escape(said)) as raised:
         adx.compile(CONFIG, plan=edited(edit), use_cache=True, verify=False)
     assert "\n" not in str(raised.value)
+
+
+def test_a_hop_on_a_channel_of_the_runtimes_is_refused() -> None:
+    hops = (replace(PLAN.hops[0], channel=HOP_CHANNELS), *PLAN.hops[1:])
+    with pytest.raises(PlanError, match=f"channel {HOP_CHANNELS} is reserved for the runtime"):
+        adx.compile(CONFIG, plan=replace(PLAN, hops=hops), use_cache=True, verify=False)
 
 
 def test_what_a_plan_was_asked_for_is_not_asked_for_twice() -> None:

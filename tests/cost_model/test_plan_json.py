@@ -13,7 +13,7 @@ from cost_model.errors import PlanError
 from cost_model.graph.placement import PARTIAL, REPLICATE, Layout, intervals_of, shard
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
-from cost_model.plan.data import Alternative, CutOption, CutPlan, Hop, OpPlan, ParamPlan, StageSummary
+from cost_model.plan.data import HOP_CHANNELS, Alternative, CutOption, CutPlan, Hop, OpPlan, ParamPlan, StageSummary
 from cost_model.plan.read_json import plan_from_dict, plan_from_text
 from cost_model.plan.write_json import plan_to_dict, plan_to_text
 
@@ -131,7 +131,7 @@ def plans(draw):
             source = draw(st.integers(0, pp - 2))
             hops.append(Hop(
                 op.name, draw(st.integers(0, len(op.outputs) - 1)), source, draw(st.integers(source + 1, pp - 1)),
-                draw(counts), draw(st.booleans()), draw(counts),
+                draw(st.integers(0, HOP_CHANNELS - 1)), draw(st.booleans()), draw(counts),
             ))  # fmt: skip
     summaries = [
         StageSummary(
@@ -248,6 +248,11 @@ MISTAKES = {
     "hops[0].index: 1 is out of range (0 to 0)": _set("hops", 0, "index", to=1),
     "hops[0].target: a hop goes to a later stage, not from 0 to 0": _set("hops", 0, "target", to=0),
     "hops[0].target: 2 is out of range (0 to 1)": _set("hops", 0, "target", to=2),
+    "hops[0].channel: 16777216 is reserved for the runtime; a hop's is below 16777216": _set(
+        "hops", 0, "channel", to=1 << 24
+    ),
+    "hops[0].channel: 2130706434 is reserved": _set("hops", 0, "channel", to=0x7F000002),
+    "hops[0].channel: -1 is out of range": _set("hops", 0, "channel", to=-1),
     "stages: a mesh of tp=2 x pp=2 needs stages 0 to 1": _del("stages", 1),
     "stages[1].recomputed[0]: no op named 'gone'": _set("stages", 1, "recomputed", to=["gone"]),
     "stages[1].flops: expected a finite number, 0 or more, got nan": _set("stages", 1, "flops", to=float("nan")),

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from autodist_fx.errors import AutodistError, RuntimeSetupError
+from autodist_fx.runtime.comm.channels import Channel
 from passes.ops.comm import Communicator
 
-_CHANNEL = 0x7F000005  # apart from the graph's, the steps' and the logits'
+_CHANNEL = Channel.AGREEMENT
 _DIGEST_BYTES = 32
 
 

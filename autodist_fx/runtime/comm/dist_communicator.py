@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autodist_fx.errors import CommunicationError, RuntimeSetupError
+from autodist_fx.runtime.comm.channels import Channel, channel_text
 from autodist_fx.runtime.comm.gather import GatherLayout, check_shard, frozen_parts, gather_layout, glue
 from autodist_fx.runtime.comm.shared_collectives import SharedCollectives
 from autodist_fx.runtime.comm.shared_memory import open_shared_memory
@@ -32,8 +33,6 @@ EXCHANGE_BYTES = 512 * 1024
 # in chunks of 2 MB, 88 in one piece.
 CHUNKED_BYTES = 4 * 1024 * 1024
 _CHUNK_BYTES = 2 * 1024 * 1024
-
-_EXCHANGE_TAG = 0x7F000001  # apart from every channel of send and recv, since the group may be the same one
 
 
 class DistCommunicator:
@@ -111,16 +110,16 @@ class DistCommunicator:
 
     def _sum_of_exchange(self, x: torch.Tensor) -> torch.Tensor:
         tp = self._tp
-        sends = [tp.send([x], peer, _EXCHANGE_TAG) for peer in self._peers]
+        sends = [tp.send([x], peer, Channel.TP_EXCHANGE) for peer in self._peers]
         for send in self._last_exchange:  # long since done; waiting earlier would stop us for a slower peer
             send.wait()
         self._last_exchange = sends
         if len(sends) == 1:
             total = torch.empty_like(x)
-            tp.recv([total], self._peers[0], _EXCHANGE_TAG).wait(self._timeout)
+            tp.recv([total], self._peers[0], Channel.TP_EXCHANGE).wait(self._timeout)
             return total.add_(x)  # x is still on its way, so it must stay as it is
         shards = [torch.empty_like(x) for _ in self._peers]
-        self._wait([(peer, tp.recv([shard], peer, _EXCHANGE_TAG)) for shard, peer in zip(shards, self._peers)])
+        self._wait([(peer, tp.recv([shard], peer, Channel.TP_EXCHANGE)) for shard, peer in zip(shards, self._peers)])
         shards.insert(self.tp_rank, x)
         total = shards[0] + shards[1]  # in rank order: every rank gets the same bits
         for shard in shards[2:]:
@@ -148,7 +147,7 @@ class DistCommunicator:
     def _exchange(self, x: torch.Tensor, dim: int, layout: GatherLayout) -> list[torch.Tensor]:
         """Every rank's shard, of whatever size, in one hop."""
         tp = self._tp
-        sends = [tp.send([x], peer, _EXCHANGE_TAG) for peer in self._peers] if x.numel() else []
+        sends = [tp.send([x], peer, Channel.TP_EXCHANGE) for peer in self._peers] if x.numel() else []
         for send in self._last_exchange:
             send.wait()
         self._last_exchange = sends
@@ -159,7 +158,7 @@ class DistCommunicator:
                 continue
             shards.append(x.new_empty(_with_size(x.shape, dim, size)))
             if shards[-1].numel():
-                receives.append((rank, tp.recv([shards[-1]], rank, _EXCHANGE_TAG)))
+                receives.append((rank, tp.recv([shards[-1]], rank, Channel.TP_EXCHANGE)))
         self._wait(receives)
         return shards
 
@@ -174,7 +173,7 @@ class DistCommunicator:
         for send in self._last_exchange:
             send.wait()
         self._last_exchange = [
-            tp.send([mine[start:stop]], peer, _EXCHANGE_TAG)
+            tp.send([mine[start:stop]], peer, Channel.TP_EXCHANGE)
             for start, stop in chunks
             for peer in self._peers
             if mine.shape[1]
@@ -186,7 +185,7 @@ class DistCommunicator:
         def receive(number: int) -> list[tuple[int, Any]]:
             start, stop = chunks[number]
             into = buffers[number % 2]
-            return [(rank, tp.recv([into[rank][: stop - start]], rank, _EXCHANGE_TAG)) for rank in senders]
+            return [(rank, tp.recv([into[rank][: stop - start]], rank, Channel.TP_EXCHANGE)) for rank in senders]
 
         awaited = receive(0)
         wide[:, starts[self.tp_rank] : starts[self.tp_rank] + mine.shape[1]] = mine
@@ -232,7 +231,7 @@ class DistCommunicator:
         try:
             self._unfinished_sends.append((self._world[kind].send([x], to, channel), kind))
         except RuntimeError as error:
-            raise self._failure(f"send of {_describe(x)} on channel {channel}", (to,), error) from None
+            raise self._failure(f"send of {_describe(x)} on channel {channel_text(channel)}", (to,), error) from None
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int) -> torch.Tensor:
         """`device` None means the rank's own."""
@@ -242,7 +241,8 @@ class DistCommunicator:
                 work = self._world[x.device.type].recv([x], source, channel)
                 self._finish(work, x.device.type, self._timeout)
             except RuntimeError as error:
-                raise self._failure(f"recv of {_describe(x)} on channel {channel}", (source,), error) from None
+                what = f"recv of {_describe(x)} on channel {channel_text(channel)}"
+                raise self._failure(what, (source,), error) from None
         return x
 
     def finish_sends(self, timeout: timedelta | None = None) -> None:

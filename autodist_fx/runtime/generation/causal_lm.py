@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.kv_cache import SplitCache, local_cache
+from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.runtime.generation.failing_node import name_failing_node
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, only
 from autodist_fx.runtime.generation.step_messages import Command, StepChannel
@@ -32,7 +33,6 @@ from passes.program.rank_program import RankProgram
 _MASK_SENT, _MASK_GROWN, _NEW_TOKENS, _CACHE_KEPT = 1, 2, 4, 8  # flags of a step
 _LETTERS = "BSPTEK"  # of lengths, in a message
 _GENERATE = inspect.signature(GenerationMixin.generate)
-_LOGITS_CHANNEL = 0x7F000003
 
 
 class DistributedCausalLM(nn.Module, GenerationMixin):
@@ -450,10 +450,10 @@ class DistributedCausalLM(nn.Module, GenerationMixin):
             assert logits is not None
             self._channel.say(Command.END, (0, *logits.shape))
             for rank in self._others:
-                self.communicator.send(logits, rank, _LOGITS_CHANNEL)
+                self.communicator.send(logits, rank, Channel.LOGITS)
             return logits
         _, numbers, _ = self._channel.hear()
-        return self.communicator.recv(tuple(numbers[1:4]), self.dtype, self.device, self.driver, _LOGITS_CHANNEL)
+        return self.communicator.recv(tuple(numbers[1:4]), self.dtype, self.device, self.driver, Channel.LOGITS)
 
 
 def _nothing() -> None:

@@ -16,11 +16,11 @@ from autodist_fx.calls.cache_kinds import STATE_PREFIX
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.kv_cache import SplitCache
+from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
 from passes.program.rank_program import RankProgram
 
-_CHANNEL = 0x7F000006  # of states on their way to another stage
 Handover = tuple[str, int, int]  # a state, the stage that made it, the stage that reads it next
 Prompt = tuple[RankProgram, tuple[Handover, ...]]
 
@@ -122,12 +122,12 @@ class DistributedOwnCacheLM(TwoGraphCausalLM):
         for name, source, target in states:
             if mine == source:
                 state, peer = cache.states[name], self.mesh.rank(target, at)
-                self.communicator.send(torch.tensor(state.shape), peer, _CHANNEL)
-                self.communicator.send(state.contiguous(), peer, _CHANNEL)
+                self.communicator.send(torch.tensor(state.shape), peer, Channel.STATES)
+                self.communicator.send(state.contiguous(), peer, Channel.STATES)
             elif mine == target:
                 example, peer = placeholders[name].meta["val"], self.mesh.rank(source, at)
-                shape = self.communicator.recv((example.dim(),), torch.long, "cpu", peer, _CHANNEL).tolist()
-                cache.states[name] = self.communicator.recv(shape, example.dtype, self.device, peer, _CHANNEL)
+                shape = self.communicator.recv((example.dim(),), torch.long, "cpu", peer, Channel.STATES).tolist()
+                cache.states[name] = self.communicator.recv(shape, example.dtype, self.device, peer, Channel.STATES)
 
     def _empty_cache(self) -> StatesCache:
         return StatesCache()

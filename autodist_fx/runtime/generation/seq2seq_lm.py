@@ -21,12 +21,12 @@ from autodist_fx.calls.lengths import Lengths, lengths_of
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.cross_cache import CrossCache, Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache, encoder_view, local_cache
+from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, only
 from autodist_fx.runtime.generation.step_messages import Command
 from passes.program.rank_program import RankProgram
 
-_CHANNEL = 0x7F000005  # of what the encoder reads
 _DTYPES = (torch.long, torch.int32, torch.bool, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOST_DIMS = 4
 
@@ -227,7 +227,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
             self._channel.say(Command.ENCODE, (number,), [torch.tensor(header)])
             for rank in self._others:
                 for value in given.values():
-                    self.communicator.send(value.contiguous(), rank, _CHANNEL)
+                    self.communicator.send(value.contiguous(), rank, Channel.ENCODER_INPUTS)
         return EncoderOutput.of(self._encode(number, given), rows, length, self.device)
 
     def _read(self, given: Mapping[str, torch.Tensor]) -> Lengths:
@@ -245,7 +245,9 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         for name, (dtype, *shape) in zip(self._encoder_inputs, payload.view(-1, 1 + _MOST_DIMS).tolist(), strict=True):
             if dtype >= 0:
                 sizes = tuple(size for size in shape if size >= 0)
-                given[name] = self.communicator.recv(sizes, _DTYPES[dtype], self.device, self.driver, _CHANNEL)
+                given[name] = self.communicator.recv(
+                    sizes, _DTYPES[dtype], self.device, self.driver, Channel.ENCODER_INPUTS
+                )
         self._last_encoded = self._encode(numbers[0], given)
 
     def _encode(self, number: int, given: Mapping[str, torch.Tensor]) -> Encoded:

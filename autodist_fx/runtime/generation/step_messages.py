@@ -11,9 +11,9 @@ import torch
 
 from autodist_fx import errors
 from autodist_fx.errors import AutodistError, RemoteRankError
+from autodist_fx.runtime.comm.channels import Channel
 from passes.ops.comm import Communicator
 
-_CHANNEL = 0x7F000002  # apart from the graph's channels
 _INTEGERS = 128  # of a message: 1 KiB, which a socket takes at once
 _NUMBERS = 8  # that a message may carry beside its payload
 _HEADER = 2 + _NUMBERS
@@ -46,19 +46,19 @@ class StepChannel:
         message = torch.cat([header, *(flat if inline else ()), self._padding[used:]])
         rest = None if inline else torch.cat(flat)
         for rank in self._followers:
-            self._communicator.send(message, rank, _CHANNEL)
+            self._communicator.send(message, rank, Channel.STEPS)
             if rest is not None:
-                self._communicator.send(rest, rank, _CHANNEL)
+                self._communicator.send(rest, rank, Channel.STEPS)
 
     def hear(self) -> tuple[Command, list[int], torch.Tensor]:
         """(command, its 8 numbers, its payload); waits for it."""
         receive = self._communicator.recv
-        message = receive((_INTEGERS,), torch.long, "cpu", self._driver, _CHANNEL)
+        message = receive((_INTEGERS,), torch.long, "cpu", self._driver, Channel.STEPS)
         command, count, *numbers = message[:_HEADER].tolist()
         if count <= _INTEGERS - _HEADER:
             payload = message[_HEADER : _HEADER + count]
         else:
-            payload = receive((count,), torch.long, "cpu", self._driver, _CHANNEL)
+            payload = receive((count,), torch.long, "cpu", self._driver, Channel.STEPS)
         return Command(command), numbers, payload
 
     def say_error(self, error: BaseException) -> None:

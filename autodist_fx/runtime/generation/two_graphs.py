@@ -15,11 +15,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from autodist_fx.calls.lengths import lengths_of
 from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from passes.program.rank_program import RankProgram
 
-_CHANNEL = 0x7F000004  # of logits on their way to earlier stages
 _DIMS = 3  # batch, tokens, vocabulary
 
 
@@ -123,9 +123,9 @@ class TwoGraphCausalLM(DistributedCausalLM):
         if logits is not None and self.program.stage == last:
             for stage in range(last):
                 peer = mesh.rank(stage, tp_rank)
-                self.communicator.send(torch.tensor(logits.shape), peer, _CHANNEL)
-                self.communicator.send(logits, peer, _CHANNEL)
+                self.communicator.send(torch.tensor(logits.shape), peer, Channel.LOGITS)
+                self.communicator.send(logits, peer, Channel.LOGITS)
             return logits
         source = mesh.rank(last, tp_rank)
-        shape = self.communicator.recv((_DIMS,), torch.long, "cpu", source, _CHANNEL).tolist()
-        return self.communicator.recv(shape, self.dtype, self.device, source, _CHANNEL)
+        shape = self.communicator.recv((_DIMS,), torch.long, "cpu", source, Channel.LOGITS).tolist()
+        return self.communicator.recv(shape, self.dtype, self.device, source, Channel.LOGITS)
