@@ -28,13 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in ("tests/mutations", "tests", "."):  # the root first: tests has a folder named as the package
-    sys.path.insert(0, str(ROOT / folder))
+sys.path.insert(0, str(ROOT))
 
-from correct import correct_programs  # noqa: E402
-from mutation import MUTATIONS  # noqa: E402
-from subjects import subject, subjects  # noqa: E402
-from trial import Outcome, run_mutant  # noqa: E402
+from tests.mutations.correct import correct_programs  # noqa: E402
+from tests.mutations.mutation import MUTATIONS  # noqa: E402
+from tests.mutations.subjects import subject, subjects  # noqa: E402
+from tests.mutations.trial import Outcome, run_mutant  # noqa: E402
 
 COLUMNS = ("mutants", "programs", "equivalent", "change behaviour", "hang", "static", "numeric", "both", "missed")
 

@@ -1,18 +1,12 @@
-"""Shared by all tests: one thread each, the same random numbers each time, and helpers that every folder can import."""
+"""Sets up every test process: one thread, the same random numbers for each test, no cache of splits."""
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
-
-# pytest puts this folder on sys.path (so that tests import tiny_models), and it has folders named like our packages.
-# Python takes those for packages only where it finds no real one: so let it find the real ones, however it was started.
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 os.environ["ADX_CACHE"] = "0"  # a test that wants splits kept says where
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 from model_coverage import report, results
 from model_coverage.build import CannotBuild, build, config_of
 from model_coverage.check import check_type, relative_error

@@ -27,7 +27,7 @@ if __name__ == "__main__":
     if what == "load":
         split.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
         assert not model_code(), model_code()
-    from generate_worker import results  # which imports transformers' models
+    from tests.distributed.generate_worker import results  # which imports transformers' models
 
     torch.save(results(split), directory / f"{split.rank}.pt")
     told = [str(w.message) for w in said if "cache" in str(w.message)]

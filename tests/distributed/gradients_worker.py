@@ -1,12 +1,7 @@
 """One rank of a backward pass over Gloo, against the model's own gradients. `gradients_worker.py`, on 4 ranks."""
 
-import sys
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tiny_models import padded_batch, tiny_model
 
 import autodist_fx as adx
 from autodist_fx.runtime.comm.process_group import join, leave
@@ -14,6 +9,7 @@ from autodist_fx.simulation.backward import rank_gradients
 from autodist_fx.weights.load import load_rank
 from autodist_fx.weights.sources.module_source import ModuleSource
 from cost_model.mesh import Mesh
+from tests.support.models import padded_batch, tiny_model
 
 # norms of heads (sums over tp), two KV heads on two ranks each, a tied embedding (sums over stages)
 model = tiny_model("qwen3", num_key_value_heads=1, tie_word_embeddings=True)

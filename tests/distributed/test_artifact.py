@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from generate_worker import auto_class, results
-from test_generate import CLI, ENV, HERE
-from tiny_checkpoint import save_tiny
 
 import autodist_fx as adx
 from autodist_fx.cli.main import main
+from tests.distributed.generate_worker import auto_class, results
+from tests.support.checkpoint import save_tiny
+from tests.support.processes import CLI, ENV, WORKERS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -22,7 +22,7 @@ def start(directory, ranks, *arguments):
     """Each rank's results and what it says."""
     directory.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += [str(HERE / "artifact_worker.py"), arguments[0], str(arguments[1]), str(directory)]
+    command += [str(WORKERS / "artifact_worker.py"), arguments[0], str(arguments[1]), str(directory)]
     command += [str(a) for a in arguments[2:]]
     done = subprocess.run(command, env={**ENV, "ADX_CACHE": "0"}, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,20 +1,18 @@
 """Real processes over Gloo."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support.processes import ENV, WORKERS
+
 pytestmark = pytest.mark.distributed
-HERE = Path(__file__).parent
 
 
 def run_workers(ranks: int, worker: str, *arguments: str) -> None:
-    command = [sys.executable, str(HERE / "launch_worker.py"), str(ranks), worker, *arguments]
-    env = {**os.environ, "PYTHONPATH": str(HERE.parent.parent)}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    command = [sys.executable, str(WORKERS / "launch_worker.py"), str(ranks), worker, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENV)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "all well\n"
 

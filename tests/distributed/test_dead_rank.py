@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import ENV, WORKERS
+
 pytestmark = pytest.mark.distributed
-HERE = Path(__file__).parent
-WORKER = str(HERE / "sleeper_worker.py")
+WORKER = str(WORKERS / "sleeper_worker.py")
 SECONDS = 15
 
 
 def start(command, **env):
-    env = {**os.environ, "PYTHONPATH": str(HERE.parent.parent), **env}
+    env = {**ENV, **env}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     # A shell has its background jobs ignore Ctrl-C, and their children with them: tests that run in one, too.
     return subprocess.Popen(command, env=env, preexec_fn=_hears_ctrl_c, **pipes)
@@ -30,7 +31,7 @@ def _hears_ctrl_c():
 
 def launched(world_size, what):
     """The command line's own launcher."""
-    return [start([sys.executable, str(HERE / "launch_worker.py"), str(world_size), WORKER, str(world_size), what])]
+    return [start([sys.executable, str(WORKERS / "launch_worker.py"), str(world_size), WORKER, str(world_size), what])]
 
 
 def torchrun(world_size, what):

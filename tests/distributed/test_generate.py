@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from generate_worker import auto_class, results
-from tiny_checkpoint import save_tiny
-from tiny_seq2seq import tiny_seq2seq
+
+from tests.distributed.generate_worker import auto_class, results
+from tests.support.checkpoint import save_tiny
+from tests.support.processes import CLI, ENV, WORKERS
+from tests.support.seq2seq import tiny_seq2seq
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-HERE = Path(__file__).parent
-CLI = [sys.executable, "-m", "autodist_fx.cli.main", "run"]
-ENV = {**os.environ, "PYTHONPATH": str(HERE.parent.parent), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def t5(tmp_path_factory):
 )
 def test_same_tokens(family, tp, pp, how, request, tmp_path):
     checkpoint = request.getfixturevalue(family)
-    worker = str(HERE / "generate_worker.py")
+    worker = str(WORKERS / "generate_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp * pp)]
     command += [worker, str(checkpoint), str(tp), str(pp), str(tmp_path), *how.split()]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=200)

@@ -5,7 +5,6 @@ Heads that two ranks cannot share evenly wherever the family lets us.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from families_worker import generated
-from tiny_models import randomized
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.distributed.families_worker import generated
+from tests.support.models import randomized
+from tests.support.processes import ENV, WORKERS
+
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-HERE = Path(__file__).parent
-ENV = {**os.environ, "PYTHONPATH": str(HERE.parent.parent), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 28, "n_head": 7, "n_layer": 2, "n_positions": 128},
     "phi3": {
@@ -71,7 +70,7 @@ def test_same_tokens_on_two_ranks(shapes: dict[str, dict[str, Any]], tp: int, pp
         randomized(model.float().eval()).save_pretrained(checkpoints / family)
         expected[family] = generated(model)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(HERE / "families_worker.py"), str(checkpoints), str(tp), str(pp), str(results)]
+    command += [str(WORKERS / "families_worker.py"), str(checkpoints), str(tp), str(pp), str(results)]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):

@@ -11,13 +11,13 @@ import re
 
 import pytest
 import torch
-from in_float64 import in_float64
-from tiny_models import padded_batch, relative_error
-from tiny_moe import FOUR, dbrx_experts, tiny_moe_model
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
 from autodist_fx.api.compiled_model import CompiledModel
+from tests.support.float64 import in_float64
+from tests.support.models import padded_batch, relative_error
+from tests.support.moe import FOUR, dbrx_experts, tiny_moe_model
 
 # Experts that are modules, in loops and in runs of rows; and parts of one weight (DBRX, Granite), split or picked.
 MODULES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "phimoe")

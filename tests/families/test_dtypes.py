@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import autodist_fx as adx
-from tests.tiny_models import padded_batch, tiny_model
+from tests.support.models import padded_batch, tiny_model
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import relative_error
-from tiny_seq2seq import seq2seq_inputs, tiny_seq2seq
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
@@ -16,6 +14,8 @@ from autodist_fx.tracing import empty_model
 from cost_model.errors import VerificationError
 from cost_model.graph.placement import REPLICATE
 from passes.verify.cache_handover import verify_handover
+from tests.support.models import relative_error
+from tests.support.seq2seq import seq2seq_inputs, tiny_seq2seq
 
 FAMILIES = ("t5", "bart", "m2m_100", "whisper")
 # Of float64: norms and softmaxes of the first two cast to float32.

@@ -6,10 +6,10 @@ import functools
 
 import pytest
 import torch
-from tiny_encoders import output_error, segments, text_batch, tiny_encoder
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
+from tests.support.encoders import output_error, segments, text_batch, tiny_encoder
 
 MESHES = ((2, 1), (3, 1), (1, 2), (2, 2))
 _DISENTANGLED = {

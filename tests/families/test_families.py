@@ -7,17 +7,17 @@ to float32 inside (norms and rotary tables: Llama, Qwen2, Qwen3, Mistral, Phi-3)
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, padded_batch, relative_error, relative_tolerance, tiny_model
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
 from autodist_fx.api.compiled_model import CompiledModel
 from cost_model.partition_plan import PartitionPlan
+from tests.support.decoding import decoded_logits, positions_of
+from tests.support.models import FAMILIES, padded_batch, relative_error, relative_tolerance, tiny_model
 
 MESHES = ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2), (3, 2))
 # Heads that no mesh divides, KV heads fewer than ranks, odd vocabularies and widths, tied and untied: (family, changes,
@@ -56,32 +56,6 @@ def _model(family: str, changes: tuple[tuple[str, Any], ...] = ()) -> PreTrained
     return tiny_model(family, **dict(changes))
 
 
-def _positions(model: PreTrainedModel, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Position ids that skip the padding, for models that take them."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return {}
-    return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-
-
-def _decoded(
-    compiled: CompiledModel, model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, prefill: int = 5
-) -> torch.Tensor:
-    """Logits of a prefill of some tokens, then of one token after the other."""
-    positions = _positions(model, mask)
-    cache, logits = None, []
-    for start, stop in [(0, prefill), *((at, at + 1) for at in range(prefill, ids.shape[1]))]:
-        step = compiled.simulate(
-            input_ids=ids[:, start:stop],
-            attention_mask=mask[:, :stop],
-            past_key_values=cache,
-            **{name: value[:, start:stop] for name, value in positions.items()},
-        )
-        cache = step.past_key_values
-        logits.append(step.logits)
-    assert cache.get_seq_length() == ids.shape[1]
-    return torch.cat(logits, 1)
-
-
 def _check_forward(model: PreTrainedModel, mesh: tuple[int, int], tolerance: float) -> CompiledModel:
     ids, mask = padded_batch()
     compiled = adx.compile(model, tp=mesh[0], pp=mesh[1])
@@ -93,9 +67,9 @@ def _check_forward(model: PreTrainedModel, mesh: tuple[int, int], tolerance: flo
 def _check_decoding(model: PreTrainedModel, mesh: tuple[int, int], tolerance: float) -> CompiledModel:
     ids, mask = padded_batch()
     compiled = adx.compile(model, tp=mesh[0], pp=mesh[1], use_cache=True)
-    expected = model(input_ids=ids, attention_mask=mask, use_cache=False, **_positions(model, mask)).logits
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False, **positions_of(model, mask)).logits
     kept = mask.bool()  # what a padding token attends to is nobody's business, and differs with the cache
-    assert relative_error(_decoded(compiled, model, ids, mask)[kept], expected[kept]) <= tolerance
+    assert relative_error(decoded_logits(compiled, model, ids, mask)[kept], expected[kept]) <= tolerance
     return compiled
 
 
@@ -145,9 +119,9 @@ def test_a_sliding_window_whatever_its_length(window: int, prefill: int, total: 
     model = tiny_model("mistral", sliding_window=window, max_position_embeddings=128)
     ids, mask = padded_batch(2, total)
     compiled = adx.compile(model, tp=2, pp=1, use_cache=True)
-    expected = model(input_ids=ids, attention_mask=mask, use_cache=False, **_positions(model, mask)).logits
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False, **positions_of(model, mask)).logits
     kept = mask.bool()
-    assert relative_error(_decoded(compiled, model, ids, mask, prefill)[kept], expected[kept]) <= 1e-6
+    assert relative_error(decoded_logits(compiled, model, ids, mask, prefill)[kept], expected[kept]) <= 1e-6
 
 
 @pytest.mark.parametrize("family, mesh", [("llama", (2, 7)), ("opt", (1, 8)), ("phi3", (1, 12))])

@@ -11,13 +11,13 @@ import math
 
 import pytest
 import torch
-from in_float64 import in_float64
-from tiny_models import padded_batch, relative_error
-from tiny_moe import tiny_moe_model
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
 from autodist_fx.api.compiled_model import CompiledModel
+from tests.support.float64 import in_float64
+from tests.support.models import padded_batch, relative_error
+from tests.support.moe import tiny_moe_model
 
 MESHES = ((2, 1), (4, 1), (1, 2), (2, 2))
 # One of each way to write it: loops over hit experts (Mixtral, Qwen3), over all (DeepSeek: shared experts, groups),

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import padded_batch, randomized, relative_error
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import autodist_fx as adx
 from cost_model.plan.weights import sharded_share
+from tests.support.models import padded_batch, randomized, relative_error
 
 _PLAIN = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 80}
 _N = {"n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_encoders import output_error, text_batch, tiny_encoder
 
 import autodist_fx as adx
+from tests.support.encoders import output_error, text_batch, tiny_encoder
 
 BART = {"d_model": 48, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 80, "decoder_ffn_dim": 80,
         "encoder_attention_heads": 6, "decoder_attention_heads": 6}  # fmt: skip

@@ -18,12 +18,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from in_float64 import in_float64
-from random_configs import FAMILIES, SEPARATE, Case, cases, most_held
-from random_graphs import random_costs
-from small_graphs import FREE
-from test_families import _decoded, _positions
-from tiny_models import padded_batch, relative_error
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
@@ -32,6 +26,12 @@ from cost_model.costs.hardware import CPU_GLOO, Hardware
 from cost_model.graph.placement import Layout
 from passes.fx.arguments import fetch
 from passes.program.param_shard import ParamShard
+from tests.support.decoding import decoded_logits, positions_of
+from tests.support.float64 import in_float64
+from tests.support.graphs import FREE
+from tests.support.models import padded_batch, relative_error
+from tests.support.random_configs import FAMILIES, SEPARATE, Case, cases, most_held
+from tests.support.random_graphs import random_costs
 
 EXAMPLES = int(os.environ.get("ADX_PROPERTY_EXAMPLES", "24"))
 # Every example builds a model and its graphs: shrinking one that fails would take minutes.
@@ -55,10 +55,10 @@ def _check(case: Case, use_cache: bool, hardware: Hardware = CPU_GLOO) -> None:
     ids, mask = _batch(case)
     tp, pp = case.mesh
     compiled = adx.compile(model, tp=tp, pp=pp, use_cache=use_cache, hardware=hardware)  # which verifies it
-    positions = _positions(model, mask) if use_cache else {}
+    positions = positions_of(model, mask) if use_cache else {}
     expected = model(input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits
     if use_cache:
-        logits = _decoded(compiled, model, ids, mask)
+        logits = decoded_logits(compiled, model, ids, mask)
     else:
         logits = compiled.simulate(input_ids=ids, attention_mask=mask).logits
     kept = mask.bool()  # what padding attends to is nobody's business

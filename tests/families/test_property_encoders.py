@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from random_configs import MESHES
-from random_graphs import random_costs
-from small_graphs import FREE
-from tiny_models import padded_batch, randomized, relative_error
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 import autodist_fx as adx
+from tests.support.graphs import FREE
+from tests.support.models import padded_batch, randomized, relative_error
+from tests.support.random_configs import MESHES
+from tests.support.random_graphs import random_costs
 
 EXAMPLES = int(os.environ.get("ADX_PROPERTY_EXAMPLES", "24"))
 # Layers of their own; one layer's weights used by all; positions that count from the padding; two widths.

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from tiny_encoders import images, output_error, tiny_encoder
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
+from tests.support.encoders import images, output_error, tiny_encoder
 
 MESHES = ((2, 1), (3, 1), (1, 2), (2, 2))
 _WINDOWS = {

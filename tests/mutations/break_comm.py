@@ -7,28 +7,28 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from editing import Programs, add_after, bypass, calls, with_argument, with_keyword
-from mutation import NotHere, mutation, on_ranks, pick, pick_node, said
 from torch.fx import Node
 
 from passes.ops.comm import COLLECTIVES, all_gather, all_reduce, recv, send
 from passes.program.rank_program import RankProgram
+from tests.mutations.mutation import NotHere, mutation, on_ranks, pick, pick_node, said
+from tests.support.broken_programs import Programs, add_after, bypass, calls, with_argument, with_keyword
 
 
 def _is(*targets: Any) -> Any:
     return lambda n: n.op == "call_function" and n.target in targets
 
 
-@mutation("collective dropped")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def collective_dropped(programs: Programs, rng: random.Random) -> str:
     places = on_ranks(programs, *pick_node(programs, rng, _is(*COLLECTIVES)), rng)
     for _program, node in places:
         bypass(node)
     return said(places)
 
 
-@mutation("collective doubled")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def collective_doubled(programs: Programs, rng: random.Random) -> str:
     """The second is of what the first gives, or nobody reads it."""
     places = on_ranks(programs, *pick_node(programs, rng, _is(*COLLECTIVES)), rng)
     of_result = rng.random() < 0.5
@@ -43,8 +43,8 @@ def _collectives(program: RankProgram) -> list[Node]:
     return calls(program, *COLLECTIVES)
 
 
-@mutation("collectives reordered on one rank")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def collectives_reordered_on_one_rank(programs: Programs, rng: random.Random) -> str:
     """Two that do not depend on each other; where there are none, two more are made on every rank."""
     program = pick(rng, [p for p in programs if len(_collectives(p)) > 1])
     nodes = _collectives(program)
@@ -63,8 +63,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"two more after collective {at + 1}, in another order on rank {program.rank}"
 
 
-@mutation("another collective")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def another_collective(programs: Programs, rng: random.Random) -> str:
     """A gather in place of a sum, or the other way round."""
     program, node = pick_node(programs, rng, _is(*COLLECTIVES))
     places = on_ranks(programs, program, node, rng)
@@ -79,16 +79,16 @@ def _(programs: Programs, rng: random.Random) -> str:
     return said(places)
 
 
-@mutation("collective along another axis")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def collective_along_another_axis(programs: Programs, rng: random.Random) -> str:
     places = on_ranks(programs, *pick_node(programs, rng, _is(*COLLECTIVES)), rng)
     for _program, node in places:
         with_keyword(node, axis="pp")
     return said(places)
 
 
-@mutation("gather along another dim")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def gather_along_another_dim(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, _is(all_gather))
     dims = [d for d in range(node.meta["val"].dim()) if d != node.kwargs["dim"]]
     places, dim = on_ranks(programs, program, node, rng), pick(rng, dims)
@@ -97,8 +97,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{said(places)}, dim {dim}"
 
 
-@mutation("parts of a gather permuted")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def parts_of_a_gather_permuted(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, _is(all_gather))
     parts = node.kwargs["parts"]
     turned = (*parts[1:], parts[0])
@@ -108,8 +108,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return said(places)
 
 
-@mutation("parts of a gather shifted by one")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def parts_of_a_gather_shifted_by_one(programs: Programs, rng: random.Random) -> str:
     """One rank's part grows at the next one's cost, or ends early."""
     program, node = pick_node(programs, rng, _is(all_gather))
     parts = [list(part) for part in node.kwargs["parts"]]
@@ -127,15 +127,15 @@ def _(programs: Programs, rng: random.Random) -> str:
 # -- messages ----------------------------------------------------------------------------------------------------------
 
 
-@mutation("send lost")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def send_lost(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, _is(send))
     node.graph.erase_node(node)
     return f"{node.name} on rank {program.rank}"
 
 
-@mutation("recv lost")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def recv_lost(programs: Programs, rng: random.Random) -> str:
     """Its users read zeros in its place; sometimes the send goes, too."""
     program, node = pick_node(programs, rng, _is(recv))
     both = rng.random() < 0.5
@@ -147,15 +147,15 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{node.name} on rank {program.rank}{', and its send' if both else ''}"
 
 
-@mutation("message doubled")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def message_doubled(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, _is(send, recv))
     add_after(node, node.target, node.args, dict(node.kwargs))
     return f"{node.name} on rank {program.rank}"
 
 
-@mutation("wrong peer")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def wrong_peer(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, _is(send, recv))
     key = "to" if node.target is send else "source"
     peer = pick(rng, [r for r in (*range(program.mesh.size), program.mesh.size) if r != node.kwargs[key]])
@@ -163,8 +163,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{node.name} on rank {program.rank}: {key} {peer}"
 
 
-@mutation("peers crossed")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def peers_crossed(programs: Programs, rng: random.Random) -> str:
     """Two ranks of a stage send each other's share, and the receivers know."""
     program, node = pick_node(programs, rng, _is(send))
     channel, tp = node.kwargs["channel"], program.mesh.tp
@@ -183,8 +183,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"channel {channel}"
 
 
-@mutation("wrong channel")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def wrong_channel(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, _is(send, recv))
     others = {n.kwargs["channel"] for p in programs for n in calls(p, send, recv)} | {99}
     channel = pick(rng, sorted(others - {node.kwargs["channel"]}))
@@ -192,8 +192,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{node.name} on rank {program.rank}: channel {channel}"
 
 
-@mutation("order of messages swapped")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def order_of_messages_swapped(programs: Programs, rng: random.Random) -> str:
     """Two sends or two recvs between the same ranks; where there is one only, a second, of other values, is made."""
     program, node = pick_node(programs, rng, _is(send, recv))
     peer = "to" if node.target is send else "source"
@@ -219,8 +219,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"a second message between ranks {sender.rank} and {receiver.rank}, the other way round"
 
 
-@mutation("ranks wait for each other")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def ranks_wait_for_each_other(programs: Programs, rng: random.Random) -> str:
     """A rank waits, before it comes to a send or a collective, for what another says after that only."""
     program, node = pick_node(programs, rng, _is(send, *COLLECTIVES))
     if node.target is send:
@@ -236,16 +236,16 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"rank {program.rank} before {node.name}, rank {other.rank} after {after.name}"
 
 
-@mutation("wrong dtype of a recv")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def wrong_dtype_of_a_recv(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, _is(recv))
     dtype = pick(rng, [d for d in (torch.float16, torch.float32, torch.int64, torch.bool) if d != node.args[1]])
     with_argument(node, 1, dtype)
     return f"{node.name} on rank {program.rank}: {dtype}"
 
 
-@mutation("wrong shape of a recv")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def wrong_shape_of_a_recv(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, _is(recv))
     shape = list(node.args[0])
     at = rng.randrange(len(shape))
@@ -258,8 +258,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{node.name} on rank {program.rank}: {shape}"
 
 
-@mutation("another tensor sent")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def another_tensor_sent(programs: Programs, rng: random.Random) -> str:
     """A cut that uses a value too early: one of the same shape."""
     program, node = pick_node(programs, rng, _is(send))
     value = node.args[0].meta["val"]

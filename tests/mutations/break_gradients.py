@@ -6,8 +6,6 @@ import dataclasses
 import random
 from typing import Any
 
-from editing import Programs, add_after, bypass, with_keyword
-from mutation import mutation, on_ranks, pick, pick_node, said
 from torch.fx import Node
 
 from passes.fx.differentiable import differentiable
@@ -15,14 +13,16 @@ from passes.ops.comm import all_gather, all_reduce, copy_to_tp, recv, send
 from passes.ops.parallel_layers import one_gradient
 from passes.program.gradient_sums import GradSum
 from passes.program.rank_program import RankProgram
+from tests.mutations.mutation import mutation, on_ranks, pick, pick_node, said
+from tests.support.broken_programs import Programs, add_after, bypass, with_keyword
 
 
 def _is(*targets: Any) -> Any:
     return lambda n: n.op == "call_function" and n.target in targets
 
 
-@mutation("copy_to_tp missing")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def copy_to_tp_missing(programs: Programs, rng: random.Random) -> str:
     """As before: forward nothing changes."""
     places = on_ranks(programs, *pick_node(programs, rng, _is(copy_to_tp)), rng)
     for _program, node in places:
@@ -30,8 +30,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return said(places)
 
 
-@mutation("copy_to_tp doubled")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def copy_to_tp_doubled(programs: Programs, rng: random.Random) -> str:
     places = on_ranks(programs, *pick_node(programs, rng, _is(copy_to_tp)), rng)
     for _program, node in places:
         again = add_after(node, copy_to_tp, (node,), dict(node.kwargs))
@@ -39,8 +39,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return said(places)
 
 
-@mutation("copy_to_tp that one reader passes by")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def copy_to_tp_that_one_reader_passes_by(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, lambda n: n.target is copy_to_tp and len(n.users) > 1)
     reader = pick(rng, list(node.users)).name
     places = on_ranks(programs, program, node, rng)
@@ -51,8 +51,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{said(places)}: {reader}"
 
 
-@mutation("copy_to_tp where none is owed")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def copy_to_tp_where_none_is_owed(programs: Programs, rng: random.Random) -> str:
     """Of a value whose gradient is whole, or a term already: before a norm, a residual."""
     if programs[0].mesh.tp == 1 or programs[0].grad_sums is None:
         pick(rng, [])
@@ -72,8 +72,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return said(places)
 
 
-@mutation("one_gradient missing")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def one_gradient_missing(programs: Programs, rng: random.Random) -> str:
     """Forward nothing changes; each rank of the group then counts the whole gradient as its own term."""
     places = on_ranks(programs, *pick_node(programs, rng, _is(one_gradient)), rng)
     for _program, node in places:
@@ -81,8 +81,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return said(places)
 
 
-@mutation("one_gradient for another rank")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def one_gradient_for_another_rank(programs: Programs, rng: random.Random) -> str:
     """Nobody has the gradient, or several do."""
     program, node = pick_node(programs, rng, _is(one_gradient))
     places = on_ranks(programs, program, node, rng)
@@ -92,8 +92,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return said(places)
 
 
-@mutation("one_gradient where each rank has all of it")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def one_gradient_where_each_rank_has_all_of_it(programs: Programs, rng: random.Random) -> str:
     """Behind a sum over ranks: all but the first lose it."""
     if programs[0].grad_sums is None:
         pick(rng, [])
@@ -104,8 +104,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return said(places)
 
 
-@mutation("gradient not sent back")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def gradient_not_sent_back(programs: Programs, rng: random.Random) -> str:
     """By one side, or by both."""
     program, node = pick_node(programs, rng, lambda n: n.target in (send, recv) and bool(n.kwargs.get("gradient")))
     both, channel = rng.random() < 0.5, node.kwargs["channel"]
@@ -135,16 +135,16 @@ def _replace(programs: list[RankProgram], old: GradSum, new: tuple[GradSum, ...]
         p.grad_sums = tuple(found)
 
 
-@mutation("gradient sum missing")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def gradient_sum_missing(programs: Programs, rng: random.Random) -> str:
     old = _sum(programs, rng)
     ranks = programs if rng.random() < 0.85 else [programs[pick(rng, list(old.ranks))]]
     _replace(ranks, old, ())
     return f"{old.source} on {len(ranks)} ranks"
 
 
-@mutation("gradient summed twice")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def gradient_summed_twice(programs: Programs, rng: random.Random) -> str:
     """Once more under a box of its own: of one row less."""
     old = _sum(programs, rng)
     dim = pick(rng, [d for d, (a, b) in enumerate(old.box) if b - a > 1])
@@ -154,16 +154,16 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{old.source} {again.box}"
 
 
-@mutation("gradient sum without one of its terms")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def gradient_sum_without_one_of_its_terms(programs: Programs, rng: random.Random) -> str:
     old = _sum(programs, rng)
     lost = pick(rng, old.terms)
     _replace(programs, old, (dataclasses.replace(old, terms=tuple(t for t in old.terms if t != lost)),))
     return f"{old.source}, without rank {lost[0]}"
 
 
-@mutation("gradient sum of fewer elements")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def gradient_sum_of_fewer_elements(programs: Programs, rng: random.Random) -> str:
     old = _sum(programs, rng)
     dim = pick(rng, [d for d, (a, b) in enumerate(old.box) if b - a > 1])
     a, b = old.box[dim]
@@ -171,8 +171,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{old.source}, dim {dim}"
 
 
-@mutation("gradient sums in another order")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def gradient_sums_in_another_order(programs: Programs, rng: random.Random) -> str:
     """On one rank: the ranks would add up different tensors, or wait for each other."""
     program = pick(rng, [p for p in programs if len(p.grad_sums or ()) > 1])
     sums = list(program.grad_sums)

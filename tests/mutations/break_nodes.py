@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import operator
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from editing import Programs, add_after, calls, with_argument
-from mutation import NotHere, mutation, on_ranks, pick, pick_node, said
 from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.nn import functional as F
@@ -18,6 +16,8 @@ from passes.fx.arguments import is_tensor, map_tensor_arguments, tensor_argument
 from passes.fx.nodes import op_name
 from passes.ops.comm import COMM_OPS
 from passes.program.rank_program import RankProgram
+from tests.mutations.mutation import NotHere, mutation, on_ranks, pick, pick_node, said
+from tests.support.broken_programs import Programs, calls, with_argument
 
 _CALLS = ("call_function", "call_method", "call_module")
 
@@ -45,8 +45,8 @@ def _alike(node: Node, of: Node) -> list[Node]:
     return [n for n in found if n is not of]
 
 
-@mutation("operand of another place")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def operand_of_another_place(programs: Programs, rng: random.Random) -> str:
     """A tensor of the same shape: the residual before the block, say."""
     program, node = pick_node(programs, rng, _is_call)
     given = tensor_arguments(node)
@@ -60,8 +60,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{said(places)}: input {slot} is {source.name}"
 
 
-@mutation("operands swapped")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def operands_swapped(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, lambda n: _is_call(n) and len(set(tensor_arguments(n))) > 1)
     given = tensor_arguments(node)
     i, j = rng.sample(range(len(given)), 2)
@@ -74,8 +74,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{said(places)}: inputs {i} and {j}"
 
 
-@mutation("op left out")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def op_left_out(programs: Programs, rng: random.Random) -> str:
     """Its users read one of its operands that looks like its result: a residual lost, a rotation not made."""
 
     def fits(n: Node) -> bool:
@@ -93,8 +93,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return said(places)
 
 
-@mutation("element of a tuple")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def element_of_a_tuple(programs: Programs, rng: random.Random) -> str:
     """A getitem of the next tensor that an op returns: keys for values, one expert's rows for another's."""
 
     def fits(n: Node) -> bool:
@@ -112,8 +112,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{said(places)}: {index}"
 
 
-@mutation("module of another place")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def module_of_another_place(programs: Programs, rng: random.Random) -> str:
     """Another module of its class and shapes: the linear of the layer before."""
 
     def shapes(program: RankProgram, n: Node) -> Any:
@@ -146,8 +146,8 @@ _OTHERS: dict[Any, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-@mutation("another op")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def another_op(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, lambda n: n.op != "call_module" and bool(_OTHERS.get(n.target)))
     target = rng.choice(_OTHERS[node.target])
     places = on_ranks(programs, program, node, rng)
@@ -158,8 +158,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{said(places)}: {getattr(target, '__name__', target)}"
 
 
-@mutation("another activation module")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def another_activation_module(programs: Programs, rng: random.Random) -> str:
     """And other settings of a module: the eps of a norm, how a gelu is approximated, the slope of a relu."""
 
     def settings(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -184,190 +184,11 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{said(places)}: {name or type(value).__name__} {value if name else ''}"
 
 
-# -- which numbers -----------------------------------------------------------------------------------------------------
-
-
-def _numbers(value: Any, kind: type, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """(path, number) of each number of that type anywhere in arguments."""
-    if type(value) is kind:
-        yield path, value
-    elif isinstance(value, (tuple, list)):
-        for i, v in enumerate(value):
-            yield from _numbers(v, kind, (*path, i))
-    elif isinstance(value, dict):
-        for k, v in value.items():
-            yield from _numbers(v, kind, (*path, k))
-    elif isinstance(value, slice):
-        for k in ("start", "stop", "step"):
-            yield from _numbers(getattr(value, k), kind, (*path, k))
-
-
-def _with(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """`value` with `new` at the path."""
-    if not path:
-        return new
-    first, *rest = path
-    if isinstance(value, dict):
-        return {**value, first: _with(value[first], tuple(rest), new)}
-    if isinstance(value, slice):
-        bounds = {k: getattr(value, k) for k in ("start", "stop", "step")}
-        bounds[first] = _with(bounds[first], tuple(rest), new)
-        return slice(bounds["start"], bounds["stop"], bounds["step"])
-    changed = list(value)
-    changed[first] = _with(changed[first], tuple(rest), new)
-    return type(value)(changed)
-
-
-def _change_number(
-    programs: Programs, rng: random.Random, fits: Callable[[Node], bool], kind: type, change: Callable[[Any], Any]
-) -> str:
-    def numbers(n: Node) -> list[tuple[tuple[Any, ...], Any]]:
-        return list(_numbers((n.args, n.kwargs), kind))
-
-    program, node = pick_node(programs, rng, lambda n: fits(n) and bool(numbers(n)))
-    path, old = rng.choice(numbers(node))
-    new = change(old)
-    places = on_ranks(programs, program, node, rng)
-    for _program, n in places:
-        if dict(numbers(n)).get(path) == old:
-            _set(n, *_with((n.args, n.kwargs), path, new))
-    return f"{said(places)}: {new} for {old}"
-
-
-@mutation("number changed")
-def _(programs: Programs, rng: random.Random) -> str:
-    """The scale of a softmax, an eps, an exponent."""
-    return _change_number(
-        programs, rng, _is_call, float, lambda old: old * rng.choice([2.0, 0.5, 1e3, -1.0]) if old else 0.25
-    )  # fmt: skip
-
-
-@mutation("flag turned")
-def _(programs: Programs, rng: random.Random) -> str:
-    """is_causal, enable_gqa, keepdim."""
-    return _change_number(programs, rng, _is_call, bool, lambda old: not old)
-
-
-_SHAPED = ("reshape", "broadcast_to")
-
-
-@mutation("size in a view")
-def _(programs: Programs, rng: random.Random) -> str:
-    return _change_number(
-        programs, rng, lambda n: op_name(n) in _SHAPED, int,
-        lambda old: rng.choice([old - 1, old + 1, old * 2, -1, 1, max(1, old // 2)]),
-    )  # fmt: skip
-
-
-@mutation("sizes in a view swapped")
-def _(programs: Programs, rng: random.Random) -> str:
-    program, node = pick_node(programs, rng, lambda n: op_name(n) in _SHAPED and len(n.args[1]) > 1)
-    i, j = rng.sample(range(len(node.args[1])), 2)
-    places = on_ranks(programs, program, node, rng)
-    for _program, n in places:
-        shape = list(n.args[1])
-        shape[i], shape[j] = shape[j], shape[i]
-        with_argument(n, 1, tuple(shape))
-    return f"{said(places)}: {i} and {j}"
-
-
-@mutation("length of the example in a view")
-def _(programs: Programs, rng: random.Random) -> str:
-    """A batch size or a length as the number that it was while tracing."""
-    program, node = pick_node(
-        programs, rng, lambda n: op_name(n) in _SHAPED and any(isinstance(s, Node) for s in n.args[1])
-    )
-    at = pick(rng, [i for i, s in enumerate(node.args[1]) if isinstance(s, Node)])
-    places = on_ranks(programs, program, node, rng)
-    for _program, n in places:
-        shape = list(n.args[1])
-        shape[at] = n.meta["val"].shape[at]
-        with_argument(n, 1, tuple(shape))
-    return said(places)
-
-
-def _is_slice(node: Node) -> bool:
-    return (op_name(node) == "getitem" and bool(list(_numbers(node.args[1], int))) and is_tensor(node)) or (
-        op_name(node) in ("narrow", "split", "chunk", "index_select")
-    )
-
-
-@mutation("bounds of a slice or split")
-def _(programs: Programs, rng: random.Random) -> str:
-    """The share of a fused projection that is the keys', say."""
-    return _change_number(
-        programs, rng, _is_slice, int, lambda old: rng.choice([old - 1, old + 1, old * 2, -old if old else 1])
-    )  # fmt: skip
-
-
-@mutation("slice shifted")
-def _(programs: Programs, rng: random.Random) -> str:
-    """Of the same length, elsewhere."""
-
-    def slices(n: Node) -> list[int]:
-        if op_name(n) != "getitem" or not is_tensor(n) or not isinstance(n.args[1], tuple):
-            return []
-        return [i for i, s in enumerate(n.args[1]) if isinstance(s, slice) and (s.start or s.stop)]
-
-    program, node = pick_node(programs, rng, lambda n: bool(slices(n)))
-    at = rng.choice(slices(node))
-    step = rng.choice([-8, -1, 1, 8])
-    places = on_ranks(programs, program, node, rng)
-    for _program, n in places:
-        own = n.args[1][at]
-        if type(own.start) not in (int, type(None)) or type(own.stop) not in (int, type(None)):
-            raise NotHere
-        new = slice((own.start or 0) + step, None if own.stop is None else own.stop + step, own.step)
-        with_argument(n, 1, tuple(new if i == at else s for i, s in enumerate(n.args[1])))
-    return f"{said(places)}: {step}"
-
-
-_WITH_DIMS = (
-    "transpose", "permute", "unsqueeze", "squeeze", "cat", "stack", "softmax", "sum", "mean", "cumsum", "topk",
-    "swapaxes", "index_add", "unbind",
-)  # fmt: skip
-
-
-@mutation("dims of an op")
-def _(programs: Programs, rng: random.Random) -> str:
-    """Of a transpose, a cat, a softmax, a mean."""
-    return _change_number(
-        programs, rng, lambda n: op_name(n) in _WITH_DIMS, int, lambda old: rng.choice([old - 1, old + 1, -old])
-    )  # fmt: skip
-
-
-@mutation("wrong dtype of a cast")
-def _(programs: Programs, rng: random.Random) -> str:
-    program, node = pick_node(programs, rng, lambda n: bool(list(_numbers((n.args, n.kwargs), torch.dtype))))
-    (path, old), *_rest = _numbers((node.args, node.kwargs), torch.dtype)
-    new = pick(rng, [d for d in (torch.float16, torch.bfloat16, torch.int64, torch.bool) if d != old])
-    places = on_ranks(programs, program, node, rng)
-    for _program, n in places:
-        _set(n, *_with((n.args, n.kwargs), path, new))
-    return f"{said(places)}: {new}"
-
-
-@mutation("another length of the inputs")
-def _(programs: Programs, rng: random.Random) -> str:
-    """The number of sequences for that of tokens, or a length off by one."""
-    program, node = pick_node(programs, rng, lambda n: n.target is torch.ops.aten.sym_size.int)
-    places = on_ranks(programs, program, node, rng)
-    dim = rng.choice([0, 1])
-    if node.args[1] != dim and dim < node.args[0].meta["val"].dim():
-        for _program, n in places:
-            with_argument(n, 1, dim)
-        return f"{said(places)}: dim {dim}"
-    for _program, n in places:
-        more = add_after(n, operator.add, (n, 1))
-        n.replace_all_uses_with(more, delete_user_cb=lambda user, more=more: user is not more)
-    return f"{said(places)}: and one"
-
-
 # -- when, and where to ------------------------------------------------------------------------------------------------
 
 
-@mutation("used before it is made")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def used_before_it_is_made(programs: Programs, rng: random.Random) -> str:
     """A node before its producer, a recv behind its first user."""
     program, node = pick_node(programs, rng, lambda n: n.op in _CALLS and bool(n.all_input_nodes))
     order = list(node.graph.nodes)
@@ -376,8 +197,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{node.name} before {producer.name} on rank {program.rank}"
 
 
-@mutation("value that the stage has not")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def value_that_the_stage_has_not(programs: Programs, rng: random.Random) -> str:
     """What another stage computes, in place of what this one does: an input of that name, which nobody gives."""
     if programs[0].mesh.pp == 1:
         raise NotHere
@@ -393,8 +214,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return said(places)
 
 
-@mutation("cache layer off by one")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def cache_layer_off_by_one(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, lambda n: n.op == "call_method" and n.target == "update")
     layer = node.args[3] + rng.choice([-1, 1])
     places = on_ranks(programs, program, node, rng)
@@ -403,8 +224,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{said(places)}: {layer}"
 
 
-@mutation("cache layers swapped")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def cache_layers_swapped(programs: Programs, rng: random.Random) -> str:
     ranks = [p for p in programs if len(calls(p, "update")) > 1]
     program = pick(rng, ranks)
     i, j = sorted(rng.sample(range(len(calls(program, "update"))), 2))
@@ -416,8 +237,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{i} and {j} on stage {program.stage}"
 
 
-@mutation("cache not written, or twice")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def cache_not_written_or_twice(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, lambda n: n.op == "call_method" and n.target == "update")
     twice = rng.random() < 0.5
     places = on_ranks(programs, program, node, rng)
@@ -434,8 +255,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{said(places)}{', twice' if twice else ''}"
 
 
-@mutation("layers of a rank's cache")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def layers_of_a_rank_s_cache(programs: Programs, rng: random.Random) -> str:
     """Which layers of the model's cache the rank's own are."""
     program = pick(rng, [p for p in programs if p.cache_layers])
     layers = list(program.cache_layers)
@@ -447,8 +268,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{layers} on stage {program.stage}"
 
 
-@mutation("output lost or renamed")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def output_lost_or_renamed(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, lambda n: n.op == "output" and bool(n.args[0]))
     name = rng.choice(sorted(node.args[0]))
     rename = rng.random() < 0.5
@@ -459,8 +280,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{said(places)}: {name}"
 
 
-@mutation("another output")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def another_output(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, lambda n: n.op == "output" and bool(n.args[0]))
     found: list[Node] = []
     map_arg(node.args[0], lambda n: found.append(n) if is_tensor(n) else None)
@@ -473,8 +294,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{said(places)}: {new.name} for {old.name}"
 
 
-@mutation("unread op more")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def unread_op_more(programs: Programs, rng: random.Random) -> str:
     """Changes no result, unless it writes: what it takes is changed in place."""
     program, node = pick_node(programs, rng, lambda n: is_tensor(n) and n.op == "call_module")
     with node.graph.inserting_after(node):

@@ -7,14 +7,14 @@ import random
 from collections.abc import Sequence
 
 import torch
-from editing import Programs, with_slice
-from mutation import NotHere, mutation, pick
 
 from cost_model.graph.placement import Interval
 from passes.fx.arguments import place
 from passes.ops.parallel_layers import RowParallelLinear, VocabParallelEmbedding
 from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
+from tests.mutations.mutation import NotHere, mutation, pick
+from tests.support.broken_programs import Programs, with_slice
 
 
 def _sharded(programs: Programs, rng: random.Random, least: int = 1) -> tuple[RankProgram, ParamShard]:
@@ -34,8 +34,8 @@ def _set(program: RankProgram, shard: ParamShard, intervals: Sequence[Interval])
         owner.num_embeddings = sum(b - a for a, b in intervals)
 
 
-@mutation("slice shifted by one")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def slice_shifted_by_one(programs: Programs, rng: random.Random) -> str:
     program, shard = _sharded(programs, rng)
     size = shard.shape[shard.dim]
     at = pick(rng, [i for i, (a, b) in enumerate(shard.intervals) if b > a])
@@ -47,8 +47,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{shard.name} on rank {program.rank}: {intervals}"
 
 
-@mutation("border between two ranks' slices moved")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def border_between_two_ranks_slices_moved(programs: Programs, rng: random.Random) -> str:
     program, shard = _sharded(programs, rng)
     others = [p for p in programs if p.stage == program.stage and shard.name in p.param_shards and p is not program]
     ends = [(i, b) for i, (a, b) in enumerate(shard.intervals) if b > a]
@@ -65,8 +65,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     raise NotHere
 
 
-@mutation("slice too short")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def slice_too_short(programs: Programs, rng: random.Random) -> str:
     program, shard = _sharded(programs, rng)
     at = pick(rng, [i for i, (a, b) in enumerate(shard.intervals) if b > a])
     intervals = list(shard.intervals)
@@ -76,8 +76,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{shard.name} on rank {program.rank}: {intervals}"
 
 
-@mutation("elements held twice")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def elements_held_twice(programs: Programs, rng: random.Random) -> str:
     """One more than the plan says; or the same elements as the next rank."""
     program, shard = _sharded(programs, rng)
     intervals = list(shard.intervals)
@@ -97,8 +97,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{shard.name} on rank {program.rank}: {intervals}"
 
 
-@mutation("slices of two ranks swapped")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def slices_of_two_ranks_swapped(programs: Programs, rng: random.Random) -> str:
     """In one module: also what belongs to it, such as a bias, stays."""
     program, shard = _sharded(programs, rng)
     others = [p for p in programs if p.stage == program.stage and shard.name in p.param_shards and p is not program]
@@ -109,8 +109,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{shard.name} of ranks {program.rank} and {other.rank}"
 
 
-@mutation("segments of a fused weight in another order")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def segments_of_a_fused_weight_in_another_order(programs: Programs, rng: random.Random) -> str:
     program, shard = _sharded(programs, rng, least=2)
     intervals = list(shard.intervals)
     i, j = rng.sample(range(len(intervals)), 2)
@@ -119,8 +119,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{shard.name} on rank {program.rank}: {intervals}"
 
 
-@mutation("parameter of another place")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def parameter_of_another_place(programs: Programs, rng: random.Random) -> str:
     """Of the same shape: another layer's, say. On one rank, or on all that hold it."""
     program = pick(rng, programs)
     shards = list(program.param_shards.values())
@@ -137,8 +137,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{shard.name} is {source} on {len(ranks)} ranks"
 
 
-@mutation("cut along the other dim")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def cut_along_the_other_dim(programs: Programs, rng: random.Random) -> str:
     program, shard = _sharded(programs, rng)
     if len(shard.shape) != 2:
         raise NotHere
@@ -166,8 +166,8 @@ def _row_biases(programs: Programs) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-@mutation("bias added on each rank")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def bias_added_on_each_rank(programs: Programs, rng: random.Random) -> str:
     path = pick(rng, _row_biases(programs))
     holder = next(p for p in programs if f"{path}.bias" in p.param_shards)
     group = [p for p in programs if p.stage == holder.stage and p is not holder]
@@ -179,8 +179,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return path
 
 
-@mutation("bias added on no rank")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def bias_added_on_no_rank(programs: Programs, rng: random.Random) -> str:
     linears = [
         (p, name) for p in programs for name, m in p.graph_module.named_modules()
         if isinstance(getattr(m, "bias", None), torch.nn.Parameter) and f"{name}.bias" in p.param_shards
@@ -194,8 +194,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return path
 
 
-@mutation("rows that a lookup takes for its own")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def rows_that_a_lookup_takes_for_its_own(programs: Programs, rng: random.Random) -> str:
     found = [
         (p, name, m) for p in programs for name, m in p.graph_module.named_modules()
         if isinstance(m, VocabParallelEmbedding)
@@ -207,8 +207,8 @@ def _(programs: Programs, rng: random.Random) -> str:
     return f"{name} on rank {program.rank}: {module.intervals}"
 
 
-@mutation("another KV head picked")
-def _(programs: Programs, rng: random.Random) -> str:
+@mutation
+def another_KV_head_picked(programs: Programs, rng: random.Random) -> str:
     found = [
         (p, name, b) for p in programs for name, b in p.graph_module.named_buffers()
         if name not in p.param_shards and b.dtype == torch.int64 and b.dim() == 1 and len(b)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import random
 
 import torch
-from random_graphs import RandomModule, random_costs
-from small_graphs import FREE, normalized, plan_for
-from subjects import subject, subjects
-from trial import numeric_verdict, static_verdict
 
 from autodist_fx.numeric.check import Form, check_call, drawn_weights
 from cost_model.errors import MeshError, VerificationError
 from passes.op_graph.build import build_op_graph, parameter_names
 from passes.partition.pipeline import emit_rank
 from passes.verify.verify import verify
+from tests.mutations.subjects import subject, subjects
+from tests.mutations.trial import numeric_verdict, static_verdict
+from tests.support.graphs import FREE, normalized, plan_for
+from tests.support.random_graphs import RandomModule, random_costs
 
 
 def correct_programs(count: int) -> tuple[int, list[str]]:

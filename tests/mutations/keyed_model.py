@@ -6,11 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from small_graphs import Attention
 from torch import nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
+
+from tests.support.graphs import Attention
 
 
 class KeyedConfig(PretrainedConfig):

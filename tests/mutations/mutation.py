@@ -10,10 +10,10 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from editing import Programs
 from torch.fx import Node
 
 from passes.program.rank_program import RankProgram
+from tests.support.broken_programs import Programs
 
 Mutate = Callable[[Programs, random.Random], str]
 MUTATIONS: dict[str, Mutate] = {}
@@ -23,15 +23,12 @@ class NotHere(Exception):
     """Nothing in these programs can be broken in this way."""
 
 
-def mutation(text: str) -> Callable[[Mutate], Mutate]:
-    """Register a mutation under the words that the table has for it."""
-
-    def register(mutate: Mutate) -> Mutate:
-        assert text not in MUTATIONS
-        MUTATIONS[text] = mutate
-        return mutate
-
-    return register
+def mutation(mutate: Mutate) -> Mutate:
+    """Register a mutation; the table calls it by its function's name, in words."""
+    name = mutate.__name__.replace("_", " ")
+    assert name not in MUTATIONS
+    MUTATIONS[name] = mutate
+    return mutate
 
 
 def pick(rng: random.Random, found: Sequence[Any]) -> Any:

@@ -16,11 +16,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from keyed_model import KeyedConfig, KeyedLM
-from tiny_encoders import segments, text_batch, tiny_encoder
-from tiny_models import padded_batch, randomized, relative_error, tiny_model
-from tiny_moe import FOUR, tiny_moe_model
-from tiny_seq2seq import seq2seq_inputs, tiny_seq2seq
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import autodist_fx as adx
@@ -33,6 +28,11 @@ from autodist_fx.simulation.thread_communicator import ThreadCommunicator
 from autodist_fx.weights.load import load_rank
 from autodist_fx.weights.sources.module_source import ModuleSource
 from passes.program.rank_program import RankProgram
+from tests.mutations.keyed_model import KeyedConfig, KeyedLM
+from tests.support.encoders import segments, text_batch, tiny_encoder
+from tests.support.models import padded_batch, randomized, relative_error, tiny_model
+from tests.support.moe import FOUR, tiny_moe_model
+from tests.support.seq2seq import seq2seq_inputs, tiny_seq2seq
 
 Programs = list[RankProgram]
 Mesh = tuple[int, int]  # tp, pp

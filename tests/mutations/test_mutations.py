@@ -6,9 +6,10 @@ import random
 from typing import Any
 
 import pytest
-from mutation import MUTATIONS
-from subjects import subject
-from trial import numeric_verdict, run_mutant, static_verdict
+
+from tests.mutations.mutation import MUTATIONS
+from tests.mutations.subjects import subject
+from tests.mutations.trial import numeric_verdict, run_mutant, static_verdict
 
 # Few, since each is compiled in every process: heads that are cut apart, biases, segments, a cache, gradients, stages.
 SUBJECTS: tuple[tuple[str, tuple[int, int], str], ...] = (

@@ -8,16 +8,16 @@ import random
 import traceback
 from dataclasses import dataclass
 
-import break_comm  # noqa: F401  (registers its mutations, as those below)
-import break_gradients  # noqa: F401
-import break_nodes  # noqa: F401
-import break_weights  # noqa: F401
-from mutation import MUTATIONS, NotHere
-from subjects import Programs, Subject
-
+import tests.mutations.break_comm
+import tests.mutations.break_gradients
+import tests.mutations.break_nodes
+import tests.mutations.break_numbers
+import tests.mutations.break_weights  # noqa: F401
 from autodist_fx.numeric.verify_numeric import verify_numeric
 from cost_model.errors import MeshError, VerificationError
 from passes.verify.verify import verify
+from tests.mutations.mutation import MUTATIONS, NotHere
+from tests.mutations.subjects import Programs, Subject
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,45 @@
+"""Models whose states are in a cache of their own, generating; over several processes: tests/distributed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Lfm2Config, Lfm2ForCausalLM
+
+import autodist_fx as adx
+from autodist_fx.errors import AutodistError
+from tests.support.models import randomized
+
+CONFIG = Lfm2Config(
+    vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3,
+    intermediate_size=31, layer_types=["conv", "full_attention", "conv"], pad_token_id=0, bos_token_id=1,
+    eos_token_id=2,
+)  # fmt: skip
+IDS = torch.tensor([[9, 10, 11, 12, 13], [0, 0, 14, 15, 16]])
+
+
+@pytest.mark.parametrize("options", ({"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2, "do_sample": True}))
+def test_beams_take_their_states_along(options: dict[str, Any], tmp_path: Path) -> None:
+    """The truth is the model without a cache: its own cannot reorder beams in transformers 4.57.6 (IndexError)."""
+    model = randomized(Lfm2ForCausalLM(CONFIG).eval())
+    model.save_pretrained(tmp_path)
+    split = adx.from_pretrained(tmp_path, tp=1, device="cpu")
+    given = {"input_ids": IDS, "attention_mask": (IDS != 0).long(), "max_new_tokens": 8, **options}
+    tokens = []
+    for each, use_cache in ((model, False), (split, True)):
+        torch.manual_seed(3)
+        tokens.append(each.generate(**given, use_cache=use_cache).tolist())
+    assert tokens[0] == tokens[1]
+
+
+def test_several_tokens_after_the_prompt_are_refused(tmp_path: Path) -> None:
+    Lfm2ForCausalLM(CONFIG).save_pretrained(tmp_path)
+    split = adx.from_pretrained(tmp_path, tp=1, device="cpu")
+    cache = split(IDS, use_cache=True).past_key_values
+    with pytest.raises(AutodistError, match="one token at a time after its prompt; got 5"):
+        split(IDS, past_key_values=cache)
+    with pytest.raises(AutodistError, match="cannot be cropped"):
+        cache.crop(2)

@@ -1,0 +1,87 @@
+"""Tiny encoders of text and images, with random numbers in every parameter and in every running mean and variance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from tests.support.models import relative_error
+
+_TINY = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "dim": 48, "hidden_dim": 80, "n_layers": 2, "n_heads": 6, "max_position_embeddings": 64, "type_vocab_size": 2,
+    "image_size": 16, "patch_size": 4, "projection_dim": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "num_labels": 5,
+}  # fmt: skip
+BATCH, SEQ = 2, 12
+
+
+def tiny_config(kind: str, **changes: Any) -> PretrainedConfig:
+    """`kind` is the config's model_type. Nested configs (of text, of images) are made tiny, too."""
+    config = AutoConfig.for_model(kind)
+    _shrink(config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def _shrink(config: PretrainedConfig) -> None:
+    for name, value in _TINY.items():
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, value)
+    for nested in vars(config).values():
+        if isinstance(nested, PretrainedConfig):
+            _shrink(nested)
+
+
+def tiny_encoder(class_name: str, kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """An instance of the class of transformers, in float64 and eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    model = getattr(transformers, class_name)(tiny_config(kind, **changes)).to(torch.float64).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if parameter.dim() > 1:
+                value = noise * parameter[0].numel() ** -0.5
+            else:
+                value = noise * 0.3 + (1.0 if name.endswith("weight") else 0.0)
+            parameter.copy_(value)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64))
+            elif name.endswith("running_var"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def text_batch() -> dict[str, torch.Tensor]:
+    """Two sequences, the first with padding at its end."""
+    ids = torch.randint(5, 90, (BATCH, SEQ), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, -2:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def segments() -> torch.Tensor:
+    """token_type_ids: the second half of each sequence is of the second segment."""
+    return (torch.arange(SEQ) >= SEQ // 2).long().expand(BATCH, SEQ).contiguous()
+
+
+def images(size: int = 16, channels: int = 3) -> torch.Tensor:
+    return torch.randn(BATCH, channels, size, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def output_error(got: Any, wanted: Any) -> float:
+    """The largest relative error of any tensor anywhere in `wanted`, which `got` must have the same tensors as."""
+    if isinstance(wanted, torch.Tensor):
+        assert got.shape == wanted.shape
+        return relative_error(got, wanted)
+    if isinstance(wanted, (dict, ModelOutput)):
+        assert set(got) == set(wanted)
+        return max(output_error(got[name], wanted[name]) for name in wanted)
+    assert len(got) == len(wanted)
+    return max(output_error(a, b) for a, b in zip(got, wanted, strict=True))

@@ -1,0 +1,59 @@
+"""Models whose forward loops over a length, and their traced graphs."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from autodist_fx.tracing.control_flow.range_loops import outlined_loops
+from autodist_fx.tracing.tracer import Tracer
+
+
+class ListScan(nn.Module):
+    """A recurrence whose outputs are gathered in a list, with a branch that ends in another loop over lengths."""
+
+    block = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decay = nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        state = torch.zeros_like(x[:, 0])
+        if self.block > 1:
+            outputs = []
+            for i in range((x.shape[1] + self.block - 1) // self.block):
+                stop = min((i + 1) * self.block, x.shape[1])
+                part = x[:, i * self.block : stop]
+                outputs.append(part + state[:, None])
+                state = state * self.decay + part.sum(1)
+        else:
+            outputs = []
+            for t in range(x.shape[1]):
+                state = state * self.decay + x[:, t]
+                outputs.append(state[:, None])
+        outputs = torch.cat(outputs, dim=1)
+        return outputs * 2, state
+
+
+class InPlaceScan(nn.Module):
+    """Writes into a tensor that is read before the loop and after it."""
+
+    def forward(self, x):
+        y = torch.zeros_like(x)
+        before = y + 1
+        total = x[:, 0] * 0
+        for t in range(x.shape[1]):
+            if t % 2 == 0:
+                doubled = x[:, t] * 2
+            total += doubled
+            y[:, t] = total
+        return y + before, total
+
+
+def traced_loop(module: nn.Module, x: torch.Tensor) -> torch.fx.GraphModule:
+    with outlined_loops([__name__]), torch.no_grad():
+        tracer = Tracer(module, {"x": x.to("meta")}, {"x": x.repeat(1, 2, 1).to("meta")})
+        tracer._TORCH_METHODS_TO_PATCH = []
+        graph = tracer.trace(module, dummy_inputs={"x": x.to("meta")})
+    return torch.fx.GraphModule(module, graph)
