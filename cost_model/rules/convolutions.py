@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cost_model.rules.rule import DimLink, Letter, OpRule, Shape, rule
+from cost_model.rules.rule import DimLink, Letter, OpRule, RuleFunction, Shape
 
 
 def _grouped(slot: int, dim: int, size: int, groups: int) -> DimLink:
@@ -27,7 +27,6 @@ def _grouped(slot: int, dim: int, size: int, groups: int) -> DimLink:
     return DimLink(slot, dim, (elements, elements // (size // groups)))
 
 
-@rule("conv")
 def conv(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """x [b?, i, ...], weight [o, i/groups, ...] (or [i, o/groups, ...] where `transposed`), bias [o] -> [b?, o, ...].
 
@@ -51,7 +50,6 @@ def conv(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, 
     return OpRule(tuple(letters))
 
 
-@rule("batch_norm")
 def batch_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """x [b, c, ...] and any of mean, variance, weight, bias, each [c]; the images are needed together unless
     mean and variance are given."""
@@ -65,7 +63,6 @@ def batch_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping
     return OpRule(tuple(letters))
 
 
-@rule("group_norm")
 def group_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """x [b, c, ...], weight [c]?, bias [c]?."""
     x, groups = inputs[0], attrs["groups"]
@@ -76,7 +73,6 @@ def group_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping
     ))  # fmt: skip
 
 
-@rule("pool")
 def pool(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """Works along the last `spatial` dims; every other dim goes through, in each output."""
     x = inputs[0]
@@ -85,3 +81,11 @@ def pool(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, 
         links = tuple(DimLink(j, d) for j in range(len(outputs)))
         letters.append(Letter(f"d{d}", x[d], (DimLink(0, d),), links, filled=True))
     return OpRule(tuple(letters), ((0,),) if attrs["linear"] else ())
+
+
+RULES: dict[str, RuleFunction] = {
+    "conv": conv,
+    "batch_norm": batch_norm,
+    "group_norm": group_norm,
+    "pool": pool,
+}

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cost_model.rules.rule import DimLink, Letter, OpRule, Shape, rule
+from cost_model.rules.rule import DimLink, Letter, OpRule, RuleFunction, Shape
 
 
-@rule("index")
 def index(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """x[i, :, j]: x first, then the index tensors. `dims` lists (input dim, output dim) of what is taken whole."""
     letters = [
@@ -21,7 +20,6 @@ def index(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str,
     return OpRule(tuple(letters), ((0,),))
 
 
-@rule("index_add", "index_put")
 def index_add(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """x, index [n], source -> x with source's slices added (or put) at `index` along `dim`."""
     x = inputs[0]
@@ -33,7 +31,6 @@ def index_add(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[
     return OpRule(tuple(letters), ((0, 2),))
 
 
-@rule("gather")
 def gather(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """x, index -> x's elements at `index` along `dim`; other dims may be shorter in the index than in x: then whole."""
     x, at = inputs[0], inputs[1]
@@ -45,7 +42,6 @@ def gather(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str
     return OpRule(tuple(letters), ((0,),))
 
 
-@rule("scatter")
 def scatter(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """x, index, source (or a number) -> x with the source written to, or added at, `index` along `dim`.
 
@@ -60,7 +56,6 @@ def scatter(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[st
     return OpRule(tuple(letters), ((0, 2),) if len(inputs) == 3 else ())
 
 
-@rule("split_rows")
 def split_rows(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """x [rows, ...] and how many rows each piece has -> the pieces."""
     letters = [
@@ -71,7 +66,6 @@ def split_rows(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping
     return OpRule(tuple(letters), ((0,),))
 
 
-@rule("join_rows")
 def join_rows(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """Pieces [some rows, ...], and how many rows each has -> all rows [rows, ...]."""
     pieces = range(len(inputs) - 1)
@@ -81,3 +75,14 @@ def join_rows(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[
         if d > 0
     ]
     return OpRule(tuple(letters), (tuple(pieces),))
+
+
+RULES: dict[str, RuleFunction] = {
+    "index": index,
+    "index_add": index_add,
+    "index_put": index_add,
+    "gather": gather,
+    "scatter": scatter,
+    "split_rows": split_rows,
+    "join_rows": join_rows,
+}

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cost_model.rules.rule import DimLink, Letter, OpRule, Shape, passing, repeat_pairs, rule
+from cost_model.rules.rule import DimLink, Letter, OpRule, RuleFunction, Shape, passing, repeat_pairs
 
 
-@rule("linear")
 def linear(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """x [..., i], weight [o, i] (or [i, o] with attr `transposed`), bias [o] -> [..., o]."""
     x, weight = inputs[0], inputs[1]
@@ -21,7 +20,6 @@ def linear(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str
     return OpRule(tuple(letters))
 
 
-@rule("matmul")
 def matmul(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """[..., m, k] @ [..., k, n], batch dims broadcast."""
     a, b, out = inputs[0], inputs[1], outputs[0]
@@ -41,7 +39,6 @@ def matmul(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str
     return OpRule(tuple(letters))
 
 
-@rule("sdpa")
 def sdpa(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """q [b,h,s,d], k [b,g,t,d], v [b,g,t,e], mask broadcast to [b,h,s,t] -> [b,h,s,e]; only heads are cut."""
     q = inputs[0]
@@ -61,7 +58,6 @@ def sdpa(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, 
     return OpRule(tuple(letters))
 
 
-@rule("embedding")
 def embedding(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """ids [...], table [v, d] -> [..., d]."""
     table, last = inputs[1], len(outputs[0]) - 1
@@ -71,7 +67,6 @@ def embedding(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[
     ))  # fmt: skip
 
 
-@rule("cache_update")
 def cache_update(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """k [b,g,s,d], v [b,g,s,e] -> all keys [b,g,t,d], all values [b,g,t,e]; heads stay where they are."""
     k, v = inputs[0], inputs[1]
@@ -80,10 +75,19 @@ def cache_update(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mappi
     return OpRule((Letter("heads", k[1], (DimLink(0, 1), DimLink(1, 1)), (DimLink(0, 1), DimLink(1, 1))),))
 
 
-@rule("cache_read")
 def cache_read(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """Keys [b,g,t,d] and values [b,g,t,e] as an update has left them."""
     k, v = outputs
     if len(k) != 4 or len(v) != 4 or k[1] != v[1]:
         return OpRule()
     return OpRule((Letter("heads", k[1], (), (DimLink(0, 1), DimLink(1, 1))),))
+
+
+RULES: dict[str, RuleFunction] = {
+    "linear": linear,
+    "matmul": matmul,
+    "sdpa": sdpa,
+    "embedding": embedding,
+    "cache_update": cache_update,
+    "cache_read": cache_read,
+}

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cost_model.rules.rule import DimLink, Letter, OpRule, Shape, passing, rule
+from cost_model.rules.rule import DimLink, Letter, OpRule, RuleFunction, Shape, passing
 
 
-@rule("layer_norm", "rms_norm")
 def layer_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """The last `normalized` dims are normalised, never cut."""
     x = inputs[0]
     return OpRule(tuple(passing(0, 0, x, d, d) for d in range(len(x) - int(attrs["normalized"]))))
 
 
-@rule("softmax", "log_softmax", "cumsum", "sort", "flip", "roll", "topk", "tril_triu")
 def along(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """Works along `dims`; every other dim goes through, in each output."""
     x = inputs[0]
@@ -27,7 +25,6 @@ def along(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str,
     return OpRule(tuple(letters), ((0,),) if attrs.get("linear") else ())
 
 
-@rule("sum", "mean", "reduce")
 def reduce(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """Over `dims`. A sum (or mean) over a sharded dim leaves a Partial; other reductions ("reduce") don't add up."""
     x, keep = inputs[0], bool(attrs["keepdim"])
@@ -43,3 +40,20 @@ def reduce(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str
             links = tuple(DimLink(j, out_dim) for j in range(len(outputs)))
             letters.append(Letter(f"d{d}", x[d], (DimLink(0, d),), links))
     return OpRule(tuple(letters), ((0,),) if adds_up else ())
+
+
+RULES: dict[str, RuleFunction] = {
+    "layer_norm": layer_norm,
+    "rms_norm": layer_norm,
+    "softmax": along,
+    "log_softmax": along,
+    "cumsum": along,
+    "sort": along,
+    "flip": along,
+    "roll": along,
+    "topk": along,
+    "tril_triu": along,
+    "sum": reduce,
+    "mean": reduce,
+    "reduce": reduce,
+}

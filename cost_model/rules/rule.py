@@ -1,4 +1,4 @@
-"""What a rule says of an op, and how a row is added to the table."""
+"""An op rule as data, and the factors that many rules share."""
 
 from __future__ import annotations
 
@@ -57,16 +57,6 @@ class OpRule:
 
 Shape = tuple[int, ...]
 RuleFunction = Callable[[Sequence[Shape], Sequence[Shape], Mapping[str, Any]], OpRule]
-RULES: dict[str, RuleFunction] = {}
-
-
-def rule(*kinds: str) -> Callable[[RuleFunction], RuleFunction]:
-    def register(function: RuleFunction) -> RuleFunction:
-        for kind in kinds:
-            RULES[kind] = function
-        return function
-
-    return register
 
 
 def passing(in_slot: int, out_slot: int, shape: Shape, in_dim: int, out_dim: int, name: str = "") -> Letter:

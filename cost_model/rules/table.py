@@ -17,17 +17,37 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from cost_model.graph.op_graph import Op, TensorSpec
-from cost_model.rules import convolutions as op_rules_images  # noqa: F401  each puts its rows into RULES
-from cost_model.rules import elementwise as op_rules_elementwise  # noqa: F401  each puts its rows into RULES
-from cost_model.rules import indexing as op_rules_indexing  # noqa: F401  each puts its rows into RULES
-from cost_model.rules import matmuls as op_rules_products  # noqa: F401  each puts its rows into RULES
-from cost_model.rules import reductions as op_rules_reductions  # noqa: F401  each puts its rows into RULES
-from cost_model.rules import views as op_rules_views  # noqa: F401  each puts its rows into RULES
-from cost_model.rules.rule import RULES, OpRule, Shape
+from cost_model.rules import convolutions, elementwise, indexing, matmuls, reductions, views
+from cost_model.rules.rule import OpRule, RuleFunction, Shape
+
+T = TypeVar("T")
+
+
+def one_table(**tables: Mapping[str, T]) -> dict[str, T]:
+    """The rows of all tables, each given by the name of its file. Raises ValueError where two of them have a row of
+    one name."""
+    found: dict[str, T] = {}
+    files: dict[str, str] = {}
+    for file, table in tables.items():
+        for name, row in table.items():
+            if name in found:
+                raise ValueError(f"{name!r} has a row in {files[name]}.py and another in {file}.py: leave out one")
+            found[name], files[name] = row, file
+    return found
+
+
+RULES: dict[str, RuleFunction] = one_table(
+    convolutions=convolutions.RULES,
+    elementwise=elementwise.RULES,
+    indexing=indexing.RULES,
+    matmuls=matmuls.RULES,
+    reductions=reductions.RULES,
+    views=views.RULES,
+)
 
 
 class RuleTable:
@@ -95,5 +115,3 @@ def _is_part(part: int, whole: int) -> bool:
     """Whether a made-up length is so many times another; they are huge, and the times no more than sequences."""
     return whole % part == 0 and whole <= 1024 * part
 
-
-__all__ = ["RULES", "RuleTable"]

@@ -13,15 +13,14 @@ from cost_model.rules.rule import (
     IntArray,
     Letter,
     OpRule,
+    RuleFunction,
     Shape,
     broadcast_letters,
     passing,
     repeat_pairs,
-    rule,
 )
 
 
-@rule("permute")
 def permute(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """Output dim j is input dim `order[j]`; -1 marks a new dim of size 1 (unsqueeze); missing dims were squeezed."""
     x = inputs[0]
@@ -29,7 +28,6 @@ def permute(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[st
     return OpRule(tuple(letters), ((0,),))
 
 
-@rule("expand")
 def expand(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     return OpRule(broadcast_letters(inputs[:1], outputs[0]), ((0,),))
 
@@ -67,7 +65,6 @@ def _mixed_pairs(outer: int, n: int, inner: int) -> tuple[IntArray, IntArray]:
     return elements, (elements // inner) % n
 
 
-@rule("view")
 def view(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """Computed from the shapes: each factor of a split dim, or each dim that merges, is a letter of its own."""
     source, target = inputs[0], outputs[0]
@@ -89,7 +86,6 @@ def view(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, 
     return OpRule(tuple(letters), ((0,),))
 
 
-@rule("slice")
 def slice_(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """Basic indexing. `dims` lists (input dim, output dim, start, step) of the dims that remain."""
     x, out = inputs[0], outputs[0]
@@ -105,7 +101,6 @@ def slice_(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str
     return OpRule(tuple(letters), ((0,),))
 
 
-@rule("split")
 def split(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """Along `dim` into consecutive pieces (split, chunk)."""
     x, dim = inputs[0], attrs["dim"]
@@ -124,7 +119,6 @@ def split(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str,
     return OpRule(tuple(letters), ((0,),))
 
 
-@rule("cat")
 def cat(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     out, dim = outputs[0], attrs["dim"]
     letters = []
@@ -142,7 +136,6 @@ def cat(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, A
     return OpRule(tuple(letters), (tuple(range(len(inputs))),))
 
 
-@rule("unbind")
 def unbind(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     x, dim = inputs[0], attrs["dim"]
     letters = []
@@ -153,7 +146,6 @@ def unbind(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str
     return OpRule(tuple(letters), ((0,),))
 
 
-@rule("stack")
 def stack(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     x, dim = inputs[0], attrs["dim"]
     letters = []
@@ -163,7 +155,6 @@ def stack(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str,
     return OpRule(tuple(letters), (tuple(range(len(inputs))),))
 
 
-@rule("repeat_interleave")
 def repeat_interleave(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """Each element of `dim` `repeats` times in a row: what turns KV heads into query heads."""
     x, out, dim = inputs[0], outputs[0], attrs["dim"]
@@ -175,3 +166,16 @@ def repeat_interleave(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: 
         link = DimLink(0, d, repeat_pairs(x[d], out[d]), cover=True)
         letters.append(Letter("repeat", out[d], (link,), (DimLink(0, d),)))
     return OpRule(tuple(letters), ((0,),))
+
+
+RULES: dict[str, RuleFunction] = {
+    "permute": permute,
+    "expand": expand,
+    "view": view,
+    "slice": slice_,
+    "split": split,
+    "cat": cat,
+    "unbind": unbind,
+    "stack": stack,
+    "repeat_interleave": repeat_interleave,
+}

@@ -3,8 +3,8 @@
     before  %reshape = torch.reshape(%q_proj, (%batch, %seq, 8, 64))
     after   Op("reshape", "view", inputs=(q_proj,), outputs=([B, S, 8, 64],))
 
-Here fx targets get the names of rows of `cost_model.rules.table`, and their arguments become attributes. A target
-without a line here becomes an op without a rule, which is replicated: slower, never wrong.
+Here fx targets get the names of rows of `cost_model.rules.table`, and their arguments become attributes. A target that
+no handler (`passes.op_graph.table`) knows becomes an op without a rule, which is replicated: slower, never wrong.
 """
 
 from __future__ import annotations
@@ -19,13 +19,8 @@ from torch.fx import Node
 from cost_model.graph.op_graph import Op, OpGraph, TensorRef, TensorSpec
 from passes.fx.arguments import fetch, submodule
 from passes.fx.nodes import is_pure, op_name
-from passes.op_graph import convolutions as op_graph_images  # noqa: F401  each puts its functions into HANDLERS
-from passes.op_graph import indexing as op_graph_indexing  # noqa: F401  each puts its functions into HANDLERS
-from passes.op_graph import matmuls as op_graph_products  # noqa: F401  each puts its functions into HANDLERS
-from passes.op_graph import views as op_graph_views  # noqa: F401  each puts its functions into HANDLERS
-from passes.op_graph.convolutions import POOLS
-from passes.op_graph.elementwise import ELEMENTWISE, ELEMENTWISE_MODULES
-from passes.op_graph.handlers import HANDLERS, Attributes
+from passes.op_graph.handlers import Attributes, ModuleHandler
+from passes.op_graph.table import HANDLERS, MODULES
 
 # What a matmul may read a weight through: one expert's of all experts' weights, in another dtype, transposed.
 _READS_THROUGH = ("slice", "view", "permute", "split", "unbind", "to", "identity", "index")
@@ -166,53 +161,27 @@ class _Builder:
         if not specs:
             return f"scalar.{name}", inputs, {}
         handler = HANDLERS.get(name)
-        if handler is not None:
-            found = handler(self, node, inputs)
-            if found is not None:
-                return found
-        elif name in ELEMENTWISE and len(specs) == 1:
-            return self._elementwise(node, name, inputs)
-        return f"opaque.{name}", inputs, {}
-
-    def _elementwise(self, node: Node, name: str, inputs: list[TensorRef]) -> tuple[str, list[TensorRef], Attributes]:
-        kind = ELEMENTWISE[name]
-        if len(inputs) == 1 and (
-            kind == "mul" or (kind == "div" and isinstance(node.args[0], Node) and node.args[0] in self.refs)
-        ) and node.kwargs.get("rounding_mode") is None:
-            kind = "scale"  # by a number: linear in its one tensor
-        elif kind == "div" and len(inputs) == 2 and node.kwargs.get("rounding_mode") is not None:
-            kind = "floordiv"
-        elif kind == "clone" or kind == "identity":
-            kind = "identity"
-        return kind, inputs, {}
+        found = None if handler is None else handler(self, node, inputs)
+        return found or (f"opaque.{name}", inputs, {})
 
     def _classify_module(
         self, node: Node, name: str, inputs: list[TensorRef]
     ) -> tuple[str, list[TensorRef], Attributes]:
         module = submodule(self.module, str(node.target))
-        state = [self._state(t, node) for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.Tensor) and len(inputs) == 1:
-            known = [self._state(weight, node)]
-            bias = getattr(module, "bias", None)
-            if isinstance(bias, torch.Tensor):
-                known.append(self._state(bias, node))
-            if isinstance(module, torch.nn.Linear) and type(module).forward is torch.nn.Linear.forward:
-                self.matmul_weights.add(known[0].op)
-                return "linear", [*inputs, *known], {"transposed": False}
-            if name == "Conv1D" and weight.dim() == 2:  # transformers' own: y = x @ weight + bias
-                self.matmul_weights.add(known[0].op)
-                return "linear", [*inputs, *known], {"transposed": True}
-            if type(module) is torch.nn.Embedding and module.max_norm is None:
-                self.matmul_weights.add(known[0].op)
-                return "embedding", [*inputs, *known], {}
-            if isinstance(module, torch.nn.LayerNorm):
-                return "layer_norm", [*inputs, *known], {"normalized": len(module.normalized_shape)}
-        if not state and name in ELEMENTWISE_MODULES and len(inputs) == 1:
-            return ELEMENTWISE_MODULES[name], inputs, {}
-        if not state and name in POOLS and len(inputs) == 1:
-            return "pool", inputs, POOLS[name]
-        return f"opaque.{name}", [*inputs, *state], {}
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        state = {attribute: self._state(tensor, node) for attribute, tensor in own}
+        handler = _module_handler(module)
+        found = None if handler is None else handler(self, module, inputs, state)
+        return found or (f"opaque.{name}", [*inputs, *state.values()], {})
+
+
+def _module_handler(module: torch.nn.Module) -> ModuleHandler | None:
+    """That of its class, or of the class whose `forward` it inherits."""
+    forward = type(module).forward
+    for known in type(module).__mro__:
+        if known.__name__ in MODULES and getattr(known, "forward", None) is forward:
+            return MODULES[known.__name__]
+    return None
 
 
 def _spec(tensor: torch.Tensor, symbols: tuple[str, ...] | None) -> TensorSpec:

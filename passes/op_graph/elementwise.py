@@ -2,29 +2,67 @@
 
 from __future__ import annotations
 
-ELEMENTWISE = {
-    "add": "add", "iadd": "add", "add_": "add", "sub": "sub", "isub": "sub", "rsub": "sub", "mul": "mul", "imul": "mul",
-    "mul_": "mul", "truediv": "div", "div": "div", "true_divide": "div", "neg": "neg", "floordiv": "floordiv",
-    "mod": "mod", "pow": "pow", "maximum": "maximum", "minimum": "minimum", "where": "where",
-    "masked_fill": "masked_fill", "masked_fill_": "masked_fill", "eq": "eq", "ne": "ne", "lt": "lt", "le": "le",
-    "gt": "gt", "ge": "ge", "and": "and", "or": "or", "xor": "xor", "logical_and": "and", "logical_or": "or",
-    "bitwise_and": "and", "bitwise_or": "or", "invert": "logical_not", "logical_not": "logical_not",
-    "bitwise_not": "logical_not", "not": "logical_not", "to": "to", "float": "to", "half": "to", "bfloat16": "to",
-    "double": "to", "bool": "to", "long": "to", "int": "to", "type": "to", "type_as": "type_as", "clone": "clone",
-    "contiguous": "identity", "detach": "identity", "lerp": "lerp", "square": "square", "clamp": "clamp",
-    "clip": "clamp", "clamp_min": "clamp", "clamp_max": "clamp", "nan_to_num": "nan_to_num",
-}  # fmt: skip
-for _name in (
-    "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "cos", "sin", "tanh", "sigmoid", "silu", "gelu", "relu", "erf",
-    "softplus", "leaky_relu", "elu", "mish", "hardtanh", "floor", "round", "sign", "log1p", "expm1", "isnan", "isinf",
-    "relu6", "log_sigmoid", "hardswish", "hardsigmoid", "ceil", "trunc", "dropout",
-):  # fmt: skip
-    ELEMENTWISE[_name] = _name
-ELEMENTWISE["logsigmoid"] = "log_sigmoid"
+from collections.abc import Mapping
 
+import torch
+from torch.fx import Node
+
+from cost_model.graph.op_graph import TensorRef
+from passes.fx.nodes import op_name
+from passes.op_graph.handlers import Builder, Found, Handler, ModuleHandler
+
+# What torch calls it -> the kind of op.
+FUNCTION_KINDS = {
+    # of one tensor
+    "neg": "neg", "pow": "pow", "invert": "logical_not", "logical_not": "logical_not", "bitwise_not": "logical_not",
+    "not": "logical_not", "clone": "identity", "contiguous": "identity", "detach": "identity", "square": "square",
+    "clamp": "clamp", "clip": "clamp", "clamp_min": "clamp", "clamp_max": "clamp", "nan_to_num": "nan_to_num",
+    "to": "to", "float": "to", "half": "to", "bfloat16": "to", "double": "to", "bool": "to", "long": "to", "int": "to",
+    "type": "to", "abs": "abs", "exp": "exp", "log": "log", "sqrt": "sqrt", "rsqrt": "rsqrt",
+    "reciprocal": "reciprocal", "cos": "cos", "sin": "sin", "tanh": "tanh", "sigmoid": "sigmoid", "silu": "silu",
+    "gelu": "gelu", "relu": "relu", "erf": "erf", "softplus": "softplus", "leaky_relu": "leaky_relu", "elu": "elu",
+    "mish": "mish", "hardtanh": "hardtanh", "floor": "floor", "round": "round", "sign": "sign", "log1p": "log1p",
+    "expm1": "expm1", "isnan": "isnan", "isinf": "isinf", "relu6": "relu6", "log_sigmoid": "log_sigmoid",
+    "logsigmoid": "log_sigmoid", "hardswish": "hardswish", "hardsigmoid": "hardsigmoid", "ceil": "ceil",
+    "trunc": "trunc", "dropout": "dropout",
+    # of several
+    "add": "add", "iadd": "add", "add_": "add", "sub": "sub", "isub": "sub", "rsub": "sub", "mul": "mul", "imul": "mul",
+    "mul_": "mul", "truediv": "div", "div": "div", "true_divide": "div", "floordiv": "floordiv", "mod": "mod",
+    "maximum": "maximum", "minimum": "minimum", "where": "where", "masked_fill": "masked_fill",
+    "masked_fill_": "masked_fill", "eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge", "and": "and",
+    "or": "or", "xor": "xor", "logical_and": "and", "logical_or": "or", "bitwise_and": "and", "bitwise_or": "or",
+    "type_as": "type_as", "lerp": "lerp",
+}  # fmt: skip
 # nn modules that are one elementwise function of their input
-ELEMENTWISE_MODULES = {
+MODULE_KINDS = {
     "Dropout": "dropout", "SiLU": "silu", "GELU": "gelu", "ReLU": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid",
     "ReLU6": "relu6", "Softplus": "softplus", "LeakyReLU": "leaky_relu", "ELU": "elu", "Mish": "mish",
     "Hardswish": "hardswish", "Identity": "identity",
 }  # fmt: skip
+
+
+def _elementwise(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
+    if not isinstance(node.meta["val"], torch.Tensor):
+        return None
+    kind = FUNCTION_KINDS[op_name(node)]
+    if len(inputs) == 1 and (
+        kind == "mul" or (kind == "div" and isinstance(node.args[0], Node) and node.args[0] in builder.refs)
+    ) and node.kwargs.get("rounding_mode") is None:
+        kind = "scale"  # by a number: linear in its one tensor
+    elif kind == "div" and len(inputs) == 2 and node.kwargs.get("rounding_mode") is not None:
+        kind = "floordiv"
+    return kind, inputs, {}
+
+
+def _module(kind: str) -> ModuleHandler:
+    def handler(
+        builder: Builder, module: torch.nn.Module, inputs: list[TensorRef], state: Mapping[str, TensorRef]
+    ) -> Found:
+        return None if len(inputs) != 1 or state else (kind, inputs, {})
+
+    return handler
+
+
+HANDLERS: dict[str, Handler] = dict.fromkeys(FUNCTION_KINDS, _elementwise)
+MODULES: dict[str, ModuleHandler] = {name: _module(kind) for name, kind in MODULE_KINDS.items()}
+KINDS = tuple(dict.fromkeys((*FUNCTION_KINDS.values(), *MODULE_KINDS.values(), "scale", "floordiv")))

@@ -1,8 +1,8 @@
-"""How op_graph calls an fx target in the cost model's words: one function for each, found by the target's name."""
+"""What a handler is: a function that says a call of torch in the cost model's words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -15,22 +15,22 @@ from cost_model.graph.op_graph import TensorRef
 Attributes = dict[str, Any]
 
 
-class Builder(Protocol):
-    """What a handler may tell the builder beside its answer."""
+# (kind, tensor inputs, attributes); None where there is no rule for such a call.
+Found = tuple[str, list[TensorRef], Attributes] | None
 
+
+class Builder(Protocol):
+    """What a handler may ask the builder, and tell it beside its answer."""
+
+    refs: dict[Node, TensorRef]  # what the nodes before this one stand for
     matmul_weights: set[str]  # ops whose output is a matmul's weight
 
 
-Handler = Callable[[Builder, Node, list[TensorRef]], tuple[str, list[TensorRef], Attributes] | None]
-HANDLERS: dict[str, Handler] = {}
-
-
-def handles(*names: str) -> Callable[[Handler], Handler]:
-    def register(handler: Handler) -> Handler:
-        HANDLERS.update(dict.fromkeys(names, handler))
-        return handler
-
-    return register
+# Of a call of a function or a method, found by the name that `op_name` gives it.
+Handler = Callable[[Builder, Node, list[TensorRef]], Found]
+# Of a call of a module, found by the name of its class: the module, its tensor inputs, and its own parameters and
+# buffers by attribute.
+ModuleHandler = Callable[[Builder, torch.nn.Module, list[TensorRef], Mapping[str, TensorRef]], Found]
 
 
 def shape_of(node: Node) -> torch.Size:

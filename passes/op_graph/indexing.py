@@ -11,7 +11,7 @@ from torch.fx import Node
 from cost_model.graph.op_graph import TensorRef
 from passes.fx.arguments import argument
 from passes.fx.nodes import op_name
-from passes.op_graph.handlers import Builder, handles, shape_of
+from passes.op_graph.handlers import Builder, Found, Handler, shape_of
 
 
 def index_by_tensors(node: Node) -> tuple[tuple[int, int], ...] | None:
@@ -49,48 +49,41 @@ def index_by_tensors(node: Node) -> tuple[tuple[int, int], ...] | None:
     return tuple((d, i if i < front else i + index_rank) for i, d in enumerate(rest) if d is not None)
 
 
-@handles("index_select")
-def _index_select(builder: Builder, node: Node, inputs: list[TensorRef]) -> Any:
+def _index_select(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
     rank = len(shape_of(node))
     dim = argument(node, 1, "dim") % rank
     return "index", inputs, {"dims": tuple((d, d) for d in range(rank) if d != dim)}
 
 
-@handles("index_add")
-def _index_add(builder: Builder, node: Node, inputs: list[TensorRef]) -> Any:
+def _index_add(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
     if len(inputs) != 3:
         return None
     return "index_add", inputs, {"dim": argument(node, 1, "dim") % len(shape_of(node))}
 
 
-@handles("gather", "take_along_dim")
-def _gather(builder: Builder, node: Node, inputs: list[TensorRef]) -> Any:
+def _gather(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
     dim = argument(node, 2 if op_name(node) == "take_along_dim" else 1, "dim")
     if type(dim) is not int or len(inputs) != 2:
         return None
     return "gather", inputs, {"dim": dim % len(shape_of(node))}
 
 
-@handles("scatter", "scatter_add")
-def _scatter(builder: Builder, node: Node, inputs: list[TensorRef]) -> Any:
+def _scatter(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
     dim = argument(node, 1, "dim")
     if type(dim) is not int or "reduce" in node.kwargs or len(inputs) not in (2, 3):
         return None
     return "scatter", inputs, {"dim": dim % len(shape_of(node)), "adds": op_name(node) == "scatter_add"}
 
 
-@handles("split_rows")
-def _split_rows(builder: Builder, node: Node, inputs: list[TensorRef]) -> Any:
+def _split_rows(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
     return "split_rows", inputs, {}
 
 
-@handles("join_rows")
-def _join_rows(builder: Builder, node: Node, inputs: list[TensorRef]) -> Any:
+def _join_rows(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
     return "join_rows", inputs, {}
 
 
-@handles("with_item")
-def _with_item(builder: Builder, node: Node, inputs: list[TensorRef]) -> Any:
+def _with_item(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
     """x[rows] = source: as index_add, but that what was there goes."""
     rows = node.args[1].meta.get("val") if isinstance(node.args[1], Node) else None
     if not isinstance(rows, torch.Tensor) or rows.dim() != 1 or rows.dtype != torch.long or len(inputs) != 3:
@@ -100,8 +93,7 @@ def _with_item(builder: Builder, node: Node, inputs: list[TensorRef]) -> Any:
     return "index_put", inputs, {"dim": 0}
 
 
-@handles("getitem")
-def _getitem(builder: Builder, node: Node, inputs: list[TensorRef]) -> Any:
+def _getitem(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
     dims = basic_index(node)
     if dims is not None:
         picks = picked_elements(node)
@@ -147,3 +139,16 @@ def spelled_index(node: Node) -> list[Any]:
     for i in index:
         spelled += [slice(None)] * (rank - kept) if i is Ellipsis else [i]
     return spelled + [slice(None)] * (rank - sum(1 for i in spelled if i is not None))
+
+
+HANDLERS: dict[str, Handler] = {
+    "index_select": _index_select,
+    "index_add": _index_add,
+    "gather": _gather, "take_along_dim": _gather,
+    "scatter": _scatter, "scatter_add": _scatter,
+    "split_rows": _split_rows,
+    "join_rows": _join_rows,
+    "with_item": _with_item,
+    "getitem": _getitem,
+}  # fmt: skip
+KINDS = ("index", "index_add", "index_put", "gather", "scatter", "split_rows", "join_rows", "slice")

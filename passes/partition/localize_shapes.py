@@ -20,7 +20,7 @@ from cost_model.graph.placement import Layout
 from cost_model.plan.data import OpPlan
 from passes.fx.arguments import argument, map_tensor_arguments, tensor_arguments
 from passes.fx.nodes import op_name
-from passes.op_graph.matmuls import reduced_dims
+from passes.op_graph.reductions import reduced_dims
 from passes.ops.parallel_layers import partial_mean
 from passes.partition.context import RankContext
 

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from cost_model.graph.op_graph import Op, TensorRef
 from cost_model.rules.table import RULES
 from passes.op_graph.build import build_op_graph, fingerprint
-from passes.op_graph.elementwise import ELEMENTWISE, ELEMENTWISE_MODULES
 from tests.support.graphs import (
     Attention,
     Ids,
@@ -94,12 +93,6 @@ def test_kinds_and_attributes(function: Callable[[torch.Tensor], Any], kind: str
     found = op_of(function)
     assert (found.kind, dict(found.attrs)) == (kind, attrs)
     assert kind.startswith("opaque.") or kind in RULES
-
-
-def test_every_elementwise_name_is_a_rule() -> None:
-    """A name that no rule has would be replicated without a word."""
-    named = {*ELEMENTWISE.values(), *ELEMENTWISE_MODULES.values()}
-    assert named <= set(RULES)
 
 
 def test_a_table_that_is_looked_up_the_other_way_round() -> None:
