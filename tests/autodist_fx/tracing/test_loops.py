@@ -59,12 +59,12 @@ def test_short_loops_of_known_counts_are_written_out() -> None:
 
 
 def test_functions_and_globals_are_as_before() -> None:
-    code, names = ListScan.forward.__code__, set(vars(sys.modules[__name__]))
-    with pytest.raises(RuntimeError), outlined_loops([__name__]):
+    code, names = ListScan.forward.__code__, set(vars(sys.modules[ListScan.__module__]))
+    with pytest.raises(RuntimeError), outlined_loops([ListScan.__module__]):
         assert ListScan.forward.__code__ is not code
         raise RuntimeError
     assert ListScan.forward.__code__ is code
-    assert set(vars(sys.modules[__name__])) == names
+    assert set(vars(sys.modules[ListScan.__module__])) == names
 
 
 def test_a_state_that_an_earlier_call_left_is_not_part_of_the_graph() -> None:

@@ -1,0 +1,101 @@
+"""The tree stays readable: small folders, small files, no circles, every import within a package runs one way.
+
+The layers themselves are import-linter's (`make lint`). `python tests/test_layout.py` prints what is asserted here.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import networkx as nx
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("autodist_fx", "passes", "cost_model")
+MOST_FILES, MOST_LINES = 15, 400
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path: Path, modules: set[str]) -> Iterator[str]:
+    """The modules of ours that a file imports, lazily or for types alone counted alike."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom) and node.module in modules:
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in modules else node.module
+
+
+def import_graph() -> nx.DiGraph:
+    files = {module_name(path): path for path in python_files(*PACKAGES)}
+    graph = nx.DiGraph()
+    for name, path in files.items():
+        graph.add_edges_from((name, other) for other in imported_modules(path, set(files)) if other != name)
+    return graph
+
+
+def circles(graph: nx.DiGraph) -> list[list[str]]:
+    return sorted(sorted(part) for part in nx.strongly_connected_components(graph) if len(part) > 1)
+
+
+def between_folders(graph: nx.DiGraph) -> nx.DiGraph:
+    """The same between the rooms: the folders right under a package, and the files that lie beside them."""
+    rooms = nx.DiGraph()
+    for source, target in graph.edges:
+        a, b = (".".join(name.split(".")[:2]) for name in (source, target))
+        if a != b and a not in PACKAGES and b not in PACKAGES:
+            rooms.add_edge(a, b)
+    return rooms
+
+
+def full_folders() -> list[str]:
+    folders = {path.parent for path in python_files(*PACKAGES, "tests", "benchmarks")}
+    sizes = {folder: len(list(folder.glob("*.py"))) for folder in folders}
+    return [f"{folder.relative_to(ROOT)}: {n} files" for folder, n in sorted(sizes.items()) if n > MOST_FILES]
+
+
+def long_files() -> list[str]:
+    lengths = {path: len(path.read_text().splitlines()) for path in python_files(*PACKAGES, "tests", "benchmarks")}
+    return [f"{path.relative_to(ROOT)}: {n} lines" for path, n in lengths.items() if n > MOST_LINES]
+
+
+def test_no_folder_has_too_many_files() -> None:
+    assert full_folders() == []
+
+
+def test_no_file_is_too_long() -> None:
+    assert long_files() == []
+
+
+def test_no_file_imports_itself_in_a_circle() -> None:
+    assert circles(import_graph()) == []
+
+
+def test_imports_between_folders_run_one_way() -> None:
+    rooms = between_folders(import_graph())
+    assert circles(rooms) == []
+    # a graph without circles has an order in which no arrow runs back up: import-linter holds it to the one written down
+    assert nx.is_directed_acyclic_graph(rooms)
+
+
+def test_tests_change_no_path() -> None:
+    changed = [str(p.relative_to(ROOT)) for p in python_files("tests") if "sys.path" in p.read_text() and p != Path(__file__)]
+    assert changed == []
+
+
+if __name__ == "__main__":
+    graph = import_graph()
+    rooms = between_folders(graph)
+    print(f"{len(graph)} files, {graph.number_of_edges()} imports, circles of files: {circles(graph)}")
+    print(f"{len(rooms)} rooms, {rooms.number_of_edges()} arrows, circles of rooms: {circles(rooms)}")
+    print(f"folders over {MOST_FILES} files: {full_folders()}; files over {MOST_LINES} lines: {long_files()}")
