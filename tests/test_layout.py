@@ -84,13 +84,11 @@ def test_no_file_imports_itself_in_a_circle() -> None:
 def test_imports_between_folders_run_one_way() -> None:
     rooms = between_folders(import_graph())
     assert circles(rooms) == []
-    # a graph without circles has an order in which no arrow runs back up: import-linter holds it to the one written down
-    assert nx.is_directed_acyclic_graph(rooms)
 
 
 def test_tests_change_no_path() -> None:
-    changed = [str(p.relative_to(ROOT)) for p in python_files("tests") if "sys.path" in p.read_text() and p != Path(__file__)]
-    assert changed == []
+    others = [path for path in python_files("tests") if path != Path(__file__)]
+    assert [str(path.relative_to(ROOT)) for path in others if "sys.path" in path.read_text()] == []
 
 
 if __name__ == "__main__":

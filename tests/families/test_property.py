@@ -28,10 +28,10 @@ from passes.fx.arguments import fetch
 from passes.program.param_shard import ParamShard
 from tests.support.decoding import decoded_logits, positions_of
 from tests.support.float64 import in_float64
-from tests.support.graphs import FREE
+from tests.support.graphs.random_models import random_costs
+from tests.support.graphs.small import FREE
 from tests.support.models import padded_batch, relative_error
 from tests.support.random_configs import FAMILIES, SEPARATE, Case, cases, most_held
-from tests.support.random_graphs import random_costs
 
 EXAMPLES = int(os.environ.get("ADX_PROPERTY_EXAMPLES", "24"))
 # Every example builds a model and its graphs: shrinking one that fails would take minutes.

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 import autodist_fx as adx
-from tests.support.graphs import FREE
+from tests.support.graphs.random_models import random_costs
+from tests.support.graphs.small import FREE
 from tests.support.models import padded_batch, randomized, relative_error
 from tests.support.random_configs import MESHES
-from tests.support.random_graphs import random_costs
 
 EXAMPLES = int(os.environ.get("ADX_PROPERTY_EXAMPLES", "24"))
 # Layers of their own; one layer's weights used by all; positions that count from the padding; two widths.

@@ -12,7 +12,7 @@ from torch.fx import Node
 from passes.ops.comm import COLLECTIVES, all_gather, all_reduce, recv, send
 from passes.program.rank_program import RankProgram
 from tests.mutations.mutation import NotHere, mutation, on_ranks, pick, pick_node, said
-from tests.support.broken_programs import Programs, add_after, bypass, calls, with_argument, with_keyword
+from tests.support.graphs.broken_programs import Programs, add_after, bypass, calls, with_argument, with_keyword
 
 
 def _is(*targets: Any) -> Any:

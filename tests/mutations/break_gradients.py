@@ -14,7 +14,7 @@ from passes.ops.parallel_layers import one_gradient
 from passes.program.gradient_sums import GradSum
 from passes.program.rank_program import RankProgram
 from tests.mutations.mutation import mutation, on_ranks, pick, pick_node, said
-from tests.support.broken_programs import Programs, add_after, bypass, with_keyword
+from tests.support.graphs.broken_programs import Programs, add_after, bypass, with_keyword
 
 
 def _is(*targets: Any) -> Any:

@@ -17,7 +17,7 @@ from passes.fx.nodes import op_name
 from passes.ops.comm import COMM_OPS
 from passes.program.rank_program import RankProgram
 from tests.mutations.mutation import NotHere, mutation, on_ranks, pick, pick_node, said
-from tests.support.broken_programs import Programs, calls, with_argument
+from tests.support.graphs.broken_programs import Programs, calls, with_argument
 
 _CALLS = ("call_function", "call_method", "call_module")
 

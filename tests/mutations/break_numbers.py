@@ -14,7 +14,7 @@ from passes.fx.arguments import is_tensor
 from passes.fx.nodes import op_name
 from tests.mutations.break_nodes import _is_call, _set
 from tests.mutations.mutation import NotHere, mutation, on_ranks, pick, pick_node, said
-from tests.support.broken_programs import Programs, add_after, with_argument
+from tests.support.graphs.broken_programs import Programs, add_after, with_argument
 
 # -- which numbers -----------------------------------------------------------------------------------------------------
 

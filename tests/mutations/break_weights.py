@@ -14,7 +14,7 @@ from passes.ops.parallel_layers import RowParallelLinear, VocabParallelEmbedding
 from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 from tests.mutations.mutation import NotHere, mutation, pick
-from tests.support.broken_programs import Programs, with_slice
+from tests.support.graphs.broken_programs import Programs, with_slice
 
 
 def _sharded(programs: Programs, rng: random.Random, least: int = 1) -> tuple[RankProgram, ParamShard]:

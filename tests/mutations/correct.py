@@ -13,8 +13,8 @@ from passes.partition.pipeline import emit_rank
 from passes.verify.verify import verify
 from tests.mutations.subjects import subject, subjects
 from tests.mutations.trial import numeric_verdict, static_verdict
-from tests.support.graphs import FREE, normalized, plan_for
-from tests.support.random_graphs import RandomModule, random_costs
+from tests.support.graphs.random_models import RandomModule, random_costs
+from tests.support.graphs.small import FREE, normalized, plan_for
 
 
 def correct_programs(count: int) -> tuple[int, list[str]]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from tests.support.graphs import Attention
+from tests.support.graphs.small import Attention
 
 
 class KeyedConfig(PretrainedConfig):

@@ -13,7 +13,7 @@ from typing import Any
 from torch.fx import Node
 
 from passes.program.rank_program import RankProgram
-from tests.support.broken_programs import Programs
+from tests.support.graphs.broken_programs import Programs
 
 Mutate = Callable[[Programs, random.Random], str]
 MUTATIONS: dict[str, Mutate] = {}

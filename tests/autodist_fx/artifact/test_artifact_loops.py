@@ -131,7 +131,7 @@ def test_a_damaged_loop_is_refused(kind: str, saved: Path, tmp_path: Path, monke
 
 def test_a_loop_that_looks_at_its_counter_is_refused_by_name() -> None:
     from passes.serialize.write_graph import GraphFormatError, graph_to_json
-    from tests.support.loop_models import InPlaceScan, traced_loop
+    from tests.support.graphs.loops import InPlaceScan, traced_loop
 
     module = traced_loop(InPlaceScan(), torch.rand(2, 7, 4))
     with pytest.raises(GraphFormatError, match=r"outlined_forward_\d+, a loop that cannot be saved .* \(TraceErr"):
@@ -139,7 +139,7 @@ def test_a_loop_that_looks_at_its_counter_is_refused_by_name() -> None:
 
 
 def test_a_list_that_a_loop_fills() -> None:
-    from tests.support.loop_models import ListScan, traced_loop
+    from tests.support.graphs.loops import ListScan, traced_loop
 
     module = ListScan()
     module.block = 1

@@ -13,7 +13,7 @@ from cost_model.graph.roles import MEANING, ROLES
 from cost_model.partition_plan import PartitionPlan
 from tests.support.command_line import fails, succeeds
 from tests.support.moe import tiny_moe_model
-from tests.support.plans import small_plan
+from tests.support.plans.examples import small_plan
 
 
 @pytest.fixture

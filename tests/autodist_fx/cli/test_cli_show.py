@@ -8,7 +8,7 @@ import pytest
 from autodist_fx.cli.main import main
 from autodist_fx.report.dot import plan_dot
 from autodist_fx.report.page import plan_page
-from tests.support.plans import small_plan
+from tests.support.plans.examples import small_plan
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 
 from autodist_fx.report.page import plan_page
 from cost_model.graph.placement import Layout
-from tests.support.hostile_plan import hostile_plan
-from tests.support.plans import large_plan, small_plan
+from tests.support.plans.examples import large_plan, small_plan
+from tests.support.plans.hostile import hostile_plan
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: `make setup` as root on Debian installs it")

@@ -18,7 +18,7 @@ from cost_model.explain.html import plan_fragment
 from cost_model.graph.placement import Layout, Placement
 from cost_model.plan.data import Hop, ParamPlan
 from cost_model.plan.weights import param_bytes
-from tests.support.plans import large_plan, small_plan
+from tests.support.plans.examples import large_plan, small_plan
 
 
 def position(piece):

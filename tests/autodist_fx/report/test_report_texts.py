@@ -19,9 +19,9 @@ from cost_model.explain.plan_text import plan_sections
 from cost_model.graph.placement import Placement
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.data import Device, Request
-from tests.support.hostile_plan import ATTACK, enormous_plan, hostile_plan
-from tests.support.plan_mutations import mutated
-from tests.support.plans import large_plan, small_plan
+from tests.support.plans.examples import large_plan, small_plan
+from tests.support.plans.hostile import ATTACK, enormous_plan, hostile_plan
+from tests.support.plans.mutations import mutated
 
 LIMIT = 3_000_000
 VOID = {"meta", "br", "wbr", "input", "link", "img", "hr"}

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from autodist_fx.tracing import trace
 from autodist_fx.tracing.control_flow.range_loops import outlined_loops
-from tests.support.loop_models import InPlaceScan, ListScan, traced_loop
+from tests.support.graphs.loops import InPlaceScan, ListScan, traced_loop
 
 
 class UnrolledLoop(nn.Module):

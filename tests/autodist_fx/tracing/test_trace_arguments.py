@@ -15,7 +15,7 @@ from transformers import (
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing import Sizes, empty_model, trace
 from autodist_fx.tracing.example_inputs import unmistakable_sizes
-from tests.support.traced_models import padded_batch, tiny_config, tiny_model, with_weights
+from tests.support.graphs.traced import padded_batch, tiny_config, tiny_model, with_weights
 
 
 def test_example_inputs() -> None:

@@ -23,7 +23,7 @@ from transformers.utils import fx as hf_fx
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing import Sizes, empty_model, meta_copy, trace, traced_model
 from autodist_fx.tracing.example_inputs import unmistakable_sizes
-from tests.support.traced_models import FAMILIES, padded_batch, tiny_config, tiny_model, with_weights
+from tests.support.graphs.traced import FAMILIES, padded_batch, tiny_config, tiny_model, with_weights
 
 
 def signature(graph: torch.fx.Graph) -> list[tuple[object, ...]]:

@@ -10,7 +10,7 @@ from cost_model.graph.placement import REPLICATE, Layout
 from cost_model.plan.warnings import plan_warnings, whole_device
 from cost_model.plan.weights import sharded_share, whole_param_bytes
 from cost_model.text_tables import table
-from tests.support.plans import large_plan, small_plan
+from tests.support.plans.examples import large_plan, small_plan
 
 
 def row(text, start):

@@ -15,8 +15,8 @@ from cost_model.graph.placement import owned, shard
 from cost_model.plan.data import CutOption, CutPlan
 from cost_model.plan.warnings import plan_warnings
 from cost_model.text_tables import sections_text
-from tests.support.graphs import Attention, Mlp, Stack, normalized, plan_for
-from tests.support.plans import large_plan, small_plan
+from tests.support.graphs.small import Attention, Mlp, Stack, normalized, plan_for
+from tests.support.plans.examples import large_plan, small_plan
 
 
 def text_of(sections):

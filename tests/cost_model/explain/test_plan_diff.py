@@ -8,8 +8,8 @@ import pytest
 from cost_model.costs.hardware import A100, CPU_GLOO
 from cost_model.errors import PlanError
 from cost_model.explain.diff import Changed, RoleChange
-from tests.support.graphs import Attention, Mlp, Stack, normalized, plan_for
-from tests.support.plans import small_plan
+from tests.support.graphs.small import Attention, Mlp, Stack, normalized, plan_for
+from tests.support.plans.examples import small_plan
 
 
 def test_equal_plans_do_not_differ():

@@ -12,7 +12,7 @@ from cost_model.graph.op_graph import TensorRef
 from cost_model.graph.placement import Layout, intervals_of
 from cost_model.layouts.grains import Edge, deal_grains
 from cost_model.layouts.layout_table import LayoutTable
-from tests.support.graphs import Attention, Ids, Mlp, Stack, op_graph_of
+from tests.support.graphs.small import Attention, Ids, Mlp, Stack, op_graph_of
 
 
 def layouts_of_attention(

@@ -16,9 +16,9 @@ from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.read_json import plan_from_dict, plan_from_text
 from cost_model.plan.write_json import plan_to_text
 from cost_model.text_tables import sections_text
-from tests.support.graphs import Attention, Mlp, Stack, normalized, plan_for
-from tests.support.plan_mutations import mutated
-from tests.support.plans import small_plan
+from tests.support.graphs.small import Attention, Mlp, Stack, normalized, plan_for
+from tests.support.plans.examples import small_plan
+from tests.support.plans.mutations import mutated
 
 
 @functools.cache

@@ -11,8 +11,8 @@ from cost_model.errors import PlanError
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.read_json import plan_from_dict, plan_from_text
 from cost_model.plan.write_json import plan_to_dict, plan_to_text
-from tests.support.plan_strategies import plans
-from tests.support.plans import large_plan, small_plan
+from tests.support.plans.examples import large_plan, small_plan
+from tests.support.plans.strategies import plans
 
 # --- both ways -------------------------------------------------------------------------------------------------------
 

@@ -16,9 +16,9 @@ from cost_model.plan import data as plan_module
 from cost_model.plan.data import PLAN_VERSION
 from cost_model.plan.read_json import plan_from_dict
 from cost_model.plan.write_json import plan_to_text
-from tests.support.plan_mutations import mutated
-from tests.support.plan_strategies import plans
-from tests.support.plans import large_plan, small_plan
+from tests.support.plans.examples import large_plan, small_plan
+from tests.support.plans.mutations import mutated
+from tests.support.plans.strategies import plans
 
 SCHEMA = json.loads((Path(plan_module.__file__).parent / "plan.schema.json").read_text(encoding="utf-8"))
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

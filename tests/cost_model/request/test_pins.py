@@ -15,9 +15,9 @@ from cost_model.request.plan_request import PlanRequest
 from cost_model.search.planner import plan
 from cost_model.search.prediction_sizes import all_lengths
 from cost_model.search.tensor_parallel import TensorParallelSearch
-from tests.support.graphs import Attention, Ids, Mlp, Stack, op_graph_of
+from tests.support.graphs.searches import assert_optimal
+from tests.support.graphs.small import Attention, Ids, Mlp, Stack, op_graph_of
 from tests.support.models import padded_batch, relative_error, relative_tolerance, tiny_config, tiny_model
-from tests.support.searches import assert_optimal
 
 GRAPHS = {
     "mlp": (op_graph_of(Mlp(), x=("B", "S", 8)), [{"up": "row"}, {"down": "column"}, {"up": "replicate"}]),

@@ -19,17 +19,17 @@ from hypothesis import strategies as st
 from cost_model.graph.op_graph import Op, TensorSpec
 from cost_model.rules.rule import DimLink, Letter, OpRule
 from cost_model.rules.table import RULES, RuleTable
-from tests.support import rule_cases_arithmetic, rule_cases_movement
-from tests.support.rule_cases import (
+from tests.support.rule_cases import arithmetic, movement
+from tests.support.rule_cases.case import (
     Case,
     Outputs,
     Share,
 )
-from tests.support.rule_cases_images import IMAGE_CASES
+from tests.support.rule_cases.images import IMAGE_CASES
 
 CASES = {
-    **rule_cases_arithmetic.CASES,
-    **rule_cases_movement.CASES,
+    **arithmetic.CASES,
+    **movement.CASES,
     **{kind: lambda data, kind=kind: Case(*IMAGE_CASES[kind](data)) for kind in IMAGE_CASES},
 }
 

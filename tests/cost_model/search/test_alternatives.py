@@ -12,10 +12,10 @@ from cost_model.graph.roles import role_of
 from cost_model.search.alternatives import AlternativeCosts
 from cost_model.search.strategy import Strategy
 from cost_model.search.tensor_parallel import TensorParallelSearch
-from tests.support.graphs import Attention, Ids, Mlp, Stack, op_graph_of
+from tests.support.graphs.searches import SMALL, anything_cheaper, own_seconds, read_seconds, search_of
+from tests.support.graphs.small import Attention, Ids, Mlp, Stack, op_graph_of
 from tests.support.models import tiny_config
 from tests.support.moe import SIZES
-from tests.support.searches import SMALL, anything_cheaper, own_seconds, read_seconds, search_of
 
 
 class Restricted(TensorParallelSearch):

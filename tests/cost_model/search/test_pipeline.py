@@ -14,7 +14,7 @@ import autodist_fx as adx
 from cost_model.errors import MeshError, NoPlanFits
 from cost_model.graph.op_graph import Op, OpGraph, TensorRef, TensorSpec
 from cost_model.search.pipeline import OpCost, PipelineSearch, Stage
-from tests.support.graphs import Ids, Mlp, Stack, op_graph_of
+from tests.support.graphs.small import Ids, Mlp, Stack, op_graph_of
 from tests.support.models import tiny_config
 
 # -- cuts --------------------------------------------------------------------------------------------------------------

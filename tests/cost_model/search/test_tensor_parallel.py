@@ -16,9 +16,9 @@ import autodist_fx as adx
 from cost_model.costs.hardware import A100, CPU_GLOO, Hardware
 from cost_model.errors import NoPlanFits
 from cost_model.search.elimination import Elimination
-from tests.support.graphs import Mlp, op_graph_of
+from tests.support.graphs.searches import SMALL, Parallel, assert_optimal, search_of
+from tests.support.graphs.small import Mlp, op_graph_of
 from tests.support.models import census, tiny_config
-from tests.support.searches import SMALL, Parallel, assert_optimal, search_of
 
 # -- variable elimination
 

@@ -13,7 +13,7 @@ import torch
 import autodist_fx as adx
 from passes.fx.changes import graph_changes
 from passes.partition.pipeline import emit_rank
-from tests.support.graphs import Mlp, Stack, normalized, plan_for
+from tests.support.graphs.small import Mlp, Stack, normalized, plan_for
 from tests.support.models import census, tiny_config
 
 EDITS = ("insert", "replace", "remove", "change", "rewire")

@@ -14,7 +14,7 @@ from torch import nn
 
 from passes.fx.text import graph_text
 from passes.normalize.pipeline import normalize
-from tests.support.graphs import Ids, examples, traced
+from tests.support.graphs.small import Ids, examples, traced
 
 
 def normalized(module: nn.Module, **inputs: Any) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:

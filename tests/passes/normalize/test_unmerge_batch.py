@@ -14,7 +14,7 @@ from transformers import BloomConfig
 import autodist_fx as adx
 from passes.fx.text import graph_text
 from passes.normalize.pipeline import normalize
-from tests.support.graphs import assert_split_equals_whole, examples, normalized, plan_for, traced
+from tests.support.graphs.small import assert_split_equals_whole, examples, normalized, plan_for, traced
 
 
 def rewritten(module: nn.Module) -> str:

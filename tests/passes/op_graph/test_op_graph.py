@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from cost_model.graph.op_graph import Op, TensorRef
 from cost_model.rules.table import RULES
 from passes.op_graph.build import build_op_graph, fingerprint
-from tests.support.graphs import (
+from tests.support.graphs.small import (
     Attention,
     Ids,
     Mlp,

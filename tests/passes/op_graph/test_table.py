@@ -20,7 +20,7 @@ from passes.op_graph.table import HANDLERS, KINDS, MODULES, check_kinds
 from passes.ops.data_dependent import join_rows, split_rows
 from passes.ops.functional_writes import with_item
 from tests.support.encoders import tiny_encoder
-from tests.support.graphs import normalized
+from tests.support.graphs.small import normalized
 from tests.support.models import tiny_model
 from tests.support.moe import tiny_moe_model
 from tests.support.seq2seq import tiny_seq2seq

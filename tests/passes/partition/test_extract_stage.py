@@ -11,7 +11,7 @@ from cost_model.partition_plan import PartitionPlan
 from passes.fx.text import graph_text
 from passes.partition.context import RankContext
 from passes.partition.extract_stage import extract_stage
-from tests.support.graphs import Mlp, Stack, assert_split_equals_whole, normalized, plan_for
+from tests.support.graphs.small import Mlp, Stack, assert_split_equals_whole, normalized, plan_for
 
 
 def stages(whole: torch.fx.GraphModule, plan: PartitionPlan) -> list[torch.fx.GraphModule]:

@@ -17,7 +17,7 @@ from passes.fx.text import graph_text
 from passes.op_graph.build import build_op_graph
 from passes.partition.context import RankContext
 from passes.partition.fuse_ops import fuse_ops, removed_by_fusing
-from tests.support.graphs import normalized, plan_for
+from tests.support.graphs.small import normalized, plan_for
 
 
 def fused(module: nn.Module, **inputs: Any) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:

@@ -19,7 +19,7 @@ from passes.partition.extract_stage import extract_stage
 from passes.partition.insert_collectives import insert_collectives
 from passes.partition.localize_shapes import localize_shapes
 from passes.partition.shard_parameters import shard_parameters
-from tests.support.graphs import Mlp, assert_split_equals_whole, normalized, plan_for
+from tests.support.graphs.small import Mlp, assert_split_equals_whole, normalized, plan_for
 
 
 def inserted_graphs(

@@ -13,8 +13,8 @@ from passes.fx.text import graph_text
 from passes.ops import comm as comm_ops
 from passes.ops.parallel_layers import one_gradient, one_term
 from passes.program.rank_program import RankProgram
-from tests.support.gradient_graphs import check_and_plan
-from tests.support.graphs import Attention, Mlp, Stack
+from tests.support.graphs.gradients import check_and_plan
+from tests.support.graphs.small import Attention, Mlp, Stack
 
 
 def owed(programs: list[RankProgram]) -> list[tuple[str, object, tuple[int, ...]]]:

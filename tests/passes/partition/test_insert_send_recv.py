@@ -22,7 +22,7 @@ from passes.partition.localize_shapes import localize_shapes
 from passes.partition.pipeline import emit_rank
 from passes.partition.shard_parameters import shard_parameters
 from passes.verify.verify import verify
-from tests.support.graphs import Ids, Mlp, Stack, assert_split_equals_whole, normalized, plan_for
+from tests.support.graphs.small import Ids, Mlp, Stack, assert_split_equals_whole, normalized, plan_for
 
 
 def prepared(whole: torch.fx.GraphModule, plan: PartitionPlan, rank: int) -> tuple[torch.fx.GraphModule, RankContext]:

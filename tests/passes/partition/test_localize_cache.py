@@ -16,7 +16,7 @@ from passes.partition.context import RankContext
 from passes.partition.extract_stage import extract_stage
 from passes.partition.localize_cache import localize_cache
 from passes.partition.pipeline import emit_rank
-from tests.support.graphs import normalized, plan_for, run_split
+from tests.support.graphs.small import normalized, plan_for, run_split
 
 
 class ToyCache:

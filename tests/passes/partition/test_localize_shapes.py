@@ -20,7 +20,7 @@ from passes.partition.localize_shapes import localize_shapes
 from passes.partition.pipeline import emit_rank
 from passes.partition.shard_parameters import shard_parameters
 from passes.verify.verify import verify
-from tests.support.graphs import FREE, Attention, assert_split_equals_whole, normalized, plan_for
+from tests.support.graphs.small import FREE, Attention, assert_split_equals_whole, normalized, plan_for
 
 
 def localized(whole: torch.fx.GraphModule, tp: int, rank: int) -> tuple[str, str]:

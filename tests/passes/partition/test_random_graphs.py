@@ -16,8 +16,8 @@ from cost_model.errors import MeshError
 from passes.op_graph.build import build_op_graph
 from passes.partition.pipeline import emit_rank
 from passes.verify.verify import verify
-from tests.support.graphs import FREE, fill, normalized, plan_for, run_split
-from tests.support.random_graphs import RandomModule, random_costs
+from tests.support.graphs.random_models import RandomModule, random_costs
+from tests.support.graphs.small import FREE, fill, normalized, plan_for, run_split
 
 GRAPHS = int(os.environ.get("ADX_RANDOM_GRAPHS", "40"))
 PART = 20  # graphs in one test

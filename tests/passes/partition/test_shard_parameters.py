@@ -14,7 +14,7 @@ from passes.partition.context import RankContext
 from passes.partition.extract_stage import extract_stage
 from passes.partition.shard_parameters import shard_parameters
 from passes.program.param_shard import ParamShard
-from tests.support.graphs import Attention, Ids, Mlp, Stack, assert_split_equals_whole, normalized, plan_for
+from tests.support.graphs.small import Attention, Ids, Mlp, Stack, assert_split_equals_whole, normalized, plan_for
 
 
 def sharded(

@@ -8,7 +8,7 @@ import torch
 import autodist_fx as adx
 from cost_model.rules.table import RULES
 from passes.verify.core.held import PARTIAL, WHOLE, Held, Judge, Shape, held
-from tests.support.broken_programs import (
+from tests.support.graphs.broken_programs import (
     check,
     emitted,
 )

@@ -19,8 +19,8 @@ from passes.ops.data_dependent import join_own_rows
 from passes.partition.pipeline import emit_rank
 from passes.program.gradient_sums import GradSum
 from passes.verify.verify import verify
-from tests.support.broken_programs import Programs, add_after, bypass, calls
-from tests.support.gradient_graphs import check_and_plan
+from tests.support.graphs.broken_programs import Programs, add_after, bypass, calls
+from tests.support.graphs.gradients import check_and_plan
 from tests.support.moe import FOUR, dbrx_experts, tiny_moe_model
 
 

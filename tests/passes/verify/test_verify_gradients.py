@@ -16,7 +16,7 @@ from passes.ops.parallel_layers import one_gradient
 from passes.partition.pipeline import emit_rank
 from passes.program.gradient_sums import GradSum
 from passes.verify.verify import verify
-from tests.support.broken_programs import Programs, add_after, bypass, calls, compiled, with_keyword
+from tests.support.graphs.broken_programs import Programs, add_after, bypass, calls, compiled, with_keyword
 
 FAMILIES = ("llama", "gpt2", "opt", "qwen3", "phi3", "uneven", "tuples")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from passes.ops.comm import all_gather, all_reduce, recv, send
-from tests.support.broken_programs import (
+from tests.support.graphs.broken_programs import (
     BrokenPrograms,
     Programs,
     add_after,

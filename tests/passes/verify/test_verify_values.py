@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from passes.ops.comm import all_gather, all_reduce
-from tests.support.broken_programs import (
+from tests.support.graphs.broken_programs import (
     BrokenPrograms,
     Programs,
     bypass,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from passes.ops.parallel_layers import RowParallelLinear
-from tests.support.broken_programs import (
+from tests.support.graphs.broken_programs import (
     BrokenPrograms,
     Programs,
     calls,

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from passes.ops.data_dependent import join_rows, split_rows
-from tests.support.rule_cases import (
+from tests.support.rule_cases.case import (
     Case,
     Cases,
     Outputs,

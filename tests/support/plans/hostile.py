@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.data import Device, Request
-from tests.support.plans import small_plan
+from tests.support.plans.examples import small_plan
 
 HACK = "document.title='hacked'"
 ATTACK = f"</script><script>{HACK}</script><img src=x onerror=\"{HACK}\">'\"&lt;[red]\\N"

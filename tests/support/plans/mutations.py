@@ -8,7 +8,7 @@ import random
 from typing import Any
 
 from cost_model.plan.write_json import plan_to_text
-from tests.support.plans import small_plan
+from tests.support.plans.examples import small_plan
 
 JUNK = (
     None, True, False, 0, 1, -1, 2, 3.5, -0.0, 1e308, float("inf"), float("nan"), 2**63, 10**400, "", "R", "P", "S(0)",

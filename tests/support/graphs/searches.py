@@ -16,7 +16,7 @@ from cost_model.graph.placement import REPLICATE, Placement
 from cost_model.search.prediction_sizes import all_lengths
 from cost_model.search.strategy import Strategy
 from cost_model.search.tensor_parallel import TensorParallelSearch
-from tests.support.graphs import Attention, Ids, Mlp, Stack
+from tests.support.graphs.small import Attention, Ids, Mlp, Stack
 
 
 def read_seconds(have: Placement, whole: bool, want: Placement, hardware: Hardware) -> float:

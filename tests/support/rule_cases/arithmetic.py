@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tests.support.rule_cases import (
+from tests.support.rule_cases.case import (
     Case,
     CaseMaker,
     Cases,

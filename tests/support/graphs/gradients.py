@@ -11,7 +11,7 @@ from passes.op_graph.build import build_op_graph
 from passes.partition.pipeline import emit_rank
 from passes.program.rank_program import RankProgram
 from passes.verify.verify import verify
-from tests.support.graphs import fill, normalized, plan_for
+from tests.support.graphs.small import fill, normalized, plan_for
 
 
 class Loss(nn.Module):
