@@ -21,16 +21,20 @@ from transformers import (
 from transformers.modeling_utils import no_init_weights
 
 from autodist_fx.errors import TracingError
+from autodist_fx.tracing.hooks import left_as_they_are, watch
 from autodist_fx.tracing.patches import PATCH_LOCK
 
 
 def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model's structure with every parameter on meta; no weight bytes are read or copied.
 
-    Buffers, config and mode (train or eval) are copied. A parameter that several modules share (tied embeddings) is
-    one parameter in the copy, too.
+    Buffers, config and mode (train or eval) are copied, and hooks and replaced forwards for tracing (hooks.py). A
+    parameter that several modules share (tied embeddings) is one parameter in the copy, too.
+
+    Raises TracingError where something that hangs on a module cannot be copied.
     """
     memo: dict[int, object] = {}
+    left_as_they_are(model, memo)
     for parameter in model.parameters():
         # to("meta") of a parameter is a tensor of that shape, strides and dtype, without storage.
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
@@ -38,7 +42,11 @@ def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
         for tensor in _tensors(tuple(vars(module).values())):
             if not tensor.is_leaf:  # what a call computed of parameters, which deepcopy refuses
                 memo[id(tensor)] = tensor.detach()
-    copied = copy.deepcopy(model, memo)
+    try:
+        copied = copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError) as error:  # an open file, a lock, a process group
+        raise TracingError(f"cannot copy the structure of {type(model).__name__}: {error}") from error
+    watch(copied, model)
     for module in copied.modules():
         _forget_calls(module)
     return copied

@@ -25,6 +25,7 @@ from transformers.utils import fx as hf_fx
 from autodist_fx.tracing.control_flow.conditions import decide, is_instance, longest
 from autodist_fx.tracing.control_flow.constants import CONVERSIONS, numpy_ufunc
 from autodist_fx.tracing.control_flow.range_loops import outlined_loops
+from autodist_fx.tracing.hooks import calls_attached, has_attached_itself
 
 PATCH_LOCK = threading.RLock()  # reentrant: traceable() may be entered by a holder of it
 
@@ -57,16 +58,22 @@ def traceable(
             config.output_attentions = False
             config.output_hidden_states = False
 
+        of_root = next(cls for cls in type(model).__mro__ if "forward" in cls.__dict__)
         for cls in {cls for module in model.modules() for cls in type(module).__mro__ if "forward" in cls.__dict__}:
             # @check_model_inputs, @can_return_tuple, ...: fx reads the argument names off the function's code, and a
             # wrapper's code has only (*args, **kwargs).
             forward = cls.__dict__["forward"]
-            if hasattr(forward, "__wrapped__"):
-                plain = inspect.unwrap(forward)
-                if not records:
-                    patch(cls, "forward", plain)
-                elif cls is type(model):
-                    patch(cls, "forward", _with_signature_of(plain, forward))
+            run, plain = forward if records else _without_wrappers(forward), inspect.unwrap(forward)
+            if cls is of_root and run is not plain:
+                run = _with_signature_of(plain, run)
+            if run is not forward:
+                patch(cls, "forward", run)
+        if has_attached_itself(model):
+            run = type(model).forward
+            if "forward" not in vars(model):
+                vars(model)["forward"] = types.MethodType(run, model)
+                undo.callback(vars(model).pop, "forward")
+            patch(type(model), "forward", _with_signature_of(run, calls_attached(run)))
         patch(GradientCheckpointingLayer, "__call__", _call_as_module)
         if not keeps_states:
             undo.enter_context(kept_tensors(model))
@@ -112,6 +119,13 @@ def traceable(
                 patch(sys.modules[name], "torch", _TorchThatTracesUnseen("torch"))
         patch(PreTrainedModel, "warn_if_padding_and_no_attention_mask", _never)  # looks at values, to warn of some
         yield
+
+
+def _without_wrappers(forward: Any) -> Any:
+    """`forward` without what transformers wraps around it. What others have put there is part of the model."""
+    while hasattr(forward, "__wrapped__") and forward.__globals__["__name__"].partition(".")[0] == "transformers":
+        forward = forward.__wrapped__
+    return forward
 
 
 def _with_signature_of(plain: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from transformers.utils import fx as hf_fx
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import recurrent_states as states
 from autodist_fx.tracing.example_inputs import ExampleInputs, Sizes, embedding_dim, unmistakable_sizes
+from autodist_fx.tracing.hooks import refuse_global_hooks
 from autodist_fx.tracing.meta_model import empty_model, meta_copy
 from autodist_fx.tracing.patches import traceable
 from autodist_fx.tracing.recurrent_states import StateTensor
@@ -43,6 +44,7 @@ def trace_phases(
 
     Errors: TracingError, also where the model keeps no state between calls.
     """
+    refuse_global_hooks()
     prompt, left = _trace_prompt(model, concrete_args or {}, sizes, given_cache=False)
     if not left.tensors:  # this model does not make one itself
         prompt, left = _trace_prompt(model, concrete_args or {}, sizes, given_cache=True)

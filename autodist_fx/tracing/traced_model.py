@@ -29,6 +29,7 @@ from autodist_fx.tracing.example_inputs import (
     image_shape,
     unmistakable_sizes,
 )
+from autodist_fx.tracing.hooks import refuse_global_hooks
 from autodist_fx.tracing.input_specs import InputForm, ModelFacts
 from autodist_fx.tracing.meta_model import empty_model, meta_copy
 from autodist_fx.tracing.passing_cache import PassingCache, shares_keys_between_layers
@@ -111,6 +112,7 @@ def trace(
 
     Errors: TracingError, which names the model class, the line of its source, and the way out.
     """
+    refuse_global_hooks()
     try:
         return _trace(model, input_names, use_cache, concrete_args or {}, forms or {}, sizes, passing_cache=False)
     except TracingError as error:

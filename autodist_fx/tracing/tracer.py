@@ -7,6 +7,7 @@ import contextlib
 import operator
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import NoneType
 from typing import Any, ClassVar
@@ -26,6 +27,7 @@ from autodist_fx.tracing.control_flow.conditions import lengths_for_tensors
 from autodist_fx.tracing.control_flow.constants import OtherExample, within_range
 from autodist_fx.tracing.control_flow.data_dependent import rewritten, unrolled
 from autodist_fx.tracing.encoder_decoder_cache import PARTS
+from autodist_fx.tracing.hooks import has_attached, of_another_class, restore_attributes, traced_for
 from autodist_fx.tracing.passing_cache import PassingCache
 from autodist_fx.tracing.recurrent_states import is_container
 
@@ -102,6 +104,13 @@ class Tracer(hf_fx.HFTracer):
         self.final_cache_name = ""
         # HFTracer searches these lists at each access, which makes a trace quadratic in the number of layers.
         self._names = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
+        self._copies: dict[nn.Module, nn.Module] = {}  # the caller's modules, which a hook may hold -> those traced
+        original = traced_for(model)
+        if original is not None:
+            tensors = [*original.named_buffers(), *original.named_parameters()]
+            self._names |= {id(tensor): name for name, tensor in tensors}
+            self._copies = {module: model.get_submodule(path) for path, module in original.named_modules()}
+        self._thread = threading.get_ident()  # fx patches nn.Module for all threads
 
     @contextlib.contextmanager
     def patch_for_tracing(self, root: Any) -> Iterator[None]:
@@ -117,7 +126,12 @@ class Tracer(hf_fx.HFTracer):
             return False  # it gives back what it gets, which need not be a tensor: None stays None
         if is_parametrized(m) or isinstance(m, ParametrizationList) or type(m).__module__ == parametrizations.__name__:
             return False  # its weight is computed of others (weight_norm): the graph computes it, too
-        return isinstance(m, Conv1D) or changes_with_length(m) or super().is_leaf_module(m, module_qualified_name)
+        if any(isinstance(vars(m).get(name), torch.Tensor) for name in ("weight", "bias")):
+            return False  # no parameter, but a tensor that the graph holds, or computes
+        if isinstance(m, Conv1D) or changes_with_length(m):
+            return not has_attached(m)
+        is_torchs = super().is_leaf_module(m, module_qualified_name)
+        return is_torchs and not has_attached(m) and not of_another_class(m)
 
     def _proxy_placeholder(self, name: str, concrete_args: dict[str, Any] | None, *more: Any) -> Any:
         if name.startswith("**"):
@@ -132,12 +146,19 @@ class Tracer(hf_fx.HFTracer):
         return super()._proxy_placeholder(name, concrete_args, *more)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)  # a model that runs meanwhile
+        if m in self._copies:
+            m = self._copies[m]
+            return m(*args, **kwargs)
         computing_shapes = getattr(self, "_disable_call_module", False)
         if m._buffers and not computing_shapes and self.is_leaf_module(m, ""):
             return super().call_module(m, _with_meta_buffers(m), args, kwargs)
         if not computing_shapes and not self.is_leaf_module(m, "") and type(m).train is not nn.Module.train:
             m.train(m.training)  # some make a table of their parameters when they are told so: the graph makes it, too
-        return super().call_module(m, forward, args, kwargs)
+        found = super().call_module(m, forward, args, kwargs)
+        restore_attributes(m)
+        return found
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
         created = super().create_args_for_root(*args, **kwargs)
@@ -173,6 +194,8 @@ class Tracer(hf_fx.HFTracer):
             args, kwargs = lengths_for_tensors(args), lengths_for_tensors(kwargs)
         if kind == "call_function" and target is operator.getitem and len(args) == 2:
             args = (args[0], lengths_for_tensors(args[1]))  # x[: torch.tensor(length)]
+        if kind == "call_method" and target == "requires_grad_":
+            return args[0]  # enable_input_require_grads(): what gradients parameters get is the same without
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **named)
         if example is not None:
             proxy.install_metadata(example)  # HFTracer's own went through a pytree, which may rebuild a cache
@@ -192,6 +215,8 @@ class Tracer(hf_fx.HFTracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A proxy for a parameter or buffer, the same one at each access; anything else as it is."""
         if not isinstance(attr_val, torch.Tensor) or getattr(self, "_disable_module_getattr", False):
+            return attr_val
+        if threading.get_ident() != self._thread:
             return attr_val
         name = self._names.get(id(attr_val))
         if name is None:

@@ -27,8 +27,8 @@ def _matmul(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
 
 
 def _embedding(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
-    if node.target is not torch.nn.functional.embedding:
-        return None  # torch.embedding takes the table first
+    if node.target is not torch.nn.functional.embedding or argument(node, 3, "max_norm") is not None:
+        return None  # torch.embedding takes the table first; rows that are too long are written anew
     builder.matmul_weights.add(inputs[1].op)
     return "embedding", inputs, {}
 
