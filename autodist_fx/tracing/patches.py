@@ -122,8 +122,8 @@ def traceable(
 
 
 def _without_wrappers(forward: Any) -> Any:
-    """`forward` without what transformers wraps around it. What others have put there is part of the model."""
-    while hasattr(forward, "__wrapped__") and forward.__globals__["__name__"].partition(".")[0] == "transformers":
+    """`forward` without what transformers and torch.no_grad wrap around it. What others put there is of the model."""
+    while hasattr(forward, "__wrapped__") and forward.__globals__["__name__"].startswith(("transformers.", "torch.")):
         forward = forward.__wrapped__
     return forward
 
