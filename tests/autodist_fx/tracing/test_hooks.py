@@ -10,7 +10,6 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from tiny_models import padded_batch, relative_error, tiny_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 from transformers import PreTrainedModel
@@ -18,6 +17,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 import autodist_fx as adx
 from autodist_fx.errors import AutodistError, TracingError
+from tests.support.models import padded_batch, relative_error, tiny_model
 
 VECTOR = torch.linspace(-1, 1, 48, dtype=torch.float64)
 IDS, _ = padded_batch()
