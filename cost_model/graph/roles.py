@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from cost_model.graph.op_graph import Op
 
-EXPERT = "expert"  # the letter of a strategy that has whole experts dealt to the ranks
-# What an op of a kind may be beside "replicate": the letters of its rule that have a name of their own.
+EXPERT = "expert"  # the factor of a strategy that has whole experts dealt to the ranks
+# What an op of a kind may be beside "replicate": the factors of its rule that have a name of their own.
 ROLES = {
     "linear": ("column", "row", EXPERT),
     "conv": ("column", "row", "groups", EXPERT),
@@ -25,8 +25,8 @@ MEANING = {
 }
 
 
-def role_of(op: Op, letter: str) -> str:
-    """The role of `op` where `letter` of its rule is sharded ("" for none); "" for an op of a kind without roles."""
+def role_of(op: Op, factor: str) -> str:
+    """The role of `op` where `factor` of its rule is sharded ("" for none); "" for an op of a kind without roles."""
     if op.kind not in ROLES:
         return ""
-    return letter if letter in ROLES[op.kind] else "replicate"
+    return factor if factor in ROLES[op.kind] else "replicate"

@@ -120,21 +120,21 @@ class WholeWeights:
 
     def _before(self, op: Op, after: _Dealt) -> _Dealt | None:
         """How the input of `op` lies whose output lies as `after`."""
-        for letter in self.rules(op, self.graph.input_specs(op)).letters:
-            out = next((x for x in letter.outputs if x.dim == after.dim), None)
-            of_letter = None if out is None else _through(letter.size, after.ranks, out)
-            if of_letter is not None and len(letter.inputs) == 1:
-                source = letter.inputs[0]
-                ranks = of_letter
+        for factor in self.rules(op, self.graph.input_specs(op)).factors:
+            out = next((x for x in factor.outputs if x.dim == after.dim), None)
+            of_factor = None if out is None else _through(factor.size, after.ranks, out)
+            if of_factor is not None and len(factor.inputs) == 1:
+                source = factor.inputs[0]
+                ranks = of_factor
                 if source.pairs is not None:
                     ranks = np.full(self.graph.spec(op.inputs[0]).shape[source.dim], _NOBODY, dtype=np.int64)
-                    ranks[source.pairs[0]] = of_letter[source.pairs[1]]
+                    ranks[source.pairs[0]] = of_factor[source.pairs[1]]
                 return _Dealt(source.dim, ranks)
         return None
 
 
 def _through(size: int, ranks: IntArray, link: DimLink) -> IntArray | None:
-    """The rank of each coordinate of a letter; None where a coordinate is on several."""
+    """The rank of each coordinate of a factor; None where a coordinate is on several."""
     if link.pairs is None:
         return ranks
     found = np.full(size, _NOBODY, dtype=np.int64)

@@ -1,6 +1,6 @@
 """Which elements of each dim a tp rank would hold, for the whole graph at once, before anything is chosen.
 
-The letters of the op rules tie dims of different tensors together: the outputs of q_proj, the heads after the view, the
+The factors of the op rules tie dims of different tensors together: the outputs of q_proj, the heads after the view, the
 attention's output, the inputs of o_proj. Followed element by element, these ties say what may not be cut apart: all
 64 outputs of one head, and with grouped attention the query heads of one KV head. Such a smallest piece is a *grain*;
 grains are dealt to the ranks in order, as evenly as whole grains allow. Because elements are followed, it makes no
@@ -22,7 +22,7 @@ import networkx as nx
 from cost_model.graph.op_graph import Op, OpGraph, TensorRef
 from cost_model.graph.placement import Layout
 from cost_model.layouts.grains import deal_grains
-from cost_model.rules.rule import IntArray, Letter, OpRule
+from cost_model.rules.rule import Factor, IntArray, OpRule
 from cost_model.rules.table import RuleTable
 
 Dim = tuple[TensorRef, int]
@@ -31,7 +31,7 @@ _UNSEEN = Layout(0, ())
 
 @dataclass(slots=True)
 class _Relation:
-    """Elements `a_elements[i]` of set `a` and `b_elements[i]` of set `b` (a letter's coordinate) belong together."""
+    """Elements `a_elements[i]` of set `a` and `b_elements[i]` of set `b` (a factor's coordinate) belong together."""
 
     a: Dim
     b: Dim
@@ -40,14 +40,14 @@ class _Relation:
 
 
 class LayoutTable:
-    """The layout of every shardable dim, and the letters that are in force for every op."""
+    """The layout of every shardable dim, and the factors that are in force for every op."""
 
     def __init__(self, graph: OpGraph, tp: int, rules: RuleTable | None = None) -> None:
         self.graph = graph
         self.tp = tp
         self.rules = rules or RuleTable()
         self._layouts: dict[Dim, Layout | None] = {}
-        self._letters: dict[str, tuple[Letter, ...]] = {}
+        self._factors: dict[str, tuple[Factor, ...]] = {}
         self._carries_weight: dict[Dim, bool] = {}
         self._parents: dict[Dim, Dim] = {}
         self._made_up_sizes: dict[Dim, int] = {}
@@ -64,9 +64,9 @@ class LayoutTable:
         shape = self.graph.spec(ref).shape
         return any(n > 1 and self._layouts.get(self._find((ref, d)), _UNSEEN) is None for d, n in enumerate(shape))
 
-    def letters(self, op: Op) -> tuple[Letter, ...]:
-        """The op's letters that can be sharded and bear on some matmul's weight."""
-        return self._letters[op.name]
+    def factors(self, op: Op) -> tuple[Factor, ...]:
+        """The op's factors that can be sharded and bear on some matmul's weight."""
+        return self._factors[op.name]
 
     # -- dims that are the same, element by element: union-find ------------------------------------------------------
 
@@ -90,80 +90,80 @@ class LayoutTable:
 
     def _solve(self) -> None:
         rules: dict[str, OpRule] = {}
-        static: dict[str, list[Letter]] = {}
+        static: dict[str, list[Factor]] = {}
         for op in self.graph:
             rules[op.name] = self.rules(op, self.graph.input_specs(op))
             static[op.name] = [
                 x
-                for x in rules[op.name].letters
+                for x in rules[op.name].factors
                 if not self._is_dynamic(op, x) and (x.size >= self.tp or not x.filled)
             ]
-            for letter in static[op.name]:
-                self._tie_identical(op, letter)
+            for factor in static[op.name]:
+                self._tie_identical(op, factor)
         blocked = self._blocked_dims(rules)
         relations: list[_Relation] = []
         for op in self.graph:
             static[op.name] = self._choose_alternatives(op, static[op.name], blocked)
-            for letter in static[op.name]:
-                relations += self._relations(op, letter)
+            for factor in static[op.name]:
+                relations += self._relations(op, factor)
         self._deal(relations)
         for op in self.graph:
-            self._letters[op.name] = tuple(x for x in static[op.name] if self._is_useful(op, x))
+            self._factors[op.name] = tuple(x for x in static[op.name] if self._is_useful(op, x))
 
-    def _dims(self, op: Op, letter: Letter) -> Iterable[tuple[Dim, bool]]:
-        """(dim, whether it equals the letter element by element) of all links."""
-        for link in letter.inputs:
+    def _dims(self, op: Op, factor: Factor) -> Iterable[tuple[Dim, bool]]:
+        """(dim, whether it equals the factor element by element) of all links."""
+        for link in factor.inputs:
             yield (op.inputs[link.slot], link.dim), link.pairs is None
-        for link in letter.outputs:
+        for link in factor.outputs:
             yield (TensorRef(op.name, link.slot), link.dim), link.pairs is None
 
-    def _is_dynamic(self, op: Op, letter: Letter) -> bool:
-        return any(self.graph.spec(ref).is_dynamic(dim) for (ref, dim), _ in self._dims(op, letter))
+    def _is_dynamic(self, op: Op, factor: Factor) -> bool:
+        return any(self.graph.spec(ref).is_dynamic(dim) for (ref, dim), _ in self._dims(op, factor))
 
-    def _anchor(self, op: Op, letter: Letter) -> Dim:
-        """A dim that stands for the letter's own coordinate: one of its identical dims, or one made up for it."""
-        for dim, identical in self._dims(op, letter):
+    def _anchor(self, op: Op, factor: Factor) -> Dim:
+        """A dim that stands for the factor's own coordinate: one of its identical dims, or one made up for it."""
+        for dim, identical in self._dims(op, factor):
             if identical:
                 return dim
-        return (TensorRef(f"{op.name}/{letter.name}", -1), 0)
+        return (TensorRef(f"{op.name}/{factor.name}", -1), 0)
 
-    def _tie_identical(self, op: Op, letter: Letter) -> None:
-        anchor = self._anchor(op, letter)
-        for dim, identical in self._dims(op, letter):
+    def _tie_identical(self, op: Op, factor: Factor) -> None:
+        anchor = self._anchor(op, factor)
+        for dim, identical in self._dims(op, factor):
             if identical:
                 self._union(anchor, dim)
 
     def _blocked_dims(self, rules: dict[str, OpRule]) -> set[Dim]:
-        """Dims that some op touches without a letter for them: sharding them there would cost a gather."""
+        """Dims that some op touches without a factor for them: sharding them there would cost a gather."""
         blocked: set[Dim] = set()
         dropped: set[Dim] = set()  # of one element
         for op in self.graph:
             named: set[Dim] = set()
-            for letter in rules[op.name].letters:
-                named.update(dim for dim, _ in self._dims(op, letter))
+            for factor in rules[op.name].factors:
+                named.update(dim for dim, _ in self._dims(op, factor))
             for ref in (*op.inputs, *(TensorRef(op.name, j) for j in range(len(op.outputs)))):
                 for d, size in enumerate(self.graph.spec(ref).shape):
                     if (ref, d) not in named and op.inputs:
                         (blocked if size > 1 else dropped).add(self._find((ref, d)))
         for op in self.graph:
-            for letter in rules[op.name].letters:
-                pieces = [(TensorRef(op.name, x.slot), x.dim) for x in letter.outputs if x.pairs is not None]
+            for factor in rules[op.name].factors:
+                pieces = [(TensorRef(op.name, x.slot), x.dim) for x in factor.outputs if x.pairs is not None]
                 if any(self.graph.spec(ref).shape[d] == 1 and self._find((ref, d)) in dropped for ref, d in pieces):
                     # cut into single elements whose dim goes (one expert's weight of all): each is wanted whole
-                    blocked.update(self._find((op.inputs[x.slot], x.dim)) for x in letter.inputs)
+                    blocked.update(self._find((op.inputs[x.slot], x.dim)) for x in factor.inputs)
         return blocked
 
-    def _choose_alternatives(self, op: Op, letters: list[Letter], blocked: set[Dim]) -> list[Letter]:
-        """Of the factors of one split or merged dim at most one is a letter: the outermost that no op blocks.
+    def _choose_alternatives(self, op: Op, factors: list[Factor], blocked: set[Dim]) -> list[Factor]:
+        """Of the factors of one split or merged dim, keeps at most one: the outermost that no op blocks.
 
         A factor of size 1 (the head dim of multi-query attention) counts when the others are blocked: it keeps the
         dim in one piece, where otherwise each rank would compute a part and gather it at once.
         """
-        chosen = [x for x in letters if not x.alternatives]
-        for group in dict.fromkeys(x.alternatives for x in letters if x.alternatives):
+        chosen = [x for x in factors if not x.alternatives]
+        for group in dict.fromkeys(x.alternatives for x in factors if x.alternatives):
             free = [
                 x
-                for x in letters
+                for x in factors
                 if x.alternatives == group
                 and not any(self._find(dim) in blocked for dim, identical in self._dims(op, x) if identical)
             ]
@@ -172,17 +172,17 @@ class LayoutTable:
                 chosen.append(best)
         return chosen
 
-    def _relations(self, op: Op, letter: Letter) -> list[_Relation]:
-        anchor = self._anchor(op, letter)
+    def _relations(self, op: Op, factor: Factor) -> list[_Relation]:
+        anchor = self._anchor(op, factor)
         found = []
-        for link in letter.inputs:
+        for link in factor.inputs:
             if link.pairs is not None:
                 found.append(_Relation((op.inputs[link.slot], link.dim), anchor, link.pairs, link.cover))
-        for link in letter.outputs:
+        for link in factor.outputs:
             if link.pairs is not None:
                 found.append(_Relation((TensorRef(op.name, link.slot), link.dim), anchor, link.pairs, link.cover))
         if anchor[0].index < 0:  # made up: its size is not any tensor's
-            self._made_up_sizes[self._find(anchor)] = letter.size
+            self._made_up_sizes[self._find(anchor)] = factor.size
         return found
 
     def _size(self, root: Dim) -> int:
@@ -229,11 +229,11 @@ class LayoutTable:
                 solved[key] = deal_grains(sizes, edges, self.tp)
             self._layouts.update(zip(roots, solved[key], strict=True))
 
-    def _is_useful(self, op: Op, letter: Letter) -> bool:
-        layouts = [self.layout(*dim) for dim, _ in self._dims(op, letter)]
-        if letter.reduces and any(layout is not None and layout.overlaps for layout in layouts):
+    def _is_useful(self, op: Op, factor: Factor) -> bool:
+        layouts = [self.layout(*dim) for dim, _ in self._dims(op, factor)]
+        if factor.reduces and any(layout is not None and layout.overlaps for layout in layouts):
             return False
-        if letter.filled and any(x is not None and not all(x.parts) for x in layouts):
+        if factor.filled and any(x is not None and not all(x.parts) for x in layouts):
             return False
         return any(layout is not None for layout in layouts)
 

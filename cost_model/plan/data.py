@@ -24,7 +24,7 @@ class OpPlan:
     """One op's placements. `inputs[i]` is the placement that it wants of input i, `outputs[j]` what output j has.
 
     `home` is the stage it belongs to; `stages` are all that compute it (a recomputed mask has several).
-    `letter` is the name of the sharded letter of its op rule ("" when it runs replicated), `role` its name in the
+    `letter` is the name of the sharded factor of its op rule ("" when it runs replicated), `role` its name in the
     field's words for linears and embeddings ("column", "row", "vocab", "replicate", "").
     `gather[j]` says that output j is also made whole on every tp rank (all_reduce of a P, all_gather of an S).
     Seconds are of one forward on the slowest tp rank, on each stage that computes it, rounded by `rounded`.

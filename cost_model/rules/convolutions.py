@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cost_model.rules.rule import DimLink, Letter, OpRule, RuleFunction, Shape
+from cost_model.rules.rule import DimLink, Factor, OpRule, RuleFunction, Shape
 
 
 def _grouped(slot: int, dim: int, size: int, groups: int) -> DimLink:
@@ -34,20 +34,20 @@ def conv(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, 
     """
     x, weight, out, groups = inputs[0], inputs[1], outputs[0], attrs["groups"]
     channel = len(x) - len(weight) + 1
-    letters = [Letter("d0", x[0], (DimLink(0, 0),), (DimLink(0, 0),))] if channel else []
+    factors = [Factor("d0", x[0], (DimLink(0, 0),), (DimLink(0, 0),))] if channel else []
     has_bias = len(inputs) > 2
     if groups == 1:
         o_dim, i_dim = (1, 0) if attrs["transposed"] else (0, 1)
         bias = (DimLink(2, 0),) if has_bias else ()
         links = (DimLink(1, o_dim), *bias)
-        letters.append(Letter("column", out[channel], links, (DimLink(0, channel),), filled=True))
+        factors.append(Factor("column", out[channel], links, (DimLink(0, channel),), filled=True))
         links = (DimLink(0, channel), DimLink(1, i_dim))
-        letters.append(Letter("row", x[channel], links, (), reduces=True, filled=True))
+        factors.append(Factor("row", x[channel], links, (), reduces=True, filled=True))
     else:
         bias = (_grouped(2, 0, out[channel], groups),) if has_bias else ()
         links = (_grouped(0, channel, x[channel], groups), _grouped(1, 0, weight[0], groups), *bias)
-        letters.append(Letter("groups", groups, links, (_grouped(0, channel, out[channel], groups),), filled=True))
-    return OpRule(tuple(letters))
+        factors.append(Factor("groups", groups, links, (_grouped(0, channel, out[channel], groups),), filled=True))
+    return OpRule(tuple(factors))
 
 
 def batch_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
@@ -55,12 +55,12 @@ def batch_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping
     mean and variance are given."""
     x = inputs[0]
     links = (DimLink(0, 1), *(DimLink(i, 0) for i in range(1, len(inputs))))
-    letters = [Letter("c", x[1], links, (DimLink(0, 1),), filled=True)]
+    factors = [Factor("c", x[1], links, (DimLink(0, 1),), filled=True)]
     if attrs["statistics"]:
-        letters += [
-            Letter(f"d{d}", x[d], (DimLink(0, d),), (DimLink(0, d),), filled=True) for d in range(len(x)) if d != 1
+        factors += [
+            Factor(f"d{d}", x[d], (DimLink(0, d),), (DimLink(0, d),), filled=True) for d in range(len(x)) if d != 1
         ]
-    return OpRule(tuple(letters))
+    return OpRule(tuple(factors))
 
 
 def group_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
@@ -68,19 +68,19 @@ def group_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping
     x, groups = inputs[0], attrs["groups"]
     links = (_grouped(0, 1, x[1], groups), *(_grouped(i, 0, x[1], groups) for i in range(1, len(inputs))))
     return OpRule((
-        Letter("d0", x[0], (DimLink(0, 0),), (DimLink(0, 0),)),
-        Letter("groups", groups, links, (_grouped(0, 1, x[1], groups),), filled=True),
+        Factor("d0", x[0], (DimLink(0, 0),), (DimLink(0, 0),)),
+        Factor("groups", groups, links, (_grouped(0, 1, x[1], groups),), filled=True),
     ))  # fmt: skip
 
 
 def pool(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """Works along the last `spatial` dims; every other dim goes through, in each output."""
     x = inputs[0]
-    letters = []
+    factors = []
     for d in range(len(x) - attrs["spatial"]):
         links = tuple(DimLink(j, d) for j in range(len(outputs)))
-        letters.append(Letter(f"d{d}", x[d], (DimLink(0, d),), links, filled=True))
-    return OpRule(tuple(letters), ((0,),) if attrs["linear"] else ())
+        factors.append(Factor(f"d{d}", x[d], (DimLink(0, d),), links, filled=True))
+    return OpRule(tuple(factors), ((0,),) if attrs["linear"] else ())
 
 
 RULES: dict[str, RuleFunction] = {

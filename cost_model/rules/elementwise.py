@@ -5,29 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cost_model.rules.rule import OpRule, RuleFunction, Shape, broadcast_letters
+from cost_model.rules.rule import OpRule, RuleFunction, Shape, broadcast_factors
 
 
 def elementwise(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    return OpRule(broadcast_letters(inputs, outputs[0]))
+    return OpRule(broadcast_factors(inputs, outputs[0]))
 
 
 def linear_unary(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    return OpRule(broadcast_letters(inputs, outputs[0]), ((0,),))
+    return OpRule(broadcast_factors(inputs, outputs[0]), ((0,),))
 
 
 def mul(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     # a sum of products with the same factor is the product with the sum
-    return OpRule(broadcast_letters(inputs, outputs[0]), ((0,), (1,)) if len(inputs) == 2 else ())
+    return OpRule(broadcast_factors(inputs, outputs[0]), ((0,), (1,)) if len(inputs) == 2 else ())
 
 
 def div(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    return OpRule(broadcast_letters(inputs, outputs[0]), ((0,),) if len(inputs) == 2 else ())
+    return OpRule(broadcast_factors(inputs, outputs[0]), ((0,),) if len(inputs) == 2 else ())
 
 
 def add(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     # a + b is Partial only when both are: R + P would count R once per rank
-    return OpRule(broadcast_letters(inputs, outputs[0]), (tuple(range(len(inputs))),) if len(inputs) == 2 else ())
+    return OpRule(broadcast_factors(inputs, outputs[0]), (tuple(range(len(inputs))),) if len(inputs) == 2 else ())
 
 
 RULES: dict[str, RuleFunction] = {

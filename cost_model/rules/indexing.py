@@ -9,37 +9,37 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cost_model.rules.rule import DimLink, Letter, OpRule, RuleFunction, Shape
+from cost_model.rules.rule import DimLink, Factor, OpRule, RuleFunction, Shape
 
 
 def index(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """x[i, :, j]: x first, then the index tensors. `dims` lists (input dim, output dim) of what is taken whole."""
-    letters = [
-        Letter(f"d{b}", inputs[0][a], (DimLink(0, a),), (DimLink(0, b),)) for a, b in attrs["dims"]
+    factors = [
+        Factor(f"d{b}", inputs[0][a], (DimLink(0, a),), (DimLink(0, b),)) for a, b in attrs["dims"]
     ]
-    return OpRule(tuple(letters), ((0,),))
+    return OpRule(tuple(factors), ((0,),))
 
 
 def index_add(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """x, index [n], source -> x with source's slices added (or put) at `index` along `dim`."""
     x = inputs[0]
-    letters = [
-        Letter(f"d{d}", n, (DimLink(0, d), DimLink(2, d)), (DimLink(0, d),))
+    factors = [
+        Factor(f"d{d}", n, (DimLink(0, d), DimLink(2, d)), (DimLink(0, d),))
         for d, n in enumerate(x)
         if d != attrs["dim"]
     ]
-    return OpRule(tuple(letters), ((0, 2),))
+    return OpRule(tuple(factors), ((0, 2),))
 
 
 def gather(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """x, index -> x's elements at `index` along `dim`; other dims may be shorter in the index than in x: then whole."""
     x, at = inputs[0], inputs[1]
-    letters = [
-        Letter(f"d{d}", n, (DimLink(0, d), DimLink(1, d)), (DimLink(0, d),))
+    factors = [
+        Factor(f"d{d}", n, (DimLink(0, d), DimLink(1, d)), (DimLink(0, d),))
         for d, n in enumerate(x)
         if d != attrs["dim"] and at[d] == n
     ]
-    return OpRule(tuple(letters), ((0,),))
+    return OpRule(tuple(factors), ((0,),))
 
 
 def scatter(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
@@ -48,33 +48,33 @@ def scatter(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[st
     `adds`: whether what was there stays. Linear in x and source together, each index at most once where it overwrites.
     """
     x = inputs[0]
-    letters = []
+    factors = []
     for d, n in enumerate(x):
         if d != attrs["dim"] and all(shape[d] == n for shape in inputs):
             links = tuple(DimLink(slot, d) for slot in range(len(inputs)))
-            letters.append(Letter(f"d{d}", n, links, (DimLink(0, d),)))
-    return OpRule(tuple(letters), ((0, 2),) if len(inputs) == 3 else ())
+            factors.append(Factor(f"d{d}", n, links, (DimLink(0, d),)))
+    return OpRule(tuple(factors), ((0, 2),) if len(inputs) == 3 else ())
 
 
 def split_rows(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """x [rows, ...] and how many rows each piece has -> the pieces."""
-    letters = [
-        Letter(f"d{d}", n, (DimLink(0, d),), tuple(DimLink(j, d) for j in range(len(outputs))))
+    factors = [
+        Factor(f"d{d}", n, (DimLink(0, d),), tuple(DimLink(j, d) for j in range(len(outputs))))
         for d, n in enumerate(inputs[0])
         if d > 0
     ]
-    return OpRule(tuple(letters), ((0,),))
+    return OpRule(tuple(factors), ((0,),))
 
 
 def join_rows(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """Pieces [some rows, ...], and how many rows each has -> all rows [rows, ...]."""
     pieces = range(len(inputs) - 1)
-    letters = [
-        Letter(f"d{d}", n, tuple(DimLink(i, d) for i in pieces), (DimLink(0, d),))
+    factors = [
+        Factor(f"d{d}", n, tuple(DimLink(i, d) for i in pieces), (DimLink(0, d),))
         for d, n in enumerate(outputs[0])
         if d > 0
     ]
-    return OpRule(tuple(letters), (tuple(pieces),))
+    return OpRule(tuple(factors), (tuple(pieces),))
 
 
 RULES: dict[str, RuleFunction] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cost_model.rules.rule import DimLink, Letter, OpRule, RuleFunction, Shape, passing, repeat_pairs
+from cost_model.rules.rule import DimLink, Factor, OpRule, RuleFunction, Shape, passing, repeat_pairs
 
 
 def linear(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
@@ -13,11 +13,11 @@ def linear(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str
     x, weight = inputs[0], inputs[1]
     o_dim, i_dim = (1, 0) if attrs.get("transposed") else (0, 1)
     last = len(x) - 1
-    letters = [passing(0, 0, x, d, d) for d in range(last)]
+    factors = [passing(0, 0, x, d, d) for d in range(last)]
     bias = (DimLink(2, 0),) if len(inputs) > 2 else ()
-    letters.append(Letter("column", weight[o_dim], (DimLink(1, o_dim), *bias), (DimLink(0, last),)))
-    letters.append(Letter("row", weight[i_dim], (DimLink(0, last), DimLink(1, i_dim)), (), reduces=True))
-    return OpRule(tuple(letters))
+    factors.append(Factor("column", weight[o_dim], (DimLink(1, o_dim), *bias), (DimLink(0, last),)))
+    factors.append(Factor("row", weight[i_dim], (DimLink(0, last), DimLink(1, i_dim)), (), reduces=True))
+    return OpRule(tuple(factors))
 
 
 def matmul(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
@@ -25,18 +25,18 @@ def matmul(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str
     a, b, out = inputs[0], inputs[1], outputs[0]
     if len(a) < 2 or len(b) < 2:
         return OpRule()
-    letters = []
+    factors = []
     for dim in range(len(out) - 2):
         links = []
         for slot, shape in ((0, a), (1, b)):
             own = dim - (len(out) - len(shape))
             if own >= 0 and shape[own] == out[dim]:
                 links.append(DimLink(slot, own))
-        letters.append(Letter(f"d{dim}", out[dim], tuple(links), (DimLink(0, dim),)))
-    letters.append(Letter("m", a[-2], (DimLink(0, len(a) - 2),), (DimLink(0, len(out) - 2),)))
-    letters.append(Letter("n", b[-1], (DimLink(1, len(b) - 1),), (DimLink(0, len(out) - 1),)))
-    letters.append(Letter("k", a[-1], (DimLink(0, len(a) - 1), DimLink(1, len(b) - 2)), (), reduces=True))
-    return OpRule(tuple(letters))
+        factors.append(Factor(f"d{dim}", out[dim], tuple(links), (DimLink(0, dim),)))
+    factors.append(Factor("m", a[-2], (DimLink(0, len(a) - 2),), (DimLink(0, len(out) - 2),)))
+    factors.append(Factor("n", b[-1], (DimLink(1, len(b) - 1),), (DimLink(0, len(out) - 1),)))
+    factors.append(Factor("k", a[-1], (DimLink(0, len(a) - 1), DimLink(1, len(b) - 2)), (), reduces=True))
+    return OpRule(tuple(factors))
 
 
 def sdpa(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
@@ -54,16 +54,16 @@ def sdpa(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, 
             links.append(DimLink(slot, head, repeat_pairs(groups, q[head]), cover=True))
     if len(inputs) > 3 and len(inputs[3]) >= 3 and inputs[3][-3] == q[head]:
         links.append(DimLink(3, len(inputs[3]) - 3))
-    letters = [Letter("heads", q[head], tuple(links), (DimLink(0, head),))]
-    return OpRule(tuple(letters))
+    factors = [Factor("heads", q[head], tuple(links), (DimLink(0, head),))]
+    return OpRule(tuple(factors))
 
 
 def embedding(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """ids [...], table [v, d] -> [..., d]."""
     table, last = inputs[1], len(outputs[0]) - 1
     return OpRule((
-        Letter("vocab", table[0], (DimLink(1, 0),), (), reduces=True),
-        Letter("hidden", table[1], (DimLink(1, 1),), (DimLink(0, last),)),
+        Factor("vocab", table[0], (DimLink(1, 0),), (), reduces=True),
+        Factor("hidden", table[1], (DimLink(1, 1),), (DimLink(0, last),)),
     ))  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def cache_update(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mappi
     k, v = inputs[0], inputs[1]
     if len(k) != 4 or len(v) != 4 or k[1] != v[1]:
         return OpRule()
-    return OpRule((Letter("heads", k[1], (DimLink(0, 1), DimLink(1, 1)), (DimLink(0, 1), DimLink(1, 1))),))
+    return OpRule((Factor("heads", k[1], (DimLink(0, 1), DimLink(1, 1)), (DimLink(0, 1), DimLink(1, 1))),))
 
 
 def cache_read(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
@@ -80,7 +80,7 @@ def cache_read(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping
     k, v = outputs
     if len(k) != 4 or len(v) != 4 or k[1] != v[1]:
         return OpRule()
-    return OpRule((Letter("heads", k[1], (), (DimLink(0, 1), DimLink(1, 1))),))
+    return OpRule((Factor("heads", k[1], (), (DimLink(0, 1), DimLink(1, 1))),))
 
 
 RULES: dict[str, RuleFunction] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cost_model.rules.rule import DimLink, Letter, OpRule, RuleFunction, Shape, passing
+from cost_model.rules.rule import DimLink, Factor, OpRule, RuleFunction, Shape, passing
 
 
 def layer_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
@@ -18,11 +18,11 @@ def along(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str,
     """Works along `dims`; every other dim goes through, in each output."""
     x = inputs[0]
     cut = {d % len(x) for d in attrs["dims"]}
-    letters = []
+    factors = []
     for d in range(len(x)):
         if d not in cut:
-            letters.append(Letter(f"d{d}", x[d], (DimLink(0, d),), tuple(DimLink(j, d) for j in range(len(outputs)))))
-    return OpRule(tuple(letters), ((0,),) if attrs.get("linear") else ())
+            factors.append(Factor(f"d{d}", x[d], (DimLink(0, d),), tuple(DimLink(j, d) for j in range(len(outputs)))))
+    return OpRule(tuple(factors), ((0,),) if attrs.get("linear") else ())
 
 
 def reduce(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
@@ -30,16 +30,16 @@ def reduce(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str
     x, keep = inputs[0], bool(attrs["keepdim"])
     dims = sorted(d % len(x) for d in attrs["dims"])
     adds_up = attrs["op"] in ("sum", "mean")
-    letters = []
+    factors = []
     for d in range(len(x)):
         if d in dims:
             if adds_up:
-                letters.append(Letter(f"sum{d}", x[d], (DimLink(0, d),), (), reduces=True))
+                factors.append(Factor(f"sum{d}", x[d], (DimLink(0, d),), (), reduces=True))
         else:
             out_dim = d if keep else d - sum(1 for c in dims if c < d)
             links = tuple(DimLink(j, out_dim) for j in range(len(outputs)))
-            letters.append(Letter(f"d{d}", x[d], (DimLink(0, d),), links))
-    return OpRule(tuple(letters), ((0,),) if adds_up else ())
+            factors.append(Factor(f"d{d}", x[d], (DimLink(0, d),), links))
+    return OpRule(tuple(factors), ((0,),) if adds_up else ())
 
 
 RULES: dict[str, RuleFunction] = {

@@ -1,8 +1,8 @@
 """One rule an op kind: which dims of its tensors correspond, hence which ways to shard it there are.
 
-A rule lists *letters*, in the sense of an einsum. A letter is one coordinate that runs through some dims of the inputs
-and outputs; sharding the op along it shards all of these together, and leaves an output that does not carry it either
-impossible or, where the op sums over the letter, Partial. A dim that no letter names is never cut.
+A rule lists *factors* (Shardy's word; an einsum's letters): coordinates that run through some dims of the inputs and
+outputs. Sharding the op along a factor shards all of these together, and leaves an output that does not carry it either
+impossible or, where the op sums over the factor, Partial. A dim that no factor names is never cut.
 
     linear        "... i, o i, o? -> ... o"      o: column parallel.  i: row parallel, output P
     softmax       "... !n -> ... n"              !: never cut

@@ -10,12 +10,12 @@ import numpy as np
 
 from cost_model.rules.rule import (
     DimLink,
+    Factor,
     IntArray,
-    Letter,
     OpRule,
     RuleFunction,
     Shape,
-    broadcast_letters,
+    broadcast_factors,
     passing,
     repeat_pairs,
 )
@@ -24,12 +24,12 @@ from cost_model.rules.rule import (
 def permute(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """Output dim j is input dim `order[j]`; -1 marks a new dim of size 1 (unsqueeze); missing dims were squeezed."""
     x = inputs[0]
-    letters = [passing(0, 0, x, d, j) for j, d in enumerate(attrs["order"]) if d >= 0]
-    return OpRule(tuple(letters), ((0,),))
+    factors = [passing(0, 0, x, d, j) for j, d in enumerate(attrs["order"]) if d >= 0]
+    return OpRule(tuple(factors), ((0,),))
 
 
 def expand(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    return OpRule(broadcast_letters(inputs[:1], outputs[0]), ((0,),))
+    return OpRule(broadcast_factors(inputs[:1], outputs[0]), ((0,),))
 
 
 def view_groups(source: Shape, target: Shape) -> list[tuple[list[int], list[int]]]:
@@ -66,14 +66,14 @@ def _mixed_pairs(outer: int, n: int, inner: int) -> tuple[IntArray, IntArray]:
 
 
 def view(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """Computed from the shapes: each factor of a split dim, or each dim that merges, is a letter of its own."""
+    """Computed from the shapes: each piece of a split dim, or each dim that merges, is a factor of its own."""
     source, target = inputs[0], outputs[0]
     if math.prod(source) == 0:
         return OpRule((), ((0,),))
-    letters: list[Letter] = []
+    factors: list[Factor] = []
     for number, (ins, outs) in enumerate(view_groups(source, target)):
         if len(ins) == 1 and len(outs) == 1:
-            letters.append(passing(0, 0, source, ins[0], outs[0]))
+            factors.append(passing(0, 0, source, ins[0], outs[0]))
         elif len(ins) == 1 or len(outs) == 1:
             split = len(ins) == 1  # one dim into many; else many into one
             one, many = (ins[0], outs) if split else (outs[0], ins)
@@ -82,90 +82,90 @@ def view(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, 
                 pairs = _mixed_pairs(math.prod(sizes[:k]), sizes[k], math.prod(sizes[k + 1 :]))
                 mixed, plain = DimLink(0, one, pairs), DimLink(0, d)
                 links = ((mixed,), (plain,)) if split else ((plain,), (mixed,))
-                letters.append(Letter(f"g{number}.{k}", sizes[k], *links, alternatives=f"g{number}"))
-    return OpRule(tuple(letters), ((0,),))
+                factors.append(Factor(f"g{number}.{k}", sizes[k], *links, alternatives=f"g{number}"))
+    return OpRule(tuple(factors), ((0,),))
 
 
 def slice_(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """Basic indexing. `dims` lists (input dim, output dim, start, step) of the dims that remain."""
     x, out = inputs[0], outputs[0]
-    letters = []
+    factors = []
     for in_dim, out_dim, start, step in attrs["dims"]:
         n = out[out_dim]
         if n == x[in_dim]:
-            letters.append(passing(0, 0, x, in_dim, out_dim))
+            factors.append(passing(0, 0, x, in_dim, out_dim))
         elif step > 0:
             own = np.arange(n, dtype=np.int64)
             link = DimLink(0, in_dim, (start + step * own, own))
-            letters.append(Letter(f"d{out_dim}", n, (link,), (DimLink(0, out_dim),)))
-    return OpRule(tuple(letters), ((0,),))
+            factors.append(Factor(f"d{out_dim}", n, (link,), (DimLink(0, out_dim),)))
+    return OpRule(tuple(factors), ((0,),))
 
 
 def split(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """Along `dim` into consecutive pieces (split, chunk)."""
     x, dim = inputs[0], attrs["dim"]
-    letters = []
+    factors = []
     for d in range(len(x)):
         if d != dim:
             links = tuple(DimLink(j, d) for j in range(len(outputs)))
-            letters.append(Letter(f"d{d}", x[d], (DimLink(0, d),), links))
+            factors.append(Factor(f"d{d}", x[d], (DimLink(0, d),), links))
             continue
         outs, start = [], 0
         for j, shape in enumerate(outputs):
             own = np.arange(shape[d], dtype=np.int64)
             outs.append(DimLink(j, d, (own, own + start)))
             start += shape[d]
-        letters.append(Letter("split", x[d], (DimLink(0, d),), tuple(outs)))
-    return OpRule(tuple(letters), ((0,),))
+        factors.append(Factor("split", x[d], (DimLink(0, d),), tuple(outs)))
+    return OpRule(tuple(factors), ((0,),))
 
 
 def cat(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     out, dim = outputs[0], attrs["dim"]
-    letters = []
+    factors = []
     for d in range(len(out)):
         if d != dim:
             links = tuple(DimLink(i, d) for i in range(len(inputs)))
-            letters.append(Letter(f"d{d}", out[d], links, (DimLink(0, d),)))
+            factors.append(Factor(f"d{d}", out[d], links, (DimLink(0, d),)))
             continue
         ins, start = [], 0
         for i, shape in enumerate(inputs):
             own = np.arange(shape[d], dtype=np.int64)
             ins.append(DimLink(i, d, (own, own + start)))
             start += shape[d]
-        letters.append(Letter("cat", out[d], tuple(ins), (DimLink(0, d),)))
-    return OpRule(tuple(letters), (tuple(range(len(inputs))),))
+        factors.append(Factor("cat", out[d], tuple(ins), (DimLink(0, d),)))
+    return OpRule(tuple(factors), (tuple(range(len(inputs))),))
 
 
 def unbind(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     x, dim = inputs[0], attrs["dim"]
-    letters = []
+    factors = []
     for d in range(len(x)):
         if d != dim:
             links = tuple(DimLink(j, d - (d > dim)) for j in range(len(outputs)))
-            letters.append(Letter(f"d{d}", x[d], (DimLink(0, d),), links))
-    return OpRule(tuple(letters), ((0,),))
+            factors.append(Factor(f"d{d}", x[d], (DimLink(0, d),), links))
+    return OpRule(tuple(factors), ((0,),))
 
 
 def stack(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     x, dim = inputs[0], attrs["dim"]
-    letters = []
+    factors = []
     for d in range(len(x)):
         links = tuple(DimLink(i, d) for i in range(len(inputs)))
-        letters.append(Letter(f"d{d}", x[d], links, (DimLink(0, d + (d >= dim)),)))
-    return OpRule(tuple(letters), (tuple(range(len(inputs))),))
+        factors.append(Factor(f"d{d}", x[d], links, (DimLink(0, d + (d >= dim)),)))
+    return OpRule(tuple(factors), (tuple(range(len(inputs))),))
 
 
 def repeat_interleave(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """Each element of `dim` `repeats` times in a row: what turns KV heads into query heads."""
     x, out, dim = inputs[0], outputs[0], attrs["dim"]
-    letters = []
+    factors = []
     for d in range(len(x)):
         if d != dim:
-            letters.append(passing(0, 0, x, d, d))
+            factors.append(passing(0, 0, x, d, d))
             continue
         link = DimLink(0, d, repeat_pairs(x[d], out[d]), cover=True)
-        letters.append(Letter("repeat", out[d], (link,), (DimLink(0, d),)))
-    return OpRule(tuple(letters), ((0,),))
+        factors.append(Factor("repeat", out[d], (link,), (DimLink(0, d),)))
+    return OpRule(tuple(factors), ((0,),))
 
 
 RULES: dict[str, RuleFunction] = {

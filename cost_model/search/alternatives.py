@@ -9,7 +9,7 @@ from cost_model.errors import PlanError
 from cost_model.graph.op_graph import Op, TensorRef
 from cost_model.graph.roles import role_of
 from cost_model.plan.data import Alternative, rounded
-from cost_model.rules.rule import Letter
+from cost_model.rules.rule import Factor
 from cost_model.search.strategy import TensorParallelResult
 from cost_model.search.tensor_parallel import TensorParallelSearch
 
@@ -36,12 +36,12 @@ class AlternativeCosts:
 
     def _of(self, op: Op) -> tuple[Alternative, ...]:
         domain = self.result.domains[op.name]
-        own = role_of(op, self.result.strategies[op.name].letter)
-        letters = {role_of(op, letter.name): letter for letter in _rule_letters(self.search, op)}
+        own = role_of(op, self.result.strategies[op.name].factor)
+        factors = {role_of(op, factor.name): factor for factor in _rule_factors(self.search, op)}
         possible: dict[str, list[int]] = {}
         for k, strategy in enumerate(domain):
-            possible.setdefault(role_of(op, strategy.letter), []).append(k)
-        roles = dict.fromkeys([own, *possible, *letters])
+            possible.setdefault(role_of(op, strategy.factor), []).append(k)
+        roles = dict.fromkeys([own, *possible, *factors])
         if not own or self.search.tp == 1 or len(roles) == 1:
             return ()
         found = []
@@ -53,7 +53,7 @@ class AlternativeCosts:
             elif role in possible:
                 found.append(self._forced(op, role, possible[role]))
             else:
-                found.append(Alternative(role, impossible=why_not(self.search, op, letters[role])))
+                found.append(Alternative(role, impossible=why_not(self.search, op, factors[role])))
         return tuple(found)
 
     def _forced(self, op: Op, role: str, values: list[int]) -> Alternative:
@@ -85,8 +85,8 @@ class AlternativeCosts:
         return seconds, nbytes
 
 
-def _rule_letters(search: TensorParallelSearch, op: Op) -> tuple[Letter, ...]:
-    return search.layouts.rules(op, search.graph.input_specs(op)).letters
+def _rule_factors(search: TensorParallelSearch, op: Op) -> tuple[Factor, ...]:
+    return search.layouts.rules(op, search.graph.input_specs(op)).factors
 
 
 def refuse_impossible_roles(search: TensorParallelSearch) -> None:
@@ -95,31 +95,31 @@ def refuse_impossible_roles(search: TensorParallelSearch) -> None:
         op = search.graph[name]
         if search.domain(op):
             continue
-        letter = next((x for x in _rule_letters(search, op) if role_of(op, x.name) == role), None)
+        factor = next((x for x in _rule_factors(search, op) if role_of(op, x.name) == role), None)
         if search.tp == 1:
             why = "tp=1 cuts nothing"
-        elif letter is None:
+        elif factor is None:
             why = f"the rule of {op} has no such way to cut it"
         else:
-            why = why_not(search, op, letter)
+            why = why_not(search, op, factor)
         raise PlanError(f"{op.module or name} cannot be {role}: {why}")
 
 
-def why_not(search: TensorParallelSearch, op: Op, letter: Letter) -> str:
-    """Why no strategy of `op` cuts it along this letter of its rule."""
+def why_not(search: TensorParallelSearch, op: Op, factor: Factor) -> str:
+    """Why no strategy of `op` cuts it along this factor of its rule."""
     if search.decides(op):
         return "it decides where data goes (a router, say), and is whole on every rank: rounding must change no choice"
-    dims = [(op.inputs[x.slot], x.dim) for x in letter.inputs]
-    dims += [(TensorRef(op.name, x.slot), x.dim) for x in letter.outputs]
+    dims = [(op.inputs[x.slot], x.dim) for x in factor.inputs]
+    dims += [(TensorRef(op.name, x.slot), x.dim) for x in factor.outputs]
     if any(search.graph.spec(ref).is_dynamic(dim) for ref, dim in dims):
         return "that length follows the model's inputs"
-    if letter.filled and letter.size < search.tp:
-        return f"{letter.size} cannot be cut into {search.tp} parts, and none may be empty"
+    if factor.filled and factor.size < search.tp:
+        return f"{factor.size} cannot be cut into {search.tp} parts, and none may be empty"
     layouts = [search.layouts.layout(ref, dim) for ref, dim in dims]
     if all(layout is None for layout in layouts):
-        return f"no grain to cut: its {letter.size} elements belong together (one head, say) and every rank reads all"
-    if letter.reduces and any(layout is not None and layout.overlaps for layout in layouts):
+        return f"no grain to cut: its {factor.size} elements belong together (one head, say) and every rank reads all"
+    if factor.reduces and any(layout is not None and layout.overlaps for layout in layouts):
         return "several ranks hold the same elements (a shared KV head, say), and a sum would count them twice"
-    if letter.filled:
+    if factor.filled:
         return f"some of {search.tp} ranks would get no part, and none may be empty"
     return "nothing that it reads or writes is cut there"

@@ -63,7 +63,7 @@ class _Checked:
     def _strategy(self, op: Op, planned: OpPlan) -> None:
         found = (planned.letter, planned.inputs, planned.outputs, planned.gather)
         domain = self.search.domain(op)
-        if not any((s.letter, s.inputs, s.outputs, s.gather) == found for s in domain):
+        if not any((s.factor, s.inputs, s.outputs, s.gather) == found for s in domain):
             own = Strategy(*found)
             raise PlanError(
                 f"op {op.name} ({op.kind}) cannot run as {_said(own)}; it can as "
@@ -194,7 +194,7 @@ def _same_names(what: str, expected: list[str], found: list[str]) -> None:
 def _said(s: Strategy) -> str:
     gathered = " gathered" if any(s.gather) else ""
     ins, outs = ", ".join(map(str, s.inputs)), ", ".join(map(str, s.outputs))
-    return f"{s.letter or 'whole'} [{ins} -> {outs}{gathered}]"
+    return f"{s.factor or 'whole'} [{ins} -> {outs}{gathered}]"
 
 
 def _lies(placement: Placement) -> str:

@@ -147,7 +147,7 @@ class PlanSearch:
     def _send_seconds(self, ref: TensorRef) -> float:
         """Of one tensor to another stage, both ends: one launches the send, one the recv. Where the receiver cannot
         tell a length from the model's inputs, the shape goes ahead: 8 bytes a dim."""
-        if self.strategies[ref.op].letter == EXPERT and not self.strategies[ref.op].gather[ref.index]:
+        if self.strategies[ref.op].factor == EXPERT and not self.strategies[ref.op].gather[ref.index]:
             return math.inf  # a layer's experts are one stage's: each rank has its own of them
         spec, link = self.search.spec(ref), self.hardware.pp_link
         told = any(symbol.startswith("?") for symbol in self.graph.spec(ref).symbols)

@@ -79,7 +79,7 @@ class PlanWriter:
 
     def _op_plan(self, op: Op, home: int, stages: set[int]) -> OpPlan:
         s = self.strategies[op.name]
-        role = role_of(op, s.letter)
+        role = role_of(op, s.factor)
         weights = [r.op for r in op.inputs if self.graph[r.op].attrs.get("matmul")]
         choice = self.alternatives.of(op)
         return OpPlan(
@@ -90,7 +90,7 @@ class PlanWriter:
             inputs=s.inputs,
             outputs=s.outputs,
             gather=s.gather,
-            letter=s.letter,
+            letter=s.factor,
             role=role,
             module=op.module,
             weight=weights[0] if role and weights else "",

@@ -17,7 +17,7 @@ INFEASIBLE = np.inf
 class Strategy:
     """How one op runs on the tp axis. `gather[j]`: output j is also made whole on every rank."""
 
-    letter: str  # the sharded letter of the op's rule, "" for none
+    factor: str  # the sharded factor of the op's rule, "" for none
     inputs: tuple[Placement, ...]
     outputs: tuple[Placement, ...]
     gather: tuple[bool, ...]

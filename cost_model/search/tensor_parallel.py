@@ -78,7 +78,7 @@ class TensorParallelSearch:
         if way is not None:
             every = [*every, *self._gathered(Strategy(EXPERT, way.inputs, way.outputs, ()))]
         role = self.pins.get(op.name)
-        return every if role is None else [s for s in every if role_of(op, s.letter) == role]
+        return every if role is None else [s for s in every if role_of(op, s.factor) == role]
 
     def _own_domain(self, op: Op) -> list[Strategy]:
         plain = Strategy("", (REPLICATE,) * len(op.inputs), (REPLICATE,) * len(op.outputs), (False,) * len(op.outputs))
@@ -93,24 +93,24 @@ class TensorParallelSearch:
             # to have whole everywhere. Left as variables they would tie all layers to each other.
             return [plain]
         found = {(plain.inputs, plain.outputs): plain}
-        for letter in self.layouts.letters(op):
+        for factor in self.layouts.factors(op):
             inputs = [REPLICATE] * len(op.inputs)
-            outputs = [PARTIAL if letter.reduces else None for _ in op.outputs]
-            for link in letter.inputs:
+            outputs = [PARTIAL if factor.reduces else None for _ in op.outputs]
+            for link in factor.inputs:
                 if self.layouts.layout(op.inputs[link.slot], link.dim) is not None:
                     inputs[link.slot] = shard(link.dim)
-            for link in letter.outputs:
+            for link in factor.outputs:
                 if self.layouts.layout(TensorRef(op.name, link.slot), link.dim) is not None:
                     outputs[link.slot] = shard(link.dim)
                 else:
                     outputs[link.slot] = REPLICATE
-            covers = any(link.cover for link in letter.inputs)
+            covers = any(link.cover for link in factor.inputs)
             if all(p.is_replicate for p in inputs) and not covers:
                 continue  # nothing to shard: its one sharded form is a slice of the replicated one
             if any(p is None for p in outputs):
                 continue
             done = tuple(p for p in outputs if p is not None)
-            found.setdefault((tuple(inputs), done), Strategy(letter.name, tuple(inputs), done, (False,) * len(done)))
+            found.setdefault((tuple(inputs), done), Strategy(factor.name, tuple(inputs), done, (False,) * len(done)))
         for slots in self.layouts.rules(op, self.graph.input_specs(op)).linear_in:
             partial = tuple(PARTIAL if i in slots else REPLICATE for i in range(len(op.inputs)))
             out = (PARTIAL,) * len(op.outputs)
@@ -119,10 +119,10 @@ class TensorParallelSearch:
 
     def _gathered(self, strategy: Strategy) -> list[Strategy]:
         """The strategy as it is, and with its outputs made whole, where a collective does that."""
-        letter, inputs, outputs = strategy.letter, strategy.inputs, strategy.outputs
+        factor, inputs, outputs = strategy.factor, strategy.inputs, strategy.outputs
         gather = tuple(p.is_partial or p.kind == "S" for p in outputs)
-        plain = Strategy(letter, inputs, outputs, (False,) * len(outputs))
-        return [plain, Strategy(letter, inputs, outputs, gather)] if any(gather) else [plain]
+        plain = Strategy(factor, inputs, outputs, (False,) * len(outputs))
+        return [plain, Strategy(factor, inputs, outputs, gather)] if any(gather) else [plain]
 
     def decides(self, op: Op) -> bool:
         """True of what decides a choice (decisions.py): whole on every rank, however cheap it would be to cut."""
@@ -167,7 +167,7 @@ class TensorParallelSearch:
         return 1.0 if siblings is None else siblings.share
 
     def _siblings(self, op: Op, strategy: Strategy) -> Siblings | None:
-        return self.experts.siblings.get(op.name) if strategy.letter == EXPERT else None
+        return self.experts.siblings.get(op.name) if strategy.factor == EXPERT else None
 
     def compute_seconds(self, op: Op, strategy: Strategy) -> float:
         """On the slowest tp rank. An op on rows that values choose costs less where often none is chosen, and, one of
@@ -233,7 +233,7 @@ class TensorParallelSearch:
         """
         if op.kind != "param" or not op.attrs.get("matmul"):
             return 0.0
-        if strategy.letter == EXPERT:  # that is a matter of strategy: 5 experts on 2 ranks, or half of each
+        if strategy.factor == EXPERT:  # that is a matter of strategy: 5 experts on 2 ranks, or half of each
             return self.held_bytes(op, strategy) - self.spec(TensorRef(op.name)).nbytes / self.tp
         if not strategy.outputs[0].is_replicate:
             return 0.0
@@ -337,14 +337,14 @@ def _number_table(producers: Sequence[Strategy], consumers: Sequence[Strategy]) 
     if len(producers) == 1:
         return None
     return np.array([
-        [INFEASIBLE if p.letter == EXPERT != c.letter else 0.0 for c in consumers] for p in producers
+        [INFEASIBLE if p.factor == EXPERT != c.factor else 0.0 for c in consumers] for p in producers
     ])  # fmt: skip
 
 
 def _form(strategy: Strategy) -> tuple[object, ...]:
     """But for which rank has what one rank has alone."""
     kinds = tuple(p.kind if p.is_owned else p for p in (*strategy.inputs, *strategy.outputs))
-    return strategy.letter, kinds, strategy.gather
+    return strategy.factor, kinds, strategy.gather
 
 
 def busiest_share(siblings: Siblings, rows: float, tp: int) -> float:

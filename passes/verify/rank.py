@@ -213,8 +213,8 @@ def _op(state: RankState, node: Node, op: Op) -> None:
         state.facts.biases[op.name] = (node, not lacks_bias)
     elif lacks_bias:
         fail(state.program, node, f"adds no bias ({op.inputs[2].op}), and owes no sum that has it", _SHARDS)
-    if done.letter is not None and PARTIAL in done.outputs:
-        state.facts.sums[op.name] = (node, done.letter.size, done.part)
+    if done.factor is not None and PARTIAL in done.outputs:
+        state.facts.sums[op.name] = (node, done.factor.size, done.part)
     check = FURTHER_CHECKS.get(op.kind)
     if check is not None:
         check(state, node, op, types, done)

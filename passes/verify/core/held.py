@@ -1,8 +1,8 @@
 """What a rank has of a tensor, and the op rules read as typing rules.
 
 `Held` claims: this rank's tensor is the whole tensor, with the elements `runs` picked along `dim`, in that order. Such
-a claim speaks of one rank only. An op keeps it when some letter of its rule runs through all dims that are picked from,
-and the same coordinates of the letter are there in all of them: a rank that has rows 0..15 of a weight computes columns
+a claim speaks of one rank only. An op keeps it when some factor of its rule runs through all dims that are picked from,
+and the same coordinates of the factor are there in all of them: a rank that has rows 0..15 of a weight computes columns
 0..15 of the product, whatever other ranks do. Only of a Partial must all ranks be asked (verify_groups).
 """
 
@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from cost_model.graph.placement import Interval, Layout, Placement
-from cost_model.rules.rule import DimLink, IntArray, Letter, OpRule
+from cost_model.rules.rule import DimLink, Factor, IntArray, OpRule
 
 Shape = tuple[int, ...]
 
@@ -100,10 +100,10 @@ def elements(value: Held, size: int) -> IntArray:
 
 @dataclass(frozen=True, slots=True)
 class Derivation:
-    """What comes out of an op. `letter` is the one that is sharded (None: none), `part` this rank's piece of it."""
+    """What comes out of an op. `factor` is the one that is sharded (None: none), `part` this rank's piece of it."""
 
     outputs: tuple[Held, ...]
-    letter: Letter | None = None
+    factor: Factor | None = None
     part: tuple[Interval, ...] = ()
 
 
@@ -148,28 +148,28 @@ def _judge(rule: OpRule, inputs: Sequence[Shape], outputs: Sequence[Shape], type
             return Judgement((Derivation((PARTIAL,) * len(outputs)),))
         return Judgement((), "it is not linear in what is a sum still owed (P): an all_reduce must come first")
     found, reasons = [], []
-    for letter in rule.letters:
-        derivation = _follow(letter, inputs, outputs, types)
+    for factor in rule.factors:
+        derivation = _follow(factor, inputs, outputs, types)
         if isinstance(derivation, str):
-            reasons.append(f"{letter.name}: {derivation}")
+            reasons.append(f"{factor.name}: {derivation}")
         else:
             found.append(derivation)
     shown = "; ".join(reasons[:4]) or "it has no rule, so that it takes whole tensors only"
-    return Judgement(tuple(found), f"no letter of its rule allows this ({shown})")
+    return Judgement(tuple(found), f"no factor of its rule allows this ({shown})")
 
 
 def _follow(
-    letter: Letter, inputs: Sequence[Shape], outputs: Sequence[Shape], types: tuple[Held, ...]
+    factor: Factor, inputs: Sequence[Shape], outputs: Sequence[Shape], types: tuple[Held, ...]
 ) -> Derivation | str:
-    """The op sharded along `letter`, or why it cannot be."""
-    links = {link.slot: link for link in letter.inputs}
+    """The op sharded along `factor`, or why it cannot be."""
+    links = {link.slot: link for link in factor.inputs}
     for slot, value in enumerate(types):
         if value.is_sharded and (slot not in links or links[slot].dim != value.dim):
-            return f"input {slot} is {value}, which the letter does not run through"
+            return f"input {slot} is {value}, which the factor does not run through"
     if any(slot >= len(types) for slot in links):
         return "an input is missing"
     touched = [
-        _letters_of(link, elements(types[slot], inputs[slot][link.dim]))
+        _factors_of(link, elements(types[slot], inputs[slot][link.dim]))
         for slot, link in links.items()
         if not link.cover
     ]
@@ -186,18 +186,18 @@ def _follow(
             own = own[np.isin(own, link.pairs[0])]
         if not np.array_equal(own, _elements_of(link, part)):
             return f"input {slot} is {types[slot]}: other inputs hold another part, or a piece is cut in two"
-    out: list[Held | None] = [PARTIAL if letter.reduces else None for _ in outputs]
-    for link in letter.outputs:
+    out: list[Held | None] = [PARTIAL if factor.reduces else None for _ in outputs]
+    for link in factor.outputs:
         size = outputs[link.slot][link.dim]
         out[link.slot] = held_sequence(link.dim, _elements_of(link, part), size)
-    if len(part) == letter.size:
+    if len(part) == factor.size:
         out = [WHOLE if o is None or o.partial else o for o in out]
     if any(o is None for o in out):
-        return "an output does not carry the letter"
-    return Derivation(tuple(o for o in out if o is not None), letter, held_sequence(0, part, -1).runs)
+        return "an output does not carry the factor"
+    return Derivation(tuple(o for o in out if o is not None), factor, held_sequence(0, part, -1).runs)
 
 
-def _letters_of(link: DimLink, own: IntArray) -> IntArray:
+def _factors_of(link: DimLink, own: IntArray) -> IntArray:
     return own if link.pairs is None else link.pairs[1][np.isin(link.pairs[0], own)]
 
 

@@ -124,7 +124,7 @@ def _padding(node: Node, rows: int) -> int | None:
 
 def _mean(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
     """A part of a mean divides by the number of all elements."""
-    owes = done.letter is not None and PARTIAL in done.outputs and op.attrs["op"] == "mean"
+    owes = done.factor is not None and PARTIAL in done.outputs and op.attrs["op"] == "mean"
     if owes != (node.target is partial_mean):
         fail(state.program, node, "a mean over a sharded dim must divide by the number of all elements", _SHAPES)
     if owes:

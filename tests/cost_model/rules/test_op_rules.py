@@ -1,8 +1,8 @@
 """Every op rule is proven by running the op on real shards, gluing the results and comparing with the whole op.
 
-For each kind there is a case: torch code for the op, and a strategy that draws shapes and attributes. A rule's letter
+For each kind there is a case: torch code for the op, and a strategy that draws shapes and attributes. A rule's factor
 is tried with any dealing of its elements to ranks, uneven, empty and out of order, since that is what a rule claims:
-that the op falls apart along the letter. Float64 throughout.
+that the op falls apart along the factor. Float64 throughout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost_model.graph.op_graph import Op, TensorSpec
-from cost_model.rules.rule import DimLink, Letter, OpRule
+from cost_model.rules.rule import DimLink, Factor, OpRule
 from cost_model.rules.table import RULES, RuleTable
 from tests.support.rule_cases import arithmetic, movement
 from tests.support.rule_cases.case import (
@@ -44,28 +44,28 @@ def rule_of(kind: str, made: Case, outputs: Outputs) -> OpRule:
 
 
 def elements_of(link: DimLink, held: np.ndarray, size: int, ranks: int, rank: int) -> torch.Tensor:
-    """Elements of the link's dim that go with the letter's elements `held`. What belongs to none of them (the rest of
+    """Elements of the link's dim that go with the factor's elements `held`. What belongs to none of them (the rest of
     a sliced dim) may lie anywhere: it is dealt out in turns."""
     if link.pairs is None:
         return torch.from_numpy(held)
-    own, letter = link.pairs
+    own, factor = link.pairs
     if not link.cover:
-        assert len(np.unique(own)) == len(own), "an element of this dim belongs to two of the letter's"
-    mine = np.unique(own[np.isin(letter, held)])
+        assert len(np.unique(own)) == len(own), "an element of this dim belongs to two of the factor's"
+    mine = np.unique(own[np.isin(factor, held)])
     rest = np.setdiff1d(np.arange(size), own)
     return torch.from_numpy(np.sort(np.concatenate([mine, rest[rest % ranks == rank]])))
 
 
-def shares_of(made: Case, outputs: Outputs, letter: Letter, owner: np.ndarray, ranks: int) -> list[Share]:
+def shares_of(made: Case, outputs: Outputs, factor: Factor, owner: np.ndarray, ranks: int) -> list[Share]:
     found = []
     for rank in range(ranks):
         held = np.flatnonzero(owner == rank)
-        share = Share(rank, letter=letter.name)
-        for links, tensors, own in ((letter.inputs, made.inputs, share.ins), (letter.outputs, outputs, share.outs)):
+        share = Share(rank, factor=factor.name)
+        for links, tensors, own in ((factor.inputs, made.inputs, share.ins), (factor.outputs, outputs, share.outs)):
             for link in links:
                 size = tensors[link.slot].shape[link.dim]
                 if link.pairs is None:
-                    assert size == letter.size, f"dim {link.dim} of tensor {link.slot} is not of the letter's size"
+                    assert size == factor.size, f"dim {link.dim} of tensor {link.slot} is not of the factor's size"
                 own[link.slot, link.dim] = elements_of(link, held, size, ranks, rank)
         cut = [list(t.shape) for t in outputs]
         for (slot, dim), elements in share.outs.items():
@@ -87,10 +87,10 @@ def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def check_letter(made: Case, outputs: Outputs, letter: Letter, owner: np.ndarray, ranks: int) -> None:
-    shares = shares_of(made, outputs, letter, owner, ranks)
+def check_factor(made: Case, outputs: Outputs, factor: Factor, owner: np.ndarray, ranks: int) -> None:
+    shares = shares_of(made, outputs, factor, owner, ranks)
     results = [made(local_inputs(made, share), share) for share in shares]
-    linked = {link.slot: link.dim for link in letter.outputs}
+    linked = {link.slot: link.dim for link in factor.outputs}
     for slot, expected in enumerate(outputs):
         parts = [result[slot] for result in results]
         if slot in linked:
@@ -103,24 +103,24 @@ def check_letter(made: Case, outputs: Outputs, letter: Letter, owner: np.ndarray
                 filled[elements] += 1
             assert (filled == 1).all(), "an output element is made by no rank, or by two"
             assert_equal(glued, expected)
-        elif letter.reduces:
+        elif factor.reduces:
             assert_equal(torch.stack(parts).sum(0), expected)
         else:
-            pytest.fail(f"letter {letter.name} says nothing of output {slot}")
+            pytest.fail(f"factor {factor.name} says nothing of output {slot}")
 
 
 @pytest.mark.filterwarnings("ignore:std.. degrees of freedom")  # a rank without elements
 @pytest.mark.parametrize("kind", CASES)
 @settings(max_examples=30)
 @given(data=st.data())
-def test_every_letter_falls_apart(kind: str, data: st.DataObject) -> None:
+def test_every_factor_falls_apart(kind: str, data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 9)))
     made = CASES[kind](data)
     outputs = made(made.inputs, Share())
     ranks = data.draw(st.integers(2, 4))
-    for letter in rule_of(kind, made, outputs).letters:
-        deal = st.lists(st.integers(0, ranks - 1), min_size=letter.size, max_size=letter.size)
-        check_letter(made, outputs, letter, np.array(data.draw(deal), dtype=np.int64), ranks)
+    for factor in rule_of(kind, made, outputs).factors:
+        deal = st.lists(st.integers(0, ranks - 1), min_size=factor.size, max_size=factor.size)
+        check_factor(made, outputs, factor, np.array(data.draw(deal), dtype=np.int64), ranks)
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -147,7 +147,7 @@ _GROUPS = {n: {"groups": n, "transposed": False} for n in (1, 2)}
 
 # Rules that have nothing to say are proven by everything above: these say what must be there.
 @pytest.mark.parametrize(
-    "kind, inputs, outputs, attrs, letters",
+    "kind, inputs, outputs, attrs, factors",
     [
         ("linear", [(2, 3, 8), (6, 8), (6,)], [(2, 3, 6)], {"transposed": False}, {"d0", "d1", "column", "row"}),
         ("embedding", [(2, 3), (9, 4)], [(2, 3, 4)], {}, {"vocab", "hidden"}),
@@ -186,25 +186,25 @@ _GROUPS = {n: {"groups": n, "transposed": False} for n in (1, 2)}
         ("opaque.unknown", [(2, 3)], [(2, 3)], {}, set()),
     ],
 )
-def test_letters_that_must_be_there(
+def test_factors_that_must_be_there(
     kind: str,
     inputs: list[tuple[int, ...]],
     outputs: list[tuple[int, ...]],
     attrs: dict[str, Any],
-    letters: set[str],
+    factors: set[str],
 ) -> None:
     op = Op("op", kind, (), tuple(TensorSpec(s, "float32") for s in outputs), attrs)
     rule = RuleTable()(op, tuple(TensorSpec(s, "float32") for s in inputs))
-    assert {letter.name for letter in rule.letters} == letters
+    assert {factor.name for factor in rule.factors} == factors
 
 
-def test_no_letter_where_a_step_or_a_regrouping_mixes_elements() -> None:
+def test_no_factor_where_a_step_or_a_regrouping_mixes_elements() -> None:
     specs = TensorSpec((4, 6), "float32"), TensorSpec((6, 4), "float32")
-    assert RuleTable()(Op("op", "view", (), (specs[1],)), (specs[0],)).letters == ()
+    assert RuleTable()(Op("op", "view", (), (specs[1],)), (specs[0],)).factors == ()
 
 
 def test_equal_ops_share_one_rule() -> None:
-    """Layers repeat: the layouts are solved once only if the letters' arrays are the same objects."""
+    """Layers repeat: the layouts are solved once only if the factors' arrays are the same objects."""
     table, spec = RuleTable(), TensorSpec((2, 12), "float32")
     ops = [Op(name, "view", (), (TensorSpec((2, 3, 4), "float32"),)) for name in "ab"]
     assert table(ops[0], (spec,)) is table(ops[1], (spec,))

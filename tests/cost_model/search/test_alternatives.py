@@ -56,9 +56,9 @@ def test_alternatives_equal_trying_all_strategies(name: str, price: float) -> No
     costs = AlternativeCosts(search, result)
     checked = 0
     for op in search.graph:
-        own = role_of(op, result.strategies[op.name].letter)
+        own = role_of(op, result.strategies[op.name].factor)
         for alternative in costs.of(op):
-            values = [k for k, s in enumerate(search.domain(op)) if role_of(op, s.letter) == alternative.role]
+            values = [k for k, s in enumerate(search.domain(op)) if role_of(op, s.factor) == alternative.role]
             restricted = Restricted(search, op.name, [search.domain(op)[k] for k in values])
             if alternative.impossible:
                 assert not values or anything_cheaper(restricted, price, np.inf) is None

@@ -105,7 +105,7 @@ def test_solve_equals_trying_all_strategies(name: str, tp: int, hardware: Hardwa
 
 def test_a_split_mlp_is_column_then_row_with_one_sum() -> None:
     strategies = search_of(op_graph_of(Mlp(), x=("B", "S", 8)), 2, CPU_GLOO).solve(1e-6).strategies
-    assert (strategies["up"].letter, strategies["down"].letter) == ("column", "row")
+    assert (strategies["up"].factor, strategies["down"].factor) == ("column", "row")
     gathered = [name for name, s in strategies.items() if any(s.gather)]
     assert gathered == ["down"] and strategies["down"].outputs[0].is_partial
 

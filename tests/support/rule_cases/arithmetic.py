@@ -78,7 +78,7 @@ def _linear(data: st.DataObject) -> Case:
 
     def run(x: Sequence[torch.Tensor], share: Share) -> torch.Tensor:
         # a row-parallel linear's bias is added once: rank 0's
-        bias = x[2] if has_bias and not (share.letter == "row" and share.rank > 0) else None
+        bias = x[2] if has_bias and not (share.factor == "row" and share.rank > 0) else None
         return F.linear(x[0], x[1].t() if transposed else x[1], bias)
 
     return Case((values(*batch, i), weight, *bias), run, {"transposed": transposed})

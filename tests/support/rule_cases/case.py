@@ -20,7 +20,7 @@ class Share:
     ins: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     outs: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     out_shapes: tuple[tuple[int, ...], ...] = ()
-    letter: str = ""
+    factor: str = ""
 
 
 @dataclass

@@ -39,8 +39,8 @@ def conv(data: st.DataObject) -> Made:
 
     def run(x: Tensors, share: Any) -> torch.Tensor:
         # a sum over ranks adds the bias once: rank 0's
-        bias = x[2] if has_bias and not (share.letter == "row" and share.rank > 0) else None
-        own = groups if share.letter != "groups" else x[0].shape[1] // i
+        bias = x[2] if has_bias and not (share.factor == "row" and share.rank > 0) else None
+        own = groups if share.factor != "groups" else x[0].shape[1] // i
         if x[0].shape[1] == 0 or x[1].shape[0] == 0 or x[1].shape[1] == 0:
             # torch refuses it, and so does the search (`filled`): what would come out
             return _nothing(share, bias)
