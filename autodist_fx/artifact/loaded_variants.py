@@ -23,6 +23,7 @@ from autodist_fx.tracing.example_inputs import ExampleInputs
 from cost_model.costs import hardware
 from cost_model.graph.op_graph import OpGraph
 from cost_model.request.plan_request import PlanRequest
+from passes.fx import node_meta
 from passes.op_graph.build import build_op_graph, fingerprint
 
 _KINDS = {kind.name: kind for kind in inspect._ParameterKind}
@@ -106,7 +107,7 @@ def _variant(artifact: ArtifactReader, files: CheckedFiles, form: Form, before: 
         return found
 
     graph = read_graph(files.read_json(f"{form.folder}/graph.json"), tensor, str(folder / "graph.json"))
-    graph.meta["conditions"] = artifact.conditions_of(form)
+    node_meta.set_guards(graph, artifact.conditions_of(form))
     dtype = _dtype(form.dtype, folder)
     examples = ExampleInputs(
         input_names=form.inputs,

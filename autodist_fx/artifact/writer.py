@@ -34,6 +34,7 @@ from autodist_fx.compiler.variant import Variant
 from autodist_fx.weights.share import share_weights
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.write_json import plan_to_text
+from passes.fx import node_meta
 from passes.partition.pipeline import emit_rank
 from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
@@ -169,7 +170,7 @@ def _form(part: Part, parts: Sequence[Part]) -> Form:
         dtype=_dtype(facts.dtype),
         image_shape=traced.image_shape,
         sources={path: variant.sources[id(t)] for path, t in used_tensors(graph).items() if id(t) in variant.sources},
-        conditions=conditions_to_dict(graph.meta.get("conditions")),
+        conditions=conditions_to_dict(node_meta.guards(graph)),
     )
 
 

@@ -15,6 +15,7 @@ from autodist_fx.compiler.guard_examples import examples_like, tells_apart
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import Sizes, TracedModel, trace, trace_phases
 from cost_model.graph.op_graph import OpGraph
+from passes.fx import node_meta
 from passes.fx.guards import Guards, with_fixed
 from passes.fx.randomness import random_nodes
 from passes.fx.shape_propagation import Example, bending_points
@@ -63,11 +64,11 @@ def _traced_at(
             points |= frozenset(found)
             continue
         _normalize(traced, examples)
-        meta = traced.graph_module.meta
-        meta["conditions"] = with_fixed(meta["conditions"], fixed)
-        if meta["conditions"] is None or not meta["conditions"].otherwise(lengths):
+        guards = with_fixed(node_meta.guards(traced.graph_module), fixed)
+        node_meta.set_guards(traced.graph_module, guards)
+        if guards is None or not guards.otherwise(lengths):
             return traced
-        known.append(meta["conditions"])
+        known.append(guards)
     return None
 
 
@@ -109,7 +110,7 @@ def _going_one_way(traced: TracedModel, again: Trace) -> TracedModel:
     """`traced`, normalised; traced anew where the lengths that it is normalised at take the model another way."""
     examples = _examples_for(traced)
     _normalize(traced, examples)
-    conditions: Guards | None = traced.graph_module.meta["conditions"]
+    conditions: Guards | None = node_meta.guards(traced.graph_module)
     lengths = [with_total({"P": 0, **example.symbols}) for example in examples]
     if conditions is None or not any(conditions.otherwise(each, remainders=False) for each in lengths):
         return traced
@@ -121,7 +122,7 @@ def _going_one_way(traced: TracedModel, again: Trace) -> TracedModel:
 
 def planned_graph(traced: TracedModel) -> OpGraph:
     """What plans are made for. Normalises what is not normalised yet."""
-    if "conditions" not in traced.graph_module.meta:
+    if not node_meta.is_normalized(traced.graph_module):
         _normalize(traced)
     _refuse_random(traced)
     return build_op_graph(traced.graph_module, fused=removed_by_fusing(traced.graph_module))
@@ -146,7 +147,7 @@ def _refuse_random(traced: TracedModel) -> None:
     found = random_nodes(traced.graph_module)
     if found:
         raise AutodistError(
-            f"{traced.model_class} draws random numbers ({found[0]}, {found[0].meta.get('source')}; {len(found)} "
+            f"{traced.model_class} draws random numbers ({found[0]}, {node_meta.where(found[0])}; {len(found)} "
             "places in all), and each rank would draw others: call model.eval(), or set its dropout to 0"
         )
 

@@ -24,6 +24,7 @@ from cost_model.plan.subplan import subplan
 from cost_model.request.plan_request import PlanRequest
 from cost_model.search.check_plan import check_plan
 from cost_model.search.planner import plan as make_plan
+from passes.fx import node_meta
 from passes.fx.guards import Guards
 from passes.normalize.split_encoder import split_encoder
 from passes.op_graph.build import build_op_graph, fingerprint, parameter_names
@@ -125,7 +126,7 @@ class Variant:
         """The dims of what a prompt leaves in a cache of the model's own: numbers, and names of lengths."""
         output = next(node for node in reversed(self.traced.graph_module.graph.nodes) if node.op == "output")
         return {
-            name: tuple(s or d for s, d in zip(node.meta["symbols"], node.meta["val"].shape, strict=True))
+            name: tuple(s or d for s, d in zip(node_meta.symbols(node), node_meta.tensor(node).shape, strict=True))
             for name, node in output.args[0].items()
             if name.startswith(STATE_PREFIX) and isinstance(node, torch.fx.Node)
         }
@@ -171,7 +172,7 @@ class Variant:
         cross = [index for index, kind in enumerate(traced.layer_kinds) if kind == CROSS]
         parts = []
         for module in split_encoder(traced.graph_module, cross):
-            module.meta["conditions"] = traced.graph_module.meta["conditions"]
+            node_meta.set_guards(module, node_meta.guards(traced.graph_module))
             graph = build_op_graph(module, names)
             inputs = tuple(str(n.target) for n in module.graph.nodes if n.op == "placeholder")
             part = replace(traced, graph_module=module, input_names=inputs)
@@ -183,7 +184,7 @@ class Variant:
     @property
     def conditions(self) -> Guards | None:
         """On lengths; at others than this graph is for, the model's code goes another way."""
-        return self.traced.graph_module.meta.get("conditions")
+        return node_meta.guards(self.traced.graph_module)
 
     def fits(self, lengths: Lengths) -> bool:
         """Whether the model's code goes this graph's way at these lengths."""

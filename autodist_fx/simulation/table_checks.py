@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from passes.fx import node_meta
 from passes.fx.arguments import argument
 from passes.fx.nodes import op_name
 
@@ -35,7 +36,7 @@ def outside_a_table(whole: torch.fx.GraphModule, inputs: Mapping[str, Any]) -> s
             sources = ", ".join(sorted(_sources(index)))
             what = index.target if index.op == "placeholder" else f"{index}, which follows from {sources},"
             table = f"{node.target} has {rows} rows" if node.op == "call_module" else f"{node} knows {rows} of them"
-            where = f" ({node.meta['source']})" if node.meta.get("source") else ""
+            where = f" ({node_meta.source(node)})" if node_meta.source(node) else ""
             return f"{what} holds {int(wrong[0])}, and {table}: 0 to {rows - 1} are allowed{where}"
     return None
 
@@ -65,10 +66,10 @@ def _lookup(whole: torch.fx.GraphModule, node: Node) -> tuple[Node, int, int] | 
     if node.op != "call_function":
         return None
     if node.target is nn.functional.embedding:
-        table = argument(node, 1, "weight").meta.get("val")
+        table = node_meta.val(argument(node, 1, "weight"))
         return (node.args[0], table.shape[0], 0) if isinstance(table, torch.Tensor) else None
     if node.target is nn.functional.cross_entropy:
-        scores = node.args[0].meta["val"]
+        scores = node_meta.val(node.args[0])
         classes = scores.shape[min(1, scores.dim() - 1)]
         return argument(node, 1, "target"), classes, argument(node, 4, "ignore_index", -100)
     return None

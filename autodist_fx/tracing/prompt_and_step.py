@@ -22,6 +22,7 @@ from autodist_fx.tracing.patches import traceable
 from autodist_fx.tracing.recurrent_states import StateTensor
 from autodist_fx.tracing.traced_model import TracedModel, choose_attention, graph_module_of, tracing_error
 from autodist_fx.tracing.tracer import Tracer
+from passes.fx import node_meta
 from passes.normalize.functionalize import functionalize
 
 
@@ -247,7 +248,7 @@ def _make_placeholders(graph: Graph) -> None:
             last = next(n for n in reversed(graph.nodes) if n.op == "placeholder")
             with graph.inserting_after(last):
                 placeholder = graph.placeholder(node.args[0])
-            placeholder.meta = dict(node.meta)
+            node_meta.copy(node, placeholder)
             node.replace_all_uses_with(placeholder)
             graph.erase_node(node)
 

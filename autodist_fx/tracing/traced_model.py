@@ -35,6 +35,7 @@ from autodist_fx.tracing.meta_model import empty_model, meta_copy
 from autodist_fx.tracing.passing_cache import PassingCache, shares_keys_between_layers
 from autodist_fx.tracing.patches import traceable
 from autodist_fx.tracing.tracer import Tracer, model_source_files
+from passes.fx import node_meta
 from passes.fx.lazy_graph_module import LazyGraphModule
 
 
@@ -290,8 +291,8 @@ def tracing_error(model: PreTrainedModel, error: Exception, tracer: Tracer | Non
         module, cls = next(reversed(tracer.module_stack.values()))
         message += f" It was in {module} ({cls.__name__})."
     if tracer is not None and tracer.first_unknown is not None:
-        node = tracer.first_unknown
-        message += f" The first value without a known shape is {node} ({node.meta['source']}): {tracer.first_failure}."
+        node, why = tracer.first_unknown, tracer.first_failure
+        message += f" The first value without a known shape is {node} ({node_meta.where(node)}): {why}."
     return TracingError(
         f"{message} A graph cannot hold Python that looks at tensor values or at the number of them: write that line "
         f"with tensor operations (torch.where instead of if), or fix an argument of forward with concrete_args"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import operator
 import os
@@ -30,6 +29,7 @@ from autodist_fx.tracing.encoder_decoder_cache import PARTS
 from autodist_fx.tracing.hooks import has_attached, of_another_class, restore_attributes, traced_for
 from autodist_fx.tracing.passing_cache import PassingCache
 from autodist_fx.tracing.recurrent_states import is_container
+from passes.fx import node_meta
 
 _TAKE_SIZES = ("full", "zeros", "ones", "empty", "arange", "clamp")
 
@@ -203,13 +203,13 @@ class Tracer(hf_fx.HFTracer):
             self.first_unknown = proxy.node
         if getattr(proxy, "_metadata", None) is not None:
             self.examples_of[proxy.node] = proxy._metadata
-            proxy.node.meta["is_tensor"] = isinstance(proxy._metadata, torch.Tensor)
+            node_meta.set_traced_as_tensor(proxy.node, isinstance(proxy._metadata, torch.Tensor))
         return proxy
 
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
         node = super().create_node(*args, **kwargs)
-        node.meta["source"] = self._source()
-        node.meta.setdefault("nn_module_stack", collections.OrderedDict())  # fx leaves it out in the root's own forward
+        node_meta.set_source(node, self._source())
+        node_meta.set_module_stack(node, node_meta.module_stack(node))  # fx leaves it out in the root's own forward
         return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

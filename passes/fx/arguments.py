@@ -10,9 +10,7 @@ import torch.fx
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-
-def is_tensor(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
+from passes.fx import node_meta
 
 
 def tensor_arguments(node: Node) -> list[Node]:
@@ -20,7 +18,7 @@ def tensor_arguments(node: Node) -> list[Node]:
     found: list[Node] = []
 
     def visit(n: Node) -> Node:
-        if is_tensor(n):
+        if node_meta.is_tensor(n):
             found.append(n)
         return n
 
@@ -34,7 +32,7 @@ def map_tensor_arguments(node: Node, change: Callable[[int, Node], Node]) -> Non
 
     def visit(n: Node) -> Node:
         nonlocal slot
-        if not is_tensor(n):
+        if not node_meta.is_tensor(n):
             return n
         slot += 1
         return change(slot, n)
@@ -46,12 +44,13 @@ def map_tensor_arguments(node: Node, change: Callable[[int, Node], Node]) -> Non
 def tensor_source(node: Node) -> tuple[str, int]:
     """(op name, output index) of the tensor that a node stands for: getitem on a tuple is no op of its own, and the
     last term that a rank adds to a sum stands for the whole sum (own_experts)."""
-    if "stands_for" in node.meta:
-        return node.meta["stands_for"], 0
+    instead = node_meta.stands_for(node)
+    if instead is not None:
+        return instead, 0
     if node.op == "call_function" and node.target.__name__ == "getitem" and isinstance(node.args[1], int):
         source = node.args[0]
-        if isinstance(source.meta.get("val"), (tuple, list)):
-            return source.name, node.args[1] % len(source.meta["val"])
+        if isinstance(node_meta.val(source), (tuple, list)):
+            return source.name, node.args[1] % len(node_meta.val(source))
     return node.name, 0
 
 

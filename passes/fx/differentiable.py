@@ -9,6 +9,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from passes.fx import node_meta
 from passes.fx.arguments import fetch
 from passes.fx.nodes import op_name
 
@@ -25,7 +26,7 @@ def differentiable(module: torch.fx.GraphModule, is_needed: Callable[[Node], boo
     """
     found: set[Node] = set()
     for node in module.graph.nodes:
-        if node.op in ("placeholder", "output") or not _is_floating(node.meta.get("val")):
+        if node.op in ("placeholder", "output") or not _is_floating(node_meta.val(node)):
             continue
         if is_needed is not None and is_needed(node):
             found.add(node)

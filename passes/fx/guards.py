@@ -11,14 +11,9 @@ from typing import Any
 import torch.fx
 from torch.fx import Node
 
-MARK = "condition"  # node.meta key: what the condition was while tracing
 _CACHED = "P"
 _NEVER_OTHERWISE = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
 _ANY_LENGTH = 2  # stands for one that is not known, in computing others
-
-
-def is_condition(node: Node) -> bool:
-    return MARK in node.meta
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from passes.fx import node_meta
 from passes.fx.arguments import submodule
-from passes.fx.guards import is_condition
 
 _MUTATING = frozenset({
     "update", "dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "multinomial", "normal", "uniform",
@@ -28,7 +28,7 @@ def op_name(node: Node) -> str:
 
 def is_pure(node: Node) -> bool:
     """False for what writes a cache or draws random numbers: never merged, never computed twice."""
-    if is_condition(node):
+    if node_meta.is_guard(node):
         return False
     name = op_name(node)
     if node.op == "call_module":

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx
 
+from passes.fx import node_meta
 from passes.fx.arguments import fetch, submodule
 from passes.ops.data_dependent import expectation
 
@@ -125,14 +126,16 @@ def annotate(graph_module: torch.fx.GraphModule, examples: tuple[Example, Exampl
     first, second = interpreter.values(examples[0]), interpreter.values(examples[1])
     sizes = Sizes(examples[0].symbols, examples[1].symbols)
     for node, value in first.items():
-        node.meta["val"] = value
+        node_meta.set_val(node, value)
         if isinstance(value, torch.Tensor):
-            node.meta["symbols"] = sizes.of_shape(value.shape, second[node].shape)
+            node_meta.set_symbols(node, sizes.of_shape(value.shape, second[node].shape))
         elif type(value) is int and type(second[node]) is int:
-            node.meta["symbol"] = sizes.symbol(value, second[node])
+            node_meta.set_symbols(node, sizes.symbol(value, second[node]))
         elif isinstance(value, (tuple, list)):
-            node.meta["symbols"] = tuple(
+            known = tuple(
                 sizes.of_shape(x.shape, y.shape) if isinstance(x, torch.Tensor) else None
                 for x, y in zip(value, second[node], strict=False)
             )
+            node_meta.set_symbols(node, known)
+    node_meta.drop_ended(graph_module, node_meta.Phase.ANNOTATED)
     return second

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.fx
 
+from passes.fx import node_meta
+
 _SHORT = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
     torch.int32: "i32", torch.bool: "bool",
@@ -80,7 +82,7 @@ def _module(module: torch.nn.Module) -> str:
 
 
 def _type(node: torch.fx.Node) -> str:
-    value, symbols = node.meta.get("val"), node.meta.get("symbols")
+    value, symbols = node_meta.val(node), node_meta.symbols(node)
     if not isinstance(value, torch.Tensor):
         return ""
     dims = symbols if symbols and len(symbols) == value.dim() else ("",) * value.dim()

@@ -21,6 +21,8 @@ import torch.fx
 from torch.fx import Node
 from torch.nn import functional as F
 
+from passes.fx import node_meta
+
 # Functions whose weights may be cut -> their parameters, in order, up to the last that a pass rewrites; with defaults.
 _CONV = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 _CONV_TRANSPOSE = {
@@ -67,7 +69,7 @@ def _is_product_with_transposed_weight(node: Node) -> bool:
 
 def _dims(node: Any) -> int:
     """-1 for what is no tensor."""
-    value = node.meta.get("val") if isinstance(node, Node) else None
+    value = node_meta.val(node) if isinstance(node, Node) else None
     return value.dim() if isinstance(value, torch.Tensor) else -1
 
 
@@ -81,6 +83,6 @@ def _by_position(node: Node, defaults: dict[str, Any]) -> None:
 
 def _by_number(node: Node) -> None:
     """x.max(1).values: torch's named tuples are plain ones to everything else."""
-    fields = getattr(type(node.args[0].meta.get("val")), "__match_args__", ())
-    if isinstance(node.args[0].meta.get("val"), tuple) and node.args[1] in fields:
+    fields = getattr(type(node_meta.val(node.args[0])), "__match_args__", ())
+    if isinstance(node_meta.val(node.args[0]), tuple) and node.args[1] in fields:
         node.target, node.args = operator.getitem, (node.args[0], fields.index(node.args[1]))

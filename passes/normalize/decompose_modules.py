@@ -18,6 +18,8 @@ from torch import nn
 from torch.fx import Node
 from torch.nn import functional as F
 
+from passes.fx import node_meta
+
 # (function, its arguments behind x); a string is an attribute of the module that holds a tensor or None.
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -48,7 +50,7 @@ def _tensor(graph: torch.fx.Graph, node: Node, module: nn.Module, path: str, nam
         return None
     with graph.inserting_before(node):
         read = graph.get_attr(f"{path}.{name}")
-    read.meta = {key: node.meta[key] for key in ("nn_module_stack", "source") if key in node.meta}
+    node_meta.copy(node, read, only=("nn_module_stack", "source"))
     return read
 
 

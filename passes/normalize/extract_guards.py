@@ -23,7 +23,8 @@ import torch.fx
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from passes.fx.guards import _CACHED, _NEVER_OTHERWISE, MARK, Guards, is_condition
+from passes.fx import node_meta
+from passes.fx.guards import _CACHED, _NEVER_OTHERWISE, Guards
 
 
 def take_conditions(module: torch.fx.GraphModule) -> Guards | None:
@@ -32,7 +33,7 @@ def take_conditions(module: torch.fx.GraphModule) -> Guards | None:
     A condition on something else than lengths of the inputs (devices, how many tokens chose an expert) stays as it was
     decided.
     """
-    marked = [node for node in module.graph.nodes if is_condition(node)]
+    marked = [node for node in module.graph.nodes if node_meta.is_guard(node)]
     asked = _Asked()
     found: dict[Any, tuple[Any, bool, str]] = {}
     for node in marked:
@@ -45,12 +46,12 @@ def take_conditions(module: torch.fx.GraphModule) -> Guards | None:
         if not isinstance(copy, Node) or not copy.all_input_nodes or _is_sure(copy):  # constant
             continue
         key = (copy.target, copy.args, tuple(copy.kwargs.items()))
-        found.setdefault(key, (copy, bool(node.meta[MARK]), str(node.meta.get("source"))))
+        found.setdefault(key, (copy, node_meta.guard_outcome(node), node_meta.source(node)))
     for node in reversed(marked):
         if not node.users:
             module.graph.erase_node(node)
         else:
-            del node.meta[MARK]
+            node_meta.drop_guard(node)
     if not found:
         return None
     graph = asked.graph
@@ -93,7 +94,7 @@ class _Asked:
             known = self._length(one)
             if known is not None:
                 self._copies[one] = known
-            elif one.op not in ("call_function", "call_method") or not _is_number(one.meta.get("val")):
+            elif one.op not in ("call_function", "call_method") or not _is_number(node_meta.val(one)):
                 raise _NotOfLengthsError
             elif missing := [source for source in one.all_input_nodes if source not in self._copies]:
                 pending += missing
@@ -114,16 +115,17 @@ class _Asked:
     def _length(self, node: Node) -> Any:
         """What a node that asks an input comes to; None for any other node."""
         if node.op == "call_method" and node.target == "get_seq_length":  # before the step is cached, or after
-            return self._size(node.meta.get("symbol", "?"), node.meta["val"])
+            symbol = node_meta.size_symbol(node)
+            return self._size("?" if symbol is None else symbol, node_meta.val(node))
         source = node.args[0] if node.args else None
         if not isinstance(source, Node) or source.op != "placeholder":
             return None
-        value = source.meta.get("val")
+        value = node_meta.val(source)
         if not isinstance(value, torch.Tensor):
             if node.target is getattr and node.args[1] == "is_initialized":  # of a cache: once it holds something
                 return self._made("call_function", operator.gt, (self._letter(_CACHED), 0), {})
             return None
-        sizes = [self._size(name, n) for name, n in zip(source.meta["symbols"], value.shape, strict=True)]
+        sizes = [self._size(name, n) for name, n in zip(node_meta.symbols(source), value.shape, strict=True)]
         if node.target is torch.ops.aten.sym_size.int:
             return sizes[node.args[1]]
         if node.op == "call_method" and node.target == "numel" and None not in sizes:

@@ -15,6 +15,7 @@ import torch.fx
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from passes.fx import node_meta
 from passes.fx.nodes import is_pure, op_name
 
 
@@ -23,7 +24,7 @@ def fold_lengths(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
     `second`: every node's value at the second example, which gets those of new nodes; what is the same is constant."""
     lengths = _length_nodes(graph, second)
     lengths = _WithChunks(graph, second, lengths)
-    anchor = next((n for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], torch.Tensor)), None)
+    anchor = next((n for n in graph.nodes if n.op == "placeholder" and node_meta.is_tensor(n)), None)
     device: Node | None = None
 
     def spelled(node: Node, a: Any, b: Any) -> Any:
@@ -37,7 +38,7 @@ def fold_lengths(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
             if device is None:
                 with graph.inserting_after(max(lengths.values(), key=_position(graph), default=anchor)):
                     device = graph.call_function(getattr, (anchor, "device"))
-                    device.meta["val"] = a
+                    node_meta.set_val(device, a)
             return device
         if a is None or isinstance(a, (torch.dtype, str)):
             return a
@@ -55,7 +56,7 @@ def fold_lengths(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
     inputs = dict(lengths)
     known = set(lengths.values())
     for node in list(graph.nodes):
-        value = node.meta.get("val")
+        value = node_meta.val(node)
         if isinstance(value, torch.Tensor) or not node.users:
             continue
         if node.op in ("placeholder", "output", "get_attr") or node in known or node is device or not is_pure(node):
@@ -79,7 +80,7 @@ def _length_nodes(graph: torch.fx.Graph, second: dict[Node, Any]) -> dict[tuple[
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     sources: dict[tuple[int, int], tuple[Node, int]] = {}
     for node in inputs:
-        value = node.meta["val"]
+        value = node_meta.val(node)
         if isinstance(value, torch.Tensor):
             for dim, pair in enumerate(zip(value.shape, second[node].shape, strict=True)):
                 if pair[0] != pair[1]:
@@ -88,9 +89,10 @@ def _length_nodes(graph: torch.fx.Graph, second: dict[Node, Any]) -> dict[tuple[
     lengths: dict[tuple[int, int], Node] = {}
     for pair, (node, dim) in reversed(sources.items()):
         with graph.inserting_after(inputs[-1]):
-            name = names.get(node.meta["symbols"][dim], "length")
+            name = names.get(node_meta.symbols(node)[dim], "length")
             length = graph.create_node("call_function", torch.ops.aten.sym_size.int, (node, dim), name=name)
-        length.meta["val"], second[length] = pair
+        node_meta.set_val(length, pair[0])
+        second[length] = pair[1]
         lengths[pair] = length
     return lengths
 
@@ -132,7 +134,7 @@ class _WithChunks(dict[tuple[int, int], Node]):
         for operation, number in steps:
             with self.graph.inserting_after(last):
                 last = self.graph.call_function(operation, (made, number))
-            last.meta["val"] = operation(made.meta["val"], number)
+            node_meta.set_val(last, operation(node_meta.val(made), number))
             self.second[last] = operation(self.second[made], number)
             made = last
         self[pair] = made
@@ -151,7 +153,7 @@ def _product(graph: torch.fx.Graph, inputs: dict[tuple[int, int], Node], a: int,
             last = max((n for n in (length, rest) if isinstance(n, Node)), key=_position(graph))
             with graph.inserting_after(last):
                 product = graph.call_function(operator.mul, (length, rest))
-            product.meta["val"] = a
+            node_meta.set_val(product, a)
             return product
     return None
 

@@ -16,6 +16,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from passes.fx import node_meta
 from passes.ops.functional_writes import changed_by, copied, with_item
 
 _IN_PLACE_OPERATORS = {
@@ -37,7 +38,7 @@ def functionalize(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
         written = node.args[0] if node.args and isinstance(node.args[0], Node) else None
         if written is None or not _make_functional(node):
             continue
-        node.meta["is_tensor"] = True
+        node_meta.set_traced_as_tensor(node, True)
         changed = node
         while written is not None:
             became.setdefault(written, changed)
@@ -59,18 +60,18 @@ def _write_through(graph: torch.fx.Graph, written: Node, changed: Node) -> tuple
     """(what `written` is a part of, that with the part changed); None where it is a tensor of its own.
 
     A part is what indexing with numbers and slices gives; indexing with a tensor copies, and an item of a tuple is no
-    part. `meta["is_tensor"]`, which the tracer sets, says which values are tensors.
+    part. The tracer says which values are tensors (node_meta.traced_as_tensor).
     """
     if written.op != "call_function" or written.target is not operator.getitem:
         return None, changed
     whole, index = written.args
     items = index if isinstance(index, tuple) else (index,)
-    copies = any(isinstance(i, list) or (isinstance(i, Node) and i.meta.get("is_tensor", True)) for i in items)
-    if copies or not whole.meta.get("is_tensor", False):
+    copies = any(isinstance(i, list) or (isinstance(i, Node) and node_meta.traced_as_tensor(i, True)) for i in items)
+    if copies or not node_meta.traced_as_tensor(whole, False):
         return None, changed
     with graph.inserting_after(changed):
         new = graph.call_function(with_item, (whole, index, changed))
-    new.meta = {k: v for k, v in whole.meta.items() if k in ("nn_module_stack", "source", "is_tensor")}
+    node_meta.copy(whole, new, only=("nn_module_stack", "source", "is_tensor"))
     return whole, new
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from passes.fx import node_meta
 from passes.fx.nodes import op_name
 
 
@@ -25,10 +26,10 @@ def repeat_heads(graph: torch.fx.Graph) -> None:
         base = unsqueeze.args[0] if unsqueeze.args and isinstance(unsqueeze.args[0], Node) else None
         if base is None or op_name(unsqueeze) not in ("getitem", "unsqueeze"):
             continue
-        x, wide, out = (n.meta["val"] for n in (base, expand, node))
+        x, wide, out = (node_meta.val(n) for n in (base, expand, node))
         if not isinstance(x, torch.Tensor):
             continue
-        one = unsqueeze.meta["val"].shape
+        one = node_meta.tensor(unsqueeze).shape
         for dim in range(x.dim()):
             repeats = wide.shape[dim + 1] if wide.dim() == x.dim() + 1 else 0
             if (
@@ -36,7 +37,7 @@ def repeat_heads(graph: torch.fx.Graph) -> None:
                 and one == (*x.shape[: dim + 1], 1, *x.shape[dim + 1 :])
                 and wide.shape == (*x.shape[: dim + 1], repeats, *x.shape[dim + 1 :])
                 and out.shape == (*x.shape[:dim], x.shape[dim] * repeats, *x.shape[dim + 1 :])
-                and node.meta["symbols"][dim] == ""
+                and node_meta.symbols(node)[dim] == ""
                 and x.shape[dim] * repeats > x.shape[dim]
             ):
                 node.target, node.args = torch.repeat_interleave, (base, repeats, dim)

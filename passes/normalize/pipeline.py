@@ -14,6 +14,7 @@ import torch
 import torch.fx
 
 from cost_model.errors import PlanError
+from passes.fx import node_meta
 from passes.fx.nodes import is_pure
 from passes.fx.shape_propagation import Example, annotate
 from passes.normalize.canonicalize_calls import spell_out_calls
@@ -34,7 +35,7 @@ def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Examp
     """Rewrite `graph_module` in place and return it. Afterwards every node has `meta["val"]` and `meta["symbols"]`.
 
     `examples` are two sets of meta inputs of different sizes; what is equal in both is constant. Conditions on lengths
-    that were decided while tracing are in `graph_module.meta["conditions"]` (passes/normalize/extract_guards.py), None
+    that were decided while tracing are in `node_meta.guards(graph_module)` (passes/normalize/extract_guards.py), None
     without any.
     """
     functionalize(graph_module)
@@ -54,7 +55,7 @@ def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Examp
         step(graph)
         _drop_unused(graph)
     _refuse_choices_among_constants(graph)
-    graph_module.meta["conditions"] = take_conditions(graph_module)
+    node_meta.set_guards(graph_module, take_conditions(graph_module))
     _drop_unused(graph)
     graph.lint()
     graph_module.recompile()
@@ -72,10 +73,10 @@ def _refuse_choices_among_constants(graph: torch.fx.Graph) -> None:
     """How much is selected of what is equally long for all inputs looks constant at two sizes, and is not."""
     for node in graph.nodes:
         if node.op == "call_function" and node.target in (selected, split_rows) and not any(
-            node.args[0].meta["symbols"]
+            node_meta.symbols(node.args[0])
         ):
             raise PlanError(
-                f"{node.name} ({node.meta.get('source')}) selects elements of {node.args[0].name} by value, whose size "
+                f"{node.name} ({node_meta.where(node)}) selects elements of {node.args[0].name} by value, whose size "
                 f"does not follow the inputs: how many these are cannot be told from a constant. Use torch.where with "
                 f"three arguments there"
             )

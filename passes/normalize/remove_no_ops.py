@@ -12,6 +12,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from passes.fx import node_meta
 from passes.fx.arguments import submodule
 from passes.fx.nodes import op_name
 from passes.normalize.static_view_sizes import EXPANDS, RESHAPES
@@ -33,8 +34,8 @@ def _is_no_op(node: Node) -> bool:
         return isinstance(module, torch.nn.Identity)
     if node.op not in ("call_method", "call_function") or not node.args or not isinstance(node.args[0], Node):
         return False
-    name, before, after = op_name(node), node.args[0].meta.get("val"), node.meta.get("val")
-    if not _same_tensor(before, after) or node.args[0].meta["symbols"] != node.meta["symbols"]:
+    name, before, after = op_name(node), node_meta.val(node.args[0]), node_meta.val(node)
+    if not _same_tensor(before, after) or node_meta.symbols(node.args[0]) != node_meta.symbols(node):
         return False  # without the symbols, [B, S, 23] viewed as [B, 23, S] would be one where S is 23
     if name in _CONTIGUOUS or name in RESHAPES or name in EXPANDS or name in _CASTS:
         return True  # shapes are spelled out and only reshape reads them, so strides don't matter
@@ -58,7 +59,7 @@ def _is_whole_slice(index: Any, size: int | None) -> bool:
         return False
     stop = index.stop
     # the length's own node: example sizes are told apart by two examples, so equal means the same length
-    return stop is None or (size is not None and isinstance(stop, Node) and stop.meta.get("val") == size)
+    return stop is None or (size is not None and isinstance(stop, Node) and node_meta.val(stop) == size)
 
 
 def drop_no_ops(graph: torch.fx.Graph) -> None:
@@ -75,8 +76,8 @@ def drop_no_ops(graph: torch.fx.Graph) -> None:
 
 def _drop_empty(node: Node) -> None:
     """torch.cat passes over tensors of shape [0], whatever the others are: the keys of a cache that is empty yet."""
-    kept = [n for n in node.args[0] if n.meta["val"].shape != (0,)]
-    if len(kept) == 1 and _same_tensor(kept[0].meta["val"], node.meta["val"]):
+    kept = [n for n in node.args[0] if node_meta.tensor(n).shape != (0,)]
+    if len(kept) == 1 and _same_tensor(node_meta.val(kept[0]), node_meta.val(node)):
         node.replace_all_uses_with(kept[0])
         node.graph.erase_node(node)
     elif kept:
@@ -88,7 +89,7 @@ def _drop_all_true(node: Node) -> None:
     for ones, other in (node.args, node.args[::-1]):
         if not (isinstance(ones, Node) and isinstance(other, Node) and op_name(ones) == "new_ones"):
             continue
-        if ones.meta["val"].dtype == torch.bool and _same_tensor(other.meta["val"], node.meta["val"]):
+        if node_meta.tensor(ones).dtype == torch.bool and _same_tensor(node_meta.val(other), node_meta.val(node)):
             node.replace_all_uses_with(other)
             node.graph.erase_node(node)
             return

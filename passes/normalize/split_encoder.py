@@ -16,6 +16,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from passes.fx import node_meta
 from passes.fx.lazy_graph_module import LazyGraphModule
 from passes.fx.nodes import is_pure
 
@@ -74,7 +75,7 @@ def _clean(module: torch.fx.GraphModule, roots: Collection[Node]) -> None:
 
 
 def _is_cache(node: Node) -> bool:
-    return not isinstance(node.meta.get("val"), torch.Tensor)
+    return not node_meta.is_tensor(node)
 
 
 def _asks_for_size(node: Node) -> bool:
@@ -92,8 +93,8 @@ def _ask_another(node: Node, inputs: Collection[Node]) -> None:
             node.args = (other, "device")
         return
     source, dim = node.args
-    symbol = source.meta["symbols"][dim]
+    symbol = node_meta.symbols(source)[dim]
     for other in inputs:
-        if not _is_cache(other) and symbol in other.meta["symbols"]:
-            node.args = (other, other.meta["symbols"].index(symbol))
+        if not _is_cache(other) and symbol in node_meta.symbols(other):
+            node.args = (other, node_meta.symbols(other).index(symbol))
             return

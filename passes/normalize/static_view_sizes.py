@@ -12,6 +12,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from passes.fx import node_meta
 from passes.fx.nodes import op_name
 
 RESHAPES = ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
@@ -26,15 +27,15 @@ def spell_out_views(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is torch.ops.aten.sym_size.int:
             source, dim = node.args
-            lengths[source.meta["val"].shape[dim], second[source].shape[dim]] = node
-        elif node in second and type(node.meta["val"]) is int and node.meta["val"] != second[node]:
-            lengths.setdefault((node.meta["val"], second[node]), node)
-        if node.op not in ("call_method", "call_function") or not isinstance(node.meta.get("val"), torch.Tensor):
+            lengths[node_meta.tensor(source).shape[dim], second[source].shape[dim]] = node
+        elif node in second and type(node_meta.val(node)) is int and node_meta.val(node) != second[node]:
+            lengths.setdefault((node_meta.val(node), second[node]), node)
+        if node.op not in ("call_method", "call_function") or not node_meta.is_tensor(node):
             continue
         name = op_name(node)
         if name not in RESHAPES and name not in EXPANDS:
             continue
-        a, b = node.meta["val"].shape, second[node].shape
+        a, b = node_meta.tensor(node).shape, second[node].shape
         shape: list[Any] = []
         for x, y in zip(a, b, strict=True):
             length = lengths.get((x, y))

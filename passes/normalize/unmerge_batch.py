@@ -24,6 +24,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from passes.fx import node_meta
 from passes.fx.nodes import op_name
 
 _ROW_BY_ROW = frozenset({
@@ -67,9 +68,9 @@ def _ties(folded: dict[Node, _Folded]) -> nx.Graph[Node]:
 def _folded(node: Node) -> _Folded | None:
     """Which dim of a tensor is a length of the inputs times a number: told by the sizes of a reshape, a repetition or a
     new tensor, or by the symbols of what is computed from one."""
-    if not isinstance(node.meta.get("val"), torch.Tensor):
+    if not node_meta.is_tensor(node):
         return None
-    symbols = [symbol.rpartition("*") for symbol in node.meta["symbols"]]
+    symbols = [symbol.rpartition("*") for symbol in node_meta.symbols(node)]
     dims = [i for i, (length, _, count) in enumerate(symbols) if length and "?" not in length and count.isdecimal()]
     if len(dims) != 1:
         return None
@@ -85,7 +86,7 @@ def _folded(node: Node) -> _Folded | None:
         return _Folded(dim, (size.args[0], count), (length, ""))
     for source in node.all_input_nodes:
         found = _folded(source)
-        if found is not None and source.meta["symbols"][found.dim] == node.meta["symbols"][dim]:
+        if found is not None and node_meta.symbols(source)[found.dim] == node_meta.symbols(node)[dim]:
             return found._replace(dim=dim)
     return None
 
@@ -97,11 +98,11 @@ def _puts_in_front(node: Node, dim: int, count: int) -> bool:
     source = node.args[0] if node.op == "call_function" and node.target is torch.reshape else None
     if not isinstance(source, Node) or (sizes := _sizes(node)) is None or -1 in (*sizes[:dim], *sizes[dim + 1 :]):
         return False
-    shape, symbols, after = source.meta["val"].shape, source.meta["symbols"], node.meta["val"].shape
+    shape, symbols, after = node_meta.tensor(source).shape, node_meta.symbols(source), node_meta.tensor(node).shape
     inner = next((d for d in range(dim + 1, len(shape)) if not symbols[d]), len(shape))
     return (
         shape[: dim + 1] == (*after[:dim], count)
-        and symbols[: dim + 1] == (*node.meta["symbols"][:dim], "")
+        and symbols[: dim + 1] == (*node_meta.symbols(node)[:dim], "")
         and math.prod(shape[dim:inner]) == after[dim]
     )
 
@@ -130,8 +131,8 @@ def _can(node: Node, folded: dict[Node, _Folded]) -> bool:
         return False
     if _sizes(node) is not None or _puts_in_front(node, dim, folded[node].times):
         return True
-    inputs = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
-    name, rank = op_name(node), node.meta["val"].dim()
+    inputs = [a for a in node.all_input_nodes if node_meta.is_tensor(a)]
+    name, rank = op_name(node), node_meta.tensor(node).dim()
     if name in ("bmm", "baddbmm", "matmul"):
         return rank == 3 and dim == 0 and all(a in folded and folded[a].dim == 0 and _rank(a) == 3 for a in inputs)
     if name == "transpose":
@@ -148,7 +149,7 @@ def _unfolds(user: Node) -> bool:
 
 
 def _rank(node: Node) -> int:
-    return int(node.meta["val"].dim())
+    return int(node_meta.tensor(node).dim())
 
 
 def _along(node: Node) -> int:
@@ -157,10 +158,10 @@ def _along(node: Node) -> int:
 
 def _rewrite(node: Node, where: _Folded) -> None:
     dim, lengths, symbols = where
-    name, value, known = op_name(node), node.meta["val"], node.meta["symbols"]
+    name, value, known = op_name(node), node_meta.val(node), node_meta.symbols(node)
     numbers = [value.shape[dim] // where.times if symbol else where.times for symbol in symbols]
-    node.meta["val"] = value.new_empty((*value.shape[:dim], *numbers, *value.shape[dim + 1 :]))
-    node.meta["symbols"] = (*known[:dim], *symbols, *known[dim + 1 :])
+    node_meta.set_val(node, value.new_empty((*value.shape[:dim], *numbers, *value.shape[dim + 1 :])))
+    node_meta.set_symbols(node, (*known[:dim], *symbols, *known[dim + 1 :]))
     sizes = _sizes(node)
     if sizes is not None:
         at = 1 if node.target is torch.reshape else 0
@@ -180,12 +181,13 @@ def _rewrite(node: Node, where: _Folded) -> None:
 
 
 def _broadcast(node: Node, dim: int, count: int) -> None:
-    source, rank = node.args[0], node.meta["val"].dim()
+    source, rank = node.args[0], node_meta.tensor(node).dim()
     with node.graph.inserting_before(node):
         one = node.graph.call_method("unsqueeze", (source, dim))
-    shape, symbols = source.meta["val"].shape, source.meta["symbols"]
-    one.meta = {**node.meta, "val": source.meta["val"].new_empty((*shape[:dim], 1, *shape[dim:]))}
-    one.meta["symbols"] = (*symbols[:dim], "", *symbols[dim:])
+    shape, symbols = node_meta.tensor(source).shape, node_meta.symbols(source)
+    node_meta.copy(node, one)
+    node_meta.set_val(one, node_meta.tensor(source).new_empty((*shape[:dim], 1, *shape[dim:])))
+    node_meta.set_symbols(one, (*symbols[:dim], "", *symbols[dim:]))
     node.op, node.target, node.kwargs = "call_function", torch.broadcast_to, {}
     node.args = (one, tuple(count if d == dim else -1 for d in range(rank)))
 
@@ -211,7 +213,9 @@ def _multiply_and_add(node: Node) -> None:
 
     def call(target: Callable[..., Any], *args: Any, like: Node = node) -> Node:
         made = node.graph.call_function(target, args)
-        made.meta = {**node.meta, "val": like.meta["val"], "symbols": like.meta["symbols"]}
+        node_meta.copy(node, made)
+        node_meta.set_val(made, node_meta.val(like))
+        node_meta.set_symbols(made, node_meta.symbols(like))
         return made
 
     with node.graph.inserting_before(node):

@@ -14,13 +14,14 @@ import torch.fx
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from passes.fx import node_meta
 from passes.fx.nodes import op_name
 
 
 def spell_out_tuples(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
     """Rewrites `graph` in place. `second`: every node's value at the second example, which gets those of new nodes."""
     for node in list(graph.nodes):
-        value = node.meta.get("val")
+        value = node_meta.val(node)
         if type(value) not in (tuple, list) or not value or not all(isinstance(v, torch.Tensor) for v in value):
             continue
         for part in [u for u in node.users if op_name(u) == "getitem" and isinstance(u.args[1], slice)]:
@@ -32,7 +33,7 @@ def spell_out_tuples(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
         with graph.inserting_after(node):
             for i in reversed(range(len(value))):
                 element = graph.call_function(operator.getitem, (node, i))
-                element.meta = {**node.meta, "val": value[i], "symbols": node.meta["symbols"][i]}
+                _describe(element, node, node, i)
                 second[element] = second[node][i]
                 elements.insert(0, element)
         for user in takers:
@@ -40,14 +41,23 @@ def spell_out_tuples(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
             user.kwargs = map_arg(user.kwargs, lambda n, node=node, e=elements: tuple(e) if n is node else n)
 
 
+def _describe(element: Node, whole: Node, like: Node, number: int) -> None:
+    """`element` is tensor `number` of the tuple that `whole` gives; all else about it is as of `like`."""
+    node_meta.copy(like, element)
+    node_meta.set_val(element, node_meta.val(whole)[number])
+    symbols = node_meta.element_symbols(whole)[number]
+    assert symbols is not None
+    node_meta.set_symbols(element, symbols)
+
+
 def _spell_out_part(graph: torch.fx.Graph, node: Node, part: Node, second: dict[Node, Any]) -> None:
     """chunk(x)[1:][0] becomes chunk(x)[1]."""
-    numbers = range(len(node.meta["val"]))[part.args[1]]
+    numbers = range(len(node_meta.val(node)))[part.args[1]]
     elements = []
     with graph.inserting_before(part):
         for i in numbers:
             element = graph.call_function(operator.getitem, (node, i))
-            element.meta = {**part.meta, "val": node.meta["val"][i], "symbols": node.meta["symbols"][i]}
+            _describe(element, node, part, i)
             second[element] = second[node][i]
             elements.append(element)
     for user in list(part.users):

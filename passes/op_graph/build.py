@@ -17,6 +17,7 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.graph.op_graph import Op, OpGraph, TensorRef, TensorSpec
+from passes.fx import node_meta
 from passes.fx.arguments import fetch, submodule
 from passes.fx.nodes import is_pure, op_name
 from passes.op_graph.handlers import Attributes, ModuleHandler
@@ -91,11 +92,12 @@ class _Builder:
     # -- tensors --------------------------------------------------------------------------------------------------
 
     def _specs(self, node: Node) -> tuple[TensorSpec, ...]:
-        value, symbols = node.meta.get("val"), node.meta.get("symbols")
+        value = node_meta.val(node)
         if isinstance(value, torch.Tensor):
-            return (_spec(value, symbols),)
+            return (_spec(value, node_meta.symbols(node)),)
         if isinstance(value, (tuple, list)) and value and all(isinstance(v, torch.Tensor) for v in value):
-            return tuple(_spec(v, s) for v, s in zip(value, symbols or (None,) * len(value), strict=True))
+            known = node_meta.element_symbols(node) or (None,) * len(value)
+            return tuple(_spec(v, s) for v, s in zip(value, known, strict=True))
         return ()
 
     def _state(self, tensor: torch.Tensor, node: Node) -> TensorRef:
@@ -103,7 +105,7 @@ class _Builder:
         if name not in self.state:
             kind = "param" if isinstance(tensor, torch.nn.Parameter) else "buffer"
             spec = _spec(tensor, ("",) * tensor.dim())
-            self.ops.append(Op(name, kind, (), (spec,), {}, name.rpartition(".")[0], node.meta.get("source", "")))
+            self.ops.append(Op(name, kind, (), (spec,), {}, name.rpartition(".")[0], node_meta.source(node)))
             self.state[name] = kind
         return TensorRef(name)
 
@@ -118,9 +120,9 @@ class _Builder:
                 return
         if op_name(node) == "getitem" and isinstance(node.args[0], Node) and len(specs) == 1:
             source = node.args[0]
-            if isinstance(source.meta.get("val"), (tuple, list)):
+            if isinstance(node_meta.val(source), (tuple, list)):
                 if source in self.refs and isinstance(node.args[1], int):
-                    index = node.args[1] % len(source.meta["val"])
+                    index = node.args[1] % len(node_meta.val(source))
                     self.refs[node] = TensorRef(self.refs[source].op, index)
                     return
         kind, inputs, attrs = "input", list[TensorRef](), Attributes()
@@ -133,7 +135,7 @@ class _Builder:
             outputs=specs,
             attrs=attrs,
             module=_module_path(node),
-            source=node.meta.get("source", ""),
+            source=node_meta.source(node),
             mutates=not is_pure(node) and node.op != "placeholder",
             numbers=tuple(n.name for n in node.all_input_nodes if n in self.refs and not self._specs(n)),
         )
@@ -145,7 +147,7 @@ class _Builder:
         found: list[TensorRef] = []
 
         def visit(n: Node) -> Node:
-            if n in self.refs and (isinstance(n.meta.get("val"), torch.Tensor) or n.op == "get_attr"):
+            if n in self.refs and (node_meta.is_tensor(n) or n.op == "get_attr"):
                 found.append(self.refs[n])
             return n
 
@@ -191,8 +193,7 @@ def _spec(tensor: torch.Tensor, symbols: tuple[str, ...] | None) -> TensorSpec:
 def _module_path(node: Node) -> str:
     if node.op == "call_module":
         return str(node.target)
-    stack = node.meta.get("nn_module_stack")
-    return next(reversed(stack.values()))[0] if stack else ""
+    return node_meta.module_path(node)
 
 
 class Classifier:

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from cost_model.graph.op_graph import TensorRef
+from passes.fx import node_meta
 from passes.fx.nodes import op_name
 from passes.op_graph.handlers import Builder, Found, Handler, ModuleHandler
 
@@ -42,7 +43,7 @@ MODULE_KINDS = {
 
 
 def _elementwise(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
-    if not isinstance(node.meta["val"], torch.Tensor):
+    if not isinstance(node_meta.val(node), torch.Tensor):
         return None
     kind = FUNCTION_KINDS[op_name(node)]
     if len(inputs) == 1 and (

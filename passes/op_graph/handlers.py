@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from cost_model.errors import PlanError
 from cost_model.graph.op_graph import TensorRef
+from passes.fx import node_meta
 
 Attributes = dict[str, Any]
 
@@ -34,10 +35,10 @@ ModuleHandler = Callable[[Builder, torch.nn.Module, list[TensorRef], Mapping[str
 
 
 def shape_of(node: Node) -> torch.Size:
-    value = node.meta["val"]
+    value = node_meta.val(node)
     if not isinstance(value, torch.Tensor):
         raise PlanError(
-            f"{node.name} ({node.meta.get('source')}) is a {type(value).__name__} that the model takes apart itself: "
+            f"{node.name} ({node_meta.where(node)}) is a {type(value).__name__} that the model takes apart itself: "
             f"only tensors can be split; trace with use_cache=False, if it is the cache"
         )
     return value.shape

@@ -9,6 +9,7 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.graph.op_graph import TensorRef
+from passes.fx import node_meta
 from passes.fx.arguments import argument
 from passes.fx.nodes import op_name
 from passes.op_graph.handlers import Builder, Found, Handler, shape_of
@@ -34,7 +35,7 @@ def index_by_tensors(node: Node) -> tuple[tuple[int, int], ...] | None:
         if isinstance(item, slice):
             dims.append(in_dim if item == slice(None) else None)
         elif isinstance(item, (Node, list)):
-            value = item.meta.get("val") if isinstance(item, Node) else torch.tensor(item)
+            value = node_meta.val(item) if isinstance(item, Node) else torch.tensor(item)
             if not isinstance(value, torch.Tensor) or value.dtype not in (torch.long, torch.int):
                 return None
             index_rank = max(index_rank, value.dim())
@@ -85,10 +86,10 @@ def _join_rows(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
 
 def _with_item(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
     """x[rows] = source: as index_add, but that what was there goes."""
-    rows = node.args[1].meta.get("val") if isinstance(node.args[1], Node) else None
+    rows = node_meta.val(node.args[1]) if isinstance(node.args[1], Node) else None
     if not isinstance(rows, torch.Tensor) or rows.dim() != 1 or rows.dtype != torch.long or len(inputs) != 3:
         return None
-    if node.args[2].meta["val"].dim() != len(shape_of(node)):
+    if node_meta.tensor(node.args[2]).dim() != len(shape_of(node)):
         return None
     return "index_put", inputs, {"dim": 0}
 
@@ -123,7 +124,7 @@ def basic_index(node: Node) -> tuple[tuple[int, int, int, int], ...] | None:
 
 def picked_elements(node: Node) -> tuple[tuple[int, int], ...]:
     """(input dim, element) of every dim of constant length that x[...] takes one element of."""
-    shape, symbols = shape_of(node.args[0]), node.args[0].meta.get("symbols")
+    shape, symbols = shape_of(node.args[0]), node_meta.symbols(node.args[0])
     items = [item for item in spelled_index(node) if item is not None]
     return tuple(
         (d, item % shape[d]) for d, item in enumerate(items) if type(item) is int and not (symbols and symbols[d])

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from cost_model.graph.op_graph import TensorRef
+from passes.fx import node_meta
 from passes.fx.arguments import argument
 from passes.fx.nodes import op_name
 from passes.op_graph.handlers import Builder, Found, Handler, ModuleHandler, shape_of
@@ -36,7 +37,7 @@ def _max(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
 
 
 def _reduce(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
-    out = node.meta["val"]
+    out = node_meta.val(node)
     keepdim = len((out[0] if isinstance(out, tuple) else out).shape) == len(shape_of(node.args[0]))
     return "reduce", inputs, {"op": op_name(node), "dims": reduced_dims(node), "keepdim": keepdim}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch.fx import Node
+
 from cost_model.graph.placement import Layout
 from cost_model.mesh import Mesh
 from cost_model.plan.data import PlanData
@@ -19,6 +21,8 @@ class RankContext:
     rank: int
     param_shards: dict[str, ParamShard] = field(default_factory=dict)
     param_layouts: dict[str, Layout | None] = field(default_factory=dict)  # of the sharded dim of each parameter
+    # (op, output index) of a tensor from another stage -> the nodes that receive it, set by extract_stage
+    received: dict[tuple[str, int], tuple[Node, ...]] = field(default_factory=dict)
     cache_layers: tuple[int, ...] = ()  # global cache layer index of each local one, set by localize_cache
     param_uses: tuple[ParamUse, ...] = ()  # of this stage, set by insert_gradient_sums
 

@@ -20,7 +20,8 @@ from torch.fx.node import map_arg
 
 from cost_model.errors import PlanError
 from cost_model.plan.data import Hop
-from passes.fx.arguments import is_tensor, tensor_source
+from passes.fx import node_meta
+from passes.fx.arguments import tensor_source
 from passes.fx.lazy_graph_module import LazyGraphModule
 from passes.partition.context import RankContext
 from passes.partition.own_experts import copy_own
@@ -61,7 +62,7 @@ def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.Gra
         elif node.args[0] in env:  # an element of a tuple that is computed here
             env[node] = graph.node_copy(node, env.__getitem__)
             made[source] = env[node]
-        if node not in env and is_tensor(node) and any((*source, form) in incoming for form in (True, False)):
+        if node not in env and node_meta.is_tensor(node) and any((*source, form) in incoming for form in (True, False)):
             hops = [incoming[*source, form] for form in (False, True) if (*source, form) in incoming]
             received[source] = []
             for hop in hops:
@@ -77,7 +78,7 @@ def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.Gra
         if not node.users and (node.op == "get_attr" or tensor_source(node)[0] != node.name):
             graph.erase_node(node)  # a weight, or an element of a tuple
     module = LazyGraphModule(whole, graph, class_name=f"{whole.__class__.__name__}Rank{ctx.rank}")
-    module.meta["received"] = {s: [n.name for n in nodes] for s, nodes in received.items()}
+    ctx.received = {source: tuple(nodes) for source, nodes in received.items()}
     return module
 
 
@@ -106,20 +107,21 @@ def _read_off(number: Node, env: dict[Node, Node], graph: torch.fx.Graph) -> Nod
 
     Raises PlanError where it has none of that length.
     """
-    symbol = number.meta.get("symbol")
+    symbol = node_meta.size_symbol(number)
     for there, here in reversed(env.items()):
-        symbols = there.meta.get("symbols")
-        if symbol and is_tensor(there) and symbol in symbols:
+        symbols = node_meta.symbols(there)
+        if symbol and node_meta.is_tensor(there) and symbol in symbols:
             dim = symbols.index(symbol)
             env[number] = graph.call_function(torch.ops.aten.sym_size.int, (here, dim))
-            env[number].meta = {**number.meta, "val": there.meta["val"].shape[dim]}
+            node_meta.copy(number, env[number])
+            node_meta.set_val(env[number], node_meta.tensor(there).shape[dim])
             return env[number]
-    known = all(not is_tensor(n) or n in env for n in number.all_input_nodes)
+    known = all(not node_meta.is_tensor(n) or n in env for n in number.all_input_nodes)
     if number.op == "call_function" and number.all_input_nodes and known:
         env[number] = graph.node_copy(number, lambda n: env[n] if n in env else _read_off(n, env, graph))
         return env[number]
     raise PlanError(
-        f"a later stage needs the length {number.name} ({number.meta.get('source')}), which is read off a tensor that "
+        f"a later stage needs the length {number.name} ({node_meta.where(number)}), which is read off a tensor that "
         f"it does not have: use fewer stages"
     )
 
@@ -127,8 +129,8 @@ def _read_off(number: Node, env: dict[Node, Node], graph: torch.fx.Graph) -> Nod
 def _incoming(graph: torch.fx.Graph, node: Node, hop: Hop) -> Node:
     name = f"incoming_{node.name}" if hop.whole else f"incoming_part_{node.name}"
     placeholder = graph.placeholder(name)
-    placeholder.meta = dict(node.meta)
-    placeholder.meta["hop"] = hop
+    node_meta.copy(node, placeholder)
+    node_meta.set_hop(placeholder, hop)
     return placeholder
 
 

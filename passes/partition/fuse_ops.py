@@ -20,6 +20,7 @@ import torch.fx
 from torch.fx import Node
 from torch.nn import functional as F
 
+from passes.fx import node_meta
 from passes.fx.arguments import argument
 from passes.fx.nodes import op_name
 from passes.partition.context import RankContext
@@ -84,9 +85,9 @@ def _rms_norm_chain(rsqrt: Node) -> _RmsNormChain | None:
     scaled = _only_user(rsqrt)
     if _only_user(square) is not mean or scaled is None or op_name(scaled) != "mul" or set(scaled.args) != {x, rsqrt}:
         return None
-    value = x.meta["val"]
+    value = node_meta.val(x)
     chain: list[Node] = [scaled, rsqrt, add, mean, square]
-    if any(n.meta["val"].dtype != value.dtype for n in chain):
+    if any(node_meta.tensor(n).dtype != value.dtype for n in chain):
         return None
     last, weight = scaled, None
     user = _only_user(scaled)
@@ -95,8 +96,8 @@ def _rms_norm_chain(rsqrt: Node) -> _RmsNormChain | None:
         if (
             isinstance(other, Node)
             and other.op == "get_attr"
-            and other.meta["val"].shape == value.shape[-1:]
-            and other.meta["val"].dtype == value.dtype
+            and node_meta.tensor(other).shape == value.shape[-1:]
+            and node_meta.tensor(other).dtype == value.dtype
         ):
             last, weight = user, other
     return _RmsNormChain(x, weight, float(eps), last, tuple(dict.fromkeys((last, *chain))))
@@ -105,10 +106,10 @@ def _rms_norm_chain(rsqrt: Node) -> _RmsNormChain | None:
 def _fuse_rms_norm(graph: torch.fx.Graph, chain: _RmsNormChain) -> None:
     last = chain.last
     with graph.inserting_before(last):
-        arguments = (chain.x, (chain.x.meta["val"].shape[-1],), chain.weight, chain.eps)
+        arguments = (chain.x, (node_meta.tensor(chain.x).shape[-1],), chain.weight, chain.eps)
         # a name of its own: the plan knows the last op of the chain by the old one
         fused = graph.create_node("call_function", F.rms_norm, arguments, name=f"fused_{last.name}")
-    fused.meta = dict(last.meta)
+    node_meta.copy(last, fused)
     last.replace_all_uses_with(fused)
     for node in chain.nodes:
         graph.erase_node(node)
@@ -122,7 +123,7 @@ def _repeated_heads(attention: Node) -> tuple[Node, ...]:
     repeats = {argument(n, 1, "repeats") for n in (k, v)}
     if not all(op_name(n) == "repeat_interleave" and argument(n, 2, "dim") == 1 for n in (k, v)) or len(repeats) != 1:
         return ()
-    return (k, v) if isinstance(repeats.pop(), int) and q.meta["val"].dim() == 4 else ()
+    return (k, v) if isinstance(repeats.pop(), int) and node_meta.tensor(q).dim() == 4 else ()
 
 
 def _fuse_repeated_heads(graph: torch.fx.Graph, attention: Node, k: Node, v: Node) -> None:

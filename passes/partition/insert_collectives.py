@@ -20,7 +20,8 @@ from torch.fx.node import map_arg
 
 from cost_model.graph.placement import REPLICATE, Layout, Placement
 from cost_model.plan.data import Hop, OpPlan
-from passes.fx.arguments import is_tensor, map_tensor_arguments, tensor_source
+from passes.fx import node_meta
+from passes.fx.arguments import map_tensor_arguments, tensor_source
 from passes.ops.comm import all_gather, all_reduce
 from passes.ops.data_dependent import join_own_rows
 from passes.ops.parallel_layers import one_term
@@ -44,21 +45,19 @@ class _Inserter:
         self.whole: dict[Node, Node] = {}
         self.terms: dict[Node, Node] = {}
         self.pieces: dict[tuple[Node, int], Node] = {}
-        by_name = {n.name: n for n in self.graph.nodes}
-        self.received = {s: [by_name[n] for n in names] for s, names in module.meta.get("received", {}).items()}
 
     def run(self) -> None:
         nodes = list(self.graph.nodes)
         for node in nodes:
-            if is_tensor(node) and "hop" not in node.meta and not node.meta.get("constant"):
+            if node_meta.is_tensor(node) and not node_meta.has_hop(node) and not node_meta.is_constant(node):
                 self._make_whole(node)
         for node in nodes:
             if node.op == "output":
                 self._outputs(node)
             elif node.target is join_own_rows:
                 continue  # takes what this rank alone has, and counts, which decide and hence are whole
-            elif "reads_for" in node.meta:
-                op, slot = node.meta["reads_for"]
+            elif node_meta.has_reads_for(node):
+                op, slot = node_meta.reads_for(node)
                 map_tensor_arguments(node, functools.partial(self._wanted_at, op, slot))
             elif self.ctx.plan.has_op(node.name):
                 op = self.ctx.plan.op(node.name)
@@ -99,29 +98,31 @@ class _Inserter:
                 made = self.graph.call_function(
                     all_gather, (node,), {"axis": AXIS, "dim": placement.dim, "parts": layout.parts}
                 )
-        made.meta = {k: v for k, v in node.meta.items() if k != "constant"}
+        node_meta.copy(node, made, without=("constant",))
         self.whole[node] = made
 
     def _as(self, node: Node, wanted: Placement, layout_index: int) -> Node:
         """The node that holds `node`'s value as `wanted`."""
-        if node.meta.get("constant") or "reads_for" in node.meta:
+        if node_meta.is_constant(node) or node_meta.has_reads_for(node):
             return node
-        source = tensor_source(node) if "hop" not in node.meta else (node.meta["hop"].op, node.meta["hop"].index)
-        if source in self.received:
-            return self._received(self.received[source], wanted, layout_index)
+        source = tensor_source(node)
+        if node_meta.has_hop(node):
+            source = node_meta.hop(node).op, node_meta.hop(node).index
+        if source in self.ctx.received:
+            return self._received(self.ctx.received[source], wanted, layout_index)
         have, _, _ = self._lies(node)
         if have == wanted:
             return node
         whole = node if have.is_replicate else self.whole[node]
         return self._term(whole) if wanted.is_partial else self._piece(whole, wanted, layout_index)
 
-    def _received(self, forms: list[Node], wanted: Placement, layout_index: int) -> Node:
+    def _received(self, forms: tuple[Node, ...], wanted: Placement, layout_index: int) -> Node:
         for node in forms:
-            hop: Hop = node.meta["hop"]
+            hop: Hop = node_meta.hop(node)
             lies = REPLICATE if hop.whole else self.ctx.plan.op(hop.op).outputs[hop.index]
             if lies == wanted:
                 return node
-        whole = next(n for n in forms if n.meta["hop"].whole)
+        whole = next(n for n in forms if node_meta.hop(n).whole)
         return self._term(whole) if wanted.is_partial else self._piece(whole, wanted, layout_index)
 
     def _term(self, node: Node) -> Node:
@@ -129,7 +130,7 @@ class _Inserter:
         if node not in self.terms:
             with self.graph.inserting_after(node):
                 term = self.graph.call_function(one_term, (node, self.ctx.tp_rank))
-            term.meta = {k: v for k, v in node.meta.items() if k in ("val", "symbols", "source")}
+            node_meta.copy(node, term, only=("val", "symbols", "source"))
             self.terms[node] = term
         return self.terms[node]
 
@@ -141,17 +142,16 @@ class _Inserter:
             layout = self.ctx.plan.layout(layout_index)
             assert layout is not None
             runs = layout.parts[self.ctx.tp_rank] or ((0, 0),)
-            meta = {k: v for k, v in node.meta.items() if k in ("val", "symbols", "source")}
             cut: list[Node] = []
             with self.graph.inserting_after(node):
                 for start, stop in reversed(runs):
                     one = self.graph.call_function(torch.narrow, (node, wanted.dim, start, stop - start))
-                    one.meta = dict(meta)
+                    node_meta.copy(node, one, only=("val", "symbols", "source"))
                     cut.insert(0, one)
             if len(cut) > 1:
                 with self.graph.inserting_after(cut[-1]):
                     joined = self.graph.call_function(torch.cat, (cut, wanted.dim))
-                joined.meta = dict(meta)
+                node_meta.copy(cut[0], joined)
                 cut = [joined]
             self.pieces[key] = cut[0]
         return self.pieces[key]
@@ -159,7 +159,7 @@ class _Inserter:
     def _outputs(self, node: Node) -> None:
         """What leaves the model is whole; what another stage gets is as the hop says."""
         outputs, owed = node.args[0]
-        outputs = map_arg(outputs, lambda n: self._as(n, REPLICATE, -1) if is_tensor(n) else n)
+        outputs = map_arg(outputs, lambda n: self._as(n, REPLICATE, -1) if node_meta.is_tensor(n) else n)
         hops = [h for h in self.ctx.plan.hops if h.source == self.ctx.stage]
         owed = tuple(self.whole.get(n, n) if hop.whole else n for n, hop in zip(owed, hops, strict=True))
         node.args = ((outputs, owed),)

@@ -27,7 +27,8 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.errors import PlanError
-from passes.fx.arguments import is_tensor, tensor_arguments, tensor_source
+from passes.fx import node_meta
+from passes.fx.arguments import tensor_arguments, tensor_source
 from passes.fx.differentiable import differentiable, own_parameters
 from passes.ops.comm import all_gather, all_reduce, copy_to_tp, recv, send
 from passes.ops.parallel_layers import one_gradient, one_term
@@ -53,7 +54,7 @@ def insert_gradient_sums(
 class _Inserter:
     def __init__(self, module: torch.fx.GraphModule, ctx: RankContext, needed: set[str]) -> None:
         self.module, self.graph, self.ctx = module, module.graph, ctx
-        self.needs = differentiable(module, lambda n: n.target is recv and n.meta["hop"].op in needed)
+        self.needs = differentiable(module, lambda n: n.target is recv and node_meta.hop(n).op in needed)
         self.kinds: dict[Node, str] = {}
         self.copies: dict[Node, Node] = {}
         self.ones: dict[Node, Node] = {}
@@ -83,7 +84,7 @@ class _Inserter:
     def _readers(self, node: Node) -> Iterator[Node]:
         """Of the tensor, or of any tensor of the tuple, as far as gradients come from them."""
         for user in node.users:
-            if not is_tensor(node) and user in self.needs and tensor_source(user)[0] == node.name:
+            if not node_meta.is_tensor(node) and user in self.needs and tensor_source(user)[0] == node.name:
                 yield from self._readers(user)
             elif user in self.needs or user.target is send or user.op == "output":
                 yield user
@@ -96,10 +97,10 @@ class _Inserter:
         def wants_terms(reader: Node) -> bool:
             if self._is_op(reader):
                 return self._in_parts(reader) or reader in found
-            return "reads_for" in reader.meta or reader.target in (torch.narrow, torch.cat)
+            return node_meta.has_reads_for(reader) or reader.target in (torch.narrow, torch.cat)
 
         for node in reversed(self.graph.nodes):
-            if node not in self.needs or not is_tensor(node) or node.op == "get_attr":
+            if node not in self.needs or not node_meta.is_tensor(node) or node.op == "get_attr":
                 continue
             candidates = []
             for user in node.users:
@@ -108,7 +109,7 @@ class _Inserter:
                     readers = list(self._readers(user))
                     if not own_parameters(self.module, user) and readers and all(map(wants_terms, readers)):
                         candidates.append(user)
-            if candidates and node.meta["val"].numel() <= sum(_numel(c) for c in candidates):
+            if candidates and node_meta.tensor(node).numel() <= sum(_numel(c) for c in candidates):
                 found.update(candidates)
         return found
 
@@ -120,7 +121,7 @@ class _Inserter:
                 self._read(node, value, WHOLE)
         elif node.target is send and node.op == "call_function":
             value = node.args[0]
-            hop = node.meta["hop"]
+            hop = node_meta.hop(node)
             if value in self.needs:
                 node.kwargs = {**node.kwargs, "gradient": True}
             if hop.whole or self.ctx.plan.op(hop.op).outputs[hop.index].is_replicate:
@@ -131,7 +132,7 @@ class _Inserter:
             self.kinds[node] = WHOLE if self.ctx.param_layouts[str(node.target)] is None else TERMS
         elif node.op == "call_function" and node.target is recv:
             node.kwargs = {**node.kwargs, "gradient": True}
-            hop = node.meta["hop"]
+            hop = node_meta.hop(node)
             lies = self.ctx.plan.op(hop.op).outputs[hop.index]
             self.kinds[node] = WHOLE if hop.whole or lies.is_replicate else PARTIAL if lies.is_partial else TERMS
         elif node.op == "call_function" and node.target in (all_reduce, all_gather):
@@ -181,7 +182,7 @@ class _Inserter:
         if value not in made:
             with self.graph.inserting_after(value):
                 made[value] = self.graph.call_function(target, (value,), keywords)  # type: ignore[arg-type]
-            made[value].meta = {k: v for k, v in value.meta.items() if k in ("val", "symbols", "source")}
+            node_meta.copy(value, made[value], only=("val", "symbols", "source"))
         return made[value]
 
     # -- parameters ------------------------------------------------------------------------------------------------
@@ -239,5 +240,5 @@ class _Inserter:
 
 
 def _numel(node: Node) -> int:
-    value = node.meta["val"]
+    value = node_meta.val(node)
     return sum(v.numel() for v in value) if isinstance(value, (tuple, list)) else int(value.numel())

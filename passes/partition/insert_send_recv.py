@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from cost_model.errors import PlanError
 from cost_model.plan.data import Hop
+from passes.fx import node_meta
 from passes.ops.comm import recv, send
 from passes.partition.context import RankContext
 
@@ -26,18 +27,18 @@ from passes.partition.context import RankContext
 def insert_send_recv(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.GraphModule:
     """Rewrites `module` in place; afterwards it takes the model's inputs only, and returns the dict of outputs."""
     graph = module.graph
-    incoming = [n for n in graph.nodes if n.op == "placeholder" and "hop" in n.meta]
+    incoming = [n for n in graph.nodes if n.op == "placeholder" and node_meta.has_hop(n)]
     lengths = _Lengths(graph)
-    for node in sorted(incoming, key=lambda n: n.meta["hop"].channel):
-        hop: Hop = node.meta["hop"]
+    for node in sorted(incoming, key=lambda n: node_meta.hop(n).channel):
+        hop: Hop = node_meta.hop(node)
         with graph.inserting_before(lengths.first_computed()):
             shape = _shape(node, hop, ctx, lengths)
             received = graph.call_function(
                 recv,
-                (shape, node.meta["val"].dtype, lengths.device()),
+                (shape, node_meta.tensor(node).dtype, lengths.device()),
                 {"source": ctx.mesh.rank(hop.source, ctx.tp_rank), "channel": hop.channel},
             )
-        received.meta = dict(node.meta)
+        node_meta.copy(node, received)
         name = node.name
         node.replace_all_uses_with(received)
         graph.erase_node(node)
@@ -46,11 +47,12 @@ def insert_send_recv(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx
     outputs, owed = output.args[0]
     for hop, value in zip((h for h in ctx.plan.hops if h.source == ctx.stage), owed, strict=True):
         with graph.inserting_before(output):
-            told = {"sized": True} if any(map(_is_unknown, value.meta["symbols"])) else {}
+            told = {"sized": True} if any(map(_is_unknown, node_meta.symbols(value))) else {}
             node = graph.call_function(
                 send, (value,), {"to": ctx.mesh.rank(hop.target, ctx.tp_rank), "channel": hop.channel, **told}
             )
-        node.meta = {**value.meta, "hop": hop}
+        node_meta.copy(value, node)
+        node_meta.set_hop(node, hop)
     output.args = (outputs,)
     module.recompile()
     return module
@@ -58,14 +60,14 @@ def insert_send_recv(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx
 
 def _shape(node: Node, hop: Hop, ctx: RankContext, lengths: _Lengths) -> tuple[Any, ...]:
     """The shape in which the tensor arrives: literals, and lengths that this rank reads off its own inputs."""
-    sizes = list(node.meta["val"].shape)
+    sizes = list(node_meta.tensor(node).shape)
     op = ctx.plan.op(hop.op)
     placement, layout = op.outputs[hop.index], ctx.plan.layout(op.output_layouts[hop.index])
     if placement.is_shard and layout is not None and not hop.whole:
         sizes[placement.dim] = layout.local_size(ctx.tp_rank)
     return tuple(
         (None if _is_unknown(symbol) else lengths.node(symbol, hop)) if symbol else size
-        for size, symbol in zip(sizes, node.meta["symbols"], strict=True)
+        for size, symbol in zip(sizes, node_meta.symbols(node), strict=True)
     )
 
 
@@ -78,12 +80,12 @@ class _Lengths:
 
     def __init__(self, graph: torch.fx.Graph) -> None:
         self.graph = graph
-        self.inputs = [n for n in graph.nodes if n.op == "placeholder" and "hop" not in n.meta]
+        self.inputs = [n for n in graph.nodes if n.op == "placeholder" and not node_meta.has_hop(n)]
         self.known: dict[str, Node] = {}
         self._device: Node | None = None
         for node in list(graph.nodes):  # a list: nodes are moved
             if node.op == "call_function" and node.target is torch.ops.aten.sym_size.int:
-                symbols = node.args[0].meta.get("symbols", ())
+                symbols = node_meta.symbols(node.args[0])
                 if node.args[0] in self.inputs and symbols[node.args[1]]:
                     self.known.setdefault(symbols[node.args[1]], node)
                     self._hoist(node)
@@ -111,11 +113,11 @@ class _Lengths:
             factors = (self.node(left, hop), int(right) if right.isdecimal() else self.node(right, hop))
             return self.graph.call_function(operator.mul, factors)
         for node in self.inputs:
-            symbols = node.meta.get("symbols") or ()
-            if isinstance(node.meta.get("val"), torch.Tensor) and symbol in symbols:
+            symbols = node_meta.symbols(node)
+            if node_meta.is_tensor(node) and symbol in symbols:
                 dim = symbols.index(symbol)
                 made = self.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
-                made.meta["val"] = node.meta["val"].shape[dim]
+                node_meta.set_val(made, node_meta.tensor(node).shape[dim])
                 return made
         raise PlanError(
             f"{hop.op} crosses from stage {hop.source} to {hop.target} with a length ({symbol}) that no input of the "
@@ -124,6 +126,6 @@ class _Lengths:
 
     def device(self) -> Node:
         if self._device is None:
-            node = next(n for n in self.inputs if isinstance(n.meta.get("val"), torch.Tensor))
+            node = next(n for n in self.inputs if node_meta.is_tensor(n))
             self._device = self.graph.call_function(getattr, (node, "device"))
         return self._device

@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from cost_model.graph.placement import Layout
 from cost_model.plan.data import OpPlan
+from passes.fx import node_meta
 from passes.fx.arguments import argument, map_tensor_arguments, tensor_arguments
 from passes.fx.nodes import op_name
 from passes.op_graph.reductions import reduced_dims
@@ -57,11 +58,11 @@ def _view(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan
 
 def _split(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
     """split and chunk along the sharded dim: the rank's share of each piece."""
-    dim = argument(node, 2, "dim", 0) % node.args[0].meta["val"].dim()
+    dim = argument(node, 2, "dim", 0) % node_meta.tensor(node.args[0]).dim()
     if not op.inputs[0].is_shard or op.inputs[0].dim != dim:
         return
     sizes = []
-    for piece, placement, layout in zip(node.meta["val"], op.outputs, op.output_layouts, strict=True):
+    for piece, placement, layout in zip(node_meta.val(node), op.outputs, op.output_layouts, strict=True):
         if placement.is_owned and placement.dim != ctx.tp_rank:
             sizes.append(0)
         else:
@@ -74,7 +75,7 @@ def _slice(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPla
     """x[..., a:b] along the sharded dim: where a and b lie among the elements that the rank holds."""
     if not op.inputs[0].is_shard:
         return
-    rank, dim = node.args[0].meta["val"].dim(), op.inputs[0].dim
+    rank, dim = node_meta.tensor(node.args[0]).dim(), op.inputs[0].dim
     index = list(node.args[1]) if isinstance(node.args[1], tuple) else [node.args[1]]
     if Ellipsis in index:
         at = index.index(Ellipsis)
@@ -116,7 +117,7 @@ def _mean(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan
     """A mean over a sharded dim is the sum of its elements wherever they are, over the number of all of them."""
     if not (op.outputs[0].is_partial and op.inputs[0].is_shard and op_name(node) == "mean"):
         return
-    x, out = node.args[0].meta["val"], node.meta["val"]
+    x, out = node_meta.val(node.args[0]), node_meta.val(node)
     cut = op.inputs[0].dim
     node.op, node.target = "call_function", partial_mean
     node.args = (node.args[0], reduced_dims(node), out.dim() == x.dim(), cut, x.shape[cut])
@@ -126,9 +127,9 @@ def _mean(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan
 def _repeat(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
     """repeat_interleave of KV heads to query heads."""
     dim = op.outputs[0].dim
-    if not op.outputs[0].is_shard or dim != argument(node, 2, "dim") % node.meta["val"].dim():
+    if not op.outputs[0].is_shard or dim != argument(node, 2, "dim") % node_meta.tensor(node).dim():
         return  # cut along a dim that is not repeated: each element as often as ever
-    size = node.args[0].meta["val"].shape[dim]
+    size = node_meta.tensor(node.args[0]).shape[dim]
     wanted = _kv_heads(ctx, op.output_layouts[0], op.input_layouts[0], size)
     held = _held(ctx, op.input_layouts[0], size)
     each, rest = divmod(len(wanted), held) if held else (0, 0)
@@ -145,8 +146,8 @@ def _sdpa(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan
     if not argument(node, 7, "enable_gqa", False) or op.letter != "heads":
         return
     q, k = tensor_arguments(node)[:2]
-    head = q.meta["val"].dim() - 3
-    size = k.meta["val"].shape[head]
+    head = node_meta.tensor(q).dim() - 3
+    size = node_meta.tensor(k).shape[head]
     wanted = _kv_heads(ctx, op.input_layouts[0], op.input_layouts[1], size)
     held = _held(ctx, op.input_layouts[1], size)
     each, rest = divmod(len(wanted), held) if held else (0, 0)
@@ -160,7 +161,8 @@ def _sdpa(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan
             return argument
         with module.graph.inserting_before(node):
             picked = module.graph.call_function(torch.index_select, (argument, head, index))
-        picked.meta = {**argument.meta, "reads_for": (op, slot)}  # insert_collectives gives it what the op wants there
+        node_meta.copy(argument, picked)
+        node_meta.set_reads_for(picked, op, slot)  # insert_collectives gives it what the op wants there
         return picked
 
     map_tensor_arguments(node, pick)
@@ -202,9 +204,9 @@ def _constant(module: torch.fx.GraphModule, node: Node, values: list[int]) -> No
     module.register_buffer(name, torch.tensor(values, dtype=torch.long), persistent=False)
     with module.graph.inserting_before(node):
         constant = module.graph.get_attr(name)
-    constant.meta["val"] = torch.empty(len(values), dtype=torch.long, device="meta")
-    constant.meta["symbols"] = ("",)
-    constant.meta["constant"] = True
+    node_meta.set_val(constant, torch.empty(len(values), dtype=torch.long, device="meta"))
+    node_meta.set_symbols(constant, ("",))
+    node_meta.set_constant(constant)
     return constant
 
 

@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from cost_model.plan.data import OpPlan
+from passes.fx import node_meta
 from passes.ops.data_dependent import join_own_rows
 from passes.partition.context import RankContext
 
@@ -33,7 +34,7 @@ def copy_own(graph: Graph, node: Node, ctx: RankContext, here: Callable[[Node], 
             return None
         before = here(node.args[0])
         if ctx.plan.has_op(before.name) and ctx.plan.op(before.name).is_term:
-            before.meta["stands_for"] = node.name
+            node_meta.set_stands_for(before, node.name)
         return before
     if op.kind == "join_rows" and any(p.is_owned for p in op.inputs):
         return _join_own(graph, node, op, here, ctx.tp_rank)
@@ -45,5 +46,5 @@ def _join_own(graph: Graph, node: Node, op: OpPlan, here: Callable[[Node], Node]
     own = [i for i, placement in enumerate(op.inputs[: len(pieces)]) if placement.dim == tp_rank]
     args = map_arg(([pieces[i] for i in own], rows, counts), here)
     joined = graph.create_node("call_function", join_own_rows, (*args, own[0]), name=node.name)
-    joined.meta = dict(node.meta)
+    node_meta.copy(node, joined)
     return joined

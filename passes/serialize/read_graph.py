@@ -14,6 +14,7 @@ import torch.fx
 from torch import nn
 from torch.fx import Node
 
+from passes.fx import node_meta
 from passes.fx.arguments import fetch, place
 from passes.ops.loops import LoopGraphs
 from passes.serialize.modules import KINDS, Kinds, made
@@ -228,15 +229,15 @@ def check_named(target: str, args: Any, kwargs: Any, name: str) -> None:
 
 def _set_meta(node: Node, fields: Mapping[str, Any], name: str) -> None:
     if "val" in fields:
-        node.meta["val"] = decoded(fields["val"], None, f"the example of {name}")
+        node_meta.set_val(node, decoded(fields["val"], None, f"the example of {name}"))
     if "symbols" in fields:
-        node.meta["symbols"] = decoded(fields["symbols"], None, f"the symbols of {name}")
+        node_meta.set_symbols(node, decoded(fields["symbols"], None, f"the symbols of {name}"))
     if "source" in fields:
-        node.meta["source"] = printable(fields["source"], f"the source of {name}")
+        node_meta.set_source(node, printable(fields["source"], f"the source of {name}"))
     if fields.get("constant") is True:
-        node.meta["constant"] = True
+        node_meta.set_constant(node)
     if "stands_for" in fields:
-        node.meta["stands_for"] = printable(fields["stands_for"], f"what {name} stands for")
+        node_meta.set_stands_for(node, printable(fields["stands_for"], f"what {name} stands for"))
     if "module" in fields:
         path = printable(fields["module"], f"the module of {name}")
-        node.meta["nn_module_stack"] = {path: (path, "")}
+        node_meta.set_module_stack(node, {path: (path, "")})

@@ -21,6 +21,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from passes.fx import node_meta
 from passes.fx.arguments import fetch
 from passes.ops.loops import LoopError, LoopGraphs
 from passes.serialize.modules import KINDS, Kinds, described
@@ -98,7 +99,7 @@ def _node_to_json(node: Node) -> dict[str, Any]:
         if target is None:
             called = f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}"
             raise GraphFormatError(
-                f"{node.name} ({node.meta.get('source', 'no source line')}) calls {called}, which a saved graph may "
+                f"{node.name} ({node_meta.where(node)}) calls {called}, which a saved graph may "
                 "not: it was made while this model was traced, or passes/serialize/targets.py does not list it; use "
                 "the model itself"
             )
@@ -112,18 +113,18 @@ def _node_to_json(node: Node) -> dict[str, Any]:
         data["args"] = [encoded(a, node) for a in node.args]
     if node.kwargs:
         data["kwargs"] = {k: encoded(v, node) for k, v in node.kwargs.items()}
-    if "val" in node.meta and (known := encoded_example(node.meta["val"])) is not None:
+    if node_meta.has_val(node) and (known := encoded_example(node_meta.val(node))) is not None:
         data["val"] = known[0]
-    if "symbols" in node.meta:
-        data["symbols"] = encoded(node.meta["symbols"], node)
-    if node.meta.get("source"):
-        data["source"] = str(node.meta["source"])
-    if node.meta.get("constant"):
+    if (known_symbols := node_meta.shape_symbols(node)) is not None:
+        data["symbols"] = encoded(known_symbols, node)
+    if node_meta.source(node):
+        data["source"] = node_meta.source(node)
+    if node_meta.is_constant(node):
         data["constant"] = True
-    if node.meta.get("stands_for"):
-        data["stands_for"] = str(node.meta["stands_for"])
-    if node.op != "call_module" and (stack := node.meta.get("nn_module_stack")):
-        data["module"] = str(next(reversed(stack.values()))[0])
+    if node_meta.stands_for(node):
+        data["stands_for"] = node_meta.stands_for(node)
+    if node.op != "call_module" and node_meta.module_stack(node):
+        data["module"] = node_meta.module_path(node)
     return data
 
 
@@ -134,7 +135,7 @@ def _loop_to_json(node: Node) -> dict[str, Any]:
         graphs: LoopGraphs = target.graphs if hasattr(target, "graphs") else target.source.graphs(node.args)
     except LoopError as error:
         raise GraphFormatError(
-            f"{node.name} ({node.meta.get('source', 'no source line')}) calls {target.__module__}.{target.__name__}, a "
+            f"{node.name} ({node_meta.where(node)}) calls {target.__module__}.{target.__name__}, a "
             f"loop that cannot be saved as a graph ({error}): use the model itself"
         ) from error
     data: dict[str, Any] = {name: getattr(graphs, name) for name in ("name", "counter")}

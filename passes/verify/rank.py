@@ -20,7 +20,8 @@ from torch.fx import Node
 
 from cost_model.errors import VerificationError
 from cost_model.graph.op_graph import SOURCES, Op, TensorRef
-from passes.fx.arguments import argument, fetch, is_tensor, submodule, tensor_arguments
+from passes.fx import node_meta
+from passes.fx.arguments import argument, fetch, submodule, tensor_arguments
 from passes.fx.nodes import op_name
 from passes.program.rank_program import RankProgram
 from passes.verify.core.held import PARTIAL, WHOLE, Derivation, Held
@@ -94,7 +95,7 @@ def _visit(state: RankState, node: Node) -> None:
 
 
 def _makes_tensors(node: Node) -> bool:
-    value = node.meta.get("val")
+    value = node_meta.val(node)
     return isinstance(value, torch.Tensor) or (
         isinstance(value, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in value)
     )
@@ -112,10 +113,10 @@ def _is_element(state: RankState, node: Node) -> bool:
 def _input(state: RankState, node: Node) -> None:
     if node.name not in state.graph.ops or state.graph[node.name].kind != "input":
         fail(state.program, node, "is no input of the model", _SEND_RECV)
-    if is_tensor(node):
+    if node_meta.is_tensor(node):
         state.set(node, Value(TensorRef(node.name), WHOLE))
     else:
-        state.known[node] = node.meta.get("val")
+        state.known[node] = node_meta.val(node)
 
 
 def _attribute(state: RankState, node: Node) -> None:
@@ -124,7 +125,7 @@ def _attribute(state: RankState, node: Node) -> None:
         state.set(node, state.shard_value(shard))
         return
     tensor = fetch(state.module, str(node.target))
-    if not isinstance(tensor, torch.Tensor) or not node.meta.get("constant"):
+    if not isinstance(tensor, torch.Tensor) or not node_meta.is_constant(node):
         fail(state.program, node, "reads something that is no parameter or buffer of the model", _SHARDS)
     state.known[node] = Tensor((tuple(tensor.shape), tensor.dtype))
 
@@ -148,8 +149,8 @@ def _output(state: RankState, node: Node) -> None:
 
 
 def _number(state: RankState, node: Node) -> None:
-    known = "val" in node.meta
-    if node.op == "call_method" and str(node.target) in _LAYER_ARGUMENT and not is_tensor(node.args[0]):
+    known = node_meta.has_val(node)
+    if node.op == "call_method" and str(node.target) in _LAYER_ARGUMENT and not node_meta.is_tensor(node.args[0]):
         _cache_question(state, node)
         return
     if any(not isinstance(a, Node) or a not in state.known for a in node.all_input_nodes):
@@ -162,14 +163,15 @@ def _number(state: RankState, node: Node) -> None:
             f"reads numbers from {sharded[0].name}, which is {state.value(node, sharded[0]).held}", _COLLECTIVES,
         )  # fmt: skip
     if known and any(_is_object(state.known[a]) for a in node.all_input_nodes):
-        found = node.meta["val"]  # of a cache: what it says depends on what was put in
+        found = node_meta.val(node)  # of a cache: what it says depends on what was put in
     else:
         try:
             found = state.tools.runner.run(state.program, node, state.known)
         except Exception as error:
             fail(state.program, node, f"cannot be computed: {error}", _STAGE)
-    if known and not _same_number(found, node.meta["val"]):
-        fail(state.program, node, f"is {found} at the example sizes, where the model has {node.meta['val']}", _SHAPES)
+    theirs = node_meta.val(node)
+    if known and not _same_number(found, theirs):
+        fail(state.program, node, f"is {found} at the example sizes, where the model has {theirs}", _SHAPES)
     state.known[node] = found
 
 
@@ -182,7 +184,7 @@ def _cache_question(state: RankState, node: Node) -> None:
             f"{len(state.program.cache_layers) - 1}",
             _CACHE,
         )  # fmt: skip
-    state.known[node] = node.meta.get("val")
+    state.known[node] = node_meta.val(node)
 
 
 def _op(state: RankState, node: Node, op: Op) -> None:
@@ -229,7 +231,7 @@ def _given(state: RankState, node: Node, op: Op) -> list[Value]:
         if values is not None and not isinstance(values, Value) and any(v.held != WHOLE for v in values):
             fail(state.program, node, f"takes all of {a.name} at once, which is sharded", _COLLECTIVES)
     for a in tensor_arguments(node):
-        if not a.meta.get("constant"):
+        if not node_meta.is_constant(a):
             given.append(state.value(node, a))
     if node.op == "call_module":
         target = str(node.target)
@@ -266,13 +268,13 @@ def _types(state: RankState, node: Node, op: Op, given: list[Value]) -> tuple[He
 def _finish(state: RankState, node: Node, op: Op, outputs: tuple[Held, ...]) -> None:
     """Note what came out, after making sure that the node's own arguments give these local shapes."""
     values = tuple(Value(TensorRef(op.name, j), h) for j, h in enumerate(outputs))
-    if is_tensor(node):
+    if node_meta.is_tensor(node):
         expected: Any = state.local(values[0])
     else:
         expected = tuple(part_elsewhere(state, op, v) or state.local(v) for v in values)
     if op.kind not in ("cache_update", "cache_read"):  # gives back what it is given, and what was there
         check_shape(state, node, expected)
-    if not is_tensor(node):
+    if not node_meta.is_tensor(node):
         state.set_all(node, values)
     elif is_term(state, op):
         state.set(node, Value(with_terms_elsewhere(state, values[0].ref), PARTIAL))

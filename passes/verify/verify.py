@@ -25,7 +25,8 @@ import torch.fx
 from cost_model.errors import VerificationError
 from cost_model.graph.op_graph import SOURCES, OpGraph, TensorRef
 from cost_model.plan.data import PlanData
-from passes.fx.arguments import fetch, is_tensor, tensor_source
+from passes.fx import node_meta
+from passes.fx.arguments import fetch, tensor_source
 from passes.op_graph.build import parameter_names
 from passes.program.rank_program import RankProgram
 from passes.verify.core.messages import check_communication
@@ -68,7 +69,7 @@ def _output_names(whole: torch.fx.GraphModule, graph: OpGraph) -> dict[str, Tens
     output = next(node for node in reversed(whole.graph.nodes) if node.op == "output")
     for name, value in output.args[0].items():
         tensors: list[torch.fx.Node] = []
-        torch.fx.node.map_arg(value, lambda n, tensors=tensors: tensors.append(n) if is_tensor(n) else None)
+        torch.fx.node.map_arg(value, lambda n, tensors=tensors: tensors.append(n) if node_meta.is_tensor(n) else None)
         for position, node in enumerate(tensors):
             own = fetch(whole, str(node.target)) if node.op == "get_attr" else None
             ref = TensorRef(*tensor_source(node)) if own is None else TensorRef(sources[id(own)])

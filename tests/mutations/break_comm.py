@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from passes.fx import node_meta
 from passes.ops.comm import COLLECTIVES, all_gather, all_reduce, recv, send
 from passes.program.rank_program import RankProgram
 from tests.mutations.mutation import NotHere, mutation, on_ranks, pick, pick_node, said
@@ -72,10 +73,10 @@ def another_collective(programs: Programs, rng: random.Random) -> str:
         if n.target is all_gather:
             n.target, n.kwargs = all_reduce, {"axis": "tp"}
         else:
-            size, tp = n.meta["val"].shape[-1], program.mesh.tp
+            size, tp = node_meta.tensor(n).shape[-1], program.mesh.tp
             bounds = [size * i // tp for i in range(tp + 1)]
             parts = tuple(((a, b),) for a, b in pairwise(bounds))
-            n.target, n.kwargs = all_gather, {"axis": "tp", "dim": n.meta["val"].dim() - 1, "parts": parts}
+            n.target, n.kwargs = all_gather, {"axis": "tp", "dim": node_meta.tensor(n).dim() - 1, "parts": parts}
     return said(places)
 
 
@@ -90,7 +91,7 @@ def collective_along_another_axis(programs: Programs, rng: random.Random) -> str
 @mutation
 def gather_along_another_dim(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, _is(all_gather))
-    dims = [d for d in range(node.meta["val"].dim()) if d != node.kwargs["dim"]]
+    dims = [d for d in range(node_meta.tensor(node).dim()) if d != node.kwargs["dim"]]
     places, dim = on_ranks(programs, program, node, rng), pick(rng, dims)
     for _program, n in places:
         with_keyword(n, dim=dim)
@@ -253,7 +254,7 @@ def wrong_shape_of_a_recv(programs: Programs, rng: random.Random) -> str:
     if other != at and shape[other] is not shape[at]:
         shape[at], shape[other] = shape[other], shape[at]
     else:
-        shape[at] = shape[at] - 1 if isinstance(shape[at], int) else node.meta["val"].shape[at]
+        shape[at] = shape[at] - 1 if isinstance(shape[at], int) else node_meta.tensor(node).shape[at]
     with_argument(node, 0, tuple(shape))
     return f"{node.name} on rank {program.rank}: {shape}"
 
@@ -262,12 +263,12 @@ def wrong_shape_of_a_recv(programs: Programs, rng: random.Random) -> str:
 def another_tensor_sent(programs: Programs, rng: random.Random) -> str:
     """A cut that uses a value too early: one of the same shape."""
     program, node = pick_node(programs, rng, _is(send))
-    value = node.args[0].meta["val"]
+    value = node_meta.val(node.args[0])
     earlier = []
     for n in node.graph.nodes:
         if n is node:
             break
-        found = n.meta.get("val")
+        found = node_meta.val(n)
         if isinstance(found, torch.Tensor) and (found.shape, found.dtype) == (value.shape, value.dtype):
             earlier.append(n)
     source = pick(rng, [n for n in earlier if n is not node.args[0]])

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from passes.fx import node_meta
 from passes.fx.differentiable import differentiable
 from passes.ops.comm import all_gather, all_reduce, copy_to_tp, recv, send
 from passes.ops.parallel_layers import one_gradient
@@ -65,7 +66,7 @@ def copy_to_tp_where_none_is_owed(programs: Programs, rng: random.Random) -> str
     node = pick(rng, sorted(nodes, key=lambda n: n.name))
     places = on_ranks(programs, program, node, rng)
     for _program, n in places:
-        if not hasattr(n.meta.get("val"), "shape"):
+        if not hasattr(node_meta.val(n), "shape"):
             pick(rng, [])
         new = add_after(n, copy_to_tp, (n,), {"axis": "tp"})
         n.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)

@@ -12,7 +12,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from passes.fx.arguments import is_tensor, map_tensor_arguments, tensor_arguments
+from passes.fx import node_meta
+from passes.fx.arguments import map_tensor_arguments, tensor_arguments
 from passes.fx.nodes import op_name
 from passes.ops.comm import COMM_OPS
 from passes.program.rank_program import RankProgram
@@ -35,11 +36,11 @@ def _set(node: Node, args: Any, kwargs: Any) -> None:
 
 def _alike(node: Node, of: Node) -> list[Node]:
     """Tensors made before `node` that look like `of`."""
-    wanted, found = of.meta["val"], []
+    wanted, found = node_meta.val(of), []
     for n in node.graph.nodes:
         if n is node:
             break
-        value = n.meta.get("val")
+        value = node_meta.val(n)
         if isinstance(value, torch.Tensor) and (value.shape, value.dtype) == (wanted.shape, wanted.dtype):
             found.append(n)
     return [n for n in found if n is not of]
@@ -79,12 +80,13 @@ def op_left_out(programs: Programs, rng: random.Random) -> str:
     """Its users read one of its operands that looks like its result: a residual lost, a rotation not made."""
 
     def fits(n: Node) -> bool:
-        return _is_call(n) and is_tensor(n) and any(
-            a.meta["val"].shape == n.meta["val"].shape for a in tensor_arguments(n)
+        return _is_call(n) and node_meta.is_tensor(n) and any(
+            node_meta.tensor(a).shape == node_meta.tensor(n).shape for a in tensor_arguments(n)
         )  # fmt: skip
 
     program, node = pick_node(programs, rng, fits)
-    slots = [i for i, a in enumerate(tensor_arguments(node)) if a.meta["val"].shape == node.meta["val"].shape]
+    shape = node_meta.tensor(node).shape
+    slots = [i for i, a in enumerate(tensor_arguments(node)) if node_meta.tensor(a).shape == shape]
     slot = rng.choice(slots)
     places = on_ranks(programs, program, node, rng)
     for _program, n in places:
@@ -100,11 +102,11 @@ def element_of_a_tuple(programs: Programs, rng: random.Random) -> str:
     def fits(n: Node) -> bool:
         return (
             op_name(n) == "getitem" and type(n.args[1]) is int and isinstance(n.args[0], Node)
-            and isinstance(n.args[0].meta.get("val"), (tuple, list))
+            and isinstance(node_meta.val(n.args[0]), (tuple, list))
         )  # fmt: skip
 
     program, node = pick_node(programs, rng, fits)
-    size = len(node.args[0].meta["val"])
+    size = len(node_meta.val(node.args[0]))
     index = pick(rng, [i for i in range(size + 1) if i != node.args[1] % size])
     places = on_ranks(programs, program, node, rng)
     for _program, n in places:
@@ -202,13 +204,13 @@ def value_that_the_stage_has_not(programs: Programs, rng: random.Random) -> str:
     """What another stage computes, in place of what this one does: an input of that name, which nobody gives."""
     if programs[0].mesh.pp == 1:
         raise NotHere
-    program, node = pick_node(programs, rng, lambda n: is_tensor(n) and n.op == "call_module")
+    program, node = pick_node(programs, rng, lambda n: node_meta.is_tensor(n) and n.op == "call_module")
     places = on_ranks(programs, program, node, rng)
     for _program, n in places:
         first = next(iter(n.graph.nodes))
         with n.graph.inserting_before(first):
             new = n.graph.placeholder(f"{n.name}_elsewhere")
-        new.meta = dict(n.meta)
+        node_meta.copy(n, new)
         n.replace_all_uses_with(new)
         n.graph.erase_node(n)
     return said(places)
@@ -246,7 +248,7 @@ def cache_not_written_or_twice(programs: Programs, rng: random.Random) -> str:
         if twice:
             with n.graph.inserting_after(n):
                 again = n.graph.call_method("update", n.args, dict(n.kwargs))
-            again.meta = dict(n.meta)
+            node_meta.copy(n, again)
             continue
         for piece in list(n.users):
             piece.replace_all_uses_with(n.args[1 + piece.args[1]])
@@ -284,9 +286,9 @@ def output_lost_or_renamed(programs: Programs, rng: random.Random) -> str:
 def another_output(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, lambda n: n.op == "output" and bool(n.args[0]))
     found: list[Node] = []
-    map_arg(node.args[0], lambda n: found.append(n) if is_tensor(n) else None)
+    map_arg(node.args[0], lambda n: found.append(n) if node_meta.is_tensor(n) else None)
     old = pick(rng, found)
-    new = pick(rng, [a for a in old.all_input_nodes if is_tensor(a)])
+    new = pick(rng, [a for a in old.all_input_nodes if node_meta.is_tensor(a)])
     places = on_ranks(programs, program, node, rng)
     for p, n in places:
         theirs = {x.name: x for x in p.graph_module.graph.nodes}
@@ -297,10 +299,10 @@ def another_output(programs: Programs, rng: random.Random) -> str:
 @mutation
 def unread_op_more(programs: Programs, rng: random.Random) -> str:
     """Changes no result, unless it writes: what it takes is changed in place."""
-    program, node = pick_node(programs, rng, lambda n: is_tensor(n) and n.op == "call_module")
+    program, node = pick_node(programs, rng, lambda n: node_meta.is_tensor(n) and n.op == "call_module")
     with node.graph.inserting_after(node):
         new = node.graph.call_method("mul_", (node, 2.0))
-    new.meta = dict(node.meta)
+    node_meta.copy(node, new)
     return f"{node.name} on rank {program.rank}, in place"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.fx.arguments import is_tensor
+from passes.fx import node_meta
 from passes.fx.nodes import op_name
 from tests.mutations.break_nodes import _is_call, _set
 from tests.mutations.mutation import NotHere, mutation, on_ranks, pick, pick_node, said
@@ -113,13 +113,13 @@ def length_of_the_example_in_a_view(programs: Programs, rng: random.Random) -> s
     places = on_ranks(programs, program, node, rng)
     for _program, n in places:
         shape = list(n.args[1])
-        shape[at] = n.meta["val"].shape[at]
+        shape[at] = node_meta.tensor(n).shape[at]
         with_argument(n, 1, tuple(shape))
     return said(places)
 
 
 def _is_slice(node: Node) -> bool:
-    return (op_name(node) == "getitem" and bool(list(_numbers(node.args[1], int))) and is_tensor(node)) or (
+    return (op_name(node) == "getitem" and bool(list(_numbers(node.args[1], int))) and node_meta.is_tensor(node)) or (
         op_name(node) in ("narrow", "split", "chunk", "index_select")
     )
 
@@ -137,7 +137,7 @@ def slice_shifted(programs: Programs, rng: random.Random) -> str:
     """Of the same length, elsewhere."""
 
     def slices(n: Node) -> list[int]:
-        if op_name(n) != "getitem" or not is_tensor(n) or not isinstance(n.args[1], tuple):
+        if op_name(n) != "getitem" or not node_meta.is_tensor(n) or not isinstance(n.args[1], tuple):
             return []
         return [i for i, s in enumerate(n.args[1]) if isinstance(s, slice) and (s.start or s.stop)]
 
@@ -185,7 +185,7 @@ def another_length_of_the_inputs(programs: Programs, rng: random.Random) -> str:
     program, node = pick_node(programs, rng, lambda n: n.target is torch.ops.aten.sym_size.int)
     places = on_ranks(programs, program, node, rng)
     dim = rng.choice([0, 1])
-    if node.args[1] != dim and dim < node.args[0].meta["val"].dim():
+    if node.args[1] != dim and dim < node_meta.tensor(node.args[0]).dim():
         for _program, n in places:
             with_argument(n, 1, dim)
         return f"{said(places)}: dim {dim}"

@@ -19,6 +19,7 @@ from autodist_fx.runtime.cache.kv_cache import SplitCache
 from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
+from passes.fx import node_meta
 from passes.program.rank_program import RankProgram
 
 Handover = tuple[str, int, int]  # a state, the stage that made it, the stage that reads it next
@@ -125,7 +126,7 @@ class DistributedOwnCacheLM(TwoGraphCausalLM):
                 self.communicator.send(torch.tensor(state.shape), peer, Channel.STATES)
                 self.communicator.send(state.contiguous(), peer, Channel.STATES)
             elif mine == target:
-                example, peer = placeholders[name].meta["val"], self.mesh.rank(source, at)
+                example, peer = node_meta.val(placeholders[name]), self.mesh.rank(source, at)
                 shape = self.communicator.recv((example.dim(),), torch.long, "cpu", peer, Channel.STATES).tolist()
                 cache.states[name] = self.communicator.recv(shape, example.dtype, self.device, peer, Channel.STATES)
 

@@ -28,7 +28,7 @@ from transformers.utils import fx as hf_fx
 
 from autodist_fx.tracing.control_flow.raise_branches import answer_without_error
 from autodist_fx.tracing.control_flow.value_ranges import certain
-from passes.fx.guards import MARK
+from passes.fx import node_meta
 
 
 def decide(proxy: hf_fx.HFProxy) -> bool:
@@ -74,7 +74,7 @@ def _of_lengths(proxy: hf_fx.HFProxy, frame: types.FrameType) -> bool:
     transformers' common code asks (is one token enough to be causal?) comes to the same."""
     known = bool(proxy._metadata)
     if frame.f_code.co_filename in proxy.tracer.source_files:
-        proxy.node.meta[MARK] = known
+        node_meta.set_guard_outcome(proxy.node, known)
     return known
 
 

@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from cost_model.errors import VerificationError
 from cost_model.plan.data import PlanData
+from passes.fx import node_meta
 from passes.fx.arguments import argument
 from passes.ops.comm import COLLECTIVES, COMM_OPS, all_gather, recv, send
 from passes.program.rank_program import RankProgram
@@ -108,7 +109,7 @@ def check_messages(
 
 
 def _dtype_sent(node: Node) -> Any:
-    value = node.args[0].meta.get("val")
+    value = node_meta.val(node.args[0])
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 
@@ -151,7 +152,7 @@ def _check_hops(programs: Sequence[RankProgram], plan: PlanData, sends: dict[Mes
 
 def collective_words(node: Node) -> tuple[Any, ...]:
     """All that the ranks of a group must agree on, but for the tensor itself."""
-    value = node.args[0].meta.get("val")
+    value = node_meta.val(node.args[0])
     of_value = (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else (None, None)
     name = node.target.__name__
     if node.target is all_gather:

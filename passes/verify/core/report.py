@@ -9,6 +9,7 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.errors import VerificationError
+from passes.fx import node_meta
 from passes.fx.arguments import submodule
 from passes.program.rank_program import RankProgram
 
@@ -23,13 +24,13 @@ def on_rank(program: RankProgram) -> str:
 def described(node: Node) -> str:
     """ "o_proj (RowParallelLinear, float32[B, S, 48], modeling_x.py:241)"; shapes are the whole tensor's."""
     words = [_target(node)]
-    value, symbols = node.meta.get("val"), node.meta.get("symbols")
+    value, symbols = node_meta.val(node), node_meta.symbols(node)
     if isinstance(value, torch.Tensor):
         dims = symbols if symbols and len(symbols) == value.dim() else ("",) * value.dim()
         sizes = ", ".join(s or str(n) for n, s in zip(value.shape, dims, strict=True))
         words.append(f"{str(value.dtype).removeprefix('torch.')}[{sizes}]")
-    if node.meta.get("source"):
-        words.append(str(node.meta["source"]))
+    if node_meta.source(node):
+        words.append(node_meta.source(node))
     return f"{node.name} ({', '.join(words)})"
 
 

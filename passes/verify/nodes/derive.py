@@ -9,6 +9,7 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.graph.op_graph import Op
+from passes.fx import node_meta
 from passes.fx.arguments import argument, tensor_arguments
 from passes.verify.core.held import Derivation, Held
 from passes.verify.core.report import fail
@@ -52,7 +53,7 @@ def check_shape(state: RankState, node: Node, expected: Any) -> None:
 
 def _check_lengths(state: RankState, node: Node) -> None:
     """A length that follows the inputs is not written as a number."""
-    shape, symbols = argument(node, 1, "shape", argument(node, 1, "size")), node.meta.get("symbols", ())
+    shape, symbols = argument(node, 1, "shape", argument(node, 1, "size")), node_meta.symbols(node)
     for size, symbol in zip(shape, symbols, strict=False):
         if symbol and type(size) is int and size >= 0:
             fail(state.program, node, f"its size {size} follows the inputs ({symbol}), and is a number here", _SHAPES)

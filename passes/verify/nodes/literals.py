@@ -10,6 +10,7 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.graph.op_graph import Op
+from passes.fx import node_meta
 from passes.fx.arguments import submodule
 from passes.op_graph.indexing import spelled_index
 from passes.ops.parallel_layers import partial_mean
@@ -54,7 +55,7 @@ def check_literals(state: RankState, node: Node, op: Op, types: tuple[Held, ...]
 
 def _check_index(state: RankState, node: Node, theirs: Node, lies: Held) -> None:
     """x[...]: what is taken of each dim but the sharded one, which verify_same_op looks at."""
-    shape = theirs.args[0].meta["val"].shape
+    shape = node_meta.tensor(theirs.args[0]).shape
     mine, wanted = (_taken(spelled_index(n), shape, s) for n, s in ((node, state), (theirs, None)))
     differing = [d for d in range(len(shape)) if d != lies.dim and mine[d] != wanted[d]]
     if differing:
@@ -143,5 +144,5 @@ def _number(value: Any, state: RankState | None) -> Any:
     """What a node gives that gives a number; anything else as it is."""
     if not isinstance(value, Node):
         return value
-    known = value.meta.get("val") if state is None else state.known.get(value)
+    known = node_meta.val(value) if state is None else state.known.get(value)
     return known if isinstance(known, (int, float)) else value

@@ -23,6 +23,7 @@ from transformers.utils import fx as hf_fx
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing import Sizes, empty_model, meta_copy, trace, traced_model
 from autodist_fx.tracing.example_inputs import unmistakable_sizes
+from passes.fx import node_meta
 from tests.support.graphs.traced import FAMILIES, padded_batch, tiny_config, tiny_model, with_weights
 
 
@@ -85,18 +86,18 @@ def test_no_example_size_is_in_the_graph(model_type: str, use_cache: bool, monke
 def test_every_node_knows_where_it_comes_from(model_type: str) -> None:
     graph_module = trace(tiny_config(model_type), use_cache=True).graph_module
     for node in graph_module.graph.nodes:
-        stack = node.meta["nn_module_stack"]
+        stack = node_meta.module_stack(node)
         if node.op in ("call_module", "get_attr"):
             path, cls = next(reversed(stack.values()))
             assert node.target.startswith(path) and isinstance(cls, type)
         if node.op not in ("placeholder", "output"):
-            assert node.meta["source"].startswith(f"modeling_{model_type}.py:")
+            assert node_meta.source(node).startswith(f"modeling_{model_type}.py:")
 
 
 def test_the_stack_is_that_of_the_calls() -> None:
     graph = trace(tiny_config("llama")).graph_module.graph
     (node,) = (n for n in graph.nodes if n.target == "model.layers.1.mlp.up_proj")
-    assert [(key, path, cls.__name__) for key, (path, cls) in node.meta["nn_module_stack"].items()] == [
+    assert [(key, path, cls.__name__) for key, (path, cls) in node_meta.module_stack(node).items()] == [
         ("model", "model", "LlamaModel"),
         ("model.layers.1", "model.layers.1", "LlamaDecoderLayer"),
         ("model.layers.1.mlp", "model.layers.1.mlp", "LlamaMLP"),

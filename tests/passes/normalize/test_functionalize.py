@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from passes.fx import node_meta
 from passes.normalize.functionalize import functionalize
 
 
 def _tensor(graph: Graph, target: object, *args: object) -> Node:
     kind = graph.call_method if isinstance(target, str) else graph.call_function
     node = kind(target, args)  # type: ignore[operator]
-    node.meta["is_tensor"] = True
+    node_meta.set_traced_as_tensor(node, True)
     return node
 
 
@@ -24,7 +25,7 @@ def test_a_write_into_a_part_changes_the_whole(index: object, write: str) -> Non
     """What was read before keeps the old value; what is read after has the new one, the part and the whole alike."""
     graph = Graph()
     x = graph.placeholder("x")
-    x.meta["is_tensor"] = True
+    node_meta.set_traced_as_tensor(x, True)
     before = _tensor(graph, operator.add, x, 0)
     part = _tensor(graph, operator.getitem, x, index)
     if write == "setitem":

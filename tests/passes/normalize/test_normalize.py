@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from passes.fx import node_meta
 from passes.fx.text import graph_text
 from passes.normalize.pipeline import normalize
 from tests.support.graphs.small import Ids, examples, traced
@@ -276,9 +277,9 @@ class Program(nn.Module):
 def test_any_program_computes_the_same(names: list[str]) -> None:
     _, after = normalized(Program(names), x=("B", "S", 6, 4))
     for node in after.graph.nodes:
-        assert "val" in node.meta or node.op == "output"
-        if isinstance(node.meta.get("val"), torch.Tensor):
-            assert len(node.meta["symbols"]) == node.meta["val"].dim()
+        assert node_meta.has_val(node) or node.op == "output"
+        if node_meta.is_tensor(node):
+            assert len(node_meta.symbols(node)) == node_meta.tensor(node).dim()
 
 
 class CalledByName(nn.Module):

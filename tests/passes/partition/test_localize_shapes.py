@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cost_model.errors import VerificationError
+from passes.fx import node_meta
 from passes.fx.text import graph_text
 from passes.op_graph.build import build_op_graph, parameter_names
 from passes.ops.parallel_layers import partial_mean
@@ -30,7 +31,7 @@ def localized(whole: torch.fx.GraphModule, tp: int, rank: int) -> tuple[str, str
     module = shard_parameters(extract_stage(whole, ctx), ctx, parameter_names(whole))
     before = graph_text(module)
     after = graph_text(localize_shapes(module, ctx))
-    width = next(n for n in whole.graph.nodes if n.op == "placeholder").meta["val"].shape[-1]
+    width = node_meta.tensor(next(n for n in whole.graph.nodes if n.op == "placeholder")).shape[-1]
     assert_split_equals_whole(whole, plan, {"x": torch.randn(2, 5, width, dtype=torch.float64)})
     return before, after
 

@@ -14,6 +14,7 @@ from torch.fx import Node
 import autodist_fx as adx
 from autodist_fx.api.compiled_model import CompiledModel
 from cost_model.errors import VerificationError
+from passes.fx import node_meta
 from passes.ops.comm import all_reduce, copy_to_tp
 from passes.ops.data_dependent import join_own_rows
 from passes.partition.pipeline import emit_rank
@@ -107,7 +108,7 @@ def rows_that_are_split_not_added_up(programs: Programs) -> None:
     for program in programs:
         rows = next(n for n in program.graph_module.graph.nodes if n.target is join_own_rows).args[0][0]
         while rows.target is not copy_to_tp:
-            rows = next(a for a in rows.all_input_nodes if a.meta["val"] is not None and a.op != "get_attr")
+            rows = next(a for a in rows.all_input_nodes if node_meta.val(a) is not None and a.op != "get_attr")
         bypass(rows)
 
 

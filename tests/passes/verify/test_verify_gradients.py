@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from cost_model.errors import VerificationError
+from passes.fx import node_meta
 from passes.ops.comm import all_reduce, copy_to_tp, recv, send
 from passes.ops.parallel_layers import one_gradient
 from passes.partition.pipeline import emit_rank
@@ -133,7 +134,7 @@ def copies_in_another_order(programs: Programs) -> None:
         for i in (first, 1 - first):
             with at.graph.inserting_before(at):
                 new = at.graph.call_function(copy_to_tp, (whole[i],), {"axis": "tp"})
-            new.meta = dict(whole[i].meta)
+            node_meta.copy(whole[i], new)
             if i == 1:
                 at.replace_input_with(at.args[0], new)
 

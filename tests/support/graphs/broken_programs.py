@@ -17,6 +17,7 @@ from autodist_fx.api.compiled_model import CompiledModel
 from cost_model.costs.hardware import CPU_GLOO, Link
 from cost_model.errors import VerificationError
 from cost_model.graph.placement import Interval
+from passes.fx import node_meta
 from passes.fx.arguments import place
 from passes.ops.comm import COMM_OPS
 from passes.partition.pipeline import emit_rank
@@ -99,7 +100,7 @@ def add_after(node: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
     """A call that nothing uses."""
     with node.graph.inserting_after(node):
         new = node.graph.call_function(target, args, kwargs or {})
-    new.meta = dict(node.meta)
+    node_meta.copy(node, new)
     return new
 
 

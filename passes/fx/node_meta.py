@@ -1,0 +1,322 @@
+"""The keys of `node.meta` and `graph_module.meta`: who writes each, in which phases it is valid, and typed access.
+
+A pass tells the passes after it what it found on the nodes themselves. All of that is declared here (`NODE_KEYS`,
+`GRAPH_KEYS`) and read and written through the functions below, so that a key that nobody declared, that is still there
+when its phase is over, or that is missing is an error right behind the pass that is to blame (`check`).
+
+    Phase        the graph is                                                  made by
+    TRACED       as the model's code was recorded                              a front end (autodist_fx/tracing)
+    ANNOTATED    the same, with the shapes of all values; being normalised     passes/fx/shape_propagation.py
+    NORMALIZED   the whole model's, in one spelling: plans are made for it     passes/normalize/pipeline.py
+    PARTITIONED  one rank's part of it; being rewritten                        passes/partition/extract_stage.py
+    EMITTED      one rank's program: verified, saved, run                      passes/partition/pipeline.py
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.fx
+from torch.fx import Node
+
+from cost_model.plan.data import Hop, OpPlan
+
+if TYPE_CHECKING:
+    from passes.fx.guards import Guards
+
+
+class Phase(enum.IntEnum):
+    """How far a graph has come (see the module's docstring)."""
+
+    TRACED = 0
+    ANNOTATED = 1
+    NORMALIZED = 2
+    PARTITIONED = 3
+    EMITTED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of a meta dict: valid in the phases from `first` to `last`."""
+
+    name: str
+    first: Phase
+    last: Phase
+    writer: str
+    meaning: str
+
+
+NODE_KEYS = (
+    Key("source", Phase.TRACED, Phase.EMITTED, "the front end", "str: the model's line, 'modeling_llama.py:241'"),
+    Key("nn_module_stack", Phase.TRACED, Phase.EMITTED, "torch.fx's tracer", "the modules that were being called"),
+    Key("is_tensor", Phase.TRACED, Phase.TRACED, "the front end, functionalize", "bool: whether the value is a tensor"),
+    Key("guard", Phase.TRACED, Phase.ANNOTATED, "the front end; extract_guards removes it",
+        "bool: how an `if` on sizes came out while tracing"),
+    Key("val", Phase.ANNOTATED, Phase.EMITTED, "shape_propagation, then whoever makes a node",
+        "meta tensor, number, or tuple of them at the first example's sizes; shapes are the whole tensor's"),
+    Key("symbols", Phase.ANNOTATED, Phase.EMITTED, "shape_propagation, then whoever makes a node",
+        "size symbols: of a tensor one a dim ('' where constant), of a tuple one such tuple a tensor, of an int a str"),
+    Key("stands_for", Phase.PARTITIONED, Phase.EMITTED, "extract_stage",
+        "str: the op whose result a rank's last term of a sum takes the place of (own_experts)"),
+    Key("constant", Phase.PARTITIONED, Phase.EMITTED, "localize_shapes", "True: reads a constant that a pass made"),
+    Key("hop", Phase.PARTITIONED, Phase.PARTITIONED, "extract_stage, insert_send_recv",
+        "Hop: the transfer between stages that a placeholder, recv or send is of"),
+    Key("reads_for", Phase.PARTITIONED, Phase.PARTITIONED, "localize_shapes",
+        "(OpPlan, input slot): the op before whose input this node picks elements"),
+)  # fmt: skip
+GRAPH_KEYS = (
+    Key("guards", Phase.NORMALIZED, Phase.NORMALIZED, "extract_guards", "Guards | None: the graph's guards on sizes"),
+)
+
+
+class MetaError(AssertionError):
+    """A pass left a node with a key that it must not have, or without one that it must have: a bug in that pass."""
+
+
+def _allowed(keys: tuple[Key, ...]) -> tuple[frozenset[str], ...]:
+    return tuple(frozenset(k.name for k in keys if k.first <= phase <= k.last) for phase in Phase)
+
+
+_NODE_ALLOWED, _GRAPH_ALLOWED = _allowed(NODE_KEYS), _allowed(GRAPH_KEYS)
+
+
+def check(graph_module: torch.fx.GraphModule, phase: Phase) -> None:
+    """Raises MetaError for a key that is unknown or not of `phase`, and for a value without `val` that is a tensor.
+
+    Linear in the nodes: it is called after each pass.
+    """
+    allowed, annotated = _NODE_ALLOWED[phase], phase >= Phase.ANNOTATED
+    for node in graph_module.graph.nodes:
+        meta = node.meta
+        if not meta.keys() <= allowed:
+            _refuse(f"node {node.name}", meta, NODE_KEYS, phase)
+        if annotated and "val" not in meta and _needs_val(node):
+            raise MetaError(
+                f"node {node.name} ({node.op} {node.target}) has no 'val': whoever makes a node that gives a tensor "
+                "says which (node_meta.set_val, node_meta.copy)"
+            )
+    if not graph_module.meta.keys() <= _GRAPH_ALLOWED[phase]:
+        _refuse("the graph", graph_module.meta, GRAPH_KEYS, phase)
+
+
+def _refuse(owner: str, meta: Mapping[str, Any], keys: tuple[Key, ...], phase: Phase) -> None:
+    known = {key.name: key for key in keys}
+    for name in meta:
+        key = known.get(name)
+        if key is None:
+            raise MetaError(f"{owner} has an unknown key {name!r}: declare it in passes/fx/node_meta.py")
+        if not key.first <= phase <= key.last:
+            raise MetaError(
+                f"{owner} has the key {name!r} in the phase {phase.name}; it is valid from {key.first.name} to "
+                f"{key.last.name} (written by {key.writer})"
+            )
+
+
+def _needs_val(node: Node) -> bool:
+    """Whether a node without `val` may give a tensor: all but the output and what Python computes from numbers."""
+    if node.op in ("output", "placeholder"):
+        return node.op == "placeholder"
+    if node.op != "call_function":
+        return True
+    if node.target is getattr:
+        return False  # a device, a dtype
+    of_numbers = getattr(node.target, "__module__", "") in ("_operator", "builtins", "math")
+    return not of_numbers or any(is_tensor(a) for a in node.all_input_nodes)
+
+
+def drop_ended(graph_module: torch.fx.GraphModule, phase: Phase) -> None:
+    """Removes the nodes' keys that are over when the graph comes into `phase`."""
+    ended = [key.name for key in NODE_KEYS if key.last < phase]
+    for node in graph_module.graph.nodes:
+        for name in ended:
+            node.meta.pop(name, None)
+
+
+def copy(source: Node, target: Node, *, only: Collection[str] | None = None, without: Collection[str] = ()) -> None:
+    """Gives `target` all keys of `source`, or those in `only`, but for `without`; keys of its own are lost."""
+    target.meta = {k: v for k, v in source.meta.items() if k not in without and (only is None or k in only)}
+
+
+# -- values and shapes -------------------------------------------------------------------------------------------------
+
+
+def val(node: Node) -> Any:
+    """The node's value at the first example: a meta tensor, a number, or a tuple; None where nobody has said."""
+    return node.meta.get("val")
+
+
+def set_val(node: Node, value: Any) -> None:
+    node.meta["val"] = value
+
+
+def has_val(node: Node) -> bool:
+    """Whether anybody has said what the node gives, None included."""
+    return "val" in node.meta
+
+
+def is_tensor(node: Node) -> bool:
+    """Whether the node is known to give a tensor."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def tensor(node: Node) -> torch.Tensor:
+    """The node's value at the first example, a meta tensor. Raises MetaError where it gives none."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        raise MetaError(f"node {node.name} gives no tensor ({type(value).__name__})")
+    return value
+
+
+def symbols(node: Node) -> tuple[str, ...]:
+    """The size symbol of each dim of a tensor ("" where constant); () where none are known."""
+    return shape_symbols(node) or ()
+
+
+def shape_symbols(node: Node) -> tuple[Any, ...] | None:
+    """The size symbols of a tensor or of a tuple of tensors, as they stand there; None where none are known."""
+    found = node.meta.get("symbols")
+    return found if isinstance(found, tuple) else None
+
+
+def set_symbols(node: Node, value: tuple[str, ...] | tuple[tuple[str, ...] | None, ...] | str) -> None:
+    node.meta["symbols"] = value
+
+
+def element_symbols(node: Node) -> tuple[tuple[str, ...] | None, ...]:
+    """Of a node that gives a tuple: the size symbols of each element, None of what is no tensor; () if not known."""
+    return shape_symbols(node) or ()
+
+
+def size_symbol(node: Node) -> str | None:
+    """Of a node that gives an int: its size symbol, "" for a constant; None where none is known."""
+    found = node.meta.get("symbols")
+    return found if isinstance(found, str) else None
+
+
+# -- where a node comes from -------------------------------------------------------------------------------------------
+
+
+def source(node: Node) -> str:
+    """The model's line that a node was recorded at, "modeling_llama.py:241"; "" where none is known."""
+    return node.meta.get("source") or ""
+
+
+def where(node: Node) -> str:
+    """`source`, for a message: "no source line" where none is known."""
+    return source(node) or "no source line"
+
+
+def set_source(node: Node, line: str | None) -> None:
+    node.meta["source"] = line
+
+
+def module_stack(node: Node) -> Mapping[str, tuple[str, Any]]:
+    """The modules that were being called, outermost first: {key: (path, class)}, as torch.fx's tracer writes it."""
+    return node.meta.get("nn_module_stack") or {}
+
+
+def set_module_stack(node: Node, stack: Mapping[str, tuple[str, Any]]) -> None:
+    node.meta["nn_module_stack"] = stack
+
+
+def module_path(node: Node) -> str:
+    """The path of the innermost module that was being called; "" at the root."""
+    stack = module_stack(node)
+    return next(reversed(stack.values()))[0] if stack else ""  # type: ignore[call-overload, no-any-return]
+
+
+# -- what the front end and normalize tell each other ------------------------------------------------------------------
+
+
+def traced_as_tensor(node: Node, default: bool) -> bool:
+    """Whether the value was a tensor while tracing; `default` where the front end did not say."""
+    return bool(node.meta.get("is_tensor", default))
+
+
+def set_traced_as_tensor(node: Node, value: bool) -> None:
+    node.meta["is_tensor"] = value
+
+
+def is_guard(node: Node) -> bool:
+    """Whether the model's code asked this node in an `if` on sizes."""
+    return "guard" in node.meta
+
+
+def guard_outcome(node: Node) -> bool:
+    """How that `if` came out while tracing."""
+    return bool(node.meta["guard"])
+
+
+def set_guard_outcome(node: Node, outcome: bool) -> None:
+    node.meta["guard"] = outcome
+
+
+def drop_guard(node: Node) -> None:
+    node.meta.pop("guard", None)
+
+
+def is_normalized(graph_module: torch.fx.GraphModule) -> bool:
+    """Whether normalize has done its work on this graph."""
+    return "guards" in graph_module.meta
+
+
+def guards(graph_module: torch.fx.GraphModule) -> Guards | None:
+    """The guards on sizes of a normalised graph; None where it has none, or is not normalised yet."""
+    return graph_module.meta.get("guards")
+
+
+def set_guards(graph_module: torch.fx.GraphModule, value: Guards | None) -> None:
+    graph_module.meta["guards"] = value
+
+
+# -- what the passes of one rank tell each other -----------------------------------------------------------------------
+
+
+def stands_for(node: Node) -> str | None:
+    """The op whose result this node takes the place of on this rank; None of all other nodes."""
+    return node.meta.get("stands_for")
+
+
+def set_stands_for(node: Node, op: str) -> None:
+    node.meta["stands_for"] = op
+
+
+def is_constant(node: Node) -> bool:
+    """Whether the node reads a constant that a pass made (which heads a rank's query heads read)."""
+    return bool(node.meta.get("constant"))
+
+
+def set_constant(node: Node) -> None:
+    node.meta["constant"] = True
+
+
+def has_hop(node: Node) -> bool:
+    """Whether the node is what a transfer between stages sends or receives."""
+    return "hop" in node.meta
+
+
+def hop(node: Node) -> Hop:
+    """The transfer between stages that a placeholder, recv or send is of."""
+    return node.meta["hop"]
+
+
+def set_hop(node: Node, value: Hop) -> None:
+    node.meta["hop"] = value
+
+
+def has_reads_for(node: Node) -> bool:
+    """Whether the node picks elements before an input of an op."""
+    return "reads_for" in node.meta
+
+
+def reads_for(node: Node) -> tuple[OpPlan, int]:
+    """(op, slot): the node picks elements before input `slot` of `op`."""
+    return node.meta["reads_for"]
+
+
+def set_reads_for(node: Node, op: OpPlan, slot: int) -> None:
+    node.meta["reads_for"] = (op, slot)
