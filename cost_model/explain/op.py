@@ -9,6 +9,7 @@ from cost_model.format import bytes_text, compress_names, name_pattern, ranges_t
 from cost_model.graph.roles import MEANING
 from cost_model.plan.data import Alternative, OpPlan, PlanData
 from cost_model.plan.weights import local_shape, weight_of
+from cost_model.rules.table import has_rule, plain_kind
 from cost_model.text_tables import Section
 
 _NO_ROLES = "Roles are of linears, embeddings and convolutions"
@@ -40,6 +41,7 @@ def op_facts(plan: PlanData, ops: Sequence[OpPlan]) -> dict[str, Any]:
         "kind": op.kind,
         "role": op.role,
         "letter": op.letter,
+        "rule": has_rule(op.kind),
         "stages": sorted({stage for o in ops for stage in o.stages}),
         "inputs": [str(p) for p in op.inputs],
         "outputs": [str(p) for p in op.outputs],
@@ -76,6 +78,8 @@ def op_sections(plan: PlanData, ops: Sequence[OpPlan]) -> list[Section]:
         lines.append(f"role         {op.role}" + (f": {MEANING[op.role]}" if op.role in MEANING else ""))
     else:
         lines.append(f"cut          {_cut_text(op)}")
+    if not facts["rule"] and plan.mesh.tp > 1:
+        lines.append(f"rule         none for {plain_kind(op.kind)}, so that no rank can have a part of it")
     if facts["weight_shape"]:
         shape = "x".join(map(str, facts["weight_shape"]))
         whole = op.owner is not None

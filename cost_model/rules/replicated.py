@@ -1,5 +1,16 @@
-"""Kinds of op that have no rule on purpose: every rank computes them whole, and loses nothing by it."""
+"""Kinds of op without a rule on purpose: every rank computes them whole, and a rule would save nothing."""
 
 from __future__ import annotations
 
-REPLICATED: dict[str, str] = {}  # kind -> why
+_CHOICE = "decides where data goes: what it reads is whole on every rank in any case (cost_model/layouts/routing.py)"
+_FILL = "reads a shape and a dtype, and no values"
+
+# Kind -> why. "opaque.<name>" is what an op graph calls an op of torch's that no handler knows.
+REPLICATED: dict[str, str] = {
+    "opaque.topk": _CHOICE, "opaque.sort": _CHOICE, "opaque.argsort": _CHOICE, "opaque.one_hot": _CHOICE,
+    "opaque.selected": _CHOICE, "opaque.bincount": _CHOICE, "opaque.histc": _CHOICE,
+    "opaque.zeros_like": _FILL, "opaque.ones_like": _FILL, "opaque.full_like": _FILL, "opaque.empty_like": _FILL,
+    "opaque.new_zeros": _FILL, "opaque.new_ones": _FILL, "opaque.new_full": _FILL, "opaque.new_empty": _FILL,
+}  # fmt: skip
+# Of these, what passes no values on: what is made of it alone depends on no weights.
+FILLS = frozenset(kind for kind, why in REPLICATED.items() if why is _FILL)

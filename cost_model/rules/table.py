@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from cost_model.graph.op_graph import Op, TensorSpec
 from cost_model.rules import convolutions, elementwise, indexing, matmuls, reductions, views
+from cost_model.rules.replicated import REPLICATED
 from cost_model.rules.rule import OpRule, RuleFunction, Shape
 
 T = TypeVar("T")
@@ -48,6 +49,16 @@ RULES: dict[str, RuleFunction] = one_table(
     reductions=reductions.RULES,
     views=views.RULES,
 )
+
+
+def has_rule(kind: str) -> bool:
+    """False for ops of a kind that every rank computes whole for want of a rule, and not on purpose."""
+    return kind in RULES or kind in REPLICATED or kind.startswith("scalar.")
+
+
+def plain_kind(kind: str) -> str:
+    """As torch calls it: "opaque.einsum" is an op graph's name for an einsum, which no handler knows."""
+    return kind.removeprefix("opaque.")
 
 
 class RuleTable:

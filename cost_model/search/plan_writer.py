@@ -13,6 +13,7 @@ from cost_model.graph.placement import Layout, Placement
 from cost_model.graph.roles import role_of
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.data import Alternative, Device, Hop, OpPlan, ParamPlan, Request, StageSummary, rounded
+from cost_model.plan.missing_rules import missing_rule_warnings, missing_rules
 from cost_model.plan.warnings import plan_warnings
 from cost_model.search.alternatives import AlternativeCosts
 from cost_model.search.cut_options import cut_plans
@@ -68,7 +69,8 @@ class PlanWriter:
                 tuple(Device(x.name, x.memory_bytes) for x in self.request.devices),
             ),
         )
-        return replace(plan, warnings=tuple(plan_warnings(plan)))
+        missing = missing_rule_warnings(missing_rules(self.graph, plan))
+        return replace(plan, warnings=(*plan_warnings(plan), *missing))
 
     def _layout_index(self, ref: TensorRef, placement: Placement) -> int:
         if not placement.is_shard:
