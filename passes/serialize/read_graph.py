@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from passes.fx import node_meta
 from passes.fx.arguments import fetch, place
+from passes.fx.lazy_graph_module import LazyGraphModule
 from passes.ops.loops import LoopGraphs
 from passes.serialize.modules import KINDS, Kinds, made
 from passes.serialize.targets import METHODS, NAMED, functions
@@ -64,7 +65,7 @@ def graph_from_json(
     name = matching(fields["class"], NAME, "the class")
     if keyword.iskeyword(name):
         refuse(f"{name!r} is no name of a class")
-    return torch.fx.GraphModule(root, graph, name).eval()
+    return LazyGraphModule(root, graph, name).eval()
 
 
 def _module(path: str, description: Any, kinds: Kinds) -> nn.Module:
