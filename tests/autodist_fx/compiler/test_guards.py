@@ -230,7 +230,7 @@ def test_an_artifact_has_the_ways_that_were_used_and_refuses_others(tmp_path: Pa
     artifact = adx.load(tmp_path / "saved")
     for length, wanted in zip((9, 5), expected, strict=True):
         assert torch.equal(artifact.simulate(input_ids=IDS[:, :length]).logits, wanted)
-    with pytest.raises(AutodistError, match=r"tokens: 8.*another way at test_conditions.py:\d+.*no form for that"):
+    with pytest.raises(AutodistError, match=r"tokens: 8.*another way at test_guards.py:\d+.*no form for that"):
         artifact.simulate(input_ids=IDS[:, :8])
 
     def run(rank: int, communicator: Any) -> list[torch.Tensor]:
