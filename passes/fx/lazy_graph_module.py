@@ -20,6 +20,8 @@ from torch.fx import Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_aggregate
 
+from passes.fx import node_meta
+
 _STATE = ("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "meta")
 
 
@@ -61,7 +63,7 @@ class _OpNamed:
 def _parts_of(node: Node) -> tuple[Any, ...]:
     args, kwargs = map_aggregate((node.args, node.kwargs), lambda x: _NodeNamed(x.name) if isinstance(x, Node) else x)
     target = _OpNamed(str(node.target)) if isinstance(node.target, OpOverload) else node.target
-    return node.op, node.name, target, args, kwargs, dict(node.meta)
+    return node.op, node.name, target, args, kwargs, node_meta.everything(node)
 
 
 def _refuse_nameless(node: Node) -> None:
@@ -84,7 +86,7 @@ def _made_of(name: str, state: dict[str, Any], nodes: list[tuple[Any, ...]]) -> 
     for op, node_name, target, args, kwargs, meta in nodes:
         args, kwargs = map_aggregate((args, kwargs), node_of)
         node = graph.create_node(op, _found(target), args, dict(kwargs), name=node_name)
-        node.meta = meta
+        node_meta.set_everything(node, meta)
         made[node_name] = node
     root = nn.Module()
     root.__dict__.update(state)

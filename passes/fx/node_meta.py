@@ -144,6 +144,17 @@ def copy(source: Node, target: Node, *, only: Collection[str] | None = None, wit
 # -- values and shapes -------------------------------------------------------------------------------------------------
 
 
+def everything(node: Node) -> dict[str, Any]:
+    """Every key that the node has, and its value: for a copy of a whole graph."""
+    return dict(node.meta)
+
+
+def set_everything(node: Node, found: Mapping[str, Any]) -> None:
+    """What `everything` gave of another node."""
+    node.meta.clear()
+    node.meta.update(found)
+
+
 def val(node: Node) -> Any:
     """The node's value at the first example: a meta tensor, a number, or a tuple; None where nobody has said."""
     return node.meta.get("val")

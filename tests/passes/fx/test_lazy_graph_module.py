@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from passes.fx import node_meta
 from passes.fx.lazy_graph_module import LazyGraphModule
 from passes.ops.comm import all_reduce, using
 
@@ -34,7 +35,8 @@ def small() -> LazyGraphModule:
     both = graph.call_module("second", (graph.call_module("first", (x,)),))
     total = graph.call_function(all_reduce, (both,), {"axis": "tp"})
     length = graph.call_function(torch.ops.aten.sym_size.int, (x, 0))
-    length.meta["val"], length.meta["source"] = 4, "model.py:7"
+    node_meta.set_val(length, 4)
+    node_meta.set_source(length, "model.py:7")
     shifted = graph.call_function(torch.add, (total, graph.get_attr("shift")))
     graph.output({"y": graph.call_method("reshape", (shifted, (length, 3))), "n": (length, [None, 0.5])})
     module = LazyGraphModule(root, graph, class_name="SmallRank1")
@@ -51,7 +53,8 @@ def test_a_copy_is_the_same(copied: Callable[[LazyGraphModule], LazyGraphModule]
     module, x = small(), torch.randn(4, 3)
     other = copied(module)
     assert other.code == module.code and type(other).__name__ == "SmallRank1"
-    assert [(n.name, n.meta) for n in other.graph.nodes] == [(n.name, n.meta) for n in module.graph.nodes]
+    for mine, its in zip(module.graph.nodes, other.graph.nodes, strict=True):
+        assert (its.name, node_meta.everything(its)) == (mine.name, node_meta.everything(mine))
     assert other.state_dict().keys() == module.state_dict().keys() == {
         f"{layer}.{name}" for layer in ("first", "second") for name in ("weight", "bias")
     }
