@@ -15,10 +15,10 @@ import torch.distributed as dist
 from autodist_fx.errors import CommunicationError, RuntimeSetupError
 from autodist_fx.runtime.comm.alone_communicator import AloneCommunicator
 from autodist_fx.runtime.comm.dist_communicator import DistCommunicator
+from autodist_fx.runtime.comm.join_options import JoinOptions
 from autodist_fx.runtime.comm.watchdog import Watchdog
 from cost_model.mesh import Mesh
 
-DEFAULT_TIMEOUT_SECONDS = 600.0
 _LAST_SENDS = timedelta(seconds=30)
 
 
@@ -69,37 +69,27 @@ class _World:
 _world: _World | None = None
 
 
-def join(
-    mesh: Mesh,
-    *,
-    device: str | torch.device | None = None,
-    rank: int | None = None,
-    world_size: int | None = None,
-    master_addr: str | None = None,
-    master_port: int | None = None,
-    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
-) -> JoinedRank:
+def join(mesh: Mesh, options: JoinOptions) -> JoinedRank:
     """Become one rank of `mesh`, and wait until every other rank has joined.
 
-    Who we are is said by the arguments or, where they are None, by torchrun's environment variables; a mesh of one rank
-    needs neither. A process group that exists already is used, and left alone at the end. `device`: "cpu", "cuda", or
-    None for CUDA where there is some. `timeout_seconds` bounds the joining and every later wait for another rank.
+    Who we are is said by the options or, where they are None, by torchrun's environment variables; a mesh of one rank
+    needs neither. A process group that exists already is used, and left alone at the end.
 
     Raises RuntimeSetupError, which says what to do.
     """
     global _world
-    place = _place(mesh, rank, world_size, master_addr, master_port)
-    chosen = choose_device(device, place.local_rank, _ranks_here(place))
+    place = _place(mesh, options)
+    chosen = choose_device(options.device, place.local_rank, _ranks_here(place))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if mesh.size == 1 and not dist.is_initialized():
         return JoinedRank(mesh, 0, chosen, AloneCommunicator())
     if not dist.is_initialized():
-        _world = _start(place, chosen, timeout_seconds)
+        _world = _start(place, chosen, options.timeout)
     elif dist.get_world_size() != mesh.size:
         raise RuntimeSetupError(_wrong_world_size(mesh, dist.get_world_size()))
     explain = _world.watchdog.explain if _world is not None else None
-    communicator = DistCommunicator(mesh, chosen, timedelta(seconds=timeout_seconds), explain)
+    communicator = DistCommunicator(mesh, chosen, timedelta(seconds=options.timeout), explain)
     if _world is not None:
         _world.communicators.append(communicator)
     return JoinedRank(mesh, dist.get_rank(), chosen, communicator)
@@ -121,10 +111,8 @@ def started_by_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _place(
-    mesh: Mesh, rank: int | None, world_size: int | None, master_addr: str | None, master_port: int | None
-) -> Place:
-    env = os.environ
+def _place(mesh: Mesh, options: JoinOptions) -> Place:
+    env, rank, world_size = os.environ, options.rank, options.world_size
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
     rank = _number("RANK", env.get("RANK")) if rank is None else rank
@@ -142,8 +130,8 @@ def _place(
         raise RuntimeSetupError(_wrong_world_size(mesh, world_size))
     if not 0 <= rank < world_size:
         raise RuntimeSetupError(f"rank {rank} of {world_size}: ranks are 0 to {world_size - 1}")
-    addr = master_addr or env.get("MASTER_ADDR")
-    port = master_port if master_port is not None else _number("MASTER_PORT", env.get("MASTER_PORT"))
+    addr = options.master_addr or env.get("MASTER_ADDR")
+    port = options.master_port if options.master_port is not None else _number("MASTER_PORT", env.get("MASTER_PORT"))
     if world_size > 1 and not dist.is_initialized() and (addr is None or port is None):
         raise RuntimeSetupError(
             "where do the ranks meet? Name master_addr and master_port, the address of rank 0 and a free port there "
