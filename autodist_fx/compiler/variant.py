@@ -64,7 +64,8 @@ class Variant:
         given: PartitionPlan | None,
         forms: Mapping[str, InputForm] | None = None,
     ) -> Variant:
-        traced, again = traced_once(model, use_cache, input_names, concrete_args, forms)
+        asked: dict[str, Any] = {"input_names": input_names, "concrete_args": concrete_args, "forms": forms}
+        traced, again = traced_once(model, use_cache=use_cache, **asked)
         variant = cls.of(traced, request, given, unusual(model, concrete_args or {}))
         variant.trace_again = again
         return variant

@@ -19,7 +19,6 @@ from huggingface_hub.errors import (
 )
 
 from autodist_fx.errors import CheckpointError
-from autodist_fx.weights.checkpoint_source import CheckpointSource
 from autodist_fx.weights.sources.safetensors_source import INDEX_NAME, SINGLE_NAME
 
 # By name, not "*.safetensors": repositories also carry variants (fp16), adapters and other formats of the same weights.
@@ -30,28 +29,37 @@ _PATTERNS = (
 _SUBFOLDERS = ("*/*",)  # onnx/, original/, ...
 
 
-def download_config(source: CheckpointSource) -> Path:
+def download_config(
+    repo_id: str,
+    *,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool | None,
+) -> Path:
     """config.json of a repository, in the cache. Raises CheckpointError."""
-    repo_id, offline = str(source.name), _files(source) is None
+    offline = _files(repo_id, revision, token, local_files_only) is None
     return Path(
         _ask(
             repo_id,
             lambda: hf_hub_download(
-                repo_id,
-                "config.json",
-                revision=source.revision,
-                token=source.token,
-                cache_dir=source.cache_dir,
-                local_files_only=offline,
+                repo_id, "config.json", revision=revision, token=token, cache_dir=cache_dir, local_files_only=offline
             ),
         )
     )
 
 
-def download_checkpoint(source: CheckpointSource) -> Path:
+def download_checkpoint(
+    repo_id: str,
+    *,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool | None,
+) -> Path:
     """The snapshot directory of a repository, with its safetensors. Raises CheckpointError, before downloading
     anything when the repository has none."""
-    repo_id, files = str(source.name), _files(source)
+    files = _files(repo_id, revision, token, local_files_only)
     offline = files is None
     if files is not None:
         _refuse_without_safetensors(repo_id, files)
@@ -60,9 +68,9 @@ def download_checkpoint(source: CheckpointSource) -> Path:
             repo_id,
             lambda: snapshot_download(
                 repo_id,
-                revision=source.revision,
-                token=source.token,
-                cache_dir=source.cache_dir,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
                 local_files_only=offline,
                 allow_patterns=list(_PATTERNS),
                 ignore_patterns=list(_SUBFOLDERS),
@@ -71,16 +79,17 @@ def download_checkpoint(source: CheckpointSource) -> Path:
     )
 
 
-def _files(source: CheckpointSource) -> list[str] | None:
+def _files(
+    repo_id: str, revision: str | None, token: str | bool | None, local_files_only: bool | None
+) -> list[str] | None:
     """The repository's files, None when only the cache can be asked.
 
     Also for config.json alone: this fails at once where there is no network, a download retries for half a minute.
     """
-    repo_id = str(source.name)
-    if constants.HF_HUB_OFFLINE if source.local_files_only is None else source.local_files_only:
+    if constants.HF_HUB_OFFLINE if local_files_only is None else local_files_only:
         return None
     try:
-        return HfApi(token=source.token).list_repo_files(repo_id, revision=source.revision)
+        return HfApi(token=token).list_repo_files(repo_id, revision=revision)
     except (requests.ConnectionError, requests.Timeout, OfflineModeIsEnabled):
         return None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
