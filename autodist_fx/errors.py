@@ -7,7 +7,6 @@ __all__ = [
     "CheckpointError",
     "CommunicationError",
     "DeadlockError",
-    "DisagreementError",
     "RemoteRankError",
     "RuntimeSetupError",
     "TracingError",
@@ -24,10 +23,6 @@ class CheckpointError(AutodistError):
 
 class RuntimeSetupError(AutodistError):
     """The ranks cannot be started or joined as asked: world size, devices, addresses."""
-
-
-class DisagreementError(RuntimeSetupError):
-    """Ranks were asked for different things; the message says which rank for what."""
 
 
 class CommunicationError(AutodistError):

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from autodist_fx.runtime.comm.agreement import agree, digest
-from autodist_fx.runtime.comm.process_group import DEFAULT_TIMEOUT_SECONDS, join
+from autodist_fx.artifact.reader import ArtifactReader
+from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
+from autodist_fx.runtime.comm.process_group import started_by_torchrun
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+from autodist_fx.startup.from_artifact import start_from_artifact
 
 if TYPE_CHECKING:
     from autodist_fx.artifact.loaded_variants import LoadedModel
-from autodist_fx.artifact.reader import ArtifactReader
-from autodist_fx.runtime.comm.process_group import started_by_torchrun
-from autodist_fx.startup.from_artifact import share
 
 
 class Artifact(ArtifactReader):
@@ -59,17 +58,11 @@ class Artifact(ArtifactReader):
         master_port: int | None = None,
     ) -> DistributedCausalLM:
         """This process's share, ready to generate; see `load`."""
-        joined = join(
-            self.mesh,
-            device=device,
-            rank=rank,
-            world_size=world_size,
-            master_addr=master_addr,
-            master_port=master_port,
-            timeout_seconds=timeout,
-        )
-        agree(joined.everyone, joined.rank, {"the artifact": digest(self.manifest.to_text())})
-        return share(self, joined)
+        options = JoinOptions(
+            device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,
+            timeout=timeout,
+        )  # fmt: skip
+        return start_from_artifact(self, options)
 
 
 def load(
@@ -90,14 +83,11 @@ def load(
     Nothing in the directory is run or unpickled; a file that is not what was written is refused by name. Raises
     ArtifactError, RuntimeSetupError.
     """
-    artifact = Artifact(directory)
-    if rank is None and not started_by_torchrun() and not dist.is_initialized():
-        return artifact
-    return artifact.to_distributed(
-        device=device,
+    options = JoinOptions(
+        device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,
         timeout=timeout,
-        rank=rank,
-        world_size=world_size,
-        master_addr=master_addr,
-        master_port=master_port,
-    )
+    )  # fmt: skip
+    artifact = Artifact(directory)
+    if options.rank is None and not started_by_torchrun() and not dist.is_initialized():
+        return artifact
+    return start_from_artifact(artifact, options)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from autodist_fx.compiler.compile import hardware_for
+from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.examples import phases_once, planned_graph, traced_once
 from autodist_fx.compiler.peft import without_wrapper
+from autodist_fx.runtime.default_hardware import default_hardware
 from autodist_fx.tracing import has_own_cache
 from autodist_fx.tracing.meta_model import class_of
 from cost_model.costs.hardware import Hardware
-from cost_model.mesh import Mesh
 from cost_model.request.devices import Memory
-from cost_model.request.plan_request import request_for
+from cost_model.request.plan_options import PlanOptions
 from cost_model.search import mesh_choice
 from cost_model.search.mesh_choice import MeshChoice
 from passes.op_graph.build import fingerprint
@@ -49,15 +48,26 @@ def choose_mesh(
     `print` of the result shows all; `.best.plan` goes into `compile(model, plan=...)`, and `.best.mesh` says tp and pp.
     Raises NoPlanFits where no mesh fits; MeshError, PlanError, TracingError: all are AutodistError.
     """
-    model = without_wrapper(model)
-    request = request_for(
-        Mesh(), hardware_for(hardware), objective=objective, sizes=sizes, pin=pin, cuts=cuts, max_memory=max_memory
+    wanted = PlanOptions.from_keywords(
+        hardware=hardware, objective=objective, sizes=sizes, pin=pin, cuts=cuts, max_memory=max_memory
     )
-    if use_cache and has_own_cache(class_of(model)):
-        _, traced = phases_once(model, concrete_args)
+    options = CompileOptions.from_keywords(use_cache=use_cache, input_names=input_names, concrete_args=concrete_args)
+    return choose_mesh_for(model, devices, wanted, options, sequences)
+
+
+def choose_mesh_for(
+    model: PreTrainedModel | PretrainedConfig,
+    devices: int,
+    wanted: PlanOptions,
+    options: CompileOptions,
+    sequences: int | None,
+) -> MeshChoice:
+    """Choose a mesh for options that were read already; see `choose_mesh`."""
+    model, request, fixed = without_wrapper(model), wanted.resolve(default_hardware()), dict(options.concrete_args)
+    if options.use_cache and has_own_cache(class_of(model)):
+        _, traced = phases_once(model, fixed)
     else:
-        asked: dict[str, Any] = {"input_names": input_names, "concrete_args": concrete_args, "forms": None}
-        traced, _ = traced_once(model, use_cache=use_cache, **asked)
+        traced, _ = traced_once(model, options.use_cache, options.input_names, fixed)
     graph = planned_graph(traced)
     return mesh_choice.choose_mesh(
         graph,

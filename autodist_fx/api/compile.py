@@ -9,9 +9,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.api.compiled_model import CompiledModel
 from autodist_fx.compiler.compile import compile_model
+from autodist_fx.compiler.compile_options import CompileOptions
+from autodist_fx.runtime.default_hardware import default_hardware
 from cost_model.costs.hardware import Hardware
 from cost_model.partition_plan import PartitionPlan
 from cost_model.request.devices import DeviceMap, Memory
+from cost_model.request.plan_options import PlanOptions
 
 
 def compile(
@@ -63,10 +66,13 @@ def compile(
 
     Errors: TracingError, MeshError, NoPlanFits, PlanError, VerificationError; all are AutodistError.
     """
-    return compile_model(
-        model,
-        CompiledModel,
-        tp=tp, pp=pp, hardware=hardware, objective=objective, use_cache=use_cache, input_names=input_names,
-        concrete_args=concrete_args, sizes=sizes, pin=pin, cuts=cuts, max_memory=max_memory,
-        device_map=device_map, plan=plan, train=train, verify=verify, dump_dir=dump_dir,
-    )
+    wanted = PlanOptions.from_keywords(
+        tp=None if tp == 1 else tp, pp=None if pp == 1 else pp,  # what is not said, of which a plan has its own
+        hardware=hardware, objective=objective, sizes=sizes, pin=pin, cuts=cuts, max_memory=max_memory,
+        device_map=device_map, plan=plan,
+    )  # fmt: skip
+    options = CompileOptions.from_keywords(
+        use_cache=use_cache, input_names=input_names, concrete_args=concrete_args, train=train, verify=verify,
+        dump_dir=dump_dir,
+    )  # fmt: skip
+    return compile_model(model, CompiledModel, wanted.resolve(default_hardware()), options, wanted.plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,8 +10,10 @@ import torch.fx
 from transformers import PreTrainedTokenizerBase
 
 from autodist_fx.artifact.writer import save_compiled
+from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.numeric.verify_numeric import verify_numeric_of
-from autodist_fx.runtime.comm.process_group import DEFAULT_TIMEOUT_SECONDS, join
+from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
+from autodist_fx.runtime.comm.process_group import join
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.simulation.simulator import Simulator
 from autodist_fx.startup.from_checkpoint import distribute
@@ -69,23 +72,14 @@ class CompiledModel(Simulator):
         Planned anew for generating (with a KV cache), with what was given to `compile` for that. Called in
         every process alike, under torchrun or with `rank`, ... given. The model itself may be freed afterwards.
         """
+        options = JoinOptions(
+            device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,
+            timeout=timeout,
+        )  # fmt: skip
         self._refuse_without_weights("to_distributed")
-        joined = join(
-            self.mesh,
-            device=device,
-            rank=rank,
-            world_size=world_size,
-            master_addr=master_addr,
-            master_port=master_port,
-            timeout_seconds=timeout,
-        )
-        return distribute(
-            self._model,  # type: ignore[arg-type]
-            joined,
-            planning=self._request.options,
-            verify=self.verifies,
-            dump_dir=self._dump_dir,
-        )
+        joined, request = join(self.mesh, options), replace(self._request, sizes=())
+        compiling = CompileOptions(verify=self.verifies, dump_dir=self._options.dump_dir)
+        return distribute(self._model, joined, request, compiling)  # type: ignore[arg-type]
 
     def save(self, directory: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write plan, graphs and weights of all ranks as an artifact (docs/artifact.md), for `adx.load(directory)`.

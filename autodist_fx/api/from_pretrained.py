@@ -4,32 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
-from autodist_fx.artifact.reader import ArtifactReader
-from autodist_fx.calls.lengths import Lengths
-from autodist_fx.compiler.compilation import Compilation
-from autodist_fx.compiler.compile import compile_for_generation
-from autodist_fx.runtime.comm.agreement import digest
-from autodist_fx.runtime.comm.process_group import DEFAULT_TIMEOUT_SECONDS, join
+from autodist_fx.compiler.compile_options import CompileOptions
+from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
-from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
-from autodist_fx.startup.from_artifact import share
-from autodist_fx.startup.from_checkpoint import _distribute, _ways
-from autodist_fx.startup.rank import _Options, _Rank
-from autodist_fx.startup.split_cache import CacheEntry, _entry, from_cache
-from autodist_fx.tracing import empty_model
-from autodist_fx.weights.checkpoint import open_source
-from autodist_fx.weights.dtype import wanted_dtype
-from autodist_fx.weights.resolve import resolve
+from autodist_fx.startup.split_cache import CacheEntry
+from autodist_fx.startup.start_rank import start_rank
+from autodist_fx.weights.checkpoint_source import CheckpointSource
 from cost_model.costs.hardware import Hardware
 from cost_model.partition_plan import PartitionPlan
 from cost_model.request.devices import DeviceMap, Memory
-from cost_model.request.plan_request import mesh_of
-from passes.program.rank_program import RankProgram
+from cost_model.request.plan_options import PlanOptions
 
 
 def from_pretrained(
@@ -79,55 +66,14 @@ def from_pretrained(
 
     `.load_report` of the result says what loading took. Raises AutodistError, in one line, on every rank.
     """
-    given = PartitionPlan.load(plan) if isinstance(plan, str | Path) else plan
-    mesh = mesh_of(given, tp, pp)
-    joined = join(
-        mesh,
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        master_addr=master_addr,
-        master_port=master_port,
-        timeout_seconds=timeout,
-    )
-    where: dict[str, Any] = {
-        "revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only,
-    }  # fmt: skip
-    planning = {
-        "hardware": hardware,
-        "objective": objective,
-        "pin": pin,
-        "cuts": cuts,
-        "max_memory": max_memory,
-        "device_map": device_map,
-    }
-    options = _Options(mesh=mesh, planning=planning, verify=verify, dump_dir=dump_dir, progress=progress)
-
-    def opened() -> tuple[_Rank, GenerationConfig]:
-        # CheckpointError comes out on every rank that sees the cause; the watchdog ends the others.
-        checkpoint = resolve(name, **where)
-        files = {"the checkpoint": digest("".join(f"{path.name} {path.stat().st_size}" for path in checkpoint.paths))}
-        model = empty_model(checkpoint.config, wanted_dtype(dtype, checkpoint.config))
-        return _Rank(model, lambda: open_source(checkpoint), joined, options, files), checkpoint.generation_config
-
-    entry = None if dump_dir is not None else _entry(cache, name, where, dtype, given, options)
-    if entry is not None and not entry.looked_up:
-
-        def share_of(artifact: ArtifactReader) -> DistributedCausalLM:
-            def at_lengths(lengths: Lengths, program: RankProgram) -> Any:
-                me = opened()[0]
-                main = compile_for_generation(me.model, Compilation, **me.options.for_compile(artifact.plan))
-                make = _ways(me, main, program).make
-                assert make is not None
-                return make(lengths)
-
-            def whole_sequences(names: tuple[str, ...], program: RankProgram) -> GuardedPrograms[RankProgram]:
-                return opened()[0].whole_sequences(names, program)
-
-            return share(artifact, joined, whole_sequences, at_lengths)
-
-        found = from_cache(entry, joined, share_of)
-        if found is not None:
-            return found
-    me, generation_config = opened()
-    return _distribute(me, plan=given, generation_config=generation_config, entry=entry)
+    source = CheckpointSource(name, revision, token, cache_dir, local_files_only)
+    wanted = PlanOptions.from_keywords(
+        tp=tp, pp=pp, hardware=hardware, objective=objective, pin=pin, cuts=cuts, max_memory=max_memory,
+        device_map=device_map, plan=plan,
+    )  # fmt: skip
+    joining = JoinOptions(
+        device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,
+        timeout=timeout,
+    )  # fmt: skip
+    options = CompileOptions(verify=verify, dump_dir=dump_dir)
+    return start_rank(source, dtype, wanted, joining, options, progress=progress, cache=cache)

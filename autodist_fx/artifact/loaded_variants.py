@@ -15,6 +15,7 @@ from autodist_fx.artifact.reader import SAVE_SUCH, ArtifactReader
 from autodist_fx.artifact.variant_format import Form, read_graph
 from autodist_fx.calls.call import Call
 from autodist_fx.calls.lengths import Lengths
+from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
 from autodist_fx.simulation.simulator import Simulator
@@ -76,10 +77,7 @@ def load_whole(artifact: ArtifactReader, files: CheckedFiles) -> LoadedModel:
         model,
         PlanRequest(mesh=artifact.mesh, hardware=hardware.hardware("generic")),
         main,
-        always=fields.get("always") or {},
-        verify_programs=True,
-        train=False,
-        dump_dir=None,
+        CompileOptions.from_keywords(concrete_args=fields.get("always")),
         prompt=prompt,
     )
     loaded.own_cache = fields["own_cache"]

@@ -7,12 +7,13 @@ import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from autodist_fx.errors import AutodistError
-from cost_model.partition_plan import PartitionPlan
+from autodist_fx.runtime.default_hardware import default_hardware
+from autodist_fx.weights.checkpoint_source import CheckpointSource
+from cost_model.request.plan_options import PlanOptions
 from cost_model.request.plan_request import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -99,12 +100,12 @@ def _cut(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
-def planning_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What compile is to plan for, by its own names; what is not given on the command line is left out."""
-    pins: dict[str, str] = {}
+def plan_options(args: argparse.Namespace) -> PlanOptions:
+    """What the command line asks of a split. Raises AutodistError for options that contradict each other."""
+    pin: dict[str, str] = {}
     for pattern, role in args.pin or ():
-        if pins.setdefault(pattern, role) != role:
-            raise AutodistError(f"--pin {pattern} is given twice, as {pins[pattern]} and as {role}: leave one out")
+        if pin.setdefault(pattern, role) != role:
+            raise AutodistError(f"--pin {pattern} is given twice, as {pin[pattern]} and as {role}: leave one out")
     memory = args.max_memory.split(",") if args.max_memory else None
     devices = None
     if args.device_map and args.hardware:
@@ -112,40 +113,44 @@ def planning_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.device_map:
         entries = [entry.partition("=") for entry in args.device_map.split(",")]
         devices = [{"hardware": name} | ({"memory": size} if size else {}) for name, _, size in entries]
-    options = {
-        "hardware": args.hardware,
-        "objective": args.objective,
-        "pin": pins,
-        "cuts": args.cut,
-        "max_memory": memory[0] if memory and len(memory) == 1 else memory,
-        "device_map": devices,
-    }
-    return {name: value for name, value in options.items() if value}
+    return PlanOptions.from_keywords(
+        tp=args.tp,
+        pp=args.pp,
+        hardware=args.hardware,
+        objective=args.objective,
+        pin=pin,
+        cuts=args.cut,
+        max_memory=memory[0] if memory and len(memory) == 1 else memory,
+        device_map=devices,
+        plan=args.plan,
+    )
 
 
-def compile_config(args: argparse.Namespace, **options: Any) -> CompiledModel:
-    """The split of the model whose config --model has; no weights are looked for, nothing is verified. `options` of
-    compile count where the command line says nothing."""
-    from autodist_fx.weights.dtype import wanted_dtype
+def checkpoint_source(args: argparse.Namespace) -> CheckpointSource:
+    """The checkpoint that --model names."""
+    return CheckpointSource(args.model, revision=args.revision, cache_dir=args.cache_dir)
+
+
+def compile_config(args: argparse.Namespace, wanted: PlanOptions) -> CompiledModel:
+    """The split of the model whose config --model has; no weights are looked for, nothing is verified."""
     from autodist_fx.weights.resolve import resolve_config
 
-    config = resolve_config(args.model, revision=args.revision, cache_dir=args.cache_dir)
-    return compile_for(args, config, wanted_dtype(args.dtype, config), **options)
+    return compile_for(args, resolve_config(checkpoint_source(args)), wanted)
 
 
 def compile_for(
-    args: argparse.Namespace, config: PretrainedConfig, dtype: torch.dtype, **options: Any
+    args: argparse.Namespace, config: PretrainedConfig, wanted: PlanOptions, *, verify: bool = False
 ) -> CompiledModel:
-    """The same for a config that was found already."""
+    """The same for a config that was found already; with `verify`, proven."""
     from autodist_fx.api.compiled_model import CompiledModel
-    from autodist_fx.compiler.compile import compile_as_used
+    from autodist_fx.compiler.compile import as_used, compile_model
+    from autodist_fx.compiler.compile_options import CompileOptions
     from autodist_fx.tracing import empty_model
-    from cost_model.request.plan_request import mesh_of
+    from autodist_fx.weights.dtype import wanted_dtype
 
-    plan = PartitionPlan.load(args.plan) if args.plan else None
-    mesh = mesh_of(plan, args.tp or options.pop("tp", None), args.pp or options.pop("pp", None))
-    wanted = {**options, **planning_options(args), "tp": mesh.tp, "pp": mesh.pp}
-    return compile_as_used(empty_model(config, dtype), CompiledModel, plan=plan, verify=False, **wanted)
+    model = empty_model(config, wanted_dtype(args.dtype, config))
+    options = as_used(model, CompileOptions(verify=verify))
+    return compile_model(model, CompiledModel, wanted.resolve(default_hardware()), options, wanted.plan)
 
 
 def be_quiet() -> None:

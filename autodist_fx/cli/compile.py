@@ -11,11 +11,10 @@ from pathlib import Path
 
 from autodist_fx.artifact.directory import refuse_foreign
 from autodist_fx.artifact.writer import save_compiled
-from autodist_fx.cli.arguments import add_model_arguments, be_quiet, compile_for
+from autodist_fx.cli.arguments import add_model_arguments, be_quiet, checkpoint_source, compile_for, plan_options
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import CheckpointError
 from autodist_fx.weights.checkpoint import load_tokenizer, open_source
-from autodist_fx.weights.dtype import wanted_dtype
 from autodist_fx.weights.load_program import load_program
 from autodist_fx.weights.resolve import resolve
 from passes.program.rank_program import RankProgram
@@ -31,11 +30,8 @@ def run(args: argparse.Namespace) -> int:
     be_quiet()
     began, out = time.perf_counter(), Path(args.out).expanduser()
     refuse_foreign(out)
-    checkpoint = resolve(args.model, revision=args.revision, cache_dir=args.cache_dir)
-    compiled = compile_for(args, checkpoint.config, wanted_dtype(args.dtype, checkpoint.config))
-    compiled.verifies = not args.no_verify
-    if compiled.verifies:
-        compiled.verify()
+    checkpoint = resolve(checkpoint_source(args))
+    compiled = compile_for(args, checkpoint.config, plan_options(args), verify=not args.no_verify)
     try:
         tokenizer = load_tokenizer(checkpoint)
     except CheckpointError:

@@ -21,15 +21,19 @@ from autodist_fx.cli.arguments import be_quiet
 from autodist_fx.cli.prompts import encode, split_answers
 from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.compile import compile_for_generation
+from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.launch import launch_local
+from autodist_fx.runtime.default_hardware import default_hardware
 from autodist_fx.tracing import empty_model
 from autodist_fx.weights.checkpoint import Checkpoint, load_tokenizer
+from autodist_fx.weights.checkpoint_source import CheckpointSource
 from autodist_fx.weights.dtype import wanted_dtype
 from autodist_fx.weights.resolve import SMOLLM2, resolve
 from autodist_fx.weights.sources.gguf_file import forget
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
+from cost_model.request.plan_options import PlanOptions
 
 QUESTION = "What is the capital of France?"
 BATCH = (
@@ -62,11 +66,13 @@ def main() -> int:
 
 def _demo(name: str) -> int:
     began = time.perf_counter()
-    checkpoint = resolve(name)
+    checkpoint = resolve(CheckpointSource(name))
     mesh = MESHES[-1]
     _say(f"1. How autodist-fx plan --model {name} --tp {mesh.tp} --pp {mesh.pp} would split it")
     model = empty_model(checkpoint.config, wanted_dtype(None, checkpoint.config))
-    plans = [compile_for_generation(model, Compilation, tp=mesh.tp, pp=mesh.pp, verify=False).plan for mesh in MESHES]
+    options = CompileOptions(verify=False)
+    requests = [PlanOptions(tp=mesh.tp, pp=mesh.pp).resolve(default_hardware()) for mesh in MESHES]
+    plans = [compile_for_generation(model, Compilation, request, options).plan for request in requests]
     print(plans[-1])
 
     _say("2. One process, plain transformers: AutoModelForCausalLM.from_pretrained(...).generate(), greedy")
@@ -145,7 +151,7 @@ def _on(plan: PartitionPlan, name: str) -> list[tuple[int, dict[str, Any]]] | No
 def _be_a_rank(name: str, directory: Path) -> None:
     began = time.perf_counter()
     model = from_pretrained(name, plan=directory / _PLAN, device="cpu")
-    tokenizer = load_tokenizer(resolve(name))
+    tokenizer = load_tokenizer(resolve(CheckpointSource(name)))
     report = model.load_report
     if model.rank == 0:
         print(

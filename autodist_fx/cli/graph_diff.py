@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, compile_config
-from cost_model.mesh import Mesh
+from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, compile_config, plan_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     be_quiet()
-    if args.plan is None:  # before the seconds that tracing takes
-        Mesh(args.tp or 1, args.pp or 1).coordinates(args.rank)
-    compiled = compile_config(args)
+    wanted = plan_options(args)
+    wanted.mesh.coordinates(args.rank)  # names a rank that is not there, before the seconds that tracing takes
+    compiled = compile_config(args, wanted)
     changes = compiled.graph_changes(args.rank)
     if args.json:
         print(json.dumps({"rank": args.rank, **changes.to_dict()}, indent=1))

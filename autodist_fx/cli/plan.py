@@ -8,17 +8,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from dataclasses import replace
 
-from autodist_fx.api.choose_mesh import choose_mesh
-from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, compile_config, planning_options
-from autodist_fx.compiler.generation_traits import generation_arguments, keeps_cache
+from autodist_fx.api.choose_mesh import choose_mesh_for
+from autodist_fx.cli.arguments import (
+    add_model_arguments,
+    at_least,
+    be_quiet,
+    checkpoint_source,
+    compile_config,
+    plan_options,
+)
+from autodist_fx.compiler.compile import as_used
+from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.errors import AutodistError
 from autodist_fx.tracing import empty_model
 from autodist_fx.weights.dtype import wanted_dtype
 from autodist_fx.weights.resolve import resolve_config
 from cost_model.plan.write_json import plan_to_text
-from cost_model.request.plan_request import options_in_file
+from cost_model.request.plan_options import PlanOptions
 from cost_model.search.mesh_choice import MeshChoice
 
 
@@ -42,14 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     be_quiet()
-    options = options_in_file(args.from_file) if args.from_file else {}
     if args.from_file and args.plan:
         raise AutodistError("--plan uses a plan as it is, --from makes it anew: give one of them")
     given = {"B": args.batch, "S": args.seq, "P": args.past}
-    sizes = {symbol: n for symbol, n in given.items() if n is not None}
-    options["sizes"] = {**options.get("sizes", {}), **sizes}
-    if args.hardware:
-        options.pop("device_map", None)  # the command line wins over the file
+    sizes = tuple((symbol, n) for symbol, n in given.items() if n is not None)
+    wanted = replace(plan_options(args), sizes=sizes)
+    if args.from_file:
+        wanted = wanted.or_else(PlanOptions.from_file(args.from_file))  # the command line wins over the file
     loaded = args.devices is not None and args.objective == "throughput"
     if args.sequences is not None and not loaded:
         both = "--devices N --objective throughput"
@@ -57,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
     if args.batch is not None and loaded:
         raise AutodistError("each mesh gets a batch of its own by throughput: leave --batch out, or give --sequences")
     if args.devices is not None:
-        choice = choose_for(args, options)
+        choice = choose_for(args, wanted)
         plan = choice.best.plan
         print(json.dumps(choice.to_dict(), indent=1) if args.json else choice)
     else:
-        plan = compile_config(args, **options).plan
+        plan = compile_config(args, wanted).plan
         print(plan_to_text(plan) if args.json else plan)
     if args.save:
         plan.save(args.save)
@@ -69,19 +76,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def choose_for(args: argparse.Namespace, options: dict[str, Any]) -> MeshChoice:
-    """The choice for --devices; `options` count where the command line says nothing."""
+def choose_for(args: argparse.Namespace, wanted: PlanOptions) -> MeshChoice:
+    """The choice for --devices; what `wanted` has of a mesh, from a plan file, is left out."""
     for name in ("tp", "pp", "plan", "device_map"):
         if getattr(args, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise AutodistError(f"--devices chooses tp and pp, for devices that are alike: leave out {option}")
-    config = resolve_config(args.model, revision=args.revision, cache_dir=args.cache_dir)
+    config = resolve_config(checkpoint_source(args))
     shape = empty_model(config, wanted_dtype(args.dtype, config))
-    wanted = {**options, **planning_options(args), "objective": args.objective or "latency"}
-    for name in ("tp", "pp", "device_map"):
-        wanted.pop(name, None)
-    if keeps_cache(shape):
-        wanted |= {"concrete_args": generation_arguments(shape)}
-    else:
-        wanted |= {"use_cache": False}
-    return choose_mesh(shape, args.devices, sequences=args.sequences, **wanted)
+    on_any = replace(wanted, tp=None, pp=None, device_map=None, objective=args.objective or "latency")
+    return choose_mesh_for(shape, args.devices, on_any, as_used(shape, CompileOptions()), args.sequences)

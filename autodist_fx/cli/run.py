@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,18 +27,23 @@ from autodist_fx.cli.arguments import (
     add_model_arguments,
     at_least,
     be_quiet,
-    planning_options,
+    checkpoint_source,
+    plan_options,
     probability,
 )
 from autodist_fx.cli.prompts import Answer, TimedStreamer, encode, split_answers
+from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.comm.agreement import agree, digest, over
+from autodist_fx.runtime.comm.agreement import agree
+from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
 from autodist_fx.runtime.comm.launch import launch_local
-from autodist_fx.runtime.comm.process_group import DEFAULT_TIMEOUT_SECONDS, choose_device, join, started_by_torchrun
-from autodist_fx.startup.from_artifact import share
-from autodist_fx.startup.split_cache import ENVIRONMENT, CacheEntry, from_cache
+from autodist_fx.runtime.comm.process_group import choose_device, started_by_torchrun
+from autodist_fx.runtime.default_hardware import default_hardware
+from autodist_fx.startup.from_artifact import start_from_artifact
+from autodist_fx.startup.split_cache import ENVIRONMENT, CacheEntry, cache_entry
+from autodist_fx.startup.start_rank import start_rank
 from cost_model.mesh import Mesh
-from cost_model.partition_plan import PartitionPlan
+from cost_model.request.plan_options import PlanOptions
 
 _DAY = 86400.0  # of patience with somebody at a breakpoint
 
@@ -68,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     saved.add_argument("--no-cache", action="store_true", help="neither use nor keep a split of --model (ADX_CACHE)")
     # From the process that starts the ranks, to all of them alike.
     saved.add_argument("--cache-entry", help=argparse.SUPPRESS)
-    saved.add_argument("--cached", action="store_true", help=argparse.SUPPRESS)
+    saved.add_argument("--planned", help=argparse.SUPPRESS)
     text = parser.add_argument_group("the text")
     text.add_argument("--prompt", metavar="TEXT", help="one prompt; its answer is streamed")
     text.add_argument("--batch-file", metavar="FILE", help="one prompt a line, answered together")
@@ -156,8 +162,7 @@ class _Saved:
         return _right_if(self.artifact.tokenizer(), self.artifact.config.is_encoder_decoder)
 
     def share(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        args = self.args
-        return self.artifact.to_distributed(device=args.device, timeout=_timeout(args), **_place(args))
+        return start_from_artifact(self.artifact, _join_options(self.args))
 
     def for_ranks(self, scratch: Path) -> list[str]:
         return []
@@ -169,30 +174,15 @@ class _Checkpoint:
     def __init__(self, args: argparse.Namespace) -> None:
         if args.model is None:
             raise AutodistError("name a model with --model, or a split on disk with --artifact")
-        self.args = args
-        self.plan = PartitionPlan.load(args.plan) if args.plan else None
-        self.mesh = Mesh(args.tp or 1, args.pp or 1)
+        self.args, self.source = args, checkpoint_source(args)
+        self.wanted = PlanOptions.from_keywords(plan=args.planned) if args.planned else plan_options(args)
+        self.mesh = self.wanted.mesh
         self.entry: CacheEntry | None = None
-        if args.cached:
-            self.entry = CacheEntry(Path(args.cache_entry))
-            return
-        from autodist_fx.startup.split_cache import cache_entry
-        from cost_model.request.plan_request import mesh_of
-
-        self.mesh = mesh_of(self.plan, args.tp, args.pp)
         if args.cache_entry:
             self.entry = CacheEntry(Path(args.cache_entry))
         elif not (args.no_cache or args.dump_dir or os.environ.get(ENVIRONMENT) == "0"):
-            self.entry = cache_entry(
-                True,
-                args.model,
-                dtype=args.dtype,
-                plan=self.plan,
-                mesh=self.mesh,
-                planning=planning_options(args),
-                revision=args.revision,
-                cache_dir=args.cache_dir,
-            )
+            request = self.wanted.resolve(default_hardware())
+            self.entry = cache_entry(True, self.source, args.dtype, request, self.wanted.plan)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.entry is not None and self.entry.is_there:
@@ -200,53 +190,32 @@ class _Checkpoint:
                 kept = Artifact(self.entry.path)
                 return _right_if(kept.tokenizer(), kept.config.is_encoder_decoder)
         from autodist_fx.weights.checkpoint import load_tokenizer
+        from autodist_fx.weights.resolve import resolve
 
-        checkpoint = self._resolve()
+        checkpoint = resolve(self.source)
         return _right_if(load_tokenizer(checkpoint), checkpoint.config.is_encoder_decoder)
 
     def share(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        args, entry = self.args, self.entry
-        if args.cached and entry is not None:
-            joined = join(self.mesh, device=args.device, timeout_seconds=_timeout(args))
-            found = from_cache(entry, joined, lambda kept: share(kept, joined))
-            if found is not None:
-                return found
-            joined.close()
-        from autodist_fx.api.from_pretrained import from_pretrained
-
-        return from_pretrained(
-            args.model,
-            tp=self.mesh.tp,
-            pp=self.mesh.pp,
-            dtype=args.dtype,
-            device=args.device,
-            **({} if self.plan is not None else planning_options(args)),
-            plan=self.plan,
-            revision=args.revision,
-            cache_dir=args.cache_dir,
-            verify=not args.no_verify,
-            dump_dir=args.dump_dir,
-            timeout=_timeout(args),
-            cache=False if entry is None else CacheEntry(entry.path, tokenizer, looked_up=args.cached),
-            **_place(args),
+        args = self.args
+        return start_rank(
+            self.source,
+            args.dtype,
+            self.wanted,
+            _join_options(args),
+            CompileOptions(verify=not args.no_verify, dump_dir=args.dump_dir),
+            cache=False if self.entry is None else replace(self.entry, tokenizer=tokenizer),
         )
 
     def for_ranks(self, scratch: Path) -> list[str]:
         further = [] if self.entry is None else ["--cache-entry", str(self.entry.path)]
         if self.entry is not None and self.entry.is_there:
-            return [*further, "--cached"]
+            return further
         from autodist_fx.cli.arguments import compile_for
-        from autodist_fx.weights.dtype import wanted_dtype
-
-        config = self._resolve().config
-        plan_file = scratch / "plan.json"
-        compile_for(self.args, config, wanted_dtype(self.args.dtype, config)).plan.save(plan_file)
-        return [*further, "--plan", str(plan_file)]  # planned here, the ranks need not search; the last --plan counts
-
-    def _resolve(self) -> Any:
         from autodist_fx.weights.resolve import resolve
 
-        return resolve(self.args.model, revision=self.args.revision, cache_dir=self.args.cache_dir)
+        plan_file = scratch / "plan.json"
+        compile_for(self.args, resolve(self.source).config, self.wanted).plan.save(plan_file)
+        return [*further, "--planned", str(plan_file)]  # the ranks need not search
 
 
 def _right_if(tokenizer: PreTrainedTokenizerBase, has_encoder: bool) -> PreTrainedTokenizerBase:
@@ -255,13 +224,15 @@ def _right_if(tokenizer: PreTrainedTokenizerBase, has_encoder: bool) -> PreTrain
     return tokenizer
 
 
-def _timeout(args: argparse.Namespace) -> float:
-    return args.timeout or (DEFAULT_TIMEOUT_SECONDS if args.rank is None else _DAY)
-
-
-def _place(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("rank", "world_size", "master_addr", "master_port")
-    return {name: getattr(args, name) for name in names}
+def _join_options(args: argparse.Namespace) -> JoinOptions:
+    return JoinOptions(
+        device=args.device,
+        rank=args.rank,
+        world_size=args.world_size,
+        master_addr=args.master_addr,
+        master_port=args.master_port,
+        timeout=args.timeout or (DEFAULT_TIMEOUT_SECONDS if args.rank is None else _DAY),
+    )
 
 
 def _start_ranks(args: argparse.Namespace, prompts: list[str], source: _Source) -> int:
@@ -286,7 +257,7 @@ def _generate(args: argparse.Namespace, prompts: list[str], source: _Source) -> 
     options = {"max_new_tokens": args.max_new_tokens, **_options(args, model.generation_config, tokenizer)}
     if mesh.size > 1:  # what this rank prints are the answers to what the rank that drives was asked
         asked = json.dumps([prompts, options, args.seed, args.no_chat_template])
-        agree(over(model.communicator, model.rank, mesh.size), model.rank, {"the request": digest(asked)})
+        agree(model.communicator, model.rank, mesh.size, [asked], what="request")
     speaks = model.rank == 0 or args.rank is not None
     one_beam = (args.num_beams or model.generation_config.num_beams or 1) == 1
     streams = speaks and not args.json and len(prompts) == 1 and one_beam

@@ -10,18 +10,19 @@ import inspect
 import time
 
 from autodist_fx.api.artifact import Artifact
-from autodist_fx.api.compile import compile
 from autodist_fx.api.compiled_model import CompiledModel
-from autodist_fx.cli.arguments import add_model_arguments, be_quiet, compile_config, planning_options
+from autodist_fx.cli.arguments import add_model_arguments, be_quiet, checkpoint_source, compile_config, plan_options
+from autodist_fx.compiler.compile import compile_model
+from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.errors import AutodistError
 from autodist_fx.numeric.verify_numeric import verify_numeric_of
+from autodist_fx.runtime.default_hardware import default_hardware
 from autodist_fx.simulation.simulator import Simulator
 from autodist_fx.tracing import empty_model
 from autodist_fx.tracing.example_inputs import default_inputs
 from autodist_fx.weights.dtype import wanted_dtype
 from autodist_fx.weights.resolve import resolve_config
-from cost_model.partition_plan import PartitionPlan
-from cost_model.request.plan_request import mesh_of
+from cost_model.request.plan_options import PlanOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,12 +40,12 @@ def run(args: argparse.Namespace) -> int:
     be_quiet()
     if (args.model is None) == (args.artifact is None) or (args.artifact and args.train):
         raise AutodistError("name a model with --model, or a split on disk with --artifact, which is for inference")
-    if args.artifact and (args.tp or args.pp or args.plan or planning_options(args)):
+    if args.artifact and plan_options(args) != PlanOptions():
         raise AutodistError("a split on disk has its mesh and its plan: leave the options of a split out")
     if args.artifact:
         compiled: Simulator = Artifact(args.artifact).whole
     else:
-        compiled = _compile_for_training(args) if args.train else compile_config(args)
+        compiled = _compile_for_training(args) if args.train else compile_config(args, plan_options(args))
     began = time.perf_counter()
     compiled.verify()
     ranks = compiled.mesh.size
@@ -63,13 +64,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _compile_for_training(args: argparse.Namespace) -> CompiledModel:
     """With labels among the inputs, where the model computes a loss from them."""
-    config = resolve_config(args.model, revision=args.revision, cache_dir=args.cache_dir)
+    config = resolve_config(checkpoint_source(args))
     model = empty_model(config, wanted_dtype(args.dtype, config))
     names = default_inputs(model, use_cache=False)
     if "labels" in inspect.signature(model.forward).parameters:
         names = (*names, "labels")
-    plan = PartitionPlan.load(args.plan) if args.plan else None
-    mesh = mesh_of(plan, args.tp, args.pp)
-    return compile(
-        model, tp=mesh.tp, pp=mesh.pp, plan=plan, input_names=names, train=True, verify=False, **planning_options(args)
-    )
+    wanted, options = plan_options(args), CompileOptions(input_names=names, train=True, verify=False)
+    return compile_model(model, CompiledModel, wanted.resolve(default_hardware()), options, wanted.plan)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.call import FILLED_IN, Call
 from autodist_fx.calls.lengths import Lengths, lengths_of
+from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.pause_gc import garbage_stays
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.tracing import (
@@ -41,28 +41,28 @@ class Compilation:
         model: PreTrainedModel | PretrainedConfig,
         request: PlanRequest,
         variant: Variant,
+        options: CompileOptions,
         *,
-        always: Mapping[str, object],
-        verify_programs: bool,
-        train: bool,
-        dump_dir: str | Path | None,
         prompt: Variant | None = None,
     ) -> None:
-        self._always = always
+        self._options = options
+        self._always = dict(options.concrete_args)
         self._model = model
         self._more_prompts: list[Variant] = []  # for lengths at which the model's code goes another way
         self._prompt = prompt  # what the main variant, a step, comes after, in a model with a cache of its own
         self._request = request
         self._main = self._step = variant
-        self.verifies = verify_programs
-        self._train = train
-        self._dump_dir = dump_dir
         self._variants = [variant]
 
     @property
     def plan(self) -> PartitionPlan:
         """Every decision made; print it, save it, compare it."""
         return self._main.whole_plan or self._main.plan
+
+    @property
+    def verifies(self) -> bool:
+        """Whether programs made later are proven, too."""
+        return self._options.verify
 
     @property
     def mesh(self) -> Mesh:
@@ -219,9 +219,9 @@ class Compilation:
                 variant.plan,
                 rank,
                 layer_kinds=variant.traced.layer_kinds,
-                dump_dir=self._dump_dir,
+                dump_dir=self._options.dump_dir,
                 sources=variant.sources,
-                train=self._train and not variant.traced.use_cache,
+                train=self._options.train and not variant.traced.use_cache,
                 stage_uses=variant.stage_uses,
             )
         return variant.programs[rank]

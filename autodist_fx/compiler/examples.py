@@ -6,14 +6,13 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.lengths import Lengths, with_total
 from autodist_fx.compiler.guard_examples import examples_like, tells_apart
 from autodist_fx.errors import AutodistError, TracingError
-from autodist_fx.tracing import Sizes, TracedModel, trace, trace_phases
+from autodist_fx.tracing import InputForm, Sizes, TracedModel, trace, trace_phases
 from cost_model.graph.op_graph import OpGraph
 from passes.fx import node_meta
 from passes.fx.guards import Guards, with_fixed
@@ -82,12 +81,18 @@ def _letters(traced: TracedModel, sizes: Sizes) -> Lengths:
 
 
 def traced_once(
-    model: PreTrainedModel | PretrainedConfig, *, use_cache: bool, **asked: Any
+    model: PreTrainedModel | PretrainedConfig,
+    use_cache: bool,
+    input_names: Sequence[str] | None,
+    concrete_args: Mapping[str, object] | None,
+    forms: Mapping[str, InputForm] | None = None,
 ) -> tuple[TracedModel, Trace]:
-    """A form of a model, traced and normalised, and how to trace it at other lengths. `asked`: as trace takes it."""
+    """A form of a model, traced and normalised, and how to trace it at other lengths; see autodist_fx.tracing.trace."""
 
     def again(sizes: tuple[Sizes, Sizes] | None) -> TracedModel:
-        return trace(model, use_cache=use_cache, sizes=sizes, **asked)
+        return trace(
+            model, use_cache=use_cache, input_names=input_names, concrete_args=concrete_args, forms=forms, sizes=sizes
+        )
 
     return _going_one_way(again(None), again), again
 

@@ -22,18 +22,9 @@ def follow_mask(model_class: type[PreTrainedModel]) -> bool:
     return "position_ids" in text or "super()" in text
 
 
-
 def keeps_cache(model: PreTrainedModel) -> bool:
     """Whether its forward takes what it made of the tokens before."""
     return "past_key_values" in inspect.signature(model.forward).parameters or has_own_cache(type(model))
-
-
-def generation_arguments(model: PreTrainedModel) -> dict[str, object]:
-    """What forward is told while generating, beside its inputs."""
-    accepted = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-
-
 
 
 def last_logits_only(model: PreTrainedModel) -> dict[str, object]:

@@ -64,8 +64,7 @@ class Variant:
         given: PartitionPlan | None,
         forms: Mapping[str, InputForm] | None = None,
     ) -> Variant:
-        asked: dict[str, Any] = {"input_names": input_names, "concrete_args": concrete_args, "forms": forms}
-        traced, again = traced_once(model, use_cache=use_cache, **asked)
+        traced, again = traced_once(model, use_cache, input_names, concrete_args, forms)
         variant = cls.of(traced, request, given, unusual(model, concrete_args or {}))
         variant.trace_again = again
         return variant

@@ -49,7 +49,7 @@ def overview(plan: PartitionPlan) -> list[Element]:
 
 def _fixed(plan: PartitionPlan) -> list[str]:
     """What the user had fixed before the search."""
-    pins = [f"{show_name(pattern)} {show_name(role, 24)}" for pattern, role in plan.request.pins]
+    pins = [f"{show_name(pattern)} {show_name(role, 24)}" for pattern, role in plan.request.pin]
     cuts = [show_name(str(cut)) for cut in plan.request.cuts]
     lines = []
     for what, items in (("pinned", pins), ("cut before", cuts)):

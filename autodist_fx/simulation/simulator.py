@@ -78,7 +78,7 @@ class Simulator(Compilation):
         The model stays as it is, and so do its own `.grad`. Raises AutodistError where one of these is missing;
         CommunicationError where ranks that hold the same elements have different gradients of them.
         """
-        if not self._train:
+        if not self._options.train:
             raise AutodistError("these programs are for inference: compile with train=True for gradients")
         self._refuse_without_weights("gradients")
         call = read_call(self._model, inputs, self._always)  # type: ignore[arg-type]

@@ -16,7 +16,9 @@ from autodist_fx.artifact.variant_format import Form
 from autodist_fx.calls.input_spec import InputForm
 from autodist_fx.calls.lengths import Lengths, another_way
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.comm.process_group import JoinedRank
+from autodist_fx.runtime.comm.agreement import agree
+from autodist_fx.runtime.comm.join_options import JoinOptions
+from autodist_fx.runtime.comm.process_group import JoinedRank, join
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
@@ -28,7 +30,15 @@ from passes.program.rank_program import RankProgram
 T = TypeVar("T")
 
 
-def share(artifact: ArtifactReader,
+def start_from_artifact(artifact: ArtifactReader, options: JoinOptions) -> DistributedCausalLM:
+    """This process joins the ranks that the artifact is for, all of the same artifact, and takes its share."""
+    joined = join(artifact.mesh, options)
+    agree(joined.communicator, joined.rank, artifact.mesh.size, [artifact.manifest.to_text()], what="artifact")
+    return share(artifact, joined)
+
+
+def share(
+    artifact: ArtifactReader,
     joined: JoinedRank,
     whole_sequences: Callable[[tuple[str, ...], RankProgram], GuardedPrograms[RankProgram]] | None = None,
     at_lengths: Callable[[Lengths, RankProgram], Any] | None = None,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from autodist_fx.calls.lengths import Lengths
 from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.compile import compile_for_generation
+from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.generation_traits import follow_mask
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
@@ -20,60 +21,73 @@ from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, one
 from autodist_fx.runtime.generation.recurrent_lm import DistributedOwnCacheLM, Prompt, handovers
 from autodist_fx.runtime.generation.seq2seq_lm import DistributedSeq2SeqLM, seq2seq_class
 from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
-from autodist_fx.startup.rank import _Options, _Rank
-from autodist_fx.startup.split_cache import CacheEntry, _keep
-from autodist_fx.tracing import meta_copy
+from autodist_fx.startup.keep_compiled import keep_compiled
+from autodist_fx.startup.rank import RankStartup
+from autodist_fx.startup.split_cache import CacheEntry
+from autodist_fx.tracing import empty_model, meta_copy
+from autodist_fx.weights.checkpoint import open_source
+from autodist_fx.weights.checkpoint_source import CheckpointSource
+from autodist_fx.weights.dtype import wanted_dtype
 from autodist_fx.weights.load_program import load_beside
+from autodist_fx.weights.resolve import resolve
 from autodist_fx.weights.sources.module_source import ModuleSource
 from cost_model.partition_plan import PartitionPlan
-from cost_model.request.plan_request import options_of
+from cost_model.request.plan_request import PlanRequest
 from passes.program.rank_program import RankProgram
 
 
 def distribute(
-    model: PreTrainedModel,
-    joined: JoinedRank,
-    *,
-    planning: Mapping[str, Any],
-    verify: bool,
-    dump_dir: str | Path | None,
+    model: PreTrainedModel, joined: JoinedRank, request: PlanRequest, options: CompileOptions
 ) -> DistributedCausalLM:
-    """The share of `joined` in a model that every rank has in memory; see CompiledModel.to_distributed. `planning`:
-    arguments of compile that say what to plan for."""
-    options = _Options(mesh=joined.mesh, planning=planning, verify=verify, dump_dir=dump_dir, progress=None)
-    me = _Rank(model, lambda: ModuleSource(model), joined, options, facts={})
-    return _distribute(me, plan=None, generation_config=model.generation_config)
+    """The share of `joined` in a model that every rank has in memory; see CompiledModel.to_distributed."""
+    startup = RankStartup(model, lambda: ModuleSource(model), joined, request, options)
+    return start(startup, model.generation_config)
 
 
-def _distribute(
-    me: _Rank,
-    *,
-    plan: PartitionPlan | None,
+def open_checkpoint(
+    source: CheckpointSource,
+    dtype: torch.dtype | str | None,
+    joined: JoinedRank,
+    request: PlanRequest,
+    options: CompileOptions,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[RankStartup, GenerationConfig]:
+    """What makes this rank's programs of a checkpoint, and how the checkpoint generates. Raises CheckpointError, on
+    every rank that sees the cause; the watchdog ends the others."""
+    checkpoint = resolve(source)
+    files = tuple(f"{path.name} {path.stat().st_size}" for path in checkpoint.paths)
+    model = empty_model(checkpoint.config, wanted_dtype(dtype, checkpoint.config))
+    startup = RankStartup(model, lambda: open_source(checkpoint), joined, request, options, files, progress)
+    return startup, checkpoint.generation_config
+
+
+def start(
+    startup: RankStartup,
     generation_config: GenerationConfig | None,
+    plan: PartitionPlan | None = None,
     entry: CacheEntry | None = None,
 ) -> DistributedCausalLM:
-    """Compiled, agreed upon and loaded; kept in the cache where there is an entry for it."""
-    model, joined, mesh = me.model, me.joined, me.options.mesh
+    """A rank's share: compiled (by `plan`, if there is one), agreed upon and loaded; kept in the cache where there is
+    an entry for it."""
+    model, joined = startup.model, startup.joined
     if not model.can_generate():
         raise AutodistError(
             f"{type(model).__name__} does not generate, and over processes a model is run for that: name a checkpoint "
             "of a language model, or use compile(model).simulate(...) in one process"
         )
-    main = compile_for_generation(model, Compilation, **me.options.for_compile(plan))
-    if plan is not None:  # what it was made for holds for whole sequences, too, which get a plan of their own
-        me = replace(me, options=replace(me.options, planning=options_of(plan)))
-    program = me.agreed(main)
-    report = me.load(main, program)
+    main = compile_for_generation(model, Compilation, startup.request, startup.unverified, plan)
+    program = startup.agreed(main)
+    report = startup.load(main, program)
     encoder, prompt = main.encoder_program(joined.rank), main.prompt_program(joined.rank)
     other = encoder or prompt
     if other is not None:
-        report = load_beside(program, other, lambda left: me.load(main, left), report)
+        report = load_beside(program, other, lambda left: startup.load(main, left), report)
     if entry is not None:
-        _keep(entry, joined, main, generation_config)
+        keep_compiled(entry, joined, main, generation_config)
     given = program, joined.communicator, main.config, generation_config
 
     def make_program(input_names: tuple[str, ...]) -> GuardedPrograms[RankProgram]:
-        return me.whole_sequences(input_names, program)
+        return startup.whole_sequences(input_names, program)
 
     step = main.variants[0]
     split: DistributedCausalLM
@@ -85,20 +99,20 @@ def _distribute(
             encoder=encoder,
             main_input_name=model.main_input_name,
             skeleton=None if split_class is DistributedSeq2SeqLM else meta_copy(model),
-            ways=_ways(me, main, program),
+            ways=generating_programs(startup, main, program),
         )
     elif prompt is not None:
-        steps = [main.program(rank) for rank in mesh.column(joined.rank)]
+        steps = [main.program(rank) for rank in joined.mesh.column(joined.rank)]
         split = DistributedOwnCacheLM(
             *given,
             device=joined.device,
             make_program=make_program,
-            prompts=_ways(me, main, program),
+            prompts=generating_programs(startup, main, program),
             steps=one_way(step.conditions, program, step.other_way),
             after_step=handovers(steps, steps),
         )
     else:
-        ways = _ways(me, main, program)
+        ways = generating_programs(startup, main, program)
         split = TwoGraphCausalLM(*given, device=joined.device, make_program=make_program, ways=ways)
     split.plan = main.plan
     split.positions_follow_mask = follow_mask(type(model))
@@ -106,10 +120,19 @@ def _distribute(
     return split
 
 
-def _ways(me: _Rank, main: Compilation, program: RankProgram) -> GuardedPrograms[Any]:
+def program_at_lengths(startup: RankStartup, lengths: Lengths, beside: RankProgram, plan: PartitionPlan) -> Any:
+    """What a rank that generates by `plan` runs at lengths that it has no program for yet, as `GuardedPrograms.make`
+    gives it: with the weights of `beside`, which is loaded."""
+    main = compile_for_generation(startup.model, Compilation, startup.request, startup.unverified, plan)
+    make = generating_programs(startup, main, beside).make
+    assert make is not None
+    return make(lengths)
+
+
+def generating_programs(startup: RankStartup, main: Compilation, program: RankProgram) -> GuardedPrograms[Any]:
     """What this rank runs to generate, by lengths: the program of a step (with an encoder's before it); of a prompt and
     what changes hands after it, in a model with a cache of its own. `program` is loaded."""
-    rank, mesh = me.joined.rank, me.options.mesh
+    rank, mesh = startup.joined.rank, startup.joined.mesh
     step = main.variants[0]
 
     def with_encoder(form: Variant) -> tuple[RankProgram, RankProgram]:
@@ -121,11 +144,8 @@ def _ways(me: _Rank, main: Compilation, program: RankProgram) -> GuardedPrograms
         return main.program_of(form, rank), handovers(makers, readers)
 
     if step.encoder is not None:
-        return me.ways(main, program, with_encoder, step)
+        return startup.guarded(main, program, with_encoder, step)
     if main.prompt_plan is not None:
-        return me.ways(main, program, with_handovers, main.variants[1])
-    return me.ways(main, program, lambda form: main.program_of(form, rank), step)
-
-
-__all__ = ["distribute"]  # fmt: skip
+        return startup.guarded(main, program, with_handovers, main.variants[1])
+    return startup.guarded(main, program, lambda form: main.program_of(form, rank), step)
 

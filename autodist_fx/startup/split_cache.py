@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from autodist_fx.artifact.files import Staging
 from autodist_fx.artifact.manifest import (
@@ -27,32 +27,28 @@ from autodist_fx.artifact.manifest import (
     library_versions,
     read_manifest,
 )
-from autodist_fx.artifact.parts import named_parts
 from autodist_fx.artifact.reader import ArtifactReader
-from autodist_fx.artifact.writer import finish, write_common, write_rank
-from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.comm.agreement import everyone
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
-from autodist_fx.startup.rank import _Options
+from autodist_fx.weights.checkpoint_source import CheckpointSource
 from autodist_fx.weights.resolve import locate
-from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.write_json import plan_to_text
+from cost_model.request.plan_request import PlanRequest
 
 ENVIRONMENT = "ADX_CACHE"
 _STALE_SECONDS = 3600.0  # a directory half filled for so long has nobody who fills it
 _SPARE = 1.05  # of the disk, beyond the weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CacheEntry:
-    """Where an artifact is kept, or will be; the directory's name is its key. `tokenizer` goes along. `looked_up`: all
-    ranks have looked already, and found none."""
+    """Where an artifact is kept, or will be; the directory's name is its key. `tokenizer` goes along."""
 
     path: Path
     tokenizer: PreTrainedTokenizerBase | None = None
-    looked_up: bool = False
 
     @property
     def key(self) -> str:
@@ -79,16 +75,30 @@ def cache_directory(cache: bool | str | Path | None) -> Path | None:
     return Path(said).expanduser() if said not in ("", "0", "1") else Path(constants.HF_HOME) / "autodist_fx"
 
 
-def entry_for(directory: Path, checkpoint: Path, request: Mapping[str, object]) -> CacheEntry:
-    """The entry for the checkpoint at that path (a directory or a .gguf file) and what is asked of it.
+def cache_entry(
+    cache: bool | str | Path | CacheEntry | None,
+    source: CheckpointSource,
+    dtype: torch.dtype | str | None,
+    request: PlanRequest,
+    plan: PartitionPlan | None,
+) -> CacheEntry | None:
+    """The entry for a checkpoint that is split like this; None where splits are not kept.
 
-    A file's name, size and time of change stand for its content. `request`: everything else that a split depends on.
+    Its key is a digest of all that the split depends on. A file's name, size and time of change stand for its content.
     """
+    if isinstance(cache, CacheEntry):
+        return cache
+    directory = cache_directory(cache)
+    if directory is None:
+        return None
+    checkpoint = locate(source)
     files = sorted(p for p in checkpoint.iterdir() if p.is_file()) if checkpoint.is_dir() else [checkpoint]
     facts = {
         "checkpoint": str(checkpoint),
         "files": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files],
-        "request": {name: repr(value) for name, value in sorted(request.items())},
+        "dtype": str(dtype),
+        "request": repr(request),
+        "plan": "" if plan is None else plan_to_text(plan),
         "versions": library_versions(),
     }
     return CacheEntry(directory / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:40])
@@ -172,7 +182,8 @@ def keep(
 
 
 def _everyone(joined: JoinedRank, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in joined.everyone(json.dumps(mine))]
+    texts = everyone(joined.communicator, joined.rank, joined.mesh.size, json.dumps(mine))
+    return [json.loads(text) for text in texts]
 
 
 def _records(of_ranks: Sequence[Mapping[str, Mapping[str, object]]]) -> dict[str, FileRecord]:
@@ -194,60 +205,3 @@ def _drop_stale(entry: Path) -> None:
     for path in entry.parent.glob(".*.tmp"):
         if path.is_dir() and time.time() - path.stat().st_mtime > _STALE_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _entry(
-    cache: bool | str | Path | CacheEntry | None,
-    name: str | Path,
-    where: Mapping[str, Any],
-    dtype: torch.dtype | str | None,
-    plan: PartitionPlan | None,
-    options: _Options,
-) -> CacheEntry | None:
-    """The cache's entry for this split, None without a cache."""
-    if isinstance(cache, CacheEntry):
-        return cache
-    directory = cache_directory(cache)
-    if directory is None:
-        return None
-    asked = {"dtype": str(dtype), "plan": "" if plan is None else plan_to_text(plan), **options.for_compile()}
-    return entry_for(directory, locate(name, **where), asked)
-
-
-def cache_entry(
-    cache: bool | str | Path | None,
-    name: str | Path,
-    *,
-    dtype: str | None,
-    plan: PartitionPlan | None,
-    mesh: Mesh,
-    planning: Mapping[str, Any],
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-) -> CacheEntry | None:
-    """The entry for a split that is asked for like this; None where splits are not kept. `planning`: arguments of
-    compile that say what to plan for."""
-    options = _Options(mesh=mesh, planning=planning, verify=True, dump_dir=None, progress=None)
-    where: dict[str, Any] = {"revision": revision, "token": None, "cache_dir": cache_dir, "local_files_only": None}
-    return _entry(cache, name, where, dtype, plan, options)
-
-
-def _keep(
-    entry: CacheEntry, joined: JoinedRank, main: Compilation, generation_config: GenerationConfig | None
-) -> None:
-    """What this rank has, loaded, goes into the cache; a model with an op that no file can hold does not."""
-    parts = named_parts(main.variants)
-    programs = [(part, part.variant.programs[joined.rank]) for part in parts]
-
-    def write(staging: Staging) -> None:
-        if joined.rank == 0:
-            write_common(
-                staging, parts, main.plan, main.shape, generation_config, entry.tokenizer, main.always
-            )
-        write_rank(staging, joined.rank, programs)
-
-    def end(staging: Staging, files: Mapping[str, FileRecord], key: str) -> None:
-        finish(staging, parts, main.plan, files, key)
-
-    keep(entry, joined, sum(program.weight_bytes for _, program in programs), write, end)
-

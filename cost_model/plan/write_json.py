@@ -95,7 +95,7 @@ def plan_to_dict(plan: PlanData) -> dict[str, Any]:
         "device_memory_bytes": plan.device_memory_bytes,
         "warnings": list(plan.warnings),
         "request": {
-            "pins": dict(plan.request.pins),
+            "pins": dict(plan.request.pin),
             "cuts": list(plan.request.cuts),
             "max_memory": list(plan.request.max_memory),
             "device_map": [{"hardware": d.hardware, "memory": d.memory} for d in plan.request.device_map],

@@ -14,7 +14,7 @@ Pin = tuple[str, str]  # (pattern, role)
 NAMES_SHOWN = 3  # of what a pattern may have meant
 
 
-def pinned_roles(graph: OpGraph, pins: Sequence[Pin]) -> dict[str, str]:
+def roles_by_pin(graph: OpGraph, pin: Sequence[Pin]) -> dict[str, str]:
     """The role that each pinned op must have, by the op's name.
 
     A pattern is fnmatch's, over the module path or the name of linears, convolutions and embeddings; it may leave out
@@ -23,7 +23,7 @@ def pinned_roles(graph: OpGraph, pins: Sequence[Pin]) -> dict[str, str]:
     """
     ops = [op for op in graph if role_of(op, "")]
     found: dict[str, Pin] = {}
-    for pattern, role in pins:
+    for pattern, role in pin:
         matched = [op for op in ops if any(_matches(name, pattern) for name in (op.module, op.name))]
         if not matched:
             nearest = _nearest(pattern, [op.module for op in ops])
@@ -44,21 +44,21 @@ def pinned_roles(graph: OpGraph, pins: Sequence[Pin]) -> dict[str, str]:
     return {name: role for name, (_, role) in found.items()}
 
 
-def to_blame(pins: Sequence[Pin], fails: Callable[[Sequence[Pin]], bool]) -> list[Pin]:
+def to_blame(pin: Sequence[Pin], fails: Callable[[Sequence[Pin]], bool]) -> list[Pin]:
     """A smallest set of pins that together make a plan impossible: without any one of them there is one. Empty where
-    there is none without pins either. `fails(pins)` says whether there is no plan with these."""
+    there is none without pins either. `fails(some)` says whether there is no plan with these of them."""
     if fails(()):
         return []
-    kept = list(pins)
-    for pin in pins:
-        fewer = [p for p in kept if p != pin]
+    kept = list(pin)
+    for each in pin:
+        fewer = [other for other in kept if other != each]
         if fails(fewer):
             kept = fewer
     return kept
 
 
-def pins_text(pins: Sequence[Pin]) -> str:
-    return ", ".join(f"{pattern!r}: {role}" for pattern, role in pins)
+def pin_text(pin: Sequence[Pin]) -> str:
+    return ", ".join(f"{pattern!r}: {role}" for pattern, role in pin)
 
 
 def nearest_names(name: str, names: Sequence[str]) -> list[str]:

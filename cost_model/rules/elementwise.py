@@ -37,17 +37,16 @@ RULES: dict[str, RuleFunction] = {
     "sigmoid": elementwise, "silu": elementwise, "gelu": elementwise, "relu": elementwise, "erf": elementwise,
     "softplus": elementwise, "logical_not": elementwise, "clamp": elementwise, "square": elementwise,
     "pow": elementwise, "leaky_relu": elementwise, "elu": elementwise, "mish": elementwise, "hardtanh": elementwise,
-    "floor": elementwise, "round": elementwise, "dropout": elementwise, "softcap": elementwise, "sign": elementwise,
-    "log1p": elementwise, "expm1": elementwise, "isnan": elementwise, "isinf": elementwise, "bitwise_not": elementwise,
-    "relu6": elementwise, "log_sigmoid": elementwise, "hardswish": elementwise, "hardsigmoid": elementwise,
-    "quick_gelu": elementwise, "nan_to_num": elementwise, "ceil": elementwise, "trunc": elementwise,
-    "fill": elementwise,
+    "floor": elementwise, "round": elementwise, "dropout": elementwise, "sign": elementwise, "log1p": elementwise,
+    "expm1": elementwise, "isnan": elementwise, "isinf": elementwise, "relu6": elementwise, "log_sigmoid": elementwise,
+    "hardswish": elementwise, "hardsigmoid": elementwise, "nan_to_num": elementwise, "ceil": elementwise,
+    "trunc": elementwise,
     # of several
     "maximum": elementwise, "minimum": elementwise, "where": elementwise, "masked_fill": elementwise, "eq": elementwise,
     "ne": elementwise, "lt": elementwise, "le": elementwise, "gt": elementwise, "ge": elementwise, "and": elementwise,
     "or": elementwise, "xor": elementwise, "floordiv": elementwise, "mod": elementwise, "atan2": elementwise,
     "lerp": elementwise, "addcmul": elementwise, "type_as": elementwise,
     # linear in what they read, each in its way
-    "neg": linear_unary, "scale": linear_unary, "identity": linear_unary, "clone": linear_unary,
+    "neg": linear_unary, "scale": linear_unary, "identity": linear_unary,
     "mul": mul, "div": div, "add": add, "sub": add,
 }  # fmt: skip

@@ -26,7 +26,7 @@ def along(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str,
 
 
 def reduce(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """Over `dims`. A sum (or mean) over a sharded dim leaves a Partial; other reductions ("reduce") don't add up."""
+    """Over `dims`. A sum (or mean) over a sharded dim leaves a Partial; other reductions don't add up."""
     x, keep = inputs[0], bool(attrs["keepdim"])
     dims = sorted(d % len(x) for d in attrs["dims"])
     adds_up = attrs["op"] in ("sum", "mean")
@@ -48,12 +48,7 @@ RULES: dict[str, RuleFunction] = {
     "softmax": along,
     "log_softmax": along,
     "cumsum": along,
-    "sort": along,
     "flip": along,
     "roll": along,
-    "topk": along,
-    "tril_triu": along,
-    "sum": reduce,
-    "mean": reduce,
     "reduce": reduce,
 }

@@ -48,7 +48,7 @@ class AlternativeCosts:
         for role in roles:
             if role == own:
                 found.append(Alternative(role))
-            elif op.name in self.search.pins:
+            elif op.name in self.search.roles:
                 found.append(Alternative(role, impossible=f"it is pinned to {own}"))
             elif role in possible:
                 found.append(self._forced(op, role, possible[role]))
@@ -91,7 +91,7 @@ def _rule_factors(search: TensorParallelSearch, op: Op) -> tuple[Factor, ...]:
 
 def refuse_impossible_roles(search: TensorParallelSearch) -> None:
     """Raises PlanError, which says why, where an op cannot have the role that it is pinned to."""
-    for name, role in search.pins.items():
+    for name, role in search.roles.items():
         op = search.graph[name]
         if search.domain(op):
             continue

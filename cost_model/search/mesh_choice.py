@@ -21,7 +21,7 @@ from cost_model.format import bytes_text, seconds_text
 from cost_model.graph.op_graph import OpGraph
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
-from cost_model.request.pins import pinned_roles
+from cost_model.request.pins import roles_by_pin
 from cost_model.request.plan_request import PlanRequest
 from cost_model.search.plan_search import SharedSearches
 from cost_model.search.planner import forward_seconds, plan
@@ -118,7 +118,7 @@ def choose_mesh(
         raise PlanError(f"no mesh is chosen for objective {request.objective!r}: choose one of {', '.join(OBJECTIVES)}")
     if devices < 1:
         raise MeshError(f"{devices} devices: there must be one at least")
-    pinned_roles(graph, request.pins)  # says what is wrong with them, for all meshes
+    roles_by_pin(graph, request.pin)  # says what is wrong with them, for all meshes
     chooser = _Chooser(graph, request, devices, sequences, model, fingerprint)
     found: list[Candidate] = []
     impossible: list[tuple[Mesh, AutodistError]] = []
@@ -135,7 +135,7 @@ def choose_mesh(
         least = min(found, key=lambda c: c.memory_bytes)
         raise NoPlanFits(
             f"{model} fits on no mesh of {devices} devices: the least is {bytes_text(least.memory_bytes)} on a rank "
-            f"with {least.mesh}, and a device holds {bytes_text(chooser.memory_bytes)}: use more devices, a smaller "
+            f"with {least.mesh}, and a device holds {bytes_text(chooser.max_memory)}: use more devices, a smaller "
             f"dtype, or fewer or shorter sequences"
         )
     return MeshChoice(model, devices, request.objective, tuple(ranked), tuple((m, str(e)) for m, e in impossible))
@@ -168,7 +168,7 @@ class _Chooser:
         self.names = {"model": model, "fingerprint": fingerprint}
         self.shared: SharedSearches = {}
         own = int(USABLE * request.hardware.memory_bytes)
-        self.memory_bytes = request.memory_bytes[0] if request.memory_bytes else own
+        self.max_memory = request.max_memory[0] if request.max_memory else own
         self.is_loaded = request.objective == "throughput"
 
     def candidate(self, mesh: Mesh) -> Candidate:
@@ -188,27 +188,27 @@ class _Chooser:
         most = batch - 1
         for stage in found.plan.stages:
             a_sequence = (stage.memory_bytes - stage.weight_bytes) / batch
-            if stage.memory_bytes > self.memory_bytes:
-                most = min(most, int((self.memory_bytes - stage.weight_bytes) / a_sequence))
+            if stage.memory_bytes > self.max_memory:
+                most = min(most, int((self.max_memory - stage.weight_bytes) / a_sequence))
         return 2 ** int(math.log2(most)) if most >= 1 else 0
 
     def _planned(self, mesh: Mesh, copies: int, batch: int | None) -> Candidate:
         sizes = self.request.sizes if batch is None else (*dict(self.request.sizes, B=batch).items(),)
         in_flight = mesh.pp if batch is not None else 1
         wanted = replace(
-            self.request, mesh=mesh, sizes=sizes, in_flight=in_flight, memory_bytes=(self.memory_bytes,) * mesh.pp
+            self.request, mesh=mesh, sizes=sizes, in_flight=in_flight, max_memory=(self.max_memory,) * mesh.pp
         )
         try:
             planned = plan(self.graph, wanted, **self.names, shared=self.shared)
         except NoPlanFits:
-            planned = plan(self.graph, replace(wanted, memory_bytes=None), **self.names, shared=self.shared)
+            planned = plan(self.graph, replace(wanted, max_memory=None), **self.names, shared=self.shared)
         used = dict(planned.sizes)
         pace = max(stage.seconds for stage in planned.stages) if in_flight > 1 else planned.predicted_seconds
         return Candidate(
             plan=planned,
             copies=copies,
             sequences=used["B"] * in_flight,
-            fits=all(stage.memory_bytes <= self.memory_bytes for stage in planned.stages),
+            fits=all(stage.memory_bytes <= self.max_memory for stage in planned.stages),
             seconds=planned.predicted_seconds,
             prompt_seconds=self._prompt_seconds(planned, wanted, used) if used.get("P") and "S" in used else None,
             tokens_per_second=copies * used["B"] * used.get("S", 1) / pace,

@@ -122,14 +122,14 @@ class PipelineSearch:
     def solve(
         self,
         stages: int,
-        memory_bytes: Sequence[int] | None = None,
+        max_memory: Sequence[int] | None = None,
         *,
         seconds: Sequence[Mapping[str, float]] | None = None,
         cuts: Sequence[int] | None = None,
         balance: str = "seconds",
         arrival: Arrival = lambda k, stage, starts: 0.0,
     ) -> list[Stage]:
-        """The best `stages` stages. `memory_bytes[k]` is what stage k's device holds of weights and caches.
+        """The best `stages` stages. `max_memory[k]` is what stage k's device holds of weights and caches.
 
         seconds: of each op on stage k's device, where the stages' devices differ; else `costs` has them.
         cuts: positions to cut at, where they are given and nothing is left to search.
@@ -146,17 +146,17 @@ class PipelineSearch:
         self.arrival = arrival
         if cuts is None:
             places = self.candidates(stages - 1) if stages > 1 else []
-            cuts = self._place(stages, places, memory_bytes, balance)
+            cuts = self._place(stages, places, max_memory, balance)
         else:
             cuts = [0, *cuts, len(self.sequence)]
-            self._check_memory(cuts, memory_bytes)
+            self._check_memory(cuts, max_memory)
         return [self.stage(k, a, b) for k, (a, b) in enumerate(itertools.pairwise(cuts))]
 
     def _place(
         self,
         stages: int,
         places: list[int],
-        memory_bytes: Sequence[int] | None,
+        max_memory: Sequence[int] | None,
         balance: str,
     ) -> list[int]:
         if len(places) < stages - 1:
@@ -166,18 +166,18 @@ class PipelineSearch:
             )
         ends = [0, *places, len(self.sequence)]
         spans = _Spans(len(ends) - 1, stages)
-        if memory_bytes is not None or balance == "bytes":
+        if max_memory is not None or balance == "bytes":
             held = self._held_between(ends)
-            if memory_bytes is not None:
-                spans.restrict(lambda k, i, j: held[i, j], memory_bytes)
+            if max_memory is not None:
+                spans.restrict(lambda k, i, j: held[i, j], max_memory)
             if balance == "bytes":
-                limits = memory_bytes or [1] * stages
+                limits = max_memory or [1] * stages
                 spans.flatten(lambda k, i, j: held[i, j] / limits[k])
         before = self._before(ends[:-1], stages)
         spans.flatten(lambda k, i, j: before[k][i] + self._until[k][ends[j]] - self._until[k][ends[i]])
         found = spans.shortest(lambda k, i, j: self._bytes[ends[j]] if j < len(ends) - 1 else 0)
         if found is None:
-            raise NoPlanFits(self._too_big(stages, memory_bytes, spans.least(lambda k, i, j: held[i, j])))
+            raise NoPlanFits(self._too_big(stages, max_memory, spans.least(lambda k, i, j: held[i, j])))
         return [ends[i] for i in found]
 
     def _before(self, starts: Sequence[int], stages: int) -> list[list[float]]:
@@ -236,12 +236,12 @@ class PipelineSearch:
                 found[i, j] = total + int(self._state[ends[j]] - self._state[start])
         return found
 
-    def _check_memory(self, cuts: Sequence[int], memory_bytes: Sequence[int] | None) -> None:
+    def _check_memory(self, cuts: Sequence[int], max_memory: Sequence[int] | None) -> None:
         """Of stages that were given. Raises NoPlanFits."""
-        if memory_bytes is None:
+        if max_memory is None:
             return
         held = self._held_between(cuts)
-        for k, limit in enumerate(memory_bytes):
+        for k, limit in enumerate(max_memory):
             if held[k, k + 1] > limit:
                 modules = (self.graph[name].module for name in self.sequence[cuts[k] :])
                 raise NoPlanFits(
@@ -250,10 +250,10 @@ class PipelineSearch:
                     "the cuts, or leave them to the search"
                 )
 
-    def _too_big(self, stages: int, memory_bytes: Sequence[int] | None, least: float) -> str:
+    def _too_big(self, stages: int, max_memory: Sequence[int] | None, least: float) -> str:
         """`least`: bytes of the fullest stage, were the stages as even as they can be."""
         total = sum(self.weight_bytes.values()) + int(self._state[-1])
-        limits = [bytes_text(limit) for limit in dict.fromkeys(memory_bytes or [0])]
+        limits = [bytes_text(limit) for limit in dict.fromkeys(max_memory or [0])]
         holds = f"a device holds {limits[0]}" if len(limits) == 1 else f"the devices hold {', '.join(limits)}"
         fullest = f", {bytes_text(least)} on the fullest at best" if stages > 1 else ""
         return (

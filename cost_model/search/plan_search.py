@@ -16,7 +16,7 @@ from cost_model.graph.roles import EXPERT
 from cost_model.layouts.layout_table import LayoutTable
 from cost_model.request.cuts import cut_positions
 from cost_model.request.like_plan import cuts_like, roles_like
-from cost_model.request.pins import pinned_roles
+from cost_model.request.pins import roles_by_pin
 from cost_model.request.plan_request import PRICES, PlanRequest
 from cost_model.search.alternatives import refuse_impossible_roles
 from cost_model.search.pipeline import OpCost, PipelineSearch, Stage
@@ -45,7 +45,7 @@ class PlanSearch:
         self.lengths = {symbol: n for symbol, n in wanted.items() if symbol in present}
         self.sizes = all_lengths(self.lengths)
         followed = roles_like(graph, request.like) if request.like is not None else {}
-        self.pinned = {**followed, **pinned_roles(graph, request.pins)}
+        self.roles = {**followed, **roles_by_pin(graph, request.pin)}  # that ops must have
         self.of_stage = [self._search(device, shared) for device in request.stage_devices]
         # One sharding for all stages, chosen for the device that the whole model takes longest on.
         self.search = max(dict.fromkeys(self.of_stage), key=unsplit_seconds) if request.devices else self.of_stage[0]
@@ -54,12 +54,12 @@ class PlanSearch:
 
     def _search(self, device: Hardware, shared: SharedSearches) -> TensorParallelSearch:
         on_mesh = replace(device, tp_link=device.tp_link_on(self.mesh))
-        fixed = (self.mesh.tp, tuple(self.sizes.items()), tuple(self.pinned.items()))
+        fixed = (self.mesh.tp, tuple(self.sizes.items()), tuple(self.roles.items()))
         key = (*fixed, on_mesh)
         if key not in shared:
             tp = self.mesh.tp
             layouts = next((x.layouts for x in shared.values() if x.tp == tp), None) or LayoutTable(self.graph, tp)
-            shared[key] = TensorParallelSearch(self.graph, tp, on_mesh, self.sizes, layouts, self.pinned)
+            shared[key] = TensorParallelSearch(self.graph, tp, on_mesh, self.sizes, layouts, self.roles)
             refuse_impossible_roles(shared[key])
         return shared[key]
 
@@ -111,7 +111,7 @@ class PlanSearch:
             positions = cut_positions(self.graph, self.pipeline.sequence, cuts, self.mesh.pp)
         return self.pipeline.solve(
             self.mesh.pp,
-            self.request.memory_bytes,
+            self.request.max_memory,
             seconds=seconds,
             cuts=positions,
             balance="bytes" if self.request.objective == "memory" else "seconds",

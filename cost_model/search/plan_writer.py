@@ -59,13 +59,13 @@ class PlanWriter:
             hops=hops,
             stages=tuple(self._summary(k, stage, computed, hops) for k, stage in enumerate(stages)),
             one_device_seconds=alone,
-            device_memory_bytes=max(self.request.memory_bytes or (x.memory_bytes for x in self.request.stage_devices)),
+            device_memory_bytes=max(self.request.max_memory or (x.memory_bytes for x in self.request.stage_devices)),
             choices=tuple(self.choices),
             cuts=cut_plans(self.pipeline, stages, lambda ref: self.search.spec(ref).nbytes),
             request=Request(
-                self.request.pins,
+                self.request.pin,
                 self.request.cuts,
-                self.request.memory_bytes or (),
+                self.request.max_memory or (),
                 tuple(Device(x.name, x.memory_bytes) for x in self.request.devices),
             ),
         )

@@ -10,7 +10,7 @@ from cost_model.errors import NoPlanFits
 from cost_model.graph.op_graph import OpGraph, TensorRef
 from cost_model.graph.placement import REPLICATE
 from cost_model.partition_plan import PartitionPlan
-from cost_model.request.pins import pins_text, to_blame
+from cost_model.request.pins import pin_text, to_blame
 from cost_model.request.plan_request import PlanRequest
 from cost_model.search.plan_search import Infeasible, PlanSearch, SharedSearches
 from cost_model.search.plan_writer import PlanWriter
@@ -30,10 +30,10 @@ def plan(
         search = PlanSearch(graph, request, shared)
         stages = search.choose()
     except (NoPlanFits, Infeasible) as error:
-        blamed = to_blame(request.pins, lambda pins: _fails(graph, replace(request, pins=tuple(pins)), shared))
+        blamed = to_blame(request.pin, lambda some: _fails(graph, replace(request, pin=tuple(some)), shared))
         if blamed:
             together = "the pin" if len(blamed) == 1 else "together the pins"
-            raise type(error)(f"{together} {pins_text(blamed)} cannot be met: {error}") from error
+            raise type(error)(f"{together} {pin_text(blamed)} cannot be met: {error}") from error
         raise
     return PlanWriter(search).write(model, fingerprint, stages)
 

@@ -40,7 +40,7 @@ PARTIAL_INPUT_SECONDS = 1e-9
 class TensorParallelSearch:
     """Costs and domains of one (graph, tp, hardware); `solve` finds the cheapest assignment for a memory price.
 
-    `sizes` maps symbols ("B", "S", "T") to the lengths at which seconds are counted. `pins` maps names of ops to the
+    `sizes` maps symbols ("B", "S", "T") to the lengths at which seconds are counted. `roles` maps names of ops to the
     role that each must have.
     """
 
@@ -51,7 +51,7 @@ class TensorParallelSearch:
         hardware: Hardware,
         sizes: Mapping[str, int],
         layouts: LayoutTable | None = None,
-        pins: Mapping[str, str] | None = None,
+        roles: Mapping[str, str] | None = None,
     ) -> None:
         self.graph = graph
         self.tp = tp
@@ -66,18 +66,18 @@ class TensorParallelSearch:
         self._seconds_of: dict[tuple[str, Strategy], float] = {}
         self._rows: dict[str, float | None] = {}
         self._solved: dict[float, TensorParallelResult] = {}
-        self.pins = dict(pins or {})
+        self.roles = dict(roles or {})
 
     # -- what an op can do -----------------------------------------------------------------------------------------
 
     def domain(self, op: Op) -> list[Strategy]:
-        """All strategies of `op`, the replicated one first, that of whole experts last; of a pinned op those that have
-        its role, if any."""
+        """All strategies of `op`, the replicated one first, that of whole experts last; of an op that must have a role
+        those that have it, if any."""
         every = self._own_domain(op)
         way = self.experts.ways.get(op.name)
         if way is not None:
             every = [*every, *self._gathered(Strategy(EXPERT, way.inputs, way.outputs, ()))]
-        role = self.pins.get(op.name)
+        role = self.roles.get(op.name)
         return every if role is None else [s for s in every if role_of(op, s.factor) == role]
 
     def _own_domain(self, op: Op) -> list[Strategy]:

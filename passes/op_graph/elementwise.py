@@ -32,7 +32,7 @@ FUNCTION_KINDS = {
     "maximum": "maximum", "minimum": "minimum", "where": "where", "masked_fill": "masked_fill",
     "masked_fill_": "masked_fill", "eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge", "and": "and",
     "or": "or", "xor": "xor", "logical_and": "and", "logical_or": "or", "bitwise_and": "and", "bitwise_or": "or",
-    "type_as": "type_as", "lerp": "lerp",
+    "type_as": "type_as", "lerp": "lerp", "atan2": "atan2", "addcmul": "addcmul",
 }  # fmt: skip
 # nn modules that are one elementwise function of their input
 MODULE_KINDS = {

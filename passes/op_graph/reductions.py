@@ -29,6 +29,15 @@ def _along(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
     return name, inputs, {"dims": given, "linear": name in ("cumsum", "flip")}
 
 
+def _roll(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
+    dims = argument(node, 2, "dims")
+    if isinstance(dims, int):
+        dims = (dims,)
+    if not isinstance(dims, (tuple, list)) or not dims:
+        return None  # over all elements, as if there was one dim
+    return "roll", inputs, {"dims": tuple(dims), "linear": True}
+
+
 def _max(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
     """Of two tensors; of all of one; or along a dim, (values, indices)."""
     if len(inputs) == 2:
@@ -62,9 +71,10 @@ def _layer_norm_module(
 HANDLERS: dict[str, Handler] = {
     "layer_norm": _norm, "rms_norm": _norm,
     "softmax": _along, "log_softmax": _along, "cumsum": _along, "flip": _along,
+    "roll": _roll,
     "max": _max, "min": _max,
     "mean": _reduce, "sum": _reduce, "amax": _reduce, "amin": _reduce, "any": _reduce, "all": _reduce, "var": _reduce,
     "std": _reduce, "prod": _reduce, "argmax": _reduce, "argmin": _reduce, "norm": _reduce, "logsumexp": _reduce,
 }  # fmt: skip
 MODULES: dict[str, ModuleHandler] = {"LayerNorm": _layer_norm_module}
-KINDS = ("layer_norm", "rms_norm", "softmax", "log_softmax", "cumsum", "flip", "maximum", "minimum", "reduce")
+KINDS = ("layer_norm", "rms_norm", "softmax", "log_softmax", "cumsum", "flip", "roll", "maximum", "minimum", "reduce")

@@ -6,11 +6,12 @@ import torch
 
 from autodist_fx.runtime.comm import dist_communicator
 from autodist_fx.runtime.comm.dist_communicator import EXCHANGE_BYTES
+from autodist_fx.runtime.comm.join_options import JoinOptions
 from autodist_fx.runtime.comm.process_group import join, leave
 from cost_model.mesh import Mesh
 
 mesh = Mesh(tp=int(sys.argv[1]), pp=int(sys.argv[2]))
-me = join(mesh, device="cpu", timeout_seconds=60)
+me = join(mesh, JoinOptions(device="cpu", timeout=60))
 comm, rank = me.communicator, me.rank
 stage, tp_rank = mesh.coordinates(rank)
 

@@ -4,6 +4,7 @@
 import torch
 
 import autodist_fx as adx
+from autodist_fx.runtime.comm.join_options import JoinOptions
 from autodist_fx.runtime.comm.process_group import join, leave
 from autodist_fx.simulation.backward import rank_gradients
 from autodist_fx.weights.load import load_rank
@@ -18,7 +19,7 @@ inputs = {"input_ids": ids, "attention_mask": torch.ones_like(mask), "labels": i
 model(**inputs).loss.backward()
 wanted = dict(model.named_parameters(remove_duplicate=False))
 
-me = join(Mesh(tp=2, pp=2), device="cpu", timeout_seconds=60)
+me = join(Mesh(tp=2, pp=2), JoinOptions(device="cpu", timeout=60))
 compiled = adx.compile(model, tp=2, pp=2, train=True, input_names=tuple(inputs), verify=me.rank == 0)
 program = compiled.program(me.rank)
 load_rank(program, ModuleSource(model), buffers=compiled.buffers, base_model_prefix=model.base_model_prefix)

@@ -10,11 +10,12 @@ import time
 
 import torch
 
+from autodist_fx.runtime.comm.join_options import JoinOptions
 from autodist_fx.runtime.comm.process_group import join
 from cost_model.mesh import Mesh
 
 what = sys.argv[2]
-me = join(Mesh(tp=int(sys.argv[1])), device="cpu", timeout_seconds=3 if what == "silent" else 60)
+me = join(Mesh(tp=int(sys.argv[1])), JoinOptions(device="cpu", timeout=3 if what == "silent" else 60))
 print(f"pid {os.getpid()} rank {me.rank}", file=sys.stderr, flush=True)
 ends = time.monotonic() + 120  # in case that nobody does
 step = 0

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.simulation.thread_communicator import ThreadWorld
 from autodist_fx.startup.from_checkpoint import distribute
+from cost_model.costs.hardware import CPU_GLOO
 from cost_model.mesh import Mesh
+from cost_model.request.plan_request import PlanRequest
 
 
 def on_ranks(model: PreTrainedModel, mesh: Mesh, work: Callable[[Any], Any]) -> list[Any]:
@@ -19,8 +22,7 @@ def on_ranks(model: PreTrainedModel, mesh: Mesh, work: Callable[[Any], Any]) -> 
 
     def run(rank: int, communicator: Any) -> Any:
         joined = JoinedRank(mesh, rank, torch.device("cpu"), communicator)
-        planning = dict.fromkeys(("hardware", "pin", "cuts", "max_memory", "device_map")) | {"objective": "shard"}
         with torch.no_grad():
-            return work(distribute(model, joined, planning=planning, verify=True, dump_dir=None))
+            return work(distribute(model, joined, PlanRequest(mesh, CPU_GLOO), CompileOptions()))
 
     return ThreadWorld(mesh).run(run)

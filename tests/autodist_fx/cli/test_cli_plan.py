@@ -29,7 +29,7 @@ def test_what_is_fixed_is_in_the_plan_and_can_be_edited(
     fixed = ["--pin", "*.q_proj=replicate", "--cut", "1", "--max-memory", "1GiB,2GiB", "--device-map", "a100=3GiB,h100"]
     assert main(["plan", "--model", model, "--tp", "2", "--pp", "2", *fixed, "--save", file]) == 0
     first = PartitionPlan.load(file)
-    assert first.request.pins == (("*.q_proj", "replicate"),) and first.request.cuts == (1,)
+    assert first.request.pin == (("*.q_proj", "replicate"),) and first.request.cuts == (1,)
     assert first.request.max_memory == (2**30, 2**31)
     assert [(d.hardware, d.memory) for d in first.request.device_map] == [("a100", 3 * 2**30), ("h100", 80 * 10**9)]
     assert first.stages[0].layers[-1] == "model.layers.0"

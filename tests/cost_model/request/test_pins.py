@@ -10,7 +10,7 @@ from cost_model.costs.hardware import CPU_GLOO
 from cost_model.errors import NoPlanFits, PlanError
 from cost_model.graph.op_graph import OpGraph
 from cost_model.mesh import Mesh
-from cost_model.request.pins import pinned_roles, to_blame
+from cost_model.request.pins import roles_by_pin, to_blame
 from cost_model.request.plan_request import PlanRequest
 from cost_model.search.planner import plan
 from cost_model.search.prediction_sizes import all_lengths
@@ -39,13 +39,13 @@ def test_the_rest_is_the_best_around_what_is_pinned(
     name: str, pins: tuple[tuple[str, str], ...], price: float
 ) -> None:
     graph = GRAPHS[name][0]
-    roles = pinned_roles(graph, pins)
+    roles = roles_by_pin(graph, pins)
     assert roles
-    search = TensorParallelSearch(graph, 2, CPU_GLOO, all_lengths({"B": 2, "S": 64}), pins=roles)
+    search = TensorParallelSearch(graph, 2, CPU_GLOO, all_lengths({"B": 2, "S": 64}), roles=roles)
     assert_optimal(search, price)
-    made = plan(graph, PlanRequest(Mesh(2), CPU_GLOO, pins=pins), model="m", fingerprint="f")
+    made = plan(graph, PlanRequest(Mesh(2), CPU_GLOO, pin=pins), model="m", fingerprint="f")
     assert {op: made.op(op).role for op in roles} == roles
-    assert made.request.pins == pins
+    assert made.request.pin == pins
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_model_with_pins_and_cuts_is_the_model(family: str, tp: int, pp: int, 
         expected = model(ids, attention_mask=mask).logits
         found = compiled.simulate(input_ids=ids, attention_mask=mask).logits
     assert relative_error(found, expected) <= relative_tolerance(family)
-    roles = pinned_roles(compiled.op_graph, tuple(options.get("pin", {}).items()))
+    roles = roles_by_pin(compiled.op_graph, tuple(options.get("pin", {}).items()))
     assert roles and all(compiled.plan.op(name).role == role for name, role in roles.items())
     again = adx.compile(model, plan=compiled.plan)
     assert again.plan == compiled.plan

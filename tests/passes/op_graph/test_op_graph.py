@@ -48,6 +48,10 @@ def op_of(function: Callable[[torch.Tensor], Any]) -> Op:
         (lambda x: x.cumsum(dim=1), "cumsum", {"dims": (1,), "linear": True}),
         (lambda x: x.flip(2, 3), "flip", {"dims": (2, 3), "linear": True}),
         (lambda x: x.flip((2,)), "flip", {"dims": (2,), "linear": True}),
+        (lambda x: torch.roll(x, shifts=(1, -2), dims=(1, 2)), "roll", {"dims": (1, 2), "linear": True}),
+        (lambda x: x.roll(1, 2), "roll", {"dims": (2,), "linear": True}),
+        (lambda x: x.roll(1), "opaque.roll", {}),
+        (lambda x: torch.addcmul(x, x, x, value=2), "addcmul", {}),
         (lambda x: x.mean((2, 3)), "reduce", {"op": "mean", "dims": (2, 3), "keepdim": False}),
         (lambda x: x.sum(-1, keepdim=True), "reduce", {"op": "sum", "dims": (-1,), "keepdim": True}),
         (lambda x: x.sum(), "reduce", {"op": "sum", "dims": (0, 1, 2, 3), "keepdim": False}),
@@ -108,6 +112,23 @@ def test_a_table_that_is_looked_up_the_other_way_round() -> None:
 
     whole = normalized(Lookup(), ids=Ids("B", "S"))
     assert_split_equals_whole(whole, plan_for(whole, tp=2), {"ids": torch.randint(0, 9, (2, 5))})
+
+
+def test_what_is_rolled_is_sharded_along_the_other_dims() -> None:
+    """Windows that shift over an image (Swin): its channels stay where they are."""
+
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"y": self.down(torch.roll(self.up(x), shifts=(2, -1), dims=(0, 1)))}
+
+    whole = normalized(Shift(), x=("B", "S", 8))
+    plan = plan_for(whole, tp=2)
+    assert plan.op("roll").letter == "d2" and plan.stages[0].collectives == (("all_reduce", 1, 128 * 8 * 8),)
+    assert_split_equals_whole(whole, plan, {"x": torch.randn(3, 5, 8, dtype=torch.float64)})
 
 
 def test_parameters_are_ops_with_one_name_and_know_whether_they_are_matmuls() -> None:

@@ -31,6 +31,10 @@ RULE_FILES = {
 }  # fmt: skip
 
 
+def test_every_rule_is_of_a_kind_that_some_handler_emits() -> None:
+    assert set(RULES) == {kind for own in KINDS.values() for kind in own}
+
+
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # run a second time, under another name
 @pytest.mark.parametrize("lost", RULE_FILES)
 def test_no_import_without_the_rules_of_a_file(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +136,7 @@ EXPRESSIONS: tuple[Callable[[torch.Tensor], Any], ...] = (
     lambda x: with_item(x, _zeros(x), x[:3]), lambda x: x.gather(3, x.long()), lambda x: x.scatter(3, x.long(), x),
     lambda x: split_rows(x, _zeros(x), 3, 1), lambda x: join_rows([x, x], 22, _zeros(x)),
     lambda x: x.softmax(-1), lambda x: x.log_softmax(-1), lambda x: x.cumsum(1), lambda x: x.flip(2),
+    lambda x: x.roll(1, 2),
     lambda x: torch.max(x, -x), lambda x: torch.min(x, -x), lambda x: x.mean(-1),
     lambda x: F.layer_norm(x, (4,)), lambda x: F.rms_norm(x, (4,)),
     lambda x: F.linear(x, x[0, 0]), lambda x: torch.matmul(x, x.transpose(2, 3)),

@@ -1,0 +1,45 @@
+"""`CompileOptions`: what to trace of a model, and what to do with its programs; not how to split it (`PlanOptions`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class CompileOptions:
+    """What `compile` is told beside the split; see `autodist_fx.compile`.
+
+    use_cache, input_names, concrete_args: what to trace (`autodist_fx.tracing.trace`); input_names None: the usual.
+    train: programs carry what a backward pass needs. verify: they are proven before they are used.
+    dump_dir: gets every rank's graph after each pass, as text.
+    """
+
+    use_cache: bool = False
+    input_names: tuple[str, ...] | None = None
+    concrete_args: tuple[tuple[str, object], ...] = ()
+    train: bool = False
+    verify: bool = True
+    dump_dir: str | Path | None = None
+
+    @classmethod
+    def from_keywords(
+        cls,
+        *,
+        use_cache: bool = False,
+        input_names: Sequence[str] | None = None,
+        concrete_args: Mapping[str, object] | None = None,
+        train: bool = False,
+        verify: bool = True,
+        dump_dir: str | Path | None = None,
+    ) -> CompileOptions:
+        """Options from the keywords of the public functions."""
+        return cls(
+            use_cache=use_cache,
+            input_names=None if input_names is None else tuple(input_names),
+            concrete_args=tuple((concrete_args or {}).items()),
+            train=train,
+            verify=verify,
+            dump_dir=dump_dir,
+        )

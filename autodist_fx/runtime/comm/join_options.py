@@ -1,0 +1,25 @@
+"""`JoinOptions`: which rank a process is, on which device, and where the ranks meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+DEFAULT_TIMEOUT_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class JoinOptions:
+    """What `join` is told of this process; None where torchrun's environment variables say it.
+
+    device: "cpu", "cuda" (a device a rank), or None for CUDA where there is some.
+    timeout: seconds to wait for another rank, at the start and ever after.
+    """
+
+    device: str | torch.device | None = None
+    rank: int | None = None
+    world_size: int | None = None
+    master_addr: str | None = None
+    master_port: int | None = None
+    timeout: float = DEFAULT_TIMEOUT_SECONDS

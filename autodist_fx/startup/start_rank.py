@@ -1,0 +1,69 @@
+"""A process becomes a rank of a checkpoint's model: out of the cache of splits, or compiled and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+
+from autodist_fx.artifact.reader import ArtifactReader
+from autodist_fx.calls.lengths import Lengths
+from autodist_fx.compiler.compile_options import CompileOptions
+from autodist_fx.runtime.comm.join_options import JoinOptions
+from autodist_fx.runtime.comm.process_group import join
+from autodist_fx.runtime.default_hardware import default_hardware
+from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
+from autodist_fx.startup.from_artifact import share
+from autodist_fx.startup.split_cache import CacheEntry, cache_entry, from_cache
+from autodist_fx.weights.checkpoint_source import CheckpointSource
+from cost_model.request.plan_options import PlanOptions
+from passes.program.rank_program import RankProgram
+
+if TYPE_CHECKING:
+    from autodist_fx.startup.rank import RankStartup
+
+# from_checkpoint is imported where something is compiled: it takes seconds, and a split that was kept needs none of it.
+
+
+def start_rank(
+    source: CheckpointSource,
+    dtype: torch.dtype | str | None,
+    wanted: PlanOptions,
+    joining: JoinOptions,
+    options: CompileOptions,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    cache: bool | str | Path | CacheEntry | None = None,
+) -> DistributedCausalLM:
+    """This process's share of a checkpoint's model; see autodist_fx.from_pretrained."""
+    request, plan = wanted.resolve(default_hardware()), wanted.plan
+    joined = join(request.mesh, joining)
+
+    def opened() -> tuple[RankStartup, GenerationConfig]:
+        from autodist_fx.startup.from_checkpoint import open_checkpoint
+
+        return open_checkpoint(source, dtype, joined, request, options, progress)
+
+    def share_of(artifact: ArtifactReader) -> DistributedCausalLM:
+        def at_lengths(lengths: Lengths, beside: RankProgram) -> Any:
+            from autodist_fx.startup.from_checkpoint import program_at_lengths
+
+            return program_at_lengths(opened()[0], lengths, beside, artifact.plan)
+
+        def whole_sequences(names: tuple[str, ...], beside: RankProgram) -> GuardedPrograms[RankProgram]:
+            return opened()[0].whole_sequences(names, beside)
+
+        return share(artifact, joined, whole_sequences, at_lengths)
+
+    entry = None if options.dump_dir is not None else cache_entry(cache, source, dtype, request, plan)
+    found = None if entry is None else from_cache(entry, joined, share_of)
+    if found is not None:
+        return found
+    from autodist_fx.startup.from_checkpoint import start
+
+    startup, generation_config = opened()
+    return start(startup, generation_config, plan, entry)

@@ -1,0 +1,20 @@
+"""`CheckpointSource`: which checkpoint is meant, and how the Hugging Face hub is asked for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSource:
+    """A checkpoint as users name it: a directory, a .gguf file, "smollm2", or an id on the hub (see `resolve`).
+
+    The rest is as in transformers' from_pretrained, of the hub alone. `local_files_only=None` follows HF_HUB_OFFLINE.
+    """
+
+    name: str | Path
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | Path | None = None
+    local_files_only: bool | None = None
