@@ -7,6 +7,7 @@ __all__ = [
     "CheckpointError",
     "CommunicationError",
     "DeadlockError",
+    "DisagreementError",
     "RemoteRankError",
     "RuntimeSetupError",
     "TracingError",
@@ -23,6 +24,10 @@ class CheckpointError(AutodistError):
 
 class RuntimeSetupError(AutodistError):
     """The ranks cannot be started or joined as asked: world size, devices, addresses."""
+
+
+class DisagreementError(RuntimeSetupError):
+    """Ranks were asked for different things; the message says which rank for what."""
 
 
 class CommunicationError(AutodistError):

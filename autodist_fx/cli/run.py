@@ -34,7 +34,7 @@ from autodist_fx.cli.arguments import (
 from autodist_fx.cli.prompts import Answer, TimedStreamer, encode, split_answers
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.comm.agreement import agree
+from autodist_fx.runtime.comm.agreement import agree, digest, over
 from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
 from autodist_fx.runtime.comm.launch import launch_local
 from autodist_fx.runtime.comm.process_group import choose_device, started_by_torchrun
@@ -257,7 +257,7 @@ def _generate(args: argparse.Namespace, prompts: list[str], source: _Source) -> 
     options = {"max_new_tokens": args.max_new_tokens, **_options(args, model.generation_config, tokenizer)}
     if mesh.size > 1:  # what this rank prints are the answers to what the rank that drives was asked
         asked = json.dumps([prompts, options, args.seed, args.no_chat_template])
-        agree(model.communicator, model.rank, mesh.size, [asked], what="request")
+        agree(over(model.communicator, model.rank, mesh.size), model.rank, {"the request": digest(asked)})
     speaks = model.rank == 0 or args.rank is not None
     one_beam = (args.num_beams or model.generation_config.num_beams or 1) == 1
     streams = speaks and not args.json and len(prompts) == 1 and one_beam

@@ -18,6 +18,7 @@ import torch
 from autodist_fx.errors import CommunicationError, DeadlockError
 from autodist_fx.runtime.comm.channels import channel_text
 from autodist_fx.runtime.comm.gather import check_shard, frozen_parts, gather_layout, glue
+from autodist_fx.runtime.comm.remote_error import CallBroken, ErrorReport
 from cost_model.mesh import Mesh
 from passes.ops.comm import Parts
 
@@ -49,6 +50,8 @@ class ThreadWorld:
         self._failure: BaseException | None = None
         self._stopping = False
         self._over = threading.Event()
+        self._incident: ErrorReport | None = None  # an error of a call, until all ranks begin anew
+        self._epoch, self._beginning, self._noticed = 0, set[int](), set[int]()
         # Everything below is only touched by the thread whose turn it is.
         self.mail: dict[tuple[int, int, int], deque[torch.Tensor]] = {}  # by (source, to, channel)
         self.meetings: dict[tuple[int, int], _Meeting] = {}  # by (stage, how many before it)
@@ -97,7 +100,41 @@ class ThreadWorld:
         return results
 
     def wait(self, rank: int, ready: Callable[[], bool], what: Callable[[], str]) -> None:
-        """Let the others run until `ready()`; `what()` completes "rank 1 waits for ..."."""
+        """Let the others run until `ready()`; `what()` completes "rank 1 waits for ...". Raises CallBroken after an
+        incident, since what is awaited may never come."""
+        self._wait(rank, lambda: self._incident is not None or ready(), what)
+        if self._incident is not None:
+            self._noticed.add(rank)
+            raise CallBroken(self._incident)
+
+    def break_off(self, report: ErrorReport) -> ErrorReport:
+        """Ends every wait; the error that counts: the first one."""
+        self._incident = self._incident or report
+        self._noticed.add(report.rank)
+        return self._incident
+
+    def begin(self, rank: int) -> bool:
+        """Waits, after an incident, for all ranks to begin anew; whether there was one. Raises CallBroken for one that
+        this rank has not raised yet."""
+        if self._incident is None:
+            return False
+        if rank not in self._noticed:
+            self._noticed.add(rank)
+            raise CallBroken(self._incident)
+        epoch = self._epoch
+        self._beginning.add(rank)
+
+        def all_here() -> bool:
+            return self._epoch > epoch or len(self._beginning | self._finished) == self.mesh.size
+
+        self._wait(rank, all_here, lambda: "the others to begin anew")
+        if self._epoch == epoch:
+            self._epoch, self._incident = epoch + 1, None
+            for left in (self._beginning, self._noticed, self.mail, self.meetings):
+                left.clear()
+        return True
+
+    def _wait(self, rank: int, ready: Callable[[], bool], what: Callable[[], str]) -> None:
         if self._stopping:
             raise _Stopped
         if ready():
@@ -161,6 +198,15 @@ class ThreadCommunicator:
         self._stage, self.tp_rank = world.mesh.coordinates(rank)
         self._group = world.mesh.tp_group(self._stage)
         self._meetings_held = 0
+
+    def begin(self) -> None:
+        """Before a call of all ranks: what an incident broke off is forgotten."""
+        if self._world.begin(self.rank):
+            self._meetings_held = 0
+
+    def break_off(self, error: BaseException, call: int = 0) -> ErrorReport:
+        """Ends what all ranks are doing, since `error` was raised here; the error that counts: the first one."""
+        return self._world.break_off(ErrorReport.of(self.rank, error, call))
 
     def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         return self._meet(x, axis, f"all_reduce of {describe(x)}", _sum)

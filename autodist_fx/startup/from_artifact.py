@@ -16,7 +16,7 @@ from autodist_fx.artifact.variant_format import Form
 from autodist_fx.calls.input_spec import InputForm
 from autodist_fx.calls.lengths import Lengths, another_way
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.comm.agreement import agree
+from autodist_fx.runtime.comm.agreement import agree, digest
 from autodist_fx.runtime.comm.join_options import JoinOptions
 from autodist_fx.runtime.comm.process_group import JoinedRank, join
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
@@ -33,7 +33,7 @@ T = TypeVar("T")
 def start_from_artifact(artifact: ArtifactReader, options: JoinOptions) -> DistributedCausalLM:
     """This process joins the ranks that the artifact is for, all of the same artifact, and takes its share."""
     joined = join(artifact.mesh, options)
-    agree(joined.communicator, joined.rank, artifact.mesh.size, [artifact.manifest.to_text()], what="artifact")
+    agree(joined.everyone, joined.rank, {"the artifact": digest(artifact.manifest.to_text())})
     return share(artifact, joined)
 
 

@@ -15,6 +15,7 @@ from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.generation_traits import follow_mask
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.comm.agreement import digest
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, one_way
@@ -55,7 +56,7 @@ def open_checkpoint(
     """What makes this rank's programs of a checkpoint, and how the checkpoint generates. Raises CheckpointError, on
     every rank that sees the cause; the watchdog ends the others."""
     checkpoint = resolve(source)
-    files = tuple(f"{path.name} {path.stat().st_size}" for path in checkpoint.paths)
+    files = {"the checkpoint": digest("".join(f"{path.name} {path.stat().st_size}" for path in checkpoint.paths))}
     model = empty_model(checkpoint.config, wanted_dtype(dtype, checkpoint.config))
     startup = RankStartup(model, lambda: open_source(checkpoint), joined, request, options, files, progress)
     return startup, checkpoint.generation_config

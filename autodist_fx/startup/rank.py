@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from transformers import PreTrainedModel
@@ -14,7 +14,7 @@ from autodist_fx.compiler.compile import compile_model
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.comm.agreement import agree
+from autodist_fx.runtime.comm.agreement import Facts, agree, digest
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.weights.load import LoadReport
@@ -43,7 +43,7 @@ class RankStartup:
     joined: JoinedRank
     request: PlanRequest
     options: CompileOptions
-    facts: tuple[str, ...] = ()
+    facts: Facts = field(default_factory=dict)
     progress: Callable[[int, int], None] | None = None
 
     @property
@@ -55,8 +55,8 @@ class RankStartup:
         check = compiled.verify if self.options.verify else None
         program = compiled.program(self.joined.rank)
         plans = [p for p in (compiled.prompt_plan, compiled.plan) if p is not None]
-        facts_of_all = [*map(plan_to_text, plans), *self.facts]
-        agree(self.joined.communicator, self.joined.rank, self.joined.mesh.size, facts_of_all, check=check)
+        facts = {"the plan": digest("".join(map(plan_to_text, plans))), **self.facts}
+        agree(self.joined.everyone, self.joined.rank, facts, check=check)
         return program
 
     def guarded(
@@ -73,9 +73,7 @@ class RankStartup:
             except AutodistError as error:
                 failure, fact = error, str(error)
             check = None if variant is None or not self.options.verify else lambda: compiled.verify_form(variant)
-            agree(self.joined.communicator, self.joined.rank, self.joined.mesh.size, [fact], check=check)
-            if failure is not None:
-                raise failure
+            agree(self.joined.everyone, self.joined.rank, {"the plan": digest(fact)}, failure=failure, check=check)
             assert variant is not None
             for part in (variant.encoder, variant):
                 if part is not None:

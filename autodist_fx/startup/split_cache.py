@@ -29,7 +29,6 @@ from autodist_fx.artifact.manifest import (
 )
 from autodist_fx.artifact.reader import ArtifactReader
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.comm.agreement import everyone
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.weights.checkpoint_source import CheckpointSource
@@ -182,8 +181,7 @@ def keep(
 
 
 def _everyone(joined: JoinedRank, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
-    texts = everyone(joined.communicator, joined.rank, joined.mesh.size, json.dumps(mine))
-    return [json.loads(text) for text in texts]
+    return [json.loads(text) for text in joined.everyone(json.dumps(mine))]
 
 
 def _records(of_ranks: Sequence[Mapping[str, Mapping[str, object]]]) -> dict[str, FileRecord]:

@@ -1,100 +1,151 @@
-"""All ranks say what they are about to do, rank 0 compares: a wrong start is an error on every rank, not a hang."""
+"""All ranks say what they are about to do and compare: a wrong start is one error on every rank, not a hang."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
-from autodist_fx.errors import AutodistError, RuntimeSetupError
+from autodist_fx.errors import AutodistError, DisagreementError
 from autodist_fx.runtime.comm.channels import Channel
+from autodist_fx.runtime.comm.remote_error import ErrorReport
 from passes.ops.comm import Communicator
 
-_CHANNEL = Channel.AGREEMENT
-_DIGEST_BYTES = 32
+T = TypeVar("T")
+Facts = Mapping[str, str]  # what a rank is about to do, by name; the value is shown where ranks differ
+Everyone = Callable[[str], list[str]]  # every rank's text, by rank; called on every rank
+
+_MOST_SHOWN = 4  # facts that an error names
+_SAME = (
+    "start all ranks with the same model files, arguments and versions of torch, transformers and autodist_fx, or give "
+    "all the same saved plan"
+)
+
+
+def digest(text: str | bytes) -> str:
+    """A fact's value for what is too long to be shown."""
+    data = text.encode() if isinstance(text, str) else text
+    return f"sha256 {hashlib.sha256(data).hexdigest()[:16]}"
 
 
 def agree(
-    communicator: Communicator,
+    everyone: Everyone,
     rank: int,
-    world_size: int,
-    facts: Sequence[str],
+    facts: Facts,
     *,
+    failure: Exception | None = None,
     check: Callable[[], None] | None = None,
-    what: str = "plan",
+    way_out: str = _SAME,
 ) -> None:
-    """Returns when all ranks hold the same `facts` and `check`, called on rank 0 alone, has raised nothing.
+    """Returns when all ranks hold the same `facts`, none has a `failure`, and `check`, run on rank 0, raised nothing.
 
-    Otherwise raises on every rank: RuntimeSetupError naming the ranks that differ, or what `check` raised (of the same
-    class on rank 0, an AutodistError of the same text elsewhere). Called on every rank; one message each way, of plain
-    bytes.
+    Otherwise raises on every rank: DisagreementError, which names each fact that differs with every rank's value, else
+    the failure of the first rank that has one (of the same class and text), else what `check` raised. A fact is
+    compared among the ranks that state it. Called on every rank.
     """
-    mine = hashlib.sha256("\0".join(facts).encode()).digest()
-    if rank != 0:
-        communicator.send(_tensor(mine), 0, _CHANNEL)
-        verdict = _receive(communicator, 0)
-        if verdict:
-            raise _error(verdict)
+    answers = [json.loads(text) for text in everyone(statement(rank, facts, failure))]
+    raise_difference(rank, dict(enumerate(answers)), failure, way_out)
+    if check is None:
         return
-    others = range(1, world_size)
-    digests = {other: communicator.recv((_DIGEST_BYTES,), torch.uint8, "cpu", other, _CHANNEL) for other in others}
-    different = [other for other, digest in digests.items() if _bytes(digest) != mine]
-    failure: AutodistError | None = None
-    if different:
-        many = len(different) > 1
-        failure = RuntimeSetupError(
-            f"rank{'s' if many else ''} {', '.join(map(str, different))} made another {what} than rank 0: start all "
-            "ranks with the same model files, arguments and versions of torch, transformers and autodist_fx, or give "
-            "all the same saved plan"
-        )
-    elif check is not None:
+    verdict: Exception | None = None
+    if rank == 0:
         try:
             check()
         except AutodistError as error:
-            failure = error
-    for other in others:
-        _send(communicator, "" if failure is None else f"{type(failure).__name__}: {failure}", other)
-    if failure is not None:
-        raise failure
+            verdict = error
+    answers = [json.loads(text) for text in everyone(statement(rank, {}, verdict))]
+    raise_difference(rank, dict(enumerate(answers)), verdict, way_out)
 
 
-def everyone(communicator: Communicator, rank: int, world_size: int, text: str) -> list[str]:
-    """Every rank's `text`, by rank. Called on every rank; through rank 0."""
-    if rank != 0:
-        _send(communicator, text, 0)
-        texts: list[str] = json.loads(_receive(communicator, 0))
+def together(
+    everyone: Everyone,
+    rank: int,
+    work: Callable[[], tuple[T, Facts]],
+    *,
+    check: Callable[[T], None] | None = None,
+) -> T:
+    """What `work` returns, when it has succeeded on all ranks with the same facts; see `agree` for what is raised.
+
+    `check(value)` runs on rank 0.
+    """
+    try:
+        value, facts = work()
+    except Exception as error:
+        agree(everyone, rank, {}, failure=error)
+        raise
+    agree(everyone, rank, facts, check=None if check is None else functools.partial(check, value))
+    return value
+
+
+def statement(rank: int, facts: Facts, failure: Exception | None = None) -> str:
+    """What a rank tells the others, as JSON."""
+    told = None if failure is None else ErrorReport.of(rank, failure).to_text()
+    return json.dumps({"facts": dict(facts), "failure": told})
+
+
+def raise_difference(
+    rank: int, answers: Mapping[int, Mapping[str, Any]], failure: Exception | None, way_out: str = _SAME
+) -> None:
+    """Raises as `agree` does where the ranks' statements (parsed, by rank) fail or differ; `failure` is our own."""
+    found = differences({r: answer["facts"] for r, answer in answers.items()})
+    if found:
+        more = f" (and {len(found) - _MOST_SHOWN} more)" if len(found) > _MOST_SHOWN else ""
+        raise DisagreementError(f"the ranks do not agree: {'; '.join(found[:_MOST_SHOWN])}{more}: {way_out}")
+    failed = next((r for r in sorted(answers) if answers[r]["failure"] is not None), None)
+    if failed is not None:
+        if failed == rank and failure is not None:
+            raise failure
+        raise ErrorReport.from_text(answers[failed]["failure"]).error()
+
+
+def differences(facts: Mapping[int, Facts]) -> list[str]:
+    """Lines such as "dtype is float32 on rank 0, and bfloat16 on ranks 1, 2": a line for each fact that differs."""
+    lines = []
+    for name in dict.fromkeys(name for of_rank in facts.values() for name in of_rank):
+        ranks: dict[str, list[int]] = {}
+        for rank in sorted(facts):
+            if name in facts[rank]:
+                ranks.setdefault(facts[rank][name], []).append(rank)
+        if len(ranks) > 1:
+            told = ", and ".join(f"{value or 'nothing'} on {name_ranks(held)}" for value, held in ranks.items())
+            lines.append(f"{name} is {told}")
+    return lines
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def over(communicator: Communicator, rank: int, world_size: int) -> Everyone:
+    """Everyone's texts by way of rank 0, in bytes of plain messages."""
+
+    def everyone(text: str) -> list[str]:
+        if rank != 0:
+            _send(communicator, text, 0)
+            texts: list[str] = json.loads(_receive(communicator, 0))
+            return texts
+        texts = [text, *(_receive(communicator, other) for other in range(1, world_size))]
+        together = json.dumps(texts)
+        for other in range(1, world_size):
+            _send(communicator, together, other)
         return texts
-    texts = [text, *(_receive(communicator, other) for other in range(1, world_size))]
-    for other in range(1, world_size):
-        _send(communicator, json.dumps(texts), other)
-    return texts
+
+    return everyone
 
 
 def _send(communicator: Communicator, text: str, to: int) -> None:
     data = text.encode()
-    communicator.send(torch.tensor([len(data)]), to, _CHANNEL)
+    communicator.send(torch.tensor([len(data)]), to, Channel.AGREEMENT)
     if data:
-        communicator.send(_tensor(data), to, _CHANNEL)
+        communicator.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), to, Channel.AGREEMENT)
 
 
 def _receive(communicator: Communicator, source: int) -> str:
-    length = int(communicator.recv((1,), torch.long, "cpu", source, _CHANNEL)[0])
-    return _bytes(communicator.recv((length,), torch.uint8, "cpu", source, _CHANNEL)).decode() if length else ""
-
-
-def _error(verdict: str) -> AutodistError:
-    name, _, message = verdict.partition(": ")
-    kinds: list[type[AutodistError]] = [c for c in AutodistError.__subclasses__() if c.__name__ == name]
-    error = (kinds or [AutodistError])[0](message)
-    error.add_note("found on rank 0")
-    return error
-
-
-def _tensor(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.numpy().tobytes()
+    length = int(communicator.recv((1,), torch.long, "cpu", source, Channel.AGREEMENT)[0])
+    if not length:
+        return ""
+    return communicator.recv((length,), torch.uint8, "cpu", source, Channel.AGREEMENT).numpy().tobytes().decode()

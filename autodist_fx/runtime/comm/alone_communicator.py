@@ -9,6 +9,7 @@ import torch
 
 from autodist_fx.errors import CommunicationError
 from autodist_fx.runtime.comm.gather import frozen_parts, gather_layout, glue
+from autodist_fx.runtime.comm.remote_error import ErrorReport
 from passes.ops.comm import Parts
 
 
@@ -28,6 +29,12 @@ class AloneCommunicator:
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int) -> torch.Tensor:
         raise CommunicationError(f"recv from rank {source}, and this mesh has one rank")
+
+    def begin(self) -> None:
+        pass
+
+    def break_off(self, error: BaseException, call: int = 0) -> ErrorReport:
+        return ErrorReport.of(self.rank, error, call)
 
     def finish_sends(self) -> None:
         pass

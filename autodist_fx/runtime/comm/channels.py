@@ -24,6 +24,8 @@ class Channel(IntEnum):
     AGREEMENT = 0x7F000004  # what ranks compare before they start together
     ENCODER_INPUTS = 0x7F000005
     STATES = 0x7F000006  # of a model with a cache of its own, on their way to another stage
+    CALLS = 0x7F000007  # whether all ranks were called alike, and ended well
+    BREAK = 0x7F000008  # on which nothing is ever sent: who waits there ends every wait (dist_communicator.py)
 
 
 _NAMES = {int(channel): channel.name for channel in Channel}

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autodist_fx.errors import CommunicationError, RuntimeSetupError
+from autodist_fx.errors import CommunicationError
+from autodist_fx.runtime.comm.agreement import name_ranks
 from autodist_fx.runtime.comm.channels import Channel, channel_text
 from autodist_fx.runtime.comm.gather import GatherLayout, check_shard, frozen_parts, gather_layout, glue
+from autodist_fx.runtime.comm.remote_error import CallBroken, ErrorReport
 from autodist_fx.runtime.comm.shared_collectives import SharedCollectives
 from autodist_fx.runtime.comm.shared_memory import open_shared_memory
+from autodist_fx.runtime.comm.watchdog import Watchdog
 from cost_model.mesh import Mesh
 from passes.ops.comm import Parts
 
@@ -36,46 +39,116 @@ _CHUNK_BYTES = 2 * 1024 * 1024
 
 
 class DistCommunicator:
-    """Speaks for `rank` of `mesh`; torch.distributed must be initialised, with one process per rank of the mesh.
+    """Speaks for `rank` of `mesh`, over process groups of its own, which the ranks of the mesh make by way of `store`.
 
-    `timeout` bounds every wait. `explain` is called when a wait failed, before CommunicationError is raised: a watchdog
-    may know better what happened, and end the process.
+    `timeout` bounds every wait. `watchdog` tells of ranks that died, and of incidents: an error of a call that a rank
+    raised while others may wait for it. Those waits end with CallBroken, on all ranks, and `begin` makes new groups.
+    What is between two repairs is an epoch; `scope`, alike on all ranks, tells this communicator's from another's.
     """
 
     def __init__(
         self,
         mesh: Mesh,
+        rank: int,
         device: torch.device,
+        store: dist.Store,
+        watchdog: Watchdog,
         timeout: timedelta = timedelta(minutes=10),
-        explain: Callable[[], None] | None = None,
+        scope: str = "mesh",
     ) -> None:
-        self.mesh, self.device, self.rank = mesh, device, dist.get_rank()
-        self._timeout, self._explain = timeout, explain
-        self._stage, self.tp_rank = mesh.coordinates(self.rank)
+        self.mesh, self.device, self.rank = mesh, device, rank
+        self._store, self._watchdog, self._timeout, self._scope = store, watchdog, timeout, scope
+        self._stage, self.tp_rank = mesh.coordinates(rank)
         self._ranks = mesh.tp_group(self._stage)
         self._peers = [r for r in range(mesh.tp) if r != self.tp_rank]
         self._alone = mesh.tp == 1
-        self.device_mesh: DeviceMesh | None = init_device_mesh(
-            device.type, (mesh.pp, mesh.tp), mesh_dim_names=("pp", "tp")
-        )
-        # The backends themselves: going through the dispatcher costs some 20 us more per call.
-        self._tp = self.device_mesh["tp"].get_group()._get_backend(device)
-        world = dist.group.WORLD
-        self._world = {device.type: world._get_backend(device)}
-        if device.type != "cpu":  # what a generation tells of its steps is in main memory, whatever the model is in
-            if "cpu:" not in dist.get_backend_config(world):
-                raise RuntimeSetupError(
-                    f"the process group is {dist.get_backend_config(world)}, and integers on the CPU go across ranks "
-                    "too: use init_process_group('cpu:gloo,cuda:nccl')"
-                )
-            self._world["cpu"] = world._get_backend(torch.device("cpu"))
         self._sum = dist.AllreduceOptions()
         self._sum.timeout = timeout
         self._exchanges = device.type == "cpu"  # NCCL knows better itself
         self._exchange_bytes = EXCHANGE_BYTES // max(1, mesh.tp - 1)
         self._last_exchange: list[Any] = []
         self._unfinished_sends: deque[tuple[Any, str]] = deque()  # and the kind of device that each was on
+        self._world: dict[str, Any] = {}  # by the kind of device
+        self._tp: Any = None
+        self._epoch, self._broken, self._noticed = 0, False, False
+        self._connect()
+
+    @property
+    def _epoch_name(self) -> str:
+        return f"{self._scope}/{self._epoch}"
+
+    def _connect(self) -> None:
+        """Process groups for the mesh and for this rank's tp group, as backends: going through the dispatcher costs
+        some 20 us more per call."""
+        store = dist.PrefixStore(f"epoch{self._epoch}", self._store)
+        kind = self.device.type
+        try:
+            self._world = {kind: self._group(store, "world", self.rank, self.mesh.size, kind)}
+            if kind != "cpu":  # what a generation tells of its steps is in main memory, whatever the model is in
+                self._world["cpu"] = self._group(store, "cpu", self.rank, self.mesh.size, "cpu")
+            if not self._alone:
+                self._tp = self._group(store, f"stage{self._stage}", self.tp_rank, self.mesh.tp, kind)
+        except RuntimeError as error:
+            self._broken = True
+            raise self._failure("connecting", range(self.mesh.size), error) from None
+        self._watchdog.watch(self._epoch_name, self._break)
         self._shared = self._share_memory() if self._exchanges and not self._alone else None
+
+    def _group(self, store: dist.Store, name: str, rank: int, size: int, kind: str) -> Any:
+        store = dist.PrefixStore(name, store)
+        if kind == "cpu":
+            return dist.ProcessGroupGloo(store, rank, size, timeout=self._timeout)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = self._timeout
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+
+    # ------------------------------------------------------------------------------------------------- incidents
+
+    def begin(self) -> None:
+        """Before a call of all ranks: repairs what an incident broke off, for which it waits for the other ranks.
+
+        Raises CallBroken for an incident that this rank has not raised yet: the call that failed elsewhere is this one.
+        """
+        if not self._broken:
+            return
+        report = self._watchdog.incident(self._epoch_name)
+        if report is not None and not self._noticed:
+            raise self._notice(report)
+        self._release()
+        self._epoch, self._broken, self._noticed = self._epoch + 1, False, False
+        self._connect()
+
+    def _notice(self, report: ErrorReport) -> CallBroken:
+        self._noticed = True
+        return CallBroken(report)
+
+    def break_off(self, error: BaseException, call: int = 0) -> ErrorReport:
+        """Ends what all ranks are doing, since `error` was raised here; the error that counts: the first one."""
+        mine, self._noticed = ErrorReport.of(self.rank, error, call), True
+        counts = self._watchdog.report(self._epoch_name, mine)
+        if not self._broken:
+            self._break(counts)
+        return counts
+
+    def _break(self, report: ErrorReport) -> None:
+        """In the watchdog's thread, or before a wait: no wait of this epoch, in any thread, is answered any more.
+
+        Gloo closes all connections of a group when a wait of it times out: so we wait, for a millisecond, for what
+        nobody sends. It has no other way to do that while another thread waits.
+        """
+        self._broken = True
+        for kind, group in (*self._world.items(), (self.device.type, self._tp)):
+            if group is None:  # released meanwhile
+                continue
+            if kind != "cpu":
+                group.abort()
+            elif group.size() > 1:
+                with contextlib.suppress(RuntimeError):
+                    other = (group.rank() + 1) % group.size()
+                    group.recv([torch.empty(1)], other, Channel.BREAK).wait(timedelta(milliseconds=1))
+
+    def _is_broken(self) -> bool:
+        return self._broken
 
     def _share_memory(self) -> SharedCollectives | None:
         """Where all ranks of the tp group are on this machine: a hundred times faster than a socket for small ones."""
@@ -89,7 +162,9 @@ class DistCommunicator:
                 raise self._failure("setting up shared memory", self._ranks, error) from None
 
         patient = len(os.sched_getaffinity(0)) < self.mesh.size
-        memory = open_shared_memory(self.tp_rank, tp, gather, self._timeout, patient=patient)
+        memory = open_shared_memory(
+            self.tp_rank, tp, gather, self._timeout, patient=patient, stopped=self._is_broken
+        )
         return None if memory is None else SharedCollectives(memory, self.tp_rank, tp)
 
     def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
@@ -104,7 +179,7 @@ class DistCommunicator:
             if self._exchanges and nbytes <= self._exchange_bytes:
                 return self._sum_of_exchange(x) if nbytes else x
             self._tp.allreduce([x], self._sum).wait()
-        except (RuntimeError, TimeoutError) as error:
+        except (RuntimeError, OSError) as error:
             raise self._failure(f"all_reduce of {_describe(x)}", self._ranks, error) from None
         return x
 
@@ -140,7 +215,7 @@ class DistCommunicator:
             if self._exchanges and layout.in_rank_order and largest >= CHUNKED_BYTES:  # the same answer on all ranks
                 return self._exchange_in_chunks(x, dim, layout)
             shards = self._exchange(x, dim, layout) if self._exchanges else self._gather_padded(x, dim, layout)
-        except (RuntimeError, TimeoutError) as error:
+        except (RuntimeError, OSError) as error:
             raise self._failure(f"all_gather of {_describe(x)} along dim {dim}", self._ranks, error) from None
         return glue(shards, dim, layout)
 
@@ -271,26 +346,31 @@ class DistCommunicator:
             work.wait()
 
     def close(self) -> None:
-        """Before the process group is destroyed: lets go of it. What was sent and is not received by then is lost."""
+        """Lets go of the process groups. What was sent and is not received by then is lost."""
+        self._broken = True
+        self._release()
+
+    def _release(self) -> None:
         self._shared = None
         self._last_exchange.clear()
         self._unfinished_sends.clear()
-        self.device_mesh = None
         self._tp = None
         self._world = {}
 
-    def _failure(
-        self, what: str, ranks: Sequence[int], error: RuntimeError | TimeoutError
-    ) -> CommunicationError:
-        if self._explain is not None:
-            self._explain()
+    def _failure(self, what: str, ranks: Sequence[int], error: Exception) -> CommunicationError:
+        report = self._watchdog.incident(self._epoch_name)
+        is_late = isinstance(error, TimeoutError) or "Timed out" in str(error)
+        if report is None and not is_late:
+            report = self._watchdog.explain(self._epoch_name)
+        if report is not None:
+            return self._notice(report)
         others = [r for r in ranks if r != self.rank]
         if notes := getattr(error, "__notes__", None):
             others = [int(notes[0])]
-        if isinstance(error, TimeoutError):  # of shared memory, whose argument is the tp rank
+        if isinstance(error, OSError):  # of shared memory, whose argument is the tp rank
             others = [self._ranks[error.args[0]]]
             error = TimeoutError("Timed out")
-        where = f" with rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}" if others else ""
+        where = f" with {name_ranks(others)}" if others else ""
         cause = re.sub(r"^\[\S+\.(cc|cpp|h):\d+\] ", "", str(error).strip()).split("\n")[0] or type(error).__name__
         return CommunicationError(
             f"rank {self.rank}: {what}{where} failed: {cause}. It ended, waits elsewhere, or needs longer than the "

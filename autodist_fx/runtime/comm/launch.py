@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from autodist_fx.runtime.comm.watchdog import EXIT_CODE as LOST_ANOTHER_RANK
 
 _GRACE_SECONDS = 3.0  # to say what is wrong, before being ended; and to end, before being killed
+_CAUSE_SECONDS = 15.0  # for the rank that failed to end, when others have, because of it: else the wrong one is named
 _POLL_SECONDS = 0.05
 
 
@@ -73,8 +74,11 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     while True:
         codes = [process.poll() for process in ranks]
         if any(codes):
-            deadline = time.monotonic() + _GRACE_SECONDS
-            while None in codes and time.monotonic() < deadline:
+            began = time.monotonic()
+            while None in codes:
+                is_cause_known = any(code not in (None, 0, LOST_ANOTHER_RANK) for code in codes)
+                if time.monotonic() - began > (_GRACE_SECONDS if is_cause_known else _CAUSE_SECONDS):
+                    break
                 time.sleep(_POLL_SECONDS)
                 codes = [process.poll() for process in ranks]
             return _report(codes)

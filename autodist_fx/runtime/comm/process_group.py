@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib.metadata
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+import transformers
+from torch.distributed.distributed_c10d import _get_default_store
 
 from autodist_fx.errors import CommunicationError, RuntimeSetupError
+from autodist_fx.runtime.comm.agreement import Facts, over
 from autodist_fx.runtime.comm.alone_communicator import AloneCommunicator
 from autodist_fx.runtime.comm.dist_communicator import DistCommunicator
 from autodist_fx.runtime.comm.join_options import JoinOptions
+from autodist_fx.runtime.comm.meeting import MeetingPlace, Place, open_meeting_place
 from autodist_fx.runtime.comm.watchdog import Watchdog
 from cost_model.mesh import Mesh
 
 _LAST_SENDS = timedelta(seconds=30)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where this process stands among the ranks."""
-
-    rank: int
-    world_size: int
-    local_rank: int  # among the ranks of this machine
-    master_addr: str
-    master_port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,57 +38,101 @@ class JoinedRank:
     device: torch.device
     communicator: DistCommunicator | AloneCommunicator
 
+    def everyone(self, text: str) -> list[str]:
+        """Every rank's text, by rank; called on every rank."""
+        return over(self.communicator, self.rank, self.mesh.size)(text)
+
     def close(self) -> None:
         """Lets go of this mesh's communicator; the process group stays, for another mesh, until the process ends."""
         self.communicator.close()
 
 
 class _World:
-    """The process group that we started, its watchdog, and the communicators on it. One per process."""
+    """What this process has with the other ranks, once: the process group if we started it, the watchdog, and a
+    communicator for each mesh that was joined."""
 
-    def __init__(self, watchdog: Watchdog) -> None:
-        self.watchdog = watchdog
+    def __init__(self) -> None:
+        self.watchdog: Watchdog | None = None
+        self.owns_group = False
         self.communicators: list[DistCommunicator] = []
+
+    def start(self, place: Place, store: dist.Store, device: torch.device, timeout_seconds: float) -> Watchdog:
+        """The process group, where there is none yet, and the watchdog."""
+        if self.watchdog is None:
+            self.owns_group = not dist.is_initialized()
+            if self.owns_group:
+                _start_group(place, store, device, timeout_seconds)
+            watchdog = Watchdog(place.rank, place.world_size, fatal=self.owns_group)
+            watchdog.start(store, place.master_addr, timeout_seconds)
+            self.watchdog = watchdog
+            _tell_of_uncaught_errors()
+            atexit.register(leave)
+        return self.watchdog
 
     def leave(self, failure: str | None = None) -> None:
         for communicator in self.communicators:
             if failure is None:  # what we sent last may still be on its way; a rank that fails too is not waited for
                 with contextlib.suppress(CommunicationError):
                     communicator.finish_sends(_LAST_SENDS)
-        self.watchdog.close(failure)
+        if self.watchdog is not None:
+            self.watchdog.close(failure)
         for communicator in self.communicators:
             communicator.close()
-        if dist.is_initialized():
+        if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
 
 _world: _World | None = None
+_meeting_places: dict[Place, MeetingPlace] = {}
 
 
-def join(mesh: Mesh, options: JoinOptions) -> JoinedRank:
+def join(mesh: Mesh, options: JoinOptions, facts: Facts | None = None) -> JoinedRank:
     """Become one rank of `mesh`, and wait until every other rank has joined.
 
     Who we are is said by the options or, where they are None, by torchrun's environment variables; a mesh of one rank
-    needs neither. A process group that exists already is used, and left alone at the end.
+    needs neither. A process group that exists already is used, and left alone at the end. `facts`: what all ranks must
+    be asked for alike, beside mesh, kind of device, time-out and versions; compared before anything is connected.
 
-    Raises RuntimeSetupError, which says what to do.
+    Raises RuntimeSetupError, which says what to do, on all ranks that have come; DisagreementError, which is one, names
+    what differs.
     """
     global _world
     place = _place(mesh, options)
-    chosen = choose_device(options.device, place.local_rank, _ranks_here(place))
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    if mesh.size == 1 and not dist.is_initialized():
-        return JoinedRank(mesh, 0, chosen, AloneCommunicator())
-    if not dist.is_initialized():
-        _world = _start(place, chosen, options.timeout)
-    elif dist.get_world_size() != mesh.size:
-        raise RuntimeSetupError(_wrong_world_size(mesh, dist.get_world_size()))
-    explain = _world.watchdog.explain if _world is not None else None
-    communicator = DistCommunicator(mesh, chosen, timedelta(seconds=options.timeout), explain)
-    if _world is not None:
-        _world.communicators.append(communicator)
-    return JoinedRank(mesh, dist.get_rank(), chosen, communicator)
+    if place.world_size == 1 and not dist.is_initialized():
+        if mesh.size > 1:
+            raise RuntimeSetupError(_wrong_world_size(mesh, 1))
+        return JoinedRank(mesh, 0, _own_device(options, place), AloneCommunicator())
+    meeting, failure, chosen = _meeting_place(place, options.timeout), None, torch.device("cpu")
+    try:
+        if place.world_size != mesh.size:
+            raise RuntimeSetupError(_wrong_world_size(mesh, place.world_size))
+        chosen = _own_device(options, place)
+    except RuntimeSetupError as error:
+        failure = error
+    asked = {
+        "mesh": f"tp={mesh.tp}, pp={mesh.pp}",
+        "device": torch.device(options.device).type if options.device is not None else chosen.type,
+        "timeout": f"{options.timeout:g} s",
+        **_versions(),
+        **(facts or {}),
+    }
+    name = meeting.meet(asked, options.timeout, failure)
+    store, timeout = dist.PrefixStore(name, meeting.store), timedelta(seconds=options.timeout)
+    world = _world = _world or _World()
+    watchdog = world.start(place, store, chosen, options.timeout)
+    communicator = DistCommunicator(mesh, place.rank, chosen, store, watchdog, timeout, name)
+    world.communicators.append(communicator)
+    return JoinedRank(mesh, place.rank, chosen, communicator)
+
+
+def fail_to_join(error: Exception, options: JoinOptions) -> NoReturn:
+    """Raises `error`, which keeps this process from knowing its mesh, after the other ranks were told of it."""
+    place = None
+    with contextlib.suppress(RuntimeSetupError):
+        place = _place(None, options)
+    if place is not None and place.world_size > 1:
+        _meeting_place(place, options.timeout).meet({}, options.timeout, error)
+    raise error
 
 
 def leave(failure: str | None = None) -> None:
@@ -111,14 +151,14 @@ def started_by_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _place(mesh: Mesh, options: JoinOptions) -> Place:
+def _place(mesh: Mesh | None, options: JoinOptions) -> Place:
     env, rank, world_size = os.environ, options.rank, options.world_size
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
     rank = _number("RANK", env.get("RANK")) if rank is None else rank
     world_size = _number("WORLD_SIZE", env.get("WORLD_SIZE")) if world_size is None else world_size
     if rank is None and world_size is None:
-        if mesh.size > 1:
+        if mesh is not None and mesh.size > 1:
             raise RuntimeSetupError(
                 f"{mesh} needs {mesh.size} processes, and this is one alone: start it with `torchrun --nproc-per-node "
                 f"{mesh.size} ...`, or name rank, world_size, master_addr and master_port"
@@ -126,8 +166,6 @@ def _place(mesh: Mesh, options: JoinOptions) -> Place:
         rank, world_size = 0, 1
     if rank is None or world_size is None:
         raise RuntimeSetupError("rank and world_size must be given together (RANK and WORLD_SIZE in the environment)")
-    if world_size != mesh.size:
-        raise RuntimeSetupError(_wrong_world_size(mesh, world_size))
     if not 0 <= rank < world_size:
         raise RuntimeSetupError(f"rank {rank} of {world_size}: ranks are 0 to {world_size - 1}")
     addr = options.master_addr or env.get("MASTER_ADDR")
@@ -138,7 +176,36 @@ def _place(mesh: Mesh, options: JoinOptions) -> Place:
             "(MASTER_ADDR and MASTER_PORT in the environment)"
         )
     local_rank = _number("LOCAL_RANK", env.get("LOCAL_RANK"))
-    return Place(rank, world_size, rank if local_rank is None else local_rank, addr or "127.0.0.1", port or 0)
+    if addr is None:
+        addr = socket.gethostname() if dist.is_initialized() else "127.0.0.1"
+    return Place(rank, world_size, rank if local_rank is None else local_rank, addr, port or 0)
+
+
+def _meeting_place(place: Place, timeout_seconds: float) -> MeetingPlace:
+    """Where the ranks meet; opened once, since meetings are counted. Raises RuntimeSetupError."""
+    if place not in _meeting_places:
+        try:
+            if _world is None and dist.is_initialized():
+                _meeting_places[place] = MeetingPlace(place, _get_default_store())
+            else:
+                _meeting_places[place] = open_meeting_place(place, timedelta(seconds=timeout_seconds))
+        except (RuntimeError, ValueError, dist.DistError) as error:
+            raise _not_met(place, timeout_seconds, error) from error
+    return _meeting_places[place]
+
+
+def _versions() -> dict[str, str]:
+    """Of what decides the numbers that a graph gives."""
+    found = {"torch": torch.__version__, "transformers": transformers.__version__}
+    found["autodist_fx"] = importlib.metadata.version("autodist-fx")
+    return {f"version of {name}": str(version) for name, version in found.items()}
+
+
+def _own_device(options: JoinOptions, place: Place) -> torch.device:
+    chosen = choose_device(options.device, place.local_rank, _ranks_here(place))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    return chosen
 
 
 def _ranks_here(place: Place) -> int:
@@ -187,85 +254,30 @@ def choose_device(device: str | torch.device | None, local_rank: int, ranks_here
     return torch.device("cuda", local_rank)
 
 
-def _start(place: Place, device: torch.device, timeout_seconds: float) -> _World:
-    timeout = timedelta(seconds=timeout_seconds)
+def _start_group(place: Place, store: dist.Store, device: torch.device, timeout_seconds: float) -> None:
+    """torch.distributed's default group, for whoever asks it for ranks; our own traffic has groups of its own."""
     try:
-        store = _meeting_place(place, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=store,
             rank=place.rank,
             world_size=place.world_size,
-            timeout=timeout,
+            timeout=timedelta(seconds=timeout_seconds),
         )
     except (RuntimeError, ValueError, dist.DistError) as error:
-        where, reason = f"{place.master_addr}:{place.master_port}", str(error).strip().splitlines()[0]
-        if "EADDRINUSE" in reason:
-            raise RuntimeSetupError(
-                f"rank 0 is to listen at {where}, where another process does (another rank 0?): choose a free port"
-            ) from error
-        raise RuntimeSetupError(
-            f"rank {place.rank} could not meet the other {place.world_size - 1} at {where} within "
-            f"{timeout_seconds:g} s: {reason}"
-        ) from error
-    watchdog = Watchdog(place.rank, place.world_size)
-    watchdog.start(store, place.master_addr, timeout_seconds)
-    _tell_of_uncaught_errors()
-    atexit.register(leave)
-    return _World(watchdog)
+        raise _not_met(place, timeout_seconds, error) from error
 
 
-def _meeting_place(place: Place, timeout: timedelta) -> dist.Store:
-    """Where the ranks tell each other their addresses (torchrun's own store, or one that rank 0 keeps), when all came.
-
-    Raises RuntimeSetupError for ranks that did not come, and for a rank that has come already or that counts other
-    ranks than rank 0: they would be waited for in vain.
-    """
-    where = f"{place.master_addr}:{place.master_port}"
-    if _is_environment(place):
-        store, *_ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
-    else:
-        store = dist.TCPStore(
-            place.master_addr,
-            place.master_port,
-            is_master=place.rank == 0,
-            timeout=timeout,
-            wait_for_workers=False,
-            multi_tenant=True,
+def _not_met(place: Place, timeout_seconds: float, error: Exception) -> RuntimeSetupError:
+    reason = str(error).strip().splitlines()[0]
+    if "EADDRINUSE" in reason:
+        return RuntimeSetupError(
+            f"rank 0 is to listen at {place.where}, where another process does (another rank 0?): choose a free port"
         )
-    store.set_timeout(timeout)
-    store = dist.PrefixStore("autodist_fx", store)
-    came = [f"rank/{rank}" for rank in range(place.world_size)]
-    if store.add(came[place.rank], 1) > 1 and not dist.is_torchelastic_launched():  # torchrun counts them itself
-        raise RuntimeSetupError(
-            f"another rank {place.rank} has come to {where} already: start each of the ranks 0 to "
-            f"{place.world_size - 1} once"
-        )
-    if place.rank == 0:
-        store.set("world_size", str(place.world_size))
-    elif (of_rank_0 := int(store.get("world_size"))) != place.world_size:
-        raise RuntimeSetupError(
-            f"rank {place.rank} is one of {place.world_size}, and rank 0 one of {of_rank_0}: start all ranks with the "
-            "same tp, pp and world size"
-        )
-    try:
-        store.wait(came)
-    except dist.DistStoreError as error:
-        missing = [str(rank) for rank, key in enumerate(came) if not store.check([key])]
-        if not missing:
-            raise
-        raise RuntimeSetupError(
-            f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing)} did not come to {where} within "
-            f"{timeout.total_seconds():g} s: start every rank from 0 to {place.world_size - 1}"
-        ) from error
-    return store
-
-
-def _is_environment(place: Place) -> bool:
-    """Whether torchrun's variables say the same: then its own store is used, which also outlives rank 0."""
-    env = os.environ
-    said = (env.get("RANK"), env.get("WORLD_SIZE"), env.get("MASTER_ADDR"), env.get("MASTER_PORT"))
-    return said == (str(place.rank), str(place.world_size), place.master_addr, str(place.master_port))
+    return RuntimeSetupError(
+        f"rank {place.rank} could not meet the other {place.world_size - 1} at {place.where} within "
+        f"{timeout_seconds:g} s: {reason}"
+    )
 
 
 def _tell_of_uncaught_errors() -> None:

@@ -17,6 +17,7 @@ import os
 import platform
 import secrets
 import socket
+import struct
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -24,10 +25,10 @@ from pathlib import Path
 
 import torch
 
-_FOLDER = Path("/dev/shm")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 SLOT_BYTES = 1024 * 1024
 _LINE = 64  # bytes of a cache line: counters of two ranks never share one
+_TOKEN_START, _TOKEN_BYTES = 4080, 16  # at the end of the first page; before it, the counters of up to 63 ranks
 _SLOTS_START = 4096
 _SPINS = 2000  # looks at a counter, some 0.1 ms, before the core is offered to others
 _YIELDS = 500  # then so many times offered, before sleeping
@@ -42,8 +43,18 @@ GatherBytes = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 class SharedMemory:
     """One rank's access to the memory that the ranks of a tp group share. Made by `open_shared_memory`."""
 
-    def __init__(self, memory: mmap.mmap, rank: int, ranks: int, timeout: timedelta, patient: bool) -> None:
+    def __init__(
+        self,
+        memory: mmap.mmap,
+        rank: int,
+        ranks: int,
+        timeout: timedelta,
+        *,
+        patient: bool,
+        stopped: Callable[[], bool] | None = None,
+    ) -> None:
         self._rank, self._peers, self._timeout = rank, [r for r in range(ranks) if r != rank], timeout
+        self._stopped = stopped or _never
         self._counters = memoryview(memory)[: ranks * _LINE].cast("q")  # [rank * 8]: exchanges that it has begun
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self._ranks, self._count = ranks, 0
@@ -54,7 +65,8 @@ class SharedMemory:
         """Every rank's tensor, flat, in rank order; `lengths` are their numbers of elements.
 
         x: contiguous, at most SLOT_BYTES. All are views of shared memory that hold until this rank's next exchange.
-        Raises TimeoutError, whose argument is the rank that did not come.
+        Raises TimeoutError, whose argument is the rank that did not come, or InterruptedError, with the same argument,
+        when `stopped` says that it will not.
         """
         self._count = count = self._count + 1
         slots = (self._typed.get(x.dtype) or self._typed_slots(x.dtype))[count % 2]
@@ -90,39 +102,58 @@ class SharedMemory:
         while counters[at] < count:
             time.sleep(pause)
             pause = min(pause * 1.2, _LONGEST_SLEEP)
+            if self._stopped():
+                raise InterruptedError(peer)
             if time.monotonic() > deadline:
                 raise TimeoutError(peer)
 
 
 def open_shared_memory(
-    rank: int, ranks: int, gather: GatherBytes, timeout: timedelta, *, patient: bool = False
+    rank: int,
+    ranks: int,
+    gather: GatherBytes,
+    timeout: timedelta,
+    *,
+    patient: bool = False,
+    stopped: Callable[[], bool] | None = None,
 ) -> SharedMemory | None:
     """Shared memory of the `ranks` of a group, of which we are `rank`; None, for all of them, if it cannot be had.
 
-    That is so when they are not on one machine, in containers that share no /dev/shm or one that is full, or on a
-    processor that reorders stores. `gather` returns every rank's bytes (equally many from each), in rank order; all
-    ranks call it twice. `patient` ranks offer their core at once while they wait: for more ranks than cores, where who
-    keeps looking keeps the awaited one from running.
+    That is so when they are not on one machine, in containers that do not see each other's processes, short of memory,
+    or on a processor that reorders stores. `gather` returns every rank's bytes (equally many from each), in rank order;
+    all ranks call it twice. `patient` ranks offer their core at once while they wait: for more ranks than cores, where
+    who keeps looking keeps the awaited one from running. `stopped()` ends a wait.
+
+    The memory has no name in any folder: rank 0 makes it, and the others map it by way of rank 0's open file. So
+    nothing is left of it, however and whenever the processes end.
     """
-    name, memory = secrets.token_bytes(16), None
-    if rank == 0 and _possible():
-        memory = _create(name, ranks)
-    told = gather(_as_tensor(_machine() + (name if memory is not None else bytes(16))))
-    machines, name = {bytes(t[:32].tolist()) for t in told}, bytes(told[0][32:].tolist())
-    if rank > 0 and len(machines) == 1 and any(name) and _possible():
-        memory = _attach(name, ranks)
+    token, memory, file = secrets.token_bytes(_TOKEN_BYTES), None, -1
+    if rank == 0 and _possible(ranks):
+        memory, file = _create(token, ranks)
+    place = struct.pack("<qq", os.getpid(), file)
+    told = gather(_as_tensor(_machine() + place + (token if memory is not None else bytes(_TOKEN_BYTES))))
+    first = bytes(told[0].tolist())
+    machines, token = {bytes(t[:32].tolist()) for t in told}, first[48:]
+    if rank > 0 and len(machines) == 1 and any(token) and _possible(ranks):
+        pid, theirs = struct.unpack("<qq", first[32:48])
+        memory = _attach(pid, theirs, token, ranks)
     try:
         everyone = all(bool(t.item()) for t in gather(_as_tensor(bytes([memory is not None]))))
     finally:
-        if rank == 0:  # who has mapped it keeps it, and nothing is left behind, however the processes end
-            _path(name).unlink(missing_ok=True)
+        if file >= 0:  # who has mapped it keeps it
+            os.close(file)
     if not everyone or memory is None or len(machines) > 1:
         return None
-    return SharedMemory(memory, rank, ranks, timeout, patient)
+    return SharedMemory(memory, rank, ranks, timeout, patient=patient, stopped=stopped)
 
 
-def _possible() -> bool:
-    return _FOLDER.is_dir() and platform.machine().lower() in _ORDERED_STORES
+def _never() -> bool:
+    return False
+
+
+def _possible(ranks: int = 2) -> bool:
+    fits = ranks * _LINE <= _TOKEN_START
+    return fits and hasattr(os, "memfd_create") and platform.machine().lower() in _ORDERED_STORES
 
 
 def _machine() -> bytes:
@@ -131,40 +162,38 @@ def _machine() -> bytes:
     return hashlib.sha256(f"{socket.gethostname()} {boot}".encode()).digest()
 
 
-def _path(name: bytes) -> Path:
-    return _FOLDER / f"autodist_fx-{name.hex()}"
-
-
 def _size(ranks: int) -> int:
     return _SLOTS_START + 2 * ranks * SLOT_BYTES
 
 
-def _create(name: bytes, ranks: int) -> mmap.mmap | None:
+def _create(token: bytes, ranks: int) -> tuple[mmap.mmap | None, int]:
+    """The memory, with `token` in it, and the file descriptor that it can be mapped by; (None, -1) without room."""
+    file = -1
     try:
-        file = os.open(_path(name), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    except OSError:
-        return None
-    try:
+        file = os.memfd_create("autodist_fx", os.MFD_CLOEXEC)
         os.posix_fallocate(file, 0, _size(ranks))  # room that is missing is found out now, and not by a signal later
-        return mmap.mmap(file, _size(ranks))
+        memory = mmap.mmap(file, _size(ranks))
     except OSError:
-        _path(name).unlink(missing_ok=True)
-        return None
-    finally:
-        os.close(file)
+        if file >= 0:
+            os.close(file)
+        return None, -1
+    memory[_TOKEN_START:_SLOTS_START] = token
+    return memory, file
 
 
-def _attach(name: bytes, ranks: int) -> mmap.mmap | None:
+def _attach(pid: int, file: int, token: bytes, ranks: int) -> mmap.mmap | None:
+    """None where that process has no such file: in another container its number is another process's, or nobody's."""
     try:
-        file = os.open(_path(name), os.O_RDWR)
+        mine = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return None
     try:
-        return mmap.mmap(file, _size(ranks))
+        memory = mmap.mmap(mine, _size(ranks))
     except (OSError, ValueError):
         return None
     finally:
-        os.close(file)
+        os.close(mine)
+    return memory if memory[_TOKEN_START:_SLOTS_START] == token else None
 
 
 def _as_tensor(data: bytes) -> torch.Tensor:

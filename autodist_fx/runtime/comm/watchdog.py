@@ -1,58 +1,58 @@
-"""A rank that dies takes the others with it, with a message that names it, instead of leaving them waiting.
+"""A rank that dies takes the others with it, with a message that names it; an error of a call is told to all of them.
 
-Every rank holds a TCP connection to rank 0. The kernel closes a dead process's connections at once, so rank 0 sees any
-rank's death, and everyone sees rank 0's; rank 0 tells the others. A thread listens, and ends the process even while the
-main thread is inside a Gloo or NCCL call that never returns. Who finishes in good order says so first.
+Every rank holds a TCP connection to rank 0 (links.py). The kernel closes a dead process's connections at once, so rank
+0 sees any rank's death, and everyone sees rank 0's; rank 0 tells the others. A thread listens, and ends the process
+even while the main thread is inside a Gloo or NCCL call that never returns. Who finishes in good order says so first.
+
+The same connections carry incidents: an error that a rank raised in a call of all ranks. The first one of an epoch (of
+a communicator, between two of its repairs) counts; rank 0 says it to everyone, and each rank's thread breaks off what
+its main thread waits for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import selectors
 import socket
 import threading
-import time
-from typing import NoReturn, Protocol
+from collections.abc import Callable
+from typing import NoReturn
 
 from autodist_fx.errors import RuntimeSetupError
+from autodist_fx.runtime.comm.links import Store, accept_all, connect, read_line, say
+from autodist_fx.runtime.comm.remote_error import ErrorReport
 
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 
-_KEY = "autodist_fx/watchdog"
-# A machine that vanishes closes nothing. The kernel asks the other side after 3 s of silence, every 2 s, and gives up
-# after 3 questions; a process that is merely busy, or stopped in a debugger, still has a kernel that answers.
-_KEEPALIVE = (("TCP_KEEPIDLE", 3), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))
-_EXPLAIN_SECONDS = 5.0  # how long a failed wait gives us to find out who died
-
-
-class Store(Protocol):
-    """What we use of torch.distributed's key-value store."""
-
-    def set(self, key: str, value: str) -> None: ...
-    def get(self, key: str) -> bytes: ...
+_EXPLAIN_SECONDS = 5.0  # how long a failed wait gives us to find out who died or failed
 
 
 class Watchdog:
-    """Watches from `start` until `close`. One per process."""
+    """Watches from `start` until `close`. One per process.
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
+    `fatal`: the death of another rank ends this process. Where the process group is the user's own, it is not.
+    """
+
+    def __init__(self, rank: int, world_size: int, *, fatal: bool = True) -> None:
+        self.rank, self.world_size, self._fatal = rank, world_size, fatal
         self._peers: dict[int, socket.socket] = {}  # on rank 0: by rank; elsewhere: rank 0 alone
-        self._listener: socket.socket | None = None
         self._closing = False
         self._lock = threading.Lock()
+        self._speaking = threading.Lock()  # two threads' lines must not mix
+        self._incidents: dict[str, ErrorReport] = {}  # by epoch, until the next one of the same communicator
+        self._told = threading.Condition()
+        self._breakers: dict[str, Callable[[ErrorReport], None]] = {}
 
     def start(self, store: Store, master_addr: str, timeout_seconds: float) -> None:
-        """Connect every rank to rank 0. Returns when all are connected; raises RuntimeSetupError when they do not."""
+        """Connect every rank to rank 0. Returns when all are connected; raises RuntimeSetupError when they are not."""
         if self.world_size == 1:
             return
         try:
             if self.rank == 0:
-                self._listen(store, master_addr, timeout_seconds)
+                self._peers = accept_all(store, self.world_size, master_addr, timeout_seconds)
             else:
-                self._connect(store, timeout_seconds)
+                self._peers = {0: connect(store, self.rank, timeout_seconds)}
         except OSError as error:
             raise RuntimeSetupError(
                 f"rank {self.rank}: the watchdog's connections to rank 0 could not be made: {error}"
@@ -61,10 +61,69 @@ class Watchdog:
         watch = self._watch_all if self.rank == 0 else self._watch_rank_0
         threading.Thread(target=watch, name="autodist_fx watchdog", daemon=True).start()
 
-    def explain(self) -> None:
-        """To be called when talking to a peer failed: gives a death the time to be noticed, which ends this process."""
-        if self._peers and not self._closing:
-            time.sleep(_EXPLAIN_SECONDS)
+    # ------------------------------------------------------------------------------------------------- incidents
+
+    def watch(self, epoch: str, break_off: Callable[[ErrorReport], None]) -> None:
+        """`break_off(report)` is called, in another thread, when a rank reports an incident of `epoch`: at once, if one
+        has already. No other epoch is watched from now on of those that the same communicator had before."""
+        with self._told:
+            scope = epoch.partition("/")[0]
+            for old in [e for e in (*self._breakers, *self._incidents) if e.partition("/")[0] == scope and e != epoch]:
+                self._breakers.pop(old, None)
+                self._incidents.pop(old, None)
+            self._breakers[epoch] = break_off
+            known = self._incidents.get(epoch)
+        if known is not None:
+            break_off(known)
+
+    def report(self, epoch: str, report: ErrorReport) -> ErrorReport:
+        """Tells all ranks of an error; the incident that counts for `epoch`, which may be another rank's."""
+        if self.rank == 0:
+            self._incident(epoch, report)
+        elif self._peers:
+            self._say(self._peers[0], f"incident {epoch} {report.to_text()}")
+        return self.incident(epoch, _EXPLAIN_SECONDS) or report
+
+    def incident(self, epoch: str, seconds: float = 0.0) -> ErrorReport | None:
+        """What failed in `epoch`, given `seconds` to hear of it."""
+        with self._told:
+            self._told.wait_for(lambda: epoch in self._incidents or not self._peers, seconds)
+            return self._incidents.get(epoch)
+
+    def explain(self, epoch: str) -> ErrorReport | None:
+        """To be called when talking to a peer failed: gives a death, which ends this process, or an incident the time
+        to be noticed."""
+        if not self._peers or self._closing:
+            return None
+        return self.incident(epoch, _EXPLAIN_SECONDS)
+
+    def _incident(self, epoch: str, report: ErrorReport) -> None:
+        """On rank 0, whose word decides which is the first."""
+        with self._told:
+            first = self._incidents.setdefault(epoch, report) is report
+        if first:
+            for peer in self._peers.values():
+                self._say(peer, f"incident {epoch} {report.to_text()}")
+            self._hear_incident(epoch, report)
+
+    def _hear_incident(self, epoch: str, report: ErrorReport) -> None:
+        with self._told:
+            self._incidents.setdefault(epoch, report)
+            break_off = self._breakers.get(epoch)
+            self._told.notify_all()
+        if break_off is not None:
+            break_off(report)
+
+    def _heard_incident(self, line: str) -> tuple[str, ErrorReport] | None:
+        words = line.split(" ", 2)
+        if len(words) != 3 or words[0] != "incident":
+            return None
+        try:
+            return words[1], ErrorReport.from_text(words[2])
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    # ---------------------------------------------------------------------------------------------------- deaths
 
     def close(self, failure: str | None = None) -> None:
         """Say goodbye, or, with `failure`, that this rank failed and why, which ends the others."""
@@ -74,36 +133,8 @@ class Watchdog:
             self._closing = True
         word = "bye" if failure is None else f"dead {self.rank} failed: {_one_line(failure)}"
         for peer in self._peers.values():
-            _say(peer, word)
+            self._say(peer, word)
         self._drop()
-
-    def _listen(self, store: Store, master_addr: str, timeout_seconds: float) -> None:
-        address = _own_address(master_addr)
-        self._listener = socket.create_server(("127.0.0.1" if address.startswith("127.") else "", 0))
-        self._listener.settimeout(timeout_seconds)
-        token = secrets.token_hex(8)
-        store.set(_KEY, f"{address} {self._listener.getsockname()[1]} {token}")
-        while len(self._peers) < self.world_size - 1:
-            try:
-                peer, _ = self._listener.accept()
-            except TimeoutError:
-                missing = sorted(set(range(1, self.world_size)) - set(self._peers))
-                raise RuntimeSetupError(f"ranks {missing} did not join within {timeout_seconds:g} s") from None
-            peer.settimeout(timeout_seconds)
-            words = _read_line(peer).split()
-            if len(words) == 2 and words[1] == token:
-                _keep_alive(peer)
-                self._peers[int(words[0])] = peer
-            else:
-                peer.close()
-        self._listener.close()
-
-    def _connect(self, store: Store, timeout_seconds: float) -> None:
-        address, port, token = store.get(_KEY).decode().split()
-        hub = socket.create_connection((address, int(port)), timeout=timeout_seconds)
-        _say(hub, f"{self.rank} {token}")
-        _keep_alive(hub)
-        self._peers[0] = hub
 
     def _watch_all(self) -> None:
         """Rank 0: whoever hangs up without a goodbye is dead."""
@@ -112,8 +143,11 @@ class Watchdog:
                 selector.register(peer, selectors.EVENT_READ, rank)
             while selector.get_map() and not self._closing:
                 for key, _ in selector.select(timeout=1.0):
-                    line = _read_line(self._peers[key.data])
-                    if line == "bye":
+                    line = read_line(self._peers[key.data])
+                    if (heard := self._heard_incident(line)) is not None:
+                        self._incident(*heard)
+                        continue
+                    if line == "bye" or not self._fatal:
                         selector.unregister(key.fileobj)
                         continue
                     if self._closing:
@@ -121,13 +155,18 @@ class Watchdog:
                     dead, reason = _parse_death(line, key.data)
                     for rank, peer in self._peers.items():
                         if rank != dead:
-                            _say(peer, f"dead {dead} {reason}")
+                            self._say(peer, f"dead {dead} {reason}")
                     self._die(dead, reason)
 
     def _watch_rank_0(self) -> None:
-        line = _read_line(self._peers[0])
-        if line != "bye" and not self._closing:
+        while (heard := self._heard_incident(line := read_line(self._peers[0]))) is not None:
+            self._hear_incident(*heard)
+        if line != "bye" and not self._closing and self._fatal:
             self._die(*_parse_death(line, 0))
+
+    def _say(self, peer: socket.socket, line: str) -> None:
+        with self._speaking:
+            say(peer, line)
 
     def _die(self, dead: int, reason: str) -> NoReturn:
         message = f"autodist_fx: rank {dead} {reason}; rank {self.rank} ends with it\n"
@@ -136,52 +175,19 @@ class Watchdog:
         os._exit(EXIT_CODE)
 
     def _drop(self) -> None:
-        for peer in (*self._peers.values(), *([self._listener] if self._listener else [])):
+        for peer in self._peers.values():
             with contextlib.suppress(OSError):
                 peer.close()
+
+
 
 
 def _parse_death(line: str, sender: int) -> tuple[int, str]:
     """(rank, what happened to it) from "dead <rank> <what>", or from a hang-up of `sender`."""
     words = line.split(" ", 2)
-    if len(words) == 3 and words[0] == "dead":
+    if len(words) == 3 and words[0] == "dead" and words[1].isdecimal():
         return int(words[1]), words[2]
     return sender, "died without a word (killed, out of memory, or crashed)"
-
-
-def _own_address(master_addr: str) -> str:
-    """The address under which the other ranks reach this machine: the one it would use to reach the master."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((master_addr, 9))  # sends nothing
-            return str(probe.getsockname()[0])
-        except OSError:
-            return socket.gethostbyname(socket.gethostname())
-
-
-def _keep_alive(connection: socket.socket) -> None:
-    connection.settimeout(None)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEPALIVE:
-        if hasattr(socket, name):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def _say(peer: socket.socket, line: str) -> None:
-    with contextlib.suppress(OSError):  # who is not there any more need not be told
-        peer.sendall(f"{line}\n".encode())
-
-
-def _read_line(peer: socket.socket) -> str:
-    """The next line, "" when the other side hung up. Reads byte by byte: lines are few and short."""
-    line = bytearray()
-    try:
-        while (byte := peer.recv(1)) not in (b"", b"\n"):
-            line += byte
-        return line.decode(errors="replace") if byte else ""
-    except OSError:
-        return ""
 
 
 def _one_line(text: str) -> str:

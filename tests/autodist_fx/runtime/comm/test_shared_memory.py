@@ -1,5 +1,8 @@
 """Memory shared by ranks: here threads of one process, each with a mapping of its own."""
 
+import errno
+import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +37,10 @@ def on_ranks(ranks: int, work: Callable[[int, shared_memory.SharedMemory | None]
         return list(pool.map(run, range(ranks)))
 
 
-def left_behind() -> set[Path]:
-    return set(shared_memory._FOLDER.glob("autodist_fx-*"))
+def left_behind() -> set[str]:
+    """Files of ours that any process could find, and this process's own open ones."""
+    held = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+    return {str(p) for p in Path("/dev/shm").glob("autodist_fx*")} | {name for name in held if "autodist_fx" in name}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -67,17 +72,53 @@ def test_all_ranks_do_without_when_one_is_elsewhere(monkeypatch: pytest.MonkeyPa
 
 
 def test_all_ranks_do_without_when_one_cannot_map_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "_attach", lambda name, ranks: None)
+    monkeypatch.setattr(shared_memory, "_attach", lambda *_: None)
     before = left_behind()
     assert on_ranks(3, lambda rank, memory: memory) == [None] * 3
     assert left_behind() <= before
 
 
 def test_all_ranks_do_without_when_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "_size", lambda ranks: 2**60)
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
     before = left_behind()
     assert on_ranks(2, lambda rank, memory: memory) == [None, None]
     assert left_behind() <= before
+
+
+def test_nothing_is_left_of_a_rank_that_is_killed_before_the_others_came() -> None:
+    """Wherever rank 0 is killed: it never had a name in a folder."""
+    before = left_behind()
+    child = os.fork()
+    if child == 0:
+        open_shared_memory(0, 2, lambda x: os.kill(os.getpid(), signal.SIGKILL), timedelta(seconds=1))
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert left_behind() <= before
+
+
+def test_another_process_of_that_number_is_not_taken_for_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container of its own a rank finds another file under rank 0's numbers: the token is not in it."""
+    other = os.memfd_create("other")
+    os.truncate(other, shared_memory._size(2))
+    attach = shared_memory._attach
+    monkeypatch.setattr(shared_memory, "_attach", lambda pid, file, token, ranks: attach(pid, other, token, ranks))
+    assert on_ranks(2, lambda rank, memory: memory) == [None, None]
+    os.close(other)
+
+
+def test_a_wait_can_be_ended() -> None:
+    def work(rank: int, memory: shared_memory.SharedMemory | None) -> object:
+        assert memory is not None
+        if rank == 1:
+            return None
+        memory._stopped = lambda: True
+        with pytest.raises(InterruptedError) as caught:
+            memory.exchange(torch.ones(3), (3, 3))
+        return caught.value.args
+
+    assert on_ranks(2, work) == [(1,), None]
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:

@@ -1,0 +1,76 @@
+"""What a rank was called with, as short texts that tell its call from any other: shapes, dtypes and digests."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from autodist_fx.runtime.cache.kv_cache import SplitCache
+
+_MAY_DIFFER = ("streamer",)  # each rank shows the tokens as it likes
+_HASHED_BYTES = 1 << 20  # up to so many, all bytes of a tensor are hashed; of more, sums of columns and some bytes
+_COLUMNS = 1024
+_MOST_DEEP = 3
+
+
+def arguments_of(signature: inspect.Signature, model: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict:
+    """The arguments that are not None, by name, however they were passed. Raises TypeError as the call would."""
+    given: dict[str, Any] = {}
+    bound = signature.bind(model, *args, **kwargs)
+    for name, value in list(bound.arguments.items())[1:]:
+        kind = signature.parameters[name].kind
+        given.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+    return {name: value for name, value in given.items() if value is not None and name not in _MAY_DIFFER}
+
+
+def facts_of_call(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """A text for each argument, and their names."""
+    facts = {"the list of arguments": ", ".join(sorted(arguments)) or "empty"}
+    for name in sorted(arguments):
+        facts |= dict(_facts(name, arguments[name], 0))
+    return facts
+
+
+def _facts(name: str, value: Any, depth: int) -> Iterator[tuple[str, str]]:
+    if isinstance(value, torch.Tensor):
+        yield name, f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} {_digest_of(value)}"
+    elif value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        text = repr(value)
+        yield name, text if len(text) <= 80 else f"{text[:60]}... sha256 {_sha(text.encode())}"
+    elif isinstance(value, GenerationConfig):
+        yield name, f"GenerationConfig sha256 {_sha(json.dumps(value.to_dict(), default=str, sort_keys=True).encode())}"
+    elif isinstance(value, SplitCache):
+        yield name, f"cache {value.number} of {value.tokens} tokens"
+    elif isinstance(value, Mapping) and depth < _MOST_DEEP:
+        yield name, f"{type(value).__name__} of {len(value)}"
+        for key in value:
+            yield from _facts(f"{name}[{key!r}]", value[key], depth + 1)
+    elif isinstance(value, (list, tuple, set, frozenset)) and depth < _MOST_DEEP:
+        inner = "\n".join(f"{k} {v}" for item in value for k, v in _facts("", item, depth + 1))
+        kinds = sorted({type(item).__name__ for item in value})
+        digest = f" sha256 {_sha(inner.encode())}" if inner else ""
+        yield name, f"{type(value).__name__} of {len(value)} {', '.join(kinds)}{digest}"
+    else:
+        yield name, getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _digest_of(tensor: torch.Tensor) -> str:
+    """Of the elements; two tensors of one shape and dtype that differ in any one element differ in it."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return str(tensor.layout)
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if flat.numel() > _HASHED_BYTES:
+        whole = flat.numel() // (8 * _COLUMNS) * (8 * _COLUMNS)
+        sums = flat[:whole].view(torch.int64).view(-1, _COLUMNS).sum(0).view(torch.uint8)
+        flat = torch.cat([sums, flat[whole:], flat[: _HASHED_BYTES // 2]])
+    return _sha(flat.cpu().numpy().tobytes())
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=6).hexdigest()
