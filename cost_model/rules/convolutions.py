@@ -1,12 +1,11 @@
 """Rules of what works on images: channels are to a convolution what features are to a linear layer.
 
-    conv         "b i ..., o i ..., o? -> b o ..."     o: column parallel.  i: row parallel, output P.  Where it has
-                                                       groups, whole groups of channels
-    batch_norm   "b c ..., c, c, c?, c? -> b c ..."
-    group_norm   "b c ..., c?, c? -> b c ..."          in whole groups
-    pool         "... !h !w -> ... h w"                each channel for itself: pooling, padding, resizing
+    conv         [d0 row 9 9], [column row 3 3], [column] -> [d0 column 7 7]  {sum: row; not empty: column row}
+    group_norm   [d0 (groups 2) 9 9], [(groups 2)], [(groups 2)] -> [d0 (groups 2) 9 9]  {not empty: groups}
+    pool         [d0 d1 9 9] -> [d0 d1 4 4]  {not empty: d0 d1; linear: 0}
 
-Positions in the image are never cut.
+A convolution with groups is cut as group_norm is, in whole groups of channels. A pool does each channel for itself:
+pooling, padding, resizing. Positions in the image are never cut.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -48,15 +48,93 @@ class Factor:
     filled: bool = False
 
 
+Shape = tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class OpRule:
-    """All factors of one op, and which sets of inputs may be Partial together so that the outputs are Partial."""
+    """All factors of one op, and which sets of inputs may be Partial together so that the outputs are Partial.
+
+    `inputs` and `outputs` are the shapes that it was made for; the table of rules sets them.
+    """
 
     factors: tuple[Factor, ...] = ()
     linear_in: tuple[tuple[int, ...], ...] = ()
+    inputs: tuple[Shape, ...] = ()
+    outputs: tuple[Shape, ...] = ()
+
+    def __str__(self) -> str:
+        """As an einsum: `[d0 d1 row], [column row], [column] -> [d0 d1 column]  {sum: row}` is a linear with a bias.
+
+        Tensors are in brackets, dims in order; `()` stands for no tensors. A dim is
+
+            name      a factor          5         so many elements that are never cut
+            (a b)     a times b elements, `a` the outer: pieces of a dim that a view splits or merges
+            a[2:6]    elements 2 to 5 of factor `a`: a piece of what is concatenated or split
+            a@2:6     elements 2 to 5 of this dim are factor `a`, the rest belongs to none: a slice; a@0:6:2 has a step
+            a/3       each element goes with three of `a` in a row: KV heads that groups of query heads share
+            a*        elements go with those of `a` in an order of their own
+
+        Behind it, in braces, what else holds: `sum`: outputs without these factors are sums over them, hence Partial;
+        `one of`: at most one of these is in force; `not empty`: every rank needs some element of these; `linear`: where
+        these inputs are Partial, the outputs are ("0 or 1": each alone, "0 and 1": only both together).
+        """
+        before = ", ".join(self._tensor_text(slot, shape, "inputs") for slot, shape in enumerate(self.inputs)) or "()"
+        after = ", ".join(self._tensor_text(slot, shape, "outputs") for slot, shape in enumerate(self.outputs)) or "()"
+        groups = dict.fromkeys(f.alternatives for f in self.factors if f.alternatives)
+        notes = {
+            "sum": " ".join(f.name for f in self.factors if f.reduces),
+            "one of": ", ".join(" ".join(f.name for f in self.factors if f.alternatives == g) for g in groups),
+            "not empty": " ".join(f.name for f in self.factors if f.filled),
+            "linear": " or ".join(" and ".join(map(str, slots)) for slots in self.linear_in),
+        }
+        said = "; ".join(f"{name}: {text}" for name, text in notes.items() if text)
+        return f"{before} -> {after}" + (f"  {{{said}}}" if said else "")
+
+    def _tensor_text(self, slot: int, shape: Shape, side: Literal["inputs", "outputs"]) -> str:
+        dims = []
+        for dim, size in enumerate(shape):
+            links = [
+                (factor, link)
+                for factor in self.factors
+                for link in (factor.inputs if side == "inputs" else factor.outputs)
+                if (link.slot, link.dim) == (slot, dim)
+            ]
+            dims.append(_dim_text(size, links))
+        return f"[{' '.join(dims)}]"
 
 
-Shape = tuple[int, ...]
+def _dim_text(size: int, links: Sequence[tuple[Factor, DimLink]]) -> str:
+    if not links:
+        return str(size)
+    if len(links) > 1:  # its pieces, all of them, the outermost first
+        return f"({' '.join(factor.name for factor, _ in links)})"
+    factor, link = links[0]
+    return factor.name if link.pairs is None else _pairs_text(factor, size, link.pairs)
+
+
+def _pairs_text(factor: Factor, size: int, pairs: tuple[IntArray, IntArray]) -> str:
+    """How the elements of a dim of `size`, pairs[0], go with those of its factor, pairs[1]."""
+    own, of_factor = pairs
+    start, other = (int(x[0]) if len(x) else 0 for x in (own, of_factor))
+    counted = np.arange(len(own))
+    if len(own) == size and np.array_equal(own, counted) and np.array_equal(of_factor, counted + other):
+        return f"{factor.name}[{other}:{other + size}]"
+    if np.array_equal(of_factor, counted):
+        step = int(own[1]) - start if len(own) > 1 else 1
+        if step > 0 and np.array_equal(own, start + step * counted):
+            last = start + step * (len(own) - 1) + 1
+            return f"{factor.name}@{start}:{last}" + (f":{step}" if step > 1 else "")
+        if np.array_equal(own, counted * size // len(own)):
+            return f"{factor.name}/{len(own) // size}"
+    inner = int(np.argmax(of_factor != other)) if factor.size > 1 else size
+    if inner and np.array_equal(own, np.arange(size)) and np.array_equal(of_factor, own // inner % factor.size):
+        outer = size // inner // factor.size
+        pieces = [str(outer)] * (outer > 1) + [factor.name] + [str(inner)] * (inner > 1)
+        return f"({' '.join(pieces)})"
+    return f"{factor.name}*"
+
+
 RuleFunction = Callable[[Sequence[Shape], Sequence[Shape], Mapping[str, Any]], OpRule]
 
 

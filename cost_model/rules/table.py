@@ -4,13 +4,13 @@ A rule lists *factors* (Shardy's word; an einsum's letters): coordinates that ru
 outputs. Sharding the op along a factor shards all of these together, and leaves an output that does not carry it either
 impossible or, where the op sums over the factor, Partial. A dim that no factor names is never cut.
 
-    linear        "... i, o i, o? -> ... o"      o: column parallel.  i: row parallel, output P
-    softmax       "... !n -> ... n"              !: never cut
-    sdpa          "b h q d, b g k d, b g k e, mask -> b h q e"     g follows h in whole groups
-    embedding     "..., v d -> ... d"            v: each rank looks up its own rows, the rest is zero: output P
+    linear      [d0 d1 row], [column row], [column] -> [d0 d1 column]  {sum: row}
+    sdpa        [2 heads 3 8], [2 heads/3 5 8], [2 heads/3 5 8] -> [2 heads 3 8]
+    embedding   [2 3], [vocab hidden] -> [2 3 hidden]  {sum: vocab}
 
-An op without a row is Replicate in and out: slower, never wrong. `tests/cost_model/test_op_rules.py` proves every row
-by running it on real shards.
+is how rules print (`OpRule.__str__`): a number is a dim that is never cut, and a KV head (`heads/3`) goes with three
+query heads. An op without a row is Replicate in and out: slower, never wrong. tests/cost_model/rules/test_op_rules.py
+proves every row by running it on real shards; op_rules.txt beside it shows them all.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from cost_model.graph.op_graph import Op, TensorSpec
@@ -83,7 +84,7 @@ class RuleTable:
         if found is None:
             function = RULES.get(op.kind)
             found = OpRule() if function is None else function(shapes, outs, op.attrs)
-            self._cache[key] = found
+            found = self._cache[key] = replace(found, inputs=shapes, outputs=outs)
         return found
 
 
