@@ -16,7 +16,7 @@ from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.startup.from_artifact import start_from_artifact
 
 if TYPE_CHECKING:
-    from autodist_fx.artifact.loaded_variants import LoadedModel
+    from autodist_fx.simulation.simulator import Simulator
 
 
 class Artifact(ArtifactReader):
@@ -28,7 +28,7 @@ class Artifact(ArtifactReader):
         return self.plan._repr_html_()
 
     @cached_property
-    def whole(self) -> LoadedModel:
+    def whole(self) -> Simulator:
         """All ranks in this process, as `compile` gives them."""
         from autodist_fx.artifact.loaded_variants import load_whole  # which imports what compiles
 

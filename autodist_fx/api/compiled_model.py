@@ -11,19 +11,21 @@ from transformers import PreTrainedTokenizerBase
 
 from autodist_fx.artifact.writer import save_compiled
 from autodist_fx.compiler.compile_options import CompileOptions
+from autodist_fx.compiler.source import TracingSource
 from autodist_fx.numeric.verify_numeric import verify_numeric_of
 from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
 from autodist_fx.runtime.comm.process_group import join
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.simulation.simulator import Simulator
 from autodist_fx.startup.from_checkpoint import distribute
-from autodist_fx.weights.sources.module_source import ModuleSource
 from passes.fx.changes import GraphChanges, graph_changes
 from passes.fx.text import graph_diff
 
 
 class CompiledModel(Simulator):
     """A model split over a mesh: `plan`, `rank(r)`, `graph_diff(r)`, `simulate(**inputs)`, `verify()`."""
+
+    source: TracingSource
 
     def verify(self, *, numeric: bool = False) -> None:
         """As Compilation.verify; `numeric`: `verify_numeric`, too."""
@@ -76,10 +78,10 @@ class CompiledModel(Simulator):
             device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,
             timeout=timeout,
         )  # fmt: skip
-        self._refuse_without_weights("to_distributed")
-        joined, request = join(self.mesh, options), replace(self._request, sizes=())
-        compiling = CompileOptions(verify=self.verifies, dump_dir=self._options.dump_dir)
-        return distribute(self._model, joined, request, compiling)  # type: ignore[arg-type]
+        self.source.check_weights("to_distributed")
+        joined, request = join(self.mesh, options), replace(self.source.request, sizes=())
+        compiling = CompileOptions(verify=self.verifies, dump_dir=self.options.dump_dir)
+        return distribute(self.source.shape, joined, request, compiling)
 
     def save(self, directory: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write plan, graphs and weights of all ranks as an artifact (docs/artifact.md), for `adx.load(directory)`.
@@ -88,12 +90,14 @@ class CompiledModel(Simulator):
         `autodist-fx run --artifact`. An artifact that is there already is replaced. Raises ArtifactError; AutodistError
         where the model has no weights; GraphFormatError where a graph has an op that no file can hold.
         """
-        self._refuse_without_weights("save")
-        source = ModuleSource(self._model)
+        self.source.check_weights("save")
+        self.follow()
+        model = self.source.shape
         save_compiled(
             self,
+            model,
             directory,
-            lambda variant, program: self._fill(variant, program, source),
-            generation_config=getattr(self._model, "generation_config", None),
+            lambda variant, program: self.source.fill(variant, [program]),
+            generation_config=getattr(model, "generation_config", None),
             tokenizer=tokenizer,
         )

@@ -1,13 +1,13 @@
-"""All ranks of an artifact in one process: a Simulator whose variants come from files."""
+"""`SavedSource`: the variants of an artifact, which all ranks run in one process."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
-from transformers import PretrainedConfig
 
 from autodist_fx.artifact.files import CheckedFiles
 from autodist_fx.artifact.manifest import ArtifactError
@@ -15,77 +15,119 @@ from autodist_fx.artifact.reader import SAVE_SUCH, ArtifactReader
 from autodist_fx.artifact.variant_format import Form, read_graph
 from autodist_fx.calls.call import Call
 from autodist_fx.calls.lengths import Lengths
+from autodist_fx.calls.model_signature import ModelSignature
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.variant import Variant
+from autodist_fx.compiler.variant_set import VariantSet
 from autodist_fx.errors import AutodistError
 from autodist_fx.simulation.simulator import Simulator
 from autodist_fx.tracing import InputForm, TracedModel
 from autodist_fx.tracing.example_inputs import ExampleInputs
-from cost_model.costs import hardware
 from cost_model.graph.op_graph import OpGraph
-from cost_model.request.plan_request import PlanRequest
 from passes.fx import node_meta
 from passes.op_graph.build import build_op_graph, fingerprint
+from passes.program.rank_program import RankProgram
 
 _KINDS = {kind.name: kind for kind in inspect._ParameterKind}
 
 
-class LoadedModel(Simulator):
-    """As Simulator, but that a call which none of the saved forms is for is refused."""
+@dataclass(frozen=True)
+class SavedSource:
+    """A VariantSource that has the variants of an artifact, with their weights, and makes no others."""
 
-    own_cache = False
+    signature: ModelSignature
+    saved: VariantSet
+    has_own_cache: bool
+    always: Mapping[str, object]
 
-    @property
-    def has_own_cache(self) -> bool:
-        return self.own_cache
+    def structure(self) -> Hashable:
+        """See VariantSource: files stay as they are."""
+        return self.saved.structure
 
-    def _refuse_without_weights(self, what: str) -> None:
-        if what != "simulate":
-            raise AutodistError(f"{what} needs the model: an artifact holds its split alone; use Artifact.{what}")
+    def first(self) -> VariantSet:
+        """See VariantSource."""
+        return self.saved
 
-    def _new_variant_for(self, call: Call, forms: Mapping[str, InputForm]) -> Variant:
-        asked = [*forms, *(f"{k}={v!r}" for k, v in call.fixed.items()), *(["a cache"] if call.use_cache else [])]
-        have = ["; ".join([*v.forms, *(f"{k}={x!r}" for k, x in v.fixed.items())]) for v in self._variants]
-        raise AutodistError(
-            f"this artifact has no form for a call with {', '.join(asked)}; it has ({'), ('.join(have)}): save one by "
-            "calling simulate like this before save"
-        )
-
-    def _at_lengths(self, alike: Sequence[Variant], lengths: Lengths, made: list[Variant]) -> Variant:
-        found = next((variant for variant in alike if variant.fits(lengths)), None)
-        if found is None:
-            raise AutodistError(alike[0].other_way(lengths) + SAVE_SUCH)
-        return found
-
-    def new_phases(self) -> tuple[Variant, Variant]:
+    def phases(self) -> tuple[Variant, Variant]:
+        """See VariantSource."""
         raise AutodistError("this artifact has no form with the model's own cache: compile it with use_cache=True")
 
+    def for_inputs(
+        self, *, use_cache: bool, input_names: Sequence[str] | None, fixed: Mapping[str, object] | None
+    ) -> Variant:
+        """See VariantSource."""
+        self._refuse([*(input_names or ()), *_fixed_texts(fixed or {})], use_cache, self.saved.all)
 
-def load_whole(artifact: ArtifactReader, files: CheckedFiles) -> LoadedModel:
-    """Reads every file. Raises ArtifactError."""
+    def for_call(self, call: Call, specs: Mapping[str, InputForm], made: Sequence[Variant]) -> Variant:
+        """See VariantSource."""
+        self._refuse([*specs, *_fixed_texts(call.fixed)], call.use_cache, made)
+
+    def at_lengths(self, alike: Sequence[Variant], lengths: Lengths) -> Variant:
+        """See VariantSource."""
+        raise AutodistError(alike[0].other_way(lengths) + SAVE_SUCH)
+
+    def check_weights(self, purpose: str) -> None:
+        """See VariantSource."""
+        if purpose != "simulate":
+            raise AutodistError(f"{purpose} needs the model: an artifact holds its split alone; use Artifact.{purpose}")
+
+    def fill(self, variant: Variant, programs: Sequence[RankProgram]) -> None:
+        """See VariantSource: they were read with their weights."""
+
+    def trained_parameters(self) -> Mapping[str, str]:
+        """See VariantSource: there are none."""
+        return {}
+
+    def _refuse(self, asked: Sequence[str], use_cache: bool, made: Sequence[Variant]) -> NoReturn:
+        have = ["; ".join([*v.forms, *_fixed_texts(v.fixed)]) for v in made]
+        raise AutodistError(
+            f"this artifact has no form for a call with {', '.join([*asked, *(['a cache'] if use_cache else [])])}; it "
+            f"has ({'), ('.join(have)}): save one by calling simulate like this before save"
+        )
+
+
+def _fixed_texts(fixed: Mapping[str, object]) -> list[str]:
+    return [f"{name}={value!r}" for name, value in fixed.items()]
+
+
+def load_whole(artifact: ArtifactReader, files: CheckedFiles) -> Simulator:
+    """All ranks of an artifact, in this process. Reads every file. Raises ArtifactError."""
     fields = artifact.model_fields
     variants: dict[str, Variant] = {}
     for form in sorted(artifact.forms.values(), key=lambda f: bool(f.encoder)):
         variants[form.name] = _variant(artifact, files, form, variants)
     main = variants[fields["main"]]
     main.whole_plan = artifact.plan
-    encoders = {form.encoder for form in artifact.forms.values()}
-    prompt = next((variants[f.name] for f in artifact.forms.values() if f.phase == "prompt"), None)
-    named = type(artifact.manifest.model, (_Model,), {})  # messages name a model's class
-    model: Any = named(fields, artifact.config, artifact.directory / "model.json")
-    loaded = LoadedModel(
-        model,
-        PlanRequest(mesh=artifact.mesh, hardware=hardware.hardware("generic")),
-        main,
-        CompileOptions.from_keywords(concrete_args=fields.get("always")),
-        prompt=prompt,
+    source = SavedSource(
+        signature=_signature(fields, artifact),
+        saved=_set_of(main, [v for name, v in variants.items() if name not in _encoders(artifact)]),
+        has_own_cache=fields["own_cache"],
+        always=fields.get("always") or {},
     )
-    loaded.own_cache = fields["own_cache"]
-    phased = [variants[f.name] for f in artifact.forms.values() if f.phase == "prompt"]
-    loaded._more_prompts = phased[1:]
-    others = {name: v for name, v in variants.items() if artifact.forms[name].phase != "prompt"}
-    loaded._variants = [v for name, v in others.items() if name not in encoders]
-    return loaded
+    return Simulator(source, CompileOptions())
+
+
+def _encoders(artifact: ArtifactReader) -> set[str]:
+    return {form.encoder for form in artifact.forms.values()}
+
+
+def _set_of(main: Variant, variants: Sequence[Variant]) -> VariantSet:
+    prompts = [v for v in variants if v.traced.phase == "prompt"]
+    step = next((v for v in variants if v.traced.phase == "step"), None)
+    return VariantSet((), main, prompts, step, [v for v in variants if not v.traced.phase and v is not main])
+
+
+def _signature(fields: Mapping[str, Any], artifact: ArtifactReader) -> ModelSignature:
+    try:
+        parameters = [
+            inspect.Parameter(name, _KINDS[kind], default=default if optional else inspect.Parameter.empty)
+            for name, kind, optional, default in fields["forward"]
+        ]
+        in_order = tuple(inspect.Signature(parameters).parameters.values())  # which refuses an order that none can have
+    except (KeyError, TypeError, ValueError) as error:
+        where = artifact.directory / "model.json"
+        raise ArtifactError(f"{where} has no arguments of forward: make the artifact again") from error
+    return ModelSignature(artifact.manifest.model, in_order, artifact.config)
 
 
 def _variant(artifact: ArtifactReader, files: CheckedFiles, form: Form, before: Mapping[str, Variant]) -> Variant:
@@ -142,7 +184,6 @@ def _variant(artifact: ArtifactReader, files: CheckedFiles, form: Form, before: 
         forms={name: InputForm(dims, _dtype(kind, folder)) for name, (dims, kind) in form.input_forms.items()},
         output_order=form.output_order,
         programs={rank: artifact.program(rank, form.name) for rank in range(artifact.mesh.size)},
-        loaded=True,
         encoder=before.get(form.encoder) if form.encoder else None,
     )
 
@@ -159,27 +200,3 @@ def _dtype(name: str, folder: Any) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ArtifactError(f"{folder / 'form.json'}: {name!r} is no dtype: make the artifact again")
     return found
-
-
-class _Model:
-    """What a call asks of a model that is not there: its config, and the arguments of its forward."""
-
-    base_model_prefix = ""
-
-    def __init__(self, fields: Mapping[str, Any], config: PretrainedConfig, where: Any) -> None:
-        self.config = config
-        try:
-            parameters = [
-                inspect.Parameter(name, _KINDS[kind], default=default if optional else inspect.Parameter.empty)
-                for name, kind, optional, default in fields["forward"]
-            ]
-            self.forward = _nothing_but(inspect.Signature(parameters))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{where} has no arguments of forward: make the artifact again") from error
-
-def _nothing_but(signature: inspect.Signature) -> Callable[..., None]:
-    def forward(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("an artifact has no model to call")
-
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    return forward

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from autodist_fx.artifact.variant_format import DECODE, ENCODE, PROMPT, STEP, WHOLE
@@ -25,13 +26,13 @@ class Part:
     variant: Variant
 
 
-def parts_of(compiled: Compilation) -> list[Part]:
+def parts_of(compiled: Compilation, model: PreTrainedModel) -> list[Part]:
     """The forms that were compiled, the main one first; then what `generate` and `model(...)` over processes run."""
-    variants, model = list(compiled.variants), compiled.shape
+    variants = list(compiled.variants)
     cached = [v for v in variants if v.traced.use_cache]
     if isinstance(model, GenerationMixin) and model.can_generate():
-        if not cached and compiled.has_own_cache:
-            cached = [*compiled.new_phases()]
+        if not cached and compiled.source.has_own_cache:
+            cached = [*compiled.phases()]
             variants += cached
         elif not cached:
             cached = [compiled.new_variant(use_cache=True, fixed=last_logits_only(model))]

@@ -50,20 +50,21 @@ Load = Callable[[Variant, RankProgram], None]
 
 def save_compiled(
     compiled: Compilation,
+    model: PreTrainedModel,
     directory: str | Path,
     load: Load,
     *,
     generation_config: GenerationConfig | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write the forms that `compiled` has, and those that generating takes, with the weights of every rank.
+    """Write the forms that `compiled`, made of `model`, has, and those that generating takes, with all ranks' weights.
 
     `load` fills programs; one rank's weights are in memory at a time. Raises ArtifactError: a directory that is
     something else's, a disk that is full; GraphFormatError: a graph with an op that no file can hold.
     """
-    parts = parts_of(compiled)
+    parts, always = parts_of(compiled, model), compiled.source.always
     with new_directory(Path(directory)) as staging:
-        write_common(staging, parts, compiled.plan, compiled.shape, generation_config, tokenizer, compiled.always)
+        write_common(staging, parts, compiled.plan, model, generation_config, tokenizer, always)
         for rank in range(compiled.mesh.size):
             write_rank(staging, rank, list(_programs(parts, rank, load)))
         finish(staging, parts, compiled.plan, staging.records)
@@ -74,21 +75,18 @@ def _programs(parts: Sequence[Part], rank: int, load: Load) -> Iterator[tuple[Pa
     done: list[RankProgram] = []
     for part in parts:
         variant = part.variant
-        if variant.loaded and variant.programs[rank].grad_sums is None:
-            program = variant.programs[rank]
-        else:
-            program = emit_rank(
-                variant.traced.graph_module,
-                variant.plan,
-                rank,
-                layer_kinds=variant.traced.layer_kinds,
-                sources=variant.sources,
-            )
-            left = program
-            for other in done:
-                left = share_weights(other, left)
-            if left.param_shards:
-                load(variant, left)
+        program = emit_rank(
+            variant.traced.graph_module,
+            variant.plan,
+            rank,
+            layer_kinds=variant.traced.layer_kinds,
+            sources=variant.sources,
+        )
+        left = program
+        for other in done:
+            left = share_weights(other, left)
+        if left.param_shards:
+            load(variant, left)
         done.append(program)
         yield part, program
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
 
+from autodist_fx.calls.model_signature import ModelSignature
 from autodist_fx.errors import AutodistError
 
 # What a call without them gets: the others follow from the ids.
@@ -28,8 +28,9 @@ class Call:
     return_dict: bool
 
 
-def read_call(model: PreTrainedModel, inputs: Mapping[str, Any], always: Mapping[str, object]) -> Call:
-    """`always` are arguments of every call (compile's concrete_args), which this one may override.
+def read_call(model: ModelSignature, inputs: Mapping[str, Any], always: Mapping[str, object]) -> Call:
+    """Sort the arguments of one call of a model. `always` are arguments of every call (compile's concrete_args), which
+    this one may override.
 
     Errors: AutodistError, which names an argument that forward does not take, or that is of no use here.
     """
@@ -37,13 +38,11 @@ def read_call(model: PreTrainedModel, inputs: Mapping[str, Any], always: Mapping
     use_cache = bool(given.pop("use_cache", False)) or "past_key_values" in given
     cache = given.pop("past_key_values", None)
     return_dict = given.pop("return_dict", None)
-    parameters = inspect.signature(model.forward).parameters
-    names = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    keywords = OUTPUT_FLAGS if len(names) < len(parameters) else ()
-    takes = (*names, *keywords)
+    takes = (*model.argument_names, *(OUTPUT_FLAGS if model.takes_keywords else ()))
     if unknown := sorted(name for name, value in given.items() if name not in takes and value is not None):
-        name = type(model).__name__
-        raise AutodistError(f"{name}.forward takes no {', '.join(unknown)}: it takes {', '.join(takes)}")
+        raise AutodistError(
+            f"{model.model_class}.forward takes no {', '.join(unknown)}: it takes {', '.join(takes)}"
+        )
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
     fixed = {name: value for name, value in always.items() if name not in tensors}
     for name, value in given.items():
@@ -52,39 +51,35 @@ def read_call(model: PreTrainedModel, inputs: Mapping[str, Any], always: Mapping
         elif value is not None and name not in tensors:
             raise AutodistError(f"{name} is a {type(value).__name__}: pass a tensor")
     if not {"decoder_input_ids", "decoder_inputs_embeds"} & tensors.keys():  # the encoder may have run before
-        _refuse_gaps(model, parameters, tensors, fixed)
+        _refuse_gaps(model, tensors, fixed)
     for name in OUTPUT_FLAGS:  # asked for in the config
-        if name in (*names, *keywords):
+        if name in takes:
             fixed.setdefault(name, bool(getattr(model.config, name, False)))
     if return_dict is None:
         return_dict = bool(getattr(model.config, "return_dict", True))
-    return Call(tensors, unusual(model, fixed), use_cache, cache, bool(return_dict))
+    return Call(tensors, unusual(model.parameters, fixed), use_cache, cache, bool(return_dict))
 
 
-def unusual(model: PreTrainedModel | PretrainedConfig, fixed: Mapping[str, object]) -> dict[str, object]:
-    """Those that differ from what forward's signature has for them (a config has no signature)."""
-    parameters = {} if isinstance(model, PretrainedConfig) else inspect.signature(model.forward).parameters
+def unusual(parameters: Iterable[inspect.Parameter], fixed: Mapping[str, object]) -> dict[str, object]:
+    """Those arguments that differ from what forward's `parameters` have for them."""
+    defaults = {p.name: p.default for p in parameters}
 
     def is_usual(name: str, value: object) -> bool:
-        default = parameters[name].default if name in parameters else None
-        return value is None or (name in OUTPUT_FLAGS and value is False) or value is default
+        return value is None or (name in OUTPUT_FLAGS and value is False) or value is defaults.get(name)
 
     return {name: value for name, value in fixed.items() if not is_usual(name, value)}
 
 
 def _refuse_gaps(
-    model: PreTrainedModel,
-    parameters: Mapping[str, inspect.Parameter],
-    tensors: Mapping[str, torch.Tensor],
-    fixed: Mapping[str, object],
+    model: ModelSignature, tensors: Mapping[str, torch.Tensor], fixed: Mapping[str, object]
 ) -> None:
-    """What forward cannot do without, and what it cannot have both of."""
-    name = type(model).__name__
-    required = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    """Raises AutodistError for what forward cannot do without, and for what it cannot have both of."""
+    name, takes = model.model_class, [p.name for p in model.parameters]
+    required = [p.name for p in model.parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if missing := [n for n in required if n not in tensors and n not in fixed]:
         raise AutodistError(f"{name}.forward needs {', '.join(missing)}")
     ids, embeds = "input_ids", "inputs_embeds"
-    if ids in parameters and embeds in parameters:
+    if ids in takes and embeds in takes:
         if ids in tensors and embeds in tensors:
             raise AutodistError(f"{name} got both {ids} and {embeds}: pass one of them")
         if ids not in tensors and embeds not in tensors and "encoder_outputs" not in (*tensors, *fixed):
@@ -93,14 +88,4 @@ def _refuse_gaps(
                 raise AutodistError(f"{name} got neither {ids} nor {embeds}: pass one of them")
 
 
-
-
-
-
-
-
-
-
 __all__ = ["Call", "read_call", "unusual"]
-
-

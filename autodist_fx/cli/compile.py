@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(checkpoint)
     except CheckpointError:
         tokenizer = None  # not every model reads text
-    source, model = open_source(checkpoint), compiled.shape
+    source, model = open_source(checkpoint), compiled.source.shape
 
     def load(variant: Variant, program: RankProgram) -> None:
         buffers = dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         save_compiled(
-            compiled, out, load, generation_config=checkpoint.generation_config, tokenizer=tokenizer
+            compiled, model, out, load, generation_config=checkpoint.generation_config, tokenizer=tokenizer
         )
     finally:
         source.close()

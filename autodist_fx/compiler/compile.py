@@ -11,10 +11,9 @@ from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.generation_traits import keeps_cache, last_logits_only
 from autodist_fx.compiler.peft import without_wrapper
-from autodist_fx.compiler.variant import Variant
+from autodist_fx.compiler.source import TracingSource
 from autodist_fx.errors import AutodistError
-from autodist_fx.tracing import empty_model, has_own_cache
-from autodist_fx.tracing.meta_model import class_of
+from autodist_fx.tracing import empty_model
 from cost_model.partition_plan import PartitionPlan
 from cost_model.request.plan_request import PlanRequest
 
@@ -36,13 +35,7 @@ def compile_model(
     if options.train and options.use_cache:
         raise AutodistError("train=True is for whole sequences: leave use_cache out")
     model = without_wrapper(model)
-    fixed = dict(options.concrete_args)
-    if options.use_cache and has_own_cache(class_of(model)):
-        prompt, step = Variant.make_phases(model, request, fixed, plan)
-        compiled = kind(model, request, step, options, prompt=prompt)
-    else:
-        variant = Variant.make(model, request, options.use_cache, options.input_names, fixed, plan)
-        compiled = kind(model, request, variant, options)
+    compiled = kind(TracingSource(model, request, options, plan), options)
     if options.verify:
         compiled.verify()
     return compiled

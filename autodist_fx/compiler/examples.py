@@ -30,14 +30,14 @@ _EXAMPLES = (
     Sizes(batch=11, seq=23, past=29, source=19, kept=7),
     Sizes(batch=13, seq=31, past=43, source=37, kept=17),
 )
-_MOST_WAYS = 12  # that are looked at for one call's
+MOST_TRIES = 12  # of `traced_at`
 # Lengths for the first example of a model that cuts sequences into chunks of several sizes: one is taken for which the
 # next multiple of each is another number.
 _LENGTHS_BEFORE_CHUNKS = (23, 19, 25, 17, 21, 33, 35, 37, 41, 45)
 Trace = Callable[[tuple[Sizes, Sizes]], TracedModel]
 
 
-def _traced_at(
+def traced_at(
     alike: TracedModel, again: Trace, lengths: Lengths, known: Sequence[Guards]
 ) -> TracedModel | None:
     """`alike` traced and normalised anew, so that all its conditions, and those known, come out as at `lengths`."""
@@ -45,7 +45,7 @@ def _traced_at(
     windows = any(":" in kind for kind in alike.layer_kinds)
     usual = [_letters(alike, sizes) for sizes in _sizes(alike)]
     frames = min(alike.fewest_frames, lengths.get("E", 0))
-    for _ in range(_MOST_WAYS):
+    for _ in range(MOST_TRIES):
         first, second, fixed = examples_like(
             known,
             lengths,
@@ -120,7 +120,7 @@ def _going_one_way(traced: TracedModel, again: Trace) -> TracedModel:
     if conditions is None or not any(conditions.otherwise(each, remainders=False) for each in lengths):
         return traced
     try:
-        return _traced_at(traced, again, lengths[0], [conditions]) or traced
+        return traced_at(traced, again, lengths[0], [conditions]) or traced
     except TracingError:
         return traced
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from autodist_fx.calls.cache_kinds import CROSS, STATE_PREFIX
 from autodist_fx.calls.call import Call, unusual
 from autodist_fx.calls.lengths import Lengths, another_way
-from autodist_fx.compiler.examples import _MOST_WAYS, Trace, _traced_at, phases_once, planned_graph, traced_once
+from autodist_fx.calls.model_signature import signature_of
+from autodist_fx.compiler.examples import MOST_TRIES, Trace, phases_once, planned_graph, traced_at, traced_once
 from autodist_fx.compiler.pause_gc import garbage_stays
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import InputForm, TracedModel, trace_phases
@@ -45,7 +47,6 @@ class Variant:
     output_order: tuple[str, ...]
     programs: dict[int, RankProgram] = field(default_factory=dict)
     stage_uses: dict[int, tuple[ParamUse, ...]] = field(default_factory=dict)  # what emit_rank keeps there
-    loaded: bool = False
     # Of a model whose decoder reads an encoder's output through a cache: this is the decoder's step, `encoder` what
     # fills that cache, and `whole_plan` the plan that both are parts of.
     encoder: Variant | None = None
@@ -65,7 +66,7 @@ class Variant:
         forms: Mapping[str, InputForm] | None = None,
     ) -> Variant:
         traced, again = traced_once(model, use_cache, input_names, concrete_args, forms)
-        variant = cls.of(traced, request, given, unusual(model, concrete_args or {}))
+        variant = cls.of(traced, request, given, unusual(_parameters(model), concrete_args or {}))
         variant.trace_again = again
         return variant
 
@@ -80,7 +81,7 @@ class Variant:
     ) -> tuple[Variant, Variant]:
         """(prompt, step) of a model with a cache of its own; `given` is a plan for the step."""
         traced, step = phases_once(model, concrete_args)
-        fixed = unusual(model, concrete_args or {})
+        fixed = unusual(_parameters(model), concrete_args or {})
         prompt = cls.of(traced, request, None, fixed)
         prompt.trace_again = lambda sizes: trace_phases(model, concrete_args, sizes)[0]
         return prompt, cls.of(step, request, given, fixed)
@@ -94,20 +95,20 @@ class Variant:
         known = [v.conditions for v in (self, *others) if v.conditions is not None]
         if self.trace_again is None:
             raise AutodistError(self.other_way(lengths))
-        traced = _traced_at(self.traced, self.trace_again, lengths, known)
+        traced = traced_at(self.traced, self.trace_again, lengths, known)
         if traced is None:
-            raise TracingError(f"{self.other_way(lengths)}; no graph for them was found in {_MOST_WAYS} tries")
+            raise TracingError(f"{self.other_way(lengths)}; no graph for them was found in {MOST_TRIES} tries")
         variant = Variant.of(traced, replace(request, like=self.whole_plan or self.plan), None, self.fixed)
-        self._check_caches(variant)
+        self.check_caches(variant)
         return variant
 
-    def _check_caches(self, other: Variant) -> None:
+    def check_caches(self, other: Variant) -> None:
         """Raises AutodistError where the two graphs cannot share a cache."""
         mine, its = self._cache_layers(), other._cache_layers()
         for layer in mine.keys() | its.keys():
             if mine.get(layer) != its.get(layer):
                 raise AutodistError(
-                    f"the graph of {self.traced.model_class} for these lengths has cache layer {layer} on its ranks "
+                    f"the graph of {self.traced.model_class} for this call has cache layer {layer} on its ranks "
                     "otherwise than the one before, and cannot go on with its cache: pin the roles of attention's "
                     "linears, or use fewer ranks"
                 )
@@ -215,6 +216,11 @@ class Variant:
         if self.traced.use_cache != call.use_cache or self.fixed != call.fixed:
             return False
         return forms.items() <= self.forms.items() if call.use_cache else forms == self.forms
+
+
+def _parameters(model: PreTrainedModel | PretrainedConfig) -> tuple[inspect.Parameter, ...]:
+    """Those of forward; a config has none."""
+    return () if isinstance(model, PretrainedConfig) else signature_of(model).parameters
 
 
 def _output_order(module: torch.fx.GraphModule) -> tuple[str, ...]:

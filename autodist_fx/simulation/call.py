@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +24,27 @@ class SimulatedCache:
     tokens they hold."""
 
     ranks: list[Any]
+    variant: Variant  # what has written to it last
+    structure: Hashable  # of the model then
     length: int = 0
     encoder_inputs: dict[str, Any] = field(default_factory=dict)  # what the encoder was given, where there is one
 
     def get_seq_length(self) -> int:
         return self.length
+
+    def go_on_with(self, variant: Variant) -> None:
+        """Let `variant` write to it from now on. Raises AutodistError where that lays caches out otherwise."""
+        if variant is not self.variant:
+            self.variant.check_caches(variant)
+            self.variant = variant
+
+    def check_structure(self, structure: Hashable) -> None:
+        """Raises AutodistError where it was written by the model in another structure than it has now."""
+        if structure != self.structure:
+            raise AutodistError(
+                f"{self.variant.traced.model_class} is not as it was when it wrote this cache (its adapters, layers, "
+                "mode or config): start with past_key_values=None"
+            )
 
 
 def tokens_of(inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.fx
-from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.call import Call, read_call
 from autodist_fx.calls.lengths import lengths_of
@@ -24,9 +23,6 @@ from autodist_fx.simulation.call import (
     step_length,
     with_positions,
 )
-from autodist_fx.weights.load import load_rank
-from autodist_fx.weights.sources.module_source import ModuleSource
-from passes.program.rank_program import RankProgram
 
 
 class Simulator(Compilation):
@@ -39,12 +35,13 @@ class Simulator(Compilation):
         passed to the next call; None starts an empty one. What an encoder reads is given in the first call, in which
         it runs, and may be left out later. Raises AutodistError where the model has no weights.
         """
-        self._refuse_without_weights("simulate")
-        call = read_call(self._model, inputs, self._always)  # type: ignore[arg-type]
-        if call.use_cache and self.has_own_cache:
+        self.source.check_weights("simulate")
+        self.follow()
+        call = read_call(self.source.signature, inputs, self.source.always)
+        if call.use_cache and self.source.has_own_cache:
             return self._simulate_own_cache({**call.tensors, "past_key_values": call.cache}, call)
         given, cache = call.tensors, call.cache
-        self._main.traced.check_images(given)
+        self.main.traced.check_images(given)
         if call.use_cache and not isinstance(cache, SimulatedCache):
             if cache is not None and cache.get_seq_length() > 0:
                 raise AutodistError(
@@ -52,17 +49,21 @@ class Simulator(Compilation):
                     "pass on the one it returns"
                 )
             cache = None
+        if cache is not None:
+            cache.check_structure(self.structure)
         kept = {} if cache is None else cache.encoder_inputs
-        variant = self._variant_for(call, 0 if cache is None else cache.length, kept)
-        self._load(variant)
+        variant = self.variant_for(call, 0 if cache is None else cache.length, kept)
+        self._fill(variant)
         if not call.use_cache:
             return returned(variant, call, run(variant, [given] * self.mesh.size))
         encoded: dict[str, Any] = {}
         if cache is None:
-            cache = SimulatedCache([local_cache(variant.traced.config, p) for p in variant.programs.values()])
+            caches: list[Any] = [local_cache(variant.traced.config, p) for p in variant.programs.values()]
+            cache = SimulatedCache(caches, variant, self.structure)
             if variant.encoder is not None:
                 given = variant.encoder.with_encoder_mask(given)
                 encoded = encode(variant, given, cache)
+        cache.go_on_with(variant)
         if variant.encoder is not None:
             given = {**cache.encoder_inputs, **given}
         filled = with_positions(variant, given, cache.length)
@@ -78,67 +79,49 @@ class Simulator(Compilation):
         The model stays as it is, and so do its own `.grad`. Raises AutodistError where one of these is missing;
         CommunicationError where ranks that hold the same elements have different gradients of them.
         """
-        if not self._options.train:
+        if not self.options.train:
             raise AutodistError("these programs are for inference: compile with train=True for gradients")
-        self._refuse_without_weights("gradients")
-        call = read_call(self._model, inputs, self._always)  # type: ignore[arg-type]
+        self.source.check_weights("gradients")
+        self.follow()
+        call = read_call(self.source.signature, inputs, self.source.always)
         if call.use_cache:
             raise AutodistError("gradients are of a whole sequence: leave past_key_values and use_cache out")
-        variant = self._variant_for(call, 0)
-        self._load(variant)
+        variant = self.variant_for(call, 0)
+        self._fill(variant)
         programs = list(variant.programs.values())
         found = glued(programs, run_backward(programs, call.tensors)[1])
-        model: PreTrainedModel = self._model  # type: ignore[assignment]
-        by_any_name = dict(model.named_parameters(remove_duplicate=False))
-        by_tensor = {id(by_any_name[name]): gradient for name, gradient in found.items()}
-        return {n: by_tensor[id(p)] for n, p in model.named_parameters() if p.requires_grad and id(p) in by_tensor}
+        first_names = self.source.trained_parameters()
+        whole = {first_names[name]: gradient for name, gradient in found.items() if name in first_names}
+        return {name: whole[name] for name in dict.fromkeys(first_names.values()) if name in whole}
 
     def _simulate_own_cache(self, inputs: dict[str, Any], call: Call) -> Any:
         """One call of a model whose cache is its own: the prompt's graph first, then the step's."""
         cache = inputs.pop("past_key_values", None)
         if cache is not None and not isinstance(cache, SimulatedCache):
             raise AutodistError("simulate goes on with the cache of its own last output: start with None")
+        if cache is not None:
+            cache.check_structure(self.structure)
         given = {name: value for name, value in inputs.items() if value is not None}
         past = 0 if cache is None else cache.length
         tokens = step_length(given)
         if past and tokens != 1:
             raise AutodistError(f"{self.plan.model} takes one token at a time after its prompt, and got {tokens}")
-        if self._prompt is None:
-            self._prompt, step = self.new_phases()
-            self._step = step
-            self._variants.append(step)
-            if self.verifies:
-                self.verify()
-        prompts = [self._prompt, *self._more_prompts]
-        variant = self._step if past else prompts[0]
+        prompt, step = self.phases()
+        variant = step if past else prompt
         filled = with_positions(variant, given, past)
         lengths = lengths_of(variant.forms, filled, past)
         if not past:
-            variant = self._at_lengths(prompts, lengths, self._more_prompts)
+            variant = self.prompt_for(lengths)
         elif not variant.fits(lengths):
             raise AutodistError(variant.other_way(lengths))
-        self._load(variant)
+        self._fill(variant)
         states = [dict(own) for own in cache.ranks] if cache is not None else [{} for _ in range(self.mesh.size)]
         found = run_with_states(variant, filled, states)
-        return returned(variant, call, {**found, "past_key_values": SimulatedCache(states, past + tokens)})
+        new = SimulatedCache(states, variant, self.structure, past + tokens)
+        return returned(variant, call, {**found, "past_key_values": new})
 
-    def _load(self, variant: Variant) -> None:
-        if variant.loaded:
-            return
-        if variant.encoder is not None:
-            self._load(variant.encoder)
-        self._refuse_without_weights("simulate")
-        source = ModuleSource(self._model)
-        variant.programs = {rank: self._program(variant, rank) for rank in range(self.mesh.size)}
-        for program in variant.programs.values():
-            self._fill(variant, program, source)
-        variant.loaded = True
-
-    def _fill(self, variant: Variant, program: RankProgram, source: ModuleSource) -> None:
-        buffers = dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))
-        load_rank(program, source, buffers=buffers, base_model_prefix=self._model.base_model_prefix)
-        program.graph_module.eval()
-
-    def _refuse_without_weights(self, what: str) -> None:
-        if isinstance(self._model, PretrainedConfig) or any(p.is_meta for p in self._model.parameters()):
-            raise AutodistError(f"{what} needs weights: compile a model that has them, not a config or a meta model")
+    def _fill(self, variant: Variant) -> None:
+        """Give every rank's program of `variant`, and of its encoder, the model's weights."""
+        for part in (variant.encoder, variant):
+            if part is not None:
+                self.source.fill(part, self.all_programs(part))

@@ -84,7 +84,7 @@ def start(
     if other is not None:
         report = load_beside(program, other, lambda left: startup.load(main, left), report)
     if entry is not None:
-        keep_compiled(entry, joined, main, generation_config)
+        keep_compiled(entry, joined, main, model, generation_config)
     given = program, joined.communicator, main.config, generation_config
 
     def make_program(input_names: tuple[str, ...]) -> GuardedPrograms[RankProgram]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from autodist_fx.artifact.files import Staging
 from autodist_fx.artifact.manifest import FileRecord
@@ -16,7 +16,11 @@ from autodist_fx.startup.split_cache import CacheEntry, keep
 
 
 def keep_compiled(
-    entry: CacheEntry, joined: JoinedRank, main: Compilation, generation_config: GenerationConfig | None
+    entry: CacheEntry,
+    joined: JoinedRank,
+    main: Compilation,
+    model: PreTrainedModel,
+    generation_config: GenerationConfig | None,
 ) -> None:
     """What this rank has, loaded, goes into the cache; a model with an op that no file can hold does not."""
     parts = named_parts(main.variants)
@@ -24,9 +28,8 @@ def keep_compiled(
 
     def write(staging: Staging) -> None:
         if joined.rank == 0:
-            write_common(
-                staging, parts, main.plan, main.shape, generation_config, entry.tokenizer, main.always
-            )
+            always = main.source.always
+            write_common(staging, parts, main.plan, model, generation_config, entry.tokenizer, always)
         write_rank(staging, joined.rank, programs)
 
     def end(staging: Staging, files: Mapping[str, FileRecord], key: str) -> None:

@@ -72,7 +72,7 @@ class RankStartup:
                 fact = plan_to_text(variant.whole_plan or variant.plan)
             except AutodistError as error:
                 failure, fact = error, str(error)
-            check = None if variant is None or not self.options.verify else lambda: compiled.verify_form(variant)
+            check = None if variant is None or not self.options.verify else lambda: compiled.verify_variant(variant)
             agree(self.joined.everyone, self.joined.rank, {"the plan": digest(fact)}, failure=failure, check=check)
             assert variant is not None
             for part in (variant.encoder, variant):

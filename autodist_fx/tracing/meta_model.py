@@ -7,6 +7,7 @@ import copy
 import dis
 import inspect
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -23,6 +24,8 @@ from transformers.modeling_utils import no_init_weights
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.hooks import left_as_they_are, watch
 from autodist_fx.tracing.patches import PATCH_LOCK
+
+_LEFT_BY_CALLS: WeakKeyDictionary[type[nn.Module], frozenset[str]] = WeakKeyDictionary()  # see names_left_by_calls
 
 
 def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -53,23 +56,40 @@ def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _forget_calls(module: nn.Module) -> None:
-    """Drop tensors that an earlier call left on the module: a recurrent state, which the next sequence starts without.
+    """Drop tensors that an earlier call left on the module."""
+    left = [name for name, value in vars(module).items() if holds_tensors(value)]
+    if left:
+        for name in names_left_by_calls(type(module)).intersection(left):
+            setattr(module, name, None)
+
+
+def names_left_by_calls(cls: type[nn.Module]) -> frozenset[str]:
+    """The attributes in which modules of a class keep tensors of a call: a recurrent state, which the next sequence
+    starts without.
 
     They are plain attributes, neither parameters nor buffers, which a method writes, and which the constructor leaves
     empty: a table that it makes stays, though a method may move it to another device.
     """
-    left = [name for name, value in vars(module).items() if next(_tensors(value), None) is not None]
-    if left:
-        written = {
-            instruction.argval
-            for cls in type(module).__mro__
-            for name, method in vars(cls).items()
-            if inspect.isfunction(method) and name != "__init__"
-            for instruction in dis.get_instructions(inspect.unwrap(method))
-            if instruction.opname == "STORE_ATTR"
-        }
-        for name in written.intersection(left) - _made_by_constructor(type(module)):
-            setattr(module, name, None)
+    known = _LEFT_BY_CALLS.get(cls)
+    if known is None:
+        known = _LEFT_BY_CALLS[cls] = frozenset(_written_by_methods(cls) - _made_by_constructor(cls))
+    return known
+
+
+def _written_by_methods(cls: type[nn.Module]) -> set[str]:
+    return {
+        str(instruction.argval)
+        for base in cls.__mro__
+        for name, method in vars(base).items()
+        if inspect.isfunction(method) and name != "__init__"
+        for instruction in dis.get_instructions(inspect.unwrap(method))
+        if instruction.opname == "STORE_ATTR"
+    }
+
+
+def holds_tensors(value: object) -> bool:
+    """Whether this is a tensor, or a tuple or list with some in it."""
+    return next(_tensors(value), None) is not None
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

@@ -27,6 +27,8 @@ from autodist_fx.tracing.control_flow.constants import CONVERSIONS, numpy_ufunc
 from autodist_fx.tracing.control_flow.range_loops import outlined_loops
 from autodist_fx.tracing.hooks import calls_attached, has_attached_itself
 
+# Of every config, while a model is traced: what a model's own config says here makes no difference to its graph.
+FLAGS_SET_FOR_TRACING = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
 PATCH_LOCK = threading.RLock()  # reentrant: traceable() may be entered by a holder of it
 
 
@@ -53,10 +55,9 @@ def traceable(
 
         for config in _configs(model):
             undo.callback(_restore_attributes, config, dict(config.__dict__))
-            config.use_cache = use_cache and not _is_of_encoder(config, model.config)
-            config.return_dict = True
-            config.output_attentions = False
-            config.output_hidden_states = False
+            flags = use_cache and not _is_of_encoder(config, model.config), True, False, False
+            for name, value in zip(FLAGS_SET_FOR_TRACING, flags, strict=True):
+                setattr(config, name, value)
 
         of_root = next(cls for cls in type(model).__mro__ if "forward" in cls.__dict__)
         for cls in {cls for module in model.modules() for cls in type(module).__mro__ if "forward" in cls.__dict__}:

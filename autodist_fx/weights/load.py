@@ -94,10 +94,10 @@ def load_rank(
                 f"{name} has shape {list(origin.shape(name))} in the checkpoint and {list(shard.shape)} in the model: "
                 "the checkpoint is of another model or config"
             )
-        # On the CPU the source makes the tensor (or lends one); anywhere else it is made here and written in place.
-        on_cpu = torch.device(device).type == "cpu"
-        out = None if on_cpu else torch.empty(shard.local_shape, dtype=wanted_dtype, device=device)
-        tensor = origin.read(name, dim, intervals, wanted_dtype, out)
+        # A file's tensor is made here, and written in place, where it is not to be on the CPU; a module lends its own.
+        lent = torch.device(device).type == "cpu" or isinstance(origin, ModuleSource)
+        out = None if lent else torch.empty(shard.local_shape, dtype=wanted_dtype, device=device)
+        tensor = origin.read(name, dim, intervals, wanted_dtype, out).to(device)
         _install(module, [s.name for s in wanted[key]], tensor, is_buffer=is_buffer, requires_grad=requires_grad)
         done_bytes += tensor.numel() * tensor.element_size()
         if progress is not None:
@@ -178,15 +178,18 @@ def _refuse_missing(missing: Sequence[ParamShard], count: int) -> None:
 
 
 def _move_the_rest(module: nn.Module, shards: Mapping[str, ParamShard], device: torch.device | str) -> None:
-    """Tensors that came with the graph (constants that the trace lifted) follow the parameters to the device."""
+    """Tensors that came with the graph (constants that the trace lifted) follow the parameters to the device; one that
+    has several names stays one."""
+    moved: dict[int, torch.Tensor] = {}
     for name, tensor in list(_tensors(module)):
-        if name in shards:
+        if name in shards or tensor.device == torch.device(device):
             continue
         owner, leaf = _owner_of(module, name)[0], name.rpartition(".")[2]
-        if leaf in owner._buffers:
-            owner._buffers[leaf] = tensor.to(device)
-        else:
-            owner._parameters[leaf] = nn.Parameter(tensor.detach().to(device), requires_grad=tensor.requires_grad)
+        if id(tensor) not in moved:
+            there = tensor.detach().to(device)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            moved[id(tensor)] = nn.Parameter(there, requires_grad=tensor.requires_grad) if is_parameter else there
+        (owner._buffers if leaf in owner._buffers else owner._parameters)[leaf] = moved[id(tensor)]  # type: ignore[assignment]
 
 
 def _some(names: Sequence[str]) -> str:

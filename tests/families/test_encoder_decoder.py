@@ -110,14 +110,14 @@ def test_shared_embeddings_live_on_every_stage_that_reads_them() -> None:
 @torch.no_grad()
 def test_a_cache_that_is_read_otherwise_than_written_is_refused() -> None:
     compiled = adx.compile(_model("t5").config, tp=2, use_cache=True, verify=False)
-    encoder = compiled._main.encoder
+    encoder = compiled.main.encoder
     assert encoder is not None
     (update, *_) = (op for op in encoder.plan.ops if op.kind == "cache_update")
     apart = replace(update, outputs=(REPLICATE, REPLICATE), output_layouts=(-1, -1))
     plan = replace(encoder.plan, ops=tuple(apart if op is update else op for op in encoder.plan.ops))
     programs = [compiled.encoder_program(rank) for rank in range(2)]
     steps = [compiled.program(rank) for rank in range(2)]
-    read = compiled._main.plan, compiled._main.graph
+    read = compiled.main.plan, compiled.main.graph
     verify_handover(programs, (encoder.plan, encoder.graph), steps, read)
     with pytest.raises(VerificationError, match="cache layer 1 is written as"):
         verify_handover(programs, (plan, encoder.graph), steps, read)

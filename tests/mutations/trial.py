@@ -67,7 +67,7 @@ def numeric_verdict(subject: Subject, programs: Programs) -> str:
     made = subject.compiled
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            verify_numeric([made._main], lambda variant: programs, made.buffers, locate=False)
+            verify_numeric([made.main], lambda variant: programs, made.buffers, locate=False)
     except (VerificationError, MeshError) as error:  # MeshError: a message to a rank that does not exist
         return str(error)
     return ""

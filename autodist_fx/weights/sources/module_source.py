@@ -15,17 +15,19 @@ from cost_model.graph.placement import Interval
 class ModuleSource:
     """Slices of an nn.Module's parameters and buffers (all names of a tied one), or of a state dict.
 
-    Slices are copies, so that the model can be freed. With `share_whole`, tensors that are wanted whole, in the dtype
-    they have and on their own device, share the model's storage: an in-process simulation of many ranks then holds
-    replicated weights once. Raises CheckpointError when the model is on the meta device.
+    Slices are copies, so that the model can be freed. With `share`, a slice of a parameter that is wanted in one piece
+    and in the dtype that it has lies in the model's own memory: all ranks in one process then hold no weights beside
+    the model's, and see what is written there. Buffers are copied, since a forward pass may write into them. Raises
+    CheckpointError when the model is on the meta device.
     """
 
-    def __init__(self, state: nn.Module | Mapping[str, torch.Tensor], *, share_whole: bool = False) -> None:
+    def __init__(self, state: nn.Module | Mapping[str, torch.Tensor], *, share: bool = False) -> None:
         if isinstance(state, nn.Module):
             tensors = dict(state.named_parameters(remove_duplicate=False))
+            self._shared = frozenset(tensors if share else ())
             tensors.update(state.named_buffers(remove_duplicate=False))
         else:
-            tensors = dict(state)
+            tensors, self._shared = dict(state), frozenset(state if share else ())
         on_meta = next((name for name, t in tensors.items() if t.is_meta), None)
         if on_meta is not None:
             raise CheckpointError(
@@ -33,7 +35,6 @@ class ModuleSource:
                 "or build the model on a real device"
             )
         self._tensors = tensors
-        self._share_whole = share_whole
         self._bytes_read = 0
 
     @property
@@ -63,8 +64,8 @@ class ModuleSource:
         tensor = self._tensor(name)
         shape = sliced_shape(name, tuple(tensor.shape), dim, intervals, out)
         if out is None:
-            if dim is None and self._share_whole and dtype in (None, tensor.dtype):
-                return tensor
+            if name in self._shared and dtype in (None, tensor.dtype) and len(intervals) < 2:
+                return tensor if dim is None else _one_piece(tensor, dim, intervals)
             out = torch.empty(shape, dtype=dtype or tensor.dtype, device=tensor.device)
         if dim is None:
             out.copy_(tensor)
@@ -84,3 +85,8 @@ class ModuleSource:
         if name not in self._tensors:
             raise CheckpointError(f"the model in memory has no tensor {name}: is it the model that was compiled?")
         return self._tensors[name].detach()
+
+
+def _one_piece(tensor: torch.Tensor, dim: int, intervals: Sequence[Interval]) -> torch.Tensor:
+    start, stop = intervals[0] if intervals else (0, 0)
+    return tensor.narrow(dim, start, stop - start)

@@ -152,11 +152,18 @@ def test_out_of_another_shape(source):
 def test_a_model_in_memory_gives_copies_unless_asked_to_share():
     model = torch.nn.Linear(4, 4)
     assert ModuleSource(model).read("weight").data_ptr() != model.weight.data_ptr()
-    shared = ModuleSource(model, share_whole=True)
+    shared = ModuleSource(model, share=True)
     assert shared.read("weight").data_ptr() == model.weight.data_ptr()
     assert not shared.read("weight").requires_grad
     assert shared.read("weight", dtype=torch.float16).dtype == torch.float16
-    assert shared.read("weight", 0, ((0, 4),)).data_ptr() != model.weight.data_ptr()
+    assert shared.read("weight", dtype=torch.float16).data_ptr() != model.weight.data_ptr()
+    piece, pieces = shared.read("weight", 1, ((1, 3),)), shared.read("weight", 1, ((0, 1), (3, 4)))
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+    assert piece.eq(7.0).all() and not pieces.eq(7.0).any()
+    assert shared.read("weight", 0).shape == (0, 4)
+    norm = torch.nn.BatchNorm1d(2)
+    assert ModuleSource(norm, share=True).read("running_mean").data_ptr() != norm.running_mean.data_ptr()
 
 
 def test_a_tied_model_in_memory_has_both_names_and_counts_once():

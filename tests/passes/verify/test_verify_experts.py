@@ -32,7 +32,7 @@ def _compiled(family: str) -> CompiledModel:
 
 def _emitted(family: str) -> Programs:
     made = _compiled(family)
-    kinds = made._main.traced.layer_kinds
+    kinds = made.main.traced.layer_kinds
     return [emit_rank(made.graph, made.plan, rank, layer_kinds=kinds) for rank in range(2)]
 
 

@@ -51,7 +51,7 @@ def compiled(family: str, tp: int, pp: int, use_cache: bool = False) -> Compiled
 def emitted(family: str, tp: int, pp: int, use_cache: bool = False) -> Programs:
     """Fresh programs: they may be changed."""
     model = compiled(family, tp, pp, use_cache)
-    kinds = model._main.traced.layer_kinds
+    kinds = model.main.traced.layer_kinds
     return [emit_rank(model.graph, model.plan, rank, layer_kinds=kinds) for rank in range(tp * pp)]
 
 

@@ -1,0 +1,208 @@
+"""Where a compilation's variants come from: `VariantSource`, and `TracingSource`, which traces and plans a model."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.fx
+from transformers import PretrainedConfig, PreTrainedModel
+
+from autodist_fx.calls.call import FILLED_IN, Call
+from autodist_fx.calls.lengths import Lengths
+from autodist_fx.calls.model_signature import ModelSignature, signature_of
+from autodist_fx.compiler.compile_options import CompileOptions
+from autodist_fx.compiler.variant import Variant
+from autodist_fx.compiler.variant_set import VariantSet
+from autodist_fx.errors import AutodistError
+from autodist_fx.tracing import InputForm, empty_model, has_own_cache
+from autodist_fx.tracing.meta_model import class_of
+from autodist_fx.tracing.model_structure import structure_of
+from autodist_fx.weights.load import load_rank
+from autodist_fx.weights.sources.module_source import ModuleSource
+from cost_model.partition_plan import PartitionPlan
+from cost_model.request.plan_request import PlanRequest
+from passes.program.rank_program import RankProgram
+
+
+class VariantSource(Protocol):
+    """Gives a compilation its variants, and the weights that their programs run with.
+
+    There are two kinds: `TracingSource` makes what is asked for from a model, `SavedSource` (artifact/) has what was
+    saved, and refuses everything else by name. All methods that give variants raise AutodistError, TracingError or
+    PlanError where there is no such variant.
+    """
+
+    @property
+    def always(self) -> Mapping[str, object]:
+        """Arguments of every call (compile's concrete_args)."""
+        ...
+
+    @property
+    def signature(self) -> ModelSignature:
+        """The model as a call sees it."""
+        ...
+
+    @property
+    def has_own_cache(self) -> bool:
+        """Whether the model decodes with a cache of its own: a variant for a prompt, another for each step after it."""
+        ...
+
+    def structure(self) -> Hashable:
+        """All that variants depend on in the model as it stands: while it stays equal, so do new variants."""
+        ...
+
+    def first(self) -> VariantSet:
+        """The variants to start with, of the model as it stands."""
+        ...
+
+    def phases(self) -> tuple[Variant, Variant]:
+        """(prompt, step) of a model with a cache of its own, where `first` has none."""
+        ...
+
+    def for_inputs(
+        self, *, use_cache: bool, input_names: Sequence[str] | None, fixed: Mapping[str, object] | None
+    ) -> Variant:
+        """A variant for inputs of these names, in their usual forms, planned for its own lengths."""
+        ...
+
+    def for_call(self, call: Call, specs: Mapping[str, InputForm], made: Sequence[Variant]) -> Variant:
+        """A variant for a call that none of `made` is for; `specs` are those of the call's tensors."""
+        ...
+
+    def at_lengths(self, alike: Sequence[Variant], lengths: Lengths) -> Variant:
+        """A variant for the same call as `alike` at lengths that none of these fits."""
+        ...
+
+    def check_weights(self, purpose: str) -> None:
+        """Raises AutodistError where there are no weights for `purpose` ("simulate", "gradients", ...)."""
+        ...
+
+    def fill(self, variant: Variant, programs: Sequence[RankProgram]) -> None:
+        """Puts the weights as they are now into the programs of a variant."""
+        ...
+
+    def trained_parameters(self) -> Mapping[str, str]:
+        """Every name of a parameter that wants a gradient -> the first of that parameter's names, in their order."""
+        ...
+
+
+@dataclass
+class TracingSource:
+    """A model, or a config, that variants are traced from and planned for.
+
+    `request`: what plans are made for. `options` say what to trace first; `plan` is used for that, where there is one.
+    """
+
+    model: PreTrainedModel | PretrainedConfig
+    request: PlanRequest
+    options: CompileOptions
+    plan: PartitionPlan | None = None
+    # Of each rank's graph, the model's buffers as they were when they were put into it.
+    _buffers_read: WeakKeyDictionary[torch.fx.GraphModule, dict[str, torch.Tensor]] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False
+    )
+
+    @property
+    def always(self) -> Mapping[str, object]:
+        """See VariantSource."""
+        return dict(self.options.concrete_args)
+
+    @property
+    def signature(self) -> ModelSignature:
+        """See VariantSource."""
+        return signature_of(self.shape)
+
+    @property
+    def shape(self) -> PreTrainedModel:
+        """The model, or one like it on meta."""
+        return empty_model(self.model) if isinstance(self.model, PretrainedConfig) else self.model
+
+    @property
+    def has_own_cache(self) -> bool:
+        """See VariantSource."""
+        return has_own_cache(class_of(self.model))
+
+    def structure(self) -> Hashable:
+        """See VariantSource."""
+        return structure_of(self.model)
+
+    def first(self) -> VariantSet:
+        """See VariantSource."""
+        structure, options = self.structure(), self.options
+        if options.use_cache and self.has_own_cache:
+            prompt, step = Variant.make_phases(self.model, self.request, self.always, self.plan)
+            return VariantSet(structure, step, [prompt], step)
+        main = Variant.make(self.model, self.request, options.use_cache, options.input_names, self.always, self.plan)
+        return VariantSet(structure, main)
+
+    def phases(self) -> tuple[Variant, Variant]:
+        """See VariantSource."""
+        return Variant.make_phases(self.model, self.request, None, None)
+
+    def for_inputs(
+        self, *, use_cache: bool, input_names: Sequence[str] | None, fixed: Mapping[str, object] | None
+    ) -> Variant:
+        """See VariantSource."""
+        return Variant.make(self.model, self._own_lengths, use_cache, input_names, fixed, None)
+
+    def for_call(self, call: Call, specs: Mapping[str, InputForm], made: Sequence[Variant]) -> Variant:
+        """See VariantSource."""
+        given = frozenset(specs)
+        names: tuple[str, ...] | None = self._accepted(given)
+        if call.use_cache:
+            filled_in = FILLED_IN - {"input_ids"} if "inputs_embeds" in given else FILLED_IN
+            names = None if given <= FILLED_IN else self._accepted(given | filled_in | {"past_key_values"})
+        return Variant.make(self.model, self.request, call.use_cache, names, call.fixed, None, specs)
+
+    def at_lengths(self, alike: Sequence[Variant], lengths: Lengths) -> Variant:
+        """See VariantSource."""
+        return alike[0].at_lengths(lengths, self._own_lengths, alike[1:])
+
+    def check_weights(self, purpose: str) -> None:
+        """See VariantSource."""
+        if isinstance(self.model, PretrainedConfig) or any(p.is_meta for p in self.model.parameters()):
+            raise AutodistError(
+                f"{purpose} needs weights: compile a model that has them, not a config or a meta model"
+            )
+
+    def fill(self, variant: Variant, programs: Sequence[RankProgram]) -> None:
+        """See VariantSource. They lie in the model's own memory where a rank holds them in one piece. A buffer is put
+        in again where the model's own has changed: a program may write into its buffers, and goes on from there."""
+        source, device = ModuleSource(self.shape, share=True), next(self.shape.parameters()).device
+        buffers = dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))  # and constants
+        buffers.update({name: b for name, b in self.shape.named_buffers(remove_duplicate=False) if name in buffers})
+        for program in programs:
+            known = self._buffers_read.setdefault(program.graph_module, {})
+            new = {n: b for n, b in buffers.items() if n not in known or not _same_bits(known[n], b)}
+            wanted = {n: s for n, s in program.param_shards.items() if not s.is_buffer or s.source in new}
+            load_rank(replace(program, param_shards=wanted), source, device=device, buffers=new)
+            known.update({name: buffer.detach().clone() for name, buffer in new.items()})
+            program.graph_module.eval()
+
+    def trained_parameters(self) -> Mapping[str, str]:
+        """See VariantSource."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.shape.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad:
+                names.setdefault(id(parameter), []).append(name)
+        return {name: of_one[0] for of_one in names.values() for name in of_one}
+
+    @property
+    def _own_lengths(self) -> PlanRequest:
+        return replace(self.request, sizes=())
+
+    def _accepted(self, names: frozenset[str]) -> tuple[str, ...]:
+        """Without those of our own filling-in that the model's forward does not take."""
+        accepted = {p.name for p in self.signature.parameters}
+        return tuple(sorted(n for n in names if n in accepted or n not in FILLED_IN))
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two buffers are the same; NaN is the same as NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    return bool(torch.equal(a, b)) or (a.is_floating_point() and bool(torch.allclose(a, b, 0.0, 0.0, equal_nan=True)))
