@@ -1,4 +1,4 @@
-"""What a rank runs for a call of some lengths: a program for each way that the model's code goes, made at first use."""
+"""`GuardedPrograms`: a rank's programs, one for each outcome of the model's guards on sizes, made at first use."""
 
 from __future__ import annotations
 
@@ -16,41 +16,40 @@ T = TypeVar("T")
 
 @dataclass
 class GuardedPrograms(Generic[T]):
-    """`found`: (conditions on lengths that what is run was made for, what is run), the usual one first.
+    """`found`: (guards, the variant that is run where they hold), the usual one first. No guards hold for all lengths.
 
-    `make(lengths)` is called on all ranks alike for lengths that none of them is for; it raises AutodistError, on all
-    ranks alike, where there can be none. `forms`: of the inputs, which tell what their lengths are called.
+    `make(lengths)` makes a variant where none of them is for these lengths. It is called on all ranks alike, and raises
+    AutodistError on all ranks alike where there can be none. `forms`: of the inputs, which tell what their lengths are
+    called.
     """
 
     found: list[tuple[Guards | None, T]]
     make: Callable[[Lengths], tuple[Guards | None, T]] | None = None
     forms: Mapping[str, InputForm] = field(default_factory=dict)
 
-    def known(self, lengths: Lengths) -> T | None:
-        """None: it has to be made first. Lengths that are not given are not asked for."""
-        for conditions, program in self.found:
-            if conditions is None or not conditions.otherwise(lengths):
-                return program
-        return None
-
-    def get(self, lengths: Lengths) -> T:
-        program = self.known(lengths)
-        if program is None:
-            assert self.make is not None, "without conditions there is one way"
-            self.found.append(self.make(lengths))
-            program = self.found[-1][1]
-        return program
+    def get(self, lengths: Lengths, before_making: Callable[[Lengths], None] | None = None) -> T:
+        """The variant for these lengths; guards on lengths that are not given are not asked. Evaluates each variant's
+        guards once, up to those that hold. `before_making(lengths)` is called where there is none yet, so that other
+        ranks can be told to make it, too."""
+        for guards, variant in self.found:
+            if guards is None or not guards.otherwise(lengths):
+                return variant
+        assert self.make is not None, "without guards there is one variant, for all lengths"
+        if before_making is not None:
+            before_making(lengths)
+        self.found.append(self.make(lengths))
+        return self.found[-1][1]
 
 
-def only(program: T) -> GuardedPrograms[T]:
+def only(variant: T) -> GuardedPrograms[T]:
     """The same for all lengths."""
-    return GuardedPrograms([(None, program)])
+    return GuardedPrograms([(None, variant)])
 
 
-def one_way(conditions: Guards | None, program: T, other: Callable[[Lengths], str]) -> GuardedPrograms[T]:
-    """For lengths that meet the conditions; for any other AutodistError, of the words that `other` has for them."""
+def one_way(guards: Guards | None, variant: T, other: Callable[[Lengths], str]) -> GuardedPrograms[T]:
+    """For lengths that meet the guards; for any other AutodistError, of the words that `other` has for them."""
 
     def refuse(lengths: Lengths) -> tuple[Guards | None, T]:
         raise AutodistError(other(lengths))
 
-    return GuardedPrograms([(conditions, program)], refuse)
+    return GuardedPrograms([(guards, variant)], refuse)

@@ -18,6 +18,7 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.kv_cache import SplitCache
 from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
+from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
 from passes.fx import node_meta
 from passes.program.rank_program import RankProgram
@@ -66,8 +67,8 @@ class StatesCache(SplitCache):
 
 
 class DistributedOwnCacheLM(TwoGraphCausalLM):
-    """`program` is the step's. `prompts` has the prompt's for each way that the model's code goes by a prompt's length,
-    and what changes hands after it; `after_step` does after a step. `steps` has the step's conditions."""
+    """`program` is the step's. `prompts` has the prompt's programs, one for each outcome of the guards on a prompt's
+    length, and what changes hands after each; `steps` has the step's, after which `after_step` changes hands."""
 
     def __init__(
         self,
@@ -85,36 +86,36 @@ class DistributedOwnCacheLM(TwoGraphCausalLM):
         self._inputs |= frozenset(self.prompt_program.input_names)
         self._after_step = after_step
 
-    def _ways_for(self, lengths: Lengths) -> GuardedPrograms[Any]:
-        return self._ways if lengths["P"] else self._prompts
+    def _programs_for(self, lengths: Lengths) -> GuardedPrograms[Any]:
+        return self._programs if lengths["P"] else self._prompts
 
-    def _run(
-        self,
-        cache: SplitCache,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache_position: torch.Tensor,
-    ) -> torch.Tensor | None:
-        assert isinstance(cache, StatesCache)
-        first = cache.tokens == 0
-        if not first and input_ids.shape[1] != 1:
+    def _choose(self, step: Step) -> Prompt:
+        """(program, what changes hands after it)."""
+        tokens = step.input_ids.shape[1]
+        if not step.cache.tokens:
+            prompt: Prompt = super()._choose(step)
+            return prompt
+        if tokens != 1:
             raise AutodistError(
-                f"a model with a cache of its own takes one token at a time after its prompt; got {input_ids.shape[1]}"
+                f"a model with a cache of its own takes one token at a time after its prompt; got {tokens}"
             )
-        lengths = self._lengths(cache, input_ids)
-        program, after = self._prompts.get(lengths) if first else (self._ways.get(lengths), self._after_step)
+        return super()._choose(step), self._after_step
+
+    def _run(self, step: Step, variant: Prompt) -> torch.Tensor | None:
+        program, after = variant
+        cache = step.cache
+        assert isinstance(cache, StatesCache)
         given = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "cache_position": cache_position,
+            "input_ids": step.input_ids,
+            "attention_mask": step.attention_mask,
+            "position_ids": step.position_ids,
+            "cache_position": step.cache_position,
             **cache.states,
         }
         outputs = self._call(program, {name: given.get(name) for name in program.input_names})
         cache.states |= {name: x for name, x in outputs.items() if name.startswith(STATE_PREFIX)}
         self._hand_over(cache, after)
-        cache.tokens += input_ids.shape[1]
+        cache.tokens += step.input_ids.shape[1]
         return outputs.get("logits")
 
     def _hand_over(self, cache: StatesCache, states: Sequence[Handover]) -> None:

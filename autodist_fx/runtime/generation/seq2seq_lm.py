@@ -15,20 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.generation import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput, GenerationMixin
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from autodist_fx.calls.lengths import Lengths, lengths_of
-from autodist_fx.errors import AutodistError
+from autodist_fx.errors import AutodistError, CommunicationError
 from autodist_fx.runtime.cache.cross_cache import CrossCache, Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache, encoder_view, local_cache
 from autodist_fx.runtime.comm.channels import Channel
-from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM, refuse_inner_outputs
+from autodist_fx.runtime.generation.encoder_output import EncoderOutput, EncoderStandIn
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, only
-from autodist_fx.runtime.generation.step_messages import Command
+from autodist_fx.runtime.generation.step import Step
+from autodist_fx.runtime.generation.step_messages import EncodeMessage
 from passes.program.rank_program import RankProgram
-
-_DTYPES = (torch.long, torch.int32, torch.bool, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MOST_DIMS = 4
 
 
 class DistributedSeq2SeqLM(DistributedCausalLM):
@@ -57,21 +56,19 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         ways: GuardedPrograms[tuple[RankProgram, RankProgram]] | None = None,
         **keywords: Any,
     ) -> None:
-        super().__init__(program, *args, **{"logits_on_every_rank": True, **keywords})
-        self._ways = ways or only((encoder, program))
+        ways = ways or only((encoder, program))
+        super().__init__(program, *args, ways=ways, **{"logits_on_every_rank": True, **keywords})
         object.__setattr__(self, "_skeleton", skeleton)  # no submodule: its parameters are on meta
         self.main_input_name = main_input_name
         self.encoder_program = encoder
         self.encoder_module = encoder.graph_module.eval()
         held = [*self.graph_module.parameters(), *self.encoder_module.parameters()]
         self.dtype = next((p.dtype for p in held if p.is_floating_point()), self.dtype)
-        self._encoder = _Encoder(self)
+        self._encoder = EncoderStandIn(self)
         read = {*encoder.input_names, *program.input_names} - {"past_key_values", "cache_position"}
         self._encoder_inputs = tuple(sorted(read - set(self._names.values())))
         self._encoded: weakref.WeakValueDictionary[int, Encoded] = weakref.WeakValueDictionary()
-        self._last_encoded: Encoded | None = None  # held while generating; else whoever asked for it does
         self._encoded_count = 0
-        self._wants = 0  # number of what the encoder gave that the next step reads
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -108,32 +105,29 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         cache that was used with them. `.logits` [batch, tokens, vocabulary] on every rank; while generating, of the
         last position, on the ranks of the last stage.
         """
+        refuse_inner_outputs(output_attentions, output_hidden_states)
         if decoder_input_ids is None:
             raise AutodistError("a distributed encoder-decoder model takes decoder_input_ids, and got none")
-        given = {"input_ids": input_ids, "input_features": input_features, "input_values": input_values}
-        if encoder_outputs is None and given.get(self.main_input_name) is not None:
-            known = past_key_values is not None and past_key_values.tokens
-            if not known:
-                encoder_outputs = self._encoder(
-                    **{self.main_input_name: given[self.main_input_name]}, attention_mask=attention_mask
-                )
+        if encoder_outputs is None and not (past_key_values is not None and past_key_values.tokens):
+            given = {"input_ids": input_ids, "input_features": input_features, "input_values": input_values}
+            if (main_input := given.get(self.main_input_name)) is not None:
+                encoder_outputs = self._encoder(**{self.main_input_name: main_input}, attention_mask=attention_mask)
         if encoder_outputs is not None:
-            self._wants = encoder_outputs.encoded.number
+            encoded = encoder_outputs.encoded
         elif isinstance(past_key_values, CrossCache) and past_key_values.encoded is not None:
-            self._wants = past_key_values.encoded.number
+            encoded = past_key_values.encoded
         else:
             raise AutodistError(
                 f"there is nothing for the decoder to read: give {self.main_input_name}, encoder_outputs, or a cache"
             )
-        found = super().forward(
-            input_ids=decoder_input_ids,
-            attention_mask=decoder_attention_mask,
-            position_ids=decoder_position_ids,
-            past_key_values=past_key_values,
-            cache_position=cache_position,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+        found = self._forward(
+            decoder_input_ids,
+            decoder_attention_mask,
+            decoder_position_ids,
+            past_key_values,
+            cache_position,
+            use_cache,
+            encoded,
         )
         return Seq2SeqLMOutput(logits=found.logits, past_key_values=found.past_key_values)
 
@@ -142,18 +136,6 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
     @staticmethod
     def _prompt(given: Mapping[str, Any]) -> torch.Tensor | None:
         return None  # generate's inputs are the encoder's
-
-    def _drive(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super()._drive(*args, **kwargs)
-        finally:
-            self._last_encoded = None
-
-    def _follow(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super()._follow(*args, **kwargs)
-        finally:
-            self._last_encoded = None
 
     def _prepare_decoder_input_ids_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """With a mask, which then grows with the tokens, a column a step."""
@@ -182,57 +164,39 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         taken = inspect.signature(self.forward).parameters
         return {name: v for name, v in named.items() if name in taken} | {"encoder_outputs": encoder_outputs}
 
-    def _further_numbers(self) -> tuple[int, ...]:
-        return (self._wants,)
+    # -------------------------------------------------------------------------------------------- on every rank
 
-    def _follow_step(self, cache: SplitCache, numbers: list[int], payload: torch.Tensor) -> torch.Tensor:
-        self._wants = numbers[6]
-        return super()._follow_step(cache, numbers, payload)
-
-    def _run(self, cache: SplitCache, input_ids: torch.Tensor, *args: Any) -> torch.Tensor | None:
-        assert isinstance(cache, CrossCache)
-        cache.attach(self._encoded[self._wants], input_ids.shape[0])
-        return super()._run(cache, input_ids, *args)
-
-    def _lengths(self, cache: SplitCache, input_ids: torch.Tensor) -> Lengths:
-        return {**super()._lengths(cache, input_ids), **self._encoded[self._wants].lengths}
-
-    def _program_for(self, lengths: Lengths) -> RankProgram:
-        program: RankProgram = self._ways.get(lengths)[1]
-        return program
-
-    def _further_inputs(self, cache: SplitCache) -> dict[str, Any]:
-        return dict(cache.inputs) if isinstance(cache, CrossCache) else {}
+    def _run(self, step: Step, variant: tuple[RankProgram, RankProgram]) -> torch.Tensor | None:
+        _, decoder = variant
+        assert isinstance(step.cache, CrossCache) and step.encoded is not None
+        step.cache.attach(step.encoded, step.input_ids.shape[0])
+        return self._run_program(decoder, step, step.cache.inputs)
 
     def _empty_cache(self) -> SplitCache:
         cache = local_cache(self.config, self.program, CrossCache)
         cache.kinds, cache.numbers, cache.inputs = self.program.cache_kinds, self.program.cache_layers, {}
         return cache
 
-    # ------------------------------------------------------------------------------------------- the encoder
-
     def encode(self, inputs: Mapping[str, torch.Tensor | None]) -> EncoderOutput:
         """Run the encoder, on all ranks; called on the driver alone while it generates."""
         rows, length = self._main_input(inputs).shape[:2]
         if inputs.get("attention_mask") is None:
             inputs = {**inputs, "attention_mask": torch.ones(rows, length, dtype=torch.long)}
-        # in the order in which the others receive them
         given = {name: value for name in self._encoder_inputs if (value := inputs.get(name)) is not None}
         given = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in given.items()}
-        self._prepare(self._ways, self._read(given))
+        lengths = self._read(given)
+        encoder, _ = self._programs.get(lengths, self._announce_preparing)
         number = self._encoded_count + 1
-        if self._generating and self._channel is not None:
-            self._finish_sends()
-            header = [_described(given.get(name)) for name in self._encoder_inputs]
-            self._channel.say(Command.ENCODE, (number,), [torch.tensor(header)])
-            for rank in self._others:
-                for value in given.values():
-                    self.communicator.send(value.contiguous(), rank, Channel.ENCODER_INPUTS)
-        return EncoderOutput.of(self._encode(number, given), rows, length, self.device)
+        if self._leader is not None:
+            self._leader.announce_encoding(number, [given.get(name) for name in self._encoder_inputs])
+        encoded = self._encode(number, given, lengths, encoder)
+        if self._leader is not None:
+            self._leader.encoded = encoded
+        return EncoderOutput.of(encoded, rows, length, self.device)
 
     def _read(self, given: Mapping[str, torch.Tensor]) -> Lengths:
         """The lengths of what the encoder reads."""
-        return {k: n for k, n in lengths_of(self._ways.forms, given, 0).items() if k != "P"}
+        return {k: n for k, n in lengths_of(self._programs.forms, given, 0).items() if k != "P"}
 
     def _main_input(self, inputs: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         value = inputs.get(self.main_input_name)
@@ -240,22 +204,36 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
             raise AutodistError(f"the encoder of this model reads {self.main_input_name}, and got none")
         return value
 
-    def _follow_encode(self, numbers: list[int], payload: torch.Tensor) -> None:
-        given = {}
-        for name, (dtype, *shape) in zip(self._encoder_inputs, payload.view(-1, 1 + _MOST_DIMS).tolist(), strict=True):
-            if dtype >= 0:
-                sizes = tuple(size for size in shape if size >= 0)
-                given[name] = self.communicator.recv(
-                    sizes, _DTYPES[dtype], self.device, self.driver, Channel.ENCODER_INPUTS
-                )
-        self._last_encoded = self._encode(numbers[0], given)
+    def follow_encoding(self, message: EncodeMessage) -> Encoded:
+        """Receive what the encoder reads, and run it."""
+        assert self._channel is not None
+        if len(message.inputs) != len(self._encoder_inputs):
+            raise CommunicationError(
+                f"the driver's encoder reads {len(message.inputs)} inputs, that of rank {self.rank} reads "
+                f"{', '.join(self._encoder_inputs)}"
+            )
+        given = {
+            name: self._channel.receive(spec, Channel.ENCODER_INPUTS)
+            for name, spec in zip(self._encoder_inputs, message.inputs, strict=True)
+            if spec is not None
+        }
+        lengths = self._read(given)
+        encoder, _ = self._programs.get(lengths)
+        return self._encode(message.encoded, given, lengths, encoder)
 
-    def _encode(self, number: int, given: Mapping[str, torch.Tensor]) -> Encoded:
+    def encoded_of(self, number: int) -> Encoded | None:
+        """What the encoder gave under that number. Raises CommunicationError where this rank has it no more."""
+        encoded = self._encoded.get(number)
+        if encoded is None:
+            raise CommunicationError(f"a step reads what encoder run {number} gave, and rank {self.rank} has it not")
+        return encoded
+
+    def _encode(
+        self, number: int, given: Mapping[str, torch.Tensor], lengths: Lengths, encoder: RankProgram
+    ) -> Encoded:
         self._encoded_count = number
         given = {name: value.to(self.device) for name, value in given.items()}
         scratch = self._empty_cache()
-        lengths = self._read(given)
-        encoder = self._ways.get(lengths)[0]
         view = encoder_view(scratch, self.program, encoder)
         inputs = {**given, "past_key_values": view}
         self._call(encoder, {name: inputs[name] for name in encoder.input_names})
@@ -264,51 +242,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         rows = next(iter(given.values())).shape[0]
         read = {"E": lengths["E"]} if "E" in lengths else {}
         encoded = self._encoded[number] = Encoded(number, rows, layers, read, kept)
-        if self._generating:
-            self._last_encoded = encoded
         return encoded
-
-
-class EncoderOutput(BaseModelOutput):
-    """What generate is given for an encoder's output: rows and tokens to count, and where the ranks have the rest."""
-
-    encoded: Encoded
-
-    @classmethod
-    def of(cls, encoded: Encoded, rows: int, length: int, device: torch.device) -> EncoderOutput:
-        output = cls(last_hidden_state=torch.empty(rows, length, 0, device=device))
-        output.encoded = encoded
-        return output
-
-
-class _Encoder(nn.Module):
-    """Stands for the encoder where transformers asks for one."""
-
-    def __init__(self, model: DistributedSeq2SeqLM) -> None:
-        super().__init__()
-        self._model = weakref.ref(model)
-
-    @property
-    def main_input_name(self) -> str:
-        return self._whole.main_input_name
-
-    @property
-    def _whole(self) -> DistributedSeq2SeqLM:
-        model = self._model()
-        assert model is not None
-        return model
-
-    def forward(self, **kwargs: Any) -> EncoderOutput:  # under this name generate hands on all that it has
-        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
-            raise AutodistError("the ranks' graphs give neither attentions nor hidden states: ask the model itself")
-        return self._whole.encode(kwargs)
-
-
-def _described(value: torch.Tensor | None) -> list[int]:
-    """[number of the dtype, sizes], padded with -1; all of it -1 for an input that is not given."""
-    if value is None:
-        return [-1] * (1 + _MOST_DIMS)
-    return [_DTYPES.index(value.dtype), *value.shape, *[-1] * (_MOST_DIMS - value.dim())]
 
 
 def seq2seq_class(model_class: type[nn.Module]) -> type[DistributedSeq2SeqLM]:

@@ -1,83 +1,345 @@
-"""What the rank that drives a generation tells the others: a few integers a step, in one message where they fit."""
+"""Messages from the rank that leads a generation to those that follow: frozen values, each packed into int64s.
+
+Packed, a message is one dim of int64s on the CPU, which needs no pickle:
+
+    FORMAT, command, integers of payload, 12 numbers, the payload, zeros up to BLOCK
+
+A step of decoding fits into one BLOCK. `unpack` believes nothing: a message of another format, command or length, or
+with a number out of its bounds, is a CommunicationError that names it.
+"""
 
 from __future__ import annotations
 
-import builtins
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import ClassVar, TypeVar
 
 import torch
 
-from autodist_fx import errors
-from autodist_fx.errors import AutodistError, RemoteRankError
-from autodist_fx.runtime.comm.channels import Channel
-from passes.ops.comm import Communicator
+from autodist_fx.calls.lengths import Lengths
+from autodist_fx.errors import CommunicationError
 
-_INTEGERS = 128  # of a message: 1 KiB, which a socket takes at once
-_NUMBERS = 8  # that a message may carry beside its payload
-_HEADER = 2 + _NUMBERS
+FORMAT = 0x41445802  # "ADX", and the version of this layout
+BLOCK = 128  # integers of the first piece of a message: 1 KiB, which a socket takes at once
+_NUMBERS = 12
+_HEADER_INTEGERS = 3 + _NUMBERS
+_HEADER = struct.Struct(f"={_HEADER_INTEGERS}q")
+_MOST = 1 << 40  # no size, position or number of a cache goes beyond
+_MOST_PAYLOAD = 1 << 32  # integers
+_LETTERS = "BSPTEK"  # of lengths, in the order of their numbers
+_DTYPES = (torch.long, torch.int32, torch.bool, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MOST_DIMS = 4  # of an input of an encoder
+_NOT_GIVEN = (-1,) * (1 + _MOST_DIMS)
+
+M = TypeVar("M", bound="Message")
 
 
 class Command(IntEnum):
-    STEP = 1  # run the graph
-    REORDER = 2  # the rows of a cache
-    CROP = 3  # a cache
-    END = 4  # of the generation: these are the sequences
-    ERROR = 5  # raise it
-    ENCODE = 6  # run the encoder's graph
-    PREPARE = 7  # a graph for these lengths
+    """The kind of a message, as it is on the wire."""
+
+    STEP = 1
+    REORDER = 2
+    CROP = 3
+    END = 4
+    ERROR = 5
+    ENCODE = 6
+    PREPARE = 7
 
 
-class StepChannel:
-    """From the driver to every other rank of the mesh. Integers only, on the CPU, without pickle."""
+class OutputKind(IntEnum):
+    """What transformers' generate returned."""
 
-    def __init__(self, communicator: Communicator, driver: int, followers: Sequence[int]) -> None:
-        self._communicator, self._driver, self._followers = communicator, driver, tuple(followers)
-        self._padding = torch.zeros(_INTEGERS, dtype=torch.long)
-
-    def say(self, command: Command, numbers: Sequence[int] = (), payload: Sequence[torch.Tensor] = ()) -> None:
-        """`numbers`: up to 8. `payload`: int64 tensors, which arrive as one of one dim."""
-        flat = [p.reshape(-1) if p.device.type == "cpu" else p.reshape(-1).cpu() for p in payload]
-        count = sum(p.numel() for p in flat)
-        header = torch.tensor([command, count, *numbers, *[0] * (_NUMBERS - len(numbers))])
-        inline = count <= _INTEGERS - _HEADER
-        used = _HEADER + count if inline else _HEADER
-        message = torch.cat([header, *(flat if inline else ()), self._padding[used:]])
-        rest = None if inline else torch.cat(flat)
-        for rank in self._followers:
-            self._communicator.send(message, rank, Channel.STEPS)
-            if rest is not None:
-                self._communicator.send(rest, rank, Channel.STEPS)
-
-    def hear(self) -> tuple[Command, list[int], torch.Tensor]:
-        """(command, its 8 numbers, its payload); waits for it."""
-        receive = self._communicator.recv
-        message = receive((_INTEGERS,), torch.long, "cpu", self._driver, Channel.STEPS)
-        command, count, *numbers = message[:_HEADER].tolist()
-        if count <= _INTEGERS - _HEADER:
-            payload = message[_HEADER : _HEADER + count]
-        else:
-            payload = receive((count,), torch.long, "cpu", self._driver, Channel.STEPS)
-        return Command(command), numbers, payload
-
-    def say_error(self, error: BaseException) -> None:
-        """`error` ends the generation everywhere."""
-        text = f"{type(error).__name__}\n{error}".encode()
-        padded = text + b"\0" * (-len(text) % 8)
-        self.say(Command.ERROR, (len(text),), (torch.frombuffer(bytearray(padded), dtype=torch.long),))
-
-    def heard_error(self, numbers: Sequence[int], payload: torch.Tensor) -> Exception:
-        """The error that the driver raised, of the same class where that is a built-in or one of ours."""
-        text = payload.clone().view(torch.uint8)[: numbers[0]].numpy().tobytes().decode(errors="replace")
-        name, _, message = text.partition("\n")
-        kind: Any = getattr(errors, name, None) or getattr(builtins, name, None)
-        if isinstance(kind, type) and issubclass(kind, (AutodistError, *_PLAIN_ERRORS)):
-            error: Exception = kind(message)
-        else:
-            error = RemoteRankError(f"{name}: {message}")
-        error.add_note(f"raised on rank {self._driver}, which drives the generation")
-        return error
+    SEQUENCES = 0  # a tensor
+    SAMPLE = 1  # an output with return_dict_in_generate, of greedy search or sampling
+    BEAMS = 2  # the same of beam search
 
 
-_PLAIN_ERRORS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError)
+class Message:
+    """Any message: `pack` on the rank that leads, `unpack` on the others."""
+
+    __slots__ = ()
+    command: ClassVar[Command]
+
+    def pack(self) -> torch.Tensor:
+        """int64 [BLOCK or more]."""
+        numbers, payload = self._content()
+        count = sum(tensor.numel() for tensor in payload)
+        header = _HEADER.pack(FORMAT, self.command, count, *numbers, *[0] * (_NUMBERS - len(numbers)))
+        # as bytes: half of what tensor operations take, for so few integers
+        parts = [header, *(tensor.to("cpu", torch.long).numpy().tobytes() for tensor in payload)]
+        unused = BLOCK - _HEADER_INTEGERS - count
+        return torch.frombuffer(bytearray().join([*parts, bytes(8 * max(0, unused))]), dtype=torch.long)
+
+    @classmethod
+    def unpack(
+        cls: type[M],
+        packed: torch.Tensor,
+        device: torch.device | str = "cpu",
+        receive: Callable[[int], torch.Tensor] | None = None,
+    ) -> M:
+        """The message that was packed, its tensors on `device`. `packed` is all of it, or its first BLOCK and
+        `receive(n)` gives the n integers left, where there are more. Raises CommunicationError where it is damaged, or
+        not of this class."""
+        command, count, *numbers = _header(packed)
+        left = max(BLOCK, _HEADER_INTEGERS + count) - packed.shape[0]
+        if left > 0 and receive is not None:
+            packed = torch.cat([packed, receive(left)])
+        elif left:
+            raise CommunicationError(f"a message of {packed.shape[0] + left} integers came with {packed.shape[0]}")
+        kind = _KINDS.get(command)
+        if kind is None or not issubclass(kind, cls):
+            came = f"command {command}" if kind is None else kind.__name__
+            raise CommunicationError(f"a message came that is a {came}, where a {cls.__name__} was expected")
+        return kind._from_content(numbers, packed[_HEADER_INTEGERS : _HEADER_INTEGERS + count].to(device))
+
+    def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
+        """(up to 12 numbers, payload: int64 tensors of any dims)."""
+        raise NotImplementedError
+
+    @classmethod
+    def _from_content(cls: type[M], numbers: Sequence[int], payload: torch.Tensor) -> M:
+        """The inverse of `_content`: of 12 numbers and a payload of one dim, both yet to be checked."""
+        raise NotImplementedError
+
+
+def _header(start: torch.Tensor) -> tuple[int, ...]:
+    """(command, integers of payload, 12 numbers)."""
+    if start.dtype != torch.long or start.dim() != 1 or start.shape[0] < BLOCK:
+        raise CommunicationError(f"a message begins with {BLOCK} int64s, not with {start.dtype}{list(start.shape)}")
+    written, *header = _HEADER.unpack_from(start.numpy())
+    if written != FORMAT:
+        raise CommunicationError(
+            f"a message of format {written:#x} came, and this rank reads {FORMAT:#x}: start all ranks with the same "
+            "version of autodist_fx"
+        )
+    if not 0 <= header[1] <= _MOST_PAYLOAD:
+        raise CommunicationError(f"a message came with a payload of {header[1]} integers")
+    return tuple(header)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepMessage(Message):
+    """One forward pass, which the others run along."""
+
+    command: ClassVar[Command] = Command.STEP
+
+    cache: int  # its number, from 1 on
+    first_position: int  # in the cache, of the first token
+    input_ids: torch.Tensor  # int64 [batch, tokens]
+    position_ids: torch.Tensor | None = None  # int64 [batch, tokens]; None where the graphs take none
+    attention_mask: torch.Tensor | None = None  # int64 [batch, cached + tokens]; None where the graphs take none,
+    mask_grown: bool = False  # or where it is that of this cache's last step and a column of ones
+    new_tokens: bool = False  # the last of input_ids were chosen since the step before: a streamer has not seen them
+    cache_kept: bool = False  # the leader holds the cache until the end
+    encoded: int = 0  # number of what the encoder gave, which the step reads; 0: nothing
+
+    def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
+        payload, mask_tokens = [self.input_ids], 0
+        if self.position_ids is not None:
+            payload.append(self.position_ids)
+        if self.attention_mask is not None:
+            payload.append(self.attention_mask)
+            mask_tokens = self.attention_mask.shape[1]
+        told = self.mask_grown, self.new_tokens, self.cache_kept
+        sizes = (*self.input_ids.shape, self.position_ids is not None, mask_tokens)
+        return (self.cache, self.first_position, self.encoded, *sizes, *told), payload
+
+    @classmethod
+    def _from_content(cls, numbers: Sequence[int], payload: torch.Tensor) -> StepMessage:
+        cache, first_position, encoded, batch, tokens, has_positions, mask_tokens, grown, new, kept, *_ = numbers
+        _check(cls, 1, _MOST, cache=cache, batch=batch, tokens=tokens)
+        _check(cls, 0, _MOST, first_position=first_position, encoded=encoded, mask_tokens=mask_tokens)
+        _check(cls, 0, 1, position_ids=has_positions, mask_grown=grown, new_tokens=new, cache_kept=kept)
+        _check(cls, 0, 0 if mask_tokens else 1, mask_grown=grown)
+        used = batch * tokens * (1 + has_positions)
+        _check_payload(cls, payload, used + batch * mask_tokens)
+        mask = payload[used:].view(batch, mask_tokens) if mask_tokens else None
+        ids_and_positions = payload[:used] if mask_tokens else payload
+        input_ids, *positions = ids_and_positions.view(-1, batch, tokens).unbind()
+        return cls(
+            cache=cache,
+            first_position=first_position,
+            input_ids=input_ids,
+            position_ids=positions[0] if positions else None,
+            attention_mask=mask,
+            mask_grown=bool(grown),
+            new_tokens=bool(new),
+            cache_kept=bool(kept),
+            encoded=encoded,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReorderMessage(Message):
+    """The rows of a cache change places, for beam search."""
+
+    command: ClassVar[Command] = Command.REORDER
+
+    cache: int
+    rows: torch.Tensor  # int64 [batch]: the row that each row continues
+
+    def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
+        return (self.cache,), (self.rows,)
+
+    @classmethod
+    def _from_content(cls, numbers: Sequence[int], payload: torch.Tensor) -> ReorderMessage:
+        _check(cls, 1, _MOST, cache=numbers[0])
+        return cls(numbers[0], payload)
+
+
+@dataclass(frozen=True, slots=True)
+class CropMessage(Message):
+    """A cache keeps its first `max_length` tokens, or loses its last ones where that is negative."""
+
+    command: ClassVar[Command] = Command.CROP
+
+    cache: int
+    max_length: int
+
+    def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
+        return (self.cache, self.max_length), ()
+
+    @classmethod
+    def _from_content(cls, numbers: Sequence[int], payload: torch.Tensor) -> CropMessage:
+        _check(cls, 1, _MOST, cache=numbers[0])
+        _check(cls, -_MOST, _MOST, max_length=numbers[1])
+        _check_payload(cls, payload, 0)
+        return cls(*numbers[:2])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EndMessage(Message):
+    """The generation is over, and these are its tokens."""
+
+    command: ClassVar[Command] = Command.END
+
+    kind: OutputKind
+    sequences: torch.Tensor  # int64 [sequences, tokens]
+    cache: int = 0  # number of the one that the output holds; 0: none
+
+    def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
+        return (self.kind, *self.sequences.shape, self.cache), (self.sequences,)
+
+    @classmethod
+    def _from_content(cls, numbers: Sequence[int], payload: torch.Tensor) -> EndMessage:
+        kind, rows, tokens, cache, *_ = numbers
+        _check(cls, 0, len(OutputKind) - 1, kind=kind)
+        _check(cls, 0, _MOST, rows=rows, tokens=tokens, cache=cache)
+        _check_payload(cls, payload, rows * tokens)
+        return cls(OutputKind(kind), payload.view(rows, tokens), cache)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorMessage(Message):
+    """What the leader raised: it ends the generation everywhere."""
+
+    command: ClassVar[Command] = Command.ERROR
+
+    type_name: str
+    text: str
+
+    def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
+        name, text = self.type_name.encode(), self.text.encode(errors="backslashreplace")
+        padded = bytearray(name + text + b"\0" * (-len(name + text) % 8))
+        return (len(name), len(text)), (torch.frombuffer(padded, dtype=torch.long),) if padded else ()
+
+    @classmethod
+    def _from_content(cls, numbers: Sequence[int], payload: torch.Tensor) -> ErrorMessage:
+        name, text, *_ = numbers
+        _check(cls, 0, _MOST, type_name=name, text=text)
+        _check_payload(cls, payload, -(-(name + text) // 8))
+        encoded = payload.cpu().numpy().tobytes()[: name + text]
+        return cls(encoded[:name].decode(errors="replace"), encoded[name:].decode(errors="replace"))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Dtype and shape of a tensor that follows on a channel of its own."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeMessage(Message):
+    """The encoder is to run; what it reads follows on Channel.ENCODER_INPUTS."""
+
+    command: ClassVar[Command] = Command.ENCODE
+
+    encoded: int  # number of what it gives, from 1 on
+    inputs: tuple[TensorSpec | None, ...]  # of all that it can read, in order; None: not given, and not sent
+
+    def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
+        rows = [_NOT_GIVEN if spec is None else self._row(spec) for spec in self.inputs]
+        return (self.encoded, len(rows)), (torch.tensor(rows, dtype=torch.long),)
+
+    @staticmethod
+    def _row(spec: TensorSpec) -> Sequence[int]:
+        """[number of the dtype, sizes], padded with -1."""
+        if spec.dtype not in _DTYPES or len(spec.shape) > _MOST_DIMS:
+            raise CommunicationError(f"an encoder over ranks reads no {spec.dtype}{list(spec.shape)}")
+        return [_DTYPES.index(spec.dtype), *spec.shape, *[-1] * (_MOST_DIMS - len(spec.shape))]
+
+    @classmethod
+    def _from_content(cls, numbers: Sequence[int], payload: torch.Tensor) -> EncodeMessage:
+        encoded, count, *_ = numbers
+        _check(cls, 1, _MOST, encoded=encoded)
+        _check(cls, 0, _MOST, inputs=count)
+        _check_payload(cls, payload, count * len(_NOT_GIVEN))
+        return cls(encoded, tuple(map(cls._spec, payload.view(count, len(_NOT_GIVEN)).tolist())))
+
+    @classmethod
+    def _spec(cls, row: Sequence[int]) -> TensorSpec | None:
+        if tuple(row) == _NOT_GIVEN:
+            return None
+        dtype, *sizes = row
+        dims = next((dim for dim, size in enumerate(sizes) if size == -1), _MOST_DIMS)
+        _check(cls, 0, len(_DTYPES) - 1, dtype=dtype)
+        for size in sizes[:dims]:
+            _check(cls, 0, _MOST, size=size)
+        for size in sizes[dims:]:
+            _check(cls, -1, -1, size=size)
+        return TensorSpec(_DTYPES[dtype], tuple(sizes[:dims]))
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareMessage(Message):
+    """A step of these lengths comes next, for which there is no program yet: all ranks make one together."""
+
+    command: ClassVar[Command] = Command.PREPARE
+
+    lengths: Lengths
+
+    def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
+        return [self.lengths.get(letter, -1) for letter in _LETTERS], ()
+
+    @classmethod
+    def _from_content(cls, numbers: Sequence[int], payload: torch.Tensor) -> PrepareMessage:
+        lengths = dict(zip(_LETTERS, numbers, strict=False))
+        _check(cls, -1, _MOST, **lengths)
+        _check_payload(cls, payload, 0)
+        return cls({letter: n for letter, n in lengths.items() if n >= 0})
+
+
+_KINDS: dict[int, type[Message]] = {
+    kind.command: kind
+    for kind in (
+        StepMessage, ReorderMessage, CropMessage, EndMessage, ErrorMessage, EncodeMessage, PrepareMessage
+    )
+}  # fmt: skip
+
+
+def _check(message: type[Message], lowest: int, highest: int, /, **numbers: int) -> None:
+    """Raises CommunicationError that names the first number which is out of bounds."""
+    for name, number in numbers.items():
+        if not lowest <= number <= highest:
+            raise CommunicationError(f"a {message.__name__} came with {name}={number}")
+
+
+def _check_payload(message: type[Message], payload: torch.Tensor, integers: int) -> None:
+    if payload.shape[0] != integers:
+        raise CommunicationError(
+            f"a {message.__name__} came with a payload of {payload.shape[0]} integers, not {integers}"
+        )

@@ -15,12 +15,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from autodist_fx.calls.lengths import lengths_of
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from passes.program.rank_program import RankProgram
-
-_DIMS = 3  # batch, tokens, vocabulary
 
 
 class TwoGraphCausalLM(DistributedCausalLM):
@@ -60,7 +57,7 @@ class TwoGraphCausalLM(DistributedCausalLM):
         """
         with_cache = past_key_values is not None or bool(use_cache) or keywords.get("cache_position") is not None
         asks_more = any(keywords.get(name) for name in ("output_attentions", "output_hidden_states"))
-        if self._generating or with_cache or asks_more or (input_ids is None and inputs_embeds is None):
+        if self._leader is not None or with_cache or asks_more or (input_ids is None and inputs_embeds is None):
             more = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "labels": labels}
             if refused := [name for name, value in more.items() if value is not None]:
                 raise AutodistError(
@@ -110,22 +107,7 @@ class TwoGraphCausalLM(DistributedCausalLM):
         names = tuple(given)
         if names not in self._whole:
             self._whole[names] = self._make_program(names)
-        ways = self._whole[names]
-        program = ways.get(lengths_of(ways.forms, given, 0))
+        programs = self._whole[names]
+        program = programs.get(lengths_of(programs.forms, given, 0))
         outputs = self._call(program, {name: given[name].to(self.device) for name in program.input_names})
-        return self._on_every_stage(outputs.get("logits"))
-
-    def _on_every_stage(self, logits: torch.Tensor | None) -> torch.Tensor:
-        """From each rank of the last stage to its namesakes on the others, so that all links carry as much."""
-        mesh = self.mesh
-        last, tp_rank = mesh.pp - 1, self.program.tp_rank
-        self._finish_sends()
-        if logits is not None and self.program.stage == last:
-            for stage in range(last):
-                peer = mesh.rank(stage, tp_rank)
-                self.communicator.send(torch.tensor(logits.shape), peer, Channel.LOGITS)
-                self.communicator.send(logits, peer, Channel.LOGITS)
-            return logits
-        source = mesh.rank(last, tp_rank)
-        shape = self.communicator.recv((_DIMS,), torch.long, "cpu", source, Channel.LOGITS).tolist()
-        return self.communicator.recv(shape, self.dtype, self.device, source, Channel.LOGITS)
+        return self._share_logits(outputs.get("logits"))

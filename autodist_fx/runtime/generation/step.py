@@ -1,0 +1,31 @@
+"""`Step`: one forward pass of a rank, the same on the rank that leads a generation and on those that follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from autodist_fx.calls.lengths import Lengths
+from autodist_fx.runtime.cache.cross_cache import Encoded
+from autodist_fx.runtime.cache.kv_cache import SplitCache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """What a rank's program of a step is given. Tensors the graph takes none of may be None."""
+
+    cache: SplitCache
+    input_ids: torch.Tensor  # int64 [batch, tokens]
+    attention_mask: torch.Tensor | None  # int64 [batch, cached + tokens]
+    position_ids: torch.Tensor | None  # int64 [batch, tokens]
+    cache_position: torch.Tensor  # int64 [tokens]: places in the cache
+    encoded: Encoded | None = None  # what the encoder gave, in a model with one
+
+    @property
+    def lengths(self) -> Lengths:
+        """Those that guards ask for, as they are before the step runs."""
+        batch, tokens = self.input_ids.shape
+        past = self.cache.tokens
+        lengths = {"B": batch, "S": tokens, "P": past, "T": past + tokens}
+        return lengths if self.encoded is None else {**lengths, **self.encoded.lengths}

@@ -1,0 +1,71 @@
+"""`StepChannel`: carries messages from the rank that leads a generation to all others."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from autodist_fx import errors
+from autodist_fx.errors import AutodistError, RemoteRankError
+from autodist_fx.runtime.comm.channels import Channel
+from autodist_fx.runtime.generation.step_messages import BLOCK, ErrorMessage, Message, TensorSpec
+from passes.ops.comm import Communicator
+
+_PLAIN_ERRORS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError)
+
+
+class StepChannel:
+    """From `leader` to `followers`, global ranks; each rank of the mesh has one, and gets messages' tensors on its
+    `device`. Integers cross on the CPU, without pickle.
+
+    A message is one tensor of BLOCK integers and, where it is longer, a second one of the rest: so the other side knows
+    what to receive.
+    """
+
+    def __init__(
+        self, communicator: Communicator, leader: int, followers: Sequence[int], device: torch.device
+    ) -> None:
+        self._communicator, self._leader, self._followers = communicator, leader, tuple(followers)
+        self._device = device
+
+    def say(self, message: Message) -> None:
+        """Start sending to every follower; called on the leader."""
+        packed = message.pack()
+        pieces = (packed,) if packed.shape[0] == BLOCK else (packed[:BLOCK], packed[BLOCK:])
+        for rank in self._followers:
+            for piece in pieces:
+                self._communicator.send(piece, rank, Channel.STEPS)
+
+    def hear(self) -> Message:
+        """The leader's next message; waits for it. Raises CommunicationError where it is damaged."""
+        return Message.unpack(self._receive(BLOCK), self._device, self._receive)
+
+    def _receive(self, integers: int) -> torch.Tensor:
+        return self._communicator.recv((integers,), torch.long, "cpu", self._leader, Channel.STEPS)
+
+    def send(self, tensor: torch.Tensor, channel: Channel) -> None:
+        """A tensor that a message announced, to every follower."""
+        for rank in self._followers:
+            self._communicator.send(tensor.contiguous(), rank, channel)
+
+    def receive(self, spec: TensorSpec, channel: Channel) -> torch.Tensor:
+        """A tensor that a message of the leader's announced."""
+        return self._communicator.recv(spec.shape, spec.dtype, self._device, self._leader, channel)
+
+    def say_error(self, error: BaseException) -> None:
+        """`error` ends the generation everywhere."""
+        self.say(ErrorMessage(type(error).__name__, str(error)))
+
+    def heard_error(self, message: ErrorMessage) -> Exception:
+        """The error that the leader raised, of the same class where that is a built-in or one of ours."""
+        name = message.type_name
+        kind: Any = getattr(errors, name, None) or getattr(builtins, name, None)
+        if isinstance(kind, type) and issubclass(kind, (AutodistError, *_PLAIN_ERRORS)):
+            error: Exception = kind(message.text)
+        else:
+            error = RemoteRankError(f"{name}: {message.text}")
+        error.add_note(f"raised on rank {self._leader}, which drives the generation")
+        return error

@@ -1,0 +1,175 @@
+"""`StepRunner`: what every rank does with a step, whether it leads the generation, follows, or neither.
+
+`DistributedCausalLM` and its subclasses are StepRunners. `forward` (causal_lm.py) chooses a program by the guards,
+announces the step and runs it; a Follower calls `run_step`, which chooses and runs. The guards of a step are evaluated
+once on each rank, in `_choose`, and the variant that they choose is handed on to `_run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PretrainedConfig
+
+from autodist_fx.calls.lengths import Lengths
+from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.cache.cache_table import CacheTable
+from autodist_fx.runtime.cache.cross_cache import Encoded
+from autodist_fx.runtime.cache.kv_cache import SplitCache, local_cache
+from autodist_fx.runtime.comm.channels import Channel
+from autodist_fx.runtime.failing_node import name_failing_node
+from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, only
+from autodist_fx.runtime.generation.leader import Leader
+from autodist_fx.runtime.generation.step import Step
+from autodist_fx.runtime.generation.step_channel import StepChannel
+from autodist_fx.runtime.generation.step_messages import EncodeMessage
+from cost_model.mesh import Mesh
+from passes.ops.comm import Communicator, using
+from passes.program.rank_program import RankProgram
+
+_LOGITS_DIMS = 3  # batch, tokens, vocabulary
+
+
+class StepRunner(nn.Module):
+    """`program`'s parameters are loaded, on `device`; `ways` has programs for other lengths, too, where the model has
+    guards on them. `logits_on_every_rank` sends what `model(...)` gives from the last stage to all ranks; `generate`
+    never does. Joins a class that has transformers' generate.
+    """
+
+    _names: Mapping[str, str] = {}  # what the graph calls an input of the decoder, where it is not the plain name
+
+    def __init__(
+        self,
+        program: RankProgram,
+        communicator: Communicator,
+        config: PretrainedConfig,
+        generation_config: GenerationConfig | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        logits_on_every_rank: bool = False,
+        ways: GuardedPrograms[Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self._programs: GuardedPrograms[Any] = ways or only(program)
+        self.program, self.communicator, self.config = program, communicator, config
+        self.generation_config = generation_config or GenerationConfig.from_model_config(config)
+        self.graph_module = program.graph_module.eval()
+        self.device = torch.device(device)
+        self.dtype = next((p.dtype for p in self.graph_module.parameters() if p.is_floating_point()), torch.float32)
+        self.logits_on_every_rank = logits_on_every_rank
+        mesh = program.mesh
+        self.driver = mesh.rank(mesh.pp - 1, 0)
+        self.is_driver = program.rank == self.driver
+        others = [rank for rank in range(mesh.size) if rank != self.driver]
+        self._channel = StepChannel(communicator, self.driver, others, self.device) if others else None
+        self._finish_sends = getattr(communicator, "finish_sends", None) or _nothing
+        plain = {of_graph: name for name, of_graph in self._names.items()}
+        self._inputs = frozenset(plain.get(name, name) for name in program.input_names)
+        self._leader: Leader | None = None  # on the driver, while it generates
+        self.caches = CacheTable(self._announced_cache)
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.program.mesh
+
+    @property
+    def rank(self) -> int:
+        return self.program.rank
+
+    def run_step(self, step: Step) -> torch.Tensor | None:
+        """This rank's program for `step`, chosen by its guards; the logits where the rank has them."""
+        return self._run(step, self._choose(step))
+
+    def prepare(self, lengths: Lengths) -> None:
+        """Make the program for these lengths, together with all ranks. Raises AutodistError where there can be none."""
+        self._programs_for(lengths).get(lengths)
+
+    def _choose(self, step: Step) -> Any:
+        """The variant that is to run: this is where a step's guards are evaluated, on each rank. Makes it, on all ranks
+        and before any runs, where there is none. Raises AutodistError."""
+        lengths = step.lengths
+        return self._programs_for(lengths).get(lengths, self._announce_preparing)
+
+    def _announce_preparing(self, lengths: Lengths) -> None:
+        if self._leader is not None:
+            self._leader.announce_preparing(lengths)
+
+    def _programs_for(self, lengths: Lengths) -> GuardedPrograms[Any]:
+        return self._programs
+
+    def _run(self, step: Step, variant: Any) -> torch.Tensor | None:
+        """`variant`, chosen for `step`, on this rank; the logits where it has them."""
+        return self._run_program(variant, step, {})
+
+    def _run_program(self, program: RankProgram, step: Step, further: Mapping[str, Any]) -> torch.Tensor | None:
+        """`further`: what the program takes besides, by its own names."""
+        given = {
+            "input_ids": step.input_ids,
+            "attention_mask": step.attention_mask,
+            "position_ids": step.position_ids,
+            "past_key_values": step.cache,
+            "cache_position": step.cache_position,
+        }
+        given = {self._names.get(name, name): value for name, value in given.items()} | dict(further)
+        outputs = self._call(program, {name: given[name] for name in program.input_names})
+        step.cache.tokens += step.input_ids.shape[1]
+        return outputs.get("logits")
+
+    def _call(self, program: RankProgram, inputs: dict[str, Any]) -> dict[str, Any]:
+        """One of this rank's programs, on its device; what it gives back, by name."""
+        if self.device.type != "cpu":
+            inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+        try:
+            with using(self.communicator):
+                outputs: dict[str, Any] = program.graph_module(**inputs)
+        except Exception as error:
+            if not isinstance(error, AutodistError):
+                name_failing_node(error, program.graph_module, self.rank)
+            raise
+        return outputs
+
+    def _share_logits(self, logits: torch.Tensor | None) -> torch.Tensor:
+        """`logits` [batch, tokens, vocabulary], which each rank of the last stage has, on all ranks; called on all,
+        with None elsewhere. From each rank of the last stage to its namesakes on the others: all links carry as much."""
+        mesh, tp_rank = self.mesh, self.program.tp_rank
+        last = mesh.pp - 1
+        self._finish_sends()
+        if logits is not None and self.program.stage == last:
+            for stage in range(last):
+                peer = mesh.rank(stage, tp_rank)
+                self.communicator.send(torch.tensor(logits.shape), peer, Channel.LOGITS)
+                self.communicator.send(logits, peer, Channel.LOGITS)
+            return logits
+        source = mesh.rank(last, tp_rank)
+        shape = self.communicator.recv((_LOGITS_DIMS,), torch.long, "cpu", source, Channel.LOGITS).tolist()
+        return self.communicator.recv(shape, self.dtype, self.device, source, Channel.LOGITS)
+
+    def encoded_of(self, number: int) -> Encoded | None:
+        """What the encoder gave under that number; None of 0, as in a model without one."""
+        if number:
+            raise AutodistError("there is no encoder in this model")
+        return None
+
+    def follow_encoding(self, message: EncodeMessage) -> Encoded:
+        """Receive what the encoder reads, and run it."""
+        raise AutodistError("there is no encoder in this model")
+
+    def _empty_cache(self) -> SplitCache:
+        return local_cache(self.config, self.program, SplitCache)
+
+    def _announced_cache(self) -> SplitCache:
+        cache = self._empty_cache()
+        if self.is_driver:
+            cache.announce = self._announce_cache_change
+        return cache
+
+    def _announce_cache_change(self, what: str, cache: SplitCache, numbers: torch.Tensor) -> None:
+        if self._leader is not None:
+            self._leader.announce_cache_change(what, cache, numbers)
+
+
+def _nothing() -> None:
+    pass
