@@ -133,7 +133,7 @@ class StepRunner(nn.Module):
 
     def _share_logits(self, logits: torch.Tensor | None) -> torch.Tensor:
         """`logits` [batch, tokens, vocabulary], which each rank of the last stage has, on all ranks; called on all,
-        with None elsewhere. From each rank of the last stage to its namesakes on the others: all links carry as much."""
+        with None elsewhere. From each rank of the last stage to its namesakes, so that all links carry as much."""
         mesh, tp_rank = self.mesh, self.program.tp_rank
         last = mesh.pp - 1
         self._finish_sends()
