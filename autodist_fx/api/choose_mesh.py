@@ -31,6 +31,7 @@ def choose_mesh(
     pin: Mapping[str, str] | None = None,
     cuts: Sequence[int | str] | None = None,
     max_memory: Memory | None = None,
+    strict: bool = False,
     use_cache: bool = True,
     input_names: Sequence[str] | None = None,
     concrete_args: Mapping[str, object] | None = None,
@@ -44,12 +45,13 @@ def choose_mesh(
     sequences: in flight over all devices, for throughput; None: as many as each mesh has memory for, 256 a device at
         most.
     sizes, pin, cuts, use_cache, input_names, concrete_args: as in `compile`. max_memory: of a device, one amount.
+    strict: meshes whose plan has ops without a sharding rule are left out.
 
     `print` of the result shows all; `.best.plan` goes into `compile(model, plan=...)`, and `.best.mesh` says tp and pp.
     Raises NoPlanFits where no mesh fits; MeshError, PlanError, TracingError: all are AutodistError.
     """
     wanted = PlanOptions.from_keywords(
-        hardware=hardware, objective=objective, sizes=sizes, pin=pin, cuts=cuts, max_memory=max_memory
+        hardware=hardware, objective=objective, sizes=sizes, pin=pin, cuts=cuts, max_memory=max_memory, strict=strict
     )
     options = CompileOptions.from_keywords(use_cache=use_cache, input_names=input_names, concrete_args=concrete_args)
     return choose_mesh_for(model, devices, wanted, options, sequences)

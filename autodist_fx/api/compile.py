@@ -33,6 +33,7 @@ def compile(
     max_memory: Memory | None = None,
     device_map: DeviceMap | None = None,
     plan: PartitionPlan | None = None,
+    strict: bool = False,
     train: bool = False,
     verify: bool = True,
     dump_dir: str | Path | None = None,
@@ -60,6 +61,8 @@ def compile(
         the others. The ranks of one stage must be alike. Sharding is chosen for the slowest device.
     plan: a plan made earlier for this model; no search then, and objective, pin, ... are the plan's. PlanError if it is
         another model's, or contradicts itself (edited by hand).
+    strict: refuse, by PlanError, a plan with ops that have no sharding rule and that every tp rank would compute whole;
+        without it such ops are named in `plan.warnings`, with what they cost.
     train: let the programs carry what a backward pass needs, too (CompiledModel.gradients).
     verify: prove every rank's program before returning it (CompiledModel.verify).
     dump_dir: gets every rank's graph after each pass, as text.
@@ -69,7 +72,7 @@ def compile(
     wanted = PlanOptions.from_keywords(
         tp=None if tp == 1 else tp, pp=None if pp == 1 else pp,  # what is not said, of which a plan has its own
         hardware=hardware, objective=objective, sizes=sizes, pin=pin, cuts=cuts, max_memory=max_memory,
-        device_map=device_map, plan=plan,
+        device_map=device_map, plan=plan, strict=strict,
     )  # fmt: skip
     options = CompileOptions.from_keywords(
         use_cache=use_cache, input_names=input_names, concrete_args=concrete_args, train=train, verify=verify,

@@ -33,6 +33,7 @@ def from_pretrained(
     max_memory: Memory | None = None,
     device_map: DeviceMap | None = None,
     plan: PartitionPlan | str | Path | None = None,
+    strict: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -53,7 +54,7 @@ def from_pretrained(
     tp, pp: as in `compile` (1 where not given). Global rank = stage * tp + tp_rank.
     dtype: of the weights ("bfloat16", torch.bfloat16, ...); None or "auto": the checkpoint's own, float32 for GGUF.
     device: "cpu", "cuda" (a device a rank, of those that CUDA_VISIBLE_DEVICES shows); None: CUDA where there is some.
-    hardware, objective, pin, cuts, max_memory, device_map, plan: as in `compile`; `plan` may be a file.
+    hardware, objective, pin, cuts, max_memory, device_map, plan, strict: as in `compile`; `plan` may be a file.
     dump_dir: each rank's graph after each pass.
     revision, token, cache_dir, local_files_only: as in transformers' from_pretrained.
     verify: rank 0 proves the programs of all ranks before any runs.
@@ -69,7 +70,7 @@ def from_pretrained(
     source = CheckpointSource(name, revision, token, cache_dir, local_files_only)
     wanted = PlanOptions.from_keywords(
         tp=tp, pp=pp, hardware=hardware, objective=objective, pin=pin, cuts=cuts, max_memory=max_memory,
-        device_map=device_map, plan=plan,
+        device_map=device_map, plan=plan, strict=strict,
     )  # fmt: skip
     joining = JoinOptions(
         device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,

@@ -84,6 +84,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     )
     model.add_argument("--max-memory", metavar="40GiB[,..]", help="a device's, for weights and caches; or each stage's")
     model.add_argument("--device-map", metavar="A[=40GiB],B,..", help="hardware (and memory) of each stage's devices")
+    model.add_argument("--strict", action="store_true", help="refuse a plan with ops that have no sharding rule")
     model.add_argument("--dtype", default="auto", help="of the weights: auto (the checkpoint's), float32, bfloat16 ...")
     model.add_argument("--revision", help="of a model on the hub: a branch, a tag or a commit")
     model.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept")
@@ -123,6 +124,7 @@ def plan_options(args: argparse.Namespace) -> PlanOptions:
         max_memory=memory[0] if memory and len(memory) == 1 else memory,
         device_map=devices,
         plan=args.plan,
+        strict=args.strict,
     )
 
 

@@ -49,8 +49,8 @@ _DAY = 86400.0  # of patience with somebody at a breakpoint
 
 # What an artifact has settled.
 _DECIDED = (
-    "model", "plan", "hardware", "objective", "pin", "cut", "max_memory", "device_map", "revision", "cache_dir",
-    "dump_dir",
+    "model", "plan", "hardware", "objective", "pin", "cut", "max_memory", "device_map", "strict", "revision",
+    "cache_dir", "dump_dir",
 )  # fmt: skip
 
 # Options of transformers' GenerationConfig, by their own names.
@@ -175,7 +175,8 @@ class _Checkpoint:
         if args.model is None:
             raise AutodistError("name a model with --model, or a split on disk with --artifact")
         self.args, self.source = args, checkpoint_source(args)
-        self.wanted = PlanOptions.from_keywords(plan=args.planned) if args.planned else plan_options(args)
+        planned = PlanOptions.from_keywords(plan=args.planned, strict=args.strict) if args.planned else None
+        self.wanted = planned or plan_options(args)
         self.mesh = self.wanted.mesh
         self.entry: CacheEntry | None = None
         if args.cache_entry:

@@ -22,6 +22,7 @@ from autodist_fx.tracing import InputForm, TracedModel, trace_phases
 from cost_model.errors import PlanError
 from cost_model.graph.op_graph import OpGraph
 from cost_model.partition_plan import PartitionPlan
+from cost_model.plan.missing_rules import refuse_missing_rules
 from cost_model.plan.subplan import subplan
 from cost_model.request.plan_request import PlanRequest
 from cost_model.search.check_plan import check_plan
@@ -153,6 +154,8 @@ class Variant:
         else:
             _refuse_foreign(given, print_of_it, traced.model_class)
             check_plan(given, graph)
+            if request.strict:
+                refuse_missing_rules(graph, given)
         names = parameter_names(traced.graph_module)
         known, order = traced.forms(), _output_order(traced.graph_module)
         if CROSS in traced.layer_kinds:

@@ -80,7 +80,7 @@ def refuse_missing_rules(graph: OpGraph, plan: PlanData) -> None:
     missing = missing_rules(graph, plan)
     if missing:
         listed = "; ".join(map(str, missing))
-        raise PlanError(f"strict, and there is no sharding rule for {listed}. {WAY_OUT.capitalize()} for each kind")
+        raise PlanError(f"strict: no sharding rule for {listed}; {WAY_OUT} for each, or leave strict out")
 
 
 def _made_of_weights(graph: OpGraph) -> set[str]:

@@ -38,7 +38,8 @@ class PlanOptions:
     cuts: tuple[Cut, ...] = ()
     max_memory: Memory | None = None
     device_map: DeviceMap | None = None
-    plan: PartitionPlan | None = None  # made earlier: no search then, and all but hardware and sizes are the plan's
+    plan: PartitionPlan | None = None  # made earlier: no search; all but hardware, sizes and strict is the plan's
+    strict: bool = False  # refuse a plan with ops that have no sharding rule
 
     @classmethod
     def from_keywords(
@@ -54,6 +55,7 @@ class PlanOptions:
         max_memory: Memory | None = None,
         device_map: DeviceMap | None = None,
         plan: PartitionPlan | str | Path | None = None,
+        strict: bool = False,
     ) -> PlanOptions:
         """Options from keywords of the public functions; `plan` may be a file. Raises PlanError where it is none."""
         return cls(
@@ -67,6 +69,7 @@ class PlanOptions:
             max_memory=max_memory,
             device_map=device_map,
             plan=PartitionPlan.load(plan) if isinstance(plan, str | Path) else plan,
+            strict=strict,
         )
 
     @classmethod
@@ -139,6 +142,7 @@ class PlanOptions:
             max_memory=self.max_memory or other.max_memory,
             device_map=self.device_map if has_devices else other.device_map,
             plan=self.plan or other.plan,
+            strict=self.strict or other.strict,
         )
 
     @property
@@ -169,7 +173,8 @@ class PlanOptions:
             if given := [name for name in ("pin", "cuts", "max_memory", "device_map") if getattr(self, name)]:
                 raise PlanError(f"a plan is used as it is, and {given[0]} would change it: leave out one of them")
             planned = PlanOptions.from_plan(self.plan)
-            own = replace(planned, hardware=self.hardware or planned.hardware, sizes=self.sizes)
+            usual = self.hardware or planned.hardware
+            own = replace(planned, hardware=usual, sizes=self.sizes, strict=self.strict)
             return own.resolve(default_hardware)
         _check_sizes(self.sizes)
         devices = devices_of_stages(self.device_map, mesh)
@@ -188,6 +193,7 @@ class PlanOptions:
             pin=self.pin,
             cuts=self.cuts,
             devices=devices,
+            strict=self.strict,
         )
 
 

@@ -30,6 +30,7 @@ class PlanRequest:
     `max_memory[k]` is what a device of stage k may hold of weights and caches, in bytes (None: no limit).
     `pin`: (pattern, role) of ops (pins.py); `cuts`: where stages begin (cuts.py), () where the search decides.
     `like`: a plan for another graph of the model, whose weights and caches are to lie as in that one (like_plan.py).
+    `strict`: a plan with ops that have no sharding rule is refused (missing_rules.py).
     `in_flight`: micro-batches whose caches a stage holds at once; as many as stages keep a pipeline full.
     """
 
@@ -43,6 +44,7 @@ class PlanRequest:
     devices: tuple[Hardware, ...] = ()
     in_flight: int = 1
     like: PlanData | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if self.objective not in PRICES:

@@ -10,6 +10,7 @@ from cost_model.errors import NoPlanFits
 from cost_model.graph.op_graph import OpGraph, TensorRef
 from cost_model.graph.placement import REPLICATE
 from cost_model.partition_plan import PartitionPlan
+from cost_model.plan.missing_rules import refuse_missing_rules
 from cost_model.request.pins import pin_text, to_blame
 from cost_model.request.plan_request import PlanRequest
 from cost_model.search.plan_search import Infeasible, PlanSearch, SharedSearches
@@ -23,7 +24,7 @@ def plan(
     """Choose every op's placement and every cut. `shared` is filled with searches, for another plan of the same graph.
 
     Raises MeshError (no such cut), NoPlanFits (an explicit memory limit cannot be met), PlanError (bad request: a pin
-    or a cut that names nothing, is impossible, or contradicts another).
+    or a cut that names nothing, is impossible, or contradicts another; strict, and ops without a sharding rule).
     """
     shared = {} if shared is None else shared
     try:
@@ -35,7 +36,10 @@ def plan(
             together = "the pin" if len(blamed) == 1 else "together the pins"
             raise type(error)(f"{together} {pin_text(blamed)} cannot be met: {error}") from error
         raise
-    return PlanWriter(search).write(model, fingerprint, stages)
+    made = PlanWriter(search).write(model, fingerprint, stages)
+    if request.strict:
+        refuse_missing_rules(graph, made)
+    return made
 
 
 def forward_seconds(

@@ -76,6 +76,13 @@ def test_what_is_not_said_is_what_compile_documents() -> None:
     assert said_on_the_command_line() == PlanOptions.from_keywords() == PlanOptions()
 
 
+def test_strict_is_kept_whatever_the_plan_comes_from() -> None:
+    for options in (PlanOptions.from_keywords(strict=True), PlanOptions(plan=PLAN, strict=True)):
+        assert options.resolve("generic").strict and not replace(options, strict=False).resolve("generic").strict
+    assert said_on_the_command_line("--strict") == PlanOptions(strict=True)
+    assert PlanOptions(strict=True).or_else(PlanOptions()) == PlanOptions().or_else(PlanOptions(strict=True))
+
+
 def test_the_default_hardware_is_for_those_who_name_none() -> None:
     assert PlanOptions(hardware="h100").resolve("generic").hardware == H100
     assert PlanOptions(pp=2, device_map=("a100", "h100")).resolve("generic").hardware == A100
