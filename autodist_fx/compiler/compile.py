@@ -12,6 +12,7 @@ from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.generation_traits import keeps_cache, last_logits_only
 from autodist_fx.compiler.peft import without_wrapper
 from autodist_fx.compiler.source import TracingSource
+from autodist_fx.compiler.torch_state import compiler_state
 from autodist_fx.errors import AutodistError
 from autodist_fx.tracing import empty_model
 from cost_model.partition_plan import PartitionPlan
@@ -20,6 +21,7 @@ from cost_model.request.plan_request import PlanRequest
 C = TypeVar("C", bound=Compilation)
 
 
+@compiler_state()
 def compile_model(
     model: PreTrainedModel | PretrainedConfig,
     kind: type[C],

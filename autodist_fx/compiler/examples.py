@@ -144,8 +144,10 @@ def _naming_refusals(traced: TracedModel) -> Iterator[None]:
     """What an op says of shapes or dtypes that it refuses, when it runs on examples, is a TracingError."""
     try:
         yield
-    except RuntimeError as error:
-        raise TracingError(f"{traced.model_class} refuses these inputs: {error}") from error
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        line = str(error).strip().partition("\n")[0]
+        inputs = ", ".join(f"{name} [{', '.join(map(str, form.dims))}]" for name, form in traced.forms().items())
+        raise TracingError(f"{traced.model_class} refuses these inputs: {line} ({inputs})") from error
 
 
 def _refuse_random(traced: TracedModel) -> None:

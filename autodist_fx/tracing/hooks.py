@@ -85,6 +85,14 @@ def refuse_global_hooks() -> None:
             )
 
 
+def refuse_autocast() -> None:
+    """Raises TracingError: torch.autocast is on in the forward that is being traced."""
+    raise TracingError(
+        "torch.autocast is on in a part of the model, and a graph computes in the dtypes that tensors have: take it "
+        "out, and convert with .to(dtype)"
+    )
+
+
 def own_forward(module: nn.Module) -> Callable[..., Any] | None:
     """The forward that this module has instead of its class's; None where it has none."""
     forward = vars(module).get(_FORWARD)

@@ -9,11 +9,13 @@ A row for features (spectrograms, ...) is a function of the config: how many the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
+import torch
 from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
-from autodist_fx.calls.input_spec import Dims
+from autodist_fx.calls.input_spec import Dims, InputForm
 
 # Integers, int64. Anything else that ends in "_ids" is taken for token ids.
 TOKENS: dict[str, Dims] = {
@@ -63,6 +65,23 @@ def input_dims(name: str, config: PretrainedConfig, has_encoder: bool) -> tuple[
         frames = frames_demanded(config)
         found = found if frames is None else ("B", frames)
     return None if found is None else (found, False)
+
+
+_CHOICES = 2  # an example of how many answers there are to choose among
+
+
+def is_multiple_choice(model_class: str) -> bool:
+    """Whether a model of this class reads several sequences, [B, choices, S], and tells which is the right one."""
+    return model_class in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values()
+
+
+def choice_forms(names: Collection[str]) -> dict[str, InputForm]:
+    """Of the inputs of such a model: how many choices there are is a constant of its graph."""
+    tokens = (name for name in names if TOKENS.get(name) in (("B", "S"), ("B", "T")) and name != "labels")
+    return {
+        **{name: InputForm(("B", _CHOICES, "S"), torch.long) for name in tokens},
+        **({"labels": InputForm(("B",), torch.long)} if "labels" in names else {}),
+    }
 
 
 def _input_features(config: PretrainedConfig) -> Dims | None:

@@ -32,6 +32,7 @@ _OTHER_RANKS: dict[str, dict[int, Dims]] = {
     "logits_to_keep": {1: ("K",)},
     "head_mask": {1: ("*",), 2: ("*", "*")},
 }
+_OF_CHOICES = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # a sequence for each choice
 _LENGTHS = {
     "B": "sequences", "S": "tokens", "T": "tokens, with those in the cache", "E": "tokens that the encoder reads",
     "K": "positions",
@@ -69,6 +70,7 @@ class ModelFacts:
     has_encoder: bool
     embedding_dim: int
     dtype: torch.dtype
+    choices: bool = False  # each input has several sequences for one answer
 
 
 def _wanted(name: str, x: torch.Tensor, model: ModelFacts) -> tuple[Dims, bool]:
@@ -79,6 +81,10 @@ def _wanted(name: str, x: torch.Tensor, model: ModelFacts) -> tuple[Dims, bool]:
     ):
         return ("B", "*"), False  # a number for each class
     others = _OTHER_RANKS.get(name, {})
+    if model.choices and name in _OF_CHOICES:
+        if x.dim() != 3:
+            raise AutodistError(f"{name} is {list(x.shape)}: it should be [sequences, choices, tokens]")
+        return ("B", "*", "S"), False
     if x.dim() in others and not (model.has_encoder and name in ("position_ids", "token_type_ids", "attention_mask")):
         return others[x.dim()], False
     if known is None:

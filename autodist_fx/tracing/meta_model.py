@@ -118,7 +118,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
 
     `dtype` None means what the config says (float32 where it says nothing). The config is copied, never changed.
 
-    Errors: TracingError if no language model of transformers goes with the config.
+    Errors: TracingError if no language model of transformers goes with the config, or none can be built from it.
     """
     model_class = class_for(config)
     config = copy.deepcopy(config)
@@ -127,6 +127,12 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
     with PATCH_LOCK, no_init_weights(), _parameters_on_meta():
         try:
             model = model_class._from_config(config, **keywords)
+        except Exception as error:  # whatever a constructor makes of sizes that do not go together
+            line = str(error).strip().partition("\n")[0]
+            raise TracingError(
+                f"{model_class.__name__} cannot be built from its config: {type(error).__name__}: {line}. Check the "
+                "numbers in config.json"
+            ) from error
         finally:
             torch.set_default_dtype(default_dtype)  # _from_config leaves its own behind when it fails
     # Not done by _from_config: it takes whoever switches initialisation off to be about to load weights.

@@ -13,19 +13,21 @@ import inspect
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.fx._symbolic_trace as fx_symbolic_trace
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils, modeling_attn_mask_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import fx as hf_fx
 
+from autodist_fx.tracing import parametrizations
 from autodist_fx.tracing.control_flow.conditions import decide, is_instance, longest
 from autodist_fx.tracing.control_flow.constants import CONVERSIONS, numpy_ufunc
 from autodist_fx.tracing.control_flow.range_loops import outlined_loops
-from autodist_fx.tracing.hooks import calls_attached, has_attached_itself
+from autodist_fx.tracing.hooks import calls_attached, has_attached_itself, refuse_autocast
 
 # Of every config, while a model is traced: what a model's own config says here makes no difference to its graph.
 FLAGS_SET_FOR_TRACING = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
@@ -80,7 +82,8 @@ def traceable(
             undo.enter_context(kept_tensors(model))
 
         # A mask that is ready is known by isinstance(mask, torch.Tensor), by masking_utils and by the models' own code.
-        for file in {masking_utils.__name__, *_defining_modules(model)}:
+        defining = _defining_modules(model)
+        for file in {masking_utils.__name__, *defining, *_helping_modules(defining)}:
             names = vars(sys.modules[file])
             if "isinstance" not in names:
                 undo.callback(names.pop, "isinstance")
@@ -102,6 +105,10 @@ def traceable(
         # To unpack a proxy, fx disassembles the function that does so, each time.
         patch(torch.fx.proxy, "dis", types.SimpleNamespace(get_instructions=functools.cache(_instructions)))
         patch(torch, "autocast", _autocast)
+        patch(nn.utils.parametrize, "register_parametrization", parametrizations.register)
+        patch(nn.utils.parametrize, "remove_parametrizations", parametrizations.remove)
+        patch(nn.Parameter, "__new__", staticmethod(_parameter_of(nn.Parameter.__new__)))
+        patch(hf_fx.MetaDeviceAttribute, "index", None)  # the first of its kind, or the only one
         for name, convert in CONVERSIONS.items():
             patch(hf_fx.HFProxy, name, convert)
         patch(hf_fx.HFProxy, "__array_ufunc__", numpy_ufunc)
@@ -189,6 +196,18 @@ def _defining_modules(model: PreTrainedModel) -> list[str]:
     return [name for name in names if not name.startswith("torch.") and name not in ("builtins", "torch")]
 
 
+def _helping_modules(defining: Sequence[str]) -> set[str]:
+    """The Python modules of functions that these import from their own package, transformers' excepted."""
+    return {
+        value.__module__
+        for name in defining
+        for value in vars(sys.modules[name]).values()
+        if isinstance(value, types.FunctionType)
+        and value.__module__ in sys.modules
+        and value.__module__.partition(".")[0] == name.partition(".")[0] != "transformers"
+    }
+
+
 def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
     """Each config object that some module of the model holds, once."""
     held = (getattr(module, "config", None) for module in model.modules())
@@ -241,11 +260,20 @@ def _never(*args: Any, **kwargs: Any) -> bool:
     return False
 
 
-def _autocast(device_type: str, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[Any]:
+def _parameter_of(new: Callable[..., Any]) -> Callable[..., Any]:
+    """nn.Parameter's `__new__`, to which a parameter made of a traced value is that value."""
+
+    def make(cls: type, data: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return data if isinstance(data, torch.fx.Proxy) else new(cls, data, *args, **kwargs)
+
+    return make
+
+
+def _autocast(device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None) -> Any:
     # Rotary embeddings switch autocast off for the device of their input, and torch knows of none for meta.
-    if device_type == "meta":
-        return contextlib.nullcontext()
-    return torch.amp.autocast(device_type, *args, **kwargs)
+    if enabled:
+        refuse_autocast()
+    return contextlib.nullcontext()
 
 
 def _broadcast_for_bhqkv(mask_function: Callable[..., Any], bh_indices: bool = True) -> Callable[..., Any]:

@@ -30,6 +30,7 @@ from autodist_fx.tracing.example_inputs import (
     unmistakable_sizes,
 )
 from autodist_fx.tracing.hooks import refuse_global_hooks
+from autodist_fx.tracing.input_shapes import choice_forms, is_multiple_choice
 from autodist_fx.tracing.input_specs import InputForm, ModelFacts
 from autodist_fx.tracing.meta_model import empty_model, meta_copy
 from autodist_fx.tracing.passing_cache import PassingCache, shares_keys_between_layers
@@ -86,7 +87,8 @@ class TracedModel:
     def facts(self) -> ModelFacts:
         """What the forms of inputs depend on."""
         examples = self._examples
-        return ModelFacts(self.config, examples.has_encoder, examples.embedding_dim, examples.dtype)
+        choices = is_multiple_choice(self.model_class)
+        return ModelFacts(self.config, examples.has_encoder, examples.embedding_dim, examples.dtype, choices)
 
     def example_inputs(self, sizes: Sizes) -> dict[str, object]:
         """Inputs of these sizes by name: meta tensors, and a DynamicCache of meta tensors that holds `past` tokens."""
@@ -115,12 +117,24 @@ def trace(
     """
     refuse_global_hooks()
     try:
-        return _trace(model, input_names, use_cache, concrete_args or {}, forms or {}, sizes, passing_cache=False)
+        traced, is_whole = _trace(
+            model, input_names, use_cache, concrete_args or {}, forms or {}, sizes, passing_cache=False
+        )
+        if is_whole or "labels" not in traced.input_names or "labels" in (forms or {}):
+            return traced
+        for labels in _other_labels(traced):  # a label for each sequence, and not for each token
+            again, is_whole = _trace(
+                model, input_names, use_cache, concrete_args or {}, {**(forms or {}), "labels": labels}, sizes,
+                passing_cache=False,
+            )  # fmt: skip
+            if is_whole:
+                return again
+        return traced
     except TracingError as error:
         if use_cache or "past_key_values" in (*(input_names or ()), *(concrete_args or ())):
             raise
         try:  # some run without a cache only where they make one for themselves
-            return _trace(model, input_names, use_cache, concrete_args or {}, forms or {}, sizes, passing_cache=True)
+            return _trace(model, input_names, use_cache, concrete_args or {}, forms or {}, sizes, passing_cache=True)[0]
         except TracingError:
             raise error from error.__cause__
 
@@ -133,7 +147,8 @@ def _trace(
     forms: Mapping[str, InputForm],
     sizes: tuple[Sizes, Sizes] | None,
     passing_cache: bool,
-) -> TracedModel:
+) -> tuple[TracedModel, bool]:
+    """The model, and whether each value in its graph could be computed on the example inputs."""
     meta_model = empty_model(model) if isinstance(model, PretrainedConfig) else meta_copy(model)
     choose_attention(meta_model)
     accepted = [name for name, p in inspect.signature(meta_model.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
@@ -141,6 +156,7 @@ def _trace(
     fixed, keywords = _fixed_arguments(meta_model, accepted, names, use_cache, concrete_args)
     if passing_cache and "past_key_values" in fixed and not has_encoder(meta_model):
         fixed["past_key_values"] = PassingCache(config=meta_model.config)
+    forms = {**(choice_forms(names) if is_multiple_choice(type(meta_model).__name__) else {}), **forms}
     records = any(name.startswith("output_") and value for name, value in concrete_args.items())
     tracer = None
     try:
@@ -175,7 +191,7 @@ def _trace(
         raise
     except Exception as error:
         raise tracing_error(meta_model, error, tracer) from error
-    return TracedModel(
+    traced = TracedModel(
         graph_module=graph_module_of(meta_model, graph),
         input_names=tuple(node.target for node in graph.nodes if node.op == "placeholder"),
         use_cache=use_cache,
@@ -184,6 +200,13 @@ def _trace(
         layer_kinds=_layer_kinds(examples) if use_cache else (),
         _examples=examples,
     )
+    return traced, tracer.first_unknown is None
+
+
+def _other_labels(traced: TracedModel) -> list[InputForm]:
+    """The forms of labels of a model that tells classes of sequences: a number, or one for each class."""
+    dtype, classes = traced.facts.dtype, getattr(traced.config, "num_labels", 1)
+    return [InputForm(("B",), torch.long), InputForm(("B",), dtype), InputForm(("B", classes), dtype)]
 
 
 def _cache_layers(model: PreTrainedModel, examples: ExampleInputs) -> tuple[CacheLayer | None, ...]:

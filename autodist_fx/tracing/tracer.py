@@ -26,7 +26,7 @@ from autodist_fx.tracing.control_flow.conditions import lengths_for_tensors
 from autodist_fx.tracing.control_flow.constants import OtherExample, within_range
 from autodist_fx.tracing.control_flow.data_dependent import rewritten, unrolled
 from autodist_fx.tracing.encoder_decoder_cache import PARTS
-from autodist_fx.tracing.hooks import has_attached, of_another_class, restore_attributes, traced_for
+from autodist_fx.tracing.hooks import has_attached, of_another_class, refuse_autocast, restore_attributes, traced_for
 from autodist_fx.tracing.passing_cache import PassingCache
 from autodist_fx.tracing.recurrent_states import is_container
 from passes.fx import node_meta
@@ -207,6 +207,8 @@ class Tracer(hf_fx.HFTracer):
         return proxy
 
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            refuse_autocast()
         node = super().create_node(*args, **kwargs)
         node_meta.set_source(node, self._source())
         node_meta.set_module_stack(node, node_meta.module_stack(node))  # fx leaves it out in the root's own forward

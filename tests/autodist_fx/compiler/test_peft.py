@@ -11,7 +11,7 @@ from torch import nn
 
 import autodist_fx as adx
 from autodist_fx.errors import AutodistError
-from tests.support.models import padded_batch, relative_error, tiny_model
+from tests.support.models import padded_batch, randomized, relative_error, tiny_model
 
 IDS, MASK = padded_batch(2, 9)
 
@@ -54,3 +54,27 @@ def test_adapters_outside_of_the_layers_are_refused_and_other_things_too() -> No
 def test_adapters_that_drop_out_while_training_are_refused() -> None:
     with pytest.raises(AutodistError, match=r"draws random numbers .*model.eval\(\)"):
         adx.compile(_adapted("llama").train(), tp=2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj", "down_proj", "embed_tokens"], "use_dora": True},
+        {"target_modules": [], "target_parameters": ["q_proj.weight", "mlp.down_proj.weight"]},
+    ],
+    ids=["DoRA", "of single parameters"],
+)
+def test_adapters_that_change_weights(config: dict[str, Any]) -> None:
+    base = tiny_model("llama")
+    without = base(IDS).logits
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, **config))
+    randomized(model.get_base_model())
+    wanted = model(input_ids=IDS, labels=IDS)
+    wanted.loss.backward()
+    compiled = adx.compile(model, tp=2, pp=2, train=True)
+    assert relative_error(compiled.simulate(input_ids=IDS).logits, wanted.logits) < 1e-6
+    assert relative_error(without, wanted.logits) > 1e-3
+    found = compiled.gradients(input_ids=IDS, labels=IDS)
+    trained = {n: p.grad for n, p in model.get_base_model().named_parameters() if p.requires_grad}
+    assert trained.keys() == found.keys() and any("lora_A" in name for name in found)
+    assert max(relative_error(found[name], trained[name]) for name in found) < 1e-6

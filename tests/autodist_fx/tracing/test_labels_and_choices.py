@@ -1,0 +1,69 @@
+"""Labels that are no tokens', several sequences for one answer, and the losses of routers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import autodist_fx as adx
+from autodist_fx.errors import AutodistError
+from tests.support.encoders import output_error, text_batch, tiny_encoder
+from tests.support.float64 import in_float64
+from tests.support.gradients import check_gradients
+from tests.support.models import padded_batch, relative_error
+from tests.support.moe import tiny_moe_model
+
+
+@pytest.mark.parametrize(
+    "changes, labels",
+    [
+        ({}, torch.tensor([0, 3])),
+        ({"num_labels": 1}, torch.tensor([0.5, -1.0], dtype=torch.float64)),
+        ({"problem_type": "regression"}, torch.randn(2, 5, dtype=torch.float64)),
+        ({"problem_type": "multi_label_classification"}, torch.tensor([[1.0, 0, 1, 0, 0]] * 2, dtype=torch.float64)),
+    ],
+    ids=["single label", "a number", "numbers", "multi-label"],
+)
+def test_labels_of_a_classifier(changes: dict[str, Any], labels: torch.Tensor) -> None:
+    model = tiny_encoder("BertForSequenceClassification", "bert", **changes)
+    check_gradients(model, {**text_batch(), "labels": labels}, (2, 2))
+
+
+@pytest.mark.parametrize("class_name", ["BertForMultipleChoice", "RobertaForMultipleChoice"])
+def test_multiple_choice(class_name: str) -> None:
+    model = tiny_encoder(class_name, class_name.partition("For")[0].lower())
+    ids = torch.randint(5, 90, (2, 3, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, 1, -2:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([2, 0])}
+    compiled = check_gradients(model, inputs, (2, 2))
+    with torch.no_grad():
+        for choices in (3, 4):
+            given = {"input_ids": torch.cat([ids, ids[:, :1]], 1)[:, :choices].contiguous()}
+            wanted = model(**given)
+            assert wanted.logits.shape == (2, choices)
+            assert output_error(compiled.simulate(**given), wanted) < 1e-9
+    with pytest.raises(AutodistError, match=r"input_ids is \[2, 7\]: it should be \[sequences, choices, tokens\]"):
+        compiled.simulate(input_ids=ids[:, 0].contiguous())
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "olmoe"])
+def test_losses_of_routers(family: str) -> None:
+    with in_float64():
+        model = tiny_moe_model(family)
+        model.config.output_router_logits = True
+        ids, mask = padded_batch()
+        inputs = {"input_ids": ids, "labels": ids}
+        compiled = check_gradients(model, inputs, (2, 2))
+        with torch.no_grad():
+            wanted, found = model(**inputs), compiled.simulate(**inputs)
+            for name in ("loss", "aux_loss", "logits"):
+                assert relative_error(found[name], wanted[name]) < 1e-9, name
+
+
+def test_everything_frozen_has_no_gradients() -> None:
+    model = tiny_encoder("BertForSequenceClassification", "bert").requires_grad_(False)
+    with pytest.raises(AutodistError, match="loss depends on no parameter that wants a gradient"):
+        adx.compile(model, tp=2, pp=2, train=True).gradients(**text_batch(), labels=torch.tensor([0, 1]))
