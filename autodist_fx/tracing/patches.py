@@ -23,11 +23,16 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils, model
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import fx as hf_fx
 
-from autodist_fx.tracing import parametrizations
 from autodist_fx.tracing.control_flow.conditions import decide, is_instance, longest
 from autodist_fx.tracing.control_flow.constants import CONVERSIONS, numpy_ufunc
 from autodist_fx.tracing.control_flow.range_loops import outlined_loops
-from autodist_fx.tracing.hooks import calls_attached, has_attached_itself, refuse_autocast
+from autodist_fx.tracing.hooks import (
+    calls_attached,
+    has_attached_itself,
+    refuse_autocast,
+    register_parametrization,
+    remove_parametrizations,
+)
 
 # Of every config, while a model is traced: what a model's own config says here makes no difference to its graph.
 FLAGS_SET_FOR_TRACING = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
@@ -105,8 +110,8 @@ def traceable(
         # To unpack a proxy, fx disassembles the function that does so, each time.
         patch(torch.fx.proxy, "dis", types.SimpleNamespace(get_instructions=functools.cache(_instructions)))
         patch(torch, "autocast", _autocast)
-        patch(nn.utils.parametrize, "register_parametrization", parametrizations.register)
-        patch(nn.utils.parametrize, "remove_parametrizations", parametrizations.remove)
+        patch(nn.utils.parametrize, "register_parametrization", register_parametrization)
+        patch(nn.utils.parametrize, "remove_parametrizations", remove_parametrizations)
         patch(nn.Parameter, "__new__", staticmethod(_parameter_of(nn.Parameter.__new__)))
         patch(hf_fx.MetaDeviceAttribute, "index", None)  # the first of its kind, or the only one
         for name, convert in CONVERSIONS.items():
