@@ -229,7 +229,7 @@ def calls_attached(plain: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-# -- parametrizations that a forward registers, and removes again (peft's adapters of single parameters) ----------------
+# -- parametrizations that a forward registers, and removes again (peft's adapters of single parameters) --------------
 
 
 class _Parametrizations(list[nn.Module]):
@@ -238,7 +238,9 @@ class _Parametrizations(list[nn.Module]):
     original: Any
 
 
-def register_parametrization(module: nn.Module, tensor_name: str, parametrization: nn.Module, *, unsafe: bool = False) -> nn.Module:
+def register_parametrization(
+    module: nn.Module, tensor_name: str, parametrization: nn.Module, *, unsafe: bool = False
+) -> nn.Module:
     """For torch.nn.utils.parametrize.register_parametrization, whose checks look into tensors."""
     attributes = vars(module)
     chain = attributes.setdefault("parametrizations", {}).setdefault(tensor_name, _Parametrizations())

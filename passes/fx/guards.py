@@ -11,8 +11,6 @@ from typing import Any
 import torch.fx
 from torch.fx import Node
 
-from passes.fx.lazy_graph_module import LazyGraphModule
-
 _CACHED = "P"
 _NEVER_OTHERWISE = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
 _ANY_LENGTH = 2  # stands for one that is not known, in computing others
@@ -87,4 +85,4 @@ def with_fixed(conditions: Guards | None, fixed: Mapping[str, int]) -> Guards | 
     before = ((), ()) if conditions is None else (conditions.expected, conditions.sources)
     expected = (*before[0], *(True for _ in fixed))
     sources = (*before[1], *(f"{letter} == {number}" for letter, number in fixed.items()))
-    return Guards(LazyGraphModule({}, graph), tuple(letters), expected, sources)
+    return Guards(torch.fx.GraphModule({}, graph), tuple(letters), expected, sources)

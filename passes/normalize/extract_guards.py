@@ -25,7 +25,6 @@ from torch.fx.node import map_arg
 
 from passes.fx import node_meta
 from passes.fx.guards import _CACHED, _NEVER_OTHERWISE, Guards
-from passes.fx.lazy_graph_module import LazyGraphModule
 
 
 def take_conditions(module: torch.fx.GraphModule) -> Guards | None:
@@ -63,7 +62,7 @@ def take_conditions(module: torch.fx.GraphModule) -> Guards | None:
             graph.erase_node(node)
     letters = tuple(str(n.target) for n in graph.nodes if n.op == "placeholder")
     expected, sources = tuple(e for _, e, _ in found.values()), tuple(s for _, _, s in found.values())
-    return Guards(LazyGraphModule({}, graph), letters, expected, sources)
+    return Guards(torch.fx.GraphModule({}, graph), letters, expected, sources)
 
 
 def _is_sure(node: Node) -> bool:
