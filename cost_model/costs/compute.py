@@ -12,8 +12,8 @@ from math import prod
 from cost_model.costs.hardware import Hardware
 from cost_model.graph.op_graph import DTYPE_BYTES, SOURCES, Op, TensorSpec
 
-# The kinds are those of op_rules.py; what has no rule is "opaque.<torch's name>", and costs what that name costs;
-# "scalar.<name>" makes a number from shapes, in Python.
+# The kinds are those of cost_model/rules; what has no rule is "opaque.<torch's name>", and costs what that name
+# costs; "scalar.<name>" makes a number from shapes, in Python.
 # Change shape, strides or metadata: nothing is computed and nothing allocated. A view may copy, but seldom does.
 VIEWS = frozenset({
     "view", "permute", "slice", "split", "unbind", "expand", "identity", "dropout", "getitem", "reshape", "flatten",

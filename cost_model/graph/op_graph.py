@@ -60,7 +60,7 @@ class TensorRef(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One op. `kind` names a row of op_rules; `attrs` are its plain arguments (dims, sizes, flags)."""
+    """One op. `kind` names a row of the table of rules; `attrs` are its plain arguments (dims, sizes, flags)."""
 
     name: str
     kind: str

@@ -46,13 +46,19 @@ def _elementwise(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found
     if not isinstance(node_meta.val(node), torch.Tensor):
         return None
     kind = FUNCTION_KINDS[op_name(node)]
-    if len(inputs) == 1 and (
-        kind == "mul" or (kind == "div" and isinstance(node.args[0], Node) and node.args[0] in builder.refs)
-    ) and node.kwargs.get("rounding_mode") is None:
-        kind = "scale"  # by a number: linear in its one tensor
-    elif kind == "div" and len(inputs) == 2 and node.kwargs.get("rounding_mode") is not None:
+    rounded = node.kwargs.get("rounding_mode") is not None
+    by_a_number = len(inputs) == 1 and not rounded
+    if by_a_number and (kind == "mul" or (kind == "div" and _is_divided(builder, node, inputs[0]))):
+        kind = "scale"  # linear in its one tensor
+    elif kind == "div" and len(inputs) == 2 and rounded:
         kind = "floordiv"
     return kind, inputs, {}
+
+
+def _is_divided(builder: Builder, node: Node, tensor: TensorRef) -> bool:
+    """Whether it is the tensor that is divided, and not a number, or a length, that is divided by it."""
+    divided = node.args[0]
+    return isinstance(divided, Node) and builder.refs.get(divided) == tensor
 
 
 def _module(kind: str) -> ModuleHandler:

@@ -83,6 +83,8 @@ def op_of(function: Callable[[torch.Tensor], Any]) -> Op:
         (lambda x: x * 2, "scale", {}),
         (lambda x: x / 2, "scale", {}),
         (lambda x: 2 / x, "div", {}),
+        (lambda x: x / x.shape[1], "scale", {}),
+        (lambda x: x.shape[1] / x, "div", {}),
         (lambda x: torch.div(x, 2, rounding_mode="floor"), "div", {}),
         (lambda x: x * x, "mul", {}),
         (lambda x: 1 - x, "sub", {}),
@@ -128,6 +130,23 @@ def test_what_is_rolled_is_sharded_along_the_other_dims() -> None:
     whole = normalized(Shift(), x=("B", "S", 8))
     plan = plan_for(whole, tp=2)
     assert plan.op("roll").letter == "d2" and plan.stages[0].collectives == (("all_reduce", 1, 128 * 8 * 8),)
+    assert_split_equals_whole(whole, plan, {"x": torch.randn(3, 5, 8, dtype=torch.float64)})
+
+
+def test_a_number_by_a_sum_is_not_a_sum() -> None:
+    """S / (a + b) is not S / a + S / b, so what a row-parallel linear owes is added up first."""
+
+    class Inverse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"y": (x.shape[1] / (self.down(self.up(x)))).sum(-1)}
+
+    whole = normalized(Inverse(), x=("B", "S", 8))
+    plan = plan_for(whole, tp=2)
+    assert plan.op("down").role == "row"
     assert_split_equals_whole(whole, plan, {"x": torch.randn(3, 5, 8, dtype=torch.float64)})
 
 
