@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from autodist_fx.artifact.reader import ArtifactReader
+from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
-from autodist_fx.runtime.comm.process_group import started_by_torchrun
+from autodist_fx.runtime.comm.process_group import fail_to_join, started_by_torchrun
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.startup.from_artifact import start_from_artifact
 
@@ -87,7 +88,10 @@ def load(
         device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,
         timeout=timeout,
     )  # fmt: skip
-    artifact = Artifact(directory)
+    try:
+        artifact = Artifact(directory)
+    except AutodistError as error:
+        fail_to_join(error, options)
     if options.rank is None and not started_by_torchrun() and not dist.is_initialized():
         return artifact
     return start_from_artifact(artifact, options)

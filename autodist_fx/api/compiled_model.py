@@ -12,11 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from autodist_fx.artifact.writer import save_compiled
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.source import TracingSource
+from autodist_fx.errors import AutodistError
 from autodist_fx.numeric.verify_numeric import verify_numeric_of
 from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
-from autodist_fx.runtime.comm.process_group import join
+from autodist_fx.runtime.comm.process_group import fail_to_join, join
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.simulation.simulator import Simulator
+from autodist_fx.startup.facts import request_facts
 from autodist_fx.startup.from_checkpoint import distribute
 from passes.fx.changes import GraphChanges, graph_changes
 from passes.fx.text import graph_diff
@@ -78,8 +80,13 @@ class CompiledModel(Simulator):
             device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,
             timeout=timeout,
         )  # fmt: skip
-        self.source.check_weights("to_distributed")
-        joined, request = join(self.mesh, options), replace(self.source.request, sizes=())
+        request = replace(self.source.request, sizes=())
+        try:
+            self.source.check_weights("to_distributed")
+        except AutodistError as error:
+            fail_to_join(error, options)
+        asked = request_facts("to_distributed", request, None, verify=self.verifies)
+        joined = join(self.mesh, options, asked)
         compiling = CompileOptions(verify=self.verifies, dump_dir=self.options.dump_dir)
         return distribute(self.source.shape, joined, request, compiling)
 

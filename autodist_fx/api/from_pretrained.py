@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from autodist_fx.compiler.compile_options import CompileOptions
+from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
+from autodist_fx.runtime.comm.process_group import fail_to_join
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.startup.split_cache import CacheEntry
 from autodist_fx.startup.start_rank import start_rank
@@ -68,13 +70,16 @@ def from_pretrained(
     `.load_report` of the result says what loading took. Raises AutodistError, in one line, on every rank.
     """
     source = CheckpointSource(name, revision, token, cache_dir, local_files_only)
-    wanted = PlanOptions.from_keywords(
-        tp=tp, pp=pp, hardware=hardware, objective=objective, pin=pin, cuts=cuts, max_memory=max_memory,
-        device_map=device_map, plan=plan, strict=strict,
-    )  # fmt: skip
     joining = JoinOptions(
         device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,
         timeout=timeout,
     )  # fmt: skip
+    try:
+        wanted = PlanOptions.from_keywords(
+            tp=tp, pp=pp, hardware=hardware, objective=objective, pin=pin, cuts=cuts, max_memory=max_memory,
+            device_map=device_map, plan=plan, strict=strict,
+        )  # fmt: skip
+    except AutodistError as error:
+        fail_to_join(error, joining)
     options = CompileOptions(verify=verify, dump_dir=dump_dir)
     return start_rank(source, dtype, wanted, joining, options, progress=progress, cache=cache)

@@ -16,7 +16,7 @@ from autodist_fx.artifact.variant_format import Form
 from autodist_fx.calls.input_spec import InputForm
 from autodist_fx.calls.lengths import Lengths, another_way
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.comm.agreement import agree, digest
+from autodist_fx.runtime.comm.agreement import digest
 from autodist_fx.runtime.comm.join_options import JoinOptions
 from autodist_fx.runtime.comm.process_group import JoinedRank, join
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
@@ -32,9 +32,9 @@ T = TypeVar("T")
 
 def start_from_artifact(artifact: ArtifactReader, options: JoinOptions) -> DistributedCausalLM:
     """This process joins the ranks that the artifact is for, all of the same artifact, and takes its share."""
-    joined = join(artifact.mesh, options)
-    agree(joined.everyone, joined.rank, {"the artifact": digest(artifact.manifest.to_text())})
-    return share(artifact, joined)
+    asked = {"the function called": "load", "the artifact": digest(artifact.manifest.to_text())}
+    joined = join(artifact.mesh, options, asked)
+    return joined.together(lambda: (share(artifact, joined), {}))
 
 
 def share(

@@ -15,13 +15,13 @@ from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.generation_traits import follow_mask
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.comm.agreement import digest
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, one_way
 from autodist_fx.runtime.generation.recurrent_lm import DistributedOwnCacheLM, Prompt, handovers
 from autodist_fx.runtime.generation.seq2seq_lm import DistributedSeq2SeqLM, seq2seq_class
 from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
+from autodist_fx.startup.facts import model_facts
 from autodist_fx.startup.keep_compiled import keep_compiled
 from autodist_fx.startup.rank import RankStartup
 from autodist_fx.startup.split_cache import CacheEntry
@@ -29,7 +29,6 @@ from autodist_fx.tracing import empty_model, meta_copy
 from autodist_fx.weights.checkpoint import open_source
 from autodist_fx.weights.checkpoint_source import CheckpointSource
 from autodist_fx.weights.dtype import wanted_dtype
-from autodist_fx.weights.load_program import load_beside
 from autodist_fx.weights.resolve import resolve
 from autodist_fx.weights.sources.module_source import ModuleSource
 from cost_model.partition_plan import PartitionPlan
@@ -42,7 +41,9 @@ def distribute(
 ) -> DistributedCausalLM:
     """The share of `joined` in a model that every rank has in memory; see CompiledModel.to_distributed."""
     startup = RankStartup(model, lambda: ModuleSource(model), joined, request, options)
-    return start(startup, model.generation_config)
+    generation_config = getattr(model, "generation_config", None)
+    joined.together(lambda: (None, model_facts(model, generation_config, startup.open_weights)))
+    return start(startup, generation_config)
 
 
 def open_checkpoint(
@@ -53,12 +54,10 @@ def open_checkpoint(
     options: CompileOptions,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[RankStartup, GenerationConfig]:
-    """What makes this rank's programs of a checkpoint, and how the checkpoint generates. Raises CheckpointError, on
-    every rank that sees the cause; the watchdog ends the others."""
+    """What makes this rank's programs of a checkpoint, and how the checkpoint generates. Raises CheckpointError."""
     checkpoint = resolve(source)
-    files = {"the checkpoint": digest("".join(f"{path.name} {path.stat().st_size}" for path in checkpoint.paths))}
     model = empty_model(checkpoint.config, wanted_dtype(dtype, checkpoint.config))
-    startup = RankStartup(model, lambda: open_source(checkpoint), joined, request, options, files, progress)
+    startup = RankStartup(model, lambda: open_source(checkpoint), joined, request, options, progress)
     return startup, checkpoint.generation_config
 
 
@@ -76,13 +75,11 @@ def start(
             f"{type(model).__name__} does not generate, and over processes a model is run for that: name a checkpoint "
             "of a language model, or use compile(model).simulate(...) in one process"
         )
-    main = compile_for_generation(model, Compilation, startup.request, startup.unverified, plan)
-    program = startup.agreed(main)
-    report = startup.load(main, program)
+    main, program = startup.agreed(
+        lambda: compile_for_generation(model, Compilation, startup.request, startup.unverified, plan)
+    )
     encoder, prompt = main.encoder_program(joined.rank), main.prompt_program(joined.rank)
-    other = encoder or prompt
-    if other is not None:
-        report = load_beside(program, other, lambda left: startup.load(main, left), report)
+    report = startup.loaded(main, program, encoder or prompt)
     if entry is not None:
         keep_compiled(entry, joined, main, model, generation_config)
     given = program, joined.communicator, main.config, generation_config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from transformers import PreTrainedModel
@@ -17,8 +17,9 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import Facts, agree, digest
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
+from autodist_fx.startup.facts import shared_weight_facts
 from autodist_fx.weights.load import LoadReport
-from autodist_fx.weights.load_program import load_program
+from autodist_fx.weights.load_program import load_beside, load_program
 from autodist_fx.weights.share import share_weights
 from autodist_fx.weights.sources.source import WeightSource
 from cost_model.plan.write_json import plan_to_text
@@ -34,8 +35,8 @@ class RankStartup:
     """What makes this process's programs: the model, its weights, the mesh it joined, and what was asked for.
 
     `model` says how names are tied and called, and holds the buffers that no checkpoint has; it may be on meta.
-    `options.verify`: rank 0 proves the programs of all ranks before any runs. `facts`: beside the plans what all ranks
-    must find alike. `progress` is called with (bytes loaded, bytes in all).
+    `options.verify`: rank 0 proves the programs of all ranks before any runs. `progress` is called with (bytes loaded,
+    bytes in all).
     """
 
     model: PreTrainedModel
@@ -43,7 +44,6 @@ class RankStartup:
     joined: JoinedRank
     request: PlanRequest
     options: CompileOptions
-    facts: Facts = field(default_factory=dict)
     progress: Callable[[int, int], None] | None = None
 
     @property
@@ -51,13 +51,31 @@ class RankStartup:
         """Options to compile with: to emit other ranks' programs and prove them is rank 0's work alone (`agreed`)."""
         return replace(self.options, verify=False)
 
-    def agreed(self, compiled: Compilation) -> RankProgram:
-        check = compiled.verify if self.options.verify else None
-        program = compiled.program(self.joined.rank)
-        plans = [p for p in (compiled.prompt_plan, compiled.plan) if p is not None]
-        facts = {"the plan": digest("".join(map(plan_to_text, plans))), **self.facts}
-        agree(self.joined.everyone, self.joined.rank, facts, check=check)
-        return program
+    def agreed(self, compile: Callable[[], Compilation]) -> tuple[Compilation, RankProgram]:
+        """What `compile()` makes, and this rank's program of it, when all ranks have made the same."""
+
+        def made() -> tuple[tuple[Compilation, RankProgram], Facts]:
+            compiled = compile()
+            program = compiled.program(self.joined.rank)
+            plans = [p for p in (compiled.prompt_plan, compiled.plan) if p is not None]
+            return (compiled, program), {"the plan": digest("".join(map(plan_to_text, plans)))}
+
+        def check(value: tuple[Compilation, RankProgram]) -> None:
+            value[0].verify()
+
+        return self.joined.together(made, check=check if self.options.verify else None)
+
+    def loaded(self, compiled: Compilation, program: RankProgram, beside: RankProgram | None) -> LoadReport:
+        """The weights of `program`, and of what runs `beside` it, when every rank has its own, and those that several
+        ranks hold are the same on all of them."""
+
+        def read() -> tuple[LoadReport, Facts]:
+            report = self.load(compiled, program)
+            if beside is not None:
+                report = load_beside(program, beside, lambda left: self.load(compiled, left), report)
+            return report, shared_weight_facts(compiled.plan, program)
+
+        return self.joined.together(read)
 
     def guarded(
         self, compiled: Compilation, beside: RankProgram, run: Callable[[Variant], T], first: Variant
@@ -103,8 +121,7 @@ class RankStartup:
     def whole_sequences(self, input_names: tuple[str, ...], beside: RankProgram) -> GuardedPrograms[RankProgram]:
         """The program for whole sequences of these inputs, with the weights of `beside` where both hold them alike."""
         options = replace(self.unverified, input_names=input_names)
-        compiled = compile_model(self.model, Compilation, self.request, options)
-        program = self.agreed(compiled)
+        compiled, program = self.agreed(lambda: compile_model(self.model, Compilation, self.request, options))
         left = share_weights(beside, program)
         if left.param_shards:  # slices that this layout has and the other has not
             self.load(compiled, left)

@@ -74,6 +74,11 @@ def cache_directory(cache: bool | str | Path | None) -> Path | None:
     return Path(said).expanduser() if said not in ("", "0", "1") else Path(constants.HF_HOME) / "autodist_fx"
 
 
+def is_kept(cache: bool | str | Path | CacheEntry | None) -> bool:
+    """Whether splits are kept at all."""
+    return isinstance(cache, CacheEntry) or cache_directory(cache) is not None
+
+
 def cache_entry(
     cache: bool | str | Path | CacheEntry | None,
     source: CheckpointSource,

@@ -12,13 +12,16 @@ from transformers import GenerationConfig
 from autodist_fx.artifact.reader import ArtifactReader
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.compiler.compile_options import CompileOptions
+from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.comm.agreement import Facts
 from autodist_fx.runtime.comm.join_options import JoinOptions
-from autodist_fx.runtime.comm.process_group import join
+from autodist_fx.runtime.comm.process_group import fail_to_join, join
 from autodist_fx.runtime.default_hardware import default_hardware
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
+from autodist_fx.startup.facts import model_facts, request_facts
 from autodist_fx.startup.from_artifact import share
-from autodist_fx.startup.split_cache import CacheEntry, cache_entry, from_cache
+from autodist_fx.startup.split_cache import CacheEntry, cache_entry, from_cache, is_kept
 from autodist_fx.weights.checkpoint_source import CheckpointSource
 from cost_model.request.plan_options import PlanOptions
 from passes.program.rank_program import RankProgram
@@ -40,8 +43,14 @@ def start_rank(
     cache: bool | str | Path | CacheEntry | None = None,
 ) -> DistributedCausalLM:
     """This process's share of a checkpoint's model; see autodist_fx.from_pretrained."""
-    request, plan = wanted.resolve(default_hardware()), wanted.plan
-    joined = join(request.mesh, joining)
+    try:
+        request, plan = wanted.resolve(default_hardware()), wanted.plan
+        keeps = options.dump_dir is None and is_kept(cache)
+    except AutodistError as error:
+        fail_to_join(error, joining)
+    more = {"dtype": dtype or "auto", "revision": source.revision, "cache": "in use" if keeps else "not in use"}
+    asked = request_facts("from_pretrained", request, plan, verify=options.verify, **more)
+    joined = join(request.mesh, joining, asked)
 
     def opened() -> tuple[RankStartup, GenerationConfig]:
         from autodist_fx.startup.from_checkpoint import open_checkpoint
@@ -59,11 +68,17 @@ def start_rank(
 
         return share(artifact, joined, whole_sequences, at_lengths)
 
-    entry = None if options.dump_dir is not None else cache_entry(cache, source, dtype, request, plan)
-    found = None if entry is None else from_cache(entry, joined, share_of)
-    if found is not None:
-        return found
+    entry: CacheEntry | None = None
+    if keeps:
+        entry = joined.together(lambda: (cache_entry(cache, source, dtype, request, plan), {}))
+        assert entry is not None
+        found = from_cache(entry, joined, share_of)
+        if found is not None:
+            return found
     from autodist_fx.startup.from_checkpoint import start
 
-    startup, generation_config = opened()
-    return start(startup, generation_config, plan, entry)
+    def opened_alike() -> tuple[tuple[RankStartup, GenerationConfig], Facts]:
+        startup, generation_config = opened()
+        return (startup, generation_config), model_facts(startup.model, generation_config, startup.open_weights)
+
+    return start(*joined.together(opened_alike), plan, entry)

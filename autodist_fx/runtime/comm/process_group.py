@@ -8,9 +8,10 @@ import importlib.metadata
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ import transformers
 from torch.distributed.distributed_c10d import _get_default_store
 
 from autodist_fx.errors import CommunicationError, RuntimeSetupError
-from autodist_fx.runtime.comm.agreement import Facts, over
+from autodist_fx.runtime.comm.agreement import Facts, over, together
 from autodist_fx.runtime.comm.alone_communicator import AloneCommunicator
 from autodist_fx.runtime.comm.dist_communicator import DistCommunicator
 from autodist_fx.runtime.comm.join_options import JoinOptions
@@ -26,6 +27,7 @@ from autodist_fx.runtime.comm.meeting import MeetingPlace, Place, open_meeting_p
 from autodist_fx.runtime.comm.watchdog import Watchdog
 from cost_model.mesh import Mesh
 
+T = TypeVar("T")
 _LAST_SENDS = timedelta(seconds=30)
 
 
@@ -41,6 +43,12 @@ class JoinedRank:
     def everyone(self, text: str) -> list[str]:
         """Every rank's text, by rank; called on every rank."""
         return over(self.communicator, self.rank, self.mesh.size)(text)
+
+    def together(
+        self, work: Callable[[], tuple[T, Facts]], *, check: Callable[[T], None] | None = None
+    ) -> T:
+        """What `work` returns beside its facts, when it has succeeded on all ranks alike; see `agreement.together`."""
+        return together(self.everyone, self.rank, work, check=check)
 
     def close(self) -> None:
         """Lets go of this mesh's communicator; the process group stays, for another mesh, until the process ends."""

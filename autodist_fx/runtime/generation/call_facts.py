@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from autodist_fx.calls.tensor_digest import tensor_digest
 from autodist_fx.runtime.cache.kv_cache import SplitCache
 
 _MAY_DIFFER = ("streamer",)  # each rank shows the tokens as it likes
-_HASHED_BYTES = 1 << 20  # up to so many, all bytes of a tensor are hashed; of more, sums of columns and some bytes
-_COLUMNS = 1024
 _MOST_DEEP = 3
 
 
@@ -39,7 +38,7 @@ def facts_of_call(arguments: Mapping[str, Any]) -> dict[str, str]:
 
 def _facts(name: str, value: Any, depth: int) -> Iterator[tuple[str, str]]:
     if isinstance(value, torch.Tensor):
-        yield name, f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} {_digest_of(value)}"
+        yield name, f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} {tensor_digest(value)}"
     elif value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         text = repr(value)
         yield name, text if len(text) <= 80 else f"{text[:60]}... sha256 {_sha(text.encode())}"
@@ -58,18 +57,6 @@ def _facts(name: str, value: Any, depth: int) -> Iterator[tuple[str, str]]:
         yield name, f"{type(value).__name__} of {len(value)} {', '.join(kinds)}{digest}"
     else:
         yield name, getattr(value, "__qualname__", type(value).__qualname__)
-
-
-def _digest_of(tensor: torch.Tensor) -> str:
-    """Of the elements; two tensors of one shape and dtype that differ in any one element differ in it."""
-    if tensor.is_meta or tensor.layout != torch.strided:
-        return str(tensor.layout)
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if flat.numel() > _HASHED_BYTES:
-        whole = flat.numel() // (8 * _COLUMNS) * (8 * _COLUMNS)
-        sums = flat[:whole].view(torch.int64).view(-1, _COLUMNS).sum(0).view(torch.uint8)
-        flat = torch.cat([sums, flat[whole:], flat[: _HASHED_BYTES // 2]])
-    return _sha(flat.cpu().numpy().tobytes())
 
 
 def _sha(data: bytes) -> str:

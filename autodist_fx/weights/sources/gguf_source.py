@@ -8,6 +8,7 @@ of the size that people keep as GGUF on a laptop. For larger ones save the model
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from autodist_fx.errors import CheckpointError
 from autodist_fx.weights.sources.gguf_file import forget, gguf_tensors
 from autodist_fx.weights.sources.module_source import ModuleSource
+from autodist_fx.weights.sources.sample import BLOCK_BYTES
 from cost_model.graph.placement import Interval
+
+_HEAD_BYTES, _SAMPLED_EVERY = 64 << 10, 1 << 20
 
 
 class GGUFSource:
@@ -59,6 +63,16 @@ class GGUFSource:
     ) -> torch.Tensor:
         """See WeightSource.read."""
         return self._load().read(name, dim, intervals, dtype, out)
+
+    def fingerprint(self) -> str:
+        """Digest of the file's first 64 KiB, its size, and 4 KiB of each MiB. Nothing is dequantized for it."""
+        found = hashlib.sha256(str(self.checkpoint_bytes).encode())
+        with self.path.open("rb") as file:
+            found.update(file.read(_HEAD_BYTES))
+            for start in range(_HEAD_BYTES, self.checkpoint_bytes, _SAMPLED_EVERY):
+                file.seek(start)
+                found.update(file.read(BLOCK_BYTES))
+        return found.hexdigest()[:16]
 
     def close(self) -> None:
         self._tensors = None

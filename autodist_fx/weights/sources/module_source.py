@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from autodist_fx.errors import CheckpointError
+from autodist_fx.weights.sources.sample import fingerprint, sampled
 from autodist_fx.weights.sources.source import sliced_shape
 from cost_model.graph.placement import Interval
 
@@ -78,6 +79,12 @@ class ModuleSource:
         self._bytes_read += out.numel() * tensor.element_size()
         return out
 
+    def fingerprint(self) -> str:
+        """See WeightSource.fingerprint."""
+        return fingerprint(
+            (name, str(t.dtype), tuple(t.shape), _sample(name, t.detach())) for name, t in self._tensors.items()
+        )
+
     def close(self) -> None:
         self._tensors = {}
 
@@ -90,3 +97,9 @@ class ModuleSource:
 def _one_piece(tensor: torch.Tensor, dim: int, intervals: Sequence[Interval]) -> torch.Tensor:
     start, stop = intervals[0] if intervals else (0, 0)
     return tensor.narrow(dim, start, stop - start)
+
+
+def _sample(name: str, tensor: torch.Tensor) -> bytes:
+    flat, size = tensor.contiguous().view(-1), tensor.element_size()
+    blocks = [flat[start // size : stop // size] for start, stop in sampled(name, flat.numel() * size)]
+    return torch.cat(blocks).view(torch.uint8).cpu().numpy().tobytes()

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from autodist_fx.errors import CheckpointError
+from autodist_fx.weights.sources.sample import sampled
 from autodist_fx.weights.sources.source import sliced_shape
 from cost_model.graph.placement import Interval
 
@@ -112,6 +113,15 @@ class SafetensorsFile:
         if target is not out:
             out.copy_(target)
         return out
+
+    def sample(self, name: str) -> bytes:
+        """The bytes of the tensor that stand for all of it in a fingerprint."""
+        entry, found = self.entries[name], bytearray()
+        for start, stop in sampled(name, entry.nbytes):
+            block = bytearray(stop - start)
+            self._read_at(entry.offset + start, memoryview(block))
+            found += block
+        return bytes(found)
 
     def _copy_intervals(
         self, entry: TensorEntry, whole: tuple[int, int, int], intervals: Sequence[Interval], target: torch.Tensor

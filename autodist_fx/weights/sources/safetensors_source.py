@@ -10,6 +10,7 @@ import torch
 
 from autodist_fx.errors import CheckpointError
 from autodist_fx.weights.sources.safetensors_file import SafetensorsFile, TensorEntry
+from autodist_fx.weights.sources.sample import fingerprint
 from cost_model.graph.placement import Interval
 
 SINGLE_NAME = "model.safetensors"
@@ -86,6 +87,11 @@ class SafetensorsSource:
         result = self._file_of[name].read(name, dim, intervals, dtype, out)
         self._bytes_read += result.numel() * entry.dtype.itemsize
         return result
+
+    def fingerprint(self) -> str:
+        """See WeightSource.fingerprint."""
+        entries = ((name, file.entries[name], file) for name, file in self._file_of.items())
+        return fingerprint((name, str(e.dtype), e.shape, file.sample(name)) for name, e, file in entries)
 
     def close(self) -> None:
         for file in self._files:

@@ -53,6 +53,11 @@ class WeightSource(Protocol):
         """
         ...
 
+    def fingerprint(self) -> str:
+        """Digest of all names, shapes and dtypes and of a sample of every tensor's bytes (see sample.py): alike where
+        the contents are, however they lie in files. Reads a few KiB a tensor."""
+        ...
+
     def close(self) -> None:
         """Lets go of files and tensors. Nothing can be read afterwards."""
         ...
