@@ -29,14 +29,13 @@ from autodist_fx.artifact.variant_format import (
     conditions_to_dict,
     program_to_dict,
 )
-from autodist_fx.compiler.generation_traits import follow_mask
+from autodist_fx.compiler.generation_traits import follow_mask, has_own_generate
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.weights.share import share_weights
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.write_json import plan_to_text
 from passes.fx import node_meta
 from passes.partition.pipeline import emit_rank
-from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 from passes.serialize.write_graph import graph_to_json, used_tensors
 
@@ -129,13 +128,12 @@ def write_common(
 
 def _model_fields(model: PreTrainedModel, parts: Sequence[Part], always: Mapping[str, object]) -> dict[str, Any]:
     """What calls and generation ask a model's class."""
-    own = next((cls for cls in type(model).__mro__ if "generate" in cls.__dict__), GenerationMixin)
     parameters = inspect.signature(model.forward).parameters.values()
     plain = (bool, int, float, str, type(None))
     return {
         "class": type(model).__name__,
         "main_input_name": model.main_input_name,
-        "own_generate": own is not GenerationMixin,
+        "own_generate": has_own_generate(type(model)),
         "positions_follow_mask": not model.can_generate() or follow_mask(type(model)),
         "own_cache": any(part.variant.traced.phase for part in parts),
         "main": parts[0].name,
@@ -193,7 +191,7 @@ def write_rank(staging: Staging, rank: int, programs: Sequence[tuple[Part, RankP
         keys = {}
         for name, tensor in used_tensors(program.graph_module).items():
             shard = shards.get(name)
-            slice_ = (part.name, name) if shard is None else _slice(shard)
+            slice_ = (part.name, name) if shard is None else shard.slice_key
             if slice_ not in key_of:
                 wanted = f"{part.name}.{name}" if shard is None else shard.source
                 key = wanted
@@ -203,10 +201,6 @@ def write_rank(staging: Staging, rank: int, programs: Sequence[tuple[Part, RankP
             keys[name] = key_of[slice_]
         staging.write_json(f"forms/{part.name}/rank{rank}.json", program_to_dict(program, keys))
     staging.write_tensors(f"weights/rank{rank}.safetensors", weights, {"rank": str(rank)})
-
-
-def _slice(shard: ParamShard) -> tuple[object, ...]:
-    return shard.source, shard.dim, shard.intervals, shard.dtype, shard.is_buffer
 
 
 def finish(

@@ -22,6 +22,12 @@ def follow_mask(model_class: type[PreTrainedModel]) -> bool:
     return "position_ids" in text or "super()" in text
 
 
+def has_own_generate(model_class: type[PreTrainedModel]) -> bool:
+    """Whether the family generates by code of its own (of long recordings, say), and not by transformers' generate."""
+    owner = next((cls for cls in model_class.__mro__ if "generate" in cls.__dict__), GenerationMixin)
+    return owner is not GenerationMixin
+
+
 def keeps_cache(model: PreTrainedModel) -> bool:
     """Whether its forward takes what it made of the tokens before."""
     return "past_key_values" in inspect.signature(model.forward).parameters or has_own_cache(type(model))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
-from autodist_fx.artifact.manifest import (
-    ArtifactError,
-)
+from autodist_fx.artifact.manifest import ArtifactError
 from autodist_fx.artifact.reader import MAKE_AGAIN, SAVE_SUCH, ArtifactReader
 from autodist_fx.artifact.variant_format import Form
 from autodist_fx.calls.input_spec import InputForm
@@ -21,9 +20,10 @@ from autodist_fx.runtime.comm.join_options import JoinOptions
 from autodist_fx.runtime.comm.process_group import JoinedRank, join
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
-from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
+from autodist_fx.startup.build_model import RankParts, build_model
 from autodist_fx.weights.load import LoadReport
 from autodist_fx.weights.process_memory import peak_rss_bytes, rss_bytes
+from cost_model.partition_plan import PartitionPlan
 from passes.fx.guards import Guards
 from passes.program.rank_program import RankProgram
 
@@ -38,47 +38,14 @@ def start_from_artifact(artifact: ArtifactReader, options: JoinOptions) -> Distr
 
 
 def share(
-    artifact: ArtifactReader,
-    joined: JoinedRank,
-    whole_sequences: Callable[[tuple[str, ...], RankProgram], GuardedPrograms[RankProgram]] | None = None,
-    at_lengths: Callable[[Lengths, RankProgram], Any] | None = None,
+    artifact: ArtifactReader, joined: JoinedRank, maker: Callable[[], ProgramMaker] | None = None
 ) -> DistributedCausalLM:
-    """The share of `joined`. What the artifact lacks is made by `whole_sequences(input_names, program)` and, of the
-    graphs that generate, by `at_lengths(lengths, program)`, with the weights of `program`."""
+    """The share of `joined`, with its weights. `maker()` makes what the artifact lacks; without it that is refused."""
     began, rss_before = time.perf_counter(), rss_bytes()
-    form = artifact.generating_form()
-    program = artifact.program(joined.rank, form.name, joined.device)
-
-    more = None if at_lengths is None else lambda lengths: at_lengths(lengths, program)
-
-    def mine(form: Form) -> RankProgram:
-        return artifact.program(joined.rank, form.name, joined.device)
-
-    def make_program(names: tuple[str, ...]) -> GuardedPrograms[RankProgram]:
-        found = artifact.form_of_whole_sequences(names)
-        if found is not None:
-            return _ways(artifact, found, mine)
-        if whole_sequences is not None:
-            return whole_sequences(names, program)
-        raise AutodistError(
-            f"{artifact.directory} has no graph of whole sequences that takes {', '.join(names)} (it has "
-            f"{artifact.described_forms()}): save one by calling simulate with them first, or use from_pretrained"
-        )
-
-    given = program, joined.communicator, artifact.config, artifact.generation_config
-    if form.encoder:
-        ways = _ways(artifact, form, lambda form: (mine(artifact.forms[form.encoder]), mine(form)), more)
-        split = _with_encoder(artifact, given, ways, joined.device)
-    elif form.phase:
-        split = _with_own_cache(artifact, given, form, make_program, joined, more)
-    else:
-        split = TwoGraphCausalLM(
-            *given, device=joined.device, make_program=make_program, ways=_ways(artifact, form, mine, more)
-        )
+    programs = ArtifactPrograms(artifact, joined, maker)
     weights = artifact.weights_of(joined.rank, joined.device)
-    split.plan = artifact.plan
-    split.positions_follow_mask = artifact.model_fields["positions_follow_mask"]
-    split.load_report = LoadReport(
+    programs.program(programs.step)  # read now, and counted as loading
+    report = LoadReport(
         shard_bytes=sum(t.numel() * t.element_size() for t in weights.values()),
         bytes_read=artifact.manifest.files[f"weights/rank{joined.rank}.safetensors"].bytes,
         checkpoint_bytes=sum(r.bytes for n, r in artifact.manifest.files.items() if n.startswith("weights/")),
@@ -86,72 +53,106 @@ def share(
         rss_before_bytes=rss_before,
         peak_rss_bytes=peak_rss_bytes(),
     )
-    return split
-
-
-def _ways(artifact: ArtifactReader, first: Form, run: Callable[[Form], T], more: Callable[[Lengths], Any] | None = None
-) -> GuardedPrograms[T]:
-    """What `run` makes of a form, and of those for the same call with other lengths; `more` makes others."""
-    same = [f for f in artifact.forms.values() if f.same_call(first)]
-    found = [(artifact.conditions_of(form), run(form)) for form in (first, *(f for f in same if f is not first))]
-    dtypes = {name: getattr(torch, dtype, torch.long) for name, (_, dtype) in first.input_forms.items()}
-    forms = {name: InputForm(dims, dtypes[name]) for name, (dims, _) in first.input_forms.items()}
-
-    def refuse(lengths: Lengths) -> tuple[Guards | None, T]:
-        lines = found[0][0].otherwise(lengths) if found[0][0] is not None else []
-        raise AutodistError(another_way(artifact.manifest.model, lengths, lines) + SAVE_SUCH)
-
-    return GuardedPrograms(found, more or refuse, forms)
-
-
-def _with_encoder(
-    artifact: ArtifactReader,
-    given: tuple[Any, ...],
-    ways: GuardedPrograms[tuple[RankProgram, RankProgram]],
-    device: torch.device,
-) -> DistributedCausalLM:
-    from autodist_fx.runtime.generation.seq2seq_lm import DistributedSeq2SeqLM, seq2seq_class
-
-    split_class, skeleton = DistributedSeq2SeqLM, None
-    if artifact.model_fields["own_generate"]:  # a generate of the family's own, which is in the model's code
-        from autodist_fx.tracing import class_for, empty_model
-
-        split_class, skeleton = seq2seq_class(class_for(artifact.config)), empty_model(artifact.config)
-    return split_class(
-        *given,
-        device=device,
-        encoder=ways.found[0][1][0],
-        main_input_name=artifact.model_fields["main_input_name"],
-        skeleton=skeleton,
-        ways=ways,
+    fields = artifact.model_fields
+    return build_model(
+        RankParts(
+            programs=programs,
+            communicator=joined.communicator,
+            device=joined.device,
+            config=artifact.config,
+            generation_config=artifact.generation_config,
+            plan=artifact.plan,
+            load_report=report,
+            positions_follow_mask=fields["positions_follow_mask"],
+            main_input_name=fields["main_input_name"],
+            skeleton=_skeleton(artifact) if programs.step.encoder and fields["own_generate"] else None,
+        )
     )
 
 
-def _with_own_cache(artifact: ArtifactReader,
-    given: tuple[Any, ...],
-    step: Form,
-    make_program: Callable[[tuple[str, ...]], GuardedPrograms[RankProgram]],
-    joined: JoinedRank,
-    more: Callable[[Lengths], Any] | None,
-) -> DistributedCausalLM:
-    """Which states change hands is read off the graphs of the other stages, too: without their weights."""
-    from autodist_fx.runtime.generation.recurrent_lm import DistributedOwnCacheLM, Prompt, handovers
+def _skeleton(artifact: ArtifactReader) -> PreTrainedModel:
+    from autodist_fx.tracing import empty_model  # the model's own code, of which only a generate of its own is asked
 
-    prompt = next((form for form in artifact.forms.values() if form.phase == "prompt"), None)
-    if prompt is None:
-        raise ArtifactError(f"{artifact.directory} has steps and no prompt{MAKE_AGAIN}")
-    column = artifact.mesh.column(joined.rank)
-    steps = [artifact.read_program(rank, step, None) for rank in column]
+    return empty_model(artifact.config)
 
-    def with_handovers(form: Form) -> Prompt:
-        makers = [artifact.read_program(rank, form, None) for rank in column]
-        return artifact.program(joined.rank, form.name, joined.device), handovers(makers, steps)
 
-    return DistributedOwnCacheLM(
-        *given,
-        device=joined.device,
-        make_program=make_program,
-        prompts=_ways(artifact, prompt, with_handovers, more),
-        steps=_ways(artifact, step, lambda form: artifact.program(joined.rank, form.name, joined.device)),
-        after_step=handovers(steps, steps),
-    )
+class ProgramMaker(Protocol):
+    """Makes programs that an artifact lacks, with the weights of a program that is loaded."""
+
+    def whole_sequences(self, input_names: tuple[str, ...], beside: RankProgram) -> GuardedPrograms[RankProgram]: ...
+
+    def at_lengths(
+        self, lengths: Lengths, beside: RankProgram, plan: PartitionPlan
+    ) -> tuple[Guards | None, Any]: ...
+
+
+class ArtifactPrograms:
+    """The RankPrograms of an artifact's files: each is read once."""
+
+    def __init__(
+        self, artifact: ArtifactReader, joined: JoinedRank, maker: Callable[[], ProgramMaker] | None
+    ) -> None:
+        self._artifact, self._joined, self._maker = artifact, joined, maker
+        self._read: dict[str, RankProgram] = {}
+        self.step = artifact.generating_form()
+
+    @property
+    def prompt(self) -> Form | None:
+        if not self.step.phase:
+            return None
+        prompt = next((form for form in self._artifact.forms.values() if form.phase == "prompt"), None)
+        if prompt is None:
+            raise ArtifactError(f"{self._artifact.directory} has steps and no prompt{MAKE_AGAIN}")
+        return prompt
+
+    def encoder_of(self, form: Form) -> Form | None:
+        return self._artifact.forms[form.encoder] if form.encoder else None
+
+    def program(self, form: Form) -> RankProgram:
+        if form.name not in self._read:
+            self._read[form.name] = self._artifact.program(self._joined.rank, form.name, self._joined.device)
+        return self._read[form.name]
+
+    def of_column(self, form: Form) -> list[RankProgram]:
+        column = self._artifact.mesh.column(self._joined.rank)
+        return [self._artifact.read_program(rank, form, None) for rank in column]
+
+    def guarded(self, first: Form, run: Callable[[Form], T]) -> GuardedPrograms[T]:
+        return self._guarded(first, run, self._refuse(first) if self._maker is None else self._make)
+
+    def fixed(self, form: Form) -> GuardedPrograms[RankProgram]:
+        return self._guarded(form, self.program, self._refuse(form))
+
+    def whole_sequences(self, input_names: tuple[str, ...]) -> GuardedPrograms[RankProgram]:
+        if self._maker is not None:  # of the model, for all lengths; an entry of the cache keeps no such forms
+            return self._maker().whole_sequences(input_names, self.program(self.step))
+        artifact, found = self._artifact, self._artifact.form_of_whole_sequences(input_names)
+        if found is not None:
+            return self.fixed(found)
+        raise AutodistError(
+            f"{artifact.directory} has no graph of whole sequences that takes {', '.join(input_names)} (it has "
+            f"{artifact.described_forms()}): save one by calling simulate with them first, or use from_pretrained"
+        )
+
+    def _guarded(
+        self, first: Form, run: Callable[[Form], T], make: Callable[[Lengths], tuple[Guards | None, Any]]
+    ) -> GuardedPrograms[T]:
+        """What `run` makes of a form, and of those for the same call with other lengths; `make` makes others."""
+        same = [form for form in self._artifact.forms.values() if form.same_call(first) and form is not first]
+        found = [(self._artifact.conditions_of(form), run(form)) for form in (first, *same)]
+        dtypes = {name: getattr(torch, dtype, torch.long) for name, (_, dtype) in first.input_forms.items()}
+        forms = {name: InputForm(dims, dtypes[name]) for name, (dims, _) in first.input_forms.items()}
+        return GuardedPrograms(found, make, forms)
+
+    def _make(self, lengths: Lengths) -> tuple[Guards | None, Any]:
+        assert self._maker is not None
+        return self._maker().at_lengths(lengths, self.program(self.step), self._artifact.plan)
+
+    def _refuse(self, form: Form) -> Callable[[Lengths], tuple[Guards | None, Any]]:
+        guards = self._artifact.conditions_of(form)
+
+        def refuse(lengths: Lengths) -> tuple[Guards | None, Any]:
+            lines = guards.otherwise(lengths) if guards is not None else []
+            raise AutodistError(another_way(self._artifact.manifest.model, lengths, lines) + SAVE_SUCH)
+
+        return refuse

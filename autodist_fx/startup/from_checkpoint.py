@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from autodist_fx.calls.lengths import Lengths
 from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.compile import compile_for_generation
 from autodist_fx.compiler.compile_options import CompileOptions
-from autodist_fx.compiler.generation_traits import follow_mask
-from autodist_fx.compiler.variant import Variant
+from autodist_fx.compiler.generation_traits import follow_mask, has_own_generate
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
-from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, one_way
-from autodist_fx.runtime.generation.recurrent_lm import DistributedOwnCacheLM, Prompt, handovers
-from autodist_fx.runtime.generation.seq2seq_lm import DistributedSeq2SeqLM, seq2seq_class
-from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
+from autodist_fx.startup.build_model import RankParts, build_model
 from autodist_fx.startup.facts import model_facts
 from autodist_fx.startup.keep_compiled import keep_compiled
-from autodist_fx.startup.rank import RankStartup
+from autodist_fx.startup.rank import CompiledPrograms, RankStartup
 from autodist_fx.startup.split_cache import CacheEntry
 from autodist_fx.tracing import empty_model, meta_copy
 from autodist_fx.weights.checkpoint import open_source
@@ -33,7 +27,6 @@ from autodist_fx.weights.resolve import resolve
 from autodist_fx.weights.sources.module_source import ModuleSource
 from cost_model.partition_plan import PartitionPlan
 from cost_model.request.plan_request import PlanRequest
-from passes.program.rank_program import RankProgram
 
 
 def distribute(
@@ -82,68 +75,17 @@ def start(
     report = startup.loaded(main, program, encoder or prompt)
     if entry is not None:
         keep_compiled(entry, joined, main, model, generation_config)
-    given = program, joined.communicator, main.config, generation_config
-
-    def make_program(input_names: tuple[str, ...]) -> GuardedPrograms[RankProgram]:
-        return startup.whole_sequences(input_names, program)
-
-    step = main.variants[0]
-    split: DistributedCausalLM
-    if encoder is not None:
-        split_class = seq2seq_class(type(model))
-        split = split_class(
-            *given,
+    return build_model(
+        RankParts(
+            programs=CompiledPrograms(startup, main, program),
+            communicator=joined.communicator,
             device=joined.device,
-            encoder=encoder,
+            config=main.config,
+            generation_config=generation_config,
+            plan=main.plan,
+            load_report=report,
+            positions_follow_mask=follow_mask(type(model)),
             main_input_name=model.main_input_name,
-            skeleton=None if split_class is DistributedSeq2SeqLM else meta_copy(model),
-            ways=generating_programs(startup, main, program),
+            skeleton=meta_copy(model) if encoder is not None and has_own_generate(type(model)) else None,
         )
-    elif prompt is not None:
-        steps = [main.program(rank) for rank in joined.mesh.column(joined.rank)]
-        split = DistributedOwnCacheLM(
-            *given,
-            device=joined.device,
-            make_program=make_program,
-            prompts=generating_programs(startup, main, program),
-            steps=one_way(step.conditions, program, step.other_way),
-            after_step=handovers(steps, steps),
-        )
-    else:
-        ways = generating_programs(startup, main, program)
-        split = TwoGraphCausalLM(*given, device=joined.device, make_program=make_program, ways=ways)
-    split.plan = main.plan
-    split.positions_follow_mask = follow_mask(type(model))
-    split.load_report = report
-    return split
-
-
-def program_at_lengths(startup: RankStartup, lengths: Lengths, beside: RankProgram, plan: PartitionPlan) -> Any:
-    """What a rank that generates by `plan` runs at lengths that it has no program for yet, as `GuardedPrograms.make`
-    gives it: with the weights of `beside`, which is loaded."""
-    main = compile_for_generation(startup.model, Compilation, startup.request, startup.unverified, plan)
-    make = generating_programs(startup, main, beside).make
-    assert make is not None
-    return make(lengths)
-
-
-def generating_programs(startup: RankStartup, main: Compilation, program: RankProgram) -> GuardedPrograms[Any]:
-    """What this rank runs to generate, by lengths: the program of a step (with an encoder's before it); of a prompt and
-    what changes hands after it, in a model with a cache of its own. `program` is loaded."""
-    rank, mesh = startup.joined.rank, startup.joined.mesh
-    step = main.variants[0]
-
-    def with_encoder(form: Variant) -> tuple[RankProgram, RankProgram]:
-        return main.program_of(cast(Variant, form.encoder), rank), main.program_of(form, rank)
-
-    def with_handovers(form: Variant) -> Prompt:
-        column = mesh.column(rank)
-        makers, readers = ([main.program_of(f, r) for r in column] for f in (form, step))
-        return main.program_of(form, rank), handovers(makers, readers)
-
-    if step.encoder is not None:
-        return startup.guarded(main, program, with_encoder, step)
-    if main.prompt_plan is not None:
-        return startup.guarded(main, program, with_handovers, main.variants[1])
-    return startup.guarded(main, program, lambda form: main.program_of(form, rank), step)
-
+    )

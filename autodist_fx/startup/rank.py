@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.compiler.compilation import Compilation
-from autodist_fx.compiler.compile import compile_model
+from autodist_fx.compiler.compile import compile_for_generation, compile_model
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import Facts, agree, digest
 from autodist_fx.runtime.comm.process_group import JoinedRank
-from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
+from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, one_way
+from autodist_fx.startup.build_model import generating_programs
 from autodist_fx.startup.facts import shared_weight_facts
 from autodist_fx.weights.load import LoadReport
 from autodist_fx.weights.load_program import load_beside, load_program
 from autodist_fx.weights.share import share_weights
 from autodist_fx.weights.sources.source import WeightSource
+from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.write_json import plan_to_text
 from cost_model.request.plan_request import PlanRequest
 from passes.fx.guards import Guards
@@ -128,3 +130,47 @@ class RankStartup:
         program.graph_module.eval()
         rank = self.joined.rank
         return self.guarded(compiled, beside, lambda form: compiled.program_of(form, rank), compiled.variants[0])
+
+    def at_lengths(self, lengths: Lengths, beside: RankProgram, plan: PartitionPlan) -> tuple[Guards | None, Any]:
+        """What a rank that generates by `plan` runs at lengths that it has no program for yet, and its guards; with the
+        weights of `beside`, which is loaded."""
+        compiled = compile_for_generation(self.model, Compilation, self.request, self.unverified, plan)
+        make = generating_programs(CompiledPrograms(self, compiled, beside)).make
+        assert make is not None, "programs of a model that is at hand are made when they are asked for"
+        return make(lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledPrograms:
+    """The RankPrograms of a compilation. Those of its main variants are loaded; others get the weights of `loaded`."""
+
+    startup: RankStartup
+    compiled: Compilation
+    loaded: RankProgram
+
+    @property
+    def step(self) -> Variant:
+        return self.compiled.variants[0]
+
+    @property
+    def prompt(self) -> Variant | None:
+        return None if self.compiled.prompt_plan is None else self.compiled.variants[1]
+
+    def encoder_of(self, variant: Variant) -> Variant | None:
+        return variant.encoder
+
+    def program(self, variant: Variant) -> RankProgram:
+        return self.compiled.program_of(variant, self.startup.joined.rank)
+
+    def of_column(self, variant: Variant) -> list[RankProgram]:
+        joined = self.startup.joined
+        return [self.compiled.program_of(variant, rank) for rank in joined.mesh.column(joined.rank)]
+
+    def guarded(self, first: Variant, run: Callable[[Variant], T]) -> GuardedPrograms[T]:
+        return self.startup.guarded(self.compiled, self.loaded, run, first)
+
+    def fixed(self, variant: Variant) -> GuardedPrograms[RankProgram]:
+        return one_way(variant.conditions, self.program(variant), variant.other_way)
+
+    def whole_sequences(self, input_names: tuple[str, ...]) -> GuardedPrograms[RankProgram]:
+        return self.startup.whole_sequences(input_names, self.loaded)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig
 
-from autodist_fx.artifact.reader import ArtifactReader
-from autodist_fx.calls.lengths import Lengths
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import Facts
@@ -18,13 +16,11 @@ from autodist_fx.runtime.comm.join_options import JoinOptions
 from autodist_fx.runtime.comm.process_group import fail_to_join, join
 from autodist_fx.runtime.default_hardware import default_hardware
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
-from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.startup.facts import model_facts, request_facts
 from autodist_fx.startup.from_artifact import share
 from autodist_fx.startup.split_cache import CacheEntry, cache_entry, from_cache, is_kept
 from autodist_fx.weights.checkpoint_source import CheckpointSource
 from cost_model.request.plan_options import PlanOptions
-from passes.program.rank_program import RankProgram
 
 if TYPE_CHECKING:
     from autodist_fx.startup.rank import RankStartup
@@ -57,22 +53,11 @@ def start_rank(
 
         return open_checkpoint(source, dtype, joined, request, options, progress)
 
-    def share_of(artifact: ArtifactReader) -> DistributedCausalLM:
-        def at_lengths(lengths: Lengths, beside: RankProgram) -> Any:
-            from autodist_fx.startup.from_checkpoint import program_at_lengths
-
-            return program_at_lengths(opened()[0], lengths, beside, artifact.plan)
-
-        def whole_sequences(names: tuple[str, ...], beside: RankProgram) -> GuardedPrograms[RankProgram]:
-            return opened()[0].whole_sequences(names, beside)
-
-        return share(artifact, joined, whole_sequences, at_lengths)
-
     entry: CacheEntry | None = None
     if keeps:
         entry = joined.together(lambda: (cache_entry(cache, source, dtype, request, plan), {}))
         assert entry is not None
-        found = from_cache(entry, joined, share_of)
+        found = from_cache(entry, joined, lambda kept: share(kept, joined, lambda: opened()[0]))
         if found is not None:
             return found
     from autodist_fx.startup.from_checkpoint import start

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from torch import nn
 
-from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 
 
@@ -15,18 +14,14 @@ def share_weights(loaded: RankProgram, program: RankProgram) -> RankProgram:
 
     Returns `program` with the shards that are left to be loaded; none when the two layouts coincide.
     """
-    have = {_slice(shard): name for name, shard in loaded.param_shards.items()}
+    have = {shard.slice_key: name for name, shard in loaded.param_shards.items()}
     left = {}
     for name, shard in program.param_shards.items():
-        if _slice(shard) in have:
-            _put(program.graph_module, name, _tensor(loaded.graph_module, have[_slice(shard)]))
+        if shard.slice_key in have:
+            _put(program.graph_module, name, _tensor(loaded.graph_module, have[shard.slice_key]))
         else:
             left[name] = shard
     return replace(program, param_shards=left)
-
-
-def _slice(shard: ParamShard) -> tuple[object, ...]:
-    return shard.source, shard.dim, shard.intervals, shard.dtype, shard.is_buffer
 
 
 def _tensor(module: nn.Module, name: str) -> object:

@@ -18,7 +18,7 @@ import networkx as nx
 from cost_model.errors import MeshError, NoPlanFits
 from cost_model.format import bytes_text
 from cost_model.graph.op_graph import SOURCES, Op, OpGraph, TensorRef
-from cost_model.search.stage_partition import _prefix_sums, _running, _Spans
+from cost_model.search.stage_partition import Spans, prefix_sums, running_totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class PipelineSearch:
         self.weight_bytes = weight_bytes
         self.sequence = [op.name for op in graph if op.kind not in SOURCES]
         self.position = {name: i for i, name in enumerate(self.sequence)}
-        self._state = _prefix_sums([costs[name].state_bytes for name in self.sequence])
+        self._state = prefix_sums([costs[name].state_bytes for name in self.sequence])
         self._from_weights = self._weight_derived()
         self._counts, self._bytes = self._crossing(sizes or {})
 
@@ -95,7 +95,7 @@ class PipelineSearch:
                 sizes[self.position[name] + 1] += nbytes
                 counts[last + 1] -= 1
                 sizes[last + 1] -= nbytes
-        return _running(counts), _running(sizes)
+        return running_totals(counts), running_totals(sizes)
 
     def candidates(self, enough: int = 1) -> list[int]:
         """Positions worth cutting at: where the fewest tensors cross, and fewer bytes than at their neighbours.
@@ -141,7 +141,7 @@ class PipelineSearch:
         """
         alike = {name: cost.seconds for name, cost in self.costs.items()}
         self.times = [dict(s) for s in seconds] if seconds is not None else [alike] * stages
-        until = {id(t): _prefix_sums([t[name] for name in self.sequence]) for t in self.times}
+        until = {id(t): prefix_sums([t[name] for name in self.sequence]) for t in self.times}
         self._until = [until[id(t)] for t in self.times]
         self.arrival = arrival
         if cuts is None:
@@ -165,7 +165,7 @@ class PipelineSearch:
                 f"use pp={len(places) + 1} at most"
             )
         ends = [0, *places, len(self.sequence)]
-        spans = _Spans(len(ends) - 1, stages)
+        spans = Spans(len(ends) - 1, stages)
         if max_memory is not None or balance == "bytes":
             held = self._held_between(ends)
             if max_memory is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 
-class _Spans:
+class Spans:
     """Ways to go from end 0 to end `last` in `stages` steps forward. Step k from i to j is ruled out by `restrict` and
     `flatten`, one demand after the other; `shortest` then picks among what is left."""
 
@@ -26,7 +26,7 @@ class _Spans:
 
     def least(self, cost: Callable[[int, int, int], float]) -> float:
         """What the dearest step costs at least, whatever else is demanded; there is a way."""
-        found = _Spans(self.last, self.stages)._best(cost, max)
+        found = Spans(self.last, self.stages)._best(cost, max)
         assert found is not None
         return found[0]
 
@@ -59,14 +59,14 @@ class _Spans:
         return best[self.stages][self.last][0], way[::-1]
 
 
-def _prefix_sums(values: Sequence[float]) -> list[float]:
+def prefix_sums(values: Sequence[float]) -> list[float]:
     sums = [0.0]
     for v in values:
         sums.append(sums[-1] + v)
     return sums
 
 
-def _running(steps: Sequence[int]) -> list[int]:
+def running_totals(steps: Sequence[int]) -> list[int]:
     total, out = 0, []
     for step in steps:
         total += step

@@ -11,8 +11,8 @@ from typing import Any
 import torch.fx
 from torch.fx import Node
 
-_CACHED = "P"
-_NEVER_OTHERWISE = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
+CACHED = "P"
+NEVER_OTHERWISE = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
 _ANY_LENGTH = 2  # stands for one that is not known, in computing others
 
 

@@ -24,7 +24,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from passes.fx import node_meta
-from passes.fx.guards import _CACHED, _NEVER_OTHERWISE, Guards
+from passes.fx.guards import CACHED, NEVER_OTHERWISE, Guards
 
 
 def take_conditions(module: torch.fx.GraphModule) -> Guards | None:
@@ -67,7 +67,7 @@ def take_conditions(module: torch.fx.GraphModule) -> Guards | None:
 
 def _is_sure(node: Node) -> bool:
     """A length compared with itself."""
-    return node.target in _NEVER_OTHERWISE and len(node.args) == 2 and node.args[0] == node.args[1]
+    return node.target in NEVER_OTHERWISE and len(node.args) == 2 and node.args[0] == node.args[1]
 
 
 class _NotOfLengthsError(Exception):
@@ -123,7 +123,7 @@ class _Asked:
         value = node_meta.val(source)
         if not isinstance(value, torch.Tensor):
             if node.target is getattr and node.args[1] == "is_initialized":  # of a cache: once it holds something
-                return self._made("call_function", operator.gt, (self._letter(_CACHED), 0), {})
+                return self._made("call_function", operator.gt, (self._letter(CACHED), 0), {})
             return None
         sizes = [self._size(name, n) for name, n in zip(node_meta.symbols(source), value.shape, strict=True)]
         if node.target is torch.ops.aten.sym_size.int:

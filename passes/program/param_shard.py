@@ -24,6 +24,11 @@ class ParamShard:
     is_buffer: bool = False
 
     @property
+    def slice_key(self) -> tuple[object, ...]:
+        """Which elements of which weight are held: equal for two shards that may be one tensor."""
+        return self.source, self.dim, self.intervals, self.dtype, self.is_buffer
+
+    @property
     def local_shape(self) -> tuple[int, ...]:
         if self.dim is None:
             return self.shape

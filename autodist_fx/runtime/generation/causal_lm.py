@@ -43,7 +43,6 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
     base_model_prefix = ""
     _is_stateful = False
     _supports_cache_class = True
-    positions_follow_mask = True  # see runtime/positions.py
 
     @property
     def _told_positions(self) -> bool:

@@ -79,7 +79,7 @@ class DistributedOwnCacheLM(TwoGraphCausalLM):
         after_step: tuple[Handover, ...],
         **keywords: Any,
     ) -> None:
-        super().__init__(program, *args, ways=steps, **keywords)
+        super().__init__(program, *args, programs=steps, **keywords)
         self._prompts = prompts
         self.prompt_program = prompts.found[0][1][0]
         self.prompt_module = self.prompt_program.graph_module.eval()

@@ -33,7 +33,7 @@ from passes.program.rank_program import RankProgram
 class DistributedSeq2SeqLM(DistributedCausalLM):
     """What `adx.from_pretrained` gives for a model with an encoder and a decoder, on every rank.
 
-    `encoder` is this rank's program for the encoder, with its parameters loaded; `ways` has both programs for other
+    `encoder` is this rank's program for the encoder, with its parameters loaded; `programs` has both for other
     lengths, too; `main_input_name` is what the encoder reads.
     `skeleton`: the model on meta, for a generate of the family's own, which asks it for sizes.
     """
@@ -53,11 +53,11 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         encoder: RankProgram,
         main_input_name: str,
         skeleton: nn.Module | None = None,
-        ways: GuardedPrograms[tuple[RankProgram, RankProgram]] | None = None,
+        programs: GuardedPrograms[tuple[RankProgram, RankProgram]] | None = None,
         **keywords: Any,
     ) -> None:
-        ways = ways or only((encoder, program))
-        super().__init__(program, *args, ways=ways, **{"logits_on_every_rank": True, **keywords})
+        programs = programs or only((encoder, program))
+        super().__init__(program, *args, programs=programs, **{"logits_on_every_rank": True, **keywords})
         object.__setattr__(self, "_skeleton", skeleton)  # no submodule: its parameters are on meta
         self.main_input_name = main_input_name
         self.encoder_program = encoder

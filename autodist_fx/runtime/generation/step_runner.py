@@ -27,6 +27,7 @@ from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.step_channel import StepChannel
 from autodist_fx.runtime.generation.step_messages import EncodeMessage
 from cost_model.mesh import Mesh
+from cost_model.partition_plan import PartitionPlan
 from passes.ops.comm import Communicator, using
 from passes.program.rank_program import RankProgram
 
@@ -34,9 +35,11 @@ _LOGITS_DIMS = 3  # batch, tokens, vocabulary
 
 
 class StepRunner(nn.Module):
-    """`program`'s parameters are loaded, on `device`; `ways` has programs for other lengths, too, where the model has
+    """`program`'s parameters are loaded, on `device`; `programs` has those for other lengths, too, where the model has
     guards on them. `logits_on_every_rank` sends what `model(...)` gives from the last stage to all ranks; `generate`
-    never does. Joins a class that has transformers' generate.
+    never does. `positions_follow_mask`: generate counts the tokens that the mask shows, and tells the model its
+    positions. `plan` and `load_report` (a LoadReport) are for whoever asks.
+    Joins a class that has transformers' generate.
     """
 
     _names: Mapping[str, str] = {}  # what the graph calls an input of the decoder, where it is not the plain name
@@ -50,11 +53,15 @@ class StepRunner(nn.Module):
         *,
         device: torch.device | str = "cpu",
         logits_on_every_rank: bool = False,
-        ways: GuardedPrograms[Any] | None = None,
+        programs: GuardedPrograms[Any] | None = None,
+        plan: PartitionPlan | None = None,
+        load_report: Any = None,
+        positions_follow_mask: bool = True,
     ) -> None:
         super().__init__()
-        self._programs: GuardedPrograms[Any] = ways or only(program)
+        self._programs: GuardedPrograms[Any] = programs or only(program)
         self.program, self.communicator, self.config = program, communicator, config
+        self.plan, self.load_report, self.positions_follow_mask = plan, load_report, positions_follow_mask
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)
         self.graph_module = program.graph_module.eval()
         self.device = torch.device(device)

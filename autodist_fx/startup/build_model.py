@@ -1,0 +1,131 @@
+"""The one choice of runtime class: a rank's programs and what else it has become the model that generates.
+
+Programs come from a compilation (from_checkpoint.py) or from an artifact's files (from_artifact.py). Both say by a
+`RankPrograms` which variants there are, and by `RankParts` what a model is made of besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PretrainedConfig
+
+from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
+from autodist_fx.runtime.generation.recurrent_lm import DistributedOwnCacheLM, handovers
+from autodist_fx.runtime.generation.seq2seq_lm import DistributedSeq2SeqLM, seq2seq_class
+from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
+from autodist_fx.weights.load import LoadReport
+from cost_model.partition_plan import PartitionPlan
+from passes.ops.comm import Communicator
+from passes.program.rank_program import RankProgram
+
+V = TypeVar("V")
+T = TypeVar("T")
+
+
+class RankPrograms(Protocol[V]):
+    """One rank's programs, by variant: a traced form of the model, compiled (Variant) or on the disk (Form)."""
+
+    @property
+    def step(self) -> V:
+        """The variant that generates tokens."""
+
+    @property
+    def prompt(self) -> V | None:
+        """The variant that runs before the steps, in a model with a cache of its own; None for all others."""
+
+    def encoder_of(self, variant: V) -> V | None:
+        """The variant that fills the cache which `variant` reads, in a model with an encoder and a decoder."""
+
+    def program(self, variant: V) -> RankProgram:
+        """This rank's program, with its weights."""
+
+    def of_column(self, variant: V) -> list[RankProgram]:
+        """The programs of the ranks at this one's place in the tp groups of all stages, in order; without weights."""
+
+    def guarded(self, first: V, run: Callable[[V], T]) -> GuardedPrograms[T]:
+        """What `run` makes of `first` and, where the model's code goes another way, of its like for other sizes."""
+
+    def fixed(self, variant: V) -> GuardedPrograms[RankProgram]:
+        """The variant's program; AutodistError for sizes at which the model's code goes another way."""
+
+    def whole_sequences(self, input_names: tuple[str, ...]) -> GuardedPrograms[RankProgram]:
+        """Programs for the logits of whole sequences of these inputs, with the weights of the step's."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankParts:
+    """What one rank's model is made of.
+
+    `main_input_name`: what the encoder reads, in a model that has one. `skeleton`: the model on meta, where its family
+    has a generate of its own, which asks it for sizes; None where transformers' generate serves.
+    """
+
+    programs: RankPrograms[Any]
+    communicator: Communicator
+    device: torch.device
+    config: PretrainedConfig
+    generation_config: GenerationConfig | None
+    plan: PartitionPlan
+    load_report: LoadReport
+    positions_follow_mask: bool
+    main_input_name: str = "input_ids"
+    skeleton: nn.Module | None = None
+
+
+def build_model(parts: RankParts) -> DistributedCausalLM:
+    """The model of one rank, ready to generate: with an encoder, with a cache of its own, or with a KV cache."""
+    programs, step = parts.programs, parts.programs.step
+    of_all: dict[str, Any] = {
+        "program": programs.program(step),
+        "communicator": parts.communicator,
+        "config": parts.config,
+        "generation_config": parts.generation_config,
+        "device": parts.device,
+        "plan": parts.plan,
+        "load_report": parts.load_report,
+        "positions_follow_mask": parts.positions_follow_mask,
+    }
+    encoder = programs.encoder_of(step)
+    if encoder is not None:
+        kind = DistributedSeq2SeqLM if parts.skeleton is None else seq2seq_class(type(parts.skeleton))
+        return kind(
+            **of_all,
+            encoder=programs.program(encoder),
+            main_input_name=parts.main_input_name,
+            skeleton=parts.skeleton,
+            programs=generating_programs(programs),
+        )
+    if programs.prompt is not None:
+        steps = programs.of_column(step)
+        return DistributedOwnCacheLM(
+            **of_all,
+            make_program=programs.whole_sequences,
+            prompts=generating_programs(programs),
+            steps=programs.fixed(step),
+            after_step=handovers(steps, steps),
+        )
+    return TwoGraphCausalLM(**of_all, make_program=programs.whole_sequences, programs=generating_programs(programs))
+
+
+def generating_programs(programs: RankPrograms[V]) -> GuardedPrograms[Any]:
+    """What a rank runs to generate, by sizes: the programs of encoder and decoder; that of a prompt, and what changes
+    hands after it, in a model with a cache of its own; or that of a step."""
+    step, prompt = programs.step, programs.prompt
+    if programs.encoder_of(step) is not None:
+        return programs.guarded(step, lambda variant: _with_encoder(programs, variant))
+    if prompt is None:
+        return programs.guarded(step, programs.program)
+    readers = programs.of_column(step)
+    return programs.guarded(prompt, lambda v: (programs.program(v), handovers(programs.of_column(v), readers)))
+
+
+def _with_encoder(programs: RankPrograms[V], variant: V) -> tuple[RankProgram, RankProgram]:
+    encoder = programs.encoder_of(variant)
+    assert encoder is not None, "all variants of a decoder read an encoder's cache"
+    return programs.program(encoder), programs.program(variant)
