@@ -11,7 +11,7 @@ from autodist_fx.compiler.examples import phases_once, planned_graph, traced_onc
 from autodist_fx.compiler.peft import without_wrapper
 from autodist_fx.runtime.default_hardware import default_hardware
 from autodist_fx.tracing import has_own_cache
-from autodist_fx.tracing.meta_model import class_of
+from autodist_fx.tracing.meta_model import class_of, config_of
 from cost_model.costs.hardware import Hardware
 from cost_model.request.devices import Memory
 from cost_model.request.plan_options import PlanOptions
@@ -66,7 +66,7 @@ def choose_mesh_for(
 ) -> MeshChoice:
     """Choose a mesh for options that were read already; see `choose_mesh`."""
     model, request, fixed = without_wrapper(model), wanted.resolve(default_hardware()), dict(options.concrete_args)
-    if options.use_cache and has_own_cache(class_of(model)):
+    if options.use_cache and has_own_cache(class_of(model), config_of(model)):
         _, traced = phases_once(model, fixed)
     else:
         traced, _ = traced_once(model, options.use_cache, options.input_names, fixed)

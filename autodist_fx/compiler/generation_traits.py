@@ -30,7 +30,7 @@ def has_own_generate(model_class: type[PreTrainedModel]) -> bool:
 
 def keeps_cache(model: PreTrainedModel) -> bool:
     """Whether its forward takes what it made of the tokens before."""
-    return "past_key_values" in inspect.signature(model.forward).parameters or has_own_cache(type(model))
+    return "past_key_values" in inspect.signature(model.forward).parameters or has_own_cache(type(model), model.config)
 
 
 def last_logits_only(model: PreTrainedModel) -> dict[str, object]:

@@ -19,7 +19,7 @@ from autodist_fx.compiler.variant import Variant
 from autodist_fx.compiler.variant_set import VariantSet
 from autodist_fx.errors import AutodistError
 from autodist_fx.tracing import InputForm, empty_model, has_own_cache
-from autodist_fx.tracing.meta_model import class_of
+from autodist_fx.tracing.meta_model import class_of, config_of
 from autodist_fx.tracing.model_structure import structure_of
 from autodist_fx.weights.load import load_rank
 from autodist_fx.weights.sources.module_source import ModuleSource
@@ -124,7 +124,7 @@ class TracingSource:
     @property
     def has_own_cache(self) -> bool:
         """See VariantSource."""
-        return has_own_cache(class_of(self.model))
+        return has_own_cache(class_of(self.model), config_of(self.model))
 
     def structure(self) -> Hashable:
         """See VariantSource."""

@@ -19,11 +19,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_utils import no_init_weights
 
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.hooks import left_as_they_are, watch
 from autodist_fx.tracing.patches import PATCH_LOCK
+from autodist_fx.tracing.versions.forwards import no_init_weights, with_cache_named_as_before
 
 _LEFT_BY_CALLS: WeakKeyDictionary[type[nn.Module], frozenset[str]] = WeakKeyDictionary()  # see names_left_by_calls
 
@@ -52,7 +52,7 @@ def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
     watch(copied, model)
     for module in copied.modules():
         _forget_calls(module)
-    return copied
+    return with_cache_named_as_before(copied)
 
 
 def _forget_calls(module: nn.Module) -> None:
@@ -137,7 +137,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
             torch.set_default_dtype(default_dtype)  # _from_config leaves its own behind when it fails
     # Not done by _from_config: it takes whoever switches initialisation off to be about to load weights.
     model.tie_weights()
-    return model.eval()
+    return with_cache_named_as_before(model.eval())
 
 
 def class_for(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -188,3 +188,6 @@ def _parameters_on_meta() -> Iterator[None]:
 def class_of(model: PreTrainedModel | PretrainedConfig) -> type[PreTrainedModel]:
     return class_for(model) if isinstance(model, PretrainedConfig) else type(model)
 
+
+def config_of(model: PreTrainedModel | PretrainedConfig) -> PretrainedConfig:
+    return model if isinstance(model, PretrainedConfig) else model.config

@@ -17,16 +17,16 @@ class PassingCache(DynamicCache):
     """
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, cache_kwargs: Any = None
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *more: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 
-    def get_mask_sizes(self, cache_position: torch.Tensor, layer_idx: int) -> tuple[int, int]:
-        """(tokens to attend to, the first one's position)."""
-        return cache_position.shape[0], 0
+    def get_mask_sizes(self, tokens: torch.Tensor | int, layer_idx: int) -> tuple[int, int]:
+        """(tokens to attend to, the first one's position). `tokens`: their number, or (4.57) their positions."""
+        return (tokens.shape[0] if hasattr(tokens, "shape") else tokens), 0
 
 
 def shares_keys_between_layers(config: PretrainedConfig) -> bool:

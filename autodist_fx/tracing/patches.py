@@ -17,11 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.fx._symbolic_trace as fx_symbolic_trace
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, masking_utils, modeling_attn_mask_utils
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import fx as hf_fx
 
 from autodist_fx.tracing.control_flow.conditions import decide, is_instance, longest
 from autodist_fx.tracing.control_flow.constants import CONVERSIONS, numpy_ufunc
@@ -33,6 +31,9 @@ from autodist_fx.tracing.hooks import (
     register_parametrization,
     remove_parametrizations,
 )
+from autodist_fx.tracing.versions.forwards import without_checks, without_return_dict
+from autodist_fx.tracing.versions.masks import patch_masks
+from autodist_fx.tracing.versions.tracer_base import AttributeProxy, DeviceAttribute, SymbolicProxy, patch_base
 
 # Of every config, while a model is traced: what a model's own config says here makes no difference to its graph.
 FLAGS_SET_FOR_TRACING = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
@@ -72,6 +73,8 @@ def traceable(
             # wrapper's code has only (*args, **kwargs).
             forward = cls.__dict__["forward"]
             run, plain = forward if records else _without_wrappers(forward), inspect.unwrap(forward)
+            if run is not forward and cls is not of_root:
+                run = without_return_dict(run)
             if cls is of_root and run is not plain:
                 run = _with_signature_of(plain, run)
             if run is not forward:
@@ -94,32 +97,22 @@ def traceable(
                 undo.callback(names.pop, "isinstance")
                 names["isinstance"] = _isinstance
 
-        # Masks: vmap cannot be traced, and a mask that is skipped for one input must not be left out for all.
-        patch(masking_utils, "_vmap_for_bhqkv", _broadcast_for_bhqkv)
-        patch(masking_utils, "TransformGetItemToIndex", contextlib.nullcontext)
-        patch(masking_utils, "_ignore_causal_mask_sdpa", _never)
-        patch(modeling_attn_mask_utils.AttentionMaskConverter, "_ignore_causal_mask_sdpa", staticmethod(_never))
-
-        # Metadata of traced values: torch's own meta kernels know the dtype, which HFTracer's overrides do not.
-        patch(hf_fx, "_MANUAL_META_OVERRIDES", _MetaKernelsFirst(hf_fx._MANUAL_META_OVERRIDES))
-        patch(hf_fx, "_proxies_to_metas", _to_metas(hf_fx._proxies_to_metas))
-        patch(hf_fx, "_IS_IN_DEBUG_MODE", True)  # an op that cannot be run on meta is reported, not passed over
-        patch(hf_fx, "warnings", _ReportToTracer)
-        if hasattr(fx_symbolic_trace, "is_fx_symbolic_tracing"):  # what is_fx_tracing warns to use instead
-            patch(hf_fx, "is_fx_tracing", fx_symbolic_trace.is_fx_symbolic_tracing)
+        patch_masks(patch)
+        patch_base(patch)
+        undo.enter_context(without_checks())
         # To unpack a proxy, fx disassembles the function that does so, each time.
         patch(torch.fx.proxy, "dis", types.SimpleNamespace(get_instructions=functools.cache(_instructions)))
         patch(torch, "autocast", _autocast)
         patch(nn.utils.parametrize, "register_parametrization", register_parametrization)
         patch(nn.utils.parametrize, "remove_parametrizations", remove_parametrizations)
         patch(nn.Parameter, "__new__", staticmethod(_parameter_of(nn.Parameter.__new__)))
-        patch(hf_fx.MetaDeviceAttribute, "index", None)  # the first of its kind, or the only one
+        patch(DeviceAttribute, "index", None)  # the first of its kind, or the only one
         for name, convert in CONVERSIONS.items():
-            patch(hf_fx.HFProxy, name, convert)
-        patch(hf_fx.HFProxy, "__array_ufunc__", numpy_ufunc)
-        patch(hf_fx.HFProxy, "__bool__", decide)
+            patch(SymbolicProxy, name, convert)
+        patch(SymbolicProxy, "__array_ufunc__", numpy_ufunc)
+        patch(SymbolicProxy, "__bool__", decide)
         patch(torch._dynamo, "mark_static_address", _nothing)  # a hint for torch.compile, which takes tensors only
-        patch(hf_fx.HFProxy, "ndim", property(_dims))  # `[(0, 0)] * x.ndim`
+        patch(SymbolicProxy, "ndim", property(_dims))  # `[(0, 0)] * x.ndim`
         undo.enter_context(outlined_loops(_defining_modules(model)))
         for name in _defining_modules(model):
             for global_name, value in list(vars(sys.modules[name]).items()):
@@ -130,7 +123,8 @@ def traceable(
                 _shadow_builtin(sys.modules[name], function, traced, undo)
             if vars(sys.modules[name]).get("torch") is torch and "torch.fx.Proxy" in _source(name):
                 patch(sys.modules[name], "torch", _TorchThatTracesUnseen("torch"))
-        patch(PreTrainedModel, "warn_if_padding_and_no_attention_mask", _never)  # looks at values, to warn of some
+        if hasattr(PreTrainedModel, "warn_if_padding_and_no_attention_mask"):  # looks at values, to warn of some
+            patch(PreTrainedModel, "warn_if_padding_and_no_attention_mask", _nothing)
         yield
 
 
@@ -189,10 +183,10 @@ def _shadow_builtin(
         vars(module)[name] = traced
 
 
-def _dims(proxy: hf_fx.HFProxy) -> Any:
+def _dims(proxy: SymbolicProxy) -> Any:
     """How many dims a traced tensor has: the same for all inputs."""
     known = getattr(proxy, "_metadata", None)
-    return known.dim() if isinstance(known, torch.Tensor) else hf_fx.HFAttribute(proxy, "ndim")
+    return known.dim() if isinstance(known, torch.Tensor) else AttributeProxy(proxy, "ndim")
 
 
 def _defining_modules(model: PreTrainedModel) -> list[str]:
@@ -257,12 +251,8 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 def _isinstance(value: Any, kinds: Any) -> bool:
     """As Python's own, but a proxy that stands for a tensor is one."""
-    example = getattr(value, "_metadata", None) if isinstance(value, hf_fx.HFProxy) else None
+    example = getattr(value, "_metadata", None) if isinstance(value, SymbolicProxy) else None
     return isinstance(value, kinds) or (isinstance(example, torch.Tensor) and isinstance(example, kinds))
-
-
-def _never(*args: Any, **kwargs: Any) -> bool:
-    return False
 
 
 def _parameter_of(new: Callable[..., Any]) -> Callable[..., Any]:
@@ -279,72 +269,3 @@ def _autocast(device_type: str, dtype: Any = None, enabled: bool = True, cache_e
     if enabled:
         refuse_autocast()
     return contextlib.nullcontext()
-
-
-def _broadcast_for_bhqkv(mask_function: Callable[..., Any], bh_indices: bool = True) -> Callable[..., Any]:
-    """What `masking_utils._vmap_for_bhqkv` returns, by broadcasting index tensors instead of mapping over them."""
-
-    def mask_BHQK(batch_B: Any, head_H: Any, query_Q: Any, key_K: Any) -> Any:
-        if not bh_indices:
-            return mask_function(batch_B, head_H, query_Q[:, None], key_K[None, :])
-        mask = mask_function(
-            batch_B[:, None, None, None], head_H[None, :, None, None], query_Q[None, None, :, None], key_K
-        )
-        if _known_shape(mask) == tuple(_known_shape(index)[0] for index in (batch_B, head_H, query_Q, key_K)):
-            return mask
-        # A mask function that never looks at its batch index (no padding mask) leaves that dim at 1.
-        return mask.expand(batch_B.shape[0], head_H.shape[0], query_Q.shape[0], key_K.shape[0])
-
-    return mask_BHQK
-
-
-def _known_shape(value: Any) -> tuple[int, ...]:
-    """The shape of a tensor; of a proxy, the one that its example has."""
-    return tuple((value._metadata if isinstance(value, hf_fx.HFProxy) else value).shape)
-
-
-class _MetaKernelsFirst(dict[Any, Callable[..., Any]]):
-    """HFTracer's table of shape functions, consulted only where torch cannot run an op on meta tensors.
-
-    The table ignores dtypes (a bfloat16 linear comes out float32) and computes some shapes on CPU tensors.
-    """
-
-    def __init__(self, overrides: dict[Any, Callable[..., Any]]) -> None:
-        # Modules keep none: their own forward runs on meta tensors.
-        super().__init__({target: shape_of for target, shape_of in overrides.items() if not isinstance(target, type)})
-
-    def get(self, target: Any, default: Any = None) -> Any:
-        override = super().get(target)
-        if override is None:
-            return default
-
-        def meta_kernel_or_override(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return default(*args, **kwargs)
-            except Exception:
-                return override(*args, **kwargs)
-
-        return meta_kernel_or_override
-
-
-def _to_metas(proxies_to_metas: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Constant tensors too go to meta: torch refuses to mix meta with another device."""
-
-    def to_metas(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to("meta")
-        if isinstance(value, hf_fx.MetaDeviceAttribute):
-            return torch.device("meta")  # HFTracer says "meta", which has no .type
-        return proxies_to_metas(value)
-
-    return to_metas
-
-
-class _ReportToTracer:
-    """Stands in for `warnings` in HFTracer's module, whose only warning is of a value that has no metadata."""
-
-    @staticmethod
-    def warn(message: str) -> None:
-        tracer = hf_fx._CURRENT_TRACER
-        if tracer is not None and tracer.first_failure is None:
-            tracer.first_failure = message

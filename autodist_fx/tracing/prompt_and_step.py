@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node, Proxy
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import fx as hf_fx
 
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import recurrent_states as states
@@ -22,6 +21,7 @@ from autodist_fx.tracing.patches import traceable
 from autodist_fx.tracing.recurrent_states import StateTensor
 from autodist_fx.tracing.traced_model import TracedModel, choose_attention, graph_module_of, tracing_error
 from autodist_fx.tracing.tracer import Tracer
+from autodist_fx.tracing.versions.tracer_base import get_concrete_args
 from passes.fx import node_meta
 from passes.normalize.functionalize import functionalize
 
@@ -159,7 +159,7 @@ def _trace(
     sizes, other = (replace(each, past=0) if left is None else each for each in sizes_of_both)
     try:
         with traceable(model, use_cache=True, keeps_states=True), torch.no_grad():
-            fixed = {**hf_fx.get_concrete_args(model, list(names)), **concrete_args}
+            fixed = {**get_concrete_args(model, list(names)), **concrete_args}
             if "use_cache" in fixed:
                 fixed["use_cache"] = True
             inputs = _examples(model, names, ()).make(sizes)

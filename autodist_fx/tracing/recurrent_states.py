@@ -12,7 +12,6 @@ with inputs in their places. States kept on modules are treated alike.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from torch.fx import Proxy
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.cache_kinds import STATE_PREFIX as PREFIX
+from autodist_fx.tracing.versions.forwards import keeps_states, takes_cache
 
 _TOKENS = 3  # of the made-up prompt that the model prepares its inputs for
 
@@ -41,12 +41,11 @@ class StateTensor:
         return torch.empty([sizes[d] if isinstance(d, str) else d for d in self.dims], dtype=self.dtype, device="meta")
 
 
-def has_own_cache(model_class: type[PreTrainedModel]) -> bool:
-    """Whether the model decodes with something else than transformers' DynamicCache."""
+def has_own_cache(model_class: type[PreTrainedModel], config: PretrainedConfig) -> bool:
+    """Whether the model decodes with something else than keys and values in transformers' DynamicCache."""
     if not getattr(model_class, "can_generate", lambda: False)():
         return False
-    takes_cache = "past_key_values" in inspect.signature(model_class.forward).parameters
-    return not model_class._supports_default_dynamic_cache() or not takes_cache
+    return not model_class._supports_default_dynamic_cache() or not takes_cache(model_class) or keeps_states(config)
 
 
 @dataclass

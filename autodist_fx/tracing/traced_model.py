@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import fx as hf_fx
 
 from autodist_fx.calls.call import OUTPUT_FLAGS
 from autodist_fx.calls.outputs import flat
@@ -36,6 +35,7 @@ from autodist_fx.tracing.meta_model import empty_model, meta_copy
 from autodist_fx.tracing.passing_cache import PassingCache, shares_keys_between_layers
 from autodist_fx.tracing.patches import traceable
 from autodist_fx.tracing.tracer import Tracer, model_source_files
+from autodist_fx.tracing.versions.tracer_base import get_concrete_args
 from passes.fx import node_meta
 from passes.fx.lazy_graph_module import LazyGraphModule
 
@@ -263,7 +263,7 @@ def _fixed_arguments(
         raise TracingError(
             f"{type(model).__name__}.forward takes no {', '.join(unknown)}: leave it out of concrete_args"
         )
-    fixed = hf_fx.get_concrete_args(model, list(names))
+    fixed = get_concrete_args(model, list(names))
     if "use_cache" in fixed:
         fixed["use_cache"] = use_cache
     if not use_cache and "past_key_values" in fixed and shares_keys_between_layers(model.config):

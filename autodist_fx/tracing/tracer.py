@@ -20,7 +20,6 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
-from transformers.utils import fx as hf_fx
 
 from autodist_fx.tracing.control_flow.conditions import lengths_for_tensors
 from autodist_fx.tracing.control_flow.constants import OtherExample, within_range
@@ -29,6 +28,8 @@ from autodist_fx.tracing.encoder_decoder_cache import PARTS
 from autodist_fx.tracing.hooks import has_attached, of_another_class, refuse_autocast, restore_attributes, traced_for
 from autodist_fx.tracing.passing_cache import PassingCache
 from autodist_fx.tracing.recurrent_states import is_container
+from autodist_fx.tracing.versions.forwards import Output
+from autodist_fx.tracing.versions.tracer_base import AttributeProxy, SymbolicProxy, SymbolicTracer
 from passes.fx import node_meta
 
 _TAKE_SIZES = ("full", "zeros", "ones", "empty", "arange", "clamp")
@@ -42,12 +43,12 @@ class _OneArgument(list[Any]):
     """A list that forward takes. A class of its own, because fx flattens a plain list into inputs."""
 
 
-class CacheProxy(hf_fx.HFProxy):
+class CacheProxy(SymbolicProxy):
     """Stands for the KV cache that the graph takes as an input; `isinstance(proxy, Cache)` holds."""
 
     # The layout of the cache is the model's, not the call's: known now, and no business of the graph. So is whether a
     # cross-attention has written its layer yet: it has not.
-    _FIXED = frozenset({"is_sliding", "is_compileable", "is_updated"})
+    _FIXED = frozenset({"is_sliding", "is_compileable", "is_updated", "is_linear", "is_dummy", "is_initialized"})
 
     @property  # type: ignore[misc]  # object's can be written; nobody writes a proxy's
     def __class__(self) -> type:
@@ -57,6 +58,8 @@ class CacheProxy(hf_fx.HFProxy):
     def __getattr__(self, name: str) -> Any:
         if name in self._FIXED:
             return getattr(self._metadata, name)
+        if name == "get_query_offset":  # 5's question for the position of the next token
+            return self.get_seq_length
         if name in PARTS:
             return self.tracer.create_proxy(
                 "call_function", getattr, (self, name), {}, proxy_factory_fn=lambda node: CacheProxy(node, self.tracer)
@@ -66,8 +69,15 @@ class CacheProxy(hf_fx.HFProxy):
     def __bool__(self) -> bool:
         return True  # `if past_key_values`: there is one
 
+    def update(self, keys: Any, values: Any, layer_idx: Any, *more: Any, **kwargs: Any) -> Any:
+        """Make a node `update(keys, values, layer[, cache_kwargs])`; 5 hands on more, for caches of other kinds."""
+        more = tuple(m for m in more if m is not None)
+        if not kwargs or "cache_kwargs" in kwargs:
+            return AttributeProxy(self, "update")(keys, values, layer_idx, *more, **kwargs)
+        return AttributeProxy(self, "update")(keys, values, layer_idx)
 
-class Tracer(hf_fx.HFTracer):
+
+class Tracer(SymbolicTracer):
     """Traces one model with given example inputs.
 
     Each node gets `meta["nn_module_stack"]` (qualified path -> (path, class), outermost first) and `meta["source"]`
@@ -119,7 +129,7 @@ class Tracer(hf_fx.HFTracer):
         try:
             yield
         finally:
-            patches.__exit__(None, None, None)  # HFTracer restores only if it is not told of an error
+            patches.__exit__(None, None, None)  # 4.57's HFTracer restores only if it is not told of an error
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.Identity):
@@ -169,7 +179,7 @@ class Tracer(hf_fx.HFTracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, PassingCache):
             return None  # the model returns it, and there is nothing in it
-        if isinstance(a, ModelOutput) and self.phase:
+        if isinstance(a, (ModelOutput, Output)) and self.phase:
             rest = {}
             for name, value in a.items():
                 if is_container(value) and not isinstance(value, (tuple, dict)) and not isinstance(value, Proxy):

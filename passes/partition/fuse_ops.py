@@ -120,8 +120,10 @@ def _repeated_heads(attention: Node) -> tuple[Node, ...]:
     if len(attention.args) != 3 or "enable_gqa" in attention.kwargs:
         return ()
     q, k, v = attention.args
+    if not all(op_name(n) == "repeat_interleave" and argument(n, 2, "dim") == 1 for n in (k, v)):
+        return ()
     repeats = {argument(n, 1, "repeats") for n in (k, v)}
-    if not all(op_name(n) == "repeat_interleave" and argument(n, 2, "dim") == 1 for n in (k, v)) or len(repeats) != 1:
+    if len(repeats) != 1:
         return ()
     return (k, v) if isinstance(repeats.pop(), int) and node_meta.tensor(q).dim() == 4 else ()
 

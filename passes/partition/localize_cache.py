@@ -32,7 +32,7 @@ def localize_cache(module: torch.fx.GraphModule, ctx: RankContext, layer_kinds: 
     for node in calls:
         layer = _layer(node)
         if layer not in local:
-            twins = [i for i in owned if layer_kinds[i] == layer_kinds[layer]]
+            twins = [i for i in owned if _answers_for(node, layer_kinds[i], layer_kinds[layer])]
             if not twins and _erased(node):
                 continue
             if not twins:
@@ -50,6 +50,12 @@ def localize_cache(module: torch.fx.GraphModule, ctx: RankContext, layer_kinds: 
             node.kwargs = {**node.kwargs, "layer_idx": local[layer]}
     ctx.cache_layers = tuple(owned)
     return module
+
+
+def _answers_for(node: torch.fx.Node, kind: str, asked: str) -> bool:
+    """Whether a layer of `kind` gives the answer of one of kind `asked`. All layers of keys and values have seen as many
+    tokens, however many they hold of them; only cross-attention's are filled with an encoder's output."""
+    return kind == asked or (node.target == "get_seq_length" and "cross" not in (kind, asked))
 
 
 def _erased(node: torch.fx.Node) -> bool:

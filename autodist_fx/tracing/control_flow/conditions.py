@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch.fx import Node, Proxy
 from torch.fx.node import map_aggregate, map_arg
-from transformers.utils import fx as hf_fx
 
 from autodist_fx.tracing.control_flow.raise_branches import answer_without_error
 from autodist_fx.tracing.control_flow.value_ranges import certain
+from autodist_fx.tracing.versions.tracer_base import DeviceAttribute, SymbolicProxy
 from passes.fx import node_meta
 
 
-def decide(proxy: hf_fx.HFProxy) -> bool:
+def decide(proxy: SymbolicProxy) -> bool:
     """What `bool(proxy)` is for every input. Raises TypeError where that depends on the data."""
     known = getattr(proxy, "_metadata", None)
     frame = sys._getframe(1)
@@ -69,7 +69,7 @@ _FAR = 2**30
 _COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
 
 
-def _of_lengths(proxy: hf_fx.HFProxy, frame: types.FrameType) -> bool:
+def _of_lengths(proxy: SymbolicProxy, frame: types.FrameType) -> bool:
     """As it is for the example's, and may be otherwise at another call: what the model's own code asks is kept. What
     transformers' common code asks (is one token enough to be causal?) comes to the same."""
     known = bool(proxy._metadata)
@@ -199,7 +199,7 @@ def _computed(node: Node, tracer: Any, position: int, done: dict[Node, Any]) -> 
         return done[node]
     known = tracer.examples_of.get(node)
     if known is not None and not _has_tensors(known):
-        value = torch.device("cpu") if isinstance(known, (torch.device, hf_fx.MetaDeviceAttribute)) else known
+        value = torch.device("cpu") if isinstance(known, (torch.device, DeviceAttribute)) else known
     elif tracer.phase and node.op == "placeholder" and node.target == "cache_position":
         value = position + torch.arange(known.shape[0])
     elif node.op not in ("call_function", "call_method"):

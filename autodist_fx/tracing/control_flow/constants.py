@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
-from transformers.utils import fx as hf_fx
+
+from autodist_fx.tracing.versions.tracer_base import SymbolicProxy, SymbolicTracer
 
 
 class OtherExample:
@@ -25,7 +26,7 @@ class OtherExample:
     Tensors are on meta. Raises what an op raises.
     """
 
-    def __init__(self, tracer: hf_fx.HFTracer, inputs: dict[str, Any]) -> None:
+    def __init__(self, tracer: SymbolicTracer, inputs: dict[str, Any]) -> None:
         self.tracer, self.inputs = tracer, inputs
         self._values: dict[Node, Any] = {}
 
@@ -74,7 +75,7 @@ class OtherExample:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def constant(proxy: hf_fx.HFProxy) -> int | float:
+def constant(proxy: SymbolicProxy) -> int | float:
     """The number that the proxy is for all inputs. Raises TypeError where it is none, or follows the inputs."""
     known = getattr(proxy, "_metadata", None)
     if not isinstance(known, (int, float)):
@@ -85,11 +86,11 @@ def constant(proxy: hf_fx.HFProxy) -> int | float:
     return known
 
 
-def _converted(convert: Callable[[Any], Any]) -> Callable[[hf_fx.HFProxy], Any]:
+def _converted(convert: Callable[[Any], Any]) -> Callable[[SymbolicProxy], Any]:
     return lambda proxy: convert(constant(proxy))
 
 
-def _index(proxy: hf_fx.HFProxy) -> int:
+def _index(proxy: SymbolicProxy) -> int:
     number = constant(proxy)
     if not isinstance(number, int):
         raise TypeError(f"{proxy.node} is {number}, and an index must be an integer")
@@ -97,7 +98,7 @@ def _index(proxy: hf_fx.HFProxy) -> int:
 
 
 # What Python calls to make a number of something. `patches` gives these to HFProxy while it traces.
-CONVERSIONS: dict[str, Callable[[hf_fx.HFProxy], Any]] = {
+CONVERSIONS: dict[str, Callable[[SymbolicProxy], Any]] = {
     "__int__": _converted(int),
     "__float__": _converted(float),
     "__index__": _index,
@@ -113,7 +114,7 @@ _OPERATORS = {
 }  # fmt: skip
 
 
-def numpy_ufunc(proxy: hf_fx.HFProxy, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+def numpy_ufunc(proxy: SymbolicProxy, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
     """`np.sqrt(q.shape[-1])`, `np.int64(8) - x.shape[1]`: what numpy calls where one of a ufunc's arguments is traced.
 
     Arithmetic is the graph's; anything else is computed of numbers that are the same for all inputs.
@@ -123,7 +124,7 @@ def numpy_ufunc(proxy: hf_fx.HFProxy, ufunc: np.ufunc, method: str, *inputs: Any
         return operation(*(x.item() if isinstance(x, np.generic) else x for x in inputs))
     if operation is not None and method == "reduce":  # np.prod(x.shape[1:])
         return functools.reduce(operation, proxy)
-    return getattr(ufunc, method)(*(constant(x) if isinstance(x, hf_fx.HFProxy) else x for x in inputs), **kwargs)
+    return getattr(ufunc, method)(*(constant(x) if isinstance(x, SymbolicProxy) else x for x in inputs), **kwargs)
 
 
 def within_range(args: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 from torch.nn import functional as F
-from transformers.utils import fx as hf_fx
 
 from autodist_fx.tracing.control_flow.constants import constant
 from autodist_fx.tracing.control_flow.value_ranges import value_range
+from autodist_fx.tracing.versions.tracer_base import SymbolicProxy, SymbolicTracer
 from passes.ops.data_dependent import bincount, expectation, join_rows, made_up_length, selected, split_rows
 from passes.ops.strided import strided
 
@@ -63,7 +63,7 @@ class UnrolledIndex:
 class Counts(list[Any]):
     """counts.tolist(): a list whose length alone is known while tracing. `proxy` is the tensor."""
 
-    def __init__(self, proxy: hf_fx.HFProxy, length: int) -> None:
+    def __init__(self, proxy: SymbolicProxy, length: int) -> None:
         super().__init__(proxy[i] for i in range(length))
         self.proxy = proxy
 
@@ -78,7 +78,7 @@ class Lengths(list[Any]):
 class Offset:
     """Where the run of rows numbered `index` begins: the sum of the counts before it."""
 
-    def __init__(self, counts: hf_fx.HFProxy, index: int) -> None:
+    def __init__(self, counts: SymbolicProxy, index: int) -> None:
         self.counts, self.index = counts, index
 
 
@@ -88,7 +88,7 @@ class RunLength:
     The answer is no: an empty run has nodes, too, which compute nothing.
     """
 
-    def __init__(self, counts: hf_fx.HFProxy, index: int) -> None:
+    def __init__(self, counts: SymbolicProxy, index: int) -> None:
         self.counts, self.index = counts, index
 
     def __radd__(self, start: Any) -> Offset:
@@ -107,7 +107,7 @@ class RunLength:
         return other == 0
 
 
-def rewritten(tracer: hf_fx.HFTracer, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def rewritten(tracer: SymbolicTracer, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What stands in the graph for a call that depends on values; None for any other call."""
     if kind not in ("call_function", "call_method"):
         return None
@@ -136,7 +136,7 @@ def rewritten(tracer: hf_fx.HFTracer, kind: str, target: Any, args: tuple[Any, .
         split = _one_split_of(args[0])
         if split is not None:
             rows = tracer.create_proxy("call_method", "size", (tracer.whole_of_split[split], 0), {})
-            lengths = hf_fx.HFProxy(split.args[1], tracer)
+            lengths = SymbolicProxy(split.args[1], tracer)
             lengths.install_metadata(tracer.examples_of[split.args[1]])
             return tracer.create_proxy("call_function", join_rows, (list(args[0]), rows, lengths), {})
     if name == "bincount" and isinstance(kwargs.get("minlength"), int):
@@ -162,7 +162,7 @@ def rewritten(tracer: hf_fx.HFTracer, kind: str, target: Any, args: tuple[Any, .
             return tracer.create_proxy(kind, target, (args[0], rows, args[2]), {})
     if name == "getitem" and _has_unrolled(args[1]):
         return tracer.create_proxy(kind, target, (args[0], _as_index(args[1])), kwargs)
-    if name == "getitem" and isinstance(args[0], hf_fx.HFProxy):
+    if name == "getitem" and isinstance(args[0], SymbolicProxy):
         items = args[1] if isinstance(args[1], tuple) else (args[1],)
         if any(map(_ends_before_the_end, items)) and all(isinstance(i, (slice, int)) for i in items):
             counted = tuple(_from_the_start(args[0], d, i) for d, i in enumerate(items))
@@ -173,13 +173,13 @@ def rewritten(tracer: hf_fx.HFTracer, kind: str, target: Any, args: tuple[Any, .
     return None
 
 
-def _coordinates(tracer: hf_fx.HFTracer, mask: hf_fx.HFProxy) -> list[hf_fx.HFProxy]:
+def _coordinates(tracer: SymbolicTracer, mask: SymbolicProxy) -> list[SymbolicProxy]:
     """Of the elements that are set, one tensor a dim."""
     indices = _selected(tracer, mask)
     return [indices[d] for d in _dims(indices)]
 
 
-def _contiguous_strides(x: hf_fx.HFProxy, dim: int | None = None) -> Any:
+def _contiguous_strides(x: SymbolicProxy, dim: int | None = None) -> Any:
     """What `strided` goes by."""
     strides: list[Any] = [1]
     for size in range(x.dim() - 1, 0, -1):
@@ -193,7 +193,7 @@ def _ends_before_the_end(index: Any) -> bool:
     return type(known) is int and known < 0
 
 
-def _from_the_start(x: hf_fx.HFProxy, dim: int, index: Any) -> Any:
+def _from_the_start(x: SymbolicProxy, dim: int, index: Any) -> Any:
     """x[: len(x) - n] for x[:-n]: also where n is 0, of which the model asks (`if padding: x = x[:-padding]`)."""
     return slice(index.start, x.shape[dim] + index.stop, index.step) if _ends_before_the_end(index) else index
 
@@ -208,11 +208,11 @@ def _is_length(value: Any) -> bool:
 
 
 def _is_mask(index: Any) -> bool:
-    known = getattr(index, "_metadata", None) if isinstance(index, hf_fx.HFProxy) else None
+    known = getattr(index, "_metadata", None) if isinstance(index, SymbolicProxy) else None
     return isinstance(known, torch.Tensor) and known.dtype == torch.bool and known.dim() > 0
 
 
-def _runs(tracer: hf_fx.HFTracer, rows: hf_fx.HFProxy, run: Offset) -> hf_fx.HFProxy:
+def _runs(tracer: SymbolicTracer, rows: SymbolicProxy, run: Offset) -> SymbolicProxy:
     """The runs of `rows`, split once for all of them."""
     key = (rows.node, run.counts.node)
     if key not in tracer.runs:
@@ -223,7 +223,7 @@ def _runs(tracer: hf_fx.HFTracer, rows: hf_fx.HFProxy, run: Offset) -> hf_fx.HFP
     return tracer.runs[key]
 
 
-def len_of(tracer: hf_fx.HFTracer, rows: hf_fx.HFProxy) -> hf_fx.HFProxy:
+def len_of(tracer: SymbolicTracer, rows: SymbolicProxy) -> SymbolicProxy:
     return tracer.create_proxy("call_method", "size", (rows, 0), {})
 
 
@@ -241,7 +241,7 @@ def _offset(value: Any) -> Offset | None:
     """Also where it is an element of cat((zeros(1), cumsum(counts, 0)))."""
     if isinstance(value, Offset):
         return value
-    node = value.node if isinstance(value, hf_fx.HFProxy) else None
+    node = value.node if isinstance(value, SymbolicProxy) else None
     if node is None or _called(node) != "getitem" or type(node.args[1]) is not int:
         return None
     whole = node.args[0]
@@ -250,12 +250,12 @@ def _offset(value: Any) -> Offset | None:
     zero, ends = whole.args[0]
     if _called(zero) != "zeros" or zero.args != (1,) or _called(ends) != "cumsum":
         return None
-    counts = hf_fx.HFProxy(ends.args[0], value.tracer)
+    counts = SymbolicProxy(ends.args[0], value.tracer)
     counts.install_metadata(value.tracer.examples_of[ends.args[0]])
     return Offset(counts, node.args[1])
 
 
-def unrolled(tracer: hf_fx.HFTracer, proxy: Any) -> Iterator[UnrolledIndex | RunLength] | None:
+def unrolled(tracer: SymbolicTracer, proxy: Any) -> Iterator[UnrolledIndex | RunLength] | None:
     """The elements that a loop over `proxy` runs over, if these are the classes that a one_hot counts at all, or
     counts of rows, as many for all inputs."""
     known = getattr(proxy, "_metadata", None)
@@ -283,12 +283,12 @@ def unrolled(tracer: hf_fx.HFTracer, proxy: Any) -> Iterator[UnrolledIndex | Run
     return iter([UnrolledIndex(i) for i in range(classes)])
 
 
-def _selected(tracer: hf_fx.HFTracer, mask: hf_fx.HFProxy) -> hf_fx.HFProxy:
+def _selected(tracer: SymbolicTracer, mask: SymbolicProxy) -> SymbolicProxy:
     share = _one_hot_classes(mask.node, _PART) or 1
     return tracer.create_proxy("call_function", selected, (mask, _number(tracer, 1), share), {})
 
 
-def _number(tracer: hf_fx.HFTracer, count: int) -> int:
+def _number(tracer: SymbolicTracer, count: int) -> int:
     """The first of `count` numbers that no other call has."""
     tracer.data_dependent_calls += count
     return tracer.data_dependent_calls - count
@@ -310,12 +310,12 @@ def _called(node: Node) -> str:
     return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 
-def _dims(indices: hf_fx.HFProxy) -> range:
+def _dims(indices: SymbolicProxy) -> range:
     return range(len(indices._metadata))
 
 
 def _shape(proxy: Any) -> tuple[int, ...] | None:
-    known = getattr(proxy, "_metadata", None) if isinstance(proxy, hf_fx.HFProxy) else None
+    known = getattr(proxy, "_metadata", None) if isinstance(proxy, SymbolicProxy) else None
     return tuple(known.shape) if isinstance(known, torch.Tensor) else None
 
 
@@ -323,7 +323,7 @@ def _one_split_of(pieces: Any) -> Node | None:
     """What split rows into runs that `pieces`, one for each, are computed from in order; None for anything else."""
     split = None
     for i, piece in enumerate(pieces):
-        node: Any = piece.node if isinstance(piece, hf_fx.HFProxy) else None
+        node: Any = piece.node if isinstance(piece, SymbolicProxy) else None
         while isinstance(node, Node) and not (_called(node) == "getitem" and _is_split(node.args[0])):
             node = node.args[0] if node.args else None
         if not isinstance(node, Node) or node.args[1] != i or (split is not None and node.args[0] is not split):

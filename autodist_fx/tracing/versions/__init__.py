@@ -1,0 +1,8 @@
+"""What differs between the versions of transformers while a model is traced, a module per concern.
+
+Each is chosen by what transformers has, not by its version number:
+
+    tracer_base.py   the tracer that ours is built on: HFTracer (4.57; hf_tracer.py mends it), or own_tracer.py (5)
+    masks.py         how masks are made without vmap
+    forwards.py      names of the cache argument, wrappers around forward, building without initialising
+"""

@@ -1,0 +1,113 @@
+"""Models of transformers 5 under the names of 4.57, which all of this package speaks.
+
+    past_key_values (4.57)     cache (5)                argument of forward, field of its output
+    cache_position             -                        5 asks the cache: get_query_offset()
+    get_mask_sizes(positions)  get_mask_sizes(number)
+    update(k, v, i, dict)      update(k, v, i, kwargs=dict)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # 4.57
+    from transformers.modeling_utils import no_init_weights
+
+_CACHE_NAMES = ("cache", "cache_params")  # of the cache argument in 5, where a model does not call it past_key_values
+_KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")  # classes of cache layers
+_CAPTURES_OUTPUTS = importlib.util.find_spec("transformers.utils.output_capturing") is not None  # 5 does
+_NO_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"  # switches 5's torch_compilable_check off
+
+
+class Output(dict[str, Any]):
+    """The outputs of a forward whose cache argument was renamed. No ModelOutput: version 5's renames the field back."""
+
+
+def with_cache_named_as_before(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, of a subclass of the same name whose forward calls its cache `past_key_values`."""
+    cls = type(model)
+    parameters = list(inspect.signature(cls.forward).parameters.values())
+    name = next((p.name for p in parameters if p.name in _CACHE_NAMES), None)
+    if name is None or any(p.name == "past_key_values" for p in parameters):
+        return model
+    renamed = [p.replace(name="past_key_values") if p.name == name else p for p in parameters]
+    stars = {inspect.Parameter.VAR_KEYWORD: "**", inspect.Parameter.VAR_POSITIONAL: "*"}
+    takes = ", ".join(f"{stars[p.kind]}{p.name}" if p.kind in stars else f"{p.name}=None" for p in renamed[1:])
+    gives = ", ".join(
+        f"{stars[new.kind]}{new.name}" if new.kind in stars else f"{old.name}={new.name}"
+        for old, new in zip(parameters[1:], renamed[1:], strict=True)
+    )
+    scope: dict[str, Any] = {"cls": cls, "output": functools.partial(_renamed, name)}
+    exec(f"def forward(self, {takes}):\n    return output(cls.forward(self, {gives}))", scope)
+    forward = scope["forward"]
+    forward.__signature__ = inspect.Signature(renamed)
+    plain = [p for p in renamed[1:] if p.kind not in stars]
+    forward.__defaults__ = tuple(None if p.default is p.empty else p.default for p in plain)
+    made = type(cls)(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    model.__class__ = made
+    return model
+
+
+def _renamed(cache_name: str, output: Any) -> Any:
+    if not isinstance(output, ModelOutput):
+        return output
+    return Output({"past_key_values" if key == cache_name else key: value for key, value in output.items()})
+
+
+def takes_cache(model_class: type[PreTrainedModel]) -> bool:
+    """Whether forward takes a cache of keys and values, under any of its names."""
+    return bool({"past_key_values", "cache"} & set(inspect.signature(model_class.forward).parameters))
+
+
+def keeps_states(config: Any) -> bool:
+    """Whether the config's DynamicCache has layers that keep something else than keys and values (5's hybrids)."""
+    try:
+        layers = DynamicCache(config=config).layers
+    except Exception:  # a config that describes no decoder
+        return False
+    return any(type(layer).__name__ not in _KEYS_AND_VALUES for layer in layers)
+
+
+def without_return_dict(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`plain` without the `return_dict` that 5's capture_outputs takes away, and that would be handed on twice."""
+    names = inspect.signature(plain).parameters
+    if not _CAPTURES_OUTPUTS or "return_dict" in names or not any(p.kind is p.VAR_KEYWORD for p in names.values()):
+        return plain
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("return_dict", None)
+        return plain(self, *args, **kwargs)
+
+    return forward
+
+
+@contextlib.contextmanager
+def without_checks() -> Iterator[None]:
+    """Let 5's torch_compilable_check(condition) check nothing: it is an assertion, which a graph does not make."""
+    before = os.environ.get(_NO_CHECKS)
+    os.environ[_NO_CHECKS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_NO_CHECKS)
+        else:
+            os.environ[_NO_CHECKS] = before
+
+
+__all__ = [
+    "Output", "keeps_states", "no_init_weights", "takes_cache", "with_cache_named_as_before", "without_checks",
+    "without_return_dict",
+]  # fmt: skip
