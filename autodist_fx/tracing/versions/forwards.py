@@ -24,7 +24,7 @@ try:
 except ImportError:  # 4.57
     from transformers.modeling_utils import no_init_weights
 
-_CACHE_NAMES = ("cache", "cache_params")  # of the cache argument in 5, where a model does not call it past_key_values
+_CACHE = "cache"  # 5's name of the argument and of the output's field
 _KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")  # classes of cache layers
 _CAPTURES_OUTPUTS = importlib.util.find_spec("transformers.utils.output_capturing") is not None  # 5 does
 _NO_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"  # switches 5's torch_compilable_check off
@@ -38,17 +38,17 @@ def with_cache_named_as_before(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, of a subclass of the same name whose forward calls its cache `past_key_values`."""
     cls = type(model)
     parameters = list(inspect.signature(cls.forward).parameters.values())
-    name = next((p.name for p in parameters if p.name in _CACHE_NAMES), None)
-    if name is None or any(p.name == "past_key_values" for p in parameters):
+    names = {p.name for p in parameters}
+    if _CACHE not in names or "past_key_values" in names:
         return model
-    renamed = [p.replace(name="past_key_values") if p.name == name else p for p in parameters]
+    renamed = [p.replace(name="past_key_values") if p.name == _CACHE else p for p in parameters]
     stars = {inspect.Parameter.VAR_KEYWORD: "**", inspect.Parameter.VAR_POSITIONAL: "*"}
     takes = ", ".join(f"{stars[p.kind]}{p.name}" if p.kind in stars else f"{p.name}=None" for p in renamed[1:])
     gives = ", ".join(
         f"{stars[new.kind]}{new.name}" if new.kind in stars else f"{old.name}={new.name}"
         for old, new in zip(parameters[1:], renamed[1:], strict=True)
     )
-    scope: dict[str, Any] = {"cls": cls, "output": functools.partial(_renamed, name)}
+    scope: dict[str, Any] = {"cls": cls, "output": _renamed}
     exec(f"def forward(self, {takes}):\n    return output(cls.forward(self, {gives}))", scope)
     forward = scope["forward"]
     forward.__signature__ = inspect.Signature(renamed)
@@ -59,15 +59,15 @@ def with_cache_named_as_before(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _renamed(cache_name: str, output: Any) -> Any:
+def _renamed(output: Any) -> Any:
     if not isinstance(output, ModelOutput):
         return output
-    return Output({"past_key_values" if key == cache_name else key: value for key, value in output.items()})
+    return Output({"past_key_values" if key == _CACHE else key: value for key, value in output.items()})
 
 
 def takes_cache(model_class: type[PreTrainedModel]) -> bool:
     """Whether forward takes a cache of keys and values, under any of its names."""
-    return bool({"past_key_values", "cache"} & set(inspect.signature(model_class.forward).parameters))
+    return bool({"past_key_values", _CACHE} & set(inspect.signature(model_class.forward).parameters))
 
 
 def keeps_states(config: Any) -> bool:

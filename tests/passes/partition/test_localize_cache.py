@@ -112,8 +112,8 @@ def test_the_first_stage_keeps_its_numbers() -> None:
 def test_a_question_that_the_stage_cannot_answer_is_an_error() -> None:
     whole, plan = compiled(asked=0, pp=2)
     ctx = RankContext(plan, 1)
-    with pytest.raises(PlanError, match=r"stage 1 asks .* layer 0 \(full\) and has no layer of that kind"):
-        localize_cache(extract_stage(whole, ctx), ctx, ("full", "sliding:4"))
+    with pytest.raises(PlanError, match=r"stage 1 asks .* layer 0 \(cross\) and has no layer of that kind"):
+        localize_cache(extract_stage(whole, ctx), ctx, ("cross", "sliding:4"))
 
 
 @pytest.mark.parametrize("pp", [1, 2])
