@@ -55,8 +55,8 @@ def localize_cache(module: torch.fx.GraphModule, ctx: RankContext, layer_kinds: 
 def _answers_for(node: torch.fx.Node, kind: str, asked: str) -> bool:
     """Whether a layer of `kind` gives the answer of one of kind `asked`.
 
-    All layers of keys and values have seen as many tokens, however many of them they hold; only those of cross-attention
-    are filled with an encoder's output.
+    All layers of keys and values have seen as many tokens, however many of them they hold; only those of
+    cross-attention are filled with an encoder's output.
     """
     return kind == asked or (node.target == "get_seq_length" and "cross" not in (kind, asked))
 
