@@ -11,8 +11,8 @@
 
 `request` is what to edit by hand: `autodist-fx plan --from plan.json` makes the plan anew from it.
 
-Fields have the names of plan.py; plan.schema.json (JSON Schema 2020-12) beside this file says what each is. To keep
-large plans small, some are left out where they say nothing:
+Fields have the names of data.py, but `pins` of a request, which is `pin` there; plan.schema.json (JSON Schema 2020-12)
+beside this file says what each is. To keep large plans small, some are left out where they say nothing:
 
     ops      stages          when the home stage alone computes it
              gather          when no output is gathered
