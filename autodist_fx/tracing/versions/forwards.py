@@ -54,8 +54,8 @@ def with_cache_named_as_before(model: PreTrainedModel) -> PreTrainedModel:
     forward.__signature__ = inspect.Signature(renamed)
     plain = [p for p in renamed[1:] if p.kind not in stars]
     forward.__defaults__ = tuple(None if p.default is p.empty else p.default for p in plain)
-    made = type(cls)(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
-    model.__class__ = made
+    metaclass: Any = type(cls)
+    model.__class__ = metaclass(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
     return model
 
 
