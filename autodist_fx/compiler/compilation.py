@@ -216,7 +216,7 @@ class Compilation:
                 dump_dir=self.options.dump_dir,
                 sources=variant.sources,
                 train=self.options.train and not variant.traced.use_cache,
-                stage_uses=variant.stage_uses,
+                stage_uses={s: uses for p in variant.programs.values() for s, uses in p.stage_uses.items()},
             )
         return variant.programs[rank]
 

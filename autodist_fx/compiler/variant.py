@@ -31,7 +31,6 @@ from passes.fx import node_meta
 from passes.fx.guards import Guards
 from passes.normalize.split_encoder import split_encoder
 from passes.op_graph.build import build_op_graph, fingerprint, parameter_names
-from passes.program.gradient_sums import ParamUse
 from passes.program.rank_program import RankProgram
 
 
@@ -47,7 +46,6 @@ class Variant:
     forms: dict[str, InputForm]  # of those that are
     output_order: tuple[str, ...]
     programs: dict[int, RankProgram] = field(default_factory=dict)
-    stage_uses: dict[int, tuple[ParamUse, ...]] = field(default_factory=dict)  # what emit_rank keeps there
     # Of a model whose decoder reads an encoder's output through a cache: this is the decoder's step, `encoder` what
     # fills that cache, and `whole_plan` the plan that both are parts of.
     encoder: Variant | None = None

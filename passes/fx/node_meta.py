@@ -40,6 +40,24 @@ class Phase(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Stamp:
+    """Which passes a node is the work of, by their files within passes/: "partition/insert_collectives"."""
+
+    made_by: str  # made the node, or was the last to change its target or a number in its arguments; "" a front end
+    wired_by: str  # was the last to change which nodes it reads
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """What one run of a pass came to: places it worked on, nodes that it inserted and removed."""
+
+    name: str
+    matches: int
+    inserted: int
+    removed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Key:
     """One key of a meta dict: valid in the phases from `first` to `last`."""
 
@@ -53,6 +71,7 @@ class Key:
 NODE_KEYS = (
     Key("source", Phase.TRACED, Phase.EMITTED, "the front end", "str: the model's line, 'modeling_llama.py:241'"),
     Key("nn_module_stack", Phase.TRACED, Phase.EMITTED, "torch.fx's tracer", "the modules that were being called"),
+    Key("stamp", Phase.TRACED, Phase.EMITTED, "run_passes", "Stamp: the passes that made the node and last rewired it"),
     Key("is_tensor", Phase.TRACED, Phase.TRACED, "the front end, functionalize", "bool: whether the value is a tensor"),
     Key("guard", Phase.TRACED, Phase.ANNOTATED, "the front end; extract_guards removes it",
         "bool: how an `if` on sizes came out while tracing"),
@@ -69,7 +88,8 @@ NODE_KEYS = (
         "(OpPlan, input slot): the op before whose input this node picks elements"),
 )  # fmt: skip
 GRAPH_KEYS = (
-    Key("guards", Phase.NORMALIZED, Phase.NORMALIZED, "extract_guards", "Guards | None: the graph's guards on sizes"),
+    Key("guards", Phase.ANNOTATED, Phase.NORMALIZED, "extract_guards", "Guards | None: the graph's guards on sizes"),
+    Key("history", Phase.NORMALIZED, Phase.EMITTED, "the pipelines", "tuple of PassRecord: the passes that ran"),
 )
 
 
@@ -92,14 +112,14 @@ def check(graph_module: torch.fx.GraphModule, phase: Phase) -> None:
     allowed, annotated = _NODE_ALLOWED[phase], phase >= Phase.ANNOTATED
     for node in graph_module.graph.nodes:
         meta = node.meta
-        if not meta.keys() <= allowed:
+        if not allowed.issuperset(meta):
             _refuse(f"node {node.name}", meta, NODE_KEYS, phase)
         if annotated and "val" not in meta and _needs_val(node):
             raise MetaError(
                 f"node {node.name} ({node.op} {node.target}) has no 'val': whoever makes a node that gives a tensor "
                 "says which (node_meta.set_val, node_meta.copy)"
             )
-    if not graph_module.meta.keys() <= _GRAPH_ALLOWED[phase]:
+    if not _GRAPH_ALLOWED[phase].issuperset(graph_module.meta):
         _refuse("the graph", graph_module.meta, GRAPH_KEYS, phase)
 
 
@@ -238,6 +258,31 @@ def module_path(node: Node) -> str:
     """The path of the innermost module that was being called; "" at the root."""
     stack = module_stack(node)
     return next(reversed(stack.values()))[0] if stack else ""  # type: ignore[call-overload, no-any-return]
+
+
+def made_by(node: Node) -> str:
+    """The pass that made the node or last changed its target or literals; "" where none has."""
+    stamp: Stamp | None = node.meta.get("stamp")
+    return stamp.made_by if stamp is not None else ""
+
+
+def wired_by(node: Node) -> str:
+    """The pass that last changed which nodes it reads; "" where none has."""
+    stamp: Stamp | None = node.meta.get("stamp")
+    return stamp.wired_by if stamp is not None else ""
+
+
+def set_stamp(node: Node, stamp: Stamp) -> None:
+    node.meta["stamp"] = stamp
+
+
+def history(graph_module: torch.fx.GraphModule) -> tuple[PassRecord, ...]:
+    """The passes that ran on this graph, in order; () of one that no pipeline has finished."""
+    return graph_module.meta.get("history", ())
+
+
+def set_history(graph_module: torch.fx.GraphModule, records: Collection[PassRecord]) -> None:
+    graph_module.meta["history"] = tuple(records)
 
 
 # -- what the front end and normalize tell each other ------------------------------------------------------------------

@@ -11,6 +11,8 @@ import torch.fx
 
 from passes.fx import node_meta
 from passes.fx.arguments import fetch, submodule
+from passes.fx.node_meta import Phase
+from passes.fx.run_passes import PassContext, PassResult
 from passes.ops.data_dependent import expectation
 
 
@@ -115,16 +117,30 @@ def bending_points(
     return points, (replace(examples[0], known=first), replace(examples[1], known=second))
 
 
-def annotate(graph_module: torch.fx.GraphModule, examples: tuple[Example, Example]) -> dict[torch.fx.Node, Any]:
+@dataclass
+class NormalizeContext(PassContext):
+    """What the passes over the whole graph know: its inputs at two example sizes, and what they come to."""
+
+    examples: tuple[Example, Example]
+    # every node's value at the second example, set by shape_propagation; passes add those of the nodes that they make
+    second: dict[torch.fx.Node, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, examples: tuple[Example, Example]) -> NormalizeContext:
+        """For a graph as a front end made it."""
+        return cls(Phase.TRACED, examples)
+
+
+def shape_propagation(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> PassResult:
     """Write `meta["val"]` (a meta tensor, a number, or a tuple of them; at the first example) and, for tensors,
     `meta["symbols"]` (one name a dim, "" where constant; a tuple of such for a tuple) on every node; for an integer
     `meta["symbol"]`, its name.
 
-    Returns every node's value at the second example.
+    `ctx.second` is then every node's value at the second example.
     """
     interpreter = ShapeInterpreter(graph_module)
-    first, second = interpreter.values(examples[0]), interpreter.values(examples[1])
-    sizes = Sizes(examples[0].symbols, examples[1].symbols)
+    first, second = interpreter.values(ctx.examples[0]), interpreter.values(ctx.examples[1])
+    sizes = Sizes(ctx.examples[0].symbols, ctx.examples[1].symbols)
     for node, value in first.items():
         node_meta.set_val(node, value)
         if isinstance(value, torch.Tensor):
@@ -137,5 +153,6 @@ def annotate(graph_module: torch.fx.GraphModule, examples: tuple[Example, Exampl
                 for x, y in zip(value, second[node], strict=False)
             )
             node_meta.set_symbols(node, known)
-    node_meta.drop_ended(graph_module, node_meta.Phase.ANNOTATED)
-    return second
+    node_meta.drop_ended(graph_module, Phase.ANNOTATED)
+    ctx.phase, ctx.second = Phase.ANNOTATED, second
+    return PassResult(graph_module, len(first))

@@ -1,4 +1,4 @@
-"""spell_out_calls: one way to call what the later passes rewrite.
+"""canonicalize_calls: one way to call what the later passes rewrite.
 
     before  linear(%x, bias=%b, weight=%w)              getattr(%max, "values")
     after   linear(%x, %w, %b)                          getitem(%max, 0)
@@ -8,6 +8,9 @@
 
     before  %x.mean(axis=-1, keepdims=True)             as numpy calls them
     after   %x.mean(dim=-1, keepdim=True)
+
+    before  %past.update(%k, %v, 0, {"sin": %s, "cos": %c, "cache_position": %p})
+    after   %past.update(%k, %v, 0, {"cache_position": %p})
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from passes.fx import node_meta
+from passes.fx.run_passes import PassResult
+from passes.fx.shape_propagation import NormalizeContext
 
 # Functions whose weights may be cut -> their parameters, in order, up to the last that a pass rewrites; with defaults.
 _CONV = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
@@ -39,22 +44,32 @@ _SIGNATURES: dict[Any, dict[str, Any]] = {
 _NUMPY = {"axis": "dim", "keepdims": "keepdim"}
 
 
-def spell_out_calls(graph: torch.fx.Graph) -> None:
-    """Rewrites `graph` in place. Every node must have its `meta["val"]`."""
-    for node in list(graph.nodes):
-        if node.op == "call_method" or isinstance(node.target, types.BuiltinFunctionType):
-            node.kwargs = {_NUMPY.get(name, name): value for name, value in node.kwargs.items()}
-        if node.target is getattr and node.args[1] in ("T", "mT") and _dims(node.args[0]) == 2:
-            node.target, node.args = torch.t, node.args[:1]
-        elif _is_product_with_transposed_weight(node):
-            node.op, node.target = "call_function", F.linear
-            node.args = (node.args[0], node.args[1].args[0])
-        if node.op != "call_function":
-            continue
-        if node.target in _SIGNATURES:
-            _by_position(node, _SIGNATURES[node.target])
-        elif node.target is getattr and isinstance(node.args[0], Node):
-            _by_number(node)
+def canonicalize_calls(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> PassResult:
+    """Rewrites `graph_module` in place. Every node must have its `val`."""
+    matches = 0
+    for node in list(graph_module.graph.nodes):
+        before = node.op, node.target, node.args, node.kwargs
+        _canonicalize(node)
+        matches += before != (node.op, node.target, node.args, node.kwargs)
+    return PassResult(graph_module, matches)
+
+
+def _canonicalize(node: Node) -> None:
+    if node.op == "call_method" or isinstance(node.target, types.BuiltinFunctionType):
+        node.kwargs = {_NUMPY.get(name, name): value for name, value in node.kwargs.items()}
+    if node.target is getattr and node.args[1] in ("T", "mT") and _dims(node.args[0]) == 2:
+        node.target, node.args = torch.t, node.args[:1]
+    elif _is_product_with_transposed_weight(node):
+        node.op, node.target = "call_function", F.linear
+        node.args = (node.args[0], node.args[1].args[0])
+    if node.op == "call_method" and node.target == "update" and len(node.args) > 4:
+        _drop_rotary_tables(node)
+    if node.op != "call_function":
+        return
+    if node.target in _SIGNATURES:
+        _by_position(node, _SIGNATURES[node.target])
+    elif node.target is getattr and isinstance(node.args[0], Node):
+        _by_number(node)
 
 
 def _is_product_with_transposed_weight(node: Node) -> bool:
@@ -71,6 +86,13 @@ def _dims(node: Any) -> int:
     """-1 for what is no tensor."""
     value = node_meta.val(node) if isinstance(node, Node) else None
     return value.dim() if isinstance(value, torch.Tensor) else -1
+
+
+def _drop_rotary_tables(node: Node) -> None:
+    """Cache.update is handed them for kinds of caches that left transformers; only positions are read."""
+    if isinstance(node.args[4], dict):
+        kept = {k: v for k, v in node.args[4].items() if k == "cache_position"}
+        node.args = (*node.args[:4], kept)
 
 
 def _by_position(node: Node, defaults: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""spell_out_modules: modules whose weights are cut together with their numbers become functions.
+"""decompose_modules: modules whose weights are cut together with their numbers become functions.
 
     before  %y = call_module[conv](%x)                  # Conv2d(8, 8, groups=8)
     after   %y = conv2d(%x, %conv.weight, %conv.bias, (1, 1), (0, 0), (1, 1), 8)
@@ -19,14 +19,16 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from passes.fx import node_meta
+from passes.fx.run_passes import GraphEdit, PassResult
+from passes.fx.shape_propagation import NormalizeContext
 
 # (function, its arguments behind x); a string is an attribute of the module that holds a tensor or None.
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def spell_out_modules(graph_module: torch.fx.GraphModule) -> None:
+def decompose_modules(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> PassResult:
     """Rewrites `graph_module` in place."""
-    graph = graph_module.graph
+    graph, edit, matches = graph_module.graph, GraphEdit(graph_module), 0
     for node in list(graph.nodes):
         if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             continue
@@ -39,6 +41,8 @@ def spell_out_modules(graph_module: torch.fx.GraphModule) -> None:
         path = str(node.target)
         values = [_tensor(graph, node, module, path, a) if isinstance(a, _Attribute) else a for a in arguments]
         node.op, node.target, node.args = "call_function", function, (*node.args, *values)
+        matches += 1
+    return edit.result(matches)
 
 
 class _Attribute(str):

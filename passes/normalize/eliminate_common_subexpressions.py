@@ -1,4 +1,4 @@
-"""merge_equal: equal computations become one: masks and tables that every layer derives again.
+"""eliminate_common_subexpressions: equal computations become one: masks and tables that every layer derives again.
 
     before  cos = freqs.cos(); q = q * cos; cos_1 = freqs.cos(); k = k * cos_1
     after   cos = freqs.cos(); q = q * cos; k = k * cos
@@ -13,10 +13,13 @@ import torch.fx
 from torch.fx import Node
 
 from passes.fx.nodes import is_pure
+from passes.fx.run_passes import GraphEdit, PassResult
+from passes.fx.shape_propagation import NormalizeContext
 
 
-def merge_equal(graph: torch.fx.Graph) -> None:
-    """Rewrites `graph` in place. Layers, and what is not pure, are left alone."""
+def eliminate_common_subexpressions(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> PassResult:
+    """Rewrites `graph_module` in place. Layers, and what is not pure, are left alone."""
+    graph, edit, matches = graph_module.graph, GraphEdit(graph_module), 0
     seen: dict[Any, Node] = {}
     for node in list(graph.nodes):
         if node.op in ("placeholder", "output", "call_module") or not is_pure(node):
@@ -26,6 +29,8 @@ def merge_equal(graph: torch.fx.Graph) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+            matches += 1
+    return edit.result(matches)
 
 
 def _hashable(value: Any) -> Any:

@@ -1,6 +1,6 @@
-"""conditions: `if`s on lengths that the model's Python took while it was traced, kept to be asked again at every call.
+"""extract_guards: `if`s on lengths that the model's Python took while it was traced, kept to be asked at every call.
 
-    before  %gt = %seq > 24                      (meta["condition"] = False: so it was for the traced lengths)
+    before  %gt = %seq > 24                      (guard_outcome False: so it was for the traced lengths)
     after   nothing in the graph; Guards.otherwise({"S": 30, ...}) computes `S > 24` for the lengths at hand
 
 A graph has one way through. A call whose lengths would have taken the model another way needs another graph, which
@@ -25,14 +25,23 @@ from torch.fx.node import map_arg
 
 from passes.fx import node_meta
 from passes.fx.guards import CACHED, NEVER_OTHERWISE, Guards
+from passes.fx.run_passes import GraphEdit, PassResult
+from passes.fx.shape_propagation import NormalizeContext
 
 
-def take_conditions(module: torch.fx.GraphModule) -> Guards | None:
-    """Takes the marked nodes out of a normalised graph. None where all came out as constants.
+def extract_guards(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> PassResult:
+    """Takes the marked nodes out of a normalised graph, and sets its guards: None where all came out as constants.
 
-    A condition on something else than lengths of the inputs (devices, how many tokens chose an expert) stays as it was
-    decided.
+    A guard on something else than lengths of the inputs (devices, how many tokens chose an expert) stays as it was
+    decided. What only guards read is left to eliminate_dead_code.
     """
+    edit = GraphEdit(graph_module)
+    guards = _taken(graph_module)
+    node_meta.set_guards(graph_module, guards)
+    return edit.result(0 if guards is None else len(guards.expected))
+
+
+def _taken(module: torch.fx.GraphModule) -> Guards | None:
     marked = [node for node in module.graph.nodes if node_meta.is_guard(node)]
     asked = _Asked()
     found: dict[Any, tuple[Any, bool, str]] = {}

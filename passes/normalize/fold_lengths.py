@@ -17,11 +17,17 @@ from torch.fx.node import map_arg
 
 from passes.fx import node_meta
 from passes.fx.nodes import is_pure, op_name
+from passes.fx.run_passes import GraphEdit, PassResult
+from passes.fx.shape_propagation import NormalizeContext
 
 
-def fold_lengths(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
+def fold_lengths(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> PassResult:
     """Replace every number, size, dtype and device by a literal or by one of a few nodes at the top, in place.
-    `second`: every node's value at the second example, which gets those of new nodes; what is the same is constant."""
+
+    What is the same at both examples is constant. The new nodes' values go to `ctx.second`; nodes that nothing reads
+    any more are left to eliminate_dead_code.
+    """
+    graph, second, edit, matches = graph_module.graph, ctx.second, GraphEdit(graph_module), 0
     lengths = _length_nodes(graph, second)
     lengths = _WithChunks(graph, second, lengths)
     anchor = next((n for n in graph.nodes if n.op == "placeholder" and node_meta.is_tensor(n)), None)
@@ -68,6 +74,8 @@ def fold_lengths(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
                 lengths[value, second[node]] = node  # the first to compute this length computes it for all
             continue
         _replace_everywhere(node, said)
+        matches += 1
+    return edit.result(matches)
 
 
 def _position(graph: torch.fx.Graph) -> Callable[[Node], int]:

@@ -17,6 +17,7 @@ import torch.fx
 from torch.fx import Node
 
 from passes.fx import node_meta
+from passes.fx.run_passes import GraphEdit, PassContext, PassResult
 from passes.ops.functional_writes import changed_by, copied, with_item
 
 _IN_PLACE_OPERATORS = {
@@ -27,9 +28,9 @@ _IN_PLACE_OPERATORS = {
 _IN_PLACE_ONLY = ("fill_diagonal_",)  # methods that have no twin which gives the result
 
 
-def functionalize(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """Rewrites `graph_module` in place."""
-    graph = graph_module.graph
+def functionalize(graph_module: torch.fx.GraphModule, ctx: PassContext | None = None) -> PassResult:
+    """Rewrites `graph_module` in place. It needs no context: front ends call it, too."""
+    graph, edit, matches = graph_module.graph, GraphEdit(graph_module), 0
     became: dict[Node, Node] = {}  # what has been written into -> what is read instead from there on
     for node in list(graph.nodes):
         for read in node.all_input_nodes:
@@ -38,12 +39,13 @@ def functionalize(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
         written = node.args[0] if node.args and isinstance(node.args[0], Node) else None
         if written is None or not _make_functional(node):
             continue
+        matches += 1
         node_meta.set_traced_as_tensor(node, True)
         changed = node
         while written is not None:
             became.setdefault(written, changed)
             written, changed = _write_through(graph, written, changed)
-    return graph_module
+    return edit.result(matches)
 
 
 def _latest(became: dict[Node, Node], node: Node) -> Node:

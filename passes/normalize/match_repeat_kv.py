@@ -1,4 +1,4 @@
-"""repeat_heads: KV heads that are repeated for their query heads, in one op.
+"""match_repeat_kv: KV heads that are repeated for their query heads, in one op.
 
     before  reshape(broadcast_to(x[:, :, None], (b, g, r, t, d)), (b, g * r, t, d))
     after   repeat_interleave(x, r, 1)
@@ -12,11 +12,14 @@ from torch.fx import Node
 
 from passes.fx import node_meta
 from passes.fx.nodes import op_name
+from passes.fx.run_passes import PassResult
+from passes.fx.shape_propagation import NormalizeContext
 
 
-def repeat_heads(graph: torch.fx.Graph) -> None:
-    """Rewrites `graph` in place; nodes that nothing uses any more are left to the caller."""
-    for node in list(graph.nodes):
+def match_repeat_kv(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> PassResult:
+    """Rewrites `graph_module` in place; nodes that nothing uses any more are left to eliminate_dead_code."""
+    matches = 0
+    for node in list(graph_module.graph.nodes):
         if node.op != "call_function" or node.target is not torch.reshape:
             continue
         expand = node.args[0]
@@ -41,4 +44,6 @@ def repeat_heads(graph: torch.fx.Graph) -> None:
                 and x.shape[dim] * repeats > x.shape[dim]
             ):
                 node.target, node.args = torch.repeat_interleave, (base, repeats, dim)
+                matches += 1
                 break
+    return PassResult(graph_module, matches)

@@ -1,4 +1,4 @@
-"""drop_no_ops: what gives back the tensor that it was given goes.
+"""remove_no_ops: what gives back the tensor that it was given goes.
 
     before  x = dropout(x, training=False); x = x.contiguous(); x = x.to(torch.float32); y = x + 1
     after   y = x + 1
@@ -15,6 +15,8 @@ from torch.fx import Node
 from passes.fx import node_meta
 from passes.fx.arguments import submodule
 from passes.fx.nodes import op_name
+from passes.fx.run_passes import GraphEdit, PassResult
+from passes.fx.shape_propagation import NormalizeContext
 from passes.normalize.static_view_sizes import EXPANDS, RESHAPES
 
 _DROPOUTS = ("dropout",)
@@ -62,34 +64,47 @@ def _is_whole_slice(index: Any, size: int | None) -> bool:
     return stop is None or (size is not None and isinstance(stop, Node) and node_meta.val(stop) == size)
 
 
-def drop_no_ops(graph: torch.fx.Graph) -> None:
-    """Rewrites `graph` in place. Shapes are spelled out by now, so that a view of the same shape is one, too."""
+def remove_no_ops(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> PassResult:
+    """Rewrites `graph_module` in place. Shapes are spelled out by now, so that a view of the same shape is one, too."""
+    graph, edit, matches = graph_module.graph, GraphEdit(graph_module), 0
     for node in list(graph.nodes):
         if _is_no_op(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+            matches += 1
         elif op_name(node) == "cat" and node.op == "call_function" and isinstance(node.args[0], (tuple, list)):
-            _drop_empty(node)
+            matches += _drop_empty(node)
         elif op_name(node) in ("and", "logical_and") and len(node.args) == 2:
-            _drop_all_true(node)
+            matches += _drop_all_true(node)
+    return edit.result(matches)
 
 
-def _drop_empty(node: Node) -> None:
-    """torch.cat passes over tensors of shape [0], whatever the others are: the keys of a cache that is empty yet."""
+def _drop_empty(node: Node) -> bool:
+    """torch.cat passes over tensors of shape [0], whatever the others are: the keys of a cache that is empty yet.
+
+    True if there was one.
+    """
     kept = [n for n in node.args[0] if node_meta.tensor(n).shape != (0,)]
     if len(kept) == 1 and _same_tensor(node_meta.val(kept[0]), node_meta.val(node)):
         node.replace_all_uses_with(kept[0])
         node.graph.erase_node(node)
-    elif kept:
+        return True
+    found = 0 < len(kept) < len(node.args[0])
+    if kept:
         node.args = (kept, *node.args[1:])
+    return found
 
 
-def _drop_all_true(node: Node) -> None:
-    """`mask & ones` is the mask, when the ones don't widen it (masking_utils starts every mask that way)."""
+def _drop_all_true(node: Node) -> bool:
+    """`mask & ones` is the mask, when the ones don't widen it (masking_utils starts every mask that way).
+
+    True if it was.
+    """
     for ones, other in (node.args, node.args[::-1]):
         if not (isinstance(ones, Node) and isinstance(other, Node) and op_name(ones) == "new_ones"):
             continue
         if node_meta.tensor(ones).dtype == torch.bool and _same_tensor(node_meta.val(other), node_meta.val(node)):
             node.replace_all_uses_with(other)
             node.graph.erase_node(node)
-            return
+            return True
+    return False

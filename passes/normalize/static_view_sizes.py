@@ -1,4 +1,4 @@
-"""spell_out_views: reshapes and expands with every size written: a literal where constant, a length's node where not.
+"""static_view_sizes: reshapes and expands with every size written: a literal where constant, a length's node where not.
 
     before  view = q.view((batch, seq, -1, 64))
     after   reshape = torch.reshape(q, (batch, seq, 8, 64))
@@ -14,14 +14,16 @@ from torch.fx import Node
 
 from passes.fx import node_meta
 from passes.fx.nodes import op_name
+from passes.fx.run_passes import PassResult
+from passes.fx.shape_propagation import NormalizeContext
 
 RESHAPES = ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
 EXPANDS = ("expand", "expand_as", "broadcast_to")
 
 
-def spell_out_views(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
-    """Rewrites `graph` in place. `second`: every node's value at the second example. A view of which two sizes or more
-    cannot be said stays as it is."""
+def static_view_sizes(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> PassResult:
+    """Rewrites `graph_module` in place. A view of which two sizes or more cannot be said stays as it is."""
+    graph, second, matches = graph_module.graph, ctx.second, 0
     order = {n: i for i, n in enumerate(graph.nodes)}
     lengths: dict[tuple[int, int], Node] = {}
     for node in list(graph.nodes):
@@ -45,3 +47,5 @@ def spell_out_views(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
         node.op = "call_function"
         node.target = torch.reshape if name in RESHAPES else torch.broadcast_to
         node.args, node.kwargs = (node.args[0], tuple(shape)), {}
+        matches += 1
+    return PassResult(graph_module, matches)

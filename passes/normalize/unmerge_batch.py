@@ -26,6 +26,8 @@ from torch.fx import Node
 
 from passes.fx import node_meta
 from passes.fx.nodes import op_name
+from passes.fx.run_passes import GraphEdit, PassResult
+from passes.fx.shape_propagation import NormalizeContext
 
 _ROW_BY_ROW = frozenset({
     "add", "sub", "mul", "truediv", "div", "neg", "pow", "exp", "tanh", "sigmoid", "relu", "clamp", "where",
@@ -48,14 +50,17 @@ class _Folded(NamedTuple):
         return next(n for n, symbol in zip(self.lengths, self.symbols) if isinstance(n, int) and not symbol)
 
 
-def unmerge_batch(graph: torch.fx.Graph) -> None:
-    """Rewrites `graph` in place. Views must have their full shapes, every node `meta["val"]` and `meta["symbols"]`."""
+def unmerge_batch(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> PassResult:
+    """Rewrites `graph_module` in place. Views must have their full shapes, every node `val` and `symbols`."""
+    graph, edit, matches = graph_module.graph, GraphEdit(graph_module), 0
     folded = {node: where for node in graph.nodes if (where := _folded(node)) is not None}
     for region in list(nx.connected_components(_ties(folded))):
         alike = len({folded[node].lengths for node in region}) == 1
         if alike and all(_can(node, folded) for node in region):
             for node in [n for n in folded if n in region]:  # in the graph's order
                 _rewrite(node, folded[node])
+                matches += 1
+    return edit.result(matches)
 
 
 def _ties(folded: dict[Node, _Folded]) -> nx.Graph[Node]:

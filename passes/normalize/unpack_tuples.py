@@ -1,4 +1,4 @@
-"""spell_out_tuples: each tensor of a tuple that an op takes is an argument of its own.
+"""unpack_tuples: each tensor of a tuple that an op takes is an argument of its own.
 
     before  chunk = x.chunk(2); cat = torch.cat(chunk)
     after   chunk = x.chunk(2); cat = torch.cat((chunk[0], chunk[1]))
@@ -16,19 +16,24 @@ from torch.fx.node import map_arg
 
 from passes.fx import node_meta
 from passes.fx.nodes import op_name
+from passes.fx.run_passes import GraphEdit, PassResult
+from passes.fx.shape_propagation import NormalizeContext
 
 
-def spell_out_tuples(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
-    """Rewrites `graph` in place. `second`: every node's value at the second example, which gets those of new nodes."""
+def unpack_tuples(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> PassResult:
+    """Rewrites `graph_module` in place, and notes the new nodes' values in `ctx.second`."""
+    graph, second, edit, matches = graph_module.graph, ctx.second, GraphEdit(graph_module), 0
     for node in list(graph.nodes):
         value = node_meta.val(node)
         if type(value) not in (tuple, list) or not value or not all(isinstance(v, torch.Tensor) for v in value):
             continue
         for part in [u for u in node.users if op_name(u) == "getitem" and isinstance(u.args[1], slice)]:
-            _spell_out_part(graph, node, part, second)
+            _unpack_slice(graph, node, part, second)
+            matches += 1
         takers = [u for u in node.users if u.op.startswith("call") and op_name(u) != "getitem"]
         if not takers:
             continue
+        matches += 1
         elements: list[Node] = []
         with graph.inserting_after(node):
             for i in reversed(range(len(value))):
@@ -39,6 +44,7 @@ def spell_out_tuples(graph: torch.fx.Graph, second: dict[Node, Any]) -> None:
         for user in takers:
             user.args = map_arg(user.args, lambda n, node=node, e=elements: tuple(e) if n is node else n)
             user.kwargs = map_arg(user.kwargs, lambda n, node=node, e=elements: tuple(e) if n is node else n)
+    return edit.result(matches)
 
 
 def _describe(element: Node, whole: Node, like: Node, number: int) -> None:
@@ -50,7 +56,7 @@ def _describe(element: Node, whole: Node, like: Node, number: int) -> None:
     node_meta.set_symbols(element, symbols)
 
 
-def _spell_out_part(graph: torch.fx.Graph, node: Node, part: Node, second: dict[Node, Any]) -> None:
+def _unpack_slice(graph: torch.fx.Graph, node: Node, part: Node, second: dict[Node, Any]) -> None:
     """chunk(x)[1:][0] becomes chunk(x)[1]."""
     numbers = range(len(node_meta.val(node)))[part.args[1]]
     elements = []

@@ -9,14 +9,17 @@ from torch.fx import Node
 from cost_model.graph.placement import Layout
 from cost_model.mesh import Mesh
 from cost_model.plan.data import PlanData
+from passes.fx.node_meta import Phase
+from passes.fx.run_passes import PassContext
 from passes.program.gradient_sums import ParamUse
 from passes.program.param_shard import ParamShard
 
 
 @dataclass
-class RankContext:
+class RankContext(PassContext):
     """One rank's coordinates, the plan, and what the passes found out on the way."""
 
+    phase: Phase = field(default=Phase.PARTITIONED, init=False)
     plan: PlanData
     rank: int
     param_shards: dict[str, ParamShard] = field(default_factory=dict)

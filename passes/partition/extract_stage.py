@@ -23,12 +23,15 @@ from cost_model.plan.data import Hop
 from passes.fx import node_meta
 from passes.fx.arguments import tensor_source
 from passes.fx.lazy_graph_module import LazyGraphModule
+from passes.fx.run_passes import PassResult
 from passes.partition.context import RankContext
 from passes.partition.own_experts import copy_own
 
 
-def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.GraphModule:
+def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> PassResult:
     """A new GraphModule with this stage's nodes; `whole`, the normalised graph of the model, is left as it is.
+
+    Matches are the nodes of `whole` that the stage has, by name; the others are removed.
 
     The new graph takes the model's inputs and one placeholder for each hop into the stage (`meta["hop"]`). It returns
     (outputs of the model that this stage has, tensors that it owes to later stages in the order of their channels).
@@ -79,7 +82,8 @@ def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.Gra
             graph.erase_node(node)  # a weight, or an element of a tuple
     module = LazyGraphModule(whole, graph, class_name=f"{whole.__class__.__name__}Rank{ctx.rank}")
     ctx.received = {source: tuple(nodes) for source, nodes in received.items()}
-    return module
+    before, after = ({node.name for node in g.nodes} for g in (whole.graph, graph))
+    return PassResult(module, len(before & after), inserted=len(after - before), removed=len(before - after))
 
 
 def _numbers(whole: torch.fx.GraphModule, ctx: RankContext) -> set[Node]:

@@ -23,18 +23,22 @@ from torch.nn import functional as F
 from passes.fx import node_meta
 from passes.fx.arguments import argument
 from passes.fx.nodes import op_name
+from passes.fx.run_passes import GraphEdit, PassResult
 from passes.partition.context import RankContext
 
 
-def fuse_ops(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.GraphModule:
-    """Rewrites `module` in place."""
+def fuse_ops(module: torch.fx.GraphModule, ctx: RankContext) -> PassResult:
+    """Rewrites `module` in place. Matches are the chains, and the attentions that repeat heads themselves."""
+    edit, matches = GraphEdit(module), 0
     for node in list(module.graph.nodes):
         if op_name(node) == "rsqrt" and (chain := _rms_norm_chain(node)) is not None:
             _fuse_rms_norm(module.graph, chain)
+            matches += 1
         elif op_name(node) == "scaled_dot_product_attention" and (repeated := _repeated_heads(node)):
             _fuse_repeated_heads(module.graph, node, *repeated)
+            matches += 1
     module.recompile()
-    return module
+    return edit.result(matches)
 
 
 def removed_by_fusing(module: torch.fx.GraphModule) -> frozenset[str]:

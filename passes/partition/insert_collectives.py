@@ -22,6 +22,7 @@ from cost_model.graph.placement import REPLICATE, Layout, Placement
 from cost_model.plan.data import Hop, OpPlan
 from passes.fx import node_meta
 from passes.fx.arguments import map_tensor_arguments, tensor_source
+from passes.fx.run_passes import GraphEdit, PassResult
 from passes.ops.comm import all_gather, all_reduce
 from passes.ops.data_dependent import join_own_rows
 from passes.ops.parallel_layers import one_term
@@ -30,12 +31,17 @@ from passes.partition.context import RankContext
 AXIS = "tp"
 
 
-def insert_collectives(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.GraphModule:
-    """Rewrites `module` in place. Afterwards every tensor lies as its consumers want it."""
-    if ctx.mesh.tp > 1:
-        _Inserter(module, ctx).run()
-        module.recompile()
-    return module
+def insert_collectives(module: torch.fx.GraphModule, ctx: RankContext) -> PassResult:
+    """Rewrites `module` in place. Afterwards every tensor lies as its consumers want it.
+
+    Matches are the tensors that some consumer wants otherwise.
+    """
+    if ctx.mesh.tp == 1:
+        return PassResult(module)
+    edit, inserter = GraphEdit(module), _Inserter(module, ctx)
+    inserter.run()
+    module.recompile()
+    return edit.result(len({*inserter.whole, *inserter.terms, *(node for node, _ in inserter.pieces)}))
 
 
 class _Inserter:

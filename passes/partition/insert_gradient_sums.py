@@ -30,6 +30,7 @@ from cost_model.errors import PlanError
 from passes.fx import node_meta
 from passes.fx.arguments import tensor_arguments, tensor_source
 from passes.fx.differentiable import differentiable, own_parameters
+from passes.fx.run_passes import GraphEdit, PassResult
 from passes.ops.comm import all_gather, all_reduce, copy_to_tp, recv, send
 from passes.ops.parallel_layers import one_gradient, one_term
 from passes.partition.context import RankContext
@@ -40,15 +41,16 @@ WHOLE, TERMS, PARTIAL = "whole", "terms", "partial"
 
 
 def insert_gradient_sums(
-    module: torch.fx.GraphModule, ctx: RankContext, whole: torch.fx.GraphModule
-) -> torch.fx.GraphModule:
-    """Rewrites `module` in place. `whole` is the model's own graph. Raises PlanError for a parameter that one module
-    uses in parts and another whole."""
+    module: torch.fx.GraphModule, ctx: RankContext, *, whole: torch.fx.GraphModule
+) -> PassResult:
+    """Rewrites `module` in place. `whole` is the model's own graph. Matches are the values that are read through a node
+    of it. Raises PlanError for a parameter that one module uses in parts and another whole."""
+    edit = GraphEdit(module)
     inserter = _Inserter(module, ctx, {n.name for n in differentiable(whole)})
     inserter.run()
     ctx.param_uses = inserter.param_uses()
     module.recompile()
-    return module
+    return edit.result(len({*inserter.copies, *inserter.ones}))
 
 
 class _Inserter:

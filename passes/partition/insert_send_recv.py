@@ -20,13 +20,17 @@ from torch.fx import Node
 from cost_model.errors import PlanError
 from cost_model.plan.data import Hop
 from passes.fx import node_meta
+from passes.fx.run_passes import GraphEdit, PassResult
 from passes.ops.comm import recv, send
 from passes.partition.context import RankContext
 
 
-def insert_send_recv(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.GraphModule:
-    """Rewrites `module` in place; afterwards it takes the model's inputs only, and returns the dict of outputs."""
-    graph = module.graph
+def insert_send_recv(module: torch.fx.GraphModule, ctx: RankContext) -> PassResult:
+    """Rewrites `module` in place; afterwards it takes the model's inputs only, and returns the dict of outputs.
+
+    Matches are the tensors that come or go.
+    """
+    graph, edit = module.graph, GraphEdit(module)
     incoming = [n for n in graph.nodes if n.op == "placeholder" and node_meta.has_hop(n)]
     lengths = _Lengths(graph)
     for node in sorted(incoming, key=lambda n: node_meta.hop(n).channel):
@@ -55,7 +59,7 @@ def insert_send_recv(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx
         node_meta.set_hop(node, hop)
     output.args = (outputs,)
     module.recompile()
-    return module
+    return edit.result(len(incoming) + len(owed))
 
 
 def _shape(node: Node, hop: Hop, ctx: RankContext, lengths: _Lengths) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ import torch.fx
 
 from cost_model.errors import PlanError
 from passes.fx.nodes import is_pure
+from passes.fx.run_passes import GraphEdit, PassResult
 from passes.partition.context import RankContext
 
 # Methods of transformers' Cache that take a layer's index, and the index's position among the arguments.
@@ -20,12 +21,13 @@ _LAYER_ARGUMENT = {"update": 3, "read": 1, "get_seq_length": 1, "get_mask_sizes"
 _OWNS = ("update", "read")  # what is done where a layer lies
 
 
-def localize_cache(module: torch.fx.GraphModule, ctx: RankContext, layer_kinds: Sequence[str]) -> torch.fx.GraphModule:
+def localize_cache(module: torch.fx.GraphModule, ctx: RankContext, *, layer_kinds: Sequence[str]) -> PassResult:
     """Rewrites `module` in place and notes in `ctx.cache_layers` which global layers the rank's cache has.
 
     `layer_kinds[i]` says what kind of cache layer i is ("full", "sliding:4096"): a question about a layer that the
-    stage does not have is put to one of its own of the same kind, which holds as many tokens.
+    stage does not have is put to one of its own of the same kind, which holds as many tokens. Matches are the calls.
     """
+    edit = GraphEdit(module)
     calls = [n for n in module.graph.nodes if n.op == "call_method" and n.target in _LAYER_ARGUMENT]
     owned = sorted({_layer(n) for n in calls if n.target in _OWNS})
     local = {layer: i for i, layer in enumerate(owned)}
@@ -49,7 +51,7 @@ def localize_cache(module: torch.fx.GraphModule, ctx: RankContext, layer_kinds: 
         else:
             node.kwargs = {**node.kwargs, "layer_idx": local[layer]}
     ctx.cache_layers = tuple(owned)
-    return module
+    return edit.result(len(calls))
 
 
 def _answers_for(node: torch.fx.Node, kind: str, asked: str) -> bool:

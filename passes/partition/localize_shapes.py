@@ -21,21 +21,25 @@ from cost_model.plan.data import OpPlan
 from passes.fx import node_meta
 from passes.fx.arguments import argument, map_tensor_arguments, tensor_arguments
 from passes.fx.nodes import op_name
+from passes.fx.run_passes import GraphEdit, PassResult
 from passes.op_graph.reductions import reduced_dims
 from passes.ops.parallel_layers import partial_mean
 from passes.partition.context import RankContext
 
 
-def localize_shapes(module: torch.fx.GraphModule, ctx: RankContext) -> torch.fx.GraphModule:
-    """Rewrites `module` in place."""
+def localize_shapes(module: torch.fx.GraphModule, ctx: RankContext) -> PassResult:
+    """Rewrites `module` in place. Matches are the nodes that got other sizes."""
+    edit, matches = GraphEdit(module), 0
     for node in list(module.graph.nodes):
         if not ctx.plan.has_op(node.name):
             continue
         op = ctx.plan.op(node.name)
         rewrite = _REWRITES.get(op.kind)
         if rewrite is not None and any(p.is_shard for p in (*op.inputs, *op.outputs)):
+            before = node.target, node.args, node.kwargs
             rewrite(module, ctx, node, op)
-    return module
+            matches += before != (node.target, node.args, node.kwargs)
+    return edit.result(matches)
 
 
 def _layout(ctx: RankContext, index: int) -> Layout:

@@ -9,6 +9,7 @@ The module tree of the rank's graph is its own: nothing in it is shared with the
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 import torch.fx
@@ -18,6 +19,7 @@ from torch.fx import Node
 from cost_model.graph.placement import Interval, Placement
 from cost_model.plan.data import OpPlan
 from passes.fx.arguments import argument, fetch, place, tensor_arguments
+from passes.fx.run_passes import GraphEdit, PassResult
 from passes.ops.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from passes.partition.context import RankContext
 from passes.program.param_shard import ParamShard
@@ -25,14 +27,20 @@ from passes.program.param_shard import ParamShard
 Key = tuple[str, int | None, tuple[Interval, ...]]
 
 
-def shard_parameters(module: torch.fx.GraphModule, ctx: RankContext, sources: dict[int, str]) -> torch.fx.GraphModule:
-    """Rewrites `module` in place. `sources`: id of each parameter and buffer of the model -> its name there."""
+def shard_parameters(
+    module: torch.fx.GraphModule, ctx: RankContext, *, sources: Mapping[int, str]
+) -> PassResult:
+    """Rewrites `module` in place. `sources`: id of each parameter and buffer of the model -> its name there.
+
+    Matches are the parameters and buffers that the rank has.
+    """
+    edit = GraphEdit(module)
     _Sharder(module, ctx, sources).run()
-    return module
+    return edit.result(len(ctx.param_shards))
 
 
 class _Sharder:
-    def __init__(self, module: torch.fx.GraphModule, ctx: RankContext, sources: dict[int, str]) -> None:
+    def __init__(self, module: torch.fx.GraphModule, ctx: RankContext, sources: Mapping[int, str]) -> None:
         self.module, self.ctx, self.sources = module, ctx, sources
         self.plans = {p.name: p for p in ctx.plan.params}
         self.shared: dict[Key, nn.Parameter] = {}  # a tied weight stays one tensor

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.fx
 
 from cost_model.mesh import Mesh
-from passes.program.gradient_sums import GradSum
+from passes.program.gradient_sums import GradSum, ParamUse
 from passes.program.param_shard import ParamShard
 
 
@@ -29,6 +29,8 @@ class RankProgram:
     cache_layers: tuple[int, ...]  # the global cache layer behind each local one
     cache_kinds: tuple[str, ...] = ()  # what each local one is: "full", "sliding:4096", "cross"
     grad_sums: tuple[GradSum, ...] | None = None  # owed after a backward pass; None: the program has none
+    # what each stage does with its parameters, as far as emitting this program found out; only of one to be trained
+    stage_uses: Mapping[int, tuple[ParamUse, ...]] = field(default_factory=dict)
 
     @property
     def stage(self) -> int:

@@ -40,7 +40,8 @@ def test_a_write_into_a_part_changes_the_whole(index: object, write: str) -> Non
     given = torch.rand(3, 5, 4)
     kept = given.clone()
     expected = module(given.clone())
-    functionalize(module).recompile()
+    functionalize(module)
+    module.recompile()
     found = module(given)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert torch.equal(given, kept), "nothing is written any more"

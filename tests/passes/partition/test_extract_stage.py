@@ -15,7 +15,7 @@ from tests.support.graphs.small import Mlp, Stack, assert_split_equals_whole, no
 
 
 def stages(whole: torch.fx.GraphModule, plan: PartitionPlan) -> list[torch.fx.GraphModule]:
-    return [extract_stage(whole, RankContext(plan, stage * plan.mesh.tp)) for stage in range(plan.mesh.pp)]
+    return [extract_stage(whole, RankContext(plan, stage * plan.mesh.tp)).graph_module for stage in range(plan.mesh.pp)]
 
 
 def test_hidden_states_become_an_input_here_and_an_output_there() -> None:

@@ -22,7 +22,7 @@ from tests.support.graphs.small import normalized, plan_for
 
 def fused(module: nn.Module, **inputs: Any) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
     before = normalized(module, **inputs)
-    return before, fuse_ops(copy.deepcopy(before), RankContext(plan_for(before), 0))
+    return before, fuse_ops(copy.deepcopy(before), RankContext(plan_for(before), 0)).graph_module
 
 
 def assert_same(before: torch.fx.GraphModule, after: torch.fx.GraphModule, *inputs: torch.Tensor) -> None:

@@ -27,10 +27,11 @@ def inserted_graphs(
 ) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
     """One rank's graph before and after the pass."""
     ctx = RankContext(plan, rank)
-    module = shard_parameters(extract_stage(whole, ctx), ctx, parameter_names(whole))
+    module = extract_stage(whole, ctx).graph_module
+    shard_parameters(module, ctx, sources=parameter_names(whole))
     localize_shapes(module, ctx)
     before = copy.deepcopy(module)
-    return before, insert_collectives(module, ctx)
+    return before, insert_collectives(module, ctx).graph_module
 
 
 def inserted(whole: torch.fx.GraphModule, plan: PartitionPlan, rank: int) -> tuple[str, str]:

@@ -27,8 +27,11 @@ from tests.support.graphs.small import Ids, Mlp, Stack, assert_split_equals_whol
 
 def prepared(whole: torch.fx.GraphModule, plan: PartitionPlan, rank: int) -> tuple[torch.fx.GraphModule, RankContext]:
     ctx = RankContext(plan, rank)
-    module = shard_parameters(extract_stage(whole, ctx), ctx, parameter_names(whole))
-    return insert_collectives(localize_shapes(module, ctx), ctx), ctx
+    module = extract_stage(whole, ctx).graph_module
+    shard_parameters(module, ctx, sources=parameter_names(whole))
+    localize_shapes(module, ctx)
+    insert_collectives(module, ctx)
+    return module, ctx
 
 
 def test_a_border_of_one_tensor() -> None:
@@ -38,7 +41,7 @@ def test_a_border_of_one_tensor() -> None:
     for rank in range(2):
         module, ctx = prepared(whole, plan, rank)
         before = graph_text(module)
-        texts += [before, graph_text(insert_send_recv(module, ctx))]
+        texts += [before, graph_text(insert_send_recv(module, ctx).graph_module)]
     assert_expected_inline(texts[0], """\
 x : f64[B, S, 8] = input
 layers_0_up : f64[B, S, 12] = layers.0.up(x)  # Linear[12, 8]
@@ -92,7 +95,7 @@ def test_lengths_are_those_of_the_own_inputs() -> None:
     whole = normalized(Lookup(), ids=Ids("B", "S"))
     plan = plan_for(whole, pp=2)
     module, ctx = prepared(whole, plan, 1)
-    assert_expected_inline(graph_text(insert_send_recv(module, ctx)), """\
+    assert_expected_inline(graph_text(insert_send_recv(module, ctx).graph_module), """\
 ids : i64[B, S] = input
 seq = sym_size.int(ids, 1)
 batch = sym_size.int(ids, 0)
@@ -109,9 +112,9 @@ def test_each_tp_rank_talks_to_its_like_and_pieces_are_received_as_pieces() -> N
     whole = normalized(Stack([Mlp(8, 13), Mlp(8, 13)]), x=("B", "S", 8))
     plan = plan_for(whole, tp=2, pp=2)
     module, ctx = prepared(whole, plan, 1)
-    sent = [line for line in graph_text(insert_send_recv(module, ctx)).splitlines() if "send(" in line]
+    sent = [line for line in graph_text(insert_send_recv(module, ctx).graph_module).splitlines() if "send(" in line]
     module, ctx = prepared(whole, plan, 3)
-    received = [line for line in graph_text(insert_send_recv(module, ctx)).splitlines() if "recv(" in line]
+    received = [line for line in graph_text(insert_send_recv(module, ctx).graph_module).splitlines() if "recv(" in line]
     assert_expected_inline("\n".join(sent + received), """\
 send : f64[B, S, 8] = send(add, to=3, channel=0)
 incoming_add : f64[B, S, 8] = recv((sym_size_int, sym_size_int_1, 8), torch.float64, getattr_1, source=1, channel=0)""")
@@ -127,7 +130,8 @@ incoming_add : f64[B, S, 8] = recv((sym_size_int, sym_size_int_1, 8), torch.floa
         hops=(replace(plan.hops[0], op="relu", index=0, whole=False),),
     )
     module, ctx = prepared(whole, inside, 3)
-    received = [line.partition(", torch")[0] for line in graph_text(insert_send_recv(module, ctx)).splitlines()]
+    text = graph_text(insert_send_recv(module, ctx).graph_module)
+    received = [line.partition(", torch")[0] for line in text.splitlines()]
     assert "incoming_part_relu : f64[B, S, 13] = recv((sym_size_int, sym_size_int_1, 6)" in received
     assert_split_equals_whole(whole, inside, {"x": x})
 
@@ -150,9 +154,9 @@ def test_a_length_that_the_receiver_cannot_know_is_sent_ahead() -> None:
     whole = normalized(Longer(), x=("B", "S", 8))
     plan = plan_for(whole, pp=2)
     module, ctx = prepared(whole, plan, 0)
-    assert "send(c, to=1, channel=0, sized=True)" in graph_text(insert_send_recv(module, ctx))
+    assert "send(c, to=1, channel=0, sized=True)" in graph_text(insert_send_recv(module, ctx).graph_module)
     module, ctx = prepared(whole, plan, 1)
-    assert_expected_inline(graph_text(insert_send_recv(module, ctx)), """\
+    assert_expected_inline(graph_text(insert_send_recv(module, ctx).graph_module), """\
 x : f64[B, S, 8] = input
 sym_size_int_1 = sym_size.int(x, 0)
 getattr_1 = getattr(x, 'device')
@@ -174,5 +178,5 @@ return {y: mul}""")
 def test_one_stage_says_nothing() -> None:
     whole = normalized(Mlp(), x=("B", "S", 8))
     module, ctx = prepared(whole, plan_for(whole), 0)
-    text = graph_text(insert_send_recv(module, ctx))
+    text = graph_text(insert_send_recv(module, ctx).graph_module)
     assert "send" not in text and "recv" not in text and text.endswith("return {y: add}")

@@ -68,9 +68,9 @@ def compiled(asked: int, pp: int) -> tuple[torch.fx.GraphModule, PartitionPlan]:
 def test_layers_count_from_0_and_questions_go_to_a_layer_of_the_same_kind() -> None:
     whole, plan = compiled(asked=0, pp=2)
     ctx = RankContext(plan, 1)
-    stage = extract_stage(whole, ctx)
+    stage = extract_stage(whole, ctx).graph_module
     before = graph_text(stage)
-    after = localize_cache(stage, ctx, ("full", "full"))
+    after = localize_cache(stage, ctx, layer_kinds=("full", "full")).graph_module
     assert_expected_inline(before, """\
 x : f64[B, 1, S, 8] = input
 cache = input
@@ -103,9 +103,9 @@ return ({y: mul_1}, ())""")
 def test_the_first_stage_keeps_its_numbers() -> None:
     whole, plan = compiled(asked=0, pp=2)
     ctx = RankContext(plan, 0)
-    stage = extract_stage(whole, ctx)
+    stage = extract_stage(whole, ctx).graph_module
     before = graph_text(stage)
-    assert graph_text(localize_cache(stage, ctx, ("full", "full"))) == before
+    assert graph_text(localize_cache(stage, ctx, layer_kinds=("full", "full")).graph_module) == before
     assert ctx.cache_layers == (0,)
 
 
@@ -113,7 +113,7 @@ def test_a_question_that_the_stage_cannot_answer_is_an_error() -> None:
     whole, plan = compiled(asked=0, pp=2)
     ctx = RankContext(plan, 1)
     with pytest.raises(PlanError, match=r"stage 1 asks .* layer 0 \(cross\) and has no layer of that kind"):
-        localize_cache(extract_stage(whole, ctx), ctx, ("cross", "sliding:4"))
+        localize_cache(extract_stage(whole, ctx).graph_module, ctx, layer_kinds=("cross", "sliding:4"))
 
 
 @pytest.mark.parametrize("pp", [1, 2])

@@ -28,9 +28,10 @@ def localized(whole: torch.fx.GraphModule, tp: int, rank: int) -> tuple[str, str
     """One rank's graph before and after the pass, once its parameters are its own; beside a run of all ranks."""
     plan = plan_for(whole, tp=tp)
     ctx = RankContext(plan, rank)
-    module = shard_parameters(extract_stage(whole, ctx), ctx, parameter_names(whole))
+    module = extract_stage(whole, ctx).graph_module
+    shard_parameters(module, ctx, sources=parameter_names(whole))
     before = graph_text(module)
-    after = graph_text(localize_shapes(module, ctx))
+    after = graph_text(localize_shapes(module, ctx).graph_module)
     width = node_meta.tensor(next(n for n in whole.graph.nodes if n.op == "placeholder")).shape[-1]
     assert_split_equals_whole(whole, plan, {"x": torch.randn(2, 5, width, dtype=torch.float64)})
     return before, after

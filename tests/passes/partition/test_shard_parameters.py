@@ -21,7 +21,9 @@ def sharded(
     whole: torch.fx.GraphModule, plan: PartitionPlan, rank: int
 ) -> tuple[torch.fx.GraphModule, dict[str, ParamShard]]:
     ctx = RankContext(plan, rank)
-    return shard_parameters(extract_stage(whole, ctx), ctx, parameter_names(whole)), ctx.param_shards
+    stage = extract_stage(whole, ctx).graph_module
+    shard_parameters(stage, ctx, sources=parameter_names(whole))
+    return stage, ctx.param_shards
 
 
 def shares(shards: dict[str, ParamShard]) -> str:
