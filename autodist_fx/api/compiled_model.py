@@ -25,7 +25,10 @@ from passes.fx.text import graph_diff
 
 
 class CompiledModel(Simulator):
-    """A model split over a mesh: `plan`, `rank(r)`, `graph_diff(r)`, `simulate(**inputs)`, `verify()`."""
+    """A model split over a mesh: `plan`, `rank(r)`, `graph_diff(r)`, `simulate(**inputs)`, `verify()`.
+
+    `simulate`, `gradients`, `save` and `to_distributed` take the model as it is when they are called: see `follow`.
+    """
 
     source: TracingSource
 

@@ -17,6 +17,7 @@ from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.startup.build_model import RankParts, build_model
 from autodist_fx.startup.facts import model_facts
 from autodist_fx.startup.keep_compiled import keep_compiled
+from autodist_fx.startup.model_snapshot import ModelSnapshot
 from autodist_fx.startup.rank import CompiledPrograms, RankStartup
 from autodist_fx.startup.split_cache import CacheEntry
 from autodist_fx.tracing import empty_model, meta_copy
@@ -33,7 +34,8 @@ def distribute(
     model: PreTrainedModel, joined: JoinedRank, request: PlanRequest, options: CompileOptions
 ) -> DistributedCausalLM:
     """The share of `joined` in a model that every rank has in memory; see CompiledModel.to_distributed."""
-    startup = RankStartup(model, lambda: ModuleSource(model), joined, request, options)
+    snapshot = ModelSnapshot.of(model)
+    startup = RankStartup(model, lambda: ModuleSource(model), joined, request, options, snapshot=snapshot)
     generation_config = getattr(model, "generation_config", None)
     joined.together(lambda: (None, model_facts(model, generation_config, startup.open_weights)))
     return start(startup, generation_config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, one_way
 from autodist_fx.startup.build_model import generating_programs
 from autodist_fx.startup.facts import shared_weight_facts
+from autodist_fx.startup.model_snapshot import ModelSnapshot
 from autodist_fx.weights.load import LoadReport
 from autodist_fx.weights.load_program import load_beside, load_program
 from autodist_fx.weights.share import share_weights
@@ -38,7 +39,7 @@ class RankStartup:
 
     `model` says how names are tied and called, and holds the buffers that no checkpoint has; it may be on meta.
     `options.verify`: rank 0 proves the programs of all ranks before any runs. `progress` is called with (bytes loaded,
-    bytes in all).
+    bytes in all). `snapshot`: the model in memory as it is when it is loaded; None for a checkpoint, whose files stay.
     """
 
     model: PreTrainedModel
@@ -47,6 +48,7 @@ class RankStartup:
     request: PlanRequest
     options: CompileOptions
     progress: Callable[[int, int], None] | None = None
+    snapshot: ModelSnapshot | None = None
 
     @property
     def unverified(self) -> CompileOptions:
@@ -87,6 +89,8 @@ class RankStartup:
 
         def make(lengths: Lengths) -> tuple[Guards | None, T]:
             variant, failure = None, None
+            parts = (first.encoder, first)
+            self.refuse_changes([beside, *(compiled.program_of(p, self.joined.rank) for p in parts if p is not None)])
             try:
                 variant = compiled.at_lengths(lengths)
                 fact = plan_to_text(variant.whole_plan or variant.plan)
@@ -106,6 +110,12 @@ class RankStartup:
 
         return GuardedPrograms([(first.conditions, run(first))], make, first.forms)
 
+    def refuse_changes(self, loaded: Sequence[RankProgram]) -> None:
+        """Raises AutodistError on every rank where a model in memory, on any rank, is no longer what `loaded`, this
+        rank's programs, were loaded from: a graph that is made now would mix its weights with theirs."""
+        if self.snapshot is not None:
+            agree(self.joined.everyone, self.joined.rank, {}, failure=self.snapshot.change(self.model, loaded))
+
     def load(self, compiled: Compilation, program: RankProgram) -> LoadReport:
         source = self.open_weights()
         try:
@@ -122,6 +132,7 @@ class RankStartup:
 
     def whole_sequences(self, input_names: tuple[str, ...], beside: RankProgram) -> GuardedPrograms[RankProgram]:
         """The program for whole sequences of these inputs, with the weights of `beside` where both hold them alike."""
+        self.refuse_changes([beside])
         options = replace(self.unverified, input_names=input_names)
         compiled, program = self.agreed(lambda: compile_model(self.model, Compilation, self.request, options))
         left = share_weights(beside, program)

@@ -72,7 +72,7 @@ class _Reader:
         if isinstance(value, nn.Module):
             return self._module(value)
         if isinstance(value, torch.Tensor):
-            return _contents(value)
+            return contents_of(value)
         if isinstance(value, (set, frozenset)):
             return type(value), frozenset(map(self.value, value))
         if isinstance(value, Mapping):
@@ -120,7 +120,8 @@ class _Reader:
         return type(tensor), tuple(tensor.shape), tensor.dtype, tensor.requires_grad, number
 
 
-def _contents(tensor: torch.Tensor) -> Hashable:
+def contents_of(tensor: torch.Tensor) -> Hashable:
+    """Shape, dtype and values of a tensor; on meta there are no values."""
     facts = type(tensor), tuple(tensor.shape), tensor.dtype, tensor.requires_grad
     if tensor.is_meta:
         return facts

@@ -12,13 +12,15 @@ from autodist_fx.weights.sources.sample import fingerprint, sampled
 from autodist_fx.weights.sources.source import sliced_shape
 from cost_model.graph.placement import Interval
 
+_ALIGNMENT = 64  # bytes, of memory that torch allocates
+
 
 class ModuleSource:
     """Slices of an nn.Module's parameters and buffers (all names of a tied one), or of a state dict.
 
-    Slices are copies, so that the model can be freed. With `share`, a slice of a parameter that is wanted in one piece
-    and in the dtype that it has lies in the model's own memory: all ranks in one process then hold no weights beside
-    the model's, and see what is written there. Buffers are copied, since a forward pass may write into them. Raises
+    Slices are copies, so that the model can be freed. With `share`, a slice of a parameter that is one run of the
+    model's own memory, and wanted in its dtype, lies there: ranks in one process then hold replicated weights once, and
+    those split along the first dim, too. Buffers are copied, since a forward pass may write into them. Raises
     CheckpointError when the model is on the meta device.
     """
 
@@ -65,8 +67,10 @@ class ModuleSource:
         tensor = self._tensor(name)
         shape = sliced_shape(name, tuple(tensor.shape), dim, intervals, out)
         if out is None:
-            if name in self._shared and dtype in (None, tensor.dtype) and len(intervals) < 2:
-                return tensor if dim is None else _one_piece(tensor, dim, intervals)
+            lends = name in self._shared and dtype in (None, tensor.dtype)
+            piece = _one_piece(tensor, dim, intervals) if lends else None
+            if piece is not None:
+                return piece
             out = torch.empty(shape, dtype=dtype or tensor.dtype, device=tensor.device)
         if dim is None:
             out.copy_(tensor)
@@ -94,9 +98,16 @@ class ModuleSource:
         return self._tensors[name].detach()
 
 
-def _one_piece(tensor: torch.Tensor, dim: int, intervals: Sequence[Interval]) -> torch.Tensor:
-    start, stop = intervals[0] if intervals else (0, 0)
-    return tensor.narrow(dim, start, stop - start)
+def _one_piece(tensor: torch.Tensor, dim: int | None, intervals: Sequence[Interval]) -> torch.Tensor | None:
+    """The slice in the tensor's own memory; None where it has gaps there, or does not begin as memory of its own would:
+    a matmul may round otherwise then, and a simulation differ from processes in the last bit."""
+    if dim is None:
+        return tensor
+    if len(intervals) != 1:
+        return None
+    start, stop = intervals[0]
+    piece = tensor.narrow(dim, start, stop - start)
+    return piece if piece.is_contiguous() and piece.data_ptr() % _ALIGNMENT == 0 else None
 
 
 def _sample(name: str, tensor: torch.Tensor) -> bytes:

@@ -157,11 +157,14 @@ def test_a_model_in_memory_gives_copies_unless_asked_to_share():
     assert not shared.read("weight").requires_grad
     assert shared.read("weight", dtype=torch.float16).dtype == torch.float16
     assert shared.read("weight", dtype=torch.float16).data_ptr() != model.weight.data_ptr()
-    piece, pieces = shared.read("weight", 1, ((1, 3),)), shared.read("weight", 1, ((0, 1), (3, 4)))
+    model = torch.nn.Linear(16, 4)
+    shared = ModuleSource(model, share=True)
+    rows, others = shared.read("weight", 0, ((1, 3),)), [((0, 1), (3, 4)), ((0, 2),)]
+    copies = [shared.read("weight", dim, intervals) for dim, intervals in enumerate(others)]
     with torch.no_grad():
         model.weight.fill_(7.0)
-    assert piece.eq(7.0).all() and not pieces.eq(7.0).any()
-    assert shared.read("weight", 0).shape == (0, 4)
+    assert rows.eq(7.0).all() and not any(copy.eq(7.0).any() for copy in copies)
+    assert shared.read("weight", 0).shape == (0, 16)
     norm = torch.nn.BatchNorm1d(2)
     assert ModuleSource(norm, share=True).read("running_mean").data_ptr() != norm.running_mean.data_ptr()
 
