@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.fx
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from autodist_fx.artifact.writer import save_compiled
@@ -21,6 +23,7 @@ from autodist_fx.simulation.simulator import Simulator
 from autodist_fx.startup.facts import request_facts
 from autodist_fx.startup.from_checkpoint import distribute
 from passes.fx.changes import GraphChanges, graph_changes
+from passes.fx.lazy_graph_module import LazyGraphModule
 from passes.fx.text import graph_diff
 
 
@@ -42,9 +45,25 @@ class CompiledModel(Simulator):
         """For notebooks: the plan."""
         return self.plan._repr_html_()
 
-    def rank(self, rank: int) -> torch.fx.GraphModule:
-        """The GraphModule of global rank `rank`."""
-        return self.program(rank).graph_module
+    def rank(self, rank: int, *, weights: bool = False) -> torch.fx.GraphModule:
+        """The GraphModule of global rank `rank`, whose parameters are on meta: it is to be read.
+
+        With `weights`, one of its own to run, with its share of the model's weights as they are now: alone on a mesh of
+        one rank (torch.compile, torch.export, fx.Interpreter), else inside `passes.ops.comm.using(communicator)`. Both
+        are pickled, saved by torch.save, and copied like any module; torch.load takes such a file with
+        weights_only=False alone. Raises AutodistError where the model has no weights.
+        """
+        program = self.program(rank)
+        LazyGraphModule.force_recompile(program.graph_module)
+        if not weights:
+            return program.graph_module
+        self.source.check_weights("rank(weights=True)")
+        empty = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in program.graph_module.parameters()}
+        own = replace(program, graph_module=copy.deepcopy(program.graph_module, dict(empty)))
+        self.source.fill(self.main, [own])
+        for parameter in own.graph_module.parameters():
+            parameter.data = parameter.data.clone()  # some are the model's own memory
+        return own.graph_module
 
     def graph_diff(self, rank: int) -> str:
         """Unified diff from the traced, normalised graph to that rank's."""

@@ -78,6 +78,10 @@ class SavedSource:
         """See VariantSource: there are none."""
         return {}
 
+    def hooked(self, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See VariantSource: there are none."""
+        return gradients
+
     def _refuse(self, asked: Sequence[str], use_cache: bool, made: Sequence[Variant]) -> NoReturn:
         have = ["; ".join([*v.forms, *_fixed_texts(v.fixed)]) for v in made]
         raise AutodistError(

@@ -18,6 +18,9 @@ FILLED_IN = frozenset({"input_ids", "attention_mask", "position_ids", "cache_pos
 # What every forward with **keywords takes, though its signature doesn't say so (transformers' TransformersKwargs).
 OUTPUT_FLAGS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
+# The same, of tensors: how many labels a loss is divided by, where a batch is one of several (transformers' Trainer).
+KEYWORD_INPUTS = ("num_items_in_batch",)
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -38,11 +41,14 @@ def read_call(model: ModelSignature, inputs: Mapping[str, Any], always: Mapping[
     use_cache = bool(given.pop("use_cache", False)) or "past_key_values" in given
     cache = given.pop("past_key_values", None)
     return_dict = given.pop("return_dict", None)
-    takes = (*model.argument_names, *(OUTPUT_FLAGS if model.takes_keywords else ()))
+    takes = (*model.argument_names, *((*OUTPUT_FLAGS, *KEYWORD_INPUTS) if model.takes_keywords else ()))
     if unknown := sorted(name for name, value in given.items() if name not in takes and value is not None):
         raise AutodistError(
             f"{model.model_class}.forward takes no {', '.join(unknown)}: it takes {', '.join(takes)}"
         )
+    for name in KEYWORD_INPUTS:
+        if isinstance(given.get(name), (int, float)):
+            given[name] = torch.tensor(given[name])  # another one in each call
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
     fixed = {name: value for name, value in always.items() if name not in tensors}
     for name, value in given.items():

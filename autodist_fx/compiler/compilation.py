@@ -14,6 +14,7 @@ from autodist_fx.calls.lengths import Lengths, lengths_of
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.pause_gc import garbage_stays
 from autodist_fx.compiler.source import VariantSource
+from autodist_fx.compiler.torch_state import compiler_state
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
 from autodist_fx.tracing import forms_of
@@ -40,6 +41,7 @@ class Compilation:
         self._set = source.first()
         self._sets = [self._set]  # the one used last comes last
 
+    @compiler_state()
     def follow(self) -> None:
         """Go over to variants of the model as it stands now: traced, planned and verified where its structure is new.
 
@@ -152,6 +154,7 @@ class Compilation:
         """A variant that is none of `variants`, planned for its own lengths; verified like the first."""
         return self._checked(self.source.for_inputs(use_cache=use_cache, input_names=input_names, fixed=fixed))
 
+    @compiler_state()
     def variant_for(self, call: Call, past: int, kept: Mapping[str, Any] | None = None) -> Variant:
         """The variant for this call with `past` tokens in its cache; made at first use. `kept`: what an encoder read
         before."""
@@ -163,6 +166,7 @@ class Compilation:
         lengths = lengths_of(alike[0].forms, {**(kept or {}), **call.tensors}, past)
         return self._fitting(alike, lengths, self._set.others)
 
+    @compiler_state()
     def phases(self) -> tuple[Variant, Variant]:
         """(prompt, step) of a model with a cache of its own; made at first use."""
         if not self._set.prompts or self._set.step is None:
@@ -170,10 +174,12 @@ class Compilation:
             self._set.prompts, self._set.step = [self._checked(prompt)], self._checked(step)
         return self._set.prompts[0], self._set.step
 
+    @compiler_state()
     def prompt_for(self, lengths: Lengths) -> Variant:
         """The variant of a prompt of these lengths, in a model with a cache of its own; made at first use."""
         return self._fitting(self._set.prompts, lengths, self._set.prompts)
 
+    @compiler_state()
     def at_lengths(self, lengths: Lengths) -> Variant:
         """The main variant (that of a prompt, in a model with a cache of its own) at these lengths, by letter.
 
@@ -204,6 +210,7 @@ class Compilation:
             self.verify_variant(variant)
         return variant
 
+    @compiler_state()
     def program_of(self, variant: Variant, rank: int) -> RankProgram:
         """The program of one of `variants`, or of the encoder of one, for global rank `rank`."""
         self.mesh.coordinates(rank)  # names a rank that is not there

@@ -19,6 +19,7 @@ from autodist_fx.compiler.variant import Variant
 from autodist_fx.compiler.variant_set import VariantSet
 from autodist_fx.errors import AutodistError
 from autodist_fx.tracing import InputForm, empty_model, has_own_cache
+from autodist_fx.tracing.hooks import backward_hooks_of
 from autodist_fx.tracing.meta_model import class_of, config_of
 from autodist_fx.tracing.model_structure import structure_of
 from autodist_fx.weights.load import load_rank
@@ -87,6 +88,10 @@ class VariantSource(Protocol):
 
     def trained_parameters(self) -> Mapping[str, str]:
         """Every name of a parameter that wants a gradient -> the first of that parameter's names, in their order."""
+        ...
+
+    def hooked(self, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Whole gradients by first names, as hooks of these parameters leave them."""
         ...
 
 
@@ -164,6 +169,11 @@ class TracingSource:
 
     def check_weights(self, purpose: str) -> None:
         """See VariantSource."""
+        if purpose == "gradients" and (hooks := backward_hooks_of(self.shape)):
+            raise AutodistError(
+                f"{hooks[0]} is called while a model is trained, and gradients of a split model are computed without "
+                "it: remove it, and do what it does with what gradients returns"
+            )
         if isinstance(self.model, PretrainedConfig) or any(p.is_meta for p in self.model.parameters()):
             raise AutodistError(
                 f"{purpose} needs weights: compile a model that has them, not a config or a meta model"
@@ -190,6 +200,15 @@ class TracingSource:
             if parameter.requires_grad:
                 names.setdefault(id(parameter), []).append(name)
         return {name: of_one[0] for of_one in names.values() for name in of_one}
+
+    def hooked(self, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See VariantSource."""
+        for name, parameter in self.shape.named_parameters():
+            hooks = parameter._backward_hooks if name in gradients else None
+            for hook in (hooks or {}).values():
+                changed = hook(gradients[name])
+                gradients[name] = gradients[name] if changed is None else changed
+        return gradients
 
     @property
     def _own_lengths(self) -> PlanRequest:

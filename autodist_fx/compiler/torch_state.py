@@ -1,4 +1,4 @@
-"""torch's own state while a model is compiled: what the caller has set for a computation is not for the compiler."""
+"""torch's own state while a model is compiled, and while it runs: what the caller has set for a computation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
+from autodist_fx.errors import AutodistError
+from autodist_fx.tracing.hooks import refuse_global_hooks
 from autodist_fx.tracing.patches import PATCH_LOCK
 
 _DEVICES = ("cpu", "cuda")
@@ -15,6 +17,17 @@ _DEVICES = ("cpu", "cuda")
 def autocast_devices() -> list[str]:
     """Kinds of devices for which the caller has torch.autocast on."""
     return [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+
+
+def refuse_ambient(purpose: str) -> None:
+    """Raises AutodistError where something that the caller has set would change what a model computes, and is not in
+    the graphs for `purpose` ("simulate"): torch.autocast, and hooks of all modules."""
+    refuse_global_hooks()
+    if devices := autocast_devices():
+        raise AutodistError(
+            f"{purpose} computes in the dtypes that the model has, and torch.autocast is on ({', '.join(devices)}): "
+            "call it outside of autocast, with the model converted by .to(torch.bfloat16)"
+        )
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import torch.fx
 from autodist_fx.calls.call import Call, read_call
 from autodist_fx.calls.lengths import lengths_of
 from autodist_fx.compiler.compilation import Compilation
+from autodist_fx.compiler.torch_state import refuse_ambient
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.kv_cache import local_cache
@@ -33,9 +34,11 @@ class Simulator(Compilation):
 
         With `use_cache` or a cache among the inputs, `past_key_values` in the output is a `SimulatedCache`, to be
         passed to the next call; None starts an empty one. What an encoder reads is given in the first call, in which
-        it runs, and may be left out later. Raises AutodistError where the model has no weights.
+        it runs, and may be left out later. Runs in the caller's grad and inference mode. Raises AutodistError where the
+        model has no weights, under torch.autocast, and where hooks are registered for all modules.
         """
         self.source.check_weights("simulate")
+        refuse_ambient("simulate")
         self.follow()
         call = read_call(self.source.signature, inputs, self.source.always)
         if call.use_cache and self.source.has_own_cache:
@@ -76,12 +79,15 @@ class Simulator(Compilation):
         leaves in `model`, by the names of its `named_parameters()`, each whole; those it leaves at None are left out.
 
         Needs `compile(..., train=True)`, a model with weights, and inputs that it computes a loss from (`labels=...`).
-        The model stays as it is, and so do its own `.grad`. Raises AutodistError where one of these is missing;
+        Hooks of parameters (`register_hook`) get the whole gradients. The model stays as it is, and so do its own
+        `.grad`. Raises AutodistError where one of these is missing, and for what gradients are computed without:
+        backward hooks of modules, hooks that run when `.grad` has been added to, torch.autocast. Raises
         CommunicationError where ranks that hold the same elements have different gradients of them.
         """
         if not self.options.train:
             raise AutodistError("these programs are for inference: compile with train=True for gradients")
         self.source.check_weights("gradients")
+        refuse_ambient("gradients")
         self.follow()
         call = read_call(self.source.signature, inputs, self.source.always)
         if call.use_cache:
@@ -92,7 +98,7 @@ class Simulator(Compilation):
         found = glued(programs, run_backward(programs, call.tensors)[1])
         first_names = self.source.trained_parameters()
         whole = {first_names[name]: gradient for name, gradient in found.items() if name in first_names}
-        return {name: whole[name] for name in dict.fromkeys(first_names.values()) if name in whole}
+        return self.source.hooked({n: whole[n] for n in dict.fromkeys(first_names.values()) if n in whole})
 
     def _simulate_own_cache(self, inputs: dict[str, Any], call: Call) -> Any:
         """One call of a model whose cache is its own: the prompt's graph first, then the step's."""

@@ -265,17 +265,18 @@ def remove_parametrizations(module: nn.Module, tensor_name: str, leave_parametri
 
 def state_of(attached: Attached) -> tuple[object, ...]:
     """What decides what it computes, as far as it can be seen: equal before and after a call that leaves nothing."""
-    return tuple(_reached(attached.function))
+    return tuple(reached(attached.function))
 
 
-def _reached(start: object) -> Iterator[object]:
-    """The values that a function reaches: in its closure, its defaults, the globals that it names, its object."""
+def reached(start: object, *, modules: bool = True) -> Iterator[object]:
+    """The values that a function reaches: in its closure, its defaults, the globals that it names, its object. Numbers
+    and text by value, all else by identity; tensors also by how often they were written. `modules`: with attributes."""
     seen: set[int] = set()
     left = [start]
     while left and len(seen) < _MOST_VALUES:
         value = left.pop()
         if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-            yield value
+            yield repr(value)
             continue
         yield id(value)
         if id(value) in seen:
@@ -284,7 +285,8 @@ def _reached(start: object) -> Iterator[object]:
         if isinstance(value, torch.Tensor):
             yield None if value.is_inference() else value._version
         elif isinstance(value, nn.Module):
-            yield tuple((name, id(item)) for name, item in _attributes(value).items())
+            if modules:
+                yield tuple((name, id(item)) for name, item in _attributes(value).items())
         else:
             left += _inside(value)
 

@@ -25,6 +25,7 @@ TOKENS: dict[str, Dims] = {
     "token_type_ids": ("B", "S"),
     "labels": ("B", "S"),
     "cache_position": ("S",),
+    "num_items_in_batch": (),
 }
 # What differs, or is there besides, where an encoder reads the main input and a decoder writes.
 ENCODER_DECODER_TOKENS: dict[str, Dims] = {

@@ -2,7 +2,8 @@
 
 Two structures of one model are equal as long as a new trace would give the same graph. It differs after what changes
 modules, names, shapes, dtypes, ties or `requires_grad`, the mode (train or eval), the config, an attribute of a module
-(an adapter that is switched, its scaling), a hook or a forward that is patched. Values of parameters and buffers are
+(an adapter that is switched, its scaling), a hook or a forward that is patched, what these reach, or torch's default
+dtype. Values of parameters and buffers are
 inputs of a graph; tensors that are neither become its constants, so that their contents count.
 """
 
@@ -23,13 +24,14 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from autodist_fx.tracing.hooks import reached
 from autodist_fx.tracing.meta_model import holds_tensors, names_left_by_calls
 from autodist_fx.tracing.patches import FLAGS_SET_FOR_TRACING, PATCH_LOCK
 
 _PLAIN = frozenset((type(None), bool, int, str, bytes, complex, type, torch.dtype, torch.device))
 _CONTAINERS = frozenset((dict, OrderedDict, set))
 _APART = (  # equal to themselves alone: what these hold is not read
-    types.FunctionType, types.ModuleType, logging.Logger, PreTrainedTokenizerBase, torch.optim.Optimizer,
+    types.ModuleType, logging.Logger, PreTrainedTokenizerBase, torch.optim.Optimizer,
 )  # fmt: skip
 _FLAGS = frozenset((*FLAGS_SET_FOR_TRACING, *(f"_{name}" for name in FLAGS_SET_FOR_TRACING)))
 
@@ -37,7 +39,7 @@ _FLAGS = frozenset((*FLAGS_SET_FOR_TRACING, *(f"_{name}" for name in FLAGS_SET_F
 def structure_of(model: nn.Module | PretrainedConfig) -> Hashable:
     """Read the structure of a model, or of a config, as it stands: a few ten milliseconds for 1000 modules."""
     with PATCH_LOCK:  # a trace in another thread replaces the forward of classes while it lasts
-        return _Reader().value(model)
+        return torch.get_default_dtype(), _Reader().value(model)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -90,6 +92,8 @@ class _Reader:
             return GenerationConfig
         if isinstance(value, np.ndarray):
             return np.ndarray, value.shape, value.dtype.str, _digest(value)
+        if isinstance(value, types.FunctionType):  # of a hook, say, which adds a vector times a number
+            return _Itself(value), *reached(value, modules=False)
         if isinstance(value, _APART):
             return _Itself(value)
         attributes = getattr(value, "__dict__", None)

@@ -42,7 +42,12 @@ PATCH_LOCK = threading.RLock()  # reentrant: traceable() may be entered by a hol
 
 @contextlib.contextmanager
 def traceable(
-    model: PreTrainedModel, *, use_cache: bool, records: bool = False, keeps_states: bool = False
+    model: PreTrainedModel,
+    *,
+    use_cache: bool,
+    records: bool = False,
+    keeps_states: bool = False,
+    keywords: Sequence[str] = (),
 ) -> Iterator[None]:
     """While it lasts, `model` can be run on meta tensors and traced; everything is put back in the end, on error too.
 
@@ -50,6 +55,7 @@ def traceable(
     `ModelOutput`, no attention maps, no hidden states but where the call asks for them), and restored with the rest.
     `records`: the call does; then the wrappers that collect what layers return stay where they are. `keeps_states`:
     tensors that modules of `model` (a copy) are left with are the states of a recurrence, to be read afterwards.
+    `keywords`: what goes into forward's **kwargs and is an input of the graph.
     """
     with PATCH_LOCK, contextlib.ExitStack() as undo:
 
@@ -85,6 +91,9 @@ def traceable(
                 vars(model)["forward"] = types.MethodType(run, model)
                 undo.callback(vars(model).pop, "forward")
             patch(type(model), "forward", _with_signature_of(run, calls_attached(run)))
+        if keywords:
+            run = type(model).forward
+            patch(type(model), "forward", _with_signature_of(run, run, keywords))
         patch(GradientCheckpointingLayer, "__call__", _call_as_module)
         if not keeps_states:
             undo.enter_context(kept_tensors(model))
@@ -135,16 +144,22 @@ def _without_wrappers(forward: Any) -> Any:
     return forward
 
 
-def _with_signature_of(plain: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    """`wrapper`, as a function with the argument names of `plain` in its own code, which is where fx reads them."""
+def _with_signature_of(
+    plain: Callable[..., Any], wrapper: Callable[..., Any], keywords: Sequence[str] = ()
+) -> Callable[..., Any]:
+    """`wrapper`, as a function with the argument names of `plain` in its own code, which is where fx reads them;
+    `keywords` are more of them."""
     parameters = list(inspect.signature(plain).parameters.values())
+    starred = [p for p in parameters if p.kind is p.VAR_KEYWORD]
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in keywords]
+    parameters = [*(p for p in parameters if p not in starred), *more, *starred]
     stars = {inspect.Parameter.VAR_KEYWORD: "**", inspect.Parameter.VAR_POSITIONAL: "*"}
     own, *others = parameters
     takes = [f"{stars[p.kind]}{p.name}" if p.kind in stars else f"{p.name}=None" for p in others]
     gives = [f"{stars[p.kind]}{p.name}" if p.kind in stars else f"{p.name}={p.name}" for p in others]
     made: dict[str, Any] = {"wrapper": wrapper}
     exec(f"def forward({', '.join([own.name, *takes])}):\n    return wrapper({', '.join([own.name, *gives])})", made)
-    made["forward"].__signature__ = inspect.signature(plain)
+    made["forward"].__signature__ = inspect.signature(plain).replace(parameters=parameters)
     return made["forward"]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from autodist_fx.calls.call import OUTPUT_FLAGS
+from autodist_fx.calls.call import KEYWORD_INPUTS, OUTPUT_FLAGS
 from autodist_fx.calls.outputs import flat
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, cache_layers, layer_kinds
@@ -151,7 +151,11 @@ def _trace(
     """The model, and whether each value in its graph could be computed on the example inputs."""
     meta_model = empty_model(model) if isinstance(model, PretrainedConfig) else meta_copy(model)
     choose_attention(meta_model)
-    accepted = [name for name, p in inspect.signature(meta_model.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
+    parameters = inspect.signature(meta_model.forward).parameters
+    accepted = [name for name, p in parameters.items() if p.kind != p.VAR_KEYWORD]
+    takes_more = len(accepted) < len(parameters)
+    more = [n for n in KEYWORD_INPUTS if takes_more and n in (input_names or ()) and n not in accepted]
+    accepted += more
     names = _input_names(meta_model, accepted, input_names, use_cache)
     fixed, keywords = _fixed_arguments(meta_model, accepted, names, use_cache, concrete_args)
     if passing_cache and "past_key_values" in fixed and not has_encoder(meta_model):
@@ -160,7 +164,7 @@ def _trace(
     records = any(name.startswith("output_") and value for name, value in concrete_args.items())
     tracer = None
     try:
-        with traceable(meta_model, use_cache=use_cache, records=records), torch.no_grad():
+        with traceable(meta_model, use_cache=use_cache, records=records, keywords=more), torch.no_grad():
             examples = ExampleInputs(
                 input_names=names,
                 config=meta_model.config,
@@ -263,7 +267,7 @@ def _fixed_arguments(
         raise TracingError(
             f"{type(model).__name__}.forward takes no {', '.join(unknown)}: leave it out of concrete_args"
         )
-    fixed = get_concrete_args(model, list(names))
+    fixed = get_concrete_args(model, [n for n in names if n in inspect.signature(model.forward).parameters])
     if "use_cache" in fixed:
         fixed["use_cache"] = use_cache
     if not use_cache and "past_key_values" in fixed and shares_keys_between_layers(model.config):

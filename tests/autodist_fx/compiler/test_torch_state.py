@@ -6,10 +6,11 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 
 import autodist_fx as adx
 from autodist_fx.api.compiled_model import CompiledModel
-from autodist_fx.errors import TracingError
+from autodist_fx.errors import AutodistError, TracingError
 from tests.support.gradients import batch_of, eager_gradients, gradient_errors
 from tests.support.models import padded_batch, relative_error, tiny_model
 
@@ -55,3 +56,78 @@ def test_threads_compile_and_run_models_meanwhile() -> None:
     assert eager and max(eager) < 1e-12
     for index, logits in enumerate(wanted):
         assert relative_error(compiled[index].simulate(input_ids=IDS).logits, logits) < 1e-9
+
+
+def test_autocast_and_hooks_of_all_modules_are_refused_at_a_call() -> None:
+    model = tiny_model("gpt2")
+    compiled = adx.compile(model, tp=2, train=True)
+    calls = {"simulate": compiled.simulate, "gradients": compiled.gradients}
+    for name, call in calls.items():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with pytest.raises(AutodistError, match=rf"{name}.*autocast is on"):
+                call(**batch_of())
+        handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: None)
+        with pytest.raises(AutodistError, match=r"forward pre-hook .*registered for all modules"):
+            call(**batch_of())
+        handle.remove()
+        call(**batch_of())
+
+
+def test_calls_in_inference_mode() -> None:
+    model = tiny_model("gpt2")
+    compiled = adx.compile(model, tp=2, pp=2, train=True)
+    with torch.inference_mode():
+        wanted = model(IDS).logits
+        found = compiled.simulate(input_ids=IDS).logits
+        assert found.is_inference() and relative_error(found, wanted) < 1e-9
+    wanted_gradients = eager_gradients(model, batch_of())
+    assert max(gradient_errors(compiled.gradients(**batch_of()), wanted_gradients).values()) < 1e-9
+
+
+def test_another_default_dtype_is_followed() -> None:
+    model = tiny_model("llama")  # makes its causal mask, and the numbers in it, of the default dtype's
+    compiled = adx.compile(model, tp=2)
+    before = compiled.graph
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            assert relative_error(compiled.simulate(input_ids=IDS).logits, model(IDS).logits) < 1e-6
+        assert compiled.graph is not before
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_hooks_that_come_go_and_change_are_followed() -> None:
+    model, scale = tiny_model("gpt2"), {"by": 2.0}
+    compiled = adx.compile(model, tp=2)
+
+    def error() -> float:
+        with torch.no_grad():
+            return relative_error(compiled.simulate(input_ids=IDS).logits, model(IDS).logits)
+
+    assert error() < 1e-9
+    handle = model.transformer.h[0].mlp.register_forward_hook(lambda module, args, output: output * scale["by"])
+    assert error() < 1e-9
+    scale["by"] = 3.0
+    assert error() < 1e-9
+    handle.remove()
+    assert error() < 1e-9
+
+
+def test_hooks_of_gradients() -> None:
+    model = tiny_model("gpt2")
+    mask = (torch.arange(48) % 2).double()
+    calls: list[int] = []
+    model.transformer.h[0].mlp.c_fc.weight.register_hook(lambda gradient: gradient * mask[:, None])
+    model.transformer.ln_f.weight.register_hook(lambda gradient: calls.append(gradient.numel()))
+    wanted = eager_gradients(model, batch_of())
+    compiled = adx.compile(model, tp=2, pp=2, train=True)
+    assert max(gradient_errors(compiled.gradients(**batch_of()), wanted).values()) < 1e-9
+    assert calls == [48, 48]
+    handle = model.transformer.h[0].register_full_backward_hook(lambda module, given, got: None)
+    with pytest.raises(AutodistError, match=r"the backward hook .*lambda.* of transformer.h.0 is called while"):
+        compiled.gradients(**batch_of())
+    handle.remove()
+    model.lm_head.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.raises(AutodistError, match=r"the post-accumulate-grad hook .* of transformer.wte.weight"):
+        compiled.gradients(**batch_of())

@@ -11,8 +11,8 @@ import autodist_fx as adx
 from autodist_fx.errors import AutodistError
 from tests.support.encoders import output_error, text_batch, tiny_encoder
 from tests.support.float64 import in_float64
-from tests.support.gradients import check_gradients
-from tests.support.models import padded_batch, relative_error
+from tests.support.gradients import batch_of, check_gradients
+from tests.support.models import padded_batch, relative_error, tiny_model
 from tests.support.moe import tiny_moe_model
 
 
@@ -61,6 +61,20 @@ def test_losses_of_routers(family: str) -> None:
             wanted, found = model(**inputs), compiled.simulate(**inputs)
             for name in ("loss", "aux_loss", "logits"):
                 assert relative_error(found[name], wanted[name]) < 1e-9, name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_loss_over_a_number_of_items(family: str) -> None:
+    with in_float64():
+        model = tiny_model(family)
+        check_gradients(model, {**batch_of(), "num_items_in_batch": torch.tensor(23)}, (2, 2))
+        compiled = adx.compile(model, tp=2)
+        with torch.no_grad():
+            for items in (7, torch.tensor(8), 9.5):
+                wanted = model(**batch_of(), num_items_in_batch=items).loss
+                found = compiled.simulate(**batch_of(), num_items_in_batch=items).loss
+                assert relative_error(found, wanted) < 1e-9
+        assert len(compiled.variants) <= 3  # a number is an input, and no graph of its own
 
 
 def test_everything_frozen_has_no_gradients() -> None:
