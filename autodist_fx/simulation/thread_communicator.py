@@ -96,7 +96,8 @@ class ThreadWorld:
             raise
         if self._failure is not None:
             raise self._failure
-        self._refuse_unread_mail()
+        if self._incident is None:  # else what was on its way was broken off
+            self._refuse_unread_mail()
         return results
 
     def wait(self, rank: int, ready: Callable[[], bool], what: Callable[[], str]) -> None:

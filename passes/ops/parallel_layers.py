@@ -50,7 +50,8 @@ class VocabParallelEmbedding(nn.Module):
     """A rank's rows of the table: ids [b, s] -> [b, s, d], zero for rows of other ranks; a sum is still owed.
 
     `intervals` are the rows [start, stop) held, in the order in which they lie in `weight`, of `rows` in the whole
-    table. An id outside the whole table is an error, as in nn.Embedding, on the rank at that end of the table.
+    table. An id outside the whole table is an error, as in nn.Embedding: IndexError on every rank alike, whichever rows
+    it holds (on CUDA, where looking at ids would wait for them, the lookup's own, at that end of the table).
     `padding_idx`, of the whole table: the row that gets no gradient.
     """
 
@@ -70,6 +71,10 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.num_embeddings, embedding_dim, dtype=dtype, device="meta"))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if ids.device.type == "cpu" and ids.numel():
+            lowest, highest = (int(id_) for id_ in torch.aminmax(ids))
+            if lowest < 0 or highest >= self.rows:
+                raise IndexError(f"ids from {lowest} to {highest}, and the embedding has rows 0 to {self.rows - 1}")
         if self.num_embeddings == 0:
             return self.weight.sum(0).expand(*ids.shape, -1)  # zeros, which backward comes through as elsewhere
         if len(self.intervals) == 1:

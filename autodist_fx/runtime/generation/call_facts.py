@@ -25,7 +25,10 @@ def arguments_of(signature: inspect.Signature, model: object, args: Sequence[Any
     for name, value in list(bound.arguments.items())[1:]:
         kind = signature.parameters[name].kind
         given.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
-    return {name: value for name, value in given.items() if value is not None and name not in _MAY_DIFFER}
+    found = {name: value for name, value in given.items() if value is not None and name not in _MAY_DIFFER}
+    if "synced_gpus" in signature.parameters:  # of generate, whose defaults are the model's
+        found["the model's generation_config"] = getattr(model, "generation_config", None)
+    return found
 
 
 def facts_of_call(arguments: Mapping[str, Any]) -> dict[str, str]:

@@ -25,12 +25,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.cross_cache import Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache
+from autodist_fx.runtime.generation.collective_call import collective
 from autodist_fx.runtime.generation.follower import Follower
 from autodist_fx.runtime.generation.leader import GrowingMask, Leader
 from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.step_runner import StepRunner
 
 _GENERATE = inspect.signature(GenerationMixin.generate)
+_SYNCED_GPUS = [*_GENERATE.parameters].index("synced_gpus") - 1  # its position, after self
 
 
 class DistributedCausalLM(StepRunner, GenerationMixin):
@@ -55,6 +57,7 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
         """An empty cache for `past_key_values=`; to be made on every rank."""
         return self.caches.new()
 
+    @collective
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -116,13 +119,15 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
             logits = self._share_logits(logits)
         return CausalLMOutputWithPast(logits=logits, past_key_values=None if use_cache is False else cache)
 
+    @functools.partial(collective, takes=GenerationMixin.generate)
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`: called on every rank with the same arguments, gives every rank the same tokens.
 
         A `streamer` may be passed on any of the ranks. Logits processors and stopping criteria are called on the driver
-        alone. With `return_dict_in_generate`, scores and logits are the driver's, the sequences everyone's. What the
-        driver raises, all ranks raise. Assisted generation is refused: the graphs give the logits of one position.
+        alone. With `return_dict_in_generate`, scores and logits are the driver's, the sequences everyone's. What any
+        rank raises, all ranks raise, and the next call works. Arguments that differ are named on all ranks. Assisted
+        generation is refused: the graphs give the logits of one position.
         """
         if self._leader is not None:  # called by transformers' generate itself: to heal tokens, say
             return super().generate(*args, **kwargs)
@@ -148,6 +153,10 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
             raise AutodistError(
                 "generating over ranks takes no token_type_ids: call the tokenizer with return_token_type_ids=False"
             )
+        if len(args) > _SYNCED_GPUS:  # of which transformers would ask all processes, and this is one: ours are in step
+            args = (*args[:_SYNCED_GPUS], False, *args[_SYNCED_GPUS + 1 :])
+        elif kwargs.get("synced_gpus"):
+            kwargs["synced_gpus"] = False
         return generate(*args, **kwargs)
 
     @staticmethod

@@ -24,7 +24,6 @@ from autodist_fx.runtime.generation.step_messages import (
     CropMessage,
     EncodeMessage,
     EndMessage,
-    ErrorMessage,
     OutputKind,
     PrepareMessage,
     ReorderMessage,
@@ -70,7 +69,7 @@ class Follower:
 
     def follow(self, finish_sends: Callable[[], None]) -> Any:
         """Do what the leader says until it says that this is the end; the same result as on the driver. `finish_sends`
-        lets go of what was sent. Raises what the leader raised."""
+        lets go of what was sent. What the leader raises, ends the waits here (collective_call.py)."""
         while True:
             finish_sends()
             match self._channel.hear():
@@ -85,8 +84,6 @@ class Follower:
                 case PrepareMessage() as message:
                     with contextlib.suppress(AutodistError):  # the leader has the same, and says it
                         self._model.prepare(message.lengths)
-                case ErrorMessage() as message:
-                    raise self._channel.heard_error(message)
                 case EndMessage() as message:
                     return self._end(message)
                 case message:

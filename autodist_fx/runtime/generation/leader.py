@@ -72,13 +72,8 @@ class Leader:
         self.encoded: Encoded | None = None  # what the encoder gave last, held until the end
 
     def lead(self, generate: Callable[[], Any]) -> Any:
-        """What transformers' `generate` returns, which then all ranks have; what it raises, all ranks raise."""
-        try:
-            result = generate()
-        except BaseException as error:
-            if self._channel is not None:
-                self._channel.say_error(error)
-            raise
+        """What transformers' `generate` returns, which then all ranks have."""
+        result = generate()
         self._say(self._end(result))
         self._finish_sends()
         return result

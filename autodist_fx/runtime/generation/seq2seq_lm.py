@@ -23,6 +23,7 @@ from autodist_fx.runtime.cache.cross_cache import CrossCache, Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache, encoder_view, local_cache
 from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM, refuse_inner_outputs
+from autodist_fx.runtime.generation.collective_call import collective
 from autodist_fx.runtime.generation.encoder_output import EncoderOutput, EncoderStandIn
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, only
 from autodist_fx.runtime.generation.step import Step
@@ -82,6 +83,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
         return self._encoder
 
+    @collective
     def forward(  # type: ignore[override]
         self,
         input_ids: torch.Tensor | None = None,
@@ -177,6 +179,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         cache.kinds, cache.numbers, cache.inputs = self.program.cache_kinds, self.program.cache_layers, {}
         return cache
 
+    @collective
     def encode(self, inputs: Mapping[str, torch.Tensor | None]) -> EncoderOutput:
         """Run the encoder, on all ranks; called on the driver alone while it generates."""
         rows, length = self._main_input(inputs).shape[:2]

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import builtins
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from autodist_fx import errors
-from autodist_fx.errors import AutodistError, RemoteRankError
 from autodist_fx.runtime.comm.channels import Channel
-from autodist_fx.runtime.generation.step_messages import BLOCK, ErrorMessage, Message, TensorSpec
+from autodist_fx.runtime.generation.step_messages import BLOCK, Message, TensorSpec
 from passes.ops.comm import Communicator
-
-_PLAIN_ERRORS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError)
 
 
 class StepChannel:
@@ -54,18 +48,3 @@ class StepChannel:
     def receive(self, spec: TensorSpec, channel: Channel) -> torch.Tensor:
         """A tensor that a message of the leader's announced."""
         return self._communicator.recv(spec.shape, spec.dtype, self._device, self._leader, channel)
-
-    def say_error(self, error: BaseException) -> None:
-        """`error` ends the generation everywhere."""
-        self.say(ErrorMessage(type(error).__name__, str(error)))
-
-    def heard_error(self, message: ErrorMessage) -> Exception:
-        """The error that the leader raised, of the same class where that is a built-in or one of ours."""
-        name = message.type_name
-        kind: Any = getattr(errors, name, None) or getattr(builtins, name, None)
-        if isinstance(kind, type) and issubclass(kind, (AutodistError, *_PLAIN_ERRORS)):
-            error: Exception = kind(message.text)
-        else:
-            error = RemoteRankError(f"{name}: {message.text}")
-        error.add_note(f"raised on rank {self._leader}, which drives the generation")
-        return error

@@ -43,9 +43,8 @@ class Command(IntEnum):
     REORDER = 2
     CROP = 3
     END = 4
-    ERROR = 5
-    ENCODE = 6
-    PREPARE = 7
+    ENCODE = 5
+    PREPARE = 6
 
 
 class OutputKind(IntEnum):
@@ -232,29 +231,6 @@ class EndMessage(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class ErrorMessage(Message):
-    """What the leader raised: it ends the generation everywhere."""
-
-    command: ClassVar[Command] = Command.ERROR
-
-    type_name: str
-    text: str
-
-    def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
-        name, text = self.type_name.encode(), self.text.encode(errors="backslashreplace")
-        padded = bytearray(name + text + b"\0" * (-len(name + text) % 8))
-        return (len(name), len(text)), (torch.frombuffer(padded, dtype=torch.long),) if padded else ()
-
-    @classmethod
-    def _from_content(cls, numbers: Sequence[int], payload: torch.Tensor) -> ErrorMessage:
-        name, text, *_ = numbers
-        _check(cls, 0, _MOST, type_name=name, text=text)
-        _check_payload(cls, payload, -(-(name + text) // 8))
-        encoded = payload.cpu().numpy().tobytes()[: name + text]
-        return cls(encoded[:name].decode(errors="replace"), encoded[name:].decode(errors="replace"))
-
-
-@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Dtype and shape of a tensor that follows on a channel of its own."""
 
@@ -326,7 +302,7 @@ class PrepareMessage(Message):
 _KINDS: dict[int, type[Message]] = {
     kind.command: kind
     for kind in (
-        StepMessage, ReorderMessage, CropMessage, EndMessage, ErrorMessage, EncodeMessage, PrepareMessage
+        StepMessage, ReorderMessage, CropMessage, EndMessage, EncodeMessage, PrepareMessage
     )
 }  # fmt: skip
 

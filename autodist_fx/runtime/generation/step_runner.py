@@ -21,6 +21,7 @@ from autodist_fx.runtime.cache.cross_cache import Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache, local_cache
 from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.runtime.failing_node import name_failing_node
+from autodist_fx.runtime.generation.collective_call import CallCommunicator, CollectiveCalls
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, only
 from autodist_fx.runtime.generation.leader import Leader
 from autodist_fx.runtime.generation.step import Step
@@ -28,7 +29,7 @@ from autodist_fx.runtime.generation.step_channel import StepChannel
 from autodist_fx.runtime.generation.step_messages import EncodeMessage
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
-from passes.ops.comm import Communicator, using
+from passes.ops.comm import using
 from passes.program.rank_program import RankProgram
 
 _LOGITS_DIMS = 3  # batch, tokens, vocabulary
@@ -47,7 +48,7 @@ class StepRunner(nn.Module):
     def __init__(
         self,
         program: RankProgram,
-        communicator: Communicator,
+        communicator: CallCommunicator,
         config: PretrainedConfig,
         generation_config: GenerationConfig | None = None,
         *,
@@ -77,6 +78,7 @@ class StepRunner(nn.Module):
         self._inputs = frozenset(plain.get(name, name) for name in program.input_names)
         self._leader: Leader | None = None  # on the driver, while it generates
         self.caches = CacheTable(self._announced_cache)
+        self.calls = CollectiveCalls(communicator, mesh, program.rank, self.device)
 
     @property
     def mesh(self) -> Mesh:

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from autodist_fx.calls.lengths import lengths_of
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+from autodist_fx.runtime.generation.collective_call import collective
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from passes.program.rank_program import RankProgram
 
@@ -36,6 +37,7 @@ class TwoGraphCausalLM(DistributedCausalLM):
         # Not a submodule: its weights are this model's own, and parameters() should name them once.
         self._whole: dict[tuple[str, ...], GuardedPrograms[RankProgram]] = {}
 
+    @collective
     def forward(  # type: ignore[override]  # what only the cached graph takes is passed on
         self,
         input_ids: torch.Tensor | None = None,

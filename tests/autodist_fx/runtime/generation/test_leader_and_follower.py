@@ -20,7 +20,6 @@ from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.step_messages import (
     CropMessage,
     EndMessage,
-    ErrorMessage,
     Message,
     OutputKind,
     PrepareMessage,
@@ -86,9 +85,6 @@ class Heard:
 
     def hear(self) -> Message:
         return self._messages.pop(0)
-
-    def heard_error(self, message: ErrorMessage) -> Exception:
-        return ValueError(message.text)
 
 
 class Ran:
@@ -162,8 +158,6 @@ def test_it_ends_as_the_leader_does() -> None:
         output = follow(model, step(), EndMessage(kind, END.sequences, cache=1))
         assert output["sequences"].tolist() == END.sequences.tolist()
         assert output["past_key_values"] is not None and output["past_key_values"].number == 1
-    with pytest.raises(ValueError, match="no such option"):
-        follow(model, step(), ErrorMessage("ValueError", "no such option"))
 
 
 def test_what_cannot_be_prepared_is_for_the_leader_to_say() -> None:

@@ -18,7 +18,6 @@ from autodist_fx.runtime.generation.step_messages import (
     CropMessage,
     EncodeMessage,
     EndMessage,
-    ErrorMessage,
     Message,
     OutputKind,
     PrepareMessage,
@@ -75,7 +74,6 @@ MESSAGES = st.one_of(
     ends(),
     st.builds(ReorderMessage, NUMBERS, st.integers(0, 200).flatmap(lambda n: integers(n))),
     st.builds(CropMessage, NUMBERS, st.integers(-(1 << 40), 1 << 40)),
-    st.builds(ErrorMessage, st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8"), max_size=200)),
     st.builds(EncodeMessage, NUMBERS, st.lists(st.none() | SPECS, max_size=40).map(tuple)),
     st.builds(PrepareMessage, LENGTHS),
 )
@@ -145,8 +143,6 @@ DAMAGED = {
     "CropMessage came with a payload of 1 integers, not 0": damaged(2, 1, CROP),
     "EndMessage came with kind=3": damaged(3, 3, END),
     "EndMessage came with a payload of 8 integers, not 12": damaged(4, 3, END),
-    "ErrorMessage came with text=-1": damaged(4, -1, ErrorMessage("ValueError", "no")),
-    "ErrorMessage came with a payload of 2 integers, not 3": damaged(4, 12, ErrorMessage("ValueError", "no")),
     "EncodeMessage came with encoded=0": damaged(3, 0, ENCODE),
     "EncodeMessage came with a payload of 10 integers, not 15": damaged(4, 3, ENCODE),
     "EncodeMessage came with dtype=7": damaged(15, 7, ENCODE),
@@ -183,8 +179,7 @@ def test_a_message_cut_off_or_of_another_class_is_refused() -> None:
 
 
 def test_every_command_has_its_message() -> None:
-    rows, error = torch.arange(3), ErrorMessage("ValueError", "no")
-    examples = [step(), CROP, PREPARE, ENCODE, END, ReorderMessage(1, rows), error]
+    examples = [step(), CROP, PREPARE, ENCODE, END, ReorderMessage(1, torch.arange(3))]
     assert sorted(message.command for message in examples) == sorted(Command)
     assert all(type(Message.unpack(message.pack())) is type(message) for message in examples)
 
