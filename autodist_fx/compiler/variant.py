@@ -61,11 +61,11 @@ class Variant:
         use_cache: bool,
         input_names: Sequence[str] | None,
         concrete_args: Mapping[str, object] | None,
-        given: PartitionPlan | None,
+        plan: PartitionPlan | None,
         forms: Mapping[str, InputForm] | None = None,
     ) -> Variant:
         traced, again = traced_once(model, use_cache, input_names, concrete_args, forms)
-        variant = cls.of(traced, request, given, unusual(_parameters(model), concrete_args or {}))
+        variant = cls.of(traced, request, plan, unusual(_parameters(model), concrete_args or {}))
         variant.trace_again = again
         return variant
 
@@ -76,14 +76,14 @@ class Variant:
         model: PreTrainedModel | PretrainedConfig,
         request: PlanRequest,
         concrete_args: Mapping[str, object] | None,
-        given: PartitionPlan | None,
+        plan: PartitionPlan | None,
     ) -> tuple[Variant, Variant]:
-        """(prompt, step) of a model with a cache of its own; `given` is a plan for the step."""
+        """(prompt, step) of a model with a cache of its own; `plan` is a plan for the step."""
         traced, step = phases_once(model, concrete_args)
         fixed = unusual(_parameters(model), concrete_args or {})
         prompt = cls.of(traced, request, None, fixed)
         prompt.trace_again = lambda sizes: trace_phases(model, concrete_args, sizes)[0]
-        return prompt, cls.of(step, request, given, fixed)
+        return prompt, cls.of(step, request, plan, fixed)
 
     def at_lengths(self, lengths: Lengths, request: PlanRequest, others: Sequence[Variant]) -> Variant:
         """The graph for the same call with these lengths, at which the model's code goes another way than in this one
@@ -142,23 +142,23 @@ class Variant:
 
     @classmethod
     def of(
-        cls, traced: TracedModel, request: PlanRequest, given: PartitionPlan | None, fixed: dict[str, object]
+        cls, traced: TracedModel, request: PlanRequest, plan: PartitionPlan | None, fixed: dict[str, object]
     ) -> Variant:
         """`fixed`: the arguments it was traced with that are not inputs. Normalises what is not normalised yet."""
         graph = planned_graph(traced)
         print_of_it = fingerprint(graph)
-        if given is None:
-            given = make_plan(graph, request, model=traced.model_class, fingerprint=print_of_it)
+        if plan is None:
+            plan = make_plan(graph, request, model=traced.model_class, fingerprint=print_of_it)
         else:
-            _refuse_foreign(given, print_of_it, traced.model_class)
-            check_plan(given, graph)
+            _refuse_foreign(plan, print_of_it, traced.model_class)
+            check_plan(plan, graph)
             if request.strict:
-                refuse_missing_rules(graph, given)
+                refuse_missing_rules(graph, plan)
         names = parameter_names(traced.graph_module)
         known, order = traced.forms(), _output_order(traced.graph_module)
         if CROSS in traced.layer_kinds:
-            return cls._split(traced, given, names, fixed, known, order)
-        return cls(traced, graph, given, names, fixed, known, order)
+            return cls._split(traced, plan, names, fixed, known, order)
+        return cls(traced, graph, plan, names, fixed, known, order)
 
     @classmethod
     def _split(
@@ -229,9 +229,9 @@ def _output_order(module: torch.fx.GraphModule) -> tuple[str, ...]:
     return tuple(output.args[0])
 
 
-def _refuse_foreign(given: PartitionPlan, print_of_it: str, model_class: str) -> None:
-    if given.fingerprint != print_of_it:
+def _refuse_foreign(plan: PartitionPlan, print_of_it: str, model_class: str) -> None:
+    if plan.fingerprint != print_of_it:
         raise PlanError(
-            f"the plan is for another graph (of {given.model}, {given.fingerprint[:12]}) than this {model_class} "
+            f"the plan is for another graph (of {plan.model}, {plan.fingerprint[:12]}) than this {model_class} "
             f"({print_of_it[:12]}): make a plan for this model, with the same inputs and library versions"
         )

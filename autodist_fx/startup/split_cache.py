@@ -32,7 +32,6 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.weights.checkpoint_source import CheckpointSource
-from autodist_fx.weights.resolve import locate
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.write_json import plan_to_text
 from cost_model.request.plan_request import PlanRequest
@@ -95,6 +94,8 @@ def cache_entry(
     directory = cache_directory(cache)
     if directory is None:
         return None
+    from autodist_fx.weights.resolve import locate  # a rank that is told its entry needs none of it
+
     checkpoint = locate(source)
     files = sorted(p for p in checkpoint.iterdir() if p.is_file()) if checkpoint.is_dir() else [checkpoint]
     facts = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -108,3 +110,13 @@ def test_without_a_cache_nothing_is_written(llama: Path, tmp_path: Path, monkeyp
     assert not (tmp_path / "cache").exists()
     _start(llama, None)
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_rank_that_starts_from_the_cache_imports_no_tracer() -> None:
+    command = [sys.executable, "-c", "import sys, autodist_fx.cli.run; print(*sys.modules, sep='\\n')"]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.split()
+    assert "autodist_fx.startup.start_rank" in loaded
+    heavy = ("autodist_fx.tracing", "autodist_fx.compiler.compil", "passes.partition", "cost_model.search")
+    code = [name for name in loaded if name.startswith("transformers.models.") and ".modeling_" in name]
+    needless = [*code, *(name for name in loaded if name.startswith(heavy))]
+    assert needless == ["autodist_fx.compiler.compile_options"], "which is a value, without torch"

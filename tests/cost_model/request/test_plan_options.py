@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import autodist_fx as adx
 from autodist_fx.cli.arguments import add_model_arguments, plan_options
 from cost_model.costs.hardware import A100, CPU_GLOO, H100
 from cost_model.errors import AutodistError, MeshError, PlanError
@@ -16,6 +17,7 @@ from cost_model.mesh import Mesh
 from cost_model.plan.data import Device, Request
 from cost_model.request.plan_options import PlanOptions
 from cost_model.request.plan_request import PlanRequest
+from tests.support.models import tiny_config
 from tests.support.plans.examples import small_plan
 
 GIB = 2**30
@@ -112,6 +114,13 @@ def test_the_mesh_of_a_plan() -> None:
         _ = PlanOptions(pp=1, plan=PLAN).mesh
     with pytest.raises(MeshError, match="mesh axis tp must be a whole number of ranks"):
         PlanOptions(tp=0).resolve("generic")
+
+
+def test_compile_refuses_another_mesh_than_the_plan_is_for() -> None:
+    with pytest.raises(AutodistError, match="the plan is for tp=2 x pp=2, and tp=3 x pp=2 was asked for"):
+        adx.compile(tiny_config("llama"), tp=3, plan=PLAN)
+    with pytest.raises(PlanError, match="the plan is for another graph"):  # tp and pp left out: no mesh was asked for
+        adx.compile(tiny_config("llama"), plan=PLAN)
 
 
 @pytest.mark.parametrize(
