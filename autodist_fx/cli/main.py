@@ -1,4 +1,7 @@
-"""`autodist-fx`: reads the command line and hands over to a subcommand; errors become one line and exit code 2."""
+"""`autodist-fx`: reads the command line and hands over to a subcommand; errors become one line and exit code 2.
+
+Notes on an error (the lines of a graph around a node that verify refuses) are printed under it, indented.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except AutodistError as error:
         line = " ".join(str(error).split())
-        print(f"autodist-fx: error: {line}", file=sys.stderr, flush=True)
+        notes = [f"    {part}" for note in getattr(error, "__notes__", ()) for part in note.splitlines()]
+        print("\n".join([f"autodist-fx: error: {line}", *notes]), file=sys.stderr, flush=True)
         _leave(line)
         return USER_ERROR
     except BrokenPipeError:  # `autodist-fx plan ... | head`

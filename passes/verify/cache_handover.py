@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from cost_model.graph.op_graph import OpGraph
 from cost_model.plan.data import PlanData
 from passes.program.rank_program import RankProgram
-from passes.verify.core.report import fail_plainly, on_rank
-
-_SPLIT = "passes/normalize/split_encoder.py"
+from passes.verify.core.report import Duty, fail_plainly, on_rank
 
 
 def verify_handover(
@@ -26,12 +24,15 @@ def verify_handover(
     for layer, wanted in _layers(*read, "cache_read").items():
         found = lies.get(layer)
         if found != wanted:
-            fail_plainly(f"cache layer {layer} is written as {found}, and read as {wanted}", _SPLIT)
+            fail_plainly(f"cache layer {layer} is written as {found}, and read as {wanted}", Duty.ENCODER)
     reads = {op.attrs["layer"] for op in read[1] if op.kind == "cache_read"}
     for writer, reader in zip(writers, readers, strict=True):
         lost = [layer for layer in reader.cache_layers if layer in reads and layer not in writer.cache_layers]
         if lost:
-            fail_plainly(f"{on_rank(reader)} reads cache layer {lost[0]}, which is written on another rank", _SPLIT)
+            fail_plainly(
+                f"{on_rank(reader)} reads cache layer {lost[0]}, which is written on another rank",
+                Duty.ENCODER,
+            )
 
 
 def _layers(plan: PlanData, graph: OpGraph, kind: str) -> dict[int, tuple[object, ...]]:

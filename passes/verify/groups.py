@@ -9,7 +9,7 @@ import numpy as np
 from cost_model.graph.op_graph import SOURCES, OpGraph, TensorRef
 from cost_model.plan.data import PlanData
 from passes.program.rank_program import RankProgram
-from passes.verify.core.report import fail, fail_plainly, on_rank
+from passes.verify.core.report import Duty, fail, fail_plainly, on_rank
 from passes.verify.core.state import RankFacts
 
 
@@ -24,13 +24,12 @@ def check_group(group: Sequence[RankFacts]) -> None:
                 fail(
                     facts.program, mine,
                     f"is of {b.op} here, and of {a.op} on rank {first.program.rank} ({theirs.name})",
-                    "passes/partition/insert_collectives.py",
                 )  # fmt: skip
         if facts.outputs != first.outputs:
             fail_plainly(
                 f"{on_rank(facts.program)} returns {sorted(facts.outputs)}, rank {first.program.rank} "
                 f"{sorted(first.outputs)}, of other tensors or under other names",
-                "passes/partition/extract_stage.py",
+                Duty.NODES,
             )
 
 
@@ -41,7 +40,10 @@ def _check_sums(group: Sequence[RankFacts]) -> None:
         node, size, _ = next(facts.sums[op] for facts in group if op in facts.sums)
         some = next(facts.program for facts in group if op in facts.sums)
         if lost:
-            fail(some, node, f"owes a sum over ranks, and rank {lost[0].program.rank} has no term of it", _SHARDS)
+            fail(
+                some, node, f"owes a sum over ranks, and rank {lost[0].program.rank} has no term of it",
+                untouched=Duty.WEIGHTS,
+            )  # fmt: skip
         owners = np.zeros(size, dtype=np.int64)
         for facts in group:
             for start, stop in facts.sums[op][2]:
@@ -52,7 +54,7 @@ def _check_sums(group: Sequence[RankFacts]) -> None:
                 some, node,
                 f"element {wrong[0]} of the {size} that it sums over is on {owners[wrong[0]]} ranks instead of one: "
                 + ", ".join(f"rank {f.program.rank} has {list(f.sums[op][2])}" for f in group),
-                _SHARDS,
+                untouched=Duty.WEIGHTS,
             )  # fmt: skip
 
 
@@ -65,11 +67,10 @@ def _check_biases(group: Sequence[RankFacts]) -> None:
             ranks = [facts.program.rank for facts in adding]
             fail(
                 some.program, some.biases[op][0],
-                f"owes a sum over ranks, and its bias is added on ranks {ranks} instead of one", _SHARDS,
+                f"owes a sum over ranks, and its bias is added on ranks {ranks} instead of one", untouched=Duty.WEIGHTS,
             )  # fmt: skip
 
 
-_SHARDS = "passes/partition/shard_parameters.py"
 
 
 def check_outputs(
@@ -81,25 +82,24 @@ def check_outputs(
         for name, ref in of_rank.outputs.items():
             if ref not in graph.outputs:
                 fail_plainly(
-                    f"{on_rank(of_rank.program)} returns {ref.op} as {name}, which is no output of the model", _STAGE
+                    f"{on_rank(of_rank.program)} returns {ref.op} as {name}, which is no output of the model",
+                    Duty.NODES,
                 )
             if names is not None and names.get(name) != ref:
                 fail_plainly(
                     f"{on_rank(of_rank.program)} returns {ref.op} as {name}, and the model returns "
                     + (f"{names[name].op} under that name" if name in names else f"{', '.join(names)} only"),
-                    _STAGE,
+                    Duty.NODES,
                 )
             stages.setdefault(ref, set()).add(of_rank.program.stage)
     for ref in graph.outputs:
         where = sorted(stages.get(ref, ()))
         if not where:
-            fail_plainly(f"no rank returns {ref.op}, an output of the model ({graph[ref.op]})", _STAGE)
+            fail_plainly(f"no rank returns {ref.op}, an output of the model ({graph[ref.op]})", Duty.NODES)
         if len(where) > 1 and graph[ref.op].kind not in SOURCES:
-            fail_plainly(f"{ref.op}, an output of the model, comes out of stages {where}", _STAGE)
+            fail_plainly(f"{ref.op}, an output of the model, comes out of stages {where}", Duty.NODES)
 
 
-_STAGE = "passes/partition/extract_stage.py"
-_CACHE = "passes/partition/localize_cache.py"
 _CACHED = ("cache_update", "cache_read")
 
 
@@ -115,28 +115,28 @@ def check_caches(facts: Sequence[RankFacts], plan: PlanData, graph: OpGraph) -> 
         for layer in layers:
             other = owners.setdefault(layer, stage)
             if other != stage:
-                fail_plainly(f"cache layer {layer} is on stages {other} and {stage}", _CACHE)
+                fail_plainly(f"cache layer {layer} is on stages {other} and {stage}", Duty.CACHE)
     written = {op.attrs["layer"] for op in graph if op.kind in _CACHED}
     if written != owners.keys():
-        fail_plainly(f"the model writes cache layers {sorted(written)}, the ranks have {sorted(owners)}", _CACHE)
+        fail_plainly(f"the model writes cache layers {sorted(written)}, the ranks have {sorted(owners)}", Duty.CACHE)
 
 
 def _check_rank_cache(
     program: RankProgram, of_rank: RankFacts, layers: tuple[int, ...], planned: Sequence[str]
 ) -> None:
     if program.cache_layers != layers:
-        fail_plainly(f"{on_rank(program)} has cache layers {program.cache_layers}, its group {layers}", _CACHE)
+        fail_plainly(f"{on_rank(program)} has cache layers {program.cache_layers}, its group {layers}", Duty.CACHE)
     written = [op for op, _, _ in of_rank.updates]
     for op, _, node in of_rank.updates:
         if written.count(op) > 1:
-            fail(program, node, "writes its cache layer twice", _CACHE)
+            fail(program, node, "writes its cache layer twice", untouched=Duty.CACHE)
     lost = [op for op in planned if op not in written]
     if lost:
-        fail_plainly(f"{on_rank(program)} never runs {lost[0]}, which writes a cache layer", _CACHE)
+        fail_plainly(f"{on_rank(program)} never runs {lost[0]}, which writes a cache layer", Duty.CACHE)
     order = list(dict.fromkeys(local for _, local, _ in of_rank.updates))
     if order != list(range(len(layers))):
         fail_plainly(
             f"{on_rank(program)} writes its {len(layers)} cache layers in the order {order}: a cache grows layer by "
             f"layer, from 0",
-            _CACHE,
+            Duty.CACHE,
         )

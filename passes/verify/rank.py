@@ -26,7 +26,7 @@ from passes.fx.nodes import op_name
 from passes.program.rank_program import RankProgram
 from passes.verify.core.held import PARTIAL, WHOLE, Derivation, Held
 from passes.verify.core.meta_shapes import Tensor
-from passes.verify.core.report import fail
+from passes.verify.core.report import Duty, fail
 from passes.verify.core.state import RankFacts, RankState, Tools, Value, named
 from passes.verify.nodes.comm_nodes import EXCHANGES
 from passes.verify.nodes.derive import check_shape, derived
@@ -46,12 +46,6 @@ from passes.verify.nodes.kv_heads import repeated, repeated_in_attention
 from passes.verify.nodes.literals import check_literals
 from passes.verify.nodes.same_op import FURTHER_CHECKS, check_same_op
 
-_COLLECTIVES = "passes/partition/insert_collectives.py"
-_SHAPES = "passes/partition/localize_shapes.py"
-_SHARDS = "passes/partition/shard_parameters.py"
-_STAGE = "passes/partition/extract_stage.py"
-_SEND_RECV = "passes/partition/insert_send_recv.py"
-_CACHE = "passes/partition/localize_cache.py"
 # Position of the layer's index among the arguments of a Cache's methods.
 _LAYER_ARGUMENT = {"update": 3, "get_seq_length": 1, "get_mask_sizes": 2}
 
@@ -65,7 +59,7 @@ def interpret(program: RankProgram, tools: Tools) -> RankFacts:
         except VerificationError:
             raise
         except Exception as error:  # arguments of a form that no pass writes
-            fail(program, node, f"its arguments make no sense ({type(error).__name__}: {error})", _SHAPES)
+            fail(program, node, f"its arguments make no sense ({type(error).__name__}: {error})", untouched=Duty.SIZES)
     return state.facts
 
 
@@ -81,7 +75,7 @@ def _visit(state: RankState, node: Node) -> None:
     elif _is_element(state, node):
         pieces: Any = state.values[node.args[0]]
         if not -len(pieces) <= node.args[1] < len(pieces):
-            fail(state.program, node, f"takes element {node.args[1]} of {len(pieces)}", _SHAPES)
+            fail(state.program, node, f"takes element {node.args[1]} of {len(pieces)}", untouched=Duty.SIZES)
         state.set(node, pieces[node.args[1]])
     else:
         op = state.graph.ops.get(node.name)
@@ -112,7 +106,7 @@ def _is_element(state: RankState, node: Node) -> bool:
 
 def _input(state: RankState, node: Node) -> None:
     if node.name not in state.graph.ops or state.graph[node.name].kind != "input":
-        fail(state.program, node, "is no input of the model", _SEND_RECV)
+        fail(state.program, node, "is no input of the model", untouched=Duty.MESSAGES)
     if node_meta.is_tensor(node):
         state.set(node, Value(TensorRef(node.name), WHOLE))
     else:
@@ -126,13 +120,13 @@ def _attribute(state: RankState, node: Node) -> None:
         return
     tensor = fetch(state.module, str(node.target))
     if not isinstance(tensor, torch.Tensor) or not node_meta.is_constant(node):
-        fail(state.program, node, "reads something that is no parameter or buffer of the model", _SHARDS)
+        fail(state.program, node, "reads something that is no parameter or buffer of the model", untouched=Duty.WEIGHTS)
     state.known[node] = Tensor((tuple(tensor.shape), tensor.dtype))
 
 
 def _output(state: RankState, node: Node) -> None:
     if not isinstance(node.args[0], dict):
-        fail(state.program, node, "does not return the model's outputs by name", _SEND_RECV)
+        fail(state.program, node, "does not return the model's outputs by name", untouched=Duty.MESSAGES)
     for name, value in node.args[0].items():
         found: list[Node] = []
         torch.fx.node.map_arg(value, found.append)
@@ -143,7 +137,7 @@ def _output(state: RankState, node: Node) -> None:
                     state.program, node,
                     f"output {name} is {tensor.name}, which is {own.held} here; every rank of the last stage must "
                     f"have the whole",
-                    _COLLECTIVES,
+                    missing=Duty.COLLECTIVES,
                 )  # fmt: skip
             state.facts.outputs[name if len(found) == 1 else f"{name}[{position}]"] = own.ref
 
@@ -154,13 +148,14 @@ def _number(state: RankState, node: Node) -> None:
         _cache_question(state, node)
         return
     if any(not isinstance(a, Node) or a not in state.known for a in node.all_input_nodes):
-        fail(state.program, node, "takes a value that is not known", _STAGE)
+        fail(state.program, node, "takes a value that is not known", inputs=True)
     sharded = [a for a in tensor_arguments(node) if isinstance(state.values.get(a), Value)]
     sharded = [a for a in sharded if not state.has_whole(state.value(node, a).held)]
     if sharded and node.target not in (torch.ops.aten.sym_size.int, getattr):
         fail(
             state.program, node,
-            f"reads numbers from {sharded[0].name}, which is {state.value(node, sharded[0]).held}", _COLLECTIVES,
+            f"reads numbers from {sharded[0].name}, which is {state.value(node, sharded[0]).held}",
+            missing=Duty.COLLECTIVES,
         )  # fmt: skip
     if known and any(_is_object(state.known[a]) for a in node.all_input_nodes):
         found = node_meta.val(node)  # of a cache: what it says depends on what was put in
@@ -168,10 +163,13 @@ def _number(state: RankState, node: Node) -> None:
         try:
             found = state.tools.runner.run(state.program, node, state.known)
         except Exception as error:
-            fail(state.program, node, f"cannot be computed: {error}", _STAGE)
+            fail(state.program, node, f"cannot be computed: {error}")
     theirs = node_meta.val(node)
     if known and not _same_number(found, theirs):
-        fail(state.program, node, f"is {found} at the example sizes, where the model has {theirs}", _SHAPES)
+        fail(
+            state.program, node, f"is {found} at the example sizes, where the model has {theirs}",
+            untouched=Duty.SIZES,
+        )  # fmt: skip
     state.known[node] = found
 
 
@@ -182,7 +180,7 @@ def _cache_question(state: RankState, node: Node) -> None:
             state.program, node,
             f"asks for cache layer {layer}, and this rank's cache has layers 0 to "
             f"{len(state.program.cache_layers) - 1}",
-            _CACHE,
+            untouched=Duty.CACHE,
         )  # fmt: skip
     state.known[node] = node_meta.val(node)
 
@@ -195,7 +193,10 @@ def _op(state: RankState, node: Node, op: Op) -> None:
     given = _given(state, node, op)
     lacks_bias = op.kind in ("linear", "conv") and len(given) == 2 and len(op.inputs) == 3
     if len(given) != len(op.inputs) and not lacks_bias:
-        fail(state.program, node, f"takes {len(given)} tensors where the model's op takes {len(op.inputs)}", _SHARDS)
+        fail(
+            state.program, node, f"takes {len(given)} tensors where the model's op takes {len(op.inputs)}",
+            untouched=Duty.WEIGHTS,
+        )  # fmt: skip
     types = _types(state, node, op, given)
     check_same_op(state, node, op, types)
     check_literals(state, node, op, types)
@@ -214,7 +215,10 @@ def _op(state: RankState, node: Node, op: Op) -> None:
     if PARTIAL in done.outputs and len(op.inputs) == 3 and op.kind in ("linear", "conv"):
         state.facts.biases[op.name] = (node, not lacks_bias)
     elif lacks_bias:
-        fail(state.program, node, f"adds no bias ({op.inputs[2].op}), and owes no sum that has it", _SHARDS)
+        fail(
+            state.program, node, f"adds no bias ({op.inputs[2].op}), and owes no sum that has it",
+            untouched=Duty.WEIGHTS,
+        )  # fmt: skip
     if done.factor is not None and PARTIAL in done.outputs:
         state.facts.sums[op.name] = (node, done.factor.size, done.part)
     check = FURTHER_CHECKS.get(op.kind)
@@ -229,7 +233,7 @@ def _given(state: RankState, node: Node, op: Op) -> list[Value]:
     for a in node.all_input_nodes:
         values = state.values.get(a)
         if values is not None and not isinstance(values, Value) and any(v.held != WHOLE for v in values):
-            fail(state.program, node, f"takes all of {a.name} at once, which is sharded", _COLLECTIVES)
+            fail(state.program, node, f"takes all of {a.name} at once, which is sharded", missing=Duty.COLLECTIVES)
     for a in tensor_arguments(node):
         if not node_meta.is_constant(a):
             given.append(state.value(node, a))
@@ -244,7 +248,7 @@ def _given(state: RankState, node: Node, op: Op) -> list[Value]:
                 continue
             shard = state.program.param_shards.get(f"{target}.{name}")
             if shard is None:
-                fail(state.program, node, f"nothing says where {target}.{name} comes from", _SHARDS)
+                fail(state.program, node, f"nothing says where {target}.{name} comes from", untouched=Duty.WEIGHTS)
             given.append(state.shard_value(shard))
     return given
 
@@ -260,7 +264,7 @@ def _types(state: RankState, node: Node, op: Op, given: list[Value]) -> tuple[He
         else:
             fail(
                 state.program, node,
-                f"input {slot} is {named(value.ref)} where the model's op reads {named(op.inputs[slot])}", _STAGE,
+                f"input {slot} is {named(value.ref)} where the model's op reads {named(op.inputs[slot])}", inputs=True,
             )  # fmt: skip
     return tuple(types)
 

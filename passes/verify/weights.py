@@ -11,9 +11,8 @@ from cost_model.graph.placement import Interval
 from cost_model.plan.data import ParamPlan, PlanData
 from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
-from passes.verify.core.report import fail_plainly, on_rank
+from passes.verify.core.report import Duty, fail_plainly, on_rank
 
-_FAULT = "passes/partition/shard_parameters.py"
 Parts = tuple[tuple[Interval, ...], ...]
 
 
@@ -22,7 +21,7 @@ def check_weights(programs: Sequence[RankProgram], plan: PlanData, graph: OpGrap
     params = {p.name: p for p in plan.params}
     lost = [op.name for op in graph if op.kind == "param" and op.name not in params]
     if lost:
-        fail_plainly(f"parameter {lost[0]} is missing in the plan", "cost_model/search/planner.py")
+        fail_plainly(f"parameter {lost[0]} is missing in the plan", Duty.PLAN)
     for program in programs:
         _check_tensors(program)
         _check_shards(program, params)
@@ -34,9 +33,9 @@ def check_weights(programs: Sequence[RankProgram], plan: PlanData, graph: OpGrap
         held = {s.source for p in group for s in p.param_shards.values()}
         for param in plan.params:
             if stage in param.stages and param.name not in held:
-                fail_plainly(f"no rank of stage {stage} holds {param.name}, which the stage uses", _FAULT)
+                fail_plainly(f"no rank of stage {stage} holds {param.name}, which the stage uses", Duty.WEIGHTS)
             if stage not in param.stages and param.name in held:
-                fail_plainly(f"stage {stage} holds {param.name}, which none of its ops uses", _FAULT)
+                fail_plainly(f"stage {stage} holds {param.name}, which none of its ops uses", Duty.WEIGHTS)
         for path in dict.fromkeys(path for p in group for path in p.param_shards):
             _check_dealt(group, path, params, layouts, row_biases)
 
@@ -53,43 +52,52 @@ def _check_tensors(program: RankProgram) -> None:
         shard = program.param_shards.get(name)
         if shard is None:
             if name in parameters:
-                fail_plainly(f"{on_rank(program)}: nothing says what {name} is loaded from (no ParamShard)", _FAULT)
+                fail_plainly(
+                    f"{on_rank(program)}: nothing says what {name} is loaded from (no ParamShard)",
+                    Duty.WEIGHTS,
+                )
             continue
         if tuple(tensor.shape) != shard.local_shape:
             fail_plainly(
                 f"{on_rank(program)}: {name} is {list(tensor.shape)}, and its share of {shard.source} "
                 f"{list(shard.shape)} is {list(shard.local_shape)}",
-                _FAULT,
+                Duty.WEIGHTS,
             )
         if tensor.is_meta and str(tensor.dtype) != f"torch.{shard.dtype}":
-            fail_plainly(f"{on_rank(program)}: {name} is {tensor.dtype}, and its ParamShard says {shard.dtype}", _FAULT)
+            fail_plainly(
+                f"{on_rank(program)}: {name} is {tensor.dtype}, and its ParamShard says {shard.dtype}",
+                Duty.WEIGHTS,
+            )
     for name in program.param_shards:
         if name not in tensors:
-            fail_plainly(f"{on_rank(program)}: a ParamShard names {name}, which the module has not", _FAULT)
+            fail_plainly(f"{on_rank(program)}: a ParamShard names {name}, which the module has not", Duty.WEIGHTS)
 
 
 def _check_shards(program: RankProgram, params: Mapping[str, ParamPlan]) -> None:
     for name, shard in program.param_shards.items():
         if shard.name != name:
-            fail_plainly(f"{on_rank(program)}: the ParamShard of {name} is of {shard.name}", _FAULT)
+            fail_plainly(f"{on_rank(program)}: the ParamShard of {name} is of {shard.name}", Duty.WEIGHTS)
         param = params.get(shard.source)
         if param is not None and (param.shape, param.dtype) != (shard.shape, shard.dtype):
             fail_plainly(
                 f"{on_rank(program)}: {name} is a share of {shard.source} {shard.dtype}{list(shard.shape)}, which is "
                 f"{param.dtype}{list(param.shape)} in the plan",
-                _FAULT,
+                Duty.WEIGHTS,
             )
         if shard.dim is None:
             continue
         if not 0 <= shard.dim < len(shard.shape):
-            fail_plainly(f"{on_rank(program)}: {name} is cut along dim {shard.dim} of {list(shard.shape)}", _FAULT)
+            fail_plainly(
+                f"{on_rank(program)}: {name} is cut along dim {shard.dim} of {list(shard.shape)}",
+                Duty.WEIGHTS,
+            )
         end = 0
         for start, stop in shard.intervals:
             if not end <= start <= stop <= shard.shape[shard.dim]:
                 fail_plainly(
                     f"{on_rank(program)}: {name} holds {list(shard.intervals)} along dim {shard.dim} of {shard.source} "
                     f"{list(shard.shape)}: not ascending pieces of it",
-                    _FAULT,
+                    Duty.WEIGHTS,
                 )
             end = stop
 
@@ -106,7 +114,7 @@ def _check_ties(program: RankProgram) -> None:
             fail_plainly(
                 f"{on_rank(program)}: {other} and {name} are both the same piece of {shard.source}, and not one "
                 f"tensor: a tied weight would be held, and trained, twice",
-                _FAULT,
+                Duty.WEIGHTS,
             )
 
 
@@ -148,24 +156,30 @@ def _check_dealt(
     source, stage = first.source, group[0].stage
     without = [p.rank for p in group if p.rank not in shards]
     if len({s.source for s in shards.values()}) > 1:
-        fail_plainly(f"{path} is another parameter on each rank of stage {stage}: {_sources(shards)}", _FAULT)
+        fail_plainly(f"{path} is another parameter on each rank of stage {stage}: {_sources(shards)}", Duty.WEIGHTS)
     if len({s.dim for s in shards.values()}) > 1:
-        fail_plainly(f"{path} is cut along different dims on the ranks of stage {stage}: {_slices(shards)}", _FAULT)
+        fail_plainly(
+            f"{path} is cut along different dims on the ranks of stage {stage}: {_slices(shards)}",
+            Duty.WEIGHTS,
+        )
     placement = params[source].placement if source in params else None
     if placement is not None and placement.is_owned:
         if list(shards) != [group[placement.dim].rank] or first.dim is not None:
             fail_plainly(
                 f"{source} ({path}) belongs whole to tp rank {placement.dim} of stage {stage} alone: {_slices(shards)}",
-                "passes/partition/own_experts.py",
+                Duty.NODES,
             )
         return
     if first.dim is None:
         # one rank alone may hold a bias that a sum over ranks adds (verify_groups: exactly one adds it)
         if without and not (source in row_biases and len(shards) == 1):
-            fail_plainly(f"{source} ({path}) is whole on ranks {sorted(shards)} and missing on {without}", _FAULT)
+            fail_plainly(f"{source} ({path}) is whole on ranks {sorted(shards)} and missing on {without}", Duty.WEIGHTS)
         return
     if without:
-        fail_plainly(f"{source} ({path}) is dealt out on stage {stage}, and ranks {without} have no share", _FAULT)
+        fail_plainly(
+            f"{source} ({path}) is dealt out on stage {stage}, and ranks {without} have no share",
+            Duty.WEIGHTS,
+        )
     parts = tuple(shards[p.rank].intervals for p in group)
     owners = np.zeros(first.shape[first.dim], dtype=np.int64)
     for part in parts:
@@ -176,7 +190,7 @@ def _check_dealt(
         fail_plainly(
             f"{source} {list(first.shape)}: element {gap[0]} of dim {first.dim} is on no rank of stage {stage} "
             f"({len(gap)} are missing): {_slices(shards)}",
-            _FAULT,
+            Duty.WEIGHTS,
         )
     planned = (first.dim, parts) in layouts.get(source, ())
     twice = np.flatnonzero(owners > 1)
@@ -184,10 +198,10 @@ def _check_dealt(
         fail_plainly(
             f"{source} {list(first.shape)}: element {twice[0]} of dim {first.dim} is on {owners[twice[0]]} ranks of "
             f"stage {stage}, which the plan does not say: {_slices(shards)}",
-            _FAULT,
+            Duty.WEIGHTS,
         )
     if not planned:
-        fail_plainly(f"{source} is not dealt as the plan says: {_slices(shards)}", _FAULT)
+        fail_plainly(f"{source} is not dealt as the plan says: {_slices(shards)}", Duty.WEIGHTS)
 
 
 def _slices(shards: Mapping[int, ParamShard]) -> str:

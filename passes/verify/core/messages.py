@@ -15,17 +15,14 @@ import torch
 import torch.fx
 from torch.fx import Node
 
-from cost_model.errors import VerificationError
 from cost_model.plan.data import PlanData
 from passes.fx import node_meta
 from passes.fx.arguments import argument
 from passes.ops.comm import COLLECTIVES, COMM_OPS, all_gather, recv, send
 from passes.program.rank_program import RankProgram
-from passes.verify.core.report import described, fail, fail_plainly, on_rank
+from passes.verify.core.report import REPORT, Duty, described, fail, fail_plainly, on_rank, with_lines
 
 Message = tuple[int, int, int]  # (from rank, to rank, channel)
-_SEND_RECV = "passes/partition/insert_send_recv.py"
-_COLLECTIVE = "passes/partition/insert_collectives.py"
 
 
 def comm_nodes(program: RankProgram) -> list[Node]:
@@ -38,7 +35,7 @@ def message(program: RankProgram, node: Node) -> Message:
     peer = argument(node, 1, "to") if node.target is send else argument(node, 3, "source")
     channel = argument(node, 2, "channel") if node.target is send else argument(node, 4, "channel")
     if type(peer) is not int or not 0 <= peer < program.mesh.size or peer == program.rank:
-        fail(program, node, f"its peer {peer!r} is no other rank of the mesh {program.mesh}", _SEND_RECV)
+        fail(program, node, f"its peer {peer!r} is no other rank of the mesh {program.mesh}")
     return (program.rank, peer, channel) if node.target is send else (peer, program.rank, channel)
 
 
@@ -70,28 +67,25 @@ def check_messages(
                 fail(
                     program, node,
                     f"channel {key[2]} from rank {key[0]} to rank {key[1]} is used twice, by {table[key].name} too",
-                    _SEND_RECV,
                 )  # fmt: skip
             table[key] = node
     for one, other, verb in ((sends, recvs, "receives"), (recvs, sends, "sends")):
         for key, node in one.items():
             if key not in other:
                 own, peer = (key[0], key[1]) if one is sends else (key[1], key[0])
-                fail(programs[own], node, f"rank {peer} never {verb} it: {_nearest(key, other)}", _SEND_RECV)
+                fail(programs[own], node, f"rank {peer} never {verb} it: {_nearest(key, other)}")
             theirs = other[key]
             if one is sends and _dtype_sent(node) != argument(theirs, 1, "dtype"):
                 fail(
                     programs[key[1]], theirs,
                     f"waits for {argument(theirs, 1, 'dtype')} and gets {_dtype_sent(node)} from rank {key[0]} "
                     f"({described(node)})",
-                    _SEND_RECV,
                 )  # fmt: skip
             if one is sends and bool(node.kwargs.get("sized")) != (None in argument(theirs, 0, "shape")):
                 fail(
                     programs[key[1]], theirs,
                     f"waits for {argument(theirs, 0, 'shape')}, and rank {key[0]} sends "
                     f"{'its shape ahead' if node.kwargs.get('sized') else 'no shape ahead'} ({described(node)})",
-                    _SEND_RECV,
                 )  # fmt: skip
     pairs = dict.fromkeys((key[0], key[1]) for key in sends)
     for source, target in pairs:
@@ -103,7 +97,6 @@ def check_messages(
                 programs[target], recvs[source, target, wanted[at]],
                 f"waits for channel {wanted[at]} where rank {source} sends channel {order[at]} "
                 f"({sends[source, target, order[at]].name}): messages between two ranks must keep their order",
-                _SEND_RECV,
             )  # fmt: skip
     return sends, recvs
 
@@ -136,14 +129,14 @@ def _check_hops(programs: Sequence[RankProgram], plan: PlanData, sends: dict[Mes
         if key not in planned:
             fail(
                 programs[key[0]], node,
-                f"the plan sends nothing on channel {key[2]} from rank {key[0]} to rank {key[1]}", _SEND_RECV,
+                f"the plan sends nothing on channel {key[2]} from rank {key[0]} to rank {key[1]}",
             )  # fmt: skip
     for key, hop in planned.items():
         if key not in sends:
             fail_plainly(
                 f"{on_rank(programs[key[0]])} never sends {hop.op}, which the plan sends to rank {key[1]} on "
                 f"channel {hop.channel}",
-                _SEND_RECV,
+                Duty.MESSAGES,
             )
 
 
@@ -170,7 +163,7 @@ def check_collectives(group: Sequence[RankProgram], nodes: dict[int, list[Node]]
     first = ranks[0]
     for node in first:
         if argument(node, 1, "axis") != "tp" or group[0].mesh.tp == 1:
-            fail(group[0], node, f"no axis {argument(node, 1, 'axis')!r} to speak along", _COLLECTIVE)
+            fail(group[0], node, f"no axis {argument(node, 1, 'axis')!r} to speak along")
     for program, own in zip(group[1:], ranks[1:], strict=True):
         for theirs, mine in zip(first, own, strict=False):
             a, b = collective_words(theirs), collective_words(mine)
@@ -181,12 +174,11 @@ def check_collectives(group: Sequence[RankProgram], nodes: dict[int, list[Node]]
                     f"rank {group[0].rank} comes to {described(theirs)} of {theirs.args[0].name} at this point, and "
                     f"this is {mine.target.__name__} of {mine.args[0].name}; "
                     + (f"they differ in {', '.join(differing)}" if differing else "one of them is missing or too many"),
-                    _COLLECTIVE,
                 )  # fmt: skip
         if len(first) != len(own):
             longer, lost = (group[0], program) if len(first) > len(own) else (program, group[0])
             extra = (first if longer is group[0] else own)[min(len(first), len(own))]
-            fail(longer, extra, f"rank {lost.rank} never comes to this collective: the ranks would hang", _COLLECTIVE)
+            fail(longer, extra, f"rank {lost.rank} never comes to this collective: the ranks would hang")
 
 
 # -- no deadlock -------------------------------------------------------------------------------------------------------
@@ -221,12 +213,12 @@ def check_order(
         cycle = nx.find_cycle(graph)
     except nx.NetworkXNoCycle:
         return
-    words = []
+    words: list[str] = []
     for u, _ in cycle:
         calls = graph.nodes[u]["calls"]
         ranks = ", ".join(str(p.rank) for p, _ in calls)
         words.append(f"rank{'s' if len(calls) > 1 else ''} {ranks}: {described(calls[0][1])}")
-    raise VerificationError(
-        "these would wait for each other for ever: " + " -> ".join([*words, words[0]]) + "; this is a bug in the order "
-        "of comm nodes: please report it with the plan (compiled.plan.save(...)) and the model's config"
-    )
+    cause = REPORT.format("the order of comm nodes")
+    message = f"these would wait for each other for ever: {' -> '.join([*words, words[0]])}; {cause}"
+    program, node = graph.nodes[cycle[0][0]]["calls"][0]
+    raise with_lines(program, node, message)

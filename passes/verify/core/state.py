@@ -118,9 +118,9 @@ class RankState:
         value = self.values.get(of) if isinstance(of, Node) else None
         if not isinstance(value, Value):
             said = f"takes {of}, which is no tensor of the model"
-            fail(self.program, node, said, "passes/partition/extract_stage.py")
+            fail(self.program, node, said, inputs=True)
         if value.held.owner not in (-1, self.program.tp_rank):
-            fail(self.program, node, f"takes {of}, which is {value.held}", "passes/partition/own_experts.py")
+            fail(self.program, node, f"takes {of}, which is {value.held}", inputs=True)
         return value
 
     def has_whole(self, held: Held) -> bool:

@@ -33,11 +33,10 @@ from passes.program.rank_program import RankProgram
 from passes.verify.core.held import WHOLE as ALL
 from passes.verify.core.held import Held
 from passes.verify.core.messages import Message, message
-from passes.verify.core.report import fail, fail_plainly, on_rank
+from passes.verify.core.report import Duty, fail, fail_plainly, on_rank
 from passes.verify.core.state import RankFacts, Value, named
 from passes.verify.gradients.sums import Tensors, check_grad_sums
 
-_HERE = "passes/partition/insert_gradient_sums.py"
 WHOLE, TERMS, PARTIAL = "whole", "terms", "partial"
 _MEANING = {
     WHOLE: "each rank has the whole gradient of it",
@@ -57,7 +56,7 @@ def check_gradients(facts: Sequence[RankFacts], pp: int) -> None:
         return
     if len(training) < len(facts):
         lost = next(f.program for f in facts if f.program.grad_sums is None)
-        fail_plainly(f"{on_rank(lost)} is for inference, and rank {training[0].rank} is to be trained", _HERE)
+        fail_plainly(f"{on_rank(lost)} is for inference, and rank {training[0].rank} is to be trained", Duty.GRADIENTS)
     sent: dict[Message, str | None] = {}
     held: list[Tensors] = []
     tp = len(facts) // pp
@@ -173,7 +172,7 @@ class _Reader:
                 self._piece(node)
 
     def _fail(self, node: Node, what: str) -> None:
-        fail(self.facts.program, node, what, _HERE)
+        fail(self.facts.program, node, what, missing=Duty.GRADIENTS)
 
     def _named(self, node: Node) -> str:
         """ "mul_3", or where the node has a name of its own "mul_3 (fused_mul_3)"."""
@@ -315,7 +314,6 @@ def _check_copies(readers: Sequence[_Reader]) -> None:
                     reader.facts.program, mine,
                     f"adds up the gradient of {named(b)}, where rank {first.facts.program.rank} adds up that of "
                     f"{named(a)} ({theirs.name})",
-                    _HERE,
                 )  # fmt: skip
             if (theirs in first.used) != (mine in reader.used):
                 idle, other = (first, reader) if mine in reader.used else (reader, first)
@@ -323,12 +321,11 @@ def _check_copies(readers: Sequence[_Reader]) -> None:
                     idle.facts.program, theirs if idle is first else mine,
                     f"nothing that leaves this rank is made of it, and rank {other.facts.program.rank} adds up its "
                     "gradient: the ranks would hang",
-                    _HERE,
                 )  # fmt: skip
         if len(reader.copies) != len(first.copies):
             longer, other = (reader, first) if len(reader.copies) > len(first.copies) else (first, reader)
             node = longer.copies[len(other.copies)][0]
             fail(
                 longer.facts.program, node,
-                f"rank {other.facts.program.rank} never adds up this gradient: the ranks would hang", _HERE,
+                f"rank {other.facts.program.rank} never adds up this gradient: the ranks would hang",
             )  # fmt: skip

@@ -17,9 +17,8 @@ from cost_model.mesh import Mesh
 from passes.program.gradient_sums import Box, GradSum, Holder, cells, contains
 from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
-from passes.verify.core.report import fail_plainly, on_rank
+from passes.verify.core.report import Duty, fail_plainly, on_rank
 
-_HERE = "passes/program/gradient_sums.py"
 Tensors = dict[str, bool]  # path of a parameter -> whether the rank gets a term of its gradient, or else all of it
 Contributions = Counter[tuple[str, int, str]]  # ("rank" or "stage", its number, the parameter's path)
 
@@ -37,7 +36,7 @@ def check_grad_sums(programs: Sequence[RankProgram], held: Sequence[Tensors]) ->
             if (rank, path) not in by_source.get(one.source, ()):
                 fail_plainly(
                     f"a sum of the gradients of {one.source} names {path} on rank {rank}, which gets no gradient of it",
-                    _HERE,
+                    Duty.GRADIENT_SUMS,
                 )
         owed.setdefault(one.source, []).append(one)
     for source, holders in by_source.items():
@@ -49,34 +48,49 @@ def _agreed(programs: Sequence[RankProgram]) -> list[GradSum]:
     sums = list(dict.fromkeys(s for p in programs for s in p.grad_sums or ()))
     for one in sums:
         if not set(one.terms) <= set(one.holders):
-            fail_plainly(f"a sum of the gradients of {one.source} has terms that do not get it: {one}", _HERE)
+            fail_plainly(
+                f"a sum of the gradients of {one.source} has terms that do not get it: {one}",
+                Duty.GRADIENT_SUMS,
+            )
         for rank in one.ranks:
             if not 0 <= rank < len(programs):
-                fail_plainly(f"a sum of the gradients of {one.source} names rank {rank}, which is not there", _HERE)
+                fail_plainly(
+                    f"a sum of the gradients of {one.source} names rank {rank}, which is not there",
+                    Duty.GRADIENT_SUMS,
+                )
     for program in programs:
         own = [s for s in program.grad_sums or ()]
         if len(set(own)) < len(own):
             twice = next(s for s in own if own.count(s) > 1)
-            fail_plainly(f"{on_rank(program)} adds up the gradients of {twice.source} {list(twice.box)} twice", _HERE)
+            fail_plainly(
+                f"{on_rank(program)} adds up the gradients of {twice.source} {list(twice.box)} twice",
+                Duty.GRADIENT_SUMS,
+            )
         for one in sums:
             if (program.rank in one.ranks) != (one in own):
                 says = "says nothing of it" if program.rank in one.ranks else "takes no part in it"
                 fail_plainly(
                     f"the gradients of {one.source} {list(one.box)} are added up over ranks {list(one.ranks)}, and "
                     f"{on_rank(program)} {says}",
-                    _HERE,
+                    Duty.GRADIENT_SUMS,
                 )
     for a in programs:
         for b in programs[a.rank + 1 :]:
             mine = [s for s in a.grad_sums or () if b.rank in s.ranks]
             if mine != [s for s in b.grad_sums or () if a.rank in s.ranks]:
-                fail_plainly(f"ranks {a.rank} and {b.rank} add up gradients of parameters in another order", _HERE)
+                fail_plainly(
+                    f"ranks {a.rank} and {b.rank} add up gradients of parameters in another order",
+                    Duty.GRADIENT_SUMS,
+                )
     order: nx.DiGraph[GradSum] = nx.DiGraph()
     for program in programs:
         nx.add_path(order, program.grad_sums or ())
     if not nx.is_directed_acyclic_graph(order):
         cycle = ", ".join(one.source for one, _ in nx.find_cycle(order))
-        fail_plainly(f"ranks would wait for each other for ever, adding up the gradients of {cycle} in turn", _HERE)
+        fail_plainly(
+            f"ranks would wait for each other for ever, adding up the gradients of {cycle} in turn",
+            Duty.GRADIENT_SUMS,
+        )
     return sums
 
 
@@ -91,7 +105,7 @@ def _check_source(
     mesh = programs[0].mesh
     edges = [box for own in boxes.values() for box in own] + [one.box for one in sums]
     if len({len(box) for box in edges}) > 1:
-        fail_plainly(f"a sum of the gradients of {source} is of another number of dims", _HERE)
+        fail_plainly(f"a sum of the gradients of {source} is of another number of dims", Duty.GRADIENT_SUMS)
     for cell in cells(edges):
         having = [h for h in holders if any(contains(box, cell) for box in boxes[h])]
         values: dict[Holder, Contributions] = {h: Counter([_contribution(mesh, h, held)]) for h in having}
@@ -104,7 +118,7 @@ def _check_source(
                 fail_plainly(
                     f"the gradients of {source} {list(one.box)} are added up on rank {lost[0][0]} ({lost[0][1]}), "
                     f"which does not hold {list(cell)}",
-                    _HERE,
+                    Duty.GRADIENT_SUMS,
                 )
             total: Contributions = Counter()
             for term in one.terms:
@@ -130,7 +144,7 @@ def _fail_sum(
         f"{on_rank(program)} ends with a gradient of {source} {list(cell)} "
         + (f"that lacks what {who} {number} has of it ({path})" if times == 0 else
            f"that has what {who} {number} has of it ({path}) {times} times"),
-        _HERE,
+        Duty.GRADIENT_SUMS,
     )  # fmt: skip
 
 

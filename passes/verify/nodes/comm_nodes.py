@@ -14,12 +14,8 @@ from passes.ops import comm as comm_ops
 from passes.ops.parallel_layers import one_gradient
 from passes.verify.core.held import PARTIAL, WHOLE, held
 from passes.verify.core.messages import message
-from passes.verify.core.report import fail
+from passes.verify.core.report import Duty, fail
 from passes.verify.core.state import RankState, Sent, Value, named
-
-_COLLECTIVES = "passes/partition/insert_collectives.py"
-_SEND_RECV = "passes/partition/insert_send_recv.py"
-_GRADIENTS = "passes/partition/insert_gradient_sums.py"
 
 
 def _all_reduce(state: RankState, node: Node) -> None:
@@ -27,7 +23,7 @@ def _all_reduce(state: RankState, node: Node) -> None:
     if value.held != PARTIAL:
         fail(
             state.program, node,
-            f"adds up {node.args[0].name} over the ranks, which is {value.held}: nothing is owed", _COLLECTIVES,
+            f"adds up {node.args[0].name} over the ranks, which is {value.held}: nothing is owed",
         )  # fmt: skip
     state.facts.collectives.append((node, value.ref))
     state.set(node, Value(value.ref, WHOLE))
@@ -38,19 +34,19 @@ def _all_gather(state: RankState, node: Node) -> None:
     dim, parts = argument(node, 2, "dim"), argument(node, 3, "parts")
     shape = state.graph.spec(value.ref).shape
     if not 0 <= dim < len(shape) or len(parts) != state.program.mesh.tp:
-        fail(state.program, node, f"glues {len(parts)} parts along dim {dim} of {list(shape)}", _COLLECTIVES)
+        fail(state.program, node, f"glues {len(parts)} parts along dim {dim} of {list(shape)}")
     own = held(dim, [(a, b) for a, b in parts[state.program.tp_rank]], shape[dim])
     if value.held != own or value.held.partial:
         fail(
             state.program, node,
-            f"is told that {node.args[0].name} is {own} on this rank, and it is {value.held}", _COLLECTIVES,
+            f"is told that {node.args[0].name} is {own} on this rank, and it is {value.held}",
         )  # fmt: skip
     covered = np.zeros(shape[dim], dtype=bool)
     for part in parts:
         for start, stop in part:
             covered[start:stop] = True
     if not covered.all():
-        fail(state.program, node, f"element {int(np.argmin(covered))} of dim {dim} is in no rank's part", _COLLECTIVES)
+        fail(state.program, node, f"element {int(np.argmin(covered))} of dim {dim} is in no rank's part")
     state.facts.collectives.append((node, value.ref))
     state.set(node, Value(value.ref, WHOLE))
 
@@ -64,16 +60,15 @@ def _send(state: RankState, node: Node) -> None:
             state.program, node,
             f"sends {named(value.ref)} on channel {key[2]}, where the plan sends "
             f"{named(TensorRef(hop.op, hop.index))}",
-            _SEND_RECV,
         )  # fmt: skip
     if hop.whole and value.held != WHOLE:
         fail(
             state.program, node,
             f"sends what is {value.held}, and the plan sends the whole of it: the receiver would take it for that",
-            _COLLECTIVES,
+            missing=Duty.COLLECTIVES,
         )  # fmt: skip
     if not hop.whole and value.held != state.planned(state.graph[hop.op])[hop.index]:
-        fail(state.program, node, f"sends what is {value.held}, and the plan says otherwise", _COLLECTIVES)
+        fail(state.program, node, f"sends what is {value.held}, and the plan says otherwise", missing=Duty.COLLECTIVES)
     state.tools.sent[key] = Sent(value, state.local(value), node)
 
 
@@ -81,10 +76,10 @@ def _recv(state: RankState, node: Node) -> None:
     key = message(state.program, node)
     sent = state.tools.sent.get(key)
     if sent is None:
-        fail(state.program, node, f"comes from rank {key[0]}, which is in no earlier stage", _SEND_RECV)
+        fail(state.program, node, f"comes from rank {key[0]}, which is in no earlier stage")
     shape, symbols = argument(node, 0, "shape"), state.graph.spec(sent.value.ref).symbols
     if len(shape) != len(sent.local[0]):
-        fail(state.program, node, f"waits for {len(shape)} dims, and {sent.local} comes", _SEND_RECV)
+        fail(state.program, node, f"waits for {len(shape)} dims, and {sent.local} comes")
     for dim, (size, comes) in enumerate(zip(shape, sent.local[0], strict=True)):
         symbol = symbols[dim] if symbols else ""
         if size is None and symbol.startswith("?"):
@@ -94,17 +89,15 @@ def _recv(state: RankState, node: Node) -> None:
                 state.program, node,
                 f"dim {dim} of what comes is {symbol or comes}, and this waits for {size}: "
                 + ("that follows the inputs" if symbol else "that is constant"),
-                _SEND_RECV,
             )  # fmt: skip
         waits = state.known[size] if isinstance(size, Node) else size
         if waits != comes:
             fail(
                 state.program, node,
                 f"waits for {waits} elements in dim {dim}, and rank {key[0]} sends {sent.local} ({sent.node.name})",
-                _SEND_RECV,
             )  # fmt: skip
     if argument(node, 1, "dtype") != sent.local[1]:
-        fail(state.program, node, f"waits for {argument(node, 1, 'dtype')}, and {sent.local} comes", _SEND_RECV)
+        fail(state.program, node, f"waits for {argument(node, 1, 'dtype')}, and {sent.local} comes")
     state.set(node, sent.value)
 
 
@@ -112,7 +105,7 @@ def _same(state: RankState, node: Node) -> None:
     """Forward nothing is done; verify_gradients says whether anything is right backward."""
     value = state.value(node, node.args[0])
     if value.held != WHOLE:
-        fail(state.program, node, f"takes what is {value.held}, and is for whole tensors", _GRADIENTS)
+        fail(state.program, node, f"takes what is {value.held}, and is for whole tensors")
     state.set(node, value)
 
 

@@ -12,11 +12,8 @@ from cost_model.graph.op_graph import Op
 from passes.fx import node_meta
 from passes.fx.arguments import argument, tensor_arguments
 from passes.verify.core.held import Derivation, Held
-from passes.verify.core.report import fail
+from passes.verify.core.report import Duty, fail
 from passes.verify.core.state import RankState, named
-
-_COLLECTIVES = "passes/partition/insert_collectives.py"
-_SHAPES = "passes/partition/localize_shapes.py"
 
 
 def derived(state: RankState, node: Node, op: Op, types: tuple[Held, ...], expected: tuple[Held, ...]) -> Derivation:
@@ -30,11 +27,12 @@ def derived(state: RankState, node: Node, op: Op, types: tuple[Held, ...], expec
             return Derivation(expected)
     lie = ", ".join(f"{named(r)} is {t}" for r, t in zip(op.inputs, types, strict=False))
     if not judged.derivations:
-        fail(state.program, node, f"{op.kind} cannot be run here: {lie}; {judged.reason}", _COLLECTIVES)
+        fail(state.program, node, f"{op.kind} cannot be run here: {lie}; {judged.reason}", missing=Duty.COLLECTIVES)
     out = ", ".join(map(str, judged.derivations[0].outputs))
     fail(
         state.program, node,
-        f"its output is {out}, and the plan says {', '.join(map(str, expected))}; of its inputs {lie}", _COLLECTIVES,
+        f"its output is {out}, and the plan says {', '.join(map(str, expected))}; of its inputs {lie}",
+        missing=Duty.COLLECTIVES,
     )  # fmt: skip
 
 
@@ -46,9 +44,9 @@ def check_shape(state: RankState, node: Node, expected: Any) -> None:
         found = state.tools.runner.run(state.program, node, state.known)
     except Exception as error:
         shapes = ", ".join(f"{a.name} {state.known[a]}" for a in tensor_arguments(node))
-        fail(state.program, node, f"cannot be run on this rank's shapes ({shapes}): {error}", _SHAPES)
+        fail(state.program, node, f"cannot be run on this rank's shapes ({shapes}): {error}", untouched=Duty.SIZES)
     if found != expected:
-        fail(state.program, node, f"gives {found} on this rank, and its share is {expected}", _SHAPES)
+        fail(state.program, node, f"gives {found} on this rank, and its share is {expected}", untouched=Duty.SIZES)
 
 
 def _check_lengths(state: RankState, node: Node) -> None:
@@ -56,4 +54,7 @@ def _check_lengths(state: RankState, node: Node) -> None:
     shape, symbols = argument(node, 1, "shape", argument(node, 1, "size")), node_meta.symbols(node)
     for size, symbol in zip(shape, symbols, strict=False):
         if symbol and type(size) is int and size >= 0:
-            fail(state.program, node, f"its size {size} follows the inputs ({symbol}), and is a number here", _SHAPES)
+            fail(
+                state.program, node, f"its size {size} follows the inputs ({symbol}), and is a number here",
+                untouched=Duty.SIZES,
+            )  # fmt: skip

@@ -13,12 +13,10 @@ from cost_model.graph.op_graph import Op, TensorRef
 from passes.ops.data_dependent import join_own_rows
 from passes.verify.core.held import PARTIAL, WHOLE, Held, elements
 from passes.verify.core.meta_shapes import Tensor
-from passes.verify.core.report import fail
+from passes.verify.core.report import Duty, fail
 from passes.verify.core.state import RankState, Value, named
 from passes.verify.nodes.derive import check_shape
 
-_EXPERTS = "passes/partition/own_experts.py"
-_SHAPES = "passes/partition/localize_shapes.py"
 _ADDS = ("index_add",)  # their result is their first input and something added to it
 
 
@@ -26,7 +24,7 @@ def check_owner(state: RankState, node: Node, op: Op) -> None:
     """An op of another rank's expert has no node here."""
     owner = state.plan.op(op.name).owner
     if owner not in (None, state.program.tp_rank):
-        fail(state.program, node, f"is computed here, and belongs to tp rank {owner} alone", _EXPERTS)
+        fail(state.program, node, f"is computed here, and belongs to tp rank {owner} alone")
 
 
 # -- sums --------------------------------------------------------------------------------------------------------------
@@ -65,7 +63,7 @@ def term(state: RankState, node: Node, op: Op, types: tuple[Held, ...]) -> None:
     here = all(map(state.has_whole, types[1:]))
     if types[0] != PARTIAL or not here or state.planned(op) != (PARTIAL,):
         lie = ", ".join(f"{named(r)} is {t}" for r, t in zip(op.inputs, types, strict=True))
-        fail(state.program, node, f"adds one rank's term to a sum that all owe: {lie}", _EXPERTS)
+        fail(state.program, node, f"adds one rank's term to a sum that all owe: {lie}")
 
 
 def joined(state: RankState, node: Node, op: Op) -> None:
@@ -75,13 +73,13 @@ def joined(state: RankState, node: Node, op: Op) -> None:
     own = [i for i, placement in enumerate(plan.inputs) if placement.is_owned and placement.dim == rank]
     given = [state.value(node, piece) for piece in pieces]
     if [v.ref for v in given] != [op.inputs[i] for i in own] or any(v.held.owner != rank for v in given):
-        fail(state.program, node, f"joins {[named(v.ref) for v in given]}, and has pieces {own} of its own", _EXPERTS)
+        fail(state.program, node, f"joins {[named(v.ref) for v in given]}, and has pieces {own} of its own")
     dealt = all(placement.is_owned for placement in plan.inputs[:-1])
     if not dealt or own != list(range(first, first + len(own))) or state.planned(op) != (PARTIAL,):
-        fail(state.program, node, f"puts pieces {own} at the place of number {first}", _EXPERTS)
+        fail(state.program, node, f"puts pieces {own} at the place of number {first}")
     lengths = state.value(node, counts)
     if lengths != Value(op.inputs[-1], WHOLE):
-        fail(state.program, node, f"counts rows by {named(lengths.ref)}, which is {lengths.held}", _EXPERTS)
+        fail(state.program, node, f"counts rows by {named(lengths.ref)}, which is {lengths.held}")
     value = Value(TensorRef(op.name), PARTIAL)
     check_shape(state, node, state.local(value))
     state.set(node, value)
@@ -113,6 +111,12 @@ def check_pick(state: RankState, node: Node, op: Op, lies: Held, picks: tuple[tu
     (dim, index), (own_dim, at) = op.attrs["picks"][0], picks[0]
     own = elements(lies, state.graph.spec(op.inputs[0]).shape[dim])
     if own_dim != dim or at >= len(own) or own[at] != index:
-        fail(state.program, node, f"takes element {at} of its share of dim {dim}, and the model {index}", _SHAPES)
+        fail(
+            state.program, node, f"takes element {at} of its share of dim {dim}, and the model {index}",
+            untouched=Duty.SIZES,
+        )  # fmt: skip
     if state.planned(op) != (Held(owner=state.program.tp_rank),):
-        fail(state.program, node, f"takes what is its own alone, and the plan says {state.planned(op)[0]}", _SHAPES)
+        fail(
+            state.program, node, f"takes what is its own alone, and the plan says {state.planned(op)[0]}",
+            untouched=Duty.SIZES,
+        )  # fmt: skip

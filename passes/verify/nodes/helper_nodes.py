@@ -13,15 +13,11 @@ from cost_model.graph.op_graph import SOURCES, Op, OpGraph, TensorRef
 from passes.fx.arguments import argument
 from passes.ops.parallel_layers import one_term
 from passes.verify.core.held import PARTIAL, WHOLE, held, held_sequence
-from passes.verify.core.report import fail
+from passes.verify.core.report import Duty, fail
 from passes.verify.core.state import RankState, Value, named
 from passes.verify.nodes.derive import check_shape
 from passes.verify.nodes.kv_heads import picked
 from passes.verify.nodes.literals import check_eps
-
-_COLLECTIVES = "passes/partition/insert_collectives.py"
-_SHAPES = "passes/partition/localize_shapes.py"
-_STAGE = "passes/partition/extract_stage.py"
 
 
 def helper(state: RankState, node: Node) -> None:
@@ -31,13 +27,13 @@ def helper(state: RankState, node: Node) -> None:
         _, dim, start, length = node.args
         size = state.local(value)[0][dim] if value.held == WHOLE else -1
         if value.held != WHOLE or not (type(start) is type(length) is int and 0 <= start <= start + length <= size):
-            fail(state.program, node, f"cuts {start}:+{length} out of {named(value.ref)}: {value.held}", _COLLECTIVES)
+            fail(state.program, node, f"cuts {start}:+{length} out of {named(value.ref)}: {value.held}")
         done = Value(value.ref, held(dim, ((start, start + length),), size))
     elif node.op == "call_function" and node.target is torch.cat:
         pieces = [state.value(node, n) for n in node.args[0]]
         dim = argument(node, 1, "dim", 0)
         if len({p.ref for p in pieces}) != 1 or any(p.held.partial or p.held.dim not in (-1, dim) for p in pieces):
-            fail(state.program, node, "glues what are no pieces of one tensor", _COLLECTIVES)
+            fail(state.program, node, "glues what are no pieces of one tensor")
         size = state.graph.spec(pieces[0].ref).shape[dim]
         runs = [run for p in pieces for run in (p.held.runs if p.held.is_sharded else ((0, size),))]
         done = Value(pieces[0].ref, held(dim, runs, size))
@@ -45,7 +41,7 @@ def helper(state: RankState, node: Node) -> None:
         value = state.value(node, node.args[0])
         dim = argument(node, 1, "dim")
         if value.held.partial or value.held.dim not in (-1, dim):
-            fail(state.program, node, f"picks elements of dim {dim} from what is {value.held}", _SHAPES)
+            fail(state.program, node, f"picks elements of dim {dim} from what is {value.held}", untouched=Duty.SIZES)
         size = state.graph.spec(value.ref).shape[dim]
         done = Value(value.ref, held_sequence(dim, picked(state, node, value.held, size, dim), size))
     elif node.op == "call_function" and node.target is one_term:
@@ -53,7 +49,7 @@ def helper(state: RankState, node: Node) -> None:
     elif node.op == "call_function" and node.target is F.rms_norm:
         done = _fused_norm(state, node)
     else:
-        fail(state.program, node, "stands for no op of the model that this stage computes", _STAGE)
+        fail(state.program, node, "stands for no op of the model that this stage computes")
     check_shape(state, node, state.local(done))
     state.set(node, done)
 
@@ -68,7 +64,6 @@ def _one_term(state: RankState, node: Node) -> Value:
             state.program, node,
             f"makes rank {node.args[1]}'s term of {named(value.ref)}, which is {value.held}"
             + (", and owed by its op already" if owed else ""),
-            _COLLECTIVES,
         )  # fmt: skip
     return Value(value.ref, PARTIAL)
 
@@ -84,12 +79,14 @@ def _fused_norm(state: RankState, node: Node) -> Value:
             state.program, node,
             f"no norm of the model is this one of {named(x.ref)}" if found is None else
             f"normalises {named(x.ref)}, which is {x.held}" + (f", by {weight.held}" if weight is not None else ""),
-            "passes/partition/fuse_ops.py",
         )  # fmt: skip
     op, add = found
     check_eps(state, node, add)
     if state.planned(op) != (x.held,):
-        fail(state.program, node, f"its output is {x.held}, and the plan says {state.planned(op)[0]}", _COLLECTIVES)
+        fail(
+            state.program, node, f"its output is {x.held}, and the plan says {state.planned(op)[0]}",
+            missing=Duty.COLLECTIVES,
+        )  # fmt: skip
     return Value(TensorRef(op.name), x.held)
 
 

@@ -16,12 +16,9 @@ from cost_model.rules.rule import IntArray
 from passes.fx.arguments import argument, fetch
 from passes.fx.nodes import op_name
 from passes.verify.core.held import Derivation, Held, elements, held_sequence
-from passes.verify.core.report import fail
+from passes.verify.core.report import Duty, fail
 from passes.verify.core.state import RankState, Value, named
 from passes.verify.nodes.derive import derived
-
-_SHAPES = "passes/partition/localize_shapes.py"
-_COLLECTIVES = "passes/partition/insert_collectives.py"
 
 
 def picked(state: RankState, node: Node, lies: Held, size: int, dim: int) -> IntArray:
@@ -30,10 +27,10 @@ def picked(state: RankState, node: Node, lies: Held, size: int, dim: int) -> Int
     constant = fetch(state.module, str(index.target)) if isinstance(index, Node) and index.op == "get_attr" else None
     own = elements(lies, size)
     if not isinstance(constant, torch.Tensor) or constant.is_meta or argument(node, 1, "dim") != dim:
-        fail(state.program, node, f"must take constant elements of dim {dim}", _SHAPES)
+        fail(state.program, node, f"must take constant elements of dim {dim}", untouched=Duty.SIZES)
     places = constant.cpu().numpy()
     if len(places) and (places.min() < 0 or places.max() >= len(own)):
-        fail(state.program, node, f"takes elements {places.tolist()} of {len(own)}", _SHAPES)
+        fail(state.program, node, f"takes elements {places.tolist()} of {len(own)}", untouched=Duty.SIZES)
     return own[places]
 
 
@@ -45,7 +42,10 @@ def repeated(state: RankState, node: Node, op: Op, lies: Held, expected: Held) -
     if lies.partial or (lies.is_sharded and lies.dim != dim):
         return derived(state, node, op, (lies,), (expected,))
     if expected.partial or (expected.is_sharded and expected.dim != dim):
-        fail(state.program, node, f"its input is {lies}, and the plan says that its output is {expected}", _SHAPES)
+        fail(
+            state.program, node, f"its input is {lies}, and the plan says that its output is {expected}",
+            untouched=Duty.SIZES,
+        )  # fmt: skip
     if op_name(node) == "index_select":
         copies = picked(state, node, lies, shape[dim], dim)
     else:
@@ -56,7 +56,7 @@ def repeated(state: RankState, node: Node, op: Op, lies: Held, expected: Held) -
             state.program, node,
             f"gives copies of elements {copies.tolist()}, where {expected} are copies of "
             f"{(claimed // (out[dim] // shape[dim])).tolist()}",
-            _SHAPES,
+            untouched=Duty.SIZES,
         )  # fmt: skip
     return Derivation((expected,))
 
@@ -72,16 +72,19 @@ def repeated_in_attention(state: RankState, node: Node, op: Op, slot: int, value
         fail(
             state.program, node,
             f"input {slot} is {named(value.ref)} where the model's op reads {named(wanted)}",
-            "passes/partition/fuse_ops.py",
+            inputs=True,
         )  # fmt: skip
     if not argument(node, 7, "enable_gqa", False):
         fail(
             state.program, node,
             f"takes heads of {named(value.ref)} that are not repeated, and does not repeat them",
-            "passes/partition/fuse_ops.py",
+            inputs=True,
         )  # fmt: skip
     if query.held.partial or value.held.partial or {query.held.dim, value.held.dim} - {-1, head}:
-        fail(state.program, node, f"its queries are {query.held}, its input {slot} {value.held}", _COLLECTIVES)
+        fail(
+            state.program, node, f"its queries are {query.held}, its input {slot} {value.held}",
+            missing=Duty.COLLECTIVES,
+        )  # fmt: skip
     heads = elements(query.held, shape[head])
     own = elements(value.held, size)
     reads = heads // (shape[head] // size)
@@ -91,6 +94,6 @@ def repeated_in_attention(state: RankState, node: Node, op: Op, slot: int, value
             state.program, node,
             f"its query heads {heads.tolist()} read heads {reads.tolist()} of input {slot}, which holds "
             f"{own.tolist()} here, each for {each} query heads",
-            _SHAPES,
+            untouched=Duty.SIZES,
         )  # fmt: skip
     return held_sequence(head, heads, shape[head])

@@ -15,14 +15,13 @@ from passes.fx.arguments import submodule
 from passes.op_graph.indexing import spelled_index
 from passes.ops.parallel_layers import partial_mean
 from passes.verify.core.held import Held
-from passes.verify.core.report import fail
+from passes.verify.core.report import Duty, fail
 from passes.verify.core.state import RankState
 
 # Their numbers become the rank's own, and are proven in other ways.
 _REWRITTEN = (
     "view", "expand", "split", "slice", "repeat_interleave", "cache_update", "cache_read", "linear", "embedding",
 )  # fmt: skip
-_HERE = "passes/partition/localize_shapes.py"
 
 
 def nodes_by_name(whole: torch.fx.GraphModule) -> dict[str, Node]:
@@ -39,7 +38,7 @@ def check_literals(state: RankState, node: Node, op: Op, types: tuple[Held, ...]
         return
     called, calls = (n.op if n.op == "call_module" else (n.op, n.target) for n in (node, theirs))
     if called != calls:
-        fail(state.program, node, f"calls {node.target}, and the model calls {theirs.target}", _HERE)
+        fail(state.program, node, f"calls {node.target}, and the model calls {theirs.target}")
     if node.op == "call_module":
         _check_settings(state, node, theirs)
     own, others = _by_position(node, op), _by_position(theirs, op)
@@ -49,7 +48,6 @@ def check_literals(state: RankState, node: Node, op: Op, types: tuple[Held, ...]
             state.program, node,
             f"is called with {node.args} {dict(node.kwargs)}, and the model calls it with {theirs.args} "
             f"{dict(theirs.kwargs)}",
-            _HERE,
         )  # fmt: skip
 
 
@@ -61,7 +59,7 @@ def _check_index(state: RankState, node: Node, theirs: Node, lies: Held) -> None
     if differing:
         fail(
             state.program, node,
-            f"takes {node.args[1]} of dim {differing[0]}, and the model takes {theirs.args[1]}", _HERE,
+            f"takes {node.args[1]} of dim {differing[0]}, and the model takes {theirs.args[1]}",
         )  # fmt: skip
 
 
@@ -88,7 +86,7 @@ def _check_settings(state: RankState, node: Node, theirs: Node) -> None:
         fail(
             state.program, node,
             f"is {type(module).__name__} with {', '.join(differing) or 'the same settings'}, and the model has {model}",
-            _HERE,
+            untouched=Duty.WEIGHTS,
         )  # fmt: skip
 
 
@@ -111,7 +109,7 @@ def check_eps(state: RankState, node: Node, add: Op) -> None:
         return
     numbers = [a for a in theirs.args if not isinstance(a, Node)]
     if numbers != [node.args[3]]:
-        fail(state.program, node, f"has eps {node.args[3]}, and the model {numbers}", "passes/partition/fuse_ops.py")
+        fail(state.program, node, f"has eps {node.args[3]}, and the model {numbers}")
 
 
 def _by_position(node: Node, op: Op) -> tuple[Any, ...]:

@@ -15,34 +15,39 @@ from passes.fx.arguments import argument, submodule
 from passes.fx.nodes import op_name
 from passes.ops.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, partial_mean
 from passes.verify.core.held import PARTIAL, WHOLE, Derivation, Held, elements, held
-from passes.verify.core.report import fail
+from passes.verify.core.report import Duty, fail
 from passes.verify.core.state import RankState
 from passes.verify.nodes.experts import check_pick, picks_own
-
-_SHAPES = "passes/partition/localize_shapes.py"
-_SHARDS = "passes/partition/shard_parameters.py"
-_CACHE = "passes/partition/localize_cache.py"
 
 
 def check_same_op(state: RankState, node: Node, op: Op, types: tuple[Held, ...]) -> None:
     kind, attrs = _classified(state, node, op)
     if kind != op.kind:
-        fail(state.program, node, f"does {kind} where the model does {op.kind}", _SHAPES)
+        fail(state.program, node, f"does {kind} where the model does {op.kind}", untouched=Duty.SIZES)
     if picks_own(state, op, types) and len(attrs.get("picks", ())) == 1:
         check_pick(state, node, op, types[0], attrs["picks"])
         if attrs["dims"] != op.attrs["dims"]:
-            fail(state.program, node, f"takes {attrs['dims']} where the model takes {op.attrs['dims']}", _SHAPES)
+            fail(
+                state.program, node, f"takes {attrs['dims']} where the model takes {op.attrs['dims']}",
+                untouched=Duty.SIZES,
+            )  # fmt: skip
     elif op.kind == "slice" and types[0].is_sharded:
         _check_slice(state, node, op, types[0], attrs["dims"])
     elif op.kind == "repeat_interleave" and op_name(node) != "index_select":
         if attrs["dim"] != op.attrs["dim"]:
-            fail(state.program, node, f"repeats dim {attrs['dim']}, the model dim {op.attrs['dim']}", _SHAPES)
+            fail(
+                state.program, node, f"repeats dim {attrs['dim']}, the model dim {op.attrs['dim']}",
+                untouched=Duty.SIZES,
+            )  # fmt: skip
     elif op.kind in ("conv", "group_norm"):
         _check_groups(state, node, op, types[0], attrs)
     elif op.kind not in ("cache_update", "cache_read", "slice", "repeat_interleave") and attrs != op.attrs:
-        fail(state.program, node, f"has {dict(attrs)} where the model has {dict(op.attrs)}", _SHAPES)
+        fail(state.program, node, f"has {dict(attrs)} where the model has {dict(op.attrs)}", untouched=Duty.SIZES)
     elif op.kind == "slice" and attrs != op.attrs:
-        fail(state.program, node, f"takes {attrs['dims']} where the model takes {op.attrs['dims']}", _SHAPES)
+        fail(
+            state.program, node, f"takes {attrs['dims']} where the model takes {op.attrs['dims']}",
+            untouched=Duty.SIZES,
+        )  # fmt: skip
 
 
 def _classified(state: RankState, node: Node, op: Op) -> tuple[str, Any]:
@@ -79,7 +84,7 @@ def _check_slice(state: RankState, node: Node, op: Op, lies: Held, given: Any) -
             state.program, node,
             f"takes {tuple(given)} (dim, dim of the result, start, step) of its share, where the model's slice lies "
             f"at {tuple(wanted)}",
-            _SHAPES,
+            untouched=Duty.SIZES,
         )  # fmt: skip
 
 
@@ -89,7 +94,10 @@ def _check_groups(state: RankState, node: Node, op: Op, lies: Held, given: Any) 
     if lies.is_sharded and groups > 1 and len(shape) > 2 and lies.dim == 1:
         groups = groups * len(elements(lies, shape[1])) // shape[1]
     if dict(given) != {**op.attrs, "groups": groups}:
-        fail(state.program, node, f"has {dict(given)} where {groups} groups and {dict(op.attrs)} are wanted", _SHAPES)
+        fail(
+            state.program, node, f"has {dict(given)} where {groups} groups and {dict(op.attrs)} are wanted",
+            untouched=Duty.SIZES,
+        )  # fmt: skip
 
 
 # -- what single kinds owe beside their rule ---------------------------------------------------------------------------
@@ -102,15 +110,15 @@ def _embedding(state: RankState, node: Node, op: Op, types: tuple[Held, ...], do
     if isinstance(module, VocabParallelEmbedding):
         own = held(0, module.intervals, rows)
         if own != (types[1] if types[1].dim == 0 else WHOLE):
-            fail(state.program, node, f"looks up {own}, and its table is {types[1]}", _SHARDS)
+            fail(state.program, node, f"looks up {own}, and its table is {types[1]}", untouched=Duty.WEIGHTS)
     elif types[1].dim == 0:
-        fail(state.program, node, f"its table is {types[1]}, and it looks up every row", _SHARDS)
+        fail(state.program, node, f"its table is {types[1]}, and it looks up every row", untouched=Duty.WEIGHTS)
     theirs = state.tools.whole.get(op.name)
     if theirs is not None and _padding(node, rows) != _padding(theirs, rows):
         fail(
             state.program, node,
             f"keeps the gradient from row {_padding(node, rows)}, and the model from row {_padding(theirs, rows)}",
-            _SHARDS,
+            untouched=Duty.WEIGHTS,
         )  # fmt: skip
 
 
@@ -126,15 +134,21 @@ def _mean(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: D
     """A part of a mean divides by the number of all elements."""
     owes = done.factor is not None and PARTIAL in done.outputs and op.attrs["op"] == "mean"
     if owes != (node.target is partial_mean):
-        fail(state.program, node, "a mean over a sharded dim must divide by the number of all elements", _SHAPES)
+        fail(
+            state.program, node, "a mean over a sharded dim must divide by the number of all elements",
+            untouched=Duty.SIZES,
+        )  # fmt: skip
     if owes:
         cut, shape = types[0].dim, state.graph.spec(op.inputs[0]).shape
         if tuple(node.args[3:]) != (cut, shape[cut]):
             said = f"divides as if its whole input were {node.args[4]} long in dim {node.args[3]}"
-            fail(state.program, node, f"{said}: it is {shape[cut]} long in dim {cut}, where it is sharded", _SHAPES)
+            fail(
+                state.program, node, f"{said}: it is {shape[cut]} long in dim {cut}, where it is sharded",
+                untouched=Duty.SIZES,
+            )  # fmt: skip
         theirs = state.tools.whole.get(op.name)
         if theirs is not None and node.kwargs.get("dtype") != theirs.kwargs.get("dtype"):
-            fail(state.program, node, f"computes in {node.kwargs.get('dtype')}, unlike the model", _SHAPES)
+            fail(state.program, node, f"computes in {node.kwargs.get('dtype')}, unlike the model", untouched=Duty.SIZES)
 
 
 def _cache_update(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
@@ -145,7 +159,7 @@ def _cache_update(state: RankState, node: Node, op: Op, types: tuple[Held, ...],
             state.program, node,
             f"{does} cache layer {layer} of this rank, whose layers are those numbered {list(layers)} in the model; "
             f"the model {does} {op.attrs['layer']}",
-            _CACHE,
+            untouched=Duty.CACHE,
         )  # fmt: skip
     state.facts.updates.append((op.name, layer, node))
 
