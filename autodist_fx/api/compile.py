@@ -37,6 +37,7 @@ def compile(
     train: bool = False,
     verify: bool = True,
     dump_dir: str | Path | None = None,
+    verbose: bool = False,
 ) -> CompiledModel:
     """Split a model over `tp * pp` ranks.
 
@@ -65,7 +66,8 @@ def compile(
         without it such ops are named in `plan.warnings`, with what they cost.
     train: let the programs carry what a backward pass needs, too (CompiledModel.gradients).
     verify: prove every rank's program before returning it (CompiledModel.verify).
-    dump_dir: gets every rank's graph after each pass, as text.
+    dump_dir: gets every rank's graph after each pass, as text, and what each pass did, as "passes.rank0.txt".
+    verbose: print that, when a rank's program is made: places that each pass worked on, nodes inserted and removed.
 
     Errors: TracingError, MeshError, NoPlanFits, PlanError, VerificationError; all are AutodistError.
     """
@@ -76,6 +78,6 @@ def compile(
     )  # fmt: skip
     options = CompileOptions.from_keywords(
         use_cache=use_cache, input_names=input_names, concrete_args=concrete_args, train=train, verify=verify,
-        dump_dir=dump_dir,
+        dump_dir=dump_dir, verbose=verbose,
     )  # fmt: skip
     return compile_model(model, CompiledModel, wanted.resolve(default_hardware()), options, wanted.plan)

@@ -141,9 +141,14 @@ def compile_config(args: argparse.Namespace, wanted: PlanOptions) -> CompiledMod
 
 
 def compile_for(
-    args: argparse.Namespace, config: PretrainedConfig, wanted: PlanOptions, *, verify: bool = False
+    args: argparse.Namespace,
+    config: PretrainedConfig,
+    wanted: PlanOptions,
+    *,
+    verify: bool = False,
+    verbose: bool = False,
 ) -> CompiledModel:
-    """The same for a config that was found already; with `verify`, proven."""
+    """The same for a config that was found already; `verify`: proven; `verbose`: what each pass did is printed."""
     from autodist_fx.api.compiled_model import CompiledModel
     from autodist_fx.compiler.compile import as_used, compile_model
     from autodist_fx.compiler.compile_options import CompileOptions
@@ -151,7 +156,7 @@ def compile_for(
     from autodist_fx.weights.dtype import wanted_dtype
 
     model = empty_model(config, wanted_dtype(args.dtype, config))
-    options = as_used(model, CompileOptions(verify=verify))
+    options = as_used(model, CompileOptions(verify=verify, verbose=verbose))
     return compile_model(model, CompiledModel, wanted.resolve(default_hardware()), options, wanted.plan)
 
 

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="an artifact that is there already is replaced")
     parser.add_argument("--no-verify", action="store_true", help="do not prove the ranks' programs first")
+    parser.add_argument("--verbose", action="store_true", help="print what each pass did to each rank's graph")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     began, out = time.perf_counter(), Path(args.out).expanduser()
     refuse_foreign(out)
     checkpoint = resolve(checkpoint_source(args))
-    compiled = compile_for(args, checkpoint.config, plan_options(args), verify=not args.no_verify)
+    compiled = compile_for(args, checkpoint.config, plan_options(args), verify=not args.no_verify, verbose=args.verbose)
     try:
         tokenizer = load_tokenizer(checkpoint)
     except CheckpointError:

@@ -21,6 +21,8 @@ from autodist_fx.tracing import forms_of
 from cost_model.graph.op_graph import OpGraph
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
+from passes.fx import node_meta
+from passes.fx.run_passes import history_text
 from passes.partition.pipeline import emit_rank
 from passes.program.rank_program import RankProgram
 from passes.verify.cache_handover import verify_handover
@@ -225,6 +227,8 @@ class Compilation:
                 train=self.options.train and not variant.traced.use_cache,
                 stage_uses={s: uses for p in variant.programs.values() for s, uses in p.stage_uses.items()},
             )
+            if self.options.verbose:
+                print(_passes_text(variant, rank))
         return variant.programs[rank]
 
     @garbage_stays()
@@ -237,3 +241,12 @@ class Compilation:
             writers = self.all_programs(variant.encoder)
             written = variant.encoder.plan, variant.encoder.graph
             verify_handover(writers, written, programs, (variant.plan, variant.graph))
+
+
+def _passes_text(variant: Variant, rank: int) -> str:
+    """What the passes did for one rank, and, with the first rank that is made, on the whole graph."""
+    whole = variant.traced.graph_module
+    parts = [(f"rank {rank}", variant.programs[rank].graph_module)]
+    if len(variant.programs) == 1:
+        parts.insert(0, (f"{variant.traced.model_class}, the whole graph", whole))
+    return "\n\n".join(f"{title}\n{history_text(node_meta.history(graph))}" for title, graph in parts)

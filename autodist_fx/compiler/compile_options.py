@@ -13,7 +13,7 @@ class CompileOptions:
 
     use_cache, input_names, concrete_args: what to trace (`autodist_fx.tracing.trace`); input_names None: the usual.
     train: programs carry what a backward pass needs. verify: they are proven before they are used.
-    dump_dir: gets every rank's graph after each pass, as text.
+    dump_dir: gets every rank's graph after each pass, as text. verbose: what each pass did is printed.
     """
 
     use_cache: bool = False
@@ -22,6 +22,7 @@ class CompileOptions:
     train: bool = False
     verify: bool = True
     dump_dir: str | Path | None = None
+    verbose: bool = False
 
     @classmethod
     def from_keywords(
@@ -33,6 +34,7 @@ class CompileOptions:
         train: bool = False,
         verify: bool = True,
         dump_dir: str | Path | None = None,
+        verbose: bool = False,
     ) -> CompileOptions:
         """Options from the keywords of the public functions."""
         return cls(
@@ -42,4 +44,5 @@ class CompileOptions:
             train=train,
             verify=verify,
             dump_dir=dump_dir,
+            verbose=verbose,
         )

@@ -174,6 +174,7 @@ class Variant:
         parts = []
         for module in split_encoder(traced.graph_module, cross):
             node_meta.set_guards(module, node_meta.guards(traced.graph_module))
+            node_meta.set_history(module, node_meta.history(traced.graph_module))
             graph = build_op_graph(module, names)
             inputs = tuple(str(n.target) for n in module.graph.nodes if n.op == "placeholder")
             part = replace(traced, graph_module=module, input_names=inputs)

@@ -18,7 +18,7 @@ _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def _conv(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
-    """Arguments are by position (spell_out_calls): x, weight, bias, stride, padding, ..., groups."""
+    """Arguments are by position (canonicalize_calls): x, weight, bias, stride, padding, ..., groups."""
     transposed = node.target in _TRANSPOSED
     if not transposed and node.target not in _CONVOLUTIONS:
         return None
