@@ -1,1 +1,1 @@
-"""One call of a model: inputs, outputs, lengths and kinds of cache."""
+"""One call of a model: its inputs, its outputs, its lengths, and the kinds of KV cache it may bring."""

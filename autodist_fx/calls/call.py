@@ -1,4 +1,5 @@
-"""One call of a model, sorted: tensors, which are inputs of a graph, and arguments, for which there is a graph each."""
+"""One call of a model, split into tensors (inputs of the graph) and Python arguments (each combination has its own
+graph)."""
 
 from __future__ import annotations
 
@@ -12,53 +13,57 @@ import torch
 from autodist_fx.calls.model_signature import ModelSignature
 from autodist_fx.errors import AutodistError
 
-# What a call without them gets: the others follow from the ids.
+# Inputs that a generating variant is traced with whether or not a call passes them: all others follow from the ids.
 FILLED_IN = frozenset({"input_ids", "attention_mask", "position_ids", "cache_position"})
 
-# What every forward with **keywords takes, though its signature doesn't say so (transformers' TransformersKwargs).
+# Flags that every forward with **kwargs takes, though its signature does not name them (TransformersKwargs).
 OUTPUT_FLAGS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
-# The same, of tensors: how many labels a loss is divided by, where a batch is one of several (transformers' Trainer).
+# Tensors that every forward with **kwargs takes. transformers' Trainer passes the number of labels that the loss is
+# divided by when it accumulates gradients over several batches.
 KEYWORD_INPUTS = ("num_items_in_batch",)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
+    """The arguments of one forward call, sorted by `read_call`."""
+
     tensors: dict[str, torch.Tensor]
-    fixed: dict[str, object]  # every other argument that is not as forward's signature and the config have it
+    fixed: dict[str, object]  # Python arguments that differ from the defaults of forward's signature and the config
     use_cache: bool
-    cache: Any  # what was passed as past_key_values
+    cache: Any  # the object passed as past_key_values, or None
     return_dict: bool
 
 
 def read_call(model: ModelSignature, inputs: Mapping[str, Any], always: Mapping[str, object]) -> Call:
-    """Sort the arguments of one call of a model. `always` are arguments of every call (compile's concrete_args), which
-    this one may override.
+    """Split the arguments of one forward call into tensors and Python arguments.
 
-    Errors: AutodistError, which names an argument that forward does not take, or that is of no use here.
+    `always` holds arguments of every call (compile's concrete_args); `inputs` may override them.
+
+    Raises AutodistError that names an argument which forward does not take, or which has no use here.
     """
-    given = dict(inputs)
-    use_cache = bool(given.pop("use_cache", False)) or "past_key_values" in given
-    cache = given.pop("past_key_values", None)
-    return_dict = given.pop("return_dict", None)
+    arguments = dict(inputs)
+    use_cache = bool(arguments.pop("use_cache", False)) or "past_key_values" in arguments
+    cache = arguments.pop("past_key_values", None)
+    return_dict = arguments.pop("return_dict", None)
     takes = (*model.argument_names, *((*OUTPUT_FLAGS, *KEYWORD_INPUTS) if model.takes_keywords else ()))
-    if unknown := sorted(name for name, value in given.items() if name not in takes and value is not None):
+    if unknown := sorted(name for name, value in arguments.items() if name not in takes and value is not None):
         raise AutodistError(
             f"{model.model_class}.forward takes no {', '.join(unknown)}: it takes {', '.join(takes)}"
         )
     for name in KEYWORD_INPUTS:
-        if isinstance(given.get(name), (int, float)):
-            given[name] = torch.tensor(given[name])  # another one in each call
-    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        if isinstance(arguments.get(name), (int, float)):
+            arguments[name] = torch.tensor(arguments[name])  # a graph input, since its value changes from call to call
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     fixed = {name: value for name, value in always.items() if name not in tensors}
-    for name, value in given.items():
+    for name, value in arguments.items():
         if isinstance(value, (bool, int, float, str)):
             fixed[name] = value
         elif value is not None and name not in tensors:
             raise AutodistError(f"{name} is a {type(value).__name__}: pass a tensor")
     if not {"decoder_input_ids", "decoder_inputs_embeds"} & tensors.keys():  # the encoder may have run before
         _refuse_gaps(model, tensors, fixed)
-    for name in OUTPUT_FLAGS:  # asked for in the config
+    for name in OUTPUT_FLAGS:  # a flag that the call leaves out has the config's value
         if name in takes:
             fixed.setdefault(name, bool(getattr(model.config, name, False)))
     if return_dict is None:
@@ -67,7 +72,7 @@ def read_call(model: ModelSignature, inputs: Mapping[str, Any], always: Mapping[
 
 
 def unusual(parameters: Iterable[inspect.Parameter], fixed: Mapping[str, object]) -> dict[str, object]:
-    """Those arguments that differ from what forward's `parameters` have for them."""
+    """Return the entries of `fixed` that differ from the defaults of forward's `parameters`."""
     defaults = {p.name: p.default for p in parameters}
 
     def is_usual(name: str, value: object) -> bool:
@@ -79,7 +84,8 @@ def unusual(parameters: Iterable[inspect.Parameter], fixed: Mapping[str, object]
 def _refuse_gaps(
     model: ModelSignature, tensors: Mapping[str, torch.Tensor], fixed: Mapping[str, object]
 ) -> None:
-    """Raises AutodistError for what forward cannot do without, and for what it cannot have both of."""
+    """Raise AutodistError where an argument is missing that forward requires, or where two given arguments exclude each
+    other."""
     name, takes = model.model_class, [p.name for p in model.parameters]
     required = [p.name for p in model.parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if missing := [n for n in required if n not in tensors and n not in fixed]:

@@ -1,4 +1,7 @@
-"""The form of an input of a graph. Not in tracing, of which ranks that start from an artifact import nothing."""
+"""Dims and dtype of one graph input.
+
+This file lives outside autodist_fx.tracing so that a rank started from an artifact never imports the tracer.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ Dims = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class InputForm:
-    """Of one tensor: dims, each a letter or a number, and its dtype."""
+    """The input spec of one graph input: its dtype, and its dims, each a number or a size symbol ("B", "S", ...)."""
 
     dims: Dims
     dtype: torch.dtype

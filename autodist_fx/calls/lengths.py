@@ -1,9 +1,9 @@
-"""Example lengths for a graph that is right for one call: at them the model's code goes the way that it goes there.
+"""Lengths of a call by size symbol, and the error for lengths whose guards come out otherwise than in the traced graph.
 
-A graph is traced and normalised at two choices of lengths, and serves all lengths for which Python decides alike. For
-a call at which it decides otherwise (passes/normalize/extract_guards.py) both choices are made anew, so that each
-condition known so far comes out as for that call. Where no two lengths do that, the length is fixed: a number in the
-graph.
+A graph is traced and normalised at two choices of lengths, and serves all lengths at which its guards come out alike.
+For a call at which one comes out otherwise (passes/normalize/extract_guards.py) two new choices are made, so that every
+guard known so far comes out as it does for that call (compiler/guard_examples.py). Where no two different values of a
+length do that, the length is fixed: it is a number in the graph.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import torch
 
 from autodist_fx.calls.input_spec import InputForm
 
-Lengths = dict[str, int]  # by letter: "B", "S", "P", "T", "E", "K"
+Lengths = dict[str, int]  # by size symbol: "B", "S", "P", "T", "E", "K" (docs/glossary.md)
 _NAMES = {"B": "sequences", "S": "tokens", "P": "tokens cached", "E": "what the encoder reads", "K": "positions"}
 
 
 def lengths_of(forms: Mapping[str, InputForm], inputs: Mapping[str, Any], past: int) -> Lengths:
-    """The lengths of a call, whose `inputs` have these forms, with `past` tokens in the cache."""
+    """Return the lengths of a call by size symbol.
+
+    Reads each tensor of `inputs` against its input spec in `forms`; `past` is the number of tokens in the cache.
+    """
     found: Lengths = {"P": past}
     for name, form in forms.items():
         value = inputs.get(name)
@@ -30,12 +33,13 @@ def lengths_of(forms: Mapping[str, InputForm], inputs: Mapping[str, Any], past: 
 
 
 def with_total(lengths: Lengths) -> Lengths:
-    """T is P and S."""
+    """Return `lengths` with T = P + S added, where both are there."""
     return {**lengths, "T": lengths["P"] + lengths["S"]} if "S" in lengths and "P" in lengths else lengths
 
 
 def another_way(model: str, lengths: Mapping[str, int], lines: Sequence[str]) -> str:
-    """Words for an error."""
+    """Return the sentence of an error: `model`'s guards at the source positions `lines` come out otherwise at
+    `lengths`."""
     said = ", ".join(f"{_NAMES[letter]}: {n}" for letter, n in lengths.items() if letter in _NAMES)
     where = " and ".join(lines)
     return f"for these lengths ({said}) {model}'s code goes another way at {where} than it was traced with"

@@ -1,4 +1,5 @@
-"""`ModelSignature`: a model's class name, the arguments of its forward and its config; all that a call asks of it."""
+"""`ModelSignature`: a model's class name, forward's parameters and the config, which is all that reading a call
+needs."""
 
 from __future__ import annotations
 
@@ -10,24 +11,24 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 @dataclass(frozen=True, slots=True)
 class ModelSignature:
-    """A model as a call sees it. The model itself need not be there: an artifact keeps its signature alone."""
+    """The part of a model that reading a call needs. An artifact stores this signature without the model itself."""
 
     model_class: str  # "LlamaForCausalLM"
-    parameters: tuple[inspect.Parameter, ...]  # of forward, without self
+    parameters: tuple[inspect.Parameter, ...]  # forward's, without self
     config: PretrainedConfig
 
     @property
     def argument_names(self) -> tuple[str, ...]:
-        """The names that forward has for its arguments, without *args and **kwargs."""
+        """Names of forward's parameters, without *args and **kwargs."""
         return tuple(p.name for p in self.parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
 
     @property
     def takes_keywords(self) -> bool:
-        """Whether forward takes arguments that it has no names for."""
+        """True if forward has *args or **kwargs."""
         return len(self.argument_names) < len(self.parameters)
 
 
 def signature_of(model: PreTrainedModel) -> ModelSignature:
-    """Read the signature of a model as it stands."""
+    """Read the signature of a model as it is now."""
     parameters = inspect.signature(model.forward).parameters.values()
     return ModelSignature(type(model).__name__, tuple(parameters), model.config)

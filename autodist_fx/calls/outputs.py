@@ -1,9 +1,9 @@
-"""A model's outputs, flat as graphs have them and nested as transformers returns them.
+"""Conversions of a model's outputs between the flat names of graphs and the nested containers of transformers.
 
     nested  {"logits": x, "hidden_states": (a, b)}
     flat    {"logits": x, "hidden_states.0": a, "hidden_states.1": b}
 
-Flat, each tensor is an output of its own, and may come out of a pipeline stage of its own.
+Each tensor of the flat form is an output of its own, and may come out of a pipeline stage of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from transformers.utils import ModelOutput
 
 
 def flat(outputs: Any) -> dict[str, Any]:
-    """Of a dict, tuple or list of whatever; an entry that is none of these is kept as it is, also None."""
+    """Flatten nested dicts, tuples and lists into one dict with dotted names. Leaves of any type, None too, are kept as
+    they are."""
     if not isinstance(outputs, Mapping):
         outputs = dict(enumerate(outputs)) if isinstance(outputs, (tuple, list)) else {"0": outputs}
     found: dict[str, Any] = {}
@@ -28,7 +29,7 @@ def flat(outputs: Any) -> dict[str, Any]:
 
 
 def nested(outputs: Mapping[str, Any], order: Iterable[str]) -> ModelOutput:
-    """The inverse of `flat`, in the order of the flat names `order`; numbers make tuples, names make ModelOutputs."""
+    """Invert `flat`, in the order of the flat names `order`; numeric names become tuples, all others ModelOutputs."""
     return ModelOutput(_nested({name: outputs[name] for name in order if name in outputs}))
 
 
@@ -47,7 +48,8 @@ def _nested(outputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged(of_ranks: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Each flat output from the first rank that has it; the ranks of one tp group have the same."""
+    """Merge the flat outputs of several ranks: each output comes from the first rank that has it (a tp group's ranks
+    agree)."""
     found: dict[str, Any] = {}
     for outputs in of_ranks:
         for name, value in outputs.items():

@@ -1,4 +1,4 @@
-"""A few bytes that tell a tensor's elements from another's of the same shape and dtype."""
+"""A short digest of a tensor's elements, which tells it from other tensors of the same shape and dtype."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import hashlib
 
 import torch
 
-_HASHED_BYTES = 1 << 20  # up to so many, all bytes are hashed; of more, sums of columns, and the first of them
+_HASHED_BYTES = 1 << 20  # of a larger tensor, sums of int64 columns and the first half of this are hashed
 _COLUMNS = 1024
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """12 hexadecimal digits. Tensors that differ in one element alone differ in it; it costs one reading of memory, on
-    the tensor's own device."""
+    """Return 12 hexadecimal digits that depend on every element of `tensor` (any shape, dtype and device).
+
+    Two tensors that differ in exactly one element have different digests (but for a collision of hashes). The elements
+    are read once, on the tensor's own device. A meta or sparse tensor has no readable elements: its layout is returned
+    instead.
+    """
     if tensor.is_meta or tensor.layout != torch.strided:
         return str(tensor.layout)
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
