@@ -1,1 +1,1 @@
-"""What `import autodist_fx` gives."""
+"""The public functions and classes of `import autodist_fx`."""

@@ -1,4 +1,4 @@
-"""`load`, and `Artifact`: a split on disk, as users hold it."""
+"""`load`, and `Artifact`: a saved split as users hold it."""
 
 from __future__ import annotations
 
@@ -21,30 +21,33 @@ if TYPE_CHECKING:
 
 
 class Artifact(ArtifactReader):
-    """An artifact on the disk: `plan`, `mesh`, `config`, `rank(r)`, `simulate(**inputs)`, `verify()`,
-    `to_distributed()`. Files are read when they are asked for, and checked then."""
+    """A split on disk: `plan`, `mesh`, `config`, `rank(r)`, `simulate(**inputs)`, `verify()`, `to_distributed()`.
+
+    Each file is read when it is first needed, and checked against its digest then.
+    """
 
     def _repr_html_(self) -> str:
-        """For notebooks: the plan."""
+        """Return the plan as HTML, for notebooks."""
         return self.plan._repr_html_()
 
     @cached_property
     def whole(self) -> Simulator:
-        """All ranks in this process, as `compile` gives them."""
-        from autodist_fx.artifact.loaded_variants import load_whole  # which imports what compiles
+        """All ranks in this process, as a `Simulator`. Every file is read. Raises ArtifactError."""
+        from autodist_fx.artifact.loaded_variants import load_whole  # imports the compiler, which a rank does without
 
         return load_whole(self, self._files)
 
     def simulate(self, **inputs: Any) -> Any:
-        """All ranks in this process; see CompiledModel.simulate. AutodistError for a call that has no form here."""
+        """Run all ranks in this process; see CompiledModel.simulate. Raises AutodistError for a call that no saved
+        variant takes."""
         return self.whole.simulate(**inputs)
 
     def verify(self, *, numeric: bool = False) -> None:
-        """Prove the programs on the disk against the model's graph beside them; with `numeric`, run them in float64
-        against it, too. Raises VerificationError."""
+        """Prove the saved programs against the model's graph that is saved beside them; with `numeric`, also run both
+        in float64 and compare. Raises VerificationError."""
         self.whole.verify()
         if numeric:
-            from autodist_fx.numeric.verify_numeric import verify_numeric_of  # which imports what compiles
+            from autodist_fx.numeric.verify_numeric import verify_numeric_of  # imports the compiler, too
 
             verify_numeric_of(self.whole)
 
@@ -58,7 +61,8 @@ class Artifact(ArtifactReader):
         master_addr: str | None = None,
         master_port: int | None = None,
     ) -> DistributedCausalLM:
-        """This process's share, ready to generate; see `load`."""
+        """Start this process as its rank of the mesh, ready to generate; the arguments are those of `load`. Raises
+        ArtifactError, RuntimeSetupError."""
         options = JoinOptions(
             device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,
             timeout=timeout,
@@ -76,12 +80,13 @@ def load(
     master_addr: str | None = None,
     master_port: int | None = None,
 ) -> Artifact | DistributedCausalLM:
-    """What `compiled.save(directory)` or `autodist-fx compile --out` wrote.
+    """Read the artifact that `compiled.save(directory)` or `autodist-fx compile --out` wrote.
 
-    Under torchrun, or with `rank`, ... given: this process's share, on `device`, as `from_pretrained` gives it. Called
-    in every process alike; each reads its own graph and weights only. Otherwise an `Artifact`, of all ranks.
+    Under torchrun, or with `rank`, ... given, returns this process's rank of the model on `device`, like
+    `from_pretrained`. Every process calls it alike; each reads its own graph and weights only. Otherwise returns an
+    `Artifact`, which has all ranks. `timeout` is in seconds, per wait for another rank.
 
-    Nothing in the directory is run or unpickled; a file that is not what was written is refused by name. Raises
+    Nothing in the directory is run or unpickled; a file whose digest is not the manifest's is refused by name. Raises
     ArtifactError, RuntimeSetupError.
     """
     options = JoinOptions(

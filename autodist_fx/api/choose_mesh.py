@@ -1,4 +1,4 @@
-"""`choose_mesh`: which tp and pp a model should have on so many devices."""
+"""`choose_mesh`: picks tp and pp for a number of devices."""
 
 from __future__ import annotations
 
@@ -36,19 +36,20 @@ def choose_mesh(
     input_names: Sequence[str] | None = None,
     concrete_args: Mapping[str, object] | None = None,
 ) -> MeshChoice:
-    """Plan the model on every mesh that so many devices make, and rank the plans; the model is traced once.
+    """Plan the model on every mesh that `devices` devices can form, and rank the plans; the model is traced once.
 
-    model: with weights, on meta, or a config: weights are not looked at.
-    devices: all alike. Meshes take all of them, or a divisor of them: for throughput several copies then work.
-    objective: "latency" (of one forward; with use_cache of one token), "throughput" (tokens/s under load), "memory" (of
-        the fullest rank).
-    sequences: in flight over all devices, for throughput; None: as many as each mesh has memory for, 256 a device at
-        most.
-    sizes, pin, cuts, use_cache, input_names, concrete_args: as in `compile`. max_memory: of a device, one amount.
-    strict: meshes whose plan has ops without a sharding rule are left out.
+    model: a PreTrainedModel with weights or on meta, or a config; weights are never read.
+    devices: number of devices, all alike. A mesh takes all of them, or a divisor of them: for throughput several copies
+        of the mesh then work side by side.
+    objective: "latency" (seconds of one forward; with use_cache of one token), "throughput" (tokens/s under load),
+        "memory" (bytes on the fullest rank).
+    sequences: number in flight over all devices, for throughput; None: as many as each mesh has memory for, at most 256
+        per device.
+    sizes, pin, cuts, use_cache, input_names, concrete_args: as in `compile`. max_memory: one amount, per device.
+    strict: leaves out meshes whose plan has ops without a sharding rule.
 
-    `print` of the result shows all; `.best.plan` goes into `compile(model, plan=...)`, and `.best.mesh` says tp and pp.
-    Raises NoPlanFits where no mesh fits; MeshError, PlanError, TracingError: all are AutodistError.
+    `print` of the result shows all meshes; `.best.plan` goes into `compile(model, plan=...)`, and `.best.mesh` has tp
+    and pp. Raises NoPlanFits where no mesh fits; MeshError, PlanError, TracingError: all are AutodistError.
     """
     wanted = PlanOptions.from_keywords(
         hardware=hardware, objective=objective, sizes=sizes, pin=pin, cuts=cuts, max_memory=max_memory, strict=strict

@@ -1,4 +1,4 @@
-"""`compile`, as users call it."""
+"""`compile`: splits a model over ranks, in one process."""
 
 from __future__ import annotations
 
@@ -41,22 +41,23 @@ def compile(
 ) -> CompiledModel:
     """Split a model over `tp * pp` ranks.
 
-    model: a PreTrainedModel, with weights or on meta (never changed), or a config. A PeftModel counts as the model that
-        it has put adapters into.
+    model: a PreTrainedModel, with weights or on meta (never changed), or a config. A PeftModel stands for the model
+        inside it, adapters included.
     tp, pp: ranks that share each tensor; pipeline stages. Global rank = stage * tp + tp_rank.
-    hardware: what seconds and memory are predicted for ("cpu-gloo", "a100", "h100", "generic", or a Hardware);
-        by default "generic" where CUDA is there, "cpu-gloo" where not.
+    hardware: the device that seconds and memory are predicted for ("cpu-gloo", "a100", "h100", "generic", or a
+        Hardware); by default "generic" where CUDA is there, "cpu-gloo" where not.
     objective: "shard" (shard every matmul weight that can be, as fast as can be); "latency" or "throughput" (time alone
         decides, it may replicate; the two differ in choose_mesh, not on one mesh); "memory" (as "shard", with stages
         cut so that the fullest device is as empty as can be, instead of the slowest as fast).
-    use_cache, input_names, concrete_args: what to trace; see autodist_fx.tracing.trace.
-    sizes: lengths "B" (batch), "S" (tokens a step), "P" (tokens cached before) and "E" (what an encoder before the
-        decoder reads) to predict for; by default one sequence of 128 tokens, with use_cache one step after 512.
+    use_cache, input_names, concrete_args: choose the variant to trace; see autodist_fx.tracing.trace.
+    sizes: values of the size symbols "B" (batch), "S" (tokens a step), "P" (tokens cached before) and "E" (tokens or
+        frames that an encoder reads) to predict for; by default one sequence of 128 tokens, with use_cache one step of
+        one token after 512.
     pin: roles fixed for linears ("column", "row", "replicate") and embeddings ("vocab", "hidden", "replicate") by
         patterns over module paths or op names: {"*.q_proj": "replicate"}. The search does the rest around them.
     cuts: where stages 1, 2, ... begin: a module path ("model.layers.12"), or 12, the number of a repeated layer.
-    max_memory: what a device holds of weights and caches, in bytes or as "40GiB"; or one amount for each stage, in a
-        list or by the stage's number. The search then meets it or raises NoPlanFits.
+    max_memory: the most a device may hold of weights and caches, in bytes or as "40GiB"; or one amount for each stage,
+        in a list or by the stage's number. The search then meets it or raises NoPlanFits.
     device_map: stages on devices that differ, one entry a stage: ["a100", "h100"], or {"0": {"hardware": "h100",
         "memory": "40GiB"}, ...}. Stages end where each device, at its own speed and with its own memory, keeps up with
         the others. The ranks of one stage must be alike. Sharding is chosen for the slowest device.
@@ -66,13 +67,15 @@ def compile(
         without it such ops are named in `plan.warnings`, with what they cost.
     train: let the programs carry what a backward pass needs, too (CompiledModel.gradients).
     verify: prove every rank's program before returning it (CompiledModel.verify).
-    dump_dir: gets every rank's graph after each pass, as text, and what each pass did, as "passes.rank0.txt".
-    verbose: print that, when a rank's program is made: places that each pass worked on, nodes inserted and removed.
+    dump_dir: directory into which every rank's graph is written after each pass, as text, and a record of what each
+        pass did, as "passes.rank0.txt".
+    verbose: print that record when a rank's program is made: places that each pass worked on, nodes inserted and
+        removed.
 
-    Errors: TracingError, MeshError, NoPlanFits, PlanError, VerificationError; all are AutodistError.
+    Raises TracingError, MeshError, NoPlanFits, PlanError, VerificationError; all are AutodistError.
     """
     wanted = PlanOptions.from_keywords(
-        tp=None if tp == 1 else tp, pp=None if pp == 1 else pp,  # what is not said, of which a plan has its own
+        tp=None if tp == 1 else tp, pp=None if pp == 1 else pp,  # 1 counts as not given: a plan has its own mesh
         hardware=hardware, objective=objective, sizes=sizes, pin=pin, cuts=cuts, max_memory=max_memory,
         device_map=device_map, plan=plan, strict=strict,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What `compile` returns: the plan, one program per rank, and ways to run and check them."""
+"""`CompiledModel`, the result of `compile`: the plan, one program per rank, and methods that run and check them."""
 
 from __future__ import annotations
 
@@ -30,28 +30,30 @@ from passes.fx.text import graph_diff
 class CompiledModel(Simulator):
     """A model split over a mesh: `plan`, `rank(r)`, `graph_diff(r)`, `simulate(**inputs)`, `verify()`.
 
-    `simulate`, `gradients`, `save` and `to_distributed` take the model as it is when they are called: see `follow`.
+    `simulate`, `gradients`, `save` and `to_distributed` use the model as it is at the time of the call; see `follow`.
     """
 
     source: TracingSource
 
     def verify(self, *, numeric: bool = False) -> None:
-        """As Compilation.verify; `numeric`: `verify_numeric`, too."""
+        """Prove every rank's program, as Compilation.verify does; with `numeric`, run `verify_numeric`, too. Raises
+        VerificationError."""
         super().verify()
         if numeric:
             self.verify_numeric()
 
     def _repr_html_(self) -> str:
-        """For notebooks: the plan."""
+        """Return the plan as HTML, for notebooks."""
         return self.plan._repr_html_()
 
     def rank(self, rank: int, *, weights: bool = False) -> torch.fx.GraphModule:
-        """The GraphModule of global rank `rank`, whose parameters are on meta: it is to be read.
+        """Return the GraphModule of global rank `rank`, to be read: its parameters are on meta.
 
-        With `weights`, one of its own to run, with its share of the model's weights as they are now: alone on a mesh of
-        one rank (torch.compile, torch.export, fx.Interpreter), else inside `passes.ops.comm.using(communicator)`. Both
-        are pickled, saved by torch.save, and copied like any module; torch.load takes such a file with
-        weights_only=False alone. Raises AutodistError where the model has no weights.
+        With `weights`, return a copy to be run, which holds the rank's slices of the model's weights as they are now.
+        On a mesh of one rank it runs alone (torch.compile, torch.export, fx.Interpreter), on others inside
+        `passes.ops.comm.using(communicator)`. Both modules are pickled, saved by torch.save, and copied like any
+        module; torch.load takes such a file with weights_only=False alone. Raises AutodistError where the model has no
+        weights.
         """
         program = self.program(rank)
         LazyGraphModule.force_recompile(program.graph_module)
@@ -62,21 +64,21 @@ class CompiledModel(Simulator):
         own = replace(program, graph_module=copy.deepcopy(program.graph_module, dict(empty)))
         self.source.fill(self.main, [own])
         for parameter in own.graph_module.parameters():
-            parameter.data = parameter.data.clone()  # some are the model's own memory
+            parameter.data = parameter.data.clone()  # `fill` may lend the model's own memory
         return own.graph_module
 
     def graph_diff(self, rank: int) -> str:
-        """Unified diff from the traced, normalised graph to that rank's."""
+        """Return the unified diff from the traced, normalised graph to the graph of global rank `rank`."""
         return graph_diff(self.graph, self.rank(rank))
 
     def graph_changes(self, rank: int) -> GraphChanges:
-        """The same, counted: which kinds of nodes were inserted, replaced, removed or changed."""
+        """Count the nodes that `rank`'s graph inserts, replaces, removes or changes, by kind."""
         return graph_changes(self.graph, self.rank(rank))
 
     def verify_numeric(self) -> None:
-        """Run all ranks in this process, in float64 on drawn weights, and compare with the model's own graph, which
-        knows nothing of plans and rules (autodist_fx/numeric); with `train`, gradients too, of models of up to 2**24
-        parameters. Needs no weights, and little memory for a model of any size.
+        """Run all ranks in this process, in float64 on drawn weights, and compare with the model's own traced graph,
+        which shares nothing with plans and rules (autodist_fx/numeric). With `train`, gradients are compared, too, of
+        models of up to 2**24 parameters. It needs no weights, and little memory for a model of any size.
 
         Raises VerificationError, which names the rank, the output, and for a small model the first node that differs;
         AutodistError where the model itself does not run on made-up inputs.
@@ -93,10 +95,12 @@ class CompiledModel(Simulator):
         master_addr: str | None = None,
         master_port: int | None = None,
     ) -> DistributedCausalLM:
-        """This process's share of the model, which every process of the mesh has in memory; see from_pretrained.
+        """Start this process as its rank of the mesh, from the model that every process has in memory; see
+        from_pretrained.
 
-        Planned anew for generating (with a KV cache), with what was given to `compile` for that. Called in
-        every process alike, under torchrun or with `rank`, ... given. The model itself may be freed afterwards.
+        The model is planned anew for generating (with a KV cache), from the options that `compile` got. Every process
+        calls it alike, under torchrun or with `rank`, ... given. The model itself may be freed afterwards. Raises
+        AutodistError, in one line, on every rank.
         """
         options = JoinOptions(
             device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,
@@ -115,7 +119,7 @@ class CompiledModel(Simulator):
     def save(self, directory: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write plan, graphs and weights of all ranks as an artifact (docs/artifact.md), for `adx.load(directory)`.
 
-        With the forms of the model that were used so far, and those that generating takes. `tokenizer` goes along, for
+        It holds the variants that were used so far, and those that generating takes. `tokenizer` is saved along, for
         `autodist-fx run --artifact`. An artifact that is there already is replaced. Raises ArtifactError; AutodistError
         where the model has no weights; GraphFormatError where a graph has an op that no file can hold.
         """

@@ -1,4 +1,4 @@
-"""`from_pretrained`: from a checkpoint's name to this rank's share of the model, ready to generate."""
+"""`from_pretrained`: turns a checkpoint's name into this rank's share of the model, ready to generate."""
 
 from __future__ import annotations
 
@@ -50,24 +50,27 @@ def from_pretrained(
     progress: Callable[[int, int], None] | None = None,
     cache: bool | str | Path | CacheEntry | None = None,
 ) -> DistributedCausalLM:
-    """This process's share of a checkpoint's model, split over `tp * pp` processes. Called in each of them, alike.
+    """Load this process's rank of a checkpoint's model, split over `tp * pp` processes. Every process calls it alike.
 
     name: a directory with safetensors, a .gguf file, an id on the Hugging Face hub, or "smollm2".
     tp, pp: as in `compile` (1 where not given). Global rank = stage * tp + tp_rank.
-    dtype: of the weights ("bfloat16", torch.bfloat16, ...); None or "auto": the checkpoint's own, float32 for GGUF.
-    device: "cpu", "cuda" (a device a rank, of those that CUDA_VISIBLE_DEVICES shows); None: CUDA where there is some.
+    dtype: dtype of the weights ("bfloat16", torch.bfloat16, ...); None or "auto": the checkpoint's, float32 for GGUF.
+    device: "cpu", or "cuda" (one device per rank, of those that CUDA_VISIBLE_DEVICES shows); None: CUDA if available.
     hardware, objective, pin, cuts, max_memory, device_map, plan, strict: as in `compile`; `plan` may be a file.
-    dump_dir: each rank's graph after each pass.
+    dump_dir: directory into which each rank's graph is written after each pass, as text.
     revision, token, cache_dir, local_files_only: as in transformers' from_pretrained.
     verify: rank 0 proves the programs of all ranks before any runs.
-    timeout: seconds to wait for another rank, at the start and ever after.
-    rank, world_size, master_addr, master_port: who this process is; torchrun says it by environment variables.
+    timeout: seconds to wait for another rank, at the start and in every later wait.
+    rank, world_size, master_addr, master_port: this process's place; torchrun sets it in environment variables.
     progress: called with (bytes loaded, bytes in all) after each tensor.
-    cache: where splits are kept, for a start without tracing, planning and slicing: a directory, True (the place that
-        ADX_CACHE names, or one beside the hub's cache), or False; None is what ADX_CACHE says, by default False.
-        An entry takes as much room as the model. Not with `dump_dir`, which is of the passes. See docs/artifact.md.
+    cache: where splits are kept, so that a later start neither traces, plans nor slices: a directory, True (the place
+        that ADX_CACHE names, or one beside the hub's cache), or False; None follows ADX_CACHE, by default False.
+        An entry takes as much room as the model. It excludes `dump_dir`: a cached start runs no passes. See
+        docs/artifact.md.
 
-    `.load_report` of the result says what loading took. Raises AutodistError, in one line, on every rank.
+    The result's `.load_report` has the bytes and seconds that loading took. Raises AutodistError, in one line, on every
+    rank.
+
     """
     source = CheckpointSource(name, revision, token, cache_dir, local_files_only)
     joining = JoinOptions(
