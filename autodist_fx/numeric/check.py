@@ -19,6 +19,7 @@ from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
 from passes.ops.comm import using
 from passes.program.rank_program import RankProgram
+from passes.verify.core.report import described, on_rank, with_lines
 
 TOLERANCE = 1e-8
 
@@ -74,7 +75,11 @@ def check_call(
         ranks = [Doubles(p.graph_module, of_rank(p, weights), keep=locate) for p in form.programs]
         wrong = _run_ranks(form, ranks, given[1:], expected)
     if wrong:
-        raise VerificationError(wrong + (first_difference(form.plan, form.programs, whole, ranks) if locate else ""))
+        found = first_difference(form.plan, form.programs, whole, ranks) if locate else None
+        if found is None:
+            raise VerificationError(wrong)
+        program, node = found
+        raise with_lines(program, node, f"{wrong}; the first to differ is {on_rank(program)}, {described(node)}")
     return expected  # type: ignore[no-any-return]
 
 

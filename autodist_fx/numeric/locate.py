@@ -11,12 +11,15 @@ from torch.fx import Node
 from cost_model.partition_plan import PartitionPlan
 from passes.program.rank_program import RankProgram
 from passes.verify.core.held import Held, as_planned, elements
-from passes.verify.core.report import described, on_rank
 
 
-def first_difference(plan: PartitionPlan, programs: Sequence[RankProgram], whole: Any, ranks: Sequence[Any]) -> str:
-    """A sentence to be added to an error; "" where no node that the model has differs. `whole` and `ranks` are Doubles
-    that have run and kept their values."""
+def first_difference(
+    plan: PartitionPlan, programs: Sequence[RankProgram], whole: Any, ranks: Sequence[Any]
+) -> tuple[RankProgram, Node] | None:
+    """The first node that differs, and its rank's program; None where no node that the model has does.
+
+    `whole` and `ranks` are Doubles that have run and kept their values.
+    """
     wanted = {node.name: value for node, value in whole.env.items()}
     for stage in range(plan.mesh.pp):
         group = plan.mesh.tp_group(stage)
@@ -27,8 +30,8 @@ def first_difference(plan: PartitionPlan, programs: Sequence[RankProgram], whole
             for place, rank in enumerate(group):
                 if not _agrees(plan, name, wanted[name], values, place):
                     node = values[place].get(name, values[0][name])[0]
-                    return f"; the first to differ is {on_rank(programs[rank])}, {described(node)}"
-    return ""
+                    return programs[rank], node
+    return None
 
 
 def _agrees(

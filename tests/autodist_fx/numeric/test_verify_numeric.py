@@ -34,8 +34,10 @@ def test_right_programs_pass_and_wrong_ones_are_named(use_cache: bool) -> None:
     compiled.verify(numeric=True)
     _swap_slices(compiled, GATE, 2, 3)
     said = r"logits of rank 2 differs .* first to differ is rank 2 .*, model_layers_1_mlp_gate_proj \(Column"
-    with pytest.raises(VerificationError, match=said):
+    with pytest.raises(VerificationError, match=said) as caught:
         compiled.verify_numeric()
+    (note,) = caught.value.__notes__
+    assert len(note.splitlines()) == 11 and "\n> model_layers_1_mlp_gate_proj : " in note
 
 
 def test_what_ranks_say_when_they_run() -> None:
