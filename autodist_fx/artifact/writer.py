@@ -187,10 +187,12 @@ def write_rank(staging: Staging, rank: int, programs: Sequence[tuple[Part, RankP
     weights: dict[str, torch.Tensor] = {}
     key_of: dict[tuple[object, ...], str] = {}
     for part, program in programs:
-        shards = program.param_shards
+        shards, initial = program.param_shards, _initial_state(part.variant)
         keys = {}
         for name, tensor in used_tensors(program.graph_module).items():
             shard = shards.get(name)
+            if shard is not None and shard.is_buffer:
+                tensor = initial.get(shard.source, tensor)
             slice_ = (part.name, name) if shard is None else shard.slice_key
             if slice_ not in key_of:
                 wanted = f"{part.name}.{name}" if shard is None else shard.source
@@ -201,6 +203,13 @@ def write_rank(staging: Staging, rank: int, programs: Sequence[tuple[Part, RankP
             keys[name] = key_of[slice_]
         staging.write_json(f"forms/{part.name}/rank{rank}.json", program_to_dict(program, keys))
     staging.write_tensors(f"weights/rank{rank}.safetensors", weights, {"rank": str(rank)})
+
+
+def _initial_state(variant: Variant) -> dict[str, torch.Tensor]:
+    """The buffers that calls write, by name in the model, as they are before the first."""
+    tensors = variant.traced.graph_module.named_buffers(remove_duplicate=False)
+    by_name = {variant.sources[id(t)]: t for _, t in tensors if id(t) in variant.sources}
+    return {name: by_name[name] for name in variant.graph.state}
 
 
 def finish(

@@ -106,6 +106,7 @@ class TracingSource:
     request: PlanRequest
     options: CompileOptions
     plan: PartitionPlan | None = None
+    _left_by_calls: frozenset[str] = field(default=frozenset(), init=False)  # the model's, see structure_of
     # Of each rank's graph, the model's buffers as they were when they were put into it.
     _buffers_read: WeakKeyDictionary[torch.fx.GraphModule, dict[str, torch.Tensor]] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False
@@ -133,16 +134,18 @@ class TracingSource:
 
     def structure(self) -> Hashable:
         """See VariantSource."""
-        return structure_of(self.model)
+        return structure_of(self.model, self._left_by_calls)
 
     def first(self) -> VariantSet:
         """See VariantSource."""
-        structure, options = self.structure(), self.options
+        options = self.options
         if options.use_cache and self.has_own_cache:
             prompt, step = Variant.make_phases(self.model, self.request, self.always, self.plan)
-            return VariantSet(structure, step, [prompt], step)
+            self._left_by_calls = prompt.traced.left_by_calls | step.traced.left_by_calls
+            return VariantSet(self.structure(), step, [prompt], step)
         main = Variant.make(self.model, self.request, options.use_cache, options.input_names, self.always, self.plan)
-        return VariantSet(structure, main)
+        self._left_by_calls = main.traced.left_by_calls
+        return VariantSet(self.structure(), main)
 
     def phases(self) -> tuple[Variant, Variant]:
         """See VariantSource."""

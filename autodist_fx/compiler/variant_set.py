@@ -15,6 +15,7 @@ class VariantSet:
     `main` is the variant that was asked for first. A model with a cache of its own has pairs of variants: `prompts`,
     the first of which goes with any length that it fits, and one `step`, which follows any of them; both are missing
     until they are needed. `others` are for other calls, or for lengths at which the model's code goes another way.
+    `state` has the buffers that calls write, by (tp rank, name in the model), which all variants have in common.
     """
 
     structure: Hashable
@@ -22,6 +23,7 @@ class VariantSet:
     prompts: list[Variant] = field(default_factory=list)
     step: Variant | None = None
     others: list[Variant] = field(default_factory=list)
+    state: dict[tuple[int, str], object] = field(default_factory=dict)
 
     @property
     def all(self) -> tuple[Variant, ...]:

@@ -24,6 +24,7 @@ from autodist_fx.simulation.call import (
     step_length,
     with_positions,
 )
+from autodist_fx.weights.share import share_state
 
 
 class Simulator(Compilation):
@@ -127,7 +128,11 @@ class Simulator(Compilation):
         return returned(variant, call, {**found, "past_key_values": new})
 
     def _fill(self, variant: Variant) -> None:
-        """Give every rank's program of `variant`, and of its encoder, the model's weights."""
+        """Give every rank's program of `variant`, and of its encoder, the model's weights, and what calls before left
+        in buffers."""
         for part in (variant.encoder, variant):
             if part is not None:
-                self.source.fill(part, self.all_programs(part))
+                programs = self.all_programs(part)
+                self.source.fill(part, programs)
+                for program in programs if part.graph.state else ():
+                    share_state(program, self._set.state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
@@ -49,6 +49,7 @@ class RankStartup:
     options: CompileOptions
     progress: Callable[[int, int], None] | None = None
     snapshot: ModelSnapshot | None = None
+    state_stages: dict[str, int] = field(default_factory=dict)  # of each buffer that calls write, where it is kept
 
     @property
     def unverified(self) -> CompileOptions:
@@ -60,6 +61,8 @@ class RankStartup:
 
         def made() -> tuple[tuple[Compilation, RankProgram], Facts]:
             compiled = compile()
+            for variant in (each for group in compiled.variant_groups for each in group):
+                self._keep_state(variant)
             program = compiled.program(self.joined.rank)
             plans = [p for p in (compiled.prompt_plan, compiled.plan) if p is not None]
             return (compiled, program), {"the plan": digest("".join(map(plan_to_text, plans)))}
@@ -81,6 +84,18 @@ class RankStartup:
 
         return self.joined.together(read)
 
+    def _keep_state(self, variant: Variant) -> None:
+        """Raises AutodistError where this form keeps a buffer that calls write on another stage than those before."""
+        for part in filter(None, (variant.encoder, variant)):
+            for buffer, users in part.graph.state.items():
+                stage = part.plan.op(users[0]).home
+                known = self.state_stages.setdefault(buffer, stage)
+                if known != stage:
+                    raise AutodistError(
+                        f"{buffer} is kept from call to call on stage {known}, and the graph for this call has it on "
+                        f"stage {stage}: cut the model behind it (cuts=...), or use pp=1"
+                    )
+
     def guarded(
         self, compiled: Compilation, beside: RankProgram, run: Callable[[Variant], T], first: Variant
     ) -> GuardedPrograms[T]:
@@ -93,6 +108,7 @@ class RankStartup:
             self.refuse_changes([beside, *(compiled.program_of(p, self.joined.rank) for p in parts if p is not None)])
             try:
                 variant = compiled.at_lengths(lengths)
+                self._keep_state(variant)
                 fact = plan_to_text(variant.whole_plan or variant.plan)
             except AutodistError as error:
                 failure, fact = error, str(error)

@@ -15,7 +15,7 @@ import hashlib
 import logging
 import types
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Set
 from enum import Enum
 from typing import Any
 
@@ -36,10 +36,19 @@ _APART = (  # equal to themselves alone: what these hold is not read
 _FLAGS = frozenset((*FLAGS_SET_FOR_TRACING, *(f"_{name}" for name in FLAGS_SET_FOR_TRACING)))
 
 
-def structure_of(model: nn.Module | PretrainedConfig) -> Hashable:
-    """Read the structure of a model, or of a config, as it stands: a few ten milliseconds for 1000 modules."""
+def structure_of(model: nn.Module | PretrainedConfig, left_by_calls: Collection[str] = ()) -> Hashable:
+    """Read the structure of a model, or of a config, as it stands: a few ten milliseconds for 1000 modules.
+
+    `left_by_calls`: paths of attributes and buffers that calls of the model change ("model.rotary_emb.inv_freq"), as a
+    split of it does with its own. They do not count.
+    """
+    left: dict[nn.Module, set[str]] = {}
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) and left_by_calls else {}
+    for parent, _, name in (path.rpartition(".") for path in left_by_calls):
+        if parent in modules:  # else the model has changed since
+            left.setdefault(modules[parent], set()).add(name)
     with PATCH_LOCK:  # a trace in another thread replaces the forward of classes while it lasts
-        return torch.get_default_dtype(), _Reader().value(model)
+        return torch.get_default_dtype(), _Reader(left).value(model)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +67,8 @@ class _Itself:
 class _Reader:
     """Reads one model. What it meets a second time it refers to by number, which keeps ties and ends circles."""
 
-    def __init__(self) -> None:
+    def __init__(self, left_by_calls: Mapping[nn.Module, Set[str]]) -> None:
+        self._left = left_by_calls
         self._numbers: dict[int, int] = {}
 
     def value(self, value: Any) -> Hashable:
@@ -104,13 +114,13 @@ class _Reader:
 
     def _module(self, module: nn.Module) -> Hashable:
         found: list[Any] = [type(module), type(module).forward]
-        attributes = vars(module)
-        for name in sorted(attributes):
+        attributes, left = vars(module), self._left.get(module, frozenset())
+        for name in sorted(set(attributes) - left):
             value = attributes[name]
             if type(value) in _CONTAINERS and not value:
                 continue  # most are: a module has a dozen kinds of hooks
             if name in ("_parameters", "_buffers"):
-                found.append((name, *((key, self._registered(item)) for key, item in value.items())))
+                found.append((name, *((k, self._registered(item)) for k, item in value.items() if k not in left)))
             elif name.endswith("_hooks"):  # by numbers that grow with each hook of the process
                 found.append((name, *map(self.value, value.values())))
             elif not (holds_tensors(value) and name in names_left_by_calls(type(module))):

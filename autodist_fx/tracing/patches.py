@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, masking_utils
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils, modeling_rope_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from autodist_fx.tracing.control_flow.conditions import decide, is_instance, longest
 from autodist_fx.tracing.control_flow.constants import CONVERSIONS, numpy_ufunc
 from autodist_fx.tracing.control_flow.range_loops import outlined_loops
+from autodist_fx.tracing.control_flow.value_branches import hide_buffer
 from autodist_fx.tracing.hooks import (
     calls_attached,
     has_attached_itself,
@@ -31,6 +32,7 @@ from autodist_fx.tracing.hooks import (
     register_parametrization,
     remove_parametrizations,
 )
+from autodist_fx.tracing.rotary import updating_frequencies
 from autodist_fx.tracing.versions.forwards import without_checks, without_return_dict
 from autodist_fx.tracing.versions.masks import patch_masks
 from autodist_fx.tracing.versions.tracer_base import AttributeProxy, DeviceAttribute, SymbolicProxy, patch_base
@@ -79,6 +81,7 @@ def traceable(
             # wrapper's code has only (*args, **kwargs).
             forward = cls.__dict__["forward"]
             run, plain = forward if records else _without_wrappers(forward), inspect.unwrap(forward)
+            run = updating_frequencies(forward) or run
             if run is not forward and cls is not of_root:
                 run = without_return_dict(run)
             if cls is of_root and run is not plain:
@@ -94,13 +97,14 @@ def traceable(
         if keywords:
             run = type(model).forward
             patch(type(model), "forward", _with_signature_of(run, run, keywords))
+        patch(torch.nn.Module, "register_buffer", hide_buffer)
         patch(GradientCheckpointingLayer, "__call__", _call_as_module)
         if not keeps_states:
             undo.enter_context(kept_tensors(model))
 
         # A mask that is ready is known by isinstance(mask, torch.Tensor), by masking_utils and by the models' own code.
         defining = _defining_modules(model)
-        for file in {masking_utils.__name__, *defining, *_helping_modules(defining)}:
+        for file in {masking_utils.__name__, modeling_rope_utils.__name__, *defining, *_helping_modules(defining)}:
             names = vars(sys.modules[file])
             if "isinstance" not in names:
                 undo.callback(names.pop, "isinstance")

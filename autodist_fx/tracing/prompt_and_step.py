@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,9 +84,10 @@ def _trace_prompt(
         for name, proxy in kept.items()
     }
     output.args = ({**output.args[0], **{name: proxy.node for name, proxy in kept.items()}},)
-    traced = _traced(meta_model, graph, "prompt", names, ())
+    traced = _traced(meta_model, graph, "prompt", names, (), tracer.left_by_calls)
     cache_name = tracer.final_cache_name or cache_name
-    return traced, _Left(cache_name, tracer.final_cache, states.module_states(meta_model), tensors)
+    on_modules = states.module_states(meta_model, tracer.left_by_calls)
+    return traced, _Left(cache_name, tracer.final_cache, on_modules, tensors)
 
 
 def _trace_step(
@@ -116,7 +117,7 @@ def _trace_step(
     output.args = ({**output.args[0], **{name: proxy.node for name, proxy in kept.items()}},)
     _make_placeholders(graph)
     used = tuple(left.tensors[n.target] for n in graph.nodes if n.op == "placeholder" and n.target in left.tensors)
-    return _traced(meta_model, graph, "step", names, used)
+    return _traced(meta_model, graph, "step", names, used, tracer.left_by_calls)
 
 
 # -- one trace --------------------------------------------------------------------------------------------------------
@@ -222,7 +223,8 @@ def _outputs(
     """The output node, and what is in the cache and on the modules at the end, by state name."""
     cache = tracer.final_cache if tracer.final_cache is not None else given
     kept = {} if cache is None else {states.state_name(path): value for path, value in states.tensors_of(cache)}
-    kept |= {states.state_name(f"{p}.{n}"): proxy for (p, n), proxy in states.module_states(model).items()}
+    on_modules = states.module_states(model, tracer.left_by_calls)
+    kept |= {states.state_name(f"{p}.{n}"): proxy for (p, n), proxy in on_modules.items()}
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     return output, {name: value for name, value in kept.items() if isinstance(value, Proxy)}
 
@@ -254,7 +256,12 @@ def _make_placeholders(graph: Graph) -> None:
 
 
 def _traced(
-    model: PreTrainedModel, graph: Graph, phase: str, names: tuple[str, ...], tensors: tuple[StateTensor, ...]
+    model: PreTrainedModel,
+    graph: Graph,
+    phase: str,
+    names: tuple[str, ...],
+    tensors: tuple[StateTensor, ...],
+    left_by_calls: Iterable[str],
 ) -> TracedModel:
     graph_module = graph_module_of(model, graph)
     functionalize(graph_module)
@@ -271,5 +278,6 @@ def _traced(
         model_class=type(model).__name__,
         layer_kinds=(),
         _examples=_examples(model, names, tensors),
+        left_by_calls=frozenset(left_by_calls),
         phase=phase,
     )

@@ -12,7 +12,7 @@ with inputs in their places. States kept on modules are treated alike.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,13 +144,14 @@ def with_tensors(value: Any, change: Callable[[str, Any], Any], path: str = "") 
     return changed
 
 
-def module_states(model: nn.Module) -> dict[tuple[str, str], Proxy]:
-    """What modules keep as plain attributes, by (module, attribute): proxies that a trace has left there."""
+def module_states(model: nn.Module, left_by_calls: Collection[str]) -> dict[tuple[str, str], Proxy]:
+    """What modules keep as plain attributes, by (module, attribute): proxies that a trace has left there. Those in
+    `left_by_calls`, paths, are of no sequence: all calls have them (value_branches.py)."""
     return {
         (path, name): value
         for path, module in model.named_modules()
         for name, value in vars(module).items()
-        if isinstance(value, Proxy) and is_tensor(value)
+        if isinstance(value, Proxy) and is_tensor(value) and f"{path}.{name}" not in left_by_calls
     }
 
 

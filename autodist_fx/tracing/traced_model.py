@@ -51,6 +51,7 @@ class TracedModel:
     model_class: str  # "LlamaForCausalLM"
     layer_kinds: tuple[str, ...]  # per cache layer: "full", "sliding:4096", "chunked:8192"; () without a cache
     _examples: ExampleInputs = field(repr=False)
+    left_by_calls: frozenset[str] = frozenset()  # paths of the model's attributes and buffers that its calls change
     phase: str = ""  # "prompt" or "step" for a model with a cache of its own, which has a graph for each; else ""
 
     @property
@@ -203,6 +204,7 @@ def _trace(
         model_class=type(meta_model).__name__,
         layer_kinds=_layer_kinds(examples) if use_cache else (),
         _examples=examples,
+        left_by_calls=frozenset(tracer.left_by_calls),
     )
     return traced, tracer.first_unknown is None
 

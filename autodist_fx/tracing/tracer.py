@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import os
 import sys
@@ -24,6 +25,7 @@ from transformers.utils import ModelOutput
 from autodist_fx.tracing.control_flow.conditions import lengths_for_tensors
 from autodist_fx.tracing.control_flow.constants import OtherExample, within_range
 from autodist_fx.tracing.control_flow.data_dependent import rewritten, unrolled
+from autodist_fx.tracing.control_flow.value_branches import Answers, trace_both_ways
 from autodist_fx.tracing.encoder_decoder_cache import PARTS
 from autodist_fx.tracing.hooks import has_attached, of_another_class, refuse_autocast, restore_attributes, traced_for
 from autodist_fx.tracing.passing_cache import PassingCache
@@ -112,6 +114,10 @@ class Tracer(SymbolicTracer):
         self.phase = ""  # "prompt": cache positions count from 0; "step": there is one, past the first; "": unknown
         self.final_cache: Any = None  # the cache that forward returned, where it is no input of the graph
         self.final_cache_name = ""
+        self.answers: Answers | None = None  # to conditions on values, where both branches are traced
+        self.kept_buffers: dict[tuple[nn.Module, str], Any] = {}  # (module, attribute) -> what calls leave there
+        self.buffer_writes = 0  # so many write_buffers were traced
+        self.left_by_calls: set[str] = set()  # paths of attributes and buffers that depend on the calls before
         # HFTracer searches these lists at each access, which makes a trace quadratic in the number of layers.
         self._names = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
         self._copies: dict[nn.Module, nn.Module] = {}  # the caller's modules, which a hook may hold -> those traced
@@ -138,7 +144,7 @@ class Tracer(SymbolicTracer):
             return False  # its weight is computed of others (weight_norm): the graph computes it, too
         if any(isinstance(vars(m).get(name), torch.Tensor) for name in ("weight", "bias")):
             return False  # no parameter, but a tensor that the graph holds, or computes
-        if isinstance(m, Conv1D) or changes_with_length(m):
+        if isinstance(m, Conv1D):
             return not has_attached(m)
         is_torchs = super().is_leaf_module(m, module_qualified_name)
         return is_torchs and not has_attached(m) and not of_another_class(m)
@@ -164,9 +170,11 @@ class Tracer(SymbolicTracer):
         computing_shapes = getattr(self, "_disable_call_module", False)
         if m._buffers and not computing_shapes and self.is_leaf_module(m, ""):
             return super().call_module(m, _with_meta_buffers(m), args, kwargs)
-        if not computing_shapes and not self.is_leaf_module(m, "") and type(m).train is not nn.Module.train:
+        if computing_shapes or self.is_leaf_module(m, ""):
+            return super().call_module(m, forward, args, kwargs)
+        if type(m).train is not nn.Module.train:
             m.train(m.training)  # some make a table of their parameters when they are told so: the graph makes it, too
-        found = super().call_module(m, forward, args, kwargs)
+        found = trace_both_ways(self, m, functools.partial(super().call_module, m, forward, args, kwargs))
         restore_attributes(m)
         return found
 
@@ -200,8 +208,6 @@ class Tracer(SymbolicTracer):
         if kind == "call_function" and getattr(target, "__name__", "") in _TAKE_SIZES:
             args, kwargs = lengths_for_tensors(args), {k: lengths_for_tensors(v) for k, v in kwargs.items()}
             args = within_range(args, kwargs.get("dtype")) if target.__name__ == "full" else args
-        if kind == "call_module" and changes_with_length(self.root.get_submodule(target)):
-            args, kwargs = lengths_for_tensors(args), lengths_for_tensors(kwargs)
         if kind == "call_function" and target is operator.getitem and len(args) == 2:
             args = (args[0], lengths_for_tensors(args[1]))  # x[: torch.tensor(length)]
         if kind == "call_method" and target == "requires_grad_":
@@ -258,16 +264,6 @@ def _with_meta_buffers(module: nn.Module) -> Callable[..., Any]:
     """The module's forward for meta inputs: buffers are real, and torch does not mix the two."""
     buffers = {name: buffer.to("meta") for name, buffer in module.named_buffers()}
     return lambda *args, **kwargs: torch.func.functional_call(module, buffers, args, kwargs)
-
-
-def changes_with_length(module: nn.Module) -> bool:
-    """Whether this rotary embedding computes its frequencies anew when a sequence grows past some length.
-
-    That is Python which looks at values (transformers' `dynamic_rope_update`), so no graph holds it: such a module
-    stays whole. It has no parameters.
-    """
-    rope_type = getattr(module, "rope_type", None)
-    return isinstance(rope_type, str) and ("dynamic" in rope_type or rope_type == "longrope")
 
 
 def model_source_files(model: nn.Module) -> dict[str, str]:

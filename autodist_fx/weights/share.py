@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import replace
 
 from torch import nn
 
+from passes.ops.buffers import written_buffers
 from passes.program.rank_program import RankProgram
 
 
@@ -22,6 +24,14 @@ def share_weights(loaded: RankProgram, program: RankProgram) -> RankProgram:
         else:
             left[name] = shard
     return replace(program, param_shards=left)
+
+
+def share_state(program: RankProgram, state: MutableMapping[tuple[int, str], object]) -> None:
+    """Makes the buffers that `program` writes those in `state`, by (tp rank, name in the model); those that are not in
+    it yet are put there. So a call goes on from where the one before left them, whichever graph that ran."""
+    for name in written_buffers(program.graph_module):
+        key = program.tp_rank, program.param_shards[name].source
+        _put(program.graph_module, name, state.setdefault(key, _tensor(program.graph_module, name)))
 
 
 def _tensor(module: nn.Module, name: str) -> object:

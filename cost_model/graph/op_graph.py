@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import networkx as nx
@@ -69,7 +70,7 @@ class Op:
     attrs: Mapping[str, Any] = field(default_factory=dict)
     module: str = ""  # qualified path of the module that ran it, e.g. "model.layers.0.self_attn"
     source: str = ""  # the user's line, e.g. "modeling_x.py:241"
-    mutates: bool = False  # writes a cache, draws random numbers: never computed twice, never moved
+    mutates: bool = False  # writes a cache or a buffer, draws random numbers: never computed twice, never moved
     numbers: tuple[str, ...] = ()  # ops that make no tensor, but numbers that this one reads
 
     def __str__(self) -> str:
@@ -112,6 +113,14 @@ class OpGraph:
 
     def __getitem__(self, name: str) -> Op:
         return self.ops[name]
+
+    @cached_property
+    def state(self) -> dict[str, tuple[str, ...]]:
+        """Each buffer that an op writes -> the ops that read or write it, in execution order: one stage keeps it."""
+        written = {
+            ref.op for op in self if op.mutates for ref in op.inputs if self.ops[ref.op].kind == "buffer"
+        }
+        return {name: tuple(dict.fromkeys(user for user, _ in self.users[TensorRef(name)])) for name in written}
 
     def spec(self, ref: TensorRef) -> TensorSpec:
         return self.ops[ref.op].outputs[ref.index]

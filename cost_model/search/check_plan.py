@@ -21,7 +21,8 @@ def check_plan(plan: PartitionPlan, graph: OpGraph) -> None:
     - the plan's ops and parameters are those of `graph`, each in a way that its op's rule allows, with the layouts that
       the graph's ties between dims give;
     - every op finds what it reads as it wants it, or whole; what leaves the model is whole;
-    - stages follow each other in execution order, and what a stage reads is computed there or sent there, once;
+    - stages follow each other in execution order, and what a stage reads is computed there or sent there, once; ops
+      that read or write one buffer which is written are on one stage;
     - every parameter lies, on the stages that read it, as its readers want it or whole.
     """
     _Checked(plan, graph).check()
@@ -154,6 +155,10 @@ class _Checked:
             if op.stages[0] < op.home:
                 raise PlanError(f"op {op.name} of stage {op.home} is computed in stage {op.stages[0]}: {_WAY_OUT}")
             last = op.home
+        for buffer, users in self.graph.state.items():
+            stages = {stage for user in users for stage in self.plan.op(user).stages}
+            if len(stages) > 1:
+                raise PlanError(f"stages {sorted(stages)} all read or write {buffer}, which one keeps: {_WAY_OUT}")
         empty = sorted(set(range(self.plan.mesh.pp)) - {op.home for op in self.plan.ops})
         if empty:
             raise PlanError(f"stage {empty[0]} has no op: {_WAY_OUT}")

@@ -27,7 +27,8 @@ class OpCost:
 
     seconds: float  # compute and collectives, where devices do not differ
     state_bytes: int  # KV cache that it keeps
-    repeatable: bool  # may a later stage compute it again? (no weights, no collectives, no side effects)
+    # May a later stage compute it again? (no weights, no collectives, no side effects, no buffer that is written)
+    repeatable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class PipelineSearch:
         self._state = prefix_sums([costs[name].state_bytes for name in self.sequence])
         self._from_weights = self._weight_derived()
         self._counts, self._bytes = self._crossing(sizes or {})
+        self._divided = self._divided_state()
 
     # -- where cuts may be -------------------------------------------------------------------------------------------
 
@@ -97,16 +99,25 @@ class PipelineSearch:
                 sizes[last + 1] -= nbytes
         return running_totals(counts), running_totals(sizes)
 
+    def _divided_state(self) -> dict[int, str]:
+        """Positions where no cut may be -> the buffer that ops before it and behind it read or write."""
+        return {
+            position: name
+            for name, users in self.graph.state.items()
+            for position in range(self.position[users[0]] + 1, self.position[users[-1]] + 1)
+        }
+
     def candidates(self, enough: int = 1) -> list[int]:
         """Positions worth cutting at: where the fewest tensors cross, and fewer bytes than at their neighbours.
 
         Where these are not `enough`, because some tensor is used far on, also those that one more tensor crosses.
         """
-        counts, sizes = self._counts, self._bytes
+        counts = [math.inf if p in self._divided else count for p, count in enumerate(self._counts)]
+        sizes = self._bytes
         inner = [
             p
             for p in range(1, len(self.sequence))
-            if counts[p] > 0
+            if 0 < counts[p] < math.inf
             and (counts[p], sizes[p]) <= (counts[p - 1] or math.inf, sizes[p - 1])
             and (counts[p], sizes[p]) < (counts[p + 1] or math.inf, sizes[p + 1])
         ]
@@ -137,7 +148,8 @@ class PipelineSearch:
             of its memory); the other decides between equals, then the bytes over the hops.
         arrival: of what each stage receives. A stage's seconds are those of its ops, of what it computes again, and it.
 
-        Raises MeshError when there are fewer places to cut than needed, NoPlanFits when memory rules all out.
+        Raises MeshError when there are fewer places to cut than needed, or a given one divides the ops that read and
+        write a buffer; NoPlanFits when memory rules all out.
         """
         alike = {name: cost.seconds for name, cost in self.costs.items()}
         self.times = [dict(s) for s in seconds] if seconds is not None else [alike] * stages
@@ -148,6 +160,12 @@ class PipelineSearch:
             places = self.candidates(stages - 1) if stages > 1 else []
             cuts = self._place(stages, places, max_memory, balance)
         else:
+            divided = next((self._divided[cut] for cut in cuts if cut in self._divided), None)
+            if divided is not None:
+                raise MeshError(
+                    f"a cut divides the ops that read and write {divided}, which is kept from call to call and lies on "
+                    "one stage: move the cut, or leave it to the search"
+                )
             cuts = [0, *cuts, len(self.sequence)]
             self._check_memory(cuts, max_memory)
         return [self.stage(k, a, b) for k, (a, b) in enumerate(itertools.pairwise(cuts))]

@@ -156,11 +156,11 @@ class PlanSearch:
 
     def _op_cost(self, op: Op) -> OpCost:
         strategy = self.strategies[op.name]
-        takes_weights = any(self.graph[ref.op].kind == "param" for ref in op.inputs)
+        stays = any(self.graph[ref.op].kind == "param" or ref.op in self.graph.state for ref in op.inputs)
         return OpCost(
             seconds=self._seconds(self.search, op),
             state_bytes=self.cache_bytes(op),
-            repeatable=not (op.mutates or takes_weights or any(strategy.gather)),
+            repeatable=not (op.mutates or stays or any(strategy.gather)),
         )
 
     def _seconds(self, search: TensorParallelSearch, op: Op) -> float:

@@ -9,8 +9,9 @@ from torch.fx import Node
 from passes.fx import node_meta
 from passes.fx.arguments import submodule
 
-_MUTATING = frozenset({
-    "update", "dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "multinomial", "normal", "uniform",
+_WRITES = frozenset({"update", "write_buffers"})
+_RANDOM = frozenset({
+    "dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "multinomial", "normal", "uniform",
 })  # fmt: skip
 
 
@@ -27,11 +28,16 @@ def op_name(node: Node) -> str:
 
 
 def is_pure(node: Node) -> bool:
-    """False for what writes a cache or draws random numbers: never merged, never computed twice."""
+    """False for what writes a cache or a buffer, or draws random numbers: never merged, never computed twice."""
     if node_meta.is_guard(node):
         return False
     name = op_name(node)
     if node.op == "call_module":
         module = submodule(node.graph.owning_module, str(node.target))
         return not (isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p > 0)
-    return node.op not in ("placeholder", "output") and name not in _MUTATING
+    return node.op not in ("placeholder", "output") and name not in _WRITES | _RANDOM
+
+
+def writes(node: Node) -> bool:
+    """Whether it changes a cache or a buffer."""
+    return node.op.startswith("call") and op_name(node) in _WRITES

@@ -6,7 +6,7 @@ import torch.fx
 from torch.fx import Node
 
 from passes.fx.arguments import argument
-from passes.fx.nodes import is_pure, op_name
+from passes.fx.nodes import is_pure, op_name, writes
 
 
 def random_nodes(graph_module: torch.fx.GraphModule) -> list[Node]:
@@ -18,4 +18,4 @@ def _draws(node: Node) -> bool:
     name = op_name(node)
     if name == "scaled_dot_product_attention":
         return argument(node, 4, "dropout_p", 0.0) != 0.0
-    return node.op.startswith("call") and name != "update" and not is_pure(node)
+    return node.op.startswith("call") and not writes(node) and not is_pure(node)

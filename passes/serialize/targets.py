@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from passes.ops import buffers, data_dependent, functional_writes, parallel_layers, strided
 from passes.ops import comm as comm_ops
-from passes.ops import data_dependent, functional_writes, parallel_layers, strided
 
 _TORCH = """
     abs acos add addbmm addcdiv addcmul addmm all amax amin aminmax any arange argmax argmin argsort asin atan
@@ -58,6 +58,7 @@ _OPERATOR = """
 _BUILTINS = "getattr int float bool abs max min len round sum"  # getattr: of ATTRIBUTES alone
 _MATH = "ceil floor sqrt log log2 exp prod trunc"
 _OURS: dict[Any, str] = {
+    buffers: "write_buffers",
     comm_ops: "all_reduce all_gather copy_to_tp send recv",
     data_dependent: "selected split_rows join_rows join_own_rows bincount",
     functional_writes: "with_item copied changed_by",

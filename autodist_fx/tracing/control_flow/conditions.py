@@ -7,6 +7,7 @@ fx has one graph for all inputs, so that a condition must come out the same for 
   (passes/normalize/extract_guards.py);
 - what is asserted is taken for true, and what only an error or a warning follows (`if ...: raise`) for false: the
   graph makes no check of its inputs;
+- in a module without parameters both branches are traced (value_branches.py);
 - values that follow from the masks' being zeros and ones: no token is attended to globally (ranges.py);
 - "does this have any padding?", asked to skip work where not: `torch.all(mask == 1)` is taken for false and
   `(ids == pad).any()` for true, since masking nothing changes nothing. transformers' masking utilities are patched in
@@ -51,6 +52,8 @@ def decide(proxy: SymbolicProxy) -> bool:
     sure = certain(proxy.node, proxy.tracer)
     if sure is not None:
         return sure
+    if proxy.tracer.answers is not None and known.numel() == 1:
+        return bool(proxy.tracer.answers.answer(proxy))
     compared = _compared_lengths(proxy.node, proxy.tracer)
     if compared is not None:
         return _of_lengths(compared, frame)

@@ -3,6 +3,7 @@
     attention_mask                 0 to 1: transformers' masks hold zeros and ones
     (1 - attention_mask) * min     min to 0
     (that > 0).any()               False, whatever the mask
+    cache_position[-1] + 1         1 or more: positions count from 0
 """
 
 from __future__ import annotations
@@ -43,12 +44,17 @@ def value_range(value: Any, tracer: Any) -> Range | None:
         return known, known  # the least number of a dtype, say; lengths are integers
     name = getattr(value.target, "__name__", value.target)
     if value.op == "placeholder":
+        if name == "cache_position":
+            return 0.0, math.inf
         is_mask = isinstance(known, torch.Tensor) and not known.is_floating_point()
         return (0.0, 1.0) if is_mask and str(name).endswith("attention_mask") else None
     if value.op not in ("call_function", "call_method") or not value.args:
         return None
     ranges = [value_range(a, tracer) for a in value.args]
     first = ranges[0]
+    if name == "arange" and len(value.args) < 3:
+        least = 0.0 if len(value.args) == 1 else None if first is None else first[0]
+        return None if least is None else (least, math.inf)
     if name == "pad":
         filled = float(value.kwargs.get("value", value.args[3] if len(value.args) > 3 else 0.0) or 0.0)
         return None if first is None else (min(first[0], filled), max(first[1], filled))

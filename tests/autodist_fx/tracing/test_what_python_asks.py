@@ -213,7 +213,15 @@ def test_masks_hold_zeros_and_ones_and_padding_may_be_there() -> None:
         assert relative_error(compiled.simulate(**inputs).logits[kept], expected[kept]) < 1e-12
 
 
-class Chooses(nn.Module):
+class Scaled(nn.Module):
+    """Of modules with parameters one branch is traced alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+
+class Chooses(Scaled):
     """No error follows, and the values decide: there is no one graph of it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -222,7 +230,7 @@ class Chooses(nn.Module):
         return x
 
 
-class WarnsOrDoes(nn.Module):
+class WarnsOrDoes(Scaled):
     """A warning, and otherwise more than that."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -233,7 +241,7 @@ class WarnsOrDoes(nn.Module):
         return x
 
 
-class Marks(nn.Module):
+class Marks(Scaled):
     """Zeros are no zeros any more once something is written into them, or into a view of them."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
