@@ -1,1 +1,2 @@
-"""Splits on disk: plan, every rank's graph and weights, and a manifest with a digest of each file. docs/artifact.md."""
+"""Splits on disk (docs/artifact.md): the plan, every rank's graph and weights, and a manifest with each file's
+digest."""

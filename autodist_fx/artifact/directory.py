@@ -1,4 +1,5 @@
-"""directory."""
+"""Replaces an artifact's directory as a whole: files go into a scratch directory beside it, which is renamed at the
+end."""
 
 from __future__ import annotations
 
@@ -15,15 +16,15 @@ from pathlib import Path
 from autodist_fx.artifact.files import Staging, sync_directory
 from autodist_fx.artifact.manifest import ArtifactError, read_manifest
 
-_JUST_MADE_SECONDS = 10  # a directory that is younger may not be locked yet
+_JUST_MADE_SECONDS = 10  # a younger scratch directory may belong to a process that has not locked it yet
 
 
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Staging]:
-    """A directory to fill, which becomes `target` if all goes well and is gone if not.
+    """Yield a directory to fill, which becomes `target` if the `with` block succeeds and is removed if it raises.
 
-    What processes that were killed have left beside it is gone, too. ArtifactError where `target` is there already and
-    is no artifact: nobody's files are overwritten.
+    Scratch directories that killed processes left beside `target` are removed, too. Raises ArtifactError where `target`
+    exists and is no artifact, so that nobody's files are overwritten.
     """
     refuse_foreign(target)
     scratch = beside(target)
@@ -42,7 +43,8 @@ def new_directory(target: Path) -> Iterator[Staging]:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[bool]:
-    """Whether nobody else has it locked; the kernel takes a lock from a process that dies."""
+    """Yield True if this process now holds the lock of `directory`. The kernel releases the lock of a process that
+    dies."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -56,6 +58,7 @@ def _locked(directory: Path) -> Iterator[bool]:
 
 
 def _drop_leftovers(target: Path) -> None:
+    """Remove scratch directories of `target` that no live process has locked."""
     target = Path(os.path.abspath(target))
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
     for path in target.parent.iterdir():
@@ -67,11 +70,13 @@ def _drop_leftovers(target: Path) -> None:
 
 
 def beside(target: Path) -> Path:
+    """Return a new, unused path in the parent of `target` for a scratch directory."""
     target = Path(os.path.abspath(target))
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
 
 
 def refuse_foreign(target: Path) -> None:
+    """Raise ArtifactError where `target` exists and is neither an empty directory nor a whole artifact."""
     if not target.exists() and not target.is_symlink():
         return
     if target.is_symlink() or not target.is_dir():
@@ -87,7 +92,7 @@ def refuse_foreign(target: Path) -> None:
 
 
 def take_place(scratch: Path, target: Path) -> None:
-    """At every moment `target` is what it was, nothing, or all of the new one."""
+    """Rename `scratch` to `target`. At every moment `target` is the old artifact, absent, or all of the new one."""
     target = Path(os.path.abspath(target))
     old = None
     try:

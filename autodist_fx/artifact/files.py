@@ -1,4 +1,5 @@
-"""Files of an artifact: written to the disk for good, and read once, with their digest made of the very bytes used."""
+"""Files of an artifact: written and synced to disk, and read once, with the digest computed over the very bytes
+used."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from autodist_fx.weights.sources.safetensors_file import DTYPES
 
 _WINDOW_BYTES = 8 << 20
 _LARGEST_JSON_BYTES = 1 << 30
-_LARGEST_HEADER_BYTES = 100_000_000  # of safetensors, by the format
+_LARGEST_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -27,24 +28,28 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Staging:
-    """A directory being filled; `records` are of the files that this process wrote."""
+    """A directory that is being filled. `records` has the size and digest of each file that this process wrote."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.records: dict[str, FileRecord] = {}
 
     def write(self, name: str, content: bytes | str) -> None:
+        """Write one file, given its path relative to the directory. Raises ArtifactError."""
         data = content.encode() if isinstance(content, str) else content
         with self._open(name) as (file, digest):
             file.write(data)
             digest.update(data)
 
     def write_json(self, name: str, value: Any) -> None:
+        """Write `value` as one line of JSON. Raises ArtifactError, and ValueError for NaN or infinity."""
         self.write(name, json.dumps(value, separators=(",", ":"), allow_nan=False) + "\n")
 
     def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-        """A safetensors file, a tensor at a time: nothing is copied as a whole."""
-        order = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))  # as the format wants them aligned
+        """Write tensors of any shape and device as a safetensors file, one tensor at a time, so that no second copy of
+        all of them is in memory. Raises ArtifactError, also for a dtype that safetensors has no name for."""
+        # The widest dtypes come first, so that each tensor begins at a multiple of its item size, as the format asks.
+        order = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
         at = 0
         for key in order:
@@ -85,6 +90,7 @@ def _code(name: str, dtype: torch.dtype) -> str:
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor in row-major order, at most _WINDOW_BYTES at a time."""
     data = tensor.detach().to("cpu").contiguous().view(-1)
     step = max(1, _WINDOW_BYTES // max(1, data.dtype.itemsize))
     for begin in range(0, data.numel(), step):
@@ -92,7 +98,7 @@ def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
 
 
 def sync_directory(directory: Path) -> None:
-    """A rename is on the disk when its directory is."""
+    """Flush a directory's entries to disk: without it, a rename may be lost in a crash."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,27 +110,34 @@ def sync_directory(directory: Path) -> None:
 
 
 class CheckedFiles:
-    """Files of an artifact by name; each is refused unless its bytes are those of the manifest."""
+    """Files of an artifact by name. Reading one raises ArtifactError unless its bytes are those of the manifest."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory, self.manifest = directory, manifest
 
     def has(self, name: str) -> bool:
+        """True if the manifest lists this file."""
         return name in self.manifest.files
 
     def read(self, name: str) -> bytes:
+        """Return the bytes of a file that fits into memory, such as a graph or a plan. Raises ArtifactError."""
         if self._record(name).bytes > _LARGEST_JSON_BYTES:
             raise ArtifactError(f"{self.directory / name} is larger than any graph: make the artifact again")
         with self._stream(name) as stream:
             return bytes(stream.take(stream.left))
 
     def read_json(self, name: str) -> dict[str, Any]:
+        """Return the object in a JSON file. Raises ArtifactError."""
         return json_object(self.read(name), str(self.directory / name))
 
     def read_tensors(
         self, name: str, device: torch.device | str = "cpu"
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """All tensors of a safetensors file, and its metadata. The file is read once, from front to back."""
+        """Return all tensors of a safetensors file on `device`, in their saved shapes and dtypes, and the file's
+        metadata.
+
+        The file is read once, from front to back. Raises ArtifactError.
+        """
         path = self.directory / name
         with self._stream(name) as stream:
             length = struct.unpack("<Q", stream.take(8))[0] if stream.left >= 8 else 0
@@ -141,7 +154,7 @@ class CheckedFiles:
         return tensors, metadata if isinstance(metadata, dict) else {}
 
     def check(self, name: str) -> None:
-        """Read it to the end for its digest alone."""
+        """Read a file to its end to check its digest. Raises ArtifactError."""
         with self._stream(name) as stream:
             while stream.left:
                 stream.take(min(stream.left, _WINDOW_BYTES))
@@ -172,7 +185,7 @@ class CheckedFiles:
 
 
 class _Stream:
-    """Bytes of a file in order, all of which go into the digest."""
+    """Reads the bytes of a file in order, and feeds all of them to the digest."""
 
     def __init__(self, file: IO[bytes], path: Path, size: int) -> None:
         self.file, self.path, self.left = file, path, size
@@ -197,8 +210,11 @@ class _Stream:
 
 
 def _entries(header: Mapping[str, Any], size: int, path: Path) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """Tensors in the order of the file; together they are all of its `size` bytes. Raises ArtifactError."""
-    found = []
+    """Parse a safetensors header into (name, dtype, shape), in the order in which the tensors lie in the file.
+
+    Raises ArtifactError unless the tensors cover all `size` bytes behind the header without gap or overlap.
+    """
+    entries = []
     for key, entry in header.items():
         try:
             (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], DTYPES[entry["dtype"]]
@@ -207,12 +223,12 @@ def _entries(header: Mapping[str, Any], size: int, path: Path) -> list[tuple[str
             whole = False
         if not whole or math.prod(shape) * dtype.itemsize != end - begin or end > size:
             raise ArtifactError(f"{path}: {key!r} is no tensor of this file: make the artifact again")
-        found.append((begin, end, key, dtype, tuple(shape)))
+        entries.append((begin, end, key, dtype, tuple(shape)))
     at = 0
-    for begin, end, key, *_ in sorted(found):
+    for begin, end, key, *_ in sorted(entries):
         if begin != at:
             raise ArtifactError(f"{path}: {key!r} does not lie behind the tensor before it: make the artifact again")
         at = end
     if at != size:
         raise ArtifactError(f"{path} has bytes that belong to no tensor: make the artifact again")
-    return [(key, dtype, shape) for _, _, key, dtype, shape in sorted(found, key=lambda e: e[:3])]
+    return [(key, dtype, shape) for _, _, key, dtype, shape in sorted(entries, key=lambda e: e[:3])]

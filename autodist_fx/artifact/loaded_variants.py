@@ -1,4 +1,4 @@
-"""`SavedSource`: the variants of an artifact, which all ranks run in one process."""
+"""`SavedSource`: serves the variants of an artifact to a Simulator, which runs all ranks in one process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _KINDS = {kind.name: kind for kind in inspect._ParameterKind}
 
 @dataclass(frozen=True)
 class SavedSource:
-    """A VariantSource that has the variants of an artifact, with their weights, and makes no others."""
+    """A VariantSource that has the saved variants of an artifact with their weights, and refuses to make others."""
 
     signature: ModelSignature
     saved: VariantSet
@@ -41,7 +41,7 @@ class SavedSource:
     always: Mapping[str, object]
 
     def structure(self) -> Hashable:
-        """See VariantSource: files stay as they are."""
+        """See VariantSource. It never changes, since files do not."""
         return self.saved.structure
 
     def first(self) -> VariantSet:
@@ -72,14 +72,14 @@ class SavedSource:
             raise AutodistError(f"{purpose} needs the model: an artifact holds its split alone; use Artifact.{purpose}")
 
     def fill(self, variant: Variant, programs: Sequence[RankProgram]) -> None:
-        """See VariantSource: they were read with their weights."""
+        """See VariantSource. It does nothing: the programs were read with their weights."""
 
     def trained_parameters(self) -> Mapping[str, str]:
-        """See VariantSource: there are none."""
+        """See VariantSource. An artifact trains none."""
         return {}
 
     def hooked(self, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See VariantSource: there are none."""
+        """See VariantSource. An artifact has no hooks."""
         return gradients
 
     def _refuse(self, asked: Sequence[str], use_cache: bool, made: Sequence[Variant]) -> NoReturn:
@@ -95,7 +95,7 @@ def _fixed_texts(fixed: Mapping[str, object]) -> list[str]:
 
 
 def load_whole(artifact: ArtifactReader, files: CheckedFiles) -> Simulator:
-    """All ranks of an artifact, in this process. Reads every file. Raises ArtifactError."""
+    """Read all ranks of an artifact into one process, as a Simulator. Every file is read. Raises ArtifactError."""
     fields = artifact.model_fields
     variants: dict[str, Variant] = {}
     for form in sorted(artifact.forms.values(), key=lambda f: bool(f.encoder)):
@@ -112,6 +112,7 @@ def load_whole(artifact: ArtifactReader, files: CheckedFiles) -> Simulator:
 
 
 def _encoders(artifact: ArtifactReader) -> set[str]:
+    """Return the names of saved variants that are the encoder of another one."""
     return {form.encoder for form in artifact.forms.values()}
 
 
@@ -127,7 +128,7 @@ def _signature(fields: Mapping[str, Any], artifact: ArtifactReader) -> ModelSign
             inspect.Parameter(name, _KINDS[kind], default=default if optional else inspect.Parameter.empty)
             for name, kind, optional, default in fields["forward"]
         ]
-        in_order = tuple(inspect.Signature(parameters).parameters.values())  # which refuses an order that none can have
+        in_order = tuple(inspect.Signature(parameters).parameters.values())  # raises for an order Python does not allow
     except (KeyError, TypeError, ValueError) as error:
         where = artifact.directory / "model.json"
         raise ArtifactError(f"{where} has no arguments of forward: make the artifact again") from error
@@ -135,6 +136,8 @@ def _signature(fields: Mapping[str, Any], artifact: ArtifactReader) -> ModelSign
 
 
 def _variant(artifact: ArtifactReader, files: CheckedFiles, form: Form, before: Mapping[str, Variant]) -> Variant:
+    """Rebuild one saved variant: its whole graph, plan, op graph, guards, and the programs of all ranks. Raises
+    ArtifactError."""
     folder = artifact.directory / form.folder
     values, _ = (
         files.read_tensors(f"{form.folder}/graph.safetensors")
@@ -143,12 +146,12 @@ def _variant(artifact: ArtifactReader, files: CheckedFiles, form: Form, before: 
     )
 
     def tensor(name: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        found = values.get(name)
-        if found is None:
+        saved = values.get(name)
+        if saved is None:
             return torch.empty(shape, dtype=dtype, device="meta")
-        if tuple(found.shape) != shape or found.dtype != dtype:
+        if tuple(saved.shape) != shape or saved.dtype != dtype:
             raise ArtifactError(f"{folder / 'graph.safetensors'}: {name} is not as the graph has it")
-        return found
+        return saved
 
     graph = read_graph(files.read_json(f"{form.folder}/graph.json"), tensor, str(folder / "graph.json"))
     node_meta.set_guards(graph, artifact.conditions_of(form))

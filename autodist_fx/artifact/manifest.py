@@ -1,4 +1,5 @@
-"""manifest.json: what an artifact holds, the size and sha256 of every file, and what it was made with."""
+"""manifest.json: the variants of an artifact, the size and sha256 of every file, and the library versions that made
+it."""
 
 from __future__ import annotations
 
@@ -18,49 +19,56 @@ FORMAT, FORMAT_VERSION = "autodist_fx artifact", 2
 MANIFEST = "manifest.json"
 _LARGEST_MANIFEST_BYTES = 16 << 20
 _MOST_RANKS = 65536
-# One or two folders down, and no format that any library would unpickle.
+# A file lies at most two folders down. No suffix is one of a format that some library would unpickle.
 _PATH = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_-]{0,80}/){0,2}[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}\Z")
 _SUFFIXES = (".json", ".safetensors", ".txt", ".jinja", ".model", ".tiktoken", ".vocab")
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 
 
 class ArtifactError(AutodistError):
-    """An artifact cannot be written or read, or is damaged; the message names the file."""
+    """Raised where an artifact cannot be written or read, or is damaged; the message names the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
+    """The size and digest of one file at the time it was written."""
+
     bytes: int
     sha256: str  # hexadecimal
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
+    """The contents of manifest.json."""
+
     model: str  # class name, "LlamaForCausalLM"
     tp: int
     pp: int
-    forms: tuple[str, ...]  # folders of forms/
+    forms: tuple[str, ...]  # names of the saved variants: the folders of forms/
     versions: Mapping[str, str]  # of the libraries that made it
-    files: Mapping[str, FileRecord]  # by path, but for the manifest itself
-    key: str = ""  # of a cache entry: what it was made for
+    files: Mapping[str, FileRecord]  # by relative path, without the manifest itself
+    key: str = ""  # in an entry of the split cache, the digest of the request that it serves
 
     @property
     def ranks(self) -> int:
         return self.tp * self.pp
 
     def to_text(self) -> str:
-        """With a digest of all the rest at the end."""
+        """Serialize to JSON, with a digest of all other fields at the end."""
         fields = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
         return json.dumps({**fields, "manifest_sha256": _digest_of(fields)}, indent=1, allow_nan=False) + "\n"
 
 
 def library_versions() -> dict[str, str]:
-    """Of what decides the numbers that a graph gives."""
+    """Return the versions of the libraries that decide the numbers a graph computes."""
     return {name: importlib.metadata.version(name) for name in ("autodist-fx", "torch", "transformers")}
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Of an artifact. Raises ArtifactError: no artifact, another format version, or edited by hand."""
+    """Read the manifest of an artifact.
+
+    Raises ArtifactError where the directory has none, or it has another format version, or was edited by hand.
+    """
     path = directory / MANIFEST
     if not path.is_file() or path.is_symlink():
         raise ArtifactError(f"{directory} is no artifact: it has no {MANIFEST} (make one with `autodist-fx compile`)")
@@ -116,19 +124,19 @@ def _record(path: str, record: Mapping[str, Any]) -> FileRecord:
 
 
 def check_listing(directory: Path, manifest: Manifest) -> None:
-    """Raises ArtifactError for a file that is missing, of another size, a link, or not in the manifest."""
-    found = {}
+    """Raise ArtifactError for a file that is missing, has another size, is a link, or is not in the manifest."""
+    on_disk = {}
     for folder, folders, names in os.walk(directory):
         for name in (*names, *(f for f in folders if Path(folder, f).is_symlink())):
             path = Path(folder, name)
-            found[path.relative_to(directory).as_posix()] = path
-    found.pop(MANIFEST, None)
-    for name, path in found.items():
+            on_disk[path.relative_to(directory).as_posix()] = path
+    on_disk.pop(MANIFEST, None)
+    for name, path in on_disk.items():
         if name not in manifest.files:
             raise ArtifactError(f"{path} is not in the manifest: take it away, or make the artifact again")
     for name, record in manifest.files.items():
         path = directory / name
-        if name not in found:
+        if name not in on_disk:
             raise ArtifactError(f"{path} is missing: make the artifact again")
         if path.is_symlink() or not path.is_file():
             raise ArtifactError(f"{path} is no plain file: make the artifact again")
@@ -140,26 +148,29 @@ def check_listing(directory: Path, manifest: Manifest) -> None:
 
 
 def json_object(content: bytes, where: str, *, strict: bool = True) -> dict[str, Any]:
-    """A JSON file's object. ArtifactError names `where`, also for duplicate keys, what is nested too deeply and, where
-    `strict`, NaN and infinities."""
+    """Parse JSON text whose top level is an object.
+
+    Raises ArtifactError, which names `where`, also for duplicate keys, for nesting that is too deep and, with `strict`,
+    for NaN and infinities.
+    """
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
             names = [key for key, _ in pairs]
             raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
-        return found
+        return fields
 
     def no_constant(text: str) -> Any:
         raise ValueError(f"{text} is no number of JSON")
 
     try:
-        value = json.loads(  # decoded here: of bytes json.loads takes other encodings, too
+        value = json.loads(  # decoded here as UTF-8, since json.loads guesses the encoding of bytes
             content.decode(), object_pairs_hook=no_duplicates, parse_constant=no_constant if strict else None
         )
     except RecursionError as error:
         raise ArtifactError(f"{where} is nested too deeply") from error
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, a number of thousands of digits, and ours
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, an int with too many digits, and the two above
         raise ArtifactError(f"{where} is not the JSON that was written: {error}") from error
     if not isinstance(value, dict):
         raise ArtifactError(f"{where} is no JSON object")

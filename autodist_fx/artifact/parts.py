@@ -1,4 +1,4 @@
-"""parts."""
+"""Chooses the variants that `save` writes, and names them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A form that is to be saved."""
+    """One variant to be saved, and its name in the artifact."""
 
     name: str
     variant: Variant
 
 
 def parts_of(compiled: Compilation, model: PreTrainedModel) -> list[Part]:
-    """The forms that were compiled, the main one first; then what `generate` and `model(...)` over processes run."""
+    """Collect the variants to save: those compiled so far, the main one first, and those that `generate` and
+    `model(...)` run.
+
+    Variants that are missing are compiled for it.
+    """
     variants = list(compiled.variants)
     cached = [v for v in variants if v.traced.use_cache]
     if isinstance(model, GenerationMixin) and model.can_generate():
@@ -45,7 +49,8 @@ def parts_of(compiled: Compilation, model: PreTrainedModel) -> list[Part]:
 
 
 def named_parts(variants: Sequence[Variant]) -> list[Part]:
-    """These forms under names, with the encoders that fill their caches; the first of them comes first."""
+    """Name these variants, and the encoders that fill their caches; the first of `variants` comes first in the
+    result."""
     parts: list[Part] = []
     for variant in variants:
         if variant.encoder is not None:
@@ -56,10 +61,12 @@ def named_parts(variants: Sequence[Variant]) -> list[Part]:
 
 
 def _is_whole(variant: Variant, asked: set[str]) -> bool:
+    """True if this is the variant for whole sequences of exactly the inputs `asked`, without other arguments."""
     traced = variant.traced
     return not traced.use_cache and not traced.phase and set(traced.input_names) == asked and not variant.fixed
 
 
 def _free(name: str, parts: Sequence[Part]) -> str:
+    """Return `name`, or `name` with the first number that no part has."""
     taken = {part.name for part in parts}
     return next(n for i in range(1, len(parts) + 2) if (n := name if i == 1 else f"{name}{i}") not in taken)

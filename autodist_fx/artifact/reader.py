@@ -1,4 +1,4 @@
-"""Reading an artifact: this process's rank of it, or all of it; without tracing, planning, or the model's own code."""
+"""Reads an artifact: one rank of it or all, without tracing, planning, or the model's own code."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ MAKE_AGAIN = ": make the artifact again"
 
 
 class ArtifactReader:
-    """The files of an artifact: `plan`, `mesh`, `config`, `forms`, `program(r)`. Each is read when it is asked for, and
-    checked then."""
+    """The files of an artifact: `plan`, `mesh`, `config`, `forms`, `program(r)`.
+
+    Each file is read when it is first needed, and checked against its digest then. Reading raises ArtifactError.
+    """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(os.path.abspath(Path(directory).expanduser()))
@@ -57,6 +59,7 @@ class ArtifactReader:
         return self.read_plan("plan.json")
 
     def read_plan(self, name: str) -> PartitionPlan:
+        """Read one plan file. Raises ArtifactError, also where its mesh is not the manifest's."""
         path = self.directory / name
         try:
             plan = plan_from_text(self._files.read(name).decode(), PartitionPlan)
@@ -68,14 +71,15 @@ class ArtifactReader:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The model's."""
+        """The model's config."""
         return self._configuration("config.json", _config_of)
 
     @cached_property
     def generation_config(self) -> GenerationConfig | None:
+        """The model's generation config; None where none was saved."""
         if not self._files.has("generation_config.json"):
             return None
-        # which notes more than from_dict does, for generate
+        # from_pretrained, not from_dict: it also sets private attributes that transformers' generate reads
         return self._configuration(
             "generation_config.json", lambda fields: GenerationConfig.from_pretrained(str(self.directory))
         )
@@ -91,7 +95,7 @@ class ArtifactReader:
 
     @cached_property
     def model_fields(self) -> dict[str, Any]:
-        """What is known of the model's class: model.json."""
+        """Facts about the model's class, from model.json: its name, forward's parameters, the main variant."""
         fields = self._files.read_json("model.json")
         texts = ("class", "main_input_name", "main")
         flags = ("own_generate", "own_cache", "positions_follow_mask")
@@ -104,7 +108,7 @@ class ArtifactReader:
 
     @cached_property
     def forms(self) -> dict[str, Form]:
-        """The traced forms in it, by name."""
+        """The saved variants (form.json of each), by name."""
         found = {}
         for name in self.manifest.forms:
             where = f"forms/{name}/form.json"
@@ -115,7 +119,7 @@ class ArtifactReader:
         return found
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that was saved along. ArtifactError where there is none."""
+        """Load the tokenizer that was saved along. Raises ArtifactError where there is none."""
         names = [name for name in self.manifest.files if name.startswith(f"{TOKENIZER}/")]
         if not names:
             raise ArtifactError(f"{self.directory} has no tokenizer: save it with tokenizer=..., or encode by hand")
@@ -133,22 +137,29 @@ class ArtifactReader:
     # -- programs -----------------------------------------------------------------------------------------------------
 
     def program(self, rank: int, form: str | None = None, device: torch.device | str = "cpu") -> RankProgram:
-        """Everything that global rank `rank` runs, with its weights; of the main form where none is named."""
-        self.mesh.coordinates(rank)  # names a rank that is not there
+        """Read the program of global rank `rank` with its weights on `device`; that of the main variant where `form`
+        names none.
+
+        Raises AutodistError for a variant that the artifact does not hold, MeshError for a rank that the mesh does not
+        have.
+        """
+        self.mesh.coordinates(rank)  # raises for a rank that the mesh does not have
         name = form or self.model_fields["main"]
         if name not in self.forms:
             raise AutodistError(f"{self.directory} has no form {name!r}: it has {', '.join(self.forms)}")
         return self.read_program(rank, self.forms[name], self.weights_of(rank, torch.device(device)))
 
     def read_program(self, rank: int, form: Form, weights: Mapping[str, torch.Tensor] | None) -> RankProgram:
+        """Read the program of one rank for one saved variant; its parameters are on meta where `weights` is None."""
         name = f"{form.folder}/rank{rank}.json"
         return program_from_dict(self._files.read_json(name), rank, self.mesh, weights, str(self.directory / name))
 
     def rank(self, rank: int) -> torch.fx.GraphModule:
-        """The GraphModule of global rank `rank`, with its weights."""
+        """Return the GraphModule of global rank `rank`, with its weights."""
         return self.program(rank).graph_module
 
     def weights_of(self, rank: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return the tensors of one rank by name, on `device`; they are read once and shared by all of its programs."""
         if (rank, device) not in self._weights:
             name = f"weights/rank{rank}.safetensors"
             tensors, metadata = self._files.read_tensors(name, device)
@@ -160,11 +171,12 @@ class ArtifactReader:
             self._weights[rank, device] = tensors
         return self._weights[rank, device]
 
-
     def conditions_of(self, form: Form) -> Guards | None:
+        """Return the guards of a saved variant; None where it has none."""
         return conditions_from_dict(form.conditions, str(self.directory / form.folder / "form.json"))
 
     def generating_form(self) -> Form:
+        """Return the saved variant of a decode step. Raises AutodistError where there is none."""
         encoders = {form.encoder for form in self.forms.values()}
         for form in self.forms.values():
             if form.use_cache and form.phase != "prompt" and form.name not in encoders:
@@ -175,12 +187,14 @@ class ArtifactReader:
         )
 
     def form_of_whole_sequences(self, names: tuple[str, ...]) -> Form | None:
+        """Return the saved variant without a cache that takes exactly these inputs; None where there is none."""
         for form in self.forms.values():
             if not form.use_cache and set(form.inputs) == set(names) and not form.fixed:
                 return form
         return None
 
     def described_forms(self) -> str:
+        """List the saved variants and their inputs, for errors."""
         return "; ".join(f"{form.name}: {', '.join(form.inputs)}" for form in self.forms.values())
 
 

@@ -1,8 +1,8 @@
-"""A traced form of a model in an artifact: which call it is for, its plan, its whole graph, and each rank's program.
+"""Files of one saved variant: the call that it serves, its plan, its whole graph, and each rank's program.
 
-    forms/NAME/form.json   inputs, fixed arguments, outputs, kinds of cache layers, conditions on lengths
+    forms/NAME/form.json   inputs, fixed arguments, outputs, kinds of cache layers, guards
     forms/NAME/plan.json   the plan that its programs follow
-    forms/NAME/graph.json  the whole model's graph, which `verify` holds the programs against
+    forms/NAME/graph.json  the whole model's graph, which `verify` compares the programs with
     forms/NAME/rankR.json  the program of rank R
 """
 
@@ -31,7 +31,8 @@ DECODE, ENCODE, PROMPT, STEP, WHOLE = "decode", "encode", "prompt", "step", "who
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What form.json says. `input_forms`: by input, its dims (letters and numbers) and its dtype."""
+    """The contents of form.json. `input_forms` has each input's spec: its dims (size symbols and numbers) and its
+    dtype."""
 
     name: str
     use_cache: bool
@@ -41,7 +42,7 @@ class Form:
     fixed: Mapping[str, bool | int | float | str | None]
     output_order: tuple[str, ...]
     layer_kinds: tuple[str, ...]
-    encoder: str  # name of the form that fills this one's cache first, or ""
+    encoder: str  # name of the saved variant that fills this one's cache first, or ""
     has_encoder: bool
     embedding_dim: int
     dtype: str
@@ -54,11 +55,12 @@ class Form:
         return f"forms/{self.name}"
 
     def same_call(self, other: Form) -> bool:
-        """Whether they differ in the lengths that they are for, if at all."""
-        mine, its = (
+        """True if both serve the same call, so that they differ in nothing but the lengths at which their guards
+        hold."""
+        own_call, other_call = (
             (f.use_cache, f.phase, f.input_forms, f.fixed, bool(f.encoder)) for f in (self, other)
         )  # fmt: skip
-        return mine == its
+        return own_call == other_call
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,7 +74,7 @@ _KINDS = {
 
 
 def form_from_dict(data: Mapping[str, Any], where: str) -> Form:
-    """Inverse of Form.to_dict. ArtifactError names the file and the field."""
+    """Invert Form.to_dict. Raises ArtifactError, which names the file and the field."""
     for name, kind in _KINDS.items():
         if type(data.get(name)) is not kind:
             raise ArtifactError(f"{where}: {name} is missing or of another kind: make the artifact again")
@@ -97,7 +99,8 @@ def form_from_dict(data: Mapping[str, Any], where: str) -> Form:
 
 
 def program_to_dict(program: RankProgram, keys: Mapping[str, str]) -> dict[str, Any]:
-    """`keys`: by path in the rank's graph, the tensor's name in the rank's weights."""
+    """Serialize a program without its weights. `keys` maps a tensor's path in the graph to its name in the rank's
+    weights file."""
     return {
         "rank": program.rank,
         "mesh": [program.mesh.tp, program.mesh.pp],
@@ -113,9 +116,10 @@ def program_to_dict(program: RankProgram, keys: Mapping[str, str]) -> dict[str, 
 def program_from_dict(
     data: Mapping[str, Any], rank: int, mesh: Mesh, weights: Mapping[str, torch.Tensor] | None, where: str
 ) -> RankProgram:
-    """The program with its weights, on meta where `weights` is None.
+    """Rebuild a program from JSON, with parameters and buffers from `weights`, or on meta where `weights` is None.
 
-    ArtifactError names the file: another rank's or mesh's, or malformed.
+    Raises ArtifactError, which names the file, where it is another rank's or mesh's, malformed, or has a tensor whose
+    shape or dtype is not the weight's.
     """
     if data.get("rank") != rank or data.get("mesh") != [mesh.tp, mesh.pp]:
         raise ArtifactError(
@@ -128,15 +132,15 @@ def program_from_dict(
         if weights is None:
             return torch.empty(shape, dtype=dtype, device="meta")
         key = keys.get(name) if isinstance(keys, dict) else None
-        found = weights.get(key) if isinstance(key, str) else None
-        if found is None:
+        weight = weights.get(key) if isinstance(key, str) else None
+        if weight is None:
             raise ArtifactError(f"{where}: {name} is not among the weights of rank {rank}: make the artifact again")
-        if tuple(found.shape) != shape or found.dtype != dtype:
+        if tuple(weight.shape) != shape or weight.dtype != dtype:
             raise ArtifactError(
-                f"{where}: {name} is {list(shape)} of {dtype} in the graph, and {list(found.shape)} of {found.dtype} "
+                f"{where}: {name} is {list(shape)} of {dtype} in the graph, and {list(weight.shape)} of {weight.dtype} "
                 f"among the weights of rank {rank}: make the artifact again"
             )
-        return found
+        return weight
 
     module = read_graph(data.get("graph"), tensor, where)
     try:
@@ -161,6 +165,8 @@ def program_from_dict(
 def read_graph(
     data: Any, tensors: Callable[[str, str, tuple[int, ...], torch.dtype], torch.Tensor], where: str
 ) -> torch.fx.GraphModule:
+    """Rebuild a GraphModule from JSON; `tensors(path, kind, shape, dtype)` gives its parameters and buffers. Raises
+    ArtifactError."""
     try:
         return graph_from_json(data, tensors, LAYERS)
     except ArtifactError:
@@ -201,10 +207,12 @@ def _texts(values: Any) -> tuple[str, ...]:
     return tuple(_text(v) for v in values)
 
 
-# -- conditions -------------------------------------------------------------------------------------------------------
+# -- guards -----------------------------------------------------------------------------------------------------------
 
 
 def conditions_to_dict(conditions: Guards | None) -> dict[str, Any] | None:
+    """Serialize guards: the graph that computes them, its size symbols, and the expected bool and source position of
+    each."""
     if conditions is None:
         return None
     return {
@@ -216,6 +224,7 @@ def conditions_to_dict(conditions: Guards | None) -> dict[str, Any] | None:
 
 
 def conditions_from_dict(data: Mapping[str, Any] | None, where: str) -> Guards | None:
+    """Invert conditions_to_dict. Raises ArtifactError, which names the file."""
     if data is None:
         return None
 

@@ -1,4 +1,4 @@
-"""Writing an artifact: into a directory of another name beside the target, which then takes the target's place."""
+"""Writes an artifact into a scratch directory beside the target, which then takes the target's place."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from autodist_fx.compiler.compilation import Compilation
 
 TOKENIZER = "tokenizer"
-# Puts weights into a program of the form: load(variant, program).
+# load(variant, program) puts weights into a program of this variant.
 Load = Callable[[Variant, RankProgram], None]
 
 
@@ -56,10 +56,11 @@ def save_compiled(
     generation_config: GenerationConfig | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write the forms that `compiled`, made of `model`, has, and those that generating takes, with all ranks' weights.
+    """Write the variants that `compiled` has so far, and those that generating takes, with the weights of all ranks.
 
-    `load` fills programs; one rank's weights are in memory at a time. Raises ArtifactError: a directory that is
-    something else's, a disk that is full; GraphFormatError: a graph with an op that no file can hold.
+    `model` is the model that `compiled` was made from. `load` puts weights into programs, one rank at a time. Raises
+    ArtifactError where the directory holds something else or the disk is full; GraphFormatError where a graph has an op
+    that no file can hold.
     """
     parts, always = parts_of(compiled, model), compiled.source.always
     with new_directory(Path(directory)) as staging:
@@ -70,7 +71,8 @@ def save_compiled(
 
 
 def _programs(parts: Sequence[Part], rank: int, load: Load) -> Iterator[tuple[Part, RankProgram]]:
-    """Each part's program of one rank, for inference, with its weights; what two of them hold alike is there once."""
+    """Yield each part's program for one rank, for inference, with its weights; slices that two programs share are one
+    tensor."""
     done: list[RankProgram] = []
     for part in parts:
         variant = part.variant
@@ -102,7 +104,8 @@ def write_common(
     tokenizer: PreTrainedTokenizerBase | None,
     always: Mapping[str, object],
 ) -> None:
-    """All that is no rank's own. `always`: arguments of every call, which the forms were traced with."""
+    """Write all files that belong to no single rank. `always` holds arguments of every call, which all variants were
+    traced with."""
     config = parts[0].variant.traced.config
     name = type(model).__name__
     fields = {**config.to_diff_dict(), "architectures": [name]}
@@ -127,7 +130,7 @@ def write_common(
 
 
 def _model_fields(model: PreTrainedModel, parts: Sequence[Part], always: Mapping[str, object]) -> dict[str, Any]:
-    """What calls and generation ask a model's class."""
+    """Return the facts about a model's class that calls and generation need, for model.json."""
     parameters = inspect.signature(model.forward).parameters.values()
     plain = (bool, int, float, str, type(None))
     return {
@@ -138,7 +141,7 @@ def _model_fields(model: PreTrainedModel, parts: Sequence[Part], always: Mapping
         "own_cache": any(part.variant.traced.phase for part in parts),
         "main": parts[0].name,
         "always": {name: value for name, value in always.items() if isinstance(value, plain)},
-        # [name, kind, whether it may be left out, its default where that is plain]
+        # Each is [name, kind, True if it may be left out, its default where that is a plain value].
         "forward": [
             [p.name, p.kind.name, p.default is not p.empty, p.default if isinstance(p.default, plain) else None]
             for p in parameters
@@ -176,14 +179,14 @@ def _dtype(dtype: torch.dtype) -> str:
 
 def _write_tokenizer(staging: Staging, tokenizer: PreTrainedTokenizerBase) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        # a fast tokenizer is all in tokenizer.json; what it was made from (a whole GGUF file) is not copied
+        # A fast tokenizer is complete in tokenizer.json. Its source, which may be a whole GGUF file, is not copied.
         tokenizer.save_pretrained(scratch, **({"legacy_format": False} if tokenizer.is_fast else {}))
         for path in sorted(Path(scratch).iterdir()):
             staging.write(f"{TOKENIZER}/{path.name}", path.read_bytes())
 
 
 def write_rank(staging: Staging, rank: int, programs: Sequence[tuple[Part, RankProgram]]) -> None:
-    """The programs of one rank, loaded, and one file with the tensors of all of them."""
+    """Write the loaded programs of one rank, and one file with the tensors of all of them."""
     weights: dict[str, torch.Tensor] = {}
     key_of: dict[tuple[object, ...], str] = {}
     for part, program in programs:
@@ -215,7 +218,8 @@ def _initial_state(variant: Variant) -> dict[str, torch.Tensor]:
 def finish(
     staging: Staging, parts: Sequence[Part], plan: PartitionPlan, files: Mapping[str, FileRecord], key: str = ""
 ) -> None:
-    """The manifest, last; what it lists is on the disk by then."""
+    """Write the manifest, as the last file, and sync all directories. Raises ArtifactError where a listed file is
+    missing."""
     manifest = Manifest(
         model=plan.model,
         tp=plan.mesh.tp,
@@ -226,11 +230,6 @@ def finish(
         key=key,
     )
     staging.write(MANIFEST, manifest.to_text())
-    check_listing(staging.directory, manifest)  # also that files of other ranks are here
+    check_listing(staging.directory, manifest)  # other ranks, which are other processes, may have written some files
     for folder, _, _ in os.walk(staging.directory):
         sync_directory(Path(folder))
-
-
-# -- taking the target's place ----------------------------------------------------------------------------------------
-
-
