@@ -7,27 +7,16 @@ from collections.abc import Iterator
 
 import torch
 
-from autodist_fx.errors import AutodistError
+from autodist_fx.calls.ambient import autocast_devices, refuse_autocast
 from autodist_fx.tracing.hooks import refuse_global_hooks
 from autodist_fx.tracing.patches import PATCH_LOCK
-
-_DEVICES = ("cpu", "cuda")
-
-
-def autocast_devices() -> list[str]:
-    """Kinds of devices for which the caller has torch.autocast on."""
-    return [device for device in _DEVICES if torch.is_autocast_enabled(device)]
 
 
 def refuse_ambient(purpose: str) -> None:
     """Raises AutodistError where something that the caller has set would change what a model computes, and is not in
     the graphs for `purpose` ("simulate"): torch.autocast, and hooks of all modules."""
     refuse_global_hooks()
-    if devices := autocast_devices():
-        raise AutodistError(
-            f"{purpose} computes in the dtypes that the model has, and torch.autocast is on ({', '.join(devices)}): "
-            "call it outside of autocast, with the model converted by .to(torch.bfloat16)"
-        )
+    refuse_autocast(purpose)
 
 
 @contextlib.contextmanager

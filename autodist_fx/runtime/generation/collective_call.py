@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from autodist_fx.calls.ambient import refuse_autocast
 from autodist_fx.errors import DisagreementError
 from autodist_fx.runtime.comm.agreement import Facts, agree, over
 from autodist_fx.runtime.comm.channels import Channel
@@ -51,14 +52,18 @@ class CollectiveCalls:
     def run(self, name: str, arguments: Callable[[], Mapping[str, Any]], call: Callable[[], T]) -> T:
         """`call()`, when every rank was called with the same; what it raises on any rank is raised on all.
 
-        Raises DisagreementError, on all ranks, for arguments that differ.
+        Raises DisagreementError, on all ranks, for arguments that differ; AutodistError under torch.autocast.
         """
-        if self._inside or self._mesh.size == 1:
+        if self._inside:
+            return call()
+        if self._mesh.size == 1:
+            refuse_autocast(name)
             return call()
         self._inside, self._number = True, self._number + 1
         try:
             self._begin()
             self._compare({"the call": name, **facts_of_call(arguments())})
+            refuse_autocast(name)
             result = call()
             self._end()
             return result

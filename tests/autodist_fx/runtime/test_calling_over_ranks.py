@@ -17,6 +17,7 @@ from autodist_fx.weights.sources.module_source import ModuleSource
 from cost_model.mesh import Mesh
 from passes.program.rank_program import RankProgram
 from tests.support.models import padded_batch, relative_error, tiny_model
+from tests.support.ranks import on_ranks
 
 IDS, MASK = padded_batch(2, 9)
 NAMES = (("input_ids", "attention_mask"), ("inputs_embeds", "attention_mask"))
@@ -88,3 +89,19 @@ def test_every_rank_returns_what_the_model_does(model: Any, programs: Any, input
 def test_what_is_refused(model: Any, programs: Any, inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(AutodistError, match=message):
         _called(model, programs, **inputs)
+
+
+def test_autocast_is_refused_on_every_rank_and_the_next_call_works() -> None:
+    model = tiny_model("gpt2")
+    wanted = model(IDS, attention_mask=MASK).logits
+
+    def work(split: Any) -> float:
+        given = {"input_ids": IDS, "attention_mask": MASK}
+        for call in (split, lambda **inputs: split.generate(**inputs, max_new_tokens=2)):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                with pytest.raises(AutodistError, match=r"(forward|generate) computes .*autocast is on \(cpu\)"):
+                    call(**given)
+        return relative_error(split(**given).logits, wanted)
+
+    for mesh in (Mesh(tp=2), Mesh()):
+        assert max(on_ranks(model, mesh, work)) < 1e-9
