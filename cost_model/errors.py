@@ -1,12 +1,12 @@
-"""Errors that a user can act on. Every message names the thing that is wrong and the way out."""
+"""Errors that users can act on: every message names the thing that is wrong and the way out."""
 
 
 class AutodistError(Exception):
-    """Base class of everything autodist_fx raises on purpose."""
+    """Base class of all errors that autodist_fx raises on purpose."""
 
 
 class MeshError(AutodistError):
-    """The mesh makes no sense, or the model cannot be laid out on it."""
+    """The mesh is no grid of ranks, or the model cannot be split over it."""
 
 
 class PlanError(AutodistError):
@@ -14,7 +14,7 @@ class PlanError(AutodistError):
 
 
 class NoPlanFits(AutodistError):
-    """No layout fits the memory limit."""
+    """No plan keeps within the memory limits."""
 
 
 class VerificationError(AutodistError):
@@ -22,5 +22,5 @@ class VerificationError(AutodistError):
 
 
 def reason_text(error: Exception) -> str:
-    """Why a file could not be read or written, without the path that the message names already."""
+    """Returns why a file could not be read or written, without the path, which the caller's message names already."""
     return getattr(error, "strerror", None) or str(error)

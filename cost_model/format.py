@@ -1,4 +1,4 @@
-"""Figures and names as people read them: bytes, seconds, counts, and the names of alike layers in one."""
+"""Formats figures and names for people: bytes, seconds, counts, and the names of alike layers as one."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
 def name_pattern(name: str) -> str:
-    """Numbers in a module path as stars: "model.layers.3.mlp" -> "model.layers.*.mlp"."""
+    """Replaces the numbers in a module path by stars: "model.layers.3.mlp" -> "model.layers.*.mlp"."""
     return _NUMBER.sub("*", name)
 
 
 def compress_names(names: Iterable[str]) -> list[str]:
-    """Names that differ in one number only, as ranges: h.0, h.1, h.3 -> ["h.0-1,3"]. First come, first listed."""
+    """Joins names that differ in one number only: h.0, h.1, h.3 -> ["h.0-1,3"], in the order of first appearance."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for name in names:
         found = list(_NUMBER.finditer(name))
         if not found:
             groups.setdefault((name,), [])
             continue
-        # The number that counts layers is the first; what stands behind it has to be equal.
+        # The first number counts layers; names that differ behind it are not alike.
         at = found[0]
         groups.setdefault((name[: at.start()], name[at.end() :]), []).append(int(at.group()))
     return [key[0] if len(key) == 1 else f"{key[0]}{ranges_text(numbers)}{key[1]}" for key, numbers in groups.items()]
 
 
 def ranges_text(numbers: Iterable[int]) -> str:
-    """0, 1, 2, 5 -> "0-2,5"."""
+    """Formats integers as sorted ranges: 0, 1, 2, 5 -> "0-2,5"."""
     runs: list[list[int]] = []
     for n in sorted(set(numbers)):
         if runs and runs[-1][1] == n - 1:
@@ -39,11 +39,12 @@ def ranges_text(numbers: Iterable[int]) -> str:
 
 
 def ops_text(count: int) -> str:
+    """Formats a number of ops: "1 op", "2 ops"."""
     return "1 op" if count == 1 else f"{count} ops"
 
 
 def bytes_text(nbytes: float) -> str:
-    """1536 -> "1.5 KiB"."""
+    """Formats bytes in binary units, with at most three digits: 1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
         if nbytes < 1000 or unit == "EiB":  # 1000, so that no number has four digits
             break
@@ -52,7 +53,7 @@ def bytes_text(nbytes: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """0.0123 -> "12.3 ms"."""
+    """Formats seconds in s, ms or us, with three digits: 0.0123 -> "12.3 ms"."""
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if seconds * scale >= 1 or unit == "us":
             break
@@ -63,7 +64,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def count_text(count: float) -> str:
-    """12.3e9 -> "12.3 G"."""
+    """Formats a count in powers of 1000: 12.3e9 -> "12.3 G"."""
     for unit in ("", " k", " M", " G", " T", " P"):
         if count < 1000 or unit == " P":
             break

@@ -1,4 +1,4 @@
-"""The grid of ranks: pipeline stages x tensor-parallel ranks."""
+"""The mesh: a grid of pipeline stages x tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from cost_model.errors import MeshError
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """A `pp` x `tp` grid. Global rank = stage * tp + tp_rank, so that the ranks of one tp group are neighbours."""
+    """A `pp` x `tp` grid of ranks. Global rank = stage * tp + tp_rank, so that the ranks of a tp group are neighbours.
+
+    Raises MeshError for an axis that is no whole number of ranks, 1 or more.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -21,27 +24,28 @@ class Mesh:
 
     @property
     def size(self) -> int:
+        """Number of ranks."""
         return self.tp * self.pp
 
     def rank(self, stage: int, tp_rank: int) -> int:
-        """The global rank at (stage, tp_rank)."""
+        """Returns the global rank at (stage, tp_rank). Raises MeshError outside of the mesh."""
         if not (0 <= stage < self.pp and 0 <= tp_rank < self.tp):
             raise MeshError(f"no rank at stage {stage}, tp rank {tp_rank} on a mesh of tp={self.tp} x pp={self.pp}")
         return stage * self.tp + tp_rank
 
     def coordinates(self, rank: int) -> tuple[int, int]:
-        """(stage, tp_rank) of a global rank."""
+        """Returns (stage, tp_rank) of a global rank. Raises MeshError outside of the mesh."""
         if not 0 <= rank < self.size:
             ranks = f"{self.size} rank{'s' if self.size > 1 else ''}"
             raise MeshError(f"rank {rank} is not on a mesh of tp={self.tp} x pp={self.pp} ({ranks})")
         return divmod(rank, self.tp)
 
     def tp_group(self, stage: int) -> tuple[int, ...]:
-        """Global ranks that share the stage's tensors."""
+        """Returns the global ranks of a stage, which share its tensors, in order."""
         return tuple(self.rank(stage, t) for t in range(self.tp))
 
     def column(self, rank: int) -> tuple[int, ...]:
-        """Global ranks at the place of `rank` in the tp groups of all stages, in order."""
+        """Returns the global ranks that have the tp rank of `rank`, one for each stage, in order."""
         return tuple(self.rank(stage, self.coordinates(rank)[1]) for stage in range(self.pp))
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The plan that users hold: it prints, compares, saves and loads itself; its values are PlanData."""
+"""`PartitionPlan`, the plan that users hold: the values of PlanData, which print, compare, save and load themselves."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ from cost_model.plan.write_json import plan_to_dict, plan_to_text
 
 @dataclass(frozen=True, slots=True)
 class PartitionPlan(PlanData):
-    """A plan as `compile` gives it: every decision made, as values that never change."""
+    """A partition plan: every decision that `compile` makes, as frozen values."""
 
     def __str__(self) -> str:
         return plan_text(self)
 
     def _repr_html_(self) -> str:
-        """For notebooks: stages, prediction and warnings; linears, collectives and hops to unfold."""
+        """Returns HTML for notebooks: stages, prediction and warnings; linears, collectives and hops to unfold."""
         return plan_fragment(self)
 
     def diff(self, after: PartitionPlan) -> PlanDiff:
-        """What is different in `after`. Raises PlanError when that is a plan of another model."""
+        """Returns what differs in `after`. Raises PlanError when `after` is a plan of another model."""
         return diff_plans(self, after)
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as JSON-ready dicts, lists, texts and numbers."""
         return plan_to_dict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PartitionPlan:
-        """Raises PlanError naming the field that is missing, unknown or malformed."""
+        """Reads what `to_dict` returned. Raises PlanError naming the field that is missing, unknown or malformed."""
         return plan_from_dict(data, cls)
 
     def save(self, path: str | Path) -> None:
-        """Raises PlanError when the file cannot be written."""
+        """Writes the plan to a JSON file. Raises PlanError when the file cannot be written."""
         text = plan_to_text(self)
         try:
             Path(path).write_text(text, encoding="utf-8")
@@ -49,7 +50,7 @@ class PartitionPlan(PlanData):
 
     @classmethod
     def load(cls, path: str | Path) -> PartitionPlan:
-        """Raises PlanError when the file cannot be read, or is not a plan: then naming the field."""
+        """Reads a plan file. Raises PlanError when it cannot be read, or naming the field when it is no plan."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

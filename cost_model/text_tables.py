@@ -1,4 +1,4 @@
-"""Sections of tables and lines, as plain text of at most WIDTH columns."""
+"""Formats sections of tables and lines as plain text of at most WIDTH columns."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ WIDTH = 120
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of what is said of a plan: a table whose first row is its header, lines under it, or both.
+    """A titled part of a report on a plan: a table whose first row is its header, lines under it, or both.
 
-    Columns in `left` are aligned left, the others right; `flexible` is the one that may be broken to fit.
+    Columns in `left` are aligned left, the others right; `flexible` is the column that may be broken to fit.
     """
 
     title: str
@@ -20,18 +20,18 @@ class Section:
     lines: tuple[str, ...] = ()
     left: tuple[int, ...] = ()
     flexible: int | None = None
-    indent: str = ""  # of a line's continuation
+    indent: str = ""  # in front of a line's continuation
 
 
 def sections_text(header: Sequence[str], sections: Iterable[Section]) -> str:
-    """One under the other, in lines of at most WIDTH."""
+    """Joins the lines of `header` and the sections, a blank line between them, in lines of at most WIDTH."""
     blocks = [header, *map(_section_lines, sections)]
     # Tables fit by themselves unless a name in a plan is absurd; then its line is cut rather than the page broken.
     return "\n\n".join("\n".join(part for line in lines for part in _fitted(line)) for lines in blocks)
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (), flexible: int | None = None) -> list[str]:
-    """Lines of a table whose first row is the header; columns in `left` are aligned left, the others right.
+    """Formats a table into lines. Its first row is the header; columns in `left` are aligned left, the others right.
 
     Where the table would be wider than WIDTH, the column `flexible` is broken over several lines.
     """
@@ -53,7 +53,7 @@ def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (), flexible: int
 
 
 def _broken(text: str, width: int) -> list[str]:
-    """`text` in pieces of at most `width`, broken behind a comma, a dot or a blank where there is one."""
+    """Breaks `text` into pieces of at most `width`, behind a comma, a dot or a blank where there is one."""
     pieces = []
     while len(text) > width:
         at = max(text.rfind(", ", 0, width) + 1, text.rfind(",", 0, width) + 1)
@@ -75,7 +75,7 @@ def _wrapped(text: str, indent: str) -> list[str]:
 
 
 def _broken_words(text: str, width: int, indent: int) -> list[str]:
-    """Lines of whole words (a longer word is cut), all but the first `indent` shorter."""
+    """Breaks `text` into lines of whole words (a longer word is cut), all but the first `indent` shorter."""
     lines = [""]
     for word in text.split(" "):
         room = width - (indent if len(lines) > 1 else 0)

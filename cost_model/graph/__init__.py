@@ -1,1 +1,1 @@
-"""The op graph: ops, tensors, sizes by symbol, placements. Data only."""
+"""The op graph as plain data: ops, tensors, size symbols, placements, roles."""

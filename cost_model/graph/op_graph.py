@@ -1,4 +1,4 @@
-"""The model as the cost model sees it: a networkx DAG of ops on tensors with known shapes; no torch in sight.
+"""The op graph, the model in the cost model's words: a networkx DAG of ops on tensors of known shapes, without torch.
 
 Graph inputs, parameters and buffers are ops too ("input", "param", "buffer"), so that a weight's placement is a choice
 of the search like any other, and a tied weight is one op with two users.
@@ -24,7 +24,11 @@ DTYPE_BYTES = {
 
 # Tuples, as placements are: a large model has millions of them hashed and compared, which for tuples is done in C.
 class TensorSpec(NamedTuple):
-    """A tensor's shape at the example sizes, and which dims follow the input's sizes ("B", "S", "T", ..., else "")."""
+    """A tensor's shape at the example sizes, its dtype, and the size symbol of each dim.
+
+    A symbol is "B", "S", "B*16", ... (`cost_model.graph.symbols`), or "" for a constant dim. `symbols` has one entry
+    for each dim, or none where all dims are constant.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -32,6 +36,7 @@ class TensorSpec(NamedTuple):
 
     @property
     def numel(self) -> int:
+        """Number of elements at the example sizes."""
         n = 1
         for s in self.shape:
             n *= s
@@ -39,13 +44,15 @@ class TensorSpec(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes at the example sizes; 4 an element for a dtype that DTYPE_BYTES lacks."""
         return self.numel * DTYPE_BYTES.get(self.dtype, 4)
 
     def is_dynamic(self, dim: int) -> bool:
+        """True if the dim has a size symbol: its length follows the model's inputs, or values."""
         return bool(self.symbols) and bool(self.symbols[dim])
 
     def at(self, sizes: Mapping[str, int]) -> TensorSpec:
-        """The same tensor at other sizes: `sizes` maps each symbol to a length."""
+        """Returns the spec at other sizes, by symbol; a dim with a symbol that `sizes` lacks keeps its example."""
         if not any(self.symbols):
             return self
         shape = tuple(length(sym, n, sizes) if sym else n for n, sym in zip(self.shape, self.symbols, strict=True))
@@ -53,7 +60,7 @@ class TensorSpec(NamedTuple):
 
 
 class TensorRef(NamedTuple):
-    """One tensor: output `index` of op `op`."""
+    """A reference to one tensor: output `index` of op `op`."""
 
     op: str
     index: int = 0  # type: ignore[assignment]  # hides tuple.index
@@ -61,7 +68,7 @@ class TensorRef(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One op. `kind` names a row of the table of rules; `attrs` are its plain arguments (dims, sizes, flags)."""
+    """An op. `kind` names a row of the table of rules; `attrs` are its plain arguments (dims, sizes, flags)."""
 
     name: str
     kind: str
@@ -70,8 +77,8 @@ class Op:
     attrs: Mapping[str, Any] = field(default_factory=dict)
     module: str = ""  # qualified path of the module that ran it, e.g. "model.layers.0.self_attn"
     source: str = ""  # the user's line, e.g. "modeling_x.py:241"
-    mutates: bool = False  # writes a cache or a buffer, draws random numbers: never computed twice, never moved
-    numbers: tuple[str, ...] = ()  # ops that make no tensor, but numbers that this one reads
+    mutates: bool = False  # has side effects (writes a cache or buffer, draws random numbers): run once, never moved
+    numbers: tuple[str, ...] = ()  # names of ops whose results, Python numbers and no tensors, this op reads
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{o.dtype}{list(o.shape)}" for o in self.outputs)
@@ -81,14 +88,15 @@ class Op:
 class OpGraph:
     """Ops in execution order over a `networkx.DiGraph` whose edges are data dependencies (attribute `refs`).
 
-    `fused`: ops that the finished graph will not have, since the op that reads them does their work: they cost nothing,
-    and what it reads is what they would have read.
+    `fused`: ops that the emitted graph will not have, because the op that reads them does their work: they cost
+    nothing, and their reader reads their inputs in their place.
+    Raises ValueError when two ops share a name, or when an op reads one that does not stand before it.
     """
 
     def __init__(self, ops: list[Op], outputs: list[TensorRef], fused: Collection[str] = ()) -> None:
         self.ops: dict[str, Op] = {}
         self.graph: nx.DiGraph[str] = nx.DiGraph()
-        self.users: dict[TensorRef, list[tuple[str, int]]] = {}
+        self.users: dict[TensorRef, list[tuple[str, int]]] = {}  # tensor -> (op, input slot) of each of its readers
         self.number_users: dict[str, list[str]] = {}
         self.outputs = tuple(outputs)
         self.fused = frozenset(fused)
@@ -116,14 +124,16 @@ class OpGraph:
 
     @cached_property
     def state(self) -> dict[str, tuple[str, ...]]:
-        """Each buffer that an op writes -> the ops that read or write it, in execution order: one stage keeps it."""
+        """Maps each buffer that an op writes to all its readers and writers, in execution order; one stage keeps it."""
         written = {
             ref.op for op in self if op.mutates for ref in op.inputs if self.ops[ref.op].kind == "buffer"
         }
         return {name: tuple(dict.fromkeys(user for user, _ in self.users[TensorRef(name)])) for name in written}
 
     def spec(self, ref: TensorRef) -> TensorSpec:
+        """Returns the spec of one tensor. Raises KeyError or IndexError where the graph has no such tensor."""
         return self.ops[ref.op].outputs[ref.index]
 
     def input_specs(self, op: Op) -> tuple[TensorSpec, ...]:
+        """Returns the specs of the op's inputs, in the order of their slots."""
         return tuple(self.spec(ref) for ref in op.inputs)

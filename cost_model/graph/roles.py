@@ -1,11 +1,11 @@
-"""What a strategy is called in the field's words: column, row, vocab, hidden, groups, expert, replicate."""
+"""Roles, the field's names of strategies: column, row, vocab, hidden, groups, expert, replicate."""
 
 from __future__ import annotations
 
 from cost_model.graph.op_graph import Op
 
-EXPERT = "expert"  # the factor of a strategy that has whole experts dealt to the ranks
-# What an op of a kind may be beside "replicate": the factors of its rule that have a name of their own.
+EXPERT = "expert"  # the factor of a strategy that deals whole experts to the ranks
+# Roles by kind of op, beside "replicate": the factors of its rule that have a name of their own in the field.
 ROLES = {
     "linear": ("column", "row", EXPERT),
     "conv": ("column", "row", "groups", EXPERT),
@@ -13,7 +13,7 @@ ROLES = {
 }
 
 
-# What each role means, in a sentence.
+# Role -> its meaning, in a sentence that users read.
 MEANING = {
     "column": "each tp rank makes its part of the outputs",
     "row": "each tp rank sums over its part of the inputs; the parts are added up",
@@ -26,7 +26,7 @@ MEANING = {
 
 
 def role_of(op: Op, factor: str) -> str:
-    """The role of `op` where `factor` of its rule is sharded ("" for none); "" for an op of a kind without roles."""
+    """Returns the role of `op` if `factor` of its rule is sharded ("" for none); "" for a kind without roles."""
     if op.kind not in ROLES:
         return ""
     return factor if factor in ROLES[op.kind] else "replicate"

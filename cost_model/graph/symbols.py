@@ -1,4 +1,9 @@
-"""symbols."""
+"""Size symbols, the names of dynamic lengths, evaluated at given sizes.
+
+    "B", "S", "T"   a length of the inputs          "B*S", "B*16"   a product of lengths and numbers
+    "?5|8"          a length that follows the inputs or values in an unknown way: 5 and 8 at two example sizes
+    "?5~B*S/4"      such a length, 5 at the first example sizes, of which a quarter of B*S is expected
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,8 @@ from collections.abc import Mapping
 
 
 def expected_length(symbol: str, example: int, sizes: Mapping[str, int]) -> float:
-    """As `length`, but not rounded, and also below 1: "?7~B*S/4" of one token is 0.25."""
+    """Returns the expected length of a dim as `length` does, but unrounded and also below 1: "?7~B*S/4" of one token
+    is 0.25."""
     _, depends, expected = symbol.partition("~")
     if not depends:
         return length(symbol, example, sizes)
@@ -15,9 +21,9 @@ def expected_length(symbol: str, example: int, sizes: Mapping[str, int]) -> floa
 
 
 def length(symbol: str, example: int, sizes: Mapping[str, int]) -> int:
-    """What a dim called `symbol` ("B", "B*S", "B*16") is at these sizes; `example`, where a part of it is unknown.
+    """Returns the length of a dim with this size symbol, by the lengths in `sizes`; `example` where these lack a part.
 
-    "?7~B*S/4" depends on values, and a quarter of B*S is expected: at least 1.
+    A length that depends on values is what is expected of it, rounded, and at least 1.
     """
     if "~" in symbol:
         return max(1, round(expected_length(symbol, example, sizes)))
