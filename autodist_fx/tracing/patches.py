@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from autodist_fx.tracing.control_flow.conditions import decide, is_instance, longest
 from autodist_fx.tracing.control_flow.constants import CONVERSIONS, numpy_ufunc
 from autodist_fx.tracing.control_flow.range_loops import outlined_loops
+from autodist_fx.tracing.control_flow.rotary import updating_frequencies
 from autodist_fx.tracing.control_flow.value_branches import hide_buffer
 from autodist_fx.tracing.hooks import (
     calls_attached,
@@ -32,7 +33,6 @@ from autodist_fx.tracing.hooks import (
     register_parametrization,
     remove_parametrizations,
 )
-from autodist_fx.tracing.rotary import updating_frequencies
 from autodist_fx.tracing.versions.forwards import without_checks, without_return_dict
 from autodist_fx.tracing.versions.masks import patch_masks
 from autodist_fx.tracing.versions.tracer_base import AttributeProxy, DeviceAttribute, SymbolicProxy, patch_base
