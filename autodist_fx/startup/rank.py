@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -50,6 +51,7 @@ class RankStartup:
     progress: Callable[[int, int], None] | None = None
     snapshot: ModelSnapshot | None = None
     state_stages: dict[str, int] = field(default_factory=dict)  # of each buffer that calls write, where it is kept
+    spent: dict[str, float] = field(default_factory=dict)  # seconds so far, by what they went to
 
     @property
     def unverified(self) -> CompileOptions:
@@ -59,25 +61,30 @@ class RankStartup:
     def agreed(self, compile: Callable[[], Compilation]) -> tuple[Compilation, RankProgram]:
         """What `compile()` makes, and this rank's program of it, when all ranks have made the same."""
 
+        began = time.perf_counter()
+
         def made() -> tuple[tuple[Compilation, RankProgram], Facts]:
             compiled = compile()
             for variant in (each for group in compiled.variant_groups for each in group):
                 self._keep_state(variant)
             program = compiled.program(self.joined.rank)
+            self.spent["trace and plan"] = time.perf_counter() - began
             plans = [p for p in (compiled.prompt_plan, compiled.plan) if p is not None]
             return (compiled, program), {"the plan": digest("".join(map(plan_to_text, plans)))}
 
         def check(value: tuple[Compilation, RankProgram]) -> None:
             value[0].verify()
 
-        return self.joined.together(made, check=check if self.options.verify else None)
+        agreed = self.joined.together(made, check=check if self.options.verify else None)
+        self.spent["proof"] = time.perf_counter() - began - self.spent["trace and plan"]
+        return agreed
 
     def loaded(self, compiled: Compilation, program: RankProgram, beside: RankProgram | None) -> LoadReport:
         """The weights of `program`, and of what runs `beside` it, when every rank has its own, and those that several
         ranks hold are the same on all of them."""
 
         def read() -> tuple[LoadReport, Facts]:
-            report = self.load(compiled, program)
+            report = replace(self.load(compiled, program), start_seconds=dict(self.spent))
             if beside is not None:
                 report = load_beside(program, beside, lambda left: self.load(compiled, left), report)
             return report, shared_weight_facts(compiled.plan, program)

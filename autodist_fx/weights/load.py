@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ class LoadReport:
     seconds: float
     rss_before_bytes: int  # the process's memory when loading began: imports, the graph
     peak_rss_bytes: int  # the most the process ever had until loading ended
+    start_seconds: Mapping[str, float] = field(default_factory=dict)  # what came before, by what it was; with waits
 
 
 def load_rank(
@@ -73,7 +74,8 @@ def load_rank(
         tied=tied,
         key_mapping=key_mapping,
     )
-    _refuse_missing([s for s in shards if s.source not in found and s.source not in held], len(shards))
+    missing = [s for s in shards if s.source not in found and s.source not in held]
+    _refuse_missing(missing, len(shards), source.names())
 
     wanted: dict[_Key, list[ParamShard]] = {}
     for shard in shards:
@@ -93,6 +95,12 @@ def load_rank(
             raise CheckpointError(
                 f"{name} has shape {list(origin.shape(name))} in the checkpoint and {list(shard.shape)} in the model: "
                 "the checkpoint is of another model or config"
+            )
+        if wanted_dtype.is_floating_point and not origin.dtype(name).is_floating_point:
+            stored = str(origin.dtype(name)).removeprefix("torch.")
+            raise CheckpointError(
+                f"{name} is {stored} in the checkpoint, which no weight of this model can be: it is damaged, or "
+                "quantized in a way that its config does not say; use the unquantized checkpoint"
             )
         # A file's tensor is made here, and written in place, where it is not to be on the CPU; a module lends its own.
         lent = torch.device(device).type == "cpu" or isinstance(origin, ModuleSource)
@@ -162,9 +170,16 @@ def _refuse_meta_outside(module: nn.Module, shards: Mapping[str, ParamShard]) ->
         )
 
 
-def _refuse_missing(missing: Sequence[ParamShard], count: int) -> None:
+def _refuse_missing(missing: Sequence[ParamShard], count: int, available: Iterable[str]) -> None:
     lost_buffers = [s.source for s in missing if s.is_buffer]
     lost = [s.source for s in missing if not s.is_buffer]
+    prefix = next((n.removesuffix(lost[0]) for n in available if n.endswith(f".{lost[0]}")), "") if lost else ""
+    if prefix:
+        raise CheckpointError(
+            f"the checkpoint's names begin with {prefix!r}, as a wrapper of the model (torch.compile, DDP) leaves "
+            "them, and transformers would take none of them: save the model inside it, or rename by "
+            f"name.removeprefix({prefix!r})"
+        )
     if lost:
         raise CheckpointError(
             f"{len(lost)} of {count} tensors are not in the checkpoint: {_some(lost)}; "

@@ -52,6 +52,7 @@ def load_beside(
         bytes_read=report.bytes_read + more.bytes_read,
         seconds=report.seconds + more.seconds,
         rss_before_bytes=report.rss_before_bytes,
+        start_seconds=report.start_seconds,
     )
 
 

@@ -21,14 +21,18 @@ _POLL_SECONDS = 0.05
 
 
 def launch_local(
-    argv: Sequence[str], world_size: int, env: Mapping[str, str] | None = None, output_rank: int = 0
+    argv: Sequence[str],
+    world_size: int,
+    env: Mapping[str, str] | None = None,
+    output_rank: int = 0,
+    keep_open: Sequence[int] = (),
 ) -> int:
     """Run `argv` once per rank, as processes of this machine, until all have ended; the exit code.
 
     Each finds its rank where torchrun puts it, in RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
     MASTER_PORT; `env` adds to this process's environment. The cores are shared out by OMP_NUM_THREADS unless that is
     set. `output_rank` has this process's stdin, stdout and stderr; of the others stderr alone is seen, each line after
-    "[rank 1] ".
+    "[rank 1] ". The files `keep_open` are open in the ranks, too, under the same numbers.
 
     When a rank fails, the others are ended, stderr names the one that failed first, and its exit code is returned
     (128 + n when signal n killed it). Ctrl-C ends all and returns 130. No rank outlives this process, not even kill -9.
@@ -53,6 +57,7 @@ def launch_local(
                     stdin=subprocess.DEVNULL if quiet else None,
                     stdout=subprocess.DEVNULL if quiet else None,
                     stderr=subprocess.PIPE if quiet else None,
+                    pass_fds=tuple(keep_open),
                     start_new_session=True,  # Ctrl-C reaches them through us, once
                     preexec_fn=_die_with_parent,
                 )

@@ -53,6 +53,9 @@ class GGUFSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._load().shape(name)
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._load().dtype(name)
+
     def read(
         self,
         name: str,

@@ -55,6 +55,9 @@ class ModuleSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensor(name).shape)
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensor(name).dtype
+
     def read(
         self,
         name: str,

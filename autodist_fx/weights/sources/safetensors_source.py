@@ -74,6 +74,9 @@ class SafetensorsSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entry(name).dtype
+
     def read(
         self,
         name: str,

@@ -35,6 +35,10 @@ class WeightSource(Protocol):
         """Shape of the whole tensor. Raises CheckpointError when there is no such tensor."""
         ...
 
+    def dtype(self, name: str) -> torch.dtype:
+        """dtype of the tensor as it is stored. Raises CheckpointError when there is no such tensor."""
+        ...
+
     def read(
         self,
         name: str,
