@@ -1,1 +1,1 @@
-"""What a plan is asked to respect: pins, cuts, devices, memory."""
+"""Reads what users ask of a plan: pins, cuts, devices, memory limits, sizes."""

@@ -14,10 +14,10 @@ _NUMBERED = re.compile(r"^(?:(.+?)\.)?(\d+)(?:\.|$)")  # "model.layers" and "12"
 
 
 def cut_positions(graph: OpGraph, sequence: Sequence[str], cuts: Sequence[Cut], stages: int) -> list[int]:
-    """Positions in `sequence` (op names in execution order) at which stages 1, 2, ... begin.
+    """Returns the positions in `sequence` (op names in execution order) at which stages 1, 2, ... begin.
 
-    A cut is a module path, "model.layers.12": the stage begins with the first op of that module; or 12, where one list
-    of modules alone has such a number. Raises PlanError that names the cut.
+    A cut is a module path, "model.layers.12": the stage begins with the first op of that module; or a number, 12, if
+    only one list of modules has a module of that number. Raises PlanError that names the cut.
     """
     if len(cuts) != stages - 1:
         raise PlanError(
@@ -43,7 +43,7 @@ def cut_positions(graph: OpGraph, sequence: Sequence[str], cuts: Sequence[Cut], 
 
 
 def _first_positions(graph: OpGraph, sequence: Sequence[str]) -> dict[str, int]:
-    """Of each module, itself or anything in it, the first op."""
+    """Maps each module path to the position of the first op that the module, or a module inside it, runs."""
     found: dict[str, int] = {}
     for i, name in enumerate(sequence):
         atoms = graph[name].module.split(".")
@@ -54,7 +54,7 @@ def _first_positions(graph: OpGraph, sequence: Sequence[str]) -> dict[str, int]:
 
 
 def _path(cut: Cut, first: Mapping[str, int]) -> str:
-    """The module that a cut names."""
+    """Resolves a cut to a module path. Raises PlanError for a number that no list of modules has, or several have."""
     if not isinstance(cut, int) or isinstance(cut, bool):
         return str(cut)
     lists: dict[str, set[int]] = {}

@@ -1,4 +1,4 @@
-"""Devices and memory as users write them: "40GiB", ["a100", "h100"], {"0": {"hardware": "h100", "memory": "80GiB"}}."""
+"""Reads devices and memory as users write them: "40GiB", ["a100"], {"0": {"hardware": "h100", "memory": "80GiB"}}."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ _AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 
 
 def bytes_of(given: object, what: str = "max_memory") -> int:
-    """Of a number, or of a text such as "40GiB" (2**30) or "40GB" (10**9). Raises PlanError naming `what`."""
+    """Returns the bytes of a positive int, or of a text such as "40GiB" (2**30) or "40GB" (10**9).
+
+    Raises PlanError naming the argument, `what`.
+    """
     if isinstance(given, int) and not isinstance(given, bool) and given > 0:
         return given
     if isinstance(given, str):
@@ -33,10 +36,10 @@ def bytes_of(given: object, what: str = "max_memory") -> int:
 
 
 def memory_of_stages(given: Memory | None, mesh: Mesh, devices: Sequence[Hardware]) -> tuple[int, ...] | None:
-    """Bytes that a device of each stage may hold: one amount for all, or one for each stage, in order or by number.
+    """Returns the bytes that a device of each stage may hold; None where no limit is given at all.
 
-    A mapping may leave stages out: they may take all of their device. None where nothing is given at all. `devices[k]`
-    is stage k's. Raises PlanError.
+    `given` is one amount for all stages, or one for each, in order or by number. A mapping may leave stages out: their
+    limit is the memory of their device. `devices[k]` is stage k's. Raises PlanError for a malformed amount or stage.
     """
     if given is None:
         return None
@@ -50,10 +53,11 @@ def memory_of_stages(given: Memory | None, mesh: Mesh, devices: Sequence[Hardwar
 
 
 def devices_of_stages(given: DeviceMap | None, mesh: Mesh) -> tuple[Hardware, ...]:
-    """What each stage runs on: presets by name, Hardware, or {"hardware": NAME, "memory": AMOUNT}; () for None.
+    """Returns the hardware of each stage, pp entries; () for None.
 
-    One entry a stage, in order or by the stage's number, or one for each of tp * pp ranks. Raises PlanError, also where
-    the ranks of one stage differ: their collectives would wait for the slowest, so that a faster one gains nothing.
+    `given` has presets by name, Hardware, or {"hardware": NAME, "memory": AMOUNT}: one entry a stage, in order or by
+    the stage's number, or one for each of tp * pp ranks. Raises PlanError, also where the ranks of one stage differ:
+    their collectives would wait for the slowest, so that a faster one gains nothing.
     """
     if given is None:
         return ()
@@ -79,6 +83,7 @@ def devices_of_stages(given: DeviceMap | None, mesh: Mesh) -> tuple[Hardware, ..
 
 
 def _by_stage(given: Sequence[object] | Mapping[int | str, object], mesh: Mesh, what: str) -> dict[int, object]:
+    """Maps stage numbers to their entries. Raises PlanError naming the argument, `what`, for a wrong count or stage."""
     if not isinstance(given, Mapping):
         if len(given) != mesh.pp:
             raise PlanError(f"{what} has {len(given)} entries for {mesh}: give one for each of {mesh.pp} stages")
@@ -93,6 +98,7 @@ def _by_stage(given: Sequence[object] | Mapping[int | str, object], mesh: Mesh, 
 
 
 def _device(given: object, what: str) -> Hardware:
+    """Reads one entry of a device map. Raises PlanError naming it, `what`, when it is malformed."""
     if isinstance(given, str | Hardware):
         return hardware(given)
     if not isinstance(given, Mapping) or not isinstance(given.get("hardware"), str | Hardware):

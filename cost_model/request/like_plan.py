@@ -1,5 +1,5 @@
-"""Planning a graph like another one of the same model: where the model's Python took another way, weights and caches
-are to lie on the ranks as they did."""
+"""Plans a variant like another variant of the same model: all share weights and caches, which must lie on the ranks
+alike in every plan."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cost_model.plan.data import PlanData
 
 
 def roles_like(graph: OpGraph, like: PlanData) -> dict[str, str]:
-    """The role that each op of `graph` has in `like`, by the op's name; of ops that have one, and one only, there."""
+    """Returns op name -> role for the ops of `graph` whose weight has a role in `like`, and one role only."""
     known: dict[tuple[str, str], set[str]] = {}
     for planned in like.ops:
         if planned.role and planned.weight:
@@ -27,8 +27,9 @@ def roles_like(graph: OpGraph, like: PlanData) -> dict[str, str]:
 
 
 def cuts_like(graph: OpGraph, sequence: Sequence[str], like: PlanData) -> list[int]:
-    """Positions in `sequence` at which stages 1, 2, ... begin: each in front of the first op with weights that its
-    stage holds in `like`. Raises PlanError where the weights come in another order."""
+    """Returns the positions in `sequence` at which stages 1, 2, ... begin: each before the first op that reads a weight
+    which its stage, or a later one, holds in `like`. Raises PlanError where the weights come in another order."""
+    # weights that several stages hold (tied ones) tell nothing about where a stage begins
     home = {param.name: param.stages[0] for param in like.params if len(param.stages) == 1}
     stages = [max((home[w] for w in _weights(graph, graph[name]) if w in home), default=-1) for name in sequence]
     positions = [next((i for i, k in enumerate(stages) if k >= stage), 0) for stage in range(1, like.mesh.pp)]

@@ -11,18 +11,18 @@ from cost_model.graph.op_graph import OpGraph
 from cost_model.graph.roles import ROLES, role_of
 
 Pin = tuple[str, str]  # (pattern, role)
-NAMES_SHOWN = 3  # of what a pattern may have meant
+NAMES_SHOWN = 3  # names that an error suggests in place of one that matches nothing
 
 
 def roles_by_pin(graph: OpGraph, pin: Sequence[Pin]) -> dict[str, str]:
-    """The role that each pinned op must have, by the op's name.
+    """Returns op name -> role for every pinned op.
 
     A pattern is fnmatch's, over the module path or the name of linears, convolutions and embeddings; it may leave out
     how the path begins ("q_proj", "self_attn.*_proj"), and "..." means "*". Raises PlanError where a pattern matches
     nothing (naming the nearest), where a role is none of its op's, and where two patterns want the same op differently.
     """
     ops = [op for op in graph if role_of(op, "")]
-    found: dict[str, Pin] = {}
+    pin_of: dict[str, Pin] = {}
     for pattern, role in pin:
         matched = [op for op in ops if any(_matches(name, pattern) for name in (op.module, op.name))]
         if not matched:
@@ -35,20 +35,23 @@ def roles_by_pin(graph: OpGraph, pin: Sequence[Pin]) -> dict[str, str]:
                     f"pin {pattern!r}: {op.module or op.name} is {_article(op.kind)}, and has no role {role!r}: choose "
                     f"{', '.join(roles[:-1])} or {roles[-1]}"
                 )
-            before = found.setdefault(op.name, (pattern, role))
+            before = pin_of.setdefault(op.name, (pattern, role))
             if before[1] != role:
                 raise PlanError(
                     f"pins {before[0]!r} and {pattern!r} want {op.module or op.name} differently, {before[1]} and "
                     f"{role}: leave one out, or make its pattern narrower"
                 )
-    return {name: role for name, (_, role) in found.items()}
+    return {name: role for name, (_, role) in pin_of.items()}
 
 
 def to_blame(pin: Sequence[Pin], fails: Callable[[Sequence[Pin]], bool]) -> list[Pin]:
-    """A smallest set of pins that together make a plan impossible: without any one of them there is one. Empty where
-    there is none without pins either. `fails(some)` says whether there is no plan with these of them."""
+    """Returns a minimal set of pins that together make a plan impossible: without any one of them a plan exists.
+
+    Returns [] if no plan exists without pins either. `fails(some)` is True if no plan exists with these pins.
+    """
     if fails(()):
         return []
+    # A deletion filter, one search a pin: what remains impossible without a pin does not need that pin.
     kept = list(pin)
     for each in pin:
         fewer = [other for other in kept if other != each]
@@ -58,11 +61,12 @@ def to_blame(pin: Sequence[Pin], fails: Callable[[Sequence[Pin]], bool]) -> list
 
 
 def pin_text(pin: Sequence[Pin]) -> str:
+    """Formats pins for an error: "'*.q_proj': column, 'lm_head': vocab"."""
     return ", ".join(f"{pattern!r}: {role}" for pattern, role in pin)
 
 
 def nearest_names(name: str, names: Sequence[str]) -> list[str]:
-    """Of `names`, those most like `name`; its last part counts where the whole is like none."""
+    """Returns at most NAMES_SHOWN of `names`, those most like `name`; by their last parts where no whole is like it."""
     known = list(dict.fromkeys(names))
     close = get_close_matches(name, known, NAMES_SHOWN, 0.5)
     if close:

@@ -1,4 +1,4 @@
-"""`PlanOptions`: what users ask of a split, read from keywords, a plan or a plan file; `resolve` makes the request."""
+"""`PlanOptions`: what users ask of a split, read from keywords, a plan or a plan file, and resolved into a request."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from cost_model.request.devices import DeviceMap, Memory, devices_of_stages, mem
 from cost_model.request.pins import Pin
 from cost_model.request.plan_request import PlanRequest
 
-LEAST = {"B": 1, "S": 1, "P": 0, "E": 1}  # of each length that may be asked for
-_REQUESTED = ("pins", "cuts", "max_memory", "device_map")  # a plan file's words for what its user fixed
+LEAST = {"B": 1, "S": 1, "P": 0, "E": 1}  # size symbols that may be asked for -> the least length
+_REQUESTED = ("pins", "cuts", "max_memory", "device_map")  # fields of a plan file's `request`, which its user fixed
 
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What a user asks of a split, as `autodist_fx.compile` takes it; None or () for what is not said.
+    """The options of a split as users write them for `autodist_fx.compile`; None or () for each that is left out.
 
     Read by `from_keywords`, `from_plan`, `from_file`, and `autodist_fx.cli.arguments.plan_options` from a command line.
     """
@@ -38,7 +38,7 @@ class PlanOptions:
     cuts: tuple[Cut, ...] = ()
     max_memory: Memory | None = None
     device_map: DeviceMap | None = None
-    plan: PartitionPlan | None = None  # made earlier: no search; all but hardware, sizes and strict is the plan's
+    plan: PartitionPlan | None = None  # made earlier: nothing is searched; only hardware, sizes, strict may be added
     strict: bool = False  # refuse a plan with ops that have no sharding rule
 
     @classmethod
@@ -57,7 +57,7 @@ class PlanOptions:
         plan: PartitionPlan | str | Path | None = None,
         strict: bool = False,
     ) -> PlanOptions:
-        """Options from keywords of the public functions; `plan` may be a file. Raises PlanError where it is none."""
+        """Builds options from keywords of the public functions. Raises PlanError when a file `plan` is no plan."""
         return cls(
             tp=tp,
             pp=pp,
@@ -74,8 +74,10 @@ class PlanOptions:
 
     @classmethod
     def from_plan(cls, plan: PartitionPlan) -> PlanOptions:
-        """Options that ask for `plan` again, or for its like of another graph of the model: all but its sizes, which
-        are of that graph, and hardware that is no preset."""
+        """Builds options that ask for `plan` again, or for its like for another variant of the model.
+
+        They lack the plan's sizes, which belong to its graph, and hardware that is no preset.
+        """
         asked = plan.request
         devices = [{"hardware": d.hardware, "memory": d.memory} for d in asked.device_map if d.hardware in PRESETS]
         return cls(
@@ -91,9 +93,10 @@ class PlanOptions:
 
     @classmethod
     def from_file(cls, path: str | Path) -> PlanOptions:
-        """Options that a plan file, perhaps edited by hand, asks for.
+        """Reads the options that a plan file, perhaps edited by hand, asks for.
 
-        Nothing else in the file is read, and all but `version` may be left out. Raises PlanError.
+        The file's decisions and predictions are not read, and all but `version` may be left out. Raises PlanError when
+        the file cannot be read, is no plan of this version, or has a malformed field.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -101,10 +104,10 @@ class PlanOptions:
             raise PlanError(f"cannot read the plan file {path}: {reason_text(error)}") from error
         if not isinstance(data, Mapping) or data.get("version") != PLAN_VERSION:
             raise PlanError(f"{path} is no plan of version {PLAN_VERSION}: make one with `autodist-fx plan --save`")
-        mesh, sizes, asked = (_object(data, name, path) for name in ("mesh", "sizes", "request"))
-        if unknown := [key for key in asked if key not in _REQUESTED]:
+        mesh, sizes, requested = (_object(data, name, path) for name in ("mesh", "sizes", "request"))
+        if unknown := [key for key in requested if key not in _REQUESTED]:
             raise PlanError(f"{path}: request.{unknown[0]}: unknown field; known are {', '.join(_REQUESTED)}")
-        pin, cuts = asked.get("pins", {}), asked.get("cuts", [])
+        pin, cuts = requested.get("pins", {}), requested.get("cuts", [])
         if not (isinstance(pin, Mapping) and all(isinstance(role, str) for role in pin.values())):
             raise PlanError(f"{path}: request.pins is {pin!r}: expected roles by pattern")
         if not (isinstance(cuts, list) and all(isinstance(cut, str | int) for cut in cuts)):
@@ -115,20 +118,20 @@ class PlanOptions:
         return cls(
             tp=mesh.get("tp", 1),  # Mesh refuses what is no number; resolve, what is wrong with the others
             pp=mesh.get("pp", 1),
-            hardware=None if asked.get("device_map") else data.get("hardware"),
+            hardware=None if requested.get("device_map") else data.get("hardware"),
             objective=data.get("objective", "shard"),
             sizes=tuple(sizes.items()),
             pin=tuple(pin.items()),
             cuts=tuple(cuts),
-            max_memory=asked.get("max_memory") or None,
-            device_map=asked.get("device_map") or None,
+            max_memory=requested.get("max_memory") or None,
+            device_map=requested.get("device_map") or None,
         )
 
     def or_else(self, other: PlanOptions) -> PlanOptions:
-        """These options, and those of `other` where these say nothing.
+        """Returns these options, completed by `other` where these leave something out.
 
-        Sizes are taken letter by letter. Hardware and a device map say the same thing in two ways: they are taken
-        together, from the options that have either.
+        Sizes are merged symbol by symbol. Hardware and a device map say the same thing in two ways: they are taken
+        together, from these options if they have either.
         """
         has_devices = self.hardware is not None or self.device_map is not None
         return PlanOptions(
@@ -147,7 +150,7 @@ class PlanOptions:
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh asked for: the plan's, or one rank on an axis of which nothing is said.
+        """The mesh asked for: the plan's, or else tp x pp with one rank on an axis that is left out.
 
         Raises MeshError for what is no number of ranks; AutodistError where the plan is for another mesh.
         """
@@ -162,16 +165,17 @@ class PlanOptions:
         return planned
 
     def resolve(self, default_hardware: str | Hardware) -> PlanRequest:
-        """The request of a plan; of a plan made earlier what it was made for, which holds for the other graphs of the
-        model, too. `default_hardware` counts where neither hardware nor a device map is said.
+        """Resolves the options into a request: checks them, and fills in what is left out.
 
-        With a device map each stage keeps within the memory of its devices, or within `max_memory` where that is less.
+        With a `plan`, returns the request that the plan was made for, by which further variants of the model are
+        planned, too. `default_hardware` counts where neither hardware nor a device map is given. With a device map each
+        stage keeps within the memory of its devices, or within `max_memory` where that is less.
         Raises PlanError or MeshError naming the argument.
         """
         mesh = self.mesh
         if self.plan is not None:
-            if given := [name for name in ("pin", "cuts", "max_memory", "device_map") if getattr(self, name)]:
-                raise PlanError(f"a plan is used as it is, and {given[0]} would change it: leave out one of them")
+            if changing := [name for name in ("pin", "cuts", "max_memory", "device_map") if getattr(self, name)]:
+                raise PlanError(f"a plan is used as it is, and {changing[0]} would change it: leave out one of them")
             planned = PlanOptions.from_plan(self.plan)
             usual = self.hardware or planned.hardware
             own = replace(planned, hardware=usual, sizes=self.sizes, strict=self.strict)
@@ -182,8 +186,8 @@ class PlanOptions:
         of_all = hardware(usual if self.hardware is None else self.hardware)
         max_memory = memory_of_stages(self.max_memory, mesh, devices or (of_all,) * mesh.pp)
         if devices:
-            held = tuple(device.memory_bytes for device in devices)
-            max_memory = tuple(map(min, max_memory or held, held))
+            device_bytes = tuple(device.memory_bytes for device in devices)
+            max_memory = tuple(map(min, max_memory or device_bytes, device_bytes))
         return PlanRequest(
             mesh=mesh,
             hardware=of_all,

@@ -1,4 +1,4 @@
-"""What a plan is made for: a mesh, its devices, an objective, and what the user has fixed."""
+"""The planner's input beside the graph: a mesh, its devices, an objective, and what the user has fixed."""
 
 from __future__ import annotations
 
@@ -11,27 +11,31 @@ from cost_model.plan.data import PlanData
 from cost_model.request.cuts import Cut
 from cost_model.request.pins import Pin
 
-# Seconds per byte of matmul weight held beyond an even share, while the search chooses. "shard": a microsecond a byte,
-# so that a 16 KB matrix weighs more than dozens of collectives: who asks for tp=N asks for sharded weights. "latency"
-# and "throughput": time decides alone, of one forward and of the slowest stage; on one mesh of equal devices they give
-# one plan, since where stages end changes their sum by hops at most, and they differ in what choose_mesh ranks by.
-# "memory": as "shard", and stages end where the fullest device is as empty as can be, not where the slowest is as fast.
+# Objective -> price, in seconds, of each byte of matmul weight that a rank holds beyond an even share.
+#   shard        a microsecond a byte, so that a 16 KB matrix weighs more than dozens of collectives: users who ask for
+#                tp=N ask for sharded weights
+#   latency,     time alone decides, of one forward or of the slowest stage. On one mesh of equal devices both give the
+#   throughput   same plan, since moving a cut changes the sum of the stages by hops at most; choose_mesh ranks meshes
+#                by the one or the other
+#   memory       as shard, but cuts make the fullest device as empty as can be, not the slowest stage as fast as can be
 PRICES = {"shard": 1e-6, "latency": 0.0, "throughput": 0.0, "memory": 1e-6}
 OBJECTIVES = tuple(PRICES)
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """What a plan is made for; `PlanOptions.resolve` makes it of what users write.
+    """A request for one plan, resolved and checked; `PlanOptions.resolve` makes it from what users write.
 
-    `sizes` maps "B" (batch), "S" (tokens per step), "P" (tokens cached before) and "E" (what an encoder reads) to
-    lengths, where they are not to be the planner's own.
-    `devices[k]` is what stage k runs on, where not all are `hardware`; the ranks of one stage are alike.
-    `max_memory[k]` is what a device of stage k may hold of weights and caches, in bytes (None: no limit).
-    `pin`: (pattern, role) of ops (pins.py); `cuts`: where stages begin (cuts.py), () where the search decides.
-    `like`: a plan for another graph of the model, whose weights and caches are to lie as in that one (like_plan.py).
-    `strict`: a plan with ops that have no sharding rule is refused (missing_rules.py).
-    `in_flight`: micro-batches whose caches a stage holds at once; as many as stages keep a pipeline full.
+    `sizes` overrides default lengths (search/prediction_sizes.py) of "B" (batch), "S" (tokens per step), "P" (tokens
+    cached before) and "E" (what an encoder reads).
+    `devices[k]` is the hardware of stage k, () if all stages run on `hardware`; the ranks of one stage are alike.
+    `max_memory[k]` is the limit, in bytes, of weights and caches on a device of stage k (None: no limit).
+    `pin`: (pattern, role) of ops (pins.py); `cuts`: where stages begin (cuts.py), () to leave them to the search.
+    `like`: a plan of another variant of the model: weights and caches are to lie as in that plan (like_plan.py).
+    `strict`: refuses a plan with ops that have no sharding rule (plan/missing_rules.py).
+    `in_flight`: micro-batches whose caches a stage holds at once; as many as there are stages keep a pipeline full.
+
+    Raises PlanError for an unknown objective, and for `devices` or `max_memory` that are not one for each stage.
     """
 
     mesh: Mesh
@@ -55,4 +59,5 @@ class PlanRequest:
 
     @property
     def stage_devices(self) -> tuple[Hardware, ...]:
+        """The hardware of each stage, pp entries."""
         return self.devices or (self.hardware,) * self.mesh.pp
