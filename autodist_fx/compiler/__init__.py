@@ -1,1 +1,1 @@
-"""From a model to planned, verified programs of all ranks."""
+"""Compiles a model into planned, verified programs of all ranks."""

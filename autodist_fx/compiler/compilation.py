@@ -1,4 +1,4 @@
-"""`Compilation`: the variants of one model, their plans, and the programs of all ranks made of them."""
+"""`Compilation`: the variants of one model, their plans, and the programs of all ranks made from them."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ from passes.program.rank_program import RankProgram
 from passes.verify.cache_handover import verify_handover
 from passes.verify.verify import verify as verify_programs
 
-MOST_STRUCTURES = 8  # of a model that goes back and forth between some: adapters on, off, merged
+MOST_STRUCTURES = 8  # kept for a model that goes back and forth between some: adapters on, off, merged
 
 
 class Compilation:
-    """What `compile` makes: variants, a plan, programs; no weights are loaded and nothing runs.
+    """The compiled state behind `compile`: variants, plans and programs. It loads no weights and runs nothing.
 
-    `source` gives the variants; here they are kept, found again for a call, emitted for each rank, and verified.
+    `source` makes the variants; this class keeps them, finds the one for a call, emits its programs, and verifies them.
     """
 
     def __init__(self, source: VariantSource, options: CompileOptions) -> None:
         self.source = source
         self.options = options
         self._set = source.first()
-        self._sets = [self._set]  # the one used last comes last
+        self._sets = [self._set]  # least recently used first
 
     @compiler_state()
     def follow(self) -> None:
-        """Go over to variants of the model as it stands now: traced, planned and verified where its structure is new.
+        """Switch to variants of the model as it is now; they are
+        traced, planned and verified where its structure is new.
 
-        `plan`, `graph`, `program` and the rest are then of these. Raises what `compile` raises for such a model.
+        `plan`, `graph`, `program` and the rest then belong to these. Raises whatever `compile` raises for such a model.
         """
         structure = self.source.structure()
         if structure == self._set.structure:
@@ -62,17 +63,17 @@ class Compilation:
 
     @property
     def structure(self) -> Hashable:
-        """The structure of the model that the variants now are of."""
+        """The structure of the model that the current variants were made for."""
         return self._set.structure
 
     @property
     def main(self) -> Variant:
-        """The variant that `compile` was asked for: `plan`, `graph` and `program` are of this one."""
+        """The variant that `compile` was asked for; `plan`, `graph` and `program` belong to it."""
         return self._set.main
 
     @property
     def prompt(self) -> Variant | None:
-        """The variant that comes before the main one, a step, in a model with a cache of its own."""
+        """The prefill variant of a model with its own recurrent cache; None for all others."""
         return self._set.prompts[0] if self._set.prompts else None
 
     @property
@@ -82,7 +83,7 @@ class Compilation:
 
     @property
     def verifies(self) -> bool:
-        """Whether programs made later are proven, too."""
+        """True if programs that are made later are verified, too."""
         return self.options.verify
 
     @property
@@ -95,38 +96,38 @@ class Compilation:
 
     @property
     def graph(self) -> torch.fx.GraphModule:
-        """The whole model's normalised graph, which the ranks' graphs were made from; parameters on meta."""
+        """The whole model's normalised graph, from which the ranks' graphs are made; its parameters are on meta."""
         return self.main.traced.graph_module
 
     @property
     def op_graph(self) -> OpGraph:
-        """The same as the cost model sees it."""
+        """The same graph in the cost model's words."""
         return self.main.graph
 
     def program(self, rank: int) -> RankProgram:
-        """Everything that global rank `rank` needs; parameters on meta until loaded."""
+        """Return the program of the main variant for global rank `rank`; parameters are on meta until loaded."""
         return self.program_of(self.main, rank)
 
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Real values by name of every buffer and constant that the programs use."""
+        """Real values of every buffer and constant of the main programs by name, in their own shapes and dtypes."""
         parts = (self.main.encoder, self.prompt, self.main)
         modules = [v.traced.graph_module for v in parts if v is not None]
         return {name: b for module in modules for name, b in module.named_buffers(remove_duplicate=False)}
 
     def encoder_program(self, rank: int) -> RankProgram | None:
-        """What global rank `rank` runs once for an input, before `program` at each step of a decoder; None where the
-        model, or this form of it, has no such part. It writes what the steps read into their cache."""
+        """Return the program that global rank `rank` runs once per input, before `program` runs at each decoding step;
+        None where the main variant has no encoder. It writes the cross-attention cache that the steps read."""
         return None if self.main.encoder is None else self.program_of(self.main.encoder, rank)
 
     def prompt_program(self, rank: int) -> RankProgram | None:
-        """What global rank `rank` runs for a prompt, where the model has a cache of its own; `program` is then that of
-        each step after it. None for all other models."""
+        """Return the prefill program of global rank `rank` in a model with its own recurrent cache, whose `program`
+        then runs each later step. None for all other models."""
         return None if self.prompt is None else self.program_of(self.prompt, rank)
 
     @property
     def prompt_plan(self) -> PartitionPlan | None:
-        """The plan of the prompt's programs, where these are others than the steps'."""
+        """The plan of the prefill programs in a model with its own recurrent cache; None for all others."""
         return None if self.prompt is None else self.prompt.plan
 
     def verify(self) -> None:
@@ -137,29 +138,32 @@ class Compilation:
 
     @property
     def variant_groups(self) -> list[list[Variant]]:
-        """The main variants, in the groups that run one after the other: a prompt's and its step's are one group."""
+        """The main variants in groups, each of which runs in order: prompt and step form one group."""
         return self._set.groups
 
     def all_programs(self, variant: Variant) -> list[RankProgram]:
-        """The programs of every global rank, in order."""
+        """Return the programs of every global rank, in order of ranks."""
         variant.programs = {rank: self.program_of(variant, rank) for rank in range(self.mesh.size)}
         return list(variant.programs.values())
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """The variants made so far, the main one first; in a model with a cache of its own, prompts' too."""
+        """The variants made so far, the main one first; prompts too, in a model with its own recurrent cache."""
         return self._set.all
 
     def new_variant(
         self, *, use_cache: bool, input_names: Sequence[str] | None = None, fixed: Mapping[str, object] | None = None
     ) -> Variant:
-        """A variant that is none of `variants`, planned for its own lengths; verified like the first."""
+        """Make a variant that is not kept in `variants`, planned for its own lengths, and verified like the first."""
         return self._checked(self.source.for_inputs(use_cache=use_cache, input_names=input_names, fixed=fixed))
 
     @compiler_state()
     def variant_for(self, call: Call, past: int, kept: Mapping[str, Any] | None = None) -> Variant:
-        """The variant for this call with `past` tokens in its cache; made at first use. `kept`: what an encoder read
-        before."""
+        """Return the variant for this call with `past` tokens in its cache; made on first use.
+
+        `kept` holds the encoder's inputs of an earlier call, which set the size symbol E. Raises AutodistError where
+        there is no variant for the call.
+        """
         specs = forms_of(call.tensors, self.main.traced.facts, past)
         alike = [variant for variant in self._set.of_calls if variant.takes(specs, call)]
         if not alike:
@@ -170,7 +174,7 @@ class Compilation:
 
     @compiler_state()
     def phases(self) -> tuple[Variant, Variant]:
-        """(prompt, step) of a model with a cache of its own; made at first use."""
+        """Return (prompt, step) of a model with its own recurrent cache; made on first use."""
         if not self._set.prompts or self._set.step is None:
             prompt, step = self.source.phases()
             self._set.prompts, self._set.step = [self._checked(prompt)], self._checked(step)
@@ -178,12 +182,12 @@ class Compilation:
 
     @compiler_state()
     def prompt_for(self, lengths: Lengths) -> Variant:
-        """The variant of a prompt of these lengths, in a model with a cache of its own; made at first use."""
+        """Return the prefill variant for these lengths of a model with its own recurrent cache; made on first use."""
         return self._fitting(self._set.prompts, lengths, self._set.prompts)
 
     @compiler_state()
     def at_lengths(self, lengths: Lengths) -> Variant:
-        """The main variant (that of a prompt, in a model with a cache of its own) at these lengths, by letter.
+        """Return the main variant (prefill, in a model with its own recurrent cache) at these lengths, by size symbol.
 
         Raises AutodistError where the model is no longer the one that was compiled.
         """
@@ -198,7 +202,8 @@ class Compilation:
         return self._fitting(alike, lengths, self._set.others)
 
     def _fitting(self, alike: Sequence[Variant], lengths: Lengths, made: list[Variant]) -> Variant:
-        """That of variants for the same call which is for these lengths; made at first use, and put into `made`."""
+        """Return the one of `alike`, variants for one call, whose
+        guards hold at `lengths`; else add a new one to `made`."""
         for variant in alike:
             if variant.fits(lengths):
                 return variant
@@ -207,15 +212,15 @@ class Compilation:
         return variant
 
     def _checked(self, variant: Variant) -> Variant:
-        """A new variant, verified where `compile` was asked to verify."""
+        """Verify a new variant where `compile` was asked to verify, and return it."""
         if self.verifies:
             self.verify_variant(variant)
         return variant
 
     @compiler_state()
     def program_of(self, variant: Variant, rank: int) -> RankProgram:
-        """The program of one of `variants`, or of the encoder of one, for global rank `rank`."""
-        self.mesh.coordinates(rank)  # names a rank that is not there
+        """Return the program of a variant, or of a variant's encoder, for global rank `rank`; emitted on first use."""
+        self.mesh.coordinates(rank)  # raises for a rank that the mesh does not have
         if rank not in variant.programs:
             variant.programs[rank] = emit_rank(
                 variant.traced.graph_module,
@@ -233,7 +238,7 @@ class Compilation:
 
     @garbage_stays()
     def verify_variant(self, variant: Variant) -> None:
-        """Prove the programs of one variant, as `verify` does."""
+        """Prove the programs of one variant, and of its encoder where it has one. Raises VerificationError."""
         programs = self.all_programs(variant)
         verify_programs(programs, variant.plan, variant.graph, variant.traced.graph_module)
         if variant.encoder is not None:
@@ -244,7 +249,8 @@ class Compilation:
 
 
 def _passes_text(variant: Variant, rank: int) -> str:
-    """What the passes did for one rank, and, with the first rank that is made, on the whole graph."""
+    """Render what the passes did for one rank, and, for the
+    first rank that is made, what they did to the whole graph."""
     whole = variant.traced.graph_module
     parts = [(f"rank {rank}", variant.programs[rank].graph_module)]
     if len(variant.programs) == 1:

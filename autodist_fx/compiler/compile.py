@@ -1,4 +1,4 @@
-"""From a model, or its config, to a `Compilation`: traced, planned, emitted and verified."""
+"""Builds a `Compilation` from a model or its config: traced, planned, emitted and verified."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def compile_model(
     options: CompileOptions,
     plan: PartitionPlan | None = None,
 ) -> C:
-    """A `kind` of compilation of `model`, planned for `request`; see autodist_fx.compile.
+    """Compile `model` into a compilation of class `kind`, planned for `request`; see autodist_fx.compile.
 
-    `plan` was made earlier for what is traced here. `request` is then what it was made for, which holds for other
-    forms of the model, too: they get plans of their own.
+    `plan` was made earlier for the graph that is traced here. `request` is then the one that it was made for; it also
+    holds for later variants of the model, which get plans of their own. Raises what autodist_fx.compile raises.
     """
     if options.train and options.use_cache:
         raise AutodistError("train=True is for whole sequences: leave use_cache out")
@@ -50,8 +50,8 @@ def compile_for_generation(
     options: CompileOptions,
     plan: PartitionPlan | None = None,
 ) -> C:
-    """`compile_model` with a KV cache, and logits of the last position only where the model offers that. Raises
-    AutodistError for a model without a cache."""
+    """Compile a model with a KV cache, and logits of the last position only where its forward has an argument for that.
+    Raises AutodistError for a model that keeps no cache."""
     shape = empty_model(model) if isinstance(model, PretrainedConfig) else model
     if not keeps_cache(shape):
         raise AutodistError(
@@ -62,7 +62,7 @@ def compile_for_generation(
 
 
 def as_used(model: PreTrainedModel, options: CompileOptions) -> CompileOptions:
-    """Options that trace a step of generating; of a model that keeps no cache, one forward of its main inputs."""
+    """Return `options` changed to trace a step of generating; those of a model that keeps no cache stay as they are."""
     if not keeps_cache(model):
         return options
     return replace(options, use_cache=True, concrete_args=tuple(last_logits_only(model).items()))

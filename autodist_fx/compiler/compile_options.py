@@ -1,4 +1,4 @@
-"""`CompileOptions`: what to trace of a model, and what to do with its programs; not how to split it (`PlanOptions`)."""
+"""`CompileOptions`: chooses the variant to trace and the use of its programs. `PlanOptions` chooses how to split."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class CompileOptions:
-    """What `compile` is told beside the split; see `autodist_fx.compile`.
+    """The options of `compile` that do not concern the split; see `autodist_fx.compile`.
 
-    use_cache, input_names, concrete_args: what to trace (`autodist_fx.tracing.trace`); input_names None: the usual.
+    use_cache, input_names, concrete_args: choose the variant to trace (`autodist_fx.tracing.trace`); input_names None:
+    the usual inputs.
     train: programs carry what a backward pass needs. verify: they are proven before they are used.
     dump_dir: gets every rank's graph after each pass, as text. verbose: what each pass did is printed.
     """
@@ -36,7 +37,7 @@ class CompileOptions:
         dump_dir: str | Path | None = None,
         verbose: bool = False,
     ) -> CompileOptions:
-        """Options from the keywords of the public functions."""
+        """Build options from the keywords of the public functions."""
         return cls(
             use_cache=use_cache,
             input_names=None if input_names is None else tuple(input_names),

@@ -1,4 +1,8 @@
-"""examples."""
+"""Traces and normalises one variant at example sizes, and traces it again where those sizes took a branch of their own.
+
+Normalisation runs a graph at two sets of sizes to see which numbers in it follow a size symbol. Tracing records guards
+on sizes, so the two form a loop: sizes are good only if all guards come out at them as they should (guard_examples.py).
+"""
 
 from __future__ import annotations
 
@@ -23,56 +27,61 @@ from passes.normalize.pipeline import normalize
 from passes.op_graph.build import build_op_graph
 from passes.partition.fuse_ops import removed_by_fusing
 
-# Two sets of lengths: a number found in both is constant, one that differs follows the inputs, and two that agree in
-# both are the same. So they differ by different steps (2, 8, 14, 22 of past and seq, 18 and 10), so that no length plus
-# a constant is another. They are small, since a model may have no more positions.
+# Two sets of sizes: a number in the graph that is the same at both is constant, one that differs follows the inputs,
+# and two numbers that agree at both are the same size symbol. The steps from the first set to the second all differ (2,
+# 8, 14, 22 for past plus seq, 18 and 10), so that no length plus a constant is another one. The sizes are small, since
+# a model may have few positions.
 _EXAMPLES = (
     Sizes(batch=11, seq=23, past=29, source=19, kept=7),
     Sizes(batch=13, seq=31, past=43, source=37, kept=17),
 )
-MOST_TRIES = 12  # of `traced_at`
-# Lengths for the first example of a model that cuts sequences into chunks of several sizes: one is taken for which the
-# next multiple of each is another number.
+MOST_TRIES = 12  # traces per call of `traced_at`
+# Candidate lengths of the first example, for a model that cuts sequences into chunks of several sizes: the first is
+# taken at which rounding up to a multiple of each chunk size gives different numbers.
 _LENGTHS_BEFORE_CHUNKS = (23, 19, 25, 17, 21, 33, 35, 37, 41, 45)
 Trace = Callable[[tuple[Sizes, Sizes]], TracedModel]
 
 
 def traced_at(
-    alike: TracedModel, again: Trace, lengths: Lengths, known: Sequence[Guards]
+    alike: TracedModel, again: Trace, lengths: Lengths, known_guards: Sequence[Guards]
 ) -> TracedModel | None:
-    """`alike` traced and normalised anew, so that all its conditions, and those known, come out as at `lengths`."""
-    known, points = list(known), frozenset[int]()
+    """Trace and normalise the variant of `alike` again, at sizes where all guards come out as they do at `lengths`.
+
+    `known_guards` are those of the variants made so far, which come out otherwise. Each try adds the guards that its
+    own trace met. Returns None after MOST_TRIES tries.
+    """
+    known_guards, points = list(known_guards), frozenset[int]()
     windows = any(":" in kind for kind in alike.layer_kinds)
     usual = [_letters(alike, sizes) for sizes in _sizes(alike)]
     frames = min(alike.fewest_frames, lengths.get("E", 0))
     for _ in range(MOST_TRIES):
         first, second, fixed = examples_like(
-            known,
+            known_guards,
             lengths,
             (usual[0], usual[1]),
             points,
-            frozenset("P") if windows else frozenset(),  # how much a window sees follows no letter
+            frozenset("P") if windows else frozenset(),  # the keys inside a window are no function of a size symbol
             {"E": frames} if frames else None,
         )
         sizes = _sizes_of(first), _sizes_of(second)
         traced = again(sizes)
         functionalize(traced.graph_module)
         with _naming_refusals(traced):
-            found, examples = bending_points(traced.graph_module, _both(traced, sizes))
-        if not found <= points and not tells_apart(first, second, frozenset(found)):
-            points |= frozenset(found)
+            chunk_sizes, examples = bending_points(traced.graph_module, _both(traced, sizes))
+        if not chunk_sizes <= points and not tells_apart(first, second, frozenset(chunk_sizes)):
+            points |= frozenset(chunk_sizes)
             continue
         _normalize(traced, examples)
         guards = with_fixed(node_meta.guards(traced.graph_module), fixed)
         node_meta.set_guards(traced.graph_module, guards)
         if guards is None or not guards.otherwise(lengths):
             return traced
-        known.append(guards)
+        known_guards.append(guards)
     return None
 
 
 def _letters(traced: TracedModel, sizes: Sizes) -> Lengths:
-    """Those lengths that inputs of this graph have."""
+    """Return the lengths, by size symbol, that the inputs of this graph have."""
     used = {d for form in traced.forms().values() for d in form.dims if isinstance(d, str)}
     used |= {"P"} if traced.use_cache and traced.phase != "prompt" else set()
     used -= {"S"} if traced.phase == "step" else set()
@@ -87,7 +96,8 @@ def traced_once(
     concrete_args: Mapping[str, object] | None,
     forms: Mapping[str, InputForm] | None = None,
 ) -> tuple[TracedModel, Trace]:
-    """A form of a model, traced and normalised, and how to trace it at other lengths; see autodist_fx.tracing.trace."""
+    """Trace and normalise one variant. Also return the function that
+    traces it again at other sizes; see autodist_fx.tracing.trace."""
 
     def again(sizes: tuple[Sizes, Sizes] | None) -> TracedModel:
         return trace(
@@ -100,19 +110,19 @@ def traced_once(
 def phases_once(
     model: PreTrainedModel | PretrainedConfig, concrete_args: Mapping[str, object] | None
 ) -> tuple[TracedModel, TracedModel]:
-    """(prompt, step) of a model with a cache of its own, the prompt normalised."""
+    """Trace (prompt, step) of a model with its own recurrent cache; the prompt is normalised."""
     prompt, step = trace_phases(model, concrete_args)
 
     def again(sizes: tuple[Sizes, Sizes]) -> TracedModel:
-        nonlocal step  # which follows the prompt
-        found, step = trace_phases(model, concrete_args, sizes)
-        return found
+        nonlocal step  # a step is traced from the state that its prompt leaves, so each prompt brings a new one
+        prompt_again, step = trace_phases(model, concrete_args, sizes)
+        return prompt_again
 
     return _going_one_way(prompt, again), step
 
 
 def _going_one_way(traced: TracedModel, again: Trace) -> TracedModel:
-    """`traced`, normalised; traced anew where the lengths that it is normalised at take the model another way."""
+    """Normalise `traced`; trace it again where the sizes at which it is normalised make a guard come out otherwise."""
     examples = _examples_for(traced)
     _normalize(traced, examples)
     conditions: Guards | None = node_meta.guards(traced.graph_module)
@@ -126,7 +136,10 @@ def _going_one_way(traced: TracedModel, again: Trace) -> TracedModel:
 
 
 def planned_graph(traced: TracedModel) -> OpGraph:
-    """What plans are made for. Normalises what is not normalised yet."""
+    """Build the op graph that plans are made for, and normalise the traced graph first where that was not done.
+
+    Raises AutodistError for a graph that draws random numbers, TracingError where an op refuses the example inputs.
+    """
     if not node_meta.is_normalized(traced.graph_module):
         _normalize(traced)
     _refuse_random(traced)
@@ -141,7 +154,8 @@ def _normalize(traced: TracedModel, examples: tuple[Example, Example] | None = N
 
 @contextlib.contextmanager
 def _naming_refusals(traced: TracedModel) -> Iterator[None]:
-    """What an op says of shapes or dtypes that it refuses, when it runs on examples, is a TracingError."""
+    """Turn an op's error about shapes or dtypes, raised while it
+    runs on examples, into a TracingError that names the inputs."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -151,6 +165,7 @@ def _naming_refusals(traced: TracedModel) -> Iterator[None]:
 
 
 def _refuse_random(traced: TracedModel) -> None:
+    """Raise AutodistError where the graph draws random numbers, of which each rank would draw others."""
     found = random_nodes(traced.graph_module)
     if found:
         raise AutodistError(
@@ -160,7 +175,8 @@ def _refuse_random(traced: TracedModel) -> None:
 
 
 def _examples_for(traced: TracedModel) -> tuple[Example, Example]:
-    """Examples that tell what depends on the model's own sizes, of chunks: the second is a multiple, the first none."""
+    """Choose two examples that show which numbers depend on the model's chunk sizes: the second length is a multiple of
+    all, the first of none. Raises TracingError where there are no such lengths."""
     functionalize(traced.graph_module)
     with _naming_refusals(traced):
         points, examples = bending_points(traced.graph_module, _examples(traced))
@@ -189,21 +205,24 @@ def _both(traced: TracedModel, sizes: tuple[Sizes, Sizes]) -> tuple[Example, Exa
 def _sizes(
     traced: TracedModel, first: Sizes = _EXAMPLES[0], second: Sizes = _EXAMPLES[1]
 ) -> tuple[Sizes, Sizes]:
-    """In the second the cache is longer than any window: there the keys that a layer with one sees no longer grow."""
+    """Return both example sizes, with `past` of the second beyond every attention
+    window: the number of keys that a layer with a window sees grows no longer
+    there. Encoder lengths are at least the fewest frames that the model accepts."""
     longest = max((int(kind.partition(":")[2]) for kind in traced.layer_kinds if ":" in kind), default=0)
     first = replace(first, source=first.source + traced.fewest_frames)
-    # a multiple of what is one already, and so much more that more frames come out of convolutions
+    # It grows by whole multiples, which keeps its divisors, until convolutions give more frames than in the first.
     further = second.source * math.ceil(2 * traced.fewest_frames / second.source)
     second = replace(second, past=second.past + longest, source=second.source + further)
     return first, second
 
 
 def _sizes_of(lengths: Lengths) -> Sizes:
-    """Those that are not among the lengths are no input's."""
+    """Convert lengths by size symbol to Sizes. A missing symbol is a dim of no input, so its value has no effect."""
     return Sizes(*(lengths.get(letter, 0 if letter == "P" else 1) for letter in "BSPEK"))
 
 
 def _example(traced: TracedModel, sizes: Sizes) -> Example:
+    """Build the inputs of one example, and the values of its size symbols."""
     if traced.phase == "step":
         sizes = replace(sizes, seq=1)
     if not traced.use_cache or traced.phase == "prompt":

@@ -1,4 +1,4 @@
-"""Whose positions a family generates with where rows are padded on the left."""
+"""Facts about how a model family generates: who counts positions, whose `generate` runs, whether there is a cache."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from autodist_fx.tracing import has_own_cache
 
 
 def follow_mask(model_class: type[PreTrainedModel]) -> bool:
-    """Whether generate tells the model its positions, counting the tokens that the mask shows, as GenerationMixin does.
+    """True if generate passes position_ids that count the tokens shown by the attention mask, as GenerationMixin does.
 
-    Else, with a `prepare_inputs_for_generation` of the family's own that names no positions, the model counts for
-    itself, and padding with it.
+    False for a family with a `prepare_inputs_for_generation` that names no positions: its model counts positions
+    itself, left padding included.
     """
     prepare = model_class.prepare_inputs_for_generation
     if prepare is GenerationMixin.prepare_inputs_for_generation:
@@ -23,17 +23,18 @@ def follow_mask(model_class: type[PreTrainedModel]) -> bool:
 
 
 def has_own_generate(model_class: type[PreTrainedModel]) -> bool:
-    """Whether the family generates by code of its own (of long recordings, say), and not by transformers' generate."""
+    """True if the family has a `generate` of its own (as Whisper,
+    for long recordings), not transformers' common one."""
     owner = next((cls for cls in model_class.__mro__ if "generate" in cls.__dict__), GenerationMixin)
     return owner is not GenerationMixin
 
 
 def keeps_cache(model: PreTrainedModel) -> bool:
-    """Whether its forward takes what it made of the tokens before."""
+    """True if forward takes a cache: past_key_values, or a recurrent cache of the model's own."""
     return "past_key_values" in inspect.signature(model.forward).parameters or has_own_cache(type(model), model.config)
 
 
 def last_logits_only(model: PreTrainedModel) -> dict[str, object]:
-    """Generating needs the logits of the last position; the argument that says so, where forward has it."""
+    """Return the argument of forward that asks for the last position's logits alone; {} where forward has none."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 

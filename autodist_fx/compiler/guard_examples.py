@@ -1,4 +1,8 @@
-"""guard examples."""
+"""Picks example lengths to trace with, such that every guard comes out as it does for a given call.
+
+Each length that a guard asks for has candidates. Those that share a guard form a group, which is searched together; the
+groups' choices are then combined so that all lengths can still be told apart.
+"""
 
 from __future__ import annotations
 
@@ -13,34 +17,34 @@ import networkx as nx
 from autodist_fx.calls.lengths import Lengths, with_total
 from passes.fx.guards import Guards
 
-_MOST_TRIED = 40_000  # of one choice of fixed lengths
+_MOST_TRIED = 40_000  # combinations of candidates, for one choice of the fixed lengths
 _MOST_PAIRED = 300
-_NEAR = 40  # how far from a length, or a number in a condition, others are tried
-_SMALL = 64
+_NEAR = 40  # candidates lie so far above the call's length, or above a number in a guard
+_SMALL = 64  # all lengths below are candidates
 _LARGEST = 2**20
-_Way = tuple[Lengths, Lengths, Lengths]  # first, second, and what is fixed in both
+_Choice = tuple[Lengths, Lengths, Lengths]  # first, second, and the lengths fixed in both
 
 
 def examples_like(
-    known: Sequence[Guards],
+    known_guards: Sequence[Guards],
     lengths: Mapping[str, int],
     usual: tuple[Lengths, Lengths],
     points: frozenset[int] = frozenset(),
     fixed_anyway: frozenset[str] = frozenset(),
     smallest: Mapping[str, int] | None = None,
 ) -> tuple[Lengths, Lengths, Lengths]:
-    """(first, second, fixed): two choices of lengths at which each of the `known` conditions comes out as at `lengths`;
-    those in `fixed` are numbers, the same in both.
+    """Choose two sets of lengths at which each of `known_guards` comes out as at `lengths`: (first, second, fixed).
 
-    `usual`: what they are where no condition asks for them. `points`: numbers that lengths are divided by. Only lengths
-    that are given are fixed; `fixed_anyway` names some. `smallest`: what lengths may not be below.
+    The size symbols in `fixed` have one value in both sets, and are numbers in the graph. `usual`: the two sets to use
+    where no guard asks for a length. `points`: numbers that lengths are divided by, such as chunk sizes. Only symbols
+    in `lengths` are ever fixed; those in `fixed_anyway` always are. `smallest`: lower bounds of lengths.
     """
-    search = _Search(known, lengths, usual, points, fixed_anyway, smallest or {})
+    search = _Search(known_guards, lengths, usual, points, fixed_anyway, smallest or {})
     groups = search.groups()
-    found = [search.ways(group) for group in groups]
-    for choice in itertools.islice(itertools.product(*found), _MOST_TRIED):
+    choices_of_groups = [search.choices_for(group) for group in groups]
+    for combination in itertools.islice(itertools.product(*choices_of_groups), _MOST_TRIED):
         first, second, fixed = dict(usual[0]), dict(usual[1]), Lengths()
-        for a, b, numbers in choice:
+        for a, b, numbers in combination:
             first |= a
             second |= b
             fixed |= numbers
@@ -51,7 +55,7 @@ def examples_like(
 
 
 def tells_apart(first: Mapping[str, int], second: Mapping[str, int], points: frozenset[int]) -> bool:
-    """Whether lengths divided by `points` look like no constants at these two choices."""
+    """True if the quotients of S and E by each of `points` differ between the two sets, so that none looks constant."""
     return all(
         first[letter] == second[letter] or first[letter] // p != second[letter] // p
         for letter in ("S", "E") if letter in first
@@ -61,7 +65,9 @@ def tells_apart(first: Mapping[str, int], second: Mapping[str, int], points: fro
 
 @dataclass(frozen=True)
 class _Search:
-    known: Sequence[Guards]
+    """The search for example lengths; the fields are the arguments of `examples_like`."""
+
+    known_guards: Sequence[Guards]
     lengths: Mapping[str, int]
     usual: tuple[Lengths, Lengths]
     points: frozenset[int]
@@ -69,17 +75,17 @@ class _Search:
     smallest: Mapping[str, int]
 
     def groups(self) -> list[list[str]]:
-        """The letters that are asked for, together where one condition asks for several."""
-        of = nx.Graph()
-        of.add_nodes_from({"S", "E"} & self.usual[0].keys() if self.points else ())
-        for conditions in self.known:
-            for needs in conditions.needs:
-                nx.add_path(of, sorted(needs - {"T"} | ({"P", "S"} if "T" in needs else set())))
-        given = of.subgraph(of.nodes & self.lengths.keys() & self.usual[0].keys())
-        return [sorted(group) for group in nx.connected_components(given)]
+        """Group the size symbols that guards ask for; two symbols are together where one guard asks for both."""
+        asked_together = nx.Graph()
+        asked_together.add_nodes_from({"S", "E"} & self.usual[0].keys() if self.points else ())
+        for guards in self.known_guards:
+            for needs in guards.needs:
+                nx.add_path(asked_together, sorted(needs - {"T"} | ({"P", "S"} if "T" in needs else set())))
+        in_call = asked_together.subgraph(asked_together.nodes & self.lengths.keys() & self.usual[0].keys())
+        return [sorted(group) for group in nx.connected_components(in_call)]
 
-    def ways(self, group: Sequence[str]) -> list[_Way]:
-        """Choices for these letters, with as few as can be fixed."""
+    def choices_for(self, group: Sequence[str]) -> list[_Choice]:
+        """List choices for these size symbols, with as few of them fixed as possible."""
         always = [letter for letter in group if letter in self.fixed_anyway]
         others = [letter for letter in group if letter not in always]
         for count in range(len(others)):
@@ -92,35 +98,38 @@ class _Search:
                 choices = (dict(zip(free, values, strict=True)) for values in itertools.product(*candidates))
                 right = [choice for choice in choices if self._is_right({**fixed, **choice})]
                 pairs = itertools.islice(self._pairs(right, free), _MOST_PAIRED)
-                found = [({**fixed, **first}, {**fixed, **second}, fixed) for first, second in pairs]
-                if found:
-                    return found
+                examples = [({**fixed, **first}, {**fixed, **second}, fixed) for first, second in pairs]
+                if examples:
+                    return examples
         fixed = {letter: self.lengths[letter] for letter in group}
         return [(fixed, fixed, fixed)]
 
     @functools.cached_property
     def _wanted(self) -> list[tuple[bool | None, ...]]:
-        return [conditions.answers(self.lengths) for conditions in self.known]
+        return [guards.answers(self.lengths) for guards in self.known_guards]
 
     def _is_right(self, choice: Lengths) -> bool:
-        """Whether what depends on these lengths alone comes out as at the call; None is what is not known."""
+        """True if each guard that `choice` decides comes out as at
+        the call; those that need more symbols are passed over."""
         lengths = with_total(choice)
         return all(
-            found is None or found == wanted
-            for conditions, answers in zip(self.known, self._wanted, strict=True)
-            for wanted, found in zip(answers, conditions.answers(lengths), strict=True)
+            answer is None or answer == wanted
+            for guards, wanted_answers in zip(self.known_guards, self._wanted, strict=True)
+            for wanted, answer in zip(wanted_answers, guards.answers(lengths), strict=True)
         )
 
     def _candidates(self, letter: str) -> list[int]:
-        """Lengths to try; none is 1, for which models have shortcuts, but of tokens cached before."""
-        numbers = {n for c in self.known for n in c.numbers} | self.points | {math.lcm(*self.points)} - {1}
+        """List lengths to try for one size symbol, in order. None is 1 but for P, since models have shortcuts for 1."""
+        in_guards = {n for guards in self.known_guards for n in guards.numbers}
+        numbers = in_guards | self.points | {math.lcm(*self.points)} - {1}
         near = {n + d for n in (*numbers, self.lengths[letter]) for d in range(-3, _NEAR)}
         multiples = {n * times for n in numbers for times in range(1, 9)}
         least = self.smallest.get(letter, 1 if letter == "P" else 2)
         return sorted(n for n in {*range(1, _SMALL), *near, *multiples} if least <= n <= _LARGEST)
 
     def _pairs(self, right: Sequence[Lengths], free: Sequence[str]) -> Iterator[tuple[Lengths, Lengths]]:
-        """Where lengths are divided, the second is a multiple and the first none, if there are such."""
+        """Yield pairs that tell lengths apart; if possible, divisors
+        divide all lengths of the second, and none of the first."""
         divided = [letter for letter in free if letter in ("S", "E")]
 
         def remainders(choice: Lengths, are: bool) -> bool:
@@ -135,7 +144,7 @@ class _Search:
 
 
 def _differ(first: Lengths, second: Lengths, fixed: Mapping[str, int]) -> bool:
-    """No length at one of them plus a number is another at both."""
+    """True if no free length equals another one plus a constant in both sets."""
     free = [letter for letter in first if letter not in fixed and letter != "T"]
     if "T" in first and not {"P", "S"} & fixed.keys():
         free.append("T")

@@ -1,8 +1,8 @@
-"""Python's search for garbage, put off while a model is compiled.
+"""Pauses Python's cyclic garbage collector while a model is compiled.
 
-Of the millions of small objects that a large model's graph and plan are made of, nearly all stay. To look through them
-for cycles, again each time they have grown by a quarter, took 5 of 21 s for 12 layers of 128 experts, and freed next to
-nothing: the peak was 0.61 GiB with it and 0.63 GiB without.
+A large model's graph and plan are millions of small objects, of which nearly all stay. The collector looked through
+them for cycles each time they had grown by a quarter. That took 5 of 21 s for 12 layers of 128 experts, and freed next
+to nothing: the peak was 0.61 GiB with it and 0.63 GiB without.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def garbage_stays() -> Iterator[None]:
-    """Until the end of the `with`, no cycles of objects are looked for; also a decorator."""
+    """Disable the cyclic garbage collector until the end of the `with`; also a decorator."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Models that peft has put adapters into: what is compiled is the model itself, whose layers hold the adapters."""
+"""Unwraps models that peft has put adapters into: the model inside is compiled, and its layers hold the adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from autodist_fx.errors import AutodistError
 
 
 def without_wrapper(model: Any) -> PreTrainedModel | PretrainedConfig:
-    """The transformers model in a `peft.PeftModel`; any other model, or a config, as it is.
+    """Return the transformers model inside a `peft.PeftModel`; return any other model, or a config, unchanged.
 
     Raises AutodistError where the adapter is not in the layers but in the wrapper (prompt and prefix tuning), and for
     what is no transformers model at all.

@@ -1,4 +1,4 @@
-"""Where a compilation's variants come from: `VariantSource`, and `TracingSource`, which traces and plans a model."""
+"""Sources of a compilation's variants: `VariantSource`, and `TracingSource`, which traces and plans a model."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from passes.program.rank_program import RankProgram
 
 
 class VariantSource(Protocol):
-    """Gives a compilation its variants, and the weights that their programs run with.
+    """Makes a compilation's variants, and loads the weights that their programs run with.
 
-    There are two kinds: `TracingSource` makes what is asked for from a model, `SavedSource` (artifact/) has what was
-    saved, and refuses everything else by name. All methods that give variants raise AutodistError, TracingError or
-    PlanError where there is no such variant.
+    There are two kinds. `TracingSource` traces a model for each variant that is asked for; `SavedSource` (artifact/)
+    has the variants that were saved, and refuses all others by name. Each method that returns variants raises
+    AutodistError, TracingError or PlanError where there is no such variant.
     """
 
     @property
@@ -44,62 +44,66 @@ class VariantSource(Protocol):
 
     @property
     def signature(self) -> ModelSignature:
-        """The model as a call sees it."""
+        """The model's signature, by which calls are read."""
         ...
 
     @property
     def has_own_cache(self) -> bool:
-        """Whether the model decodes with a cache of its own: a variant for a prompt, another for each step after it."""
+        """True if the model decodes with a recurrent cache of its own:
+        it has one variant for a prompt, another for each step."""
         ...
 
     def structure(self) -> Hashable:
-        """All that variants depend on in the model as it stands: while it stays equal, so do new variants."""
+        """Return a value that covers all that variants depend on in
+        the model as it is now: equal values, equal variants."""
         ...
 
     def first(self) -> VariantSet:
-        """The variants to start with, of the model as it stands."""
+        """Make the variants to start with, for the model as it is now."""
         ...
 
     def phases(self) -> tuple[Variant, Variant]:
-        """(prompt, step) of a model with a cache of its own, where `first` has none."""
+        """Make (prompt, step) of a model with its own recurrent cache, where `first` made none."""
         ...
 
     def for_inputs(
         self, *, use_cache: bool, input_names: Sequence[str] | None, fixed: Mapping[str, object] | None
     ) -> Variant:
-        """A variant for inputs of these names, in their usual forms, planned for its own lengths."""
+        """Make a variant for inputs of these names, with their usual input specs, planned for its own lengths."""
         ...
 
     def for_call(self, call: Call, specs: Mapping[str, InputForm], made: Sequence[Variant]) -> Variant:
-        """A variant for a call that none of `made` is for; `specs` are those of the call's tensors."""
+        """Make a variant for a call that none of `made` takes; `specs` are the input specs of the call's tensors."""
         ...
 
     def at_lengths(self, alike: Sequence[Variant], lengths: Lengths) -> Variant:
-        """A variant for the same call as `alike` at lengths that none of these fits."""
+        """Make a variant for the call of `alike`, at lengths where the guards of none of these hold."""
         ...
 
     def check_weights(self, purpose: str) -> None:
-        """Raises AutodistError where there are no weights for `purpose` ("simulate", "gradients", ...)."""
+        """Raise AutodistError where there are no weights for `purpose` ("simulate", "gradients", ...)."""
         ...
 
     def fill(self, variant: Variant, programs: Sequence[RankProgram]) -> None:
-        """Puts the weights as they are now into the programs of a variant."""
+        """Put the weights, as they are now, into the programs of a variant."""
         ...
 
     def trained_parameters(self) -> Mapping[str, str]:
-        """Every name of a parameter that wants a gradient -> the first of that parameter's names, in their order."""
+        """Map every name of a parameter that requires a gradient to
+        the first name of that parameter, in the model's order."""
         ...
 
     def hooked(self, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Whole gradients by first names, as hooks of these parameters leave them."""
+        """Apply the backward hooks of parameters to whole gradients,
+        by the parameters' first names, and return the results."""
         ...
 
 
 @dataclass
 class TracingSource:
-    """A model, or a config, that variants are traced from and planned for.
+    """Traces variants of a model, or of a config, and plans them.
 
-    `request`: what plans are made for. `options` say what to trace first; `plan` is used for that, where there is one.
+    `request`: what plans are made for. `options` choose the first variant; `plan`, where given, is used for that one.
     """
 
     model: PreTrainedModel | PretrainedConfig
@@ -107,7 +111,7 @@ class TracingSource:
     options: CompileOptions
     plan: PartitionPlan | None = None
     _left_by_calls: frozenset[str] = field(default=frozenset(), init=False)  # the model's, see structure_of
-    # Of each rank's graph, the model's buffers as they were when they were put into it.
+    # For each rank's graph, copies of the model's buffers at the time they were put into it.
     _buffers_read: WeakKeyDictionary[torch.fx.GraphModule, dict[str, torch.Tensor]] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False
     )
@@ -124,7 +128,7 @@ class TracingSource:
 
     @property
     def shape(self) -> PreTrainedModel:
-        """The model, or one like it on meta."""
+        """The model, or one like it on meta where there is a config only."""
         return empty_model(self.model) if isinstance(self.model, PretrainedConfig) else self.model
 
     @property
@@ -183,17 +187,20 @@ class TracingSource:
             )
 
     def fill(self, variant: Variant, programs: Sequence[RankProgram]) -> None:
-        """See VariantSource. They lie in the model's own memory where a rank holds them in one piece. A buffer is put
-        in again where the model's own has changed: a program may write into its buffers, and goes on from there."""
+        """See VariantSource. A weight lies in the model's own memory where a rank holds it in one piece.
+
+        A buffer is filled again only where the model's own has changed since: a program may write into its buffers, and
+        goes on from its own values.
+        """
         source, device = ModuleSource(self.shape, share=True), next(self.shape.parameters()).device
         buffers = dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))  # and constants
         buffers.update({name: b for name, b in self.shape.named_buffers(remove_duplicate=False) if name in buffers})
         for program in programs:
-            known = self._buffers_read.setdefault(program.graph_module, {})
-            new = {n: b for n, b in buffers.items() if n not in known or not _same_bits(known[n], b)}
+            copies = self._buffers_read.setdefault(program.graph_module, {})
+            new = {n: b for n, b in buffers.items() if n not in copies or not _same_bits(copies[n], b)}
             wanted = {n: s for n, s in program.param_shards.items() if not s.is_buffer or s.source in new}
             load_rank(replace(program, param_shards=wanted), source, device=device, buffers=new)
-            known.update({name: buffer.detach().clone() for name, buffer in new.items()})
+            copies.update({name: buffer.detach().clone() for name, buffer in new.items()})
             program.graph_module.eval()
 
     def trained_parameters(self) -> Mapping[str, str]:
@@ -215,16 +222,17 @@ class TracingSource:
 
     @property
     def _own_lengths(self) -> PlanRequest:
+        """The request without sizes: a plan then predicts for the lengths that are usual for its graph."""
         return replace(self.request, sizes=())
 
     def _accepted(self, names: frozenset[str]) -> tuple[str, ...]:
-        """Without those of our own filling-in that the model's forward does not take."""
+        """Drop the names that were filled in here and that the model's forward does not take."""
         accepted = {p.name for p in self.signature.parameters}
         return tuple(sorted(n for n in names if n in accepted or n not in FILLED_IN))
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two buffers are the same; NaN is the same as NaN."""
+    """True if two buffers are equal in shape, dtype, device and elements; NaN equals NaN."""
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
     return bool(torch.equal(a, b)) or (a.is_floating_point() and bool(torch.allclose(a, b, 0.0, 0.0, equal_nan=True)))

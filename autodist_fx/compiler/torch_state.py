@@ -1,4 +1,5 @@
-"""torch's own state while a model is compiled, and while it runs: what the caller has set for a computation."""
+"""Handles torch's ambient state (autocast, inference mode,
+global hooks), which the caller may have set around our calls."""
 
 from __future__ import annotations
 
@@ -13,17 +14,17 @@ from autodist_fx.tracing.patches import PATCH_LOCK
 
 
 def refuse_ambient(purpose: str) -> None:
-    """Raises AutodistError where something that the caller has set would change what a model computes, and is not in
-    the graphs for `purpose` ("simulate"): torch.autocast, and hooks of all modules."""
+    """Raise AutodistError where torch.autocast or global module hooks would change
+    what the model computes: the graphs for `purpose` ("simulate") do not have them."""
     refuse_global_hooks()
     refuse_autocast(purpose)
 
 
 @contextlib.contextmanager
 def compiler_state() -> Iterator[None]:
-    """In here torch.autocast and torch.inference_mode are off, and no other thread compiles; also a decorator.
+    """Switch torch.autocast and torch.inference_mode off, and keep other threads from compiling; also a decorator.
 
-    What is made in inference mode can never be trained, and autocast would give the constants of a graph other dtypes.
+    Tensors made in inference mode can never be trained, and autocast would give a graph's constants other dtypes.
     """
     with PATCH_LOCK, contextlib.ExitStack() as undo:
         for device in autocast_devices():
@@ -31,5 +32,5 @@ def compiler_state() -> Iterator[None]:
             torch.set_autocast_enabled(device, False)
         if torch.is_inference_mode_enabled():
             undo.enter_context(torch.inference_mode(False))
-            undo.enter_context(torch.no_grad())  # which leaving inference mode switches on
+            undo.enter_context(torch.no_grad())  # leaving inference mode would switch gradients on
         yield

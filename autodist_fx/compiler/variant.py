@@ -1,4 +1,5 @@
-"""One traced form of a model: these inputs, with or without a cache; normalised, planned, and its programs."""
+"""`Variant`: one traced graph of a model (these inputs, with
+or without a cache), normalised, with its plan and programs."""
 
 from __future__ import annotations
 
@@ -36,21 +37,21 @@ from passes.program.rank_program import RankProgram
 
 @dataclass
 class Variant:
-    """One traced form of the model (these inputs, with or without a cache), its plan, and the programs made so far."""
+    """One traced graph of the model (these inputs, with or without a cache), its plan, and the programs made so far."""
 
     traced: TracedModel
     graph: OpGraph
     plan: PartitionPlan
     sources: dict[int, str]  # id of each parameter and buffer -> its name
-    fixed: dict[str, object]  # arguments that are not inputs of the graph
-    forms: dict[str, InputForm]  # of those that are
+    fixed: dict[str, object]  # Python arguments, which are part of the graph
+    forms: dict[str, InputForm]  # the input spec of each input
     output_order: tuple[str, ...]
     programs: dict[int, RankProgram] = field(default_factory=dict)
-    # Of a model whose decoder reads an encoder's output through a cache: this is the decoder's step, `encoder` what
-    # fills that cache, and `whole_plan` the plan that both are parts of.
+    # In a model whose decoder reads an encoder's output through a cache, this variant is the decoder's step, `encoder`
+    # the variant that fills that cache, and `whole_plan` the plan that both are parts of.
     encoder: Variant | None = None
     whole_plan: PartitionPlan | None = None
-    trace_again: Trace | None = field(default=None, repr=False)  # at other lengths; None where no model is at hand
+    trace_again: Trace | None = field(default=None, repr=False)  # traces at other sizes; None without a model
 
     @classmethod
     @garbage_stays()
@@ -64,6 +65,7 @@ class Variant:
         plan: PartitionPlan | None,
         forms: Mapping[str, InputForm] | None = None,
     ) -> Variant:
+        """Trace, normalise and plan one variant; `plan`, where given, is used instead of a search."""
         traced, again = traced_once(model, use_cache, input_names, concrete_args, forms)
         variant = cls.of(traced, request, plan, unusual(_parameters(model), concrete_args or {}))
         variant.trace_again = again
@@ -78,7 +80,7 @@ class Variant:
         concrete_args: Mapping[str, object] | None,
         plan: PartitionPlan | None,
     ) -> tuple[Variant, Variant]:
-        """(prompt, step) of a model with a cache of its own; `plan` is a plan for the step."""
+        """Make (prompt, step) of a model with its own recurrent cache; `plan`, where given, is a plan for the step."""
         traced, step = phases_once(model, concrete_args)
         fixed = unusual(_parameters(model), concrete_args or {})
         prompt = cls.of(traced, request, None, fixed)
@@ -86,15 +88,15 @@ class Variant:
         return prompt, cls.of(step, request, plan, fixed)
 
     def at_lengths(self, lengths: Lengths, request: PlanRequest, others: Sequence[Variant]) -> Variant:
-        """The graph for the same call with these lengths, at which the model's code goes another way than in this one
-        and in `others`. Its weights and caches lie on the ranks as this one's do.
+        """Make the variant for the same call at `lengths`, where guards of this one and of `others` come out otherwise.
 
-        Raises AutodistError, where they cannot; TracingError.
+        Its weights and caches lie on the ranks as this one's do. Raises AutodistError where they cannot, TracingError
+        where no example sizes are found.
         """
-        known = [v.conditions for v in (self, *others) if v.conditions is not None]
+        guards = [v.conditions for v in (self, *others) if v.conditions is not None]
         if self.trace_again is None:
             raise AutodistError(self.other_way(lengths))
-        traced = traced_at(self.traced, self.trace_again, lengths, known)
+        traced = traced_at(self.traced, self.trace_again, lengths, guards)
         if traced is None:
             raise TracingError(f"{self.other_way(lengths)}; no graph for them was found in {MOST_TRIES} tries")
         variant = Variant.of(traced, replace(request, like=self.whole_plan or self.plan), None, self.fixed)
@@ -102,19 +104,19 @@ class Variant:
         return variant
 
     def check_caches(self, other: Variant) -> None:
-        """Raises AutodistError where the two graphs cannot share a cache."""
-        mine, its = self._cache_layers(), other._cache_layers()
-        for layer in mine.keys() | its.keys():
-            if mine.get(layer) != its.get(layer):
+        """Raise AutodistError where the two graphs cannot share a cache."""
+        own_layers, other_layers = self._cache_layers(), other._cache_layers()
+        for layer in own_layers.keys() | other_layers.keys():
+            if own_layers.get(layer) != other_layers.get(layer):
                 raise AutodistError(
                     f"the graph of {self.traced.model_class} for this call has cache layer {layer} on its ranks "
                     "otherwise than the one before, and cannot go on with its cache: pin the roles of attention's "
                     "linears, or use fewer ranks"
                 )
 
-        states, left = self._states(), other._states()
-        for name in states.keys() | left.keys():
-            a, b = states.get(name, ()), left.get(name, ())
+        own_states, other_states = self._states(), other._states()
+        for name in own_states.keys() | other_states.keys():
+            a, b = own_states.get(name, ()), other_states.get(name, ())
             if len(a) != len(b) or any(type(x) is int and x != y for x, y in zip(a, b, strict=True)):
                 raise AutodistError(
                     f"for these lengths {self.traced.model_class} leaves {name.removeprefix(STATE_PREFIX)} as "
@@ -122,7 +124,8 @@ class Variant:
                 )
 
     def _states(self) -> dict[str, tuple[object, ...]]:
-        """The dims of what a prompt leaves in a cache of the model's own: numbers, and names of lengths."""
+        """Return the dims of each state that a prompt leaves in the
+        model's own recurrent cache: numbers and size symbols."""
         output = next(node for node in reversed(self.traced.graph_module.graph.nodes) if node.op == "output")
         return {
             name: tuple(s or d for s, d in zip(node_meta.symbols(node), node_meta.tensor(node).shape, strict=True))
@@ -131,20 +134,26 @@ class Variant:
         }
 
     def _cache_layers(self) -> dict[int, object]:
-        found: dict[int, object] = {}
+        """Return, for each KV cache layer, its stage, placements
+        and layouts: graphs that share a cache agree in these."""
+        layers: dict[int, object] = {}
         for part in (self.encoder, self):
             for op in part.graph if part is not None else ():
                 if op.kind in ("cache_update", "cache_read") and part is not None:
                     planned = part.plan.op(op.name)
                     layouts = [part.plan.layout(i) for i in planned.output_layouts]
-                    found[op.attrs["layer"]] = planned.home, planned.outputs, layouts
-        return found
+                    layers[op.attrs["layer"]] = planned.home, planned.outputs, layouts
+        return layers
 
     @classmethod
     def of(
         cls, traced: TracedModel, request: PlanRequest, plan: PartitionPlan | None, fixed: dict[str, object]
     ) -> Variant:
-        """`fixed`: the arguments it was traced with that are not inputs. Normalises what is not normalised yet."""
+        """Plan a traced graph, after normalising it where that was not done.
+
+        `fixed` holds the Python arguments that it was traced with. `plan`, where given, is checked and used. Raises
+        PlanError.
+        """
         graph = planned_graph(traced)
         print_of_it = fingerprint(graph)
         if plan is None:
@@ -155,10 +164,10 @@ class Variant:
             if request.strict:
                 refuse_missing_rules(graph, plan)
         names = parameter_names(traced.graph_module)
-        known, order = traced.forms(), _output_order(traced.graph_module)
+        specs, order = traced.forms(), _output_order(traced.graph_module)
         if CROSS in traced.layer_kinds:
-            return cls._split(traced, plan, names, fixed, known, order)
-        return cls(traced, graph, plan, names, fixed, known, order)
+            return cls._split(traced, plan, names, fixed, specs, order)
+        return cls(traced, graph, plan, names, fixed, specs, order)
 
     @classmethod
     def _split(
@@ -170,6 +179,8 @@ class Variant:
         forms: dict[str, InputForm],
         order: tuple[str, ...],
     ) -> Variant:
+        """Split an encoder-decoder graph into the encoder, which
+        fills the cross-attention cache, and the decoder's step."""
         cross = [index for index, kind in enumerate(traced.layer_kinds) if kind == CROSS]
         parts = []
         for module in split_encoder(traced.graph_module, cross):
@@ -185,52 +196,58 @@ class Variant:
 
     @property
     def conditions(self) -> Guards | None:
-        """On lengths; at others than this graph is for, the model's code goes another way."""
+        """The guards on the lengths of this graph; None where it has none."""
         return node_meta.guards(self.traced.graph_module)
 
     def fits(self, lengths: Lengths) -> bool:
-        """Whether the model's code goes this graph's way at these lengths."""
+        """True if all guards hold at these lengths."""
         return self.conditions is None or not self.conditions.otherwise(lengths)
 
     def other_way(self, lengths: Lengths) -> str:
-        """Where it does not, in words."""
+        """Return the sentence of an error that names the guards which do not hold at these lengths."""
         lines = self.conditions.otherwise(lengths) if self.conditions is not None else []
         return another_way(self.traced.model_class, lengths, lines)
 
     def with_encoder_mask(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """`inputs`, with a mask of ones of what the encoder reads, where the graph takes one and none is given."""
-        known = self.traced.forms()
-        if "attention_mask" not in known or inputs.get("attention_mask") is not None:
+        """Return `inputs` with an attention mask of ones added, where the graph takes one and none is given.
+
+        The mask has the shape (B, E, as a rule) and dtype of its input spec, on the device of the other inputs.
+        """
+        specs = self.traced.forms()
+        if "attention_mask" not in specs or inputs.get("attention_mask") is not None:
             return dict(inputs)
         lengths = {
-            letter: size
-            for name, form in known.items()
+            symbol: size
+            for name, spec in specs.items()
             if isinstance(inputs.get(name), torch.Tensor)
-            for letter, size in zip(form.dims, inputs[name].shape)
+            for symbol, size in zip(spec.dims, inputs[name].shape)
         }
         device = next(x.device for x in inputs.values() if isinstance(x, torch.Tensor))
-        mask = known["attention_mask"]
+        mask = specs["attention_mask"]
         shape = [lengths[d] if isinstance(d, str) else d for d in mask.dims]
         return {**inputs, "attention_mask": torch.ones(shape, dtype=mask.dtype, device=device)}
 
     def takes(self, forms: Mapping[str, InputForm], call: Call) -> bool:
-        """Whether this is the graph for a call: with a cache, what the call leaves out is filled in."""
+        """True if this is the graph for a call, whose tensors have
+        the input specs `forms`. With a cache, some may be missing."""
         if self.traced.use_cache != call.use_cache or self.fixed != call.fixed:
             return False
         return forms.items() <= self.forms.items() if call.use_cache else forms == self.forms
 
 
 def _parameters(model: PreTrainedModel | PretrainedConfig) -> tuple[inspect.Parameter, ...]:
-    """Those of forward; a config has none."""
+    """Return forward's parameters; () for a config."""
     return () if isinstance(model, PretrainedConfig) else signature_of(model).parameters
 
 
 def _output_order(module: torch.fx.GraphModule) -> tuple[str, ...]:
+    """Return the flat names of a graph's outputs, in order."""
     output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
     return tuple(output.args[0])
 
 
 def _refuse_foreign(plan: PartitionPlan, print_of_it: str, model_class: str) -> None:
+    """Raise PlanError where the plan was made for another graph."""
     if plan.fingerprint != print_of_it:
         raise PlanError(
             f"the plan is for another graph (of {plan.model}, {plan.fingerprint[:12]}) than this {model_class} "

@@ -1,4 +1,4 @@
-"""`VariantSet`: the variants of one model, by what they are for."""
+"""`VariantSet`: the variants of one model, sorted by use."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from autodist_fx.compiler.variant import Variant
 
 @dataclass
 class VariantSet:
-    """The variants made so far of a model in one structure (tracing/model_structure.py).
+    """The variants made so far for a model in one structure (tracing/model_structure.py).
 
-    `main` is the variant that was asked for first. A model with a cache of its own has pairs of variants: `prompts`,
-    the first of which goes with any length that it fits, and one `step`, which follows any of them; both are missing
-    until they are needed. `others` are for other calls, or for lengths at which the model's code goes another way.
-    `state` has the buffers that calls write, by (tp rank, name in the model), which all variants have in common.
+    `main` is the variant that was asked for first. A model with its own recurrent cache has `prompts`, prefill variants
+    with different guards, and one `step`, which follows any of them; both are missing until they are needed. `others`
+    are for other calls, or for lengths at which guards come out otherwise.
     """
 
     structure: Hashable
@@ -33,12 +32,13 @@ class VariantSet:
 
     @property
     def of_calls(self) -> list[Variant]:
-        """Every variant that one call runs by itself."""
+        """Every variant that serves a call by itself: all but
+        prompt and step of a model with its own recurrent cache."""
         return [v for v in (self.main, *self.others) if not v.traced.phase]
 
     @property
     def groups(self) -> list[list[Variant]]:
-        """The main variants in the groups that run one after the other: a prompt's and its step's are one group."""
+        """The main variants in groups, each of which runs in order: prompt and step form one group."""
         if not self.prompts or self.step is None:
             return [[self.main]]
         phases = [self.prompts[0], self.step]
