@@ -38,8 +38,8 @@ class Artifact(ArtifactReader):
         return load_whole(self, self._files)
 
     def simulate(self, **inputs: Any) -> Any:
-        """Run all ranks in this process; see CompiledModel.simulate. Raises AutodistError for a call that no saved
-        variant takes."""
+        """Run all ranks in this process; see CompiledModel.simulate.
+        Raises AutodistError for a call that no saved variant takes."""
         return self.whole.simulate(**inputs)
 
     def verify(self, *, numeric: bool = False) -> None:
@@ -61,8 +61,8 @@ class Artifact(ArtifactReader):
         master_addr: str | None = None,
         master_port: int | None = None,
     ) -> DistributedCausalLM:
-        """Start this process as its rank of the mesh, ready to generate; the arguments are those of `load`. Raises
-        ArtifactError, RuntimeSetupError."""
+        """Start this process as its rank of the mesh, ready to generate; the
+        arguments are those of `load`. Raises ArtifactError, RuntimeSetupError."""
         options = JoinOptions(
             device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,
             timeout=timeout,

@@ -36,8 +36,8 @@ class CompiledModel(Simulator):
     source: TracingSource
 
     def verify(self, *, numeric: bool = False) -> None:
-        """Prove every rank's program, as Compilation.verify does; with `numeric`, run `verify_numeric`, too. Raises
-        VerificationError."""
+        """Prove every rank's program, as Compilation.verify does; with
+        `numeric`, run `verify_numeric`, too. Raises VerificationError."""
         super().verify()
         if numeric:
             self.verify_numeric()
@@ -95,8 +95,8 @@ class CompiledModel(Simulator):
         master_addr: str | None = None,
         master_port: int | None = None,
     ) -> DistributedCausalLM:
-        """Start this process as its rank of the mesh, from the model that every process has in memory; see
-        from_pretrained.
+        """Start this process as its rank of the mesh, from the
+        model that every process has in memory; see from_pretrained.
 
         The model is planned anew for generating (with a KV cache), from the options that `compile` got. Every process
         calls it alike, under torchrun or with `rank`, ... given. The model itself may be freed afterwards. Raises

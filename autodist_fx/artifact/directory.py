@@ -1,5 +1,5 @@
-"""Replaces an artifact's directory as a whole: files go into a scratch directory beside it, which is renamed at the
-end."""
+"""Replaces an artifact's directory as a whole: files go into
+a scratch directory beside it, which is renamed at the end."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def new_directory(target: Path) -> Iterator[Staging]:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[bool]:
-    """Yield True if this process now holds the lock of `directory`. The kernel releases the lock of a process that
-    dies."""
+    """Yield True if this process now holds the lock of `directory`.
+    The kernel releases the lock of a process that dies."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:

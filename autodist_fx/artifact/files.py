@@ -1,5 +1,5 @@
-"""Files of an artifact: written and synced to disk, and read once, with the digest computed over the very bytes
-used."""
+"""Files of an artifact: written and synced to disk, and read
+once, with the digest computed over the very bytes used."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ class CheckedFiles:
     def read_tensors(
         self, name: str, device: torch.device | str = "cpu"
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Return all tensors of a safetensors file on `device`, in their saved shapes and dtypes, and the file's
-        metadata.
+        """Return all tensors of a safetensors file on `device`, in
+        their saved shapes and dtypes, and the file's metadata.
 
         The file is read once, from front to back. Raises ArtifactError.
         """

@@ -136,8 +136,8 @@ def _signature(fields: Mapping[str, Any], artifact: ArtifactReader) -> ModelSign
 
 
 def _variant(artifact: ArtifactReader, files: CheckedFiles, form: Form, before: Mapping[str, Variant]) -> Variant:
-    """Rebuild one saved variant: its whole graph, plan, op graph, guards, and the programs of all ranks. Raises
-    ArtifactError."""
+    """Rebuild one saved variant: its whole graph, plan, op graph,
+    guards, and the programs of all ranks. Raises ArtifactError."""
     folder = artifact.directory / form.folder
     values, _ = (
         files.read_tensors(f"{form.folder}/graph.safetensors")

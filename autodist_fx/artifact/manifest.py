@@ -1,5 +1,5 @@
-"""manifest.json: the variants of an artifact, the size and sha256 of every file, and the library versions that made
-it."""
+"""manifest.json: the variants of an artifact, the size and
+sha256 of every file, and the library versions that made it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Manifest:
     forms: tuple[str, ...]  # names of the saved variants: the folders of forms/
     versions: Mapping[str, str]  # of the libraries that made it
     files: Mapping[str, FileRecord]  # by relative path, without the manifest itself
-    key: str = ""  # in an entry of the split cache, the digest of the request that it serves
+    key: str = ""  # in an entry of the split cache, the digest of all that the split depends on
 
     @property
     def ranks(self) -> int:

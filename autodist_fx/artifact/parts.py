@@ -27,8 +27,8 @@ class Part:
 
 
 def parts_of(compiled: Compilation, model: PreTrainedModel) -> list[Part]:
-    """Collect the variants to save: those compiled so far, the main one first, and those that `generate` and
-    `model(...)` run.
+    """Collect the variants to save: those compiled so far, the
+    main one first, and those that `generate` and `model(...)` run.
 
     Variants that are missing are compiled for it.
     """
@@ -49,8 +49,8 @@ def parts_of(compiled: Compilation, model: PreTrainedModel) -> list[Part]:
 
 
 def named_parts(variants: Sequence[Variant]) -> list[Part]:
-    """Name these variants, and the encoders that fill their caches; the first of `variants` comes first in the
-    result."""
+    """Name these variants, and the encoders that fill their
+    caches; the first of `variants` comes first in the result."""
     parts: list[Part] = []
     for variant in variants:
         if variant.encoder is not None:

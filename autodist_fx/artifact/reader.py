@@ -137,8 +137,8 @@ class ArtifactReader:
     # -- programs -----------------------------------------------------------------------------------------------------
 
     def program(self, rank: int, form: str | None = None, device: torch.device | str = "cpu") -> RankProgram:
-        """Read the program of global rank `rank` with its weights on `device`; that of the main variant where `form`
-        names none.
+        """Read the program of global rank `rank` with its weights on
+        `device`; that of the main variant where `form` names none.
 
         Raises AutodistError for a variant that the artifact does not hold, MeshError for a rank that the mesh does not
         have.

@@ -31,8 +31,8 @@ DECODE, ENCODE, PROMPT, STEP, WHOLE = "decode", "encode", "prompt", "step", "who
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The contents of form.json. `input_forms` has each input's spec: its dims (size symbols and numbers) and its
-    dtype."""
+    """The contents of form.json. `input_forms` has each input's
+    spec: its dims (size symbols and numbers) and its dtype."""
 
     name: str
     use_cache: bool
@@ -55,8 +55,8 @@ class Form:
         return f"forms/{self.name}"
 
     def same_call(self, other: Form) -> bool:
-        """True if both serve the same call, so that they differ in nothing but the lengths at which their guards
-        hold."""
+        """True if both serve the same call, so that they differ in
+        nothing but the lengths at which their guards hold."""
         own_call, other_call = (
             (f.use_cache, f.phase, f.input_forms, f.fixed, bool(f.encoder)) for f in (self, other)
         )  # fmt: skip
@@ -99,8 +99,8 @@ def form_from_dict(data: Mapping[str, Any], where: str) -> Form:
 
 
 def program_to_dict(program: RankProgram, keys: Mapping[str, str]) -> dict[str, Any]:
-    """Serialize a program without its weights. `keys` maps a tensor's path in the graph to its name in the rank's
-    weights file."""
+    """Serialize a program without its weights. `keys` maps a tensor's
+    path in the graph to its name in the rank's weights file."""
     return {
         "rank": program.rank,
         "mesh": [program.mesh.tp, program.mesh.pp],
@@ -165,8 +165,8 @@ def program_from_dict(
 def read_graph(
     data: Any, tensors: Callable[[str, str, tuple[int, ...], torch.dtype], torch.Tensor], where: str
 ) -> torch.fx.GraphModule:
-    """Rebuild a GraphModule from JSON; `tensors(path, kind, shape, dtype)` gives its parameters and buffers. Raises
-    ArtifactError."""
+    """Rebuild a GraphModule from JSON; `tensors(path, kind, shape,
+    dtype)` gives its parameters and buffers. Raises ArtifactError."""
     try:
         return graph_from_json(data, tensors, LAYERS)
     except ArtifactError:
@@ -211,8 +211,8 @@ def _texts(values: Any) -> tuple[str, ...]:
 
 
 def conditions_to_dict(conditions: Guards | None) -> dict[str, Any] | None:
-    """Serialize guards: the graph that computes them, its size symbols, and the expected bool and source position of
-    each."""
+    """Serialize guards: the graph that computes them, its size
+    symbols, and the expected bool and source position of each."""
     if conditions is None:
         return None
     return {

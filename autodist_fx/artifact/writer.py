@@ -71,8 +71,8 @@ def save_compiled(
 
 
 def _programs(parts: Sequence[Part], rank: int, load: Load) -> Iterator[tuple[Part, RankProgram]]:
-    """Yield each part's program for one rank, for inference, with its weights; slices that two programs share are one
-    tensor."""
+    """Yield each part's program for one rank, for inference, with
+    its weights; slices that two programs share are one tensor."""
     done: list[RankProgram] = []
     for part in parts:
         variant = part.variant
@@ -104,8 +104,8 @@ def write_common(
     tokenizer: PreTrainedTokenizerBase | None,
     always: Mapping[str, object],
 ) -> None:
-    """Write all files that belong to no single rank. `always` holds arguments of every call, which all variants were
-    traced with."""
+    """Write all files that belong to no single rank. `always` holds
+    arguments of every call, which all variants were traced with."""
     config = parts[0].variant.traced.config
     name = type(model).__name__
     fields = {**config.to_diff_dict(), "architectures": [name]}
@@ -218,8 +218,8 @@ def _initial_state(variant: Variant) -> dict[str, torch.Tensor]:
 def finish(
     staging: Staging, parts: Sequence[Part], plan: PartitionPlan, files: Mapping[str, FileRecord], key: str = ""
 ) -> None:
-    """Write the manifest, as the last file, and sync all directories. Raises ArtifactError where a listed file is
-    missing."""
+    """Write the manifest, as the last file, and sync all directories.
+    Raises ArtifactError where a listed file is missing."""
     manifest = Manifest(
         model=plan.model,
         tp=plan.mesh.tp,

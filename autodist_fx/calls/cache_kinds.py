@@ -12,8 +12,8 @@ CROSS = "cross"  # keys and values of an encoder's output, written once per prom
 
 
 def one_cache(kinds: Sequence[str], cache_class: type[DynamicCache] = DynamicCache) -> DynamicCache:
-    """Make an empty cache that has one layer for each kind. A kind that ends in ":N" gets a layer with a window of N
-    tokens."""
+    """Make an empty cache that has one layer for each kind. A kind
+    that ends in ":N" gets a layer with a window of N tokens."""
     cache = cache_class()
     for kind in kinds:
         name, _, window = kind.partition(":")

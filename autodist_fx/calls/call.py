@@ -1,5 +1,5 @@
-"""One call of a model, split into tensors (inputs of the graph) and Python arguments (each combination has its own
-graph)."""
+"""One call of a model, split into tensors (inputs of the graph)
+and Python arguments (each combination has its own graph)."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def unusual(parameters: Iterable[inspect.Parameter], fixed: Mapping[str, object]
 def _refuse_gaps(
     model: ModelSignature, tensors: Mapping[str, torch.Tensor], fixed: Mapping[str, object]
 ) -> None:
-    """Raise AutodistError where an argument is missing that forward requires, or where two given arguments exclude each
-    other."""
+    """Raise AutodistError where an argument is missing that forward
+    requires, or where two given arguments exclude each other."""
     name, takes = model.model_class, [p.name for p in model.parameters]
     required = [p.name for p in model.parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if missing := [n for n in required if n not in tensors and n not in fixed]:

@@ -38,8 +38,8 @@ def with_total(lengths: Lengths) -> Lengths:
 
 
 def another_way(model: str, lengths: Mapping[str, int], lines: Sequence[str]) -> str:
-    """Return the sentence of an error: `model`'s guards at the source positions `lines` come out otherwise at
-    `lengths`."""
+    """Return the sentence of an error: `model`'s guards at the
+    source positions `lines` come out otherwise at `lengths`."""
     said = ", ".join(f"{_NAMES[letter]}: {n}" for letter, n in lengths.items() if letter in _NAMES)
     where = " and ".join(lines)
     return f"for these lengths ({said}) {model}'s code goes another way at {where} than it was traced with"

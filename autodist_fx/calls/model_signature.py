@@ -1,5 +1,5 @@
-"""`ModelSignature`: a model's class name, forward's parameters and the config, which is all that reading a call
-needs."""
+"""`ModelSignature`: a model's class name, forward's parameters
+and the config, which is all that reading a call needs."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from transformers.utils import ModelOutput
 
 
 def flat(outputs: Any) -> dict[str, Any]:
-    """Flatten nested dicts, tuples and lists into one dict with dotted names. Leaves of any type, None too, are kept as
-    they are."""
+    """Flatten nested dicts, tuples and lists into one dict with dotted
+    names. Leaves of any type, None too, are kept as they are."""
     if not isinstance(outputs, Mapping):
         outputs = dict(enumerate(outputs)) if isinstance(outputs, (tuple, list)) else {"0": outputs}
     found: dict[str, Any] = {}
@@ -48,8 +48,8 @@ def _nested(outputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged(of_ranks: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merge the flat outputs of several ranks: each output comes from the first rank that has it (a tp group's ranks
-    agree)."""
+    """Merge the flat outputs of several ranks: each output comes
+    from the first rank that has it (a tp group's ranks agree)."""
     found: dict[str, Any] = {}
     for outputs in of_ranks:
         for name, value in outputs.items():
