@@ -12,7 +12,7 @@ from autodist_fx.compiler import compilation
 from passes.ops.comm import all_reduce, copy_to_tp
 from passes.program.rank_program import RankProgram
 from tests.support.artifacts import edit_json
-from tests.support.command_line import fails, succeeds
+from tests.support.command_line import fails, refuses, succeeds
 from tests.support.models import tiny_model
 
 WHERE = r"rank 0 (stage 0, tp rank 0)"
@@ -73,13 +73,13 @@ def test_a_model(capsys, config_only, options):
 @pytest.mark.parametrize("options", [(), ("--numeric",), ("--train",)], ids="".join)
 def test_a_sum_that_is_lost(capsys, config_only, lose, options):
     lose(all_reduce)
-    said = fails(capsys, "verify", "--model", config_only, "--tp", 2, *options)
+    said = refuses(capsys, "verify", "--model", config_only, "--tp", 2, *options)
     assert WHERE in said and "still owed" in said
 
 
 def test_a_gradient_that_is_not_added_up(capsys, config_only, lose):
     lose(copy_to_tp)
-    said = fails(capsys, "verify", "--model", config_only, "--tp", 2, "--train")
+    said = refuses(capsys, "verify", "--model", config_only, "--tp", 2, "--train")
     assert WHERE in said and "nothing adds them up (copy_to_tp)" in said
 
 
@@ -92,7 +92,8 @@ def test_numbers_that_differ(capsys, config_only, lose, trusting, options, targe
     assert main(["verify", "--model", str(config_only), "--tp", "2", *options]) == 2
     said = capsys.readouterr()
     assert "made and verified" in said.out and "is equal" not in said.out
-    assert message in said.err and len(said.err.splitlines()) == 1
+    first, *lines = said.err.splitlines()
+    assert message in first and all(line.startswith("    ") for line in lines)
 
 
 @pytest.mark.parametrize("options", [(), ("--numeric",)], ids="".join)
@@ -106,7 +107,7 @@ def test_an_artifact(capsys, saved, options):
 def test_a_damaged_artifact(capsys, saved, tmp_path, options):
     shutil.copytree(saved, tmp_path / "saved")
     damaged(tmp_path / "saved")
-    said = fails(capsys, "verify", "--artifact", tmp_path / "saved", *options)
+    said = refuses(capsys, "verify", "--artifact", tmp_path / "saved", *options)
     assert "rank 1 (stage 0, tp rank 1), all_reduce_1" in said and "one of them is missing" in said
 
 
@@ -115,8 +116,9 @@ def test_a_damaged_artifact_of_which_the_numbers_differ(capsys, saved, tmp_path,
     damaged(tmp_path / "saved")
     assert main(["verify", "--artifact", str(tmp_path / "saved"), "--numeric"]) == 2
     said = capsys.readouterr()
-    assert "read and verified" in said.out and "run in float64, the ranks fail" in said.err
-    assert len(said.err.splitlines()) == 1
+    first, *lines = said.err.splitlines()
+    assert "read and verified" in said.out and "run in float64, the ranks fail" in first
+    assert len(lines) == 11 and all(line.startswith("    ") for line in lines)
 
 
 def test_what_cannot_be_verified(capsys, config_only, saved):
