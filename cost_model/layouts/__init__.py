@@ -1,1 +1,1 @@
-"""Which indices of a dim each tp rank holds, and which experts it holds alone."""
+"""Decides which elements of each dim a tp rank holds, and which experts it holds whole."""

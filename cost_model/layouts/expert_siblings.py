@@ -1,14 +1,16 @@
-"""Experts dealt whole to the tp ranks: which ops hang on one term of a sum, and how they lie when it has a rank alone.
+"""Expert parallelism: finds alike experts in the op graph, and the placements by which each lies whole on one tp rank.
 
-Found by structure, not by name. Where terms are added to one tensor one after the other (a chain of index_add), or rows
-are joined (join_rows), everything that only one term needs is its *body*: the choice of its tokens, its linears, their
-weights. Bodies that are alike (same kinds, shapes and ties) are siblings, dealt to the ranks in order, as evenly as
-whole ones allow. A body then lies O(rank), and the sum is owed (P): its other terms are on other ranks.
+Experts are found by structure, not by name. Where terms are added to one tensor one after the other (a chain of
+index_add), or rows are joined (join_rows), all ops that only one term needs are its *body*: the choice of its tokens,
+its linears, their weights. Bodies that are alike (same kinds, shapes and ties) are siblings, dealt to the ranks in
+order, as evenly as whole ones allow. A body then lies O(rank), and the sum is owed (P): its other terms are on other
+ranks.
 
     index_add_(out, tokens_0, expert_0(x[tokens_0])); index_add_(out, tokens_1, expert_1(x[tokens_1])); ...
 
 Where one tensor holds the weights of all experts, it is followed from the piece that each body reads (a slice, a part
-of a split) back to the parameter, element by element: D(dim), with the elements of a rank's experts on that rank.
+of a split) back to the parameter, element by element (expert_weights.py): it lies D(dim), with the elements of a rank's
+experts on that rank.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _JOINS = ("join_rows",)
 
 @dataclass(slots=True)
 class _Body:
-    """One term: `ops` run for it alone, and `link`, where there is one, adds it."""
+    """One expert: `ops` run for its term alone; `link` is the index_add that adds the term, None for joined rows."""
 
     ops: set[str]
     link: Op | None
@@ -36,28 +38,32 @@ class _Body:
 
 @dataclass(frozen=True, slots=True)
 class Siblings:
-    """`count` experts of a layer, of which the fullest rank has `most`."""
+    """The number of alike experts of a layer, and of those on the fullest rank."""
 
     count: int
     most: int
 
     @property
     def share(self) -> float:
+        """The fullest rank's share of the experts, 0.0 to 1.0."""
         return self.most / self.count
 
 
 @dataclass(slots=True)
 class ExpertTable:
-    """For every op that changes when experts are dealt: its way; the layouts of what lies D; its siblings."""
+    """The placements of all ops that change when experts are dealt whole to the ranks."""
 
-    ways: dict[str, Way] = field(default_factory=dict)
-    layouts: dict[tuple[TensorRef, int], Layout] = field(default_factory=dict)
-    siblings: dict[str, Siblings] = field(default_factory=dict)  # of ops and parameters that lie on one rank
-    twins: dict[str, str] = field(default_factory=dict)  # op of one expert -> the same of its layer's first expert
+    ways: dict[str, Way] = field(default_factory=dict)  # op or parameter -> its placements
+    layouts: dict[tuple[TensorRef, int], Layout] = field(default_factory=dict)  # of tensors in D(dim), by (tensor, dim)
+    siblings: dict[str, Siblings] = field(default_factory=dict)  # op or parameter that lies on one rank -> its group
+    twins: dict[str, str] = field(default_factory=dict)  # op of an expert -> the same op of its layer's first expert
 
 
 def find_experts(graph: OpGraph, tp: int, rules: RuleTable) -> ExpertTable:
-    """Empty for one rank. Siblings that cannot be dealt (there are fewer than ranks, say) have twins and no ways."""
+    """Returns the table of all experts of a graph; an empty one for tp=1.
+
+    Siblings that cannot be dealt (there are fewer than ranks, say) have twins and no ways.
+    """
     table = ExpertTable()
     if tp == 1:
         return table
@@ -76,7 +82,7 @@ def find_experts(graph: OpGraph, tp: int, rules: RuleTable) -> ExpertTable:
 
 
 def _chains(graph: OpGraph) -> list[list[Op]]:
-    """Runs of ops that each add a term to what the one before made for it alone."""
+    """Returns the chains of index_add: each op adds a term to the result of the one before, its only reader."""
     found: dict[str, list[Op]] = {}  # by the last link
     outputs = {ref.op for ref in graph.outputs}
     for op in graph:
@@ -102,7 +108,7 @@ class _Finder:
     # -- bodies ----------------------------------------------------------------------------------------------------
 
     def body(self, refs: Iterable[TensorRef], inside: set[str]) -> set[str]:
-        """The ops (and parameters) that only what is `inside` uses, as far back as that goes."""
+        """Returns the ops and parameters upstream of `refs` that nothing reads but ops `inside` and one another."""
         found: set[str] = set()
         pending = [ref.op for ref in refs]
         while pending:
@@ -110,13 +116,13 @@ class _Finder:
             if op.name in found or op.kind in ("input", "buffer") or op.mutates or op.name in self.outputs:
                 continue
             if not self.users[op.name] <= inside | found:
-                continue  # it comes again with its last user
+                continue  # something else reads it; or it is pushed again when its last reader has been found
             found.add(op.name)
             pending += [*(ref.op for ref in op.inputs), *op.numbers]
         return found
 
     def alike(self, bodies: Sequence[_Body]) -> list[list[_Body]]:
-        """Bodies in groups of equal ones that share nothing."""
+        """Groups bodies that are alike; leaves out groups whose bodies share an op."""
         groups: dict[int, list[_Body]] = {}
         for body in bodies:
             if body.ops:
@@ -124,7 +130,7 @@ class _Finder:
         return [g for g in groups.values() if len({op for b in g for op in b.ops}) == sum(len(b.ops) for b in g)]
 
     def _signature(self, body: _Body) -> int:
-        """Equal for bodies that are the same ops on the same shapes, tied in the same way."""
+        """Returns a number that is equal for bodies with the same ops on the same shapes, tied in the same way."""
         known: dict[str, int] = {}
         order = self._in_order(body.ops)
         for number, op in enumerate(order):
@@ -141,7 +147,7 @@ class _Finder:
         return self.signatures.setdefault(text, len(self.signatures))
 
     def _in_order(self, names: set[str]) -> list[Op]:
-        """In execution order, parameters where they are first used (which is the same for siblings)."""
+        """Returns the ops in execution order, each parameter in front of its first reader: alike for siblings."""
         found: dict[str, Op] = {}
         for name in sorted((n for n in names if self.graph[n].kind != "param"), key=self.positions.__getitem__):
             for ref in self.graph[name].inputs:
@@ -153,12 +159,16 @@ class _Finder:
     # -- dealing -----------------------------------------------------------------------------------------------------
 
     def deal(self, bodies: Sequence[_Body], join: Op | None = None) -> None:
-        """Writes down how everything lies when the bodies are dealt to the ranks, if weights are among it."""
+        """Notes the placements of all tensors of the bodies when they are dealt to the ranks in order.
+
+        Notes twins only where there are fewer bodies than ranks, no matmul weight is among them, or gradients would not
+        reach all ranks (`_read_alike`). `join` is the join_rows that collects the terms, if there is one.
+        """
         first, *others = [self._in_order(body.ops) for body in bodies]
         for order in others:
             self.table.twins.update((op.name, twin.name) for op, twin in zip(order, first, strict=True))
         links = [body.link.name for body in bodies if body.link is not None]
-        # all but the last, whose result is wanted otherwise than theirs
+        # All but the last link, whose result other ops read in placements of their own.
         self.table.twins.update((name, links[0]) for name in links[1:-1])
         if len(bodies) < self.tp:
             return
@@ -174,9 +184,9 @@ class _Finder:
         self.table.ways.update(weights.ways)
         self.table.layouts.update(weights.layouts)
         for name, rank in owner.items():
-            op, alone = self.graph[name], owned(rank)
-            lie = tuple(weights.read_as.get(ref, alone) for ref in op.inputs)
-            self.table.ways[name] = Way(lie, (alone,) * len(op.outputs))
+            op, on_rank = self.graph[name], owned(rank)
+            placements = tuple(weights.read_as.get(ref, on_rank) for ref in op.inputs)
+            self.table.ways[name] = Way(placements, (on_rank,) * len(op.outputs))
             self.table.siblings[name] = siblings
         for body, rank in zip(bodies, rank_of, strict=True):
             if body.link is not None:
@@ -186,11 +196,11 @@ class _Finder:
             self.table.ways[join.name] = Way((*(owned(r) for r in rank_of), REPLICATE), (PARTIAL,))
 
     def _read_alike(self, bodies: Sequence[_Body], weights: WholeWeights) -> bool:
-        """Whether every rank, whichever experts it has, reads of all that bears gradients which the experts read.
+        """True if every rank, whichever experts it has, reads every tensor with a gradient that some expert reads.
 
-        Backward, each has a term of the gradient, and the ranks add them up together: of a tensor that every expert
-        reads, or that is made into pieces for nothing but the experts, one for each. A rank that read nothing of it
-        would not take part.
+        In the backward pass each reader has a term of the tensor's gradient, and the ranks sum the terms by a
+        collective, from which a rank that read nothing would be missing. Every rank reads a tensor that every expert
+        reads, or one that is split for the experts alone, a piece for each.
         """
         inside = {name for body in bodies for name in body.ops} | {b.link.name for b in bodies if b.link is not None}
         times: Counter[TensorRef] = Counter()
@@ -210,10 +220,12 @@ class _Finder:
         )
 
     def _bears_gradients(self, ref: TensorRef) -> bool:
+        """True if a gradient can reach the tensor: it is floating point, and no input or buffer."""
         constant = self.graph[ref.op].kind in ("input", "buffer")
         return not constant and not self.graph.spec(ref).dtype.startswith(("int", "uint", "bool"))
 
 
 def _dim(size: int, symbol: str) -> int | str:
-    """A length that follows values is like any other of which as much is expected."""
+    """Returns what of a dim must be equal in alike experts: a constant length or the size symbol; of "?7~B*S/4" the
+    expected "B*S/4" only, since each expert has its own number of rows."""
     return symbol[symbol.find("~") + 1 :] if symbol else size

@@ -1,9 +1,10 @@
-"""Weights of all experts in one tensor, followed from what each expert reads of it back to the parameter.
+"""Follows a parameter that holds the weights of all experts, from the piece that each expert reads back to it.
 
     w [4*f, h] -> view [4, f, h] -> split -> [1, f, h], ...        each part is read by one expert alone
-    w [4, f, h] -> w[0], w[1], ...
+    w [4, f, h] -> w[0], w[1], ...                                 (4 experts of f features, h hidden)
 
-Each element along one dim of each tensor on that way then belongs to one expert, hence to its rank.
+Each element along one dim of each tensor between the experts and the parameter then belongs to one expert, hence to
+the tp rank that has the expert.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from cost_model.graph.placement import Layout, Placement, dealt, intervals_of, o
 from cost_model.rules.rule import DimLink, IntArray
 from cost_model.rules.table import RuleTable
 
-# What experts' weights may be read through before each expert's part is taken.
+# Kinds of op that experts' weights may be read through before each expert's part is taken.
 _THROUGH = ("view", "permute", "to", "identity")
-_NOBODY = -1
+_NOBODY = -1  # in place of a tp rank
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How an op's tensors lie when experts are dealt whole."""
+    """The placements of an op's inputs and outputs when experts are dealt whole."""
 
     inputs: tuple[Placement, ...]
     outputs: tuple[Placement, ...]
@@ -33,17 +34,18 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class _Dealt:
-    """Of each element along `dim`, the tp rank whose expert reads it."""
+    """An assignment of the elements along `dim` to tp ranks: `ranks[i]` has the expert that reads element i."""
 
     dim: int
     ranks: IntArray
 
 
 class WholeWeights:
-    """`owner` maps the ops of all experts of a layer to their tp rank.
+    """The placements of parameters that hold the weights of all experts of a layer, and of the ops between them and
+    the experts.
 
-    `ways` and `layouts` are of the parameters and of what stands between them and the experts; `read_as` says how a
-    tensor lies that an expert picks its own element from.
+    `owner` maps the ops of all these experts to their tp rank. `ways` has the placements of those ops and parameters,
+    `layouts` the layouts of their tensors, and `read_as` the placement in which each of these tensors is read.
     """
 
     def __init__(self, graph: OpGraph, rules: RuleTable, tp: int, owner: Mapping[str, int]) -> None:
@@ -56,26 +58,31 @@ class WholeWeights:
                 self._follow(name)
 
     def parameter_of(self, ref: TensorRef) -> str:
-        """What `ref` is a part of or a view of; "" where that is no parameter."""
+        """Returns the name of the parameter that `ref` is a part of, or a view of; "" if it is of none."""
         op = self.graph[ref.op]
         while op.kind in (*_THROUGH, "split") and op.name not in self.owner:
             op = self.graph[op.inputs[0].op]
         return op.name if op.kind == "param" else ""
 
     def _follow(self, name: str) -> None:
-        """Notes nothing where something else reads the parameter too, or an expert reads what others read."""
+        """Notes the placements of parameter `name` and of the ops between it and the experts.
+
+        Notes nothing where something else reads the parameter too, or where an expert reads what others read.
+        """
+        # First forward, from the parameter through views: each reader claims elements. Then backward: the claims on
+        # each tensor are merged and handed on, through the view that made it, to the tensor in front.
         claims: dict[TensorRef, list[_Dealt]] = {}
-        tensors, through, parts = [TensorRef(name)], list[Op](), dict[str, tuple[int, ...]]()
-        for ref in tensors:  # grows
+        tensors, views, part_ranks = [TensorRef(name)], list[Op](), dict[str, tuple[int, ...]]()
+        for ref in tensors:  # grows while it is walked
             for user, _ in self.graph.users.get(ref, ()):
                 op = self.graph[user]
                 claim = self._picked(ref, op) if user in self.owner else None
                 if op.kind == "split" and user not in self.owner:
-                    parts[user] = tuple(self._reader(TensorRef(user, j)) for j in range(len(op.outputs)))
+                    part_ranks[user] = tuple(self._reader(TensorRef(user, j)) for j in range(len(op.outputs)))
                     lengths = [o.shape[op.attrs["dim"]] for o in op.outputs]
-                    claim = _Dealt(op.attrs["dim"], np.repeat(np.array(parts[user], dtype=np.int64), lengths))
+                    claim = _Dealt(op.attrs["dim"], np.repeat(np.array(part_ranks[user], dtype=np.int64), lengths))
                 elif op.kind in _THROUGH and user not in self.owner:
-                    through.append(op)
+                    views.append(op)
                     tensors.append(TensorRef(user))
                     continue
                 if claim is None:
@@ -83,28 +90,28 @@ class WholeWeights:
                 claims.setdefault(ref, []).append(claim)
         dealt_as: dict[TensorRef, _Dealt] = {}
         for ref in reversed(tensors):
-            for op in through:
+            for op in views:
                 if op.inputs[0] == ref:
-                    back = self._before(op, dealt_as[TensorRef(op.name)])
-                    if back is None:
+                    at_input = self._before(op, dealt_as[TensorRef(op.name)])
+                    if at_input is None:
                         return
-                    claims.setdefault(ref, []).append(back)
-            together = _together(claims.get(ref, []))
-            if together is None:
+                    claims.setdefault(ref, []).append(at_input)
+            merged = _together(claims.get(ref, []))
+            if merged is None:
                 return
-            dealt_as[ref] = together
-        for ref, lies in dealt_as.items():
-            parts_of = tuple(intervals_of(np.flatnonzero(lies.ranks == r).tolist()) for r in range(self.tp))
-            self.layouts[ref, lies.dim] = Layout(len(lies.ranks), parts_of)
-            self.read_as[ref] = dealt(lies.dim)
+            dealt_as[ref] = merged
+        for ref, assignment in dealt_as.items():
+            parts_of = tuple(intervals_of(np.flatnonzero(assignment.ranks == r).tolist()) for r in range(self.tp))
+            self.layouts[ref, assignment.dim] = Layout(len(assignment.ranks), parts_of)
+            self.read_as[ref] = dealt(assignment.dim)
         self.ways[name] = Way((), (self.read_as[TensorRef(name)],))
-        for op in through:
+        for op in views:
             self.ways[op.name] = Way((self.read_as[op.inputs[0]],), (self.read_as[TensorRef(op.name)],))
-        for user, ranks in parts.items():
+        for user, ranks in part_ranks.items():
             self.ways[user] = Way((self.read_as[self.graph[user].inputs[0]],), tuple(map(owned, ranks)))
 
     def _picked(self, ref: TensorRef, op: Op) -> _Dealt | None:
-        """x[3], read by an expert: element 3 is its own."""
+        """Returns the claim of an expert's x[3], which is element 3 along that dim; None for any other op."""
         picks: tuple[tuple[int, int], ...] = op.attrs.get("picks", ()) if op.kind == "slice" else ()
         if len(picks) != 1:
             return None
@@ -114,12 +121,12 @@ class WholeWeights:
         return _Dealt(dim, ranks)
 
     def _reader(self, ref: TensorRef) -> int:
-        """The one rank whose experts read a part of a split."""
+        """Returns the rank whose experts alone read `ref`, a part of a split; _NOBODY if others read it, too."""
         ranks = {self.owner.get(user, _NOBODY) for user, _ in self.graph.users.get(ref, ())}
         return ranks.pop() if len(ranks) == 1 else _NOBODY
 
     def _before(self, op: Op, after: _Dealt) -> _Dealt | None:
-        """How the input of `op` lies whose output lies as `after`."""
+        """Returns the assignment of the input of `op` that makes its output lie as `after`; None if there is none."""
         for factor in self.rules(op, self.graph.input_specs(op)).factors:
             out = next((x for x in factor.outputs if x.dim == after.dim), None)
             of_factor = None if out is None else _through(factor.size, after.ranks, out)
@@ -134,7 +141,8 @@ class WholeWeights:
 
 
 def _through(size: int, ranks: IntArray, link: DimLink) -> IntArray | None:
-    """The rank of each coordinate of a factor; None where a coordinate is on several."""
+    """Returns the rank of each of `size` coordinates of a factor, by the ranks of the elements of a dim that `link`
+    ties to it; None where a coordinate is on several ranks."""
     if link.pairs is None:
         return ranks
     found = np.full(size, _NOBODY, dtype=np.int64)
@@ -143,7 +151,7 @@ def _through(size: int, ranks: IntArray, link: DimLink) -> IntArray | None:
 
 
 def _together(claims: list[_Dealt]) -> _Dealt | None:
-    """All claims as one; None where they speak of several dims, or leave or give an element twice."""
+    """Merges claims on one tensor; None if they are of several dims, leave an element out, or give it to two ranks."""
     if len({claim.dim for claim in claims}) != 1:
         return None
     ranks = np.full_like(claims[0].ranks, _NOBODY)

@@ -1,4 +1,4 @@
-"""Which elements of each dim a tp rank would hold, for the whole graph at once, before anything is chosen.
+"""Layouts of all dims, the elements that each tp rank would hold, for the whole graph before any strategy is chosen.
 
 The factors of the op rules tie dims of different tensors together: the outputs of q_proj, the heads after the view, the
 attention's output, the inputs of o_proj. Followed element by element, these ties say what may not be cut apart: all
@@ -9,7 +9,11 @@ difference whether q, k and v are three weights or one, in thirds or interleaved
 Where grouped attention leaves fewer grains than ranks (2 KV heads on 4 ranks), the tie between a KV head and its query
 heads is loosened: query heads are dealt out, and each rank holds the KV heads that its query heads read.
 
-Every (tensor, dim) gets one layout or none, so that a placement S(dim) needs no further words in the search.
+Every (tensor, dim) gets one layout or none, so that in the search a placement S(dim) says all there is to say.
+
+Two kinds of tie are kept apart, since most are trivial. Dims that correspond element by element are merged by
+union-find into one, known by its *root*; only the others (a view that splits a dim, a slice, grouped heads) become
+relations with arrays of element pairs.
 """
 
 from __future__ import annotations
@@ -26,12 +30,15 @@ from cost_model.rules.rule import Factor, IntArray, OpRule
 from cost_model.rules.table import RuleTable
 
 Dim = tuple[TensorRef, int]
-_UNSEEN = Layout(0, ())
+_UNSEEN = Layout(0, ())  # for dims that were never dealt, apart from those dealt whole, which have None
 
 
 @dataclass(slots=True)
 class _Relation:
-    """Elements `a_elements[i]` of set `a` and `b_elements[i]` of set `b` (a factor's coordinate) belong together."""
+    """A tie of two dims: element `pairs[0][i]` of `a` belongs with element `pairs[1][i]` of `b`, a factor's coordinate.
+
+    `cover` as in DimLink.
+    """
 
     a: Dim
     b: Dim
@@ -40,7 +47,7 @@ class _Relation:
 
 
 class LayoutTable:
-    """The layout of every shardable dim, and the factors that are in force for every op."""
+    """The layout of every shardable dim on `tp` ranks, and the factors along which each op can be sharded."""
 
     def __init__(self, graph: OpGraph, tp: int, rules: RuleTable | None = None) -> None:
         self.graph = graph
@@ -54,23 +61,24 @@ class LayoutTable:
         self._solve()
 
     def layout(self, ref: TensorRef, dim: int) -> Layout | None:
-        """None when every rank would hold the whole dim."""
+        """Returns the layout of `ref` along `dim`; None if every rank would hold the whole dim."""
         root = self._find((ref, dim))
         return self._layouts.get(root)
 
     def is_kept_whole(self, ref: TensorRef) -> bool:
-        """True when some dim (of more than one element) is whole on every rank although its op could be sharded along
+        """True if some dim (of more than one element) is whole on every rank although its op could be sharded along
         it: the projections of a single KV head, which every rank's query heads read."""
         shape = self.graph.spec(ref).shape
         return any(n > 1 and self._layouts.get(self._find((ref, d)), _UNSEEN) is None for d, n in enumerate(shape))
 
     def factors(self, op: Op) -> tuple[Factor, ...]:
-        """The op's factors that can be sharded and bear on some matmul's weight."""
+        """Returns the op's factors that can be sharded and are tied to some matmul's weight."""
         return self._factors[op.name]
 
     # -- dims that are the same, element by element: union-find ------------------------------------------------------
 
     def _find(self, dim: Dim) -> Dim:
+        """Returns the root of the set of dims that are the same as `dim`."""
         parents = self._parents
         root = dim
         while (up := parents.get(root, root)) != root:
@@ -89,6 +97,7 @@ class LayoutTable:
     # -- the three steps -------------------------------------------------------------------------------------------
 
     def _solve(self) -> None:
+        """Merges dims that are the same, chooses among alternative factors, deals grains, keeps the useful factors."""
         rules: dict[str, OpRule] = {}
         static: dict[str, list[Factor]] = {}
         for op in self.graph:
@@ -111,7 +120,7 @@ class LayoutTable:
             self._factors[op.name] = tuple(x for x in static[op.name] if self._is_useful(op, x))
 
     def _dims(self, op: Op, factor: Factor) -> Iterable[tuple[Dim, bool]]:
-        """(dim, whether it equals the factor element by element) of all links."""
+        """Yields each dim that the factor runs through, and whether the dim equals the factor element by element."""
         for link in factor.inputs:
             yield (op.inputs[link.slot], link.dim), link.pairs is None
         for link in factor.outputs:
@@ -121,7 +130,7 @@ class LayoutTable:
         return any(self.graph.spec(ref).is_dynamic(dim) for (ref, dim), _ in self._dims(op, factor))
 
     def _anchor(self, op: Op, factor: Factor) -> Dim:
-        """A dim that stands for the factor's own coordinate: one of its identical dims, or one made up for it."""
+        """Returns a dim that stands for the factor's coordinate: one that equals it, or one made up, of index -1."""
         for dim, identical in self._dims(op, factor):
             if identical:
                 return dim
@@ -134,9 +143,10 @@ class LayoutTable:
                 self._union(anchor, dim)
 
     def _blocked_dims(self, rules: dict[str, OpRule]) -> set[Dim]:
-        """Dims that some op touches without a factor for them: sharding them there would cost a gather."""
+        """Returns the roots of dims that some op touches without a factor for them: there, sharded, they would have to
+        be gathered."""
         blocked: set[Dim] = set()
-        dropped: set[Dim] = set()  # of one element
+        dropped: set[Dim] = set()  # the same of dims of one element, as squeeze takes away
         for op in self.graph:
             named: set[Dim] = set()
             for factor in rules[op.name].factors:
@@ -149,12 +159,13 @@ class LayoutTable:
             for factor in rules[op.name].factors:
                 pieces = [(TensorRef(op.name, x.slot), x.dim) for x in factor.outputs if x.pairs is not None]
                 if any(self.graph.spec(ref).shape[d] == 1 and self._find((ref, d)) in dropped for ref, d in pieces):
-                    # cut into single elements whose dim goes (one expert's weight of all): each is wanted whole
+                    # The dim is cut into single elements and then goes (one expert's weight of all): each element is
+                    # wanted whole where it is read.
                     blocked.update(self._find((op.inputs[x.slot], x.dim)) for x in factor.inputs)
         return blocked
 
     def _choose_alternatives(self, op: Op, factors: list[Factor], blocked: set[Dim]) -> list[Factor]:
-        """Of the factors of one split or merged dim, keeps at most one: the outermost that no op blocks.
+        """Keeps at most one of the factors of each split or merged dim: the outermost that no op blocks.
 
         A factor of size 1 (the head dim of multi-query attention) counts when the others are blocked: it keeps the
         dim in one piece, where otherwise each rank would compute a part and gather it at once.
@@ -173,6 +184,7 @@ class LayoutTable:
         return chosen
 
     def _relations(self, op: Op, factor: Factor) -> list[_Relation]:
+        """Returns the ties of the factor's anchor to the dims that do not equal it element by element."""
         anchor = self._anchor(op, factor)
         found = []
         for link in factor.inputs:
@@ -186,11 +198,12 @@ class LayoutTable:
         return found
 
     def _size(self, root: Dim) -> int:
+        """Returns the number of elements of a dim, which may be one made up for a factor."""
         made_up = self._made_up_sizes.get(root)
         return made_up if made_up is not None else self.graph.spec(root[0]).shape[root[1]]
 
     def _deal(self, relations: list[_Relation]) -> None:
-        """Grains of each connected set of dims, dealt to the ranks."""
+        """Deals the grains of each set of dims that relations connect to the ranks."""
         ties: nx.Graph[Dim] = nx.Graph()
         weights = [op for op in self.graph if op.kind == "param"]
         for op in weights:
@@ -215,7 +228,7 @@ class LayoutTable:
             for root in roots:
                 self._carries_weight[root] = carries
             if not carries:
-                continue  # nothing is won by sharding it
+                continue  # no matmul's weight is among the dims: nothing is won by sharding them
             position = {root: i for i, root in enumerate(roots)}
             edges = [
                 (i, position[self._find(r.b)], r.pairs, r.cover)
@@ -223,13 +236,18 @@ class LayoutTable:
                 for r in by_root.get(root, ())
             ]
             sizes = tuple(self._size(root) for root in roots)
-            # the layers of a model repeat: the same sizes tied by the same (shared) arrays give the same layouts
+            # The layers of a model repeat, and their grains are dealt once: the same sizes tied by the same arrays give
+            # the same layouts. Arrays are compared by id(), since to hash millions of elements would take longer than
+            # to deal them. Equal ops share one rule and hence its arrays (RuleTable), which `relations` keeps alive, so
+            # that no id is used again; equal arrays of two rules only cost a second dealing.
             key = (sizes, tuple((i, j, id(p), cover) for i, j, p, cover in edges))
             if key not in solved:
                 solved[key] = deal_grains(sizes, edges, self.tp)
             self._layouts.update(zip(roots, solved[key], strict=True))
 
     def _is_useful(self, op: Op, factor: Factor) -> bool:
+        """True if the factor cuts some dim, and the op can run on the parts: a sum counts no element twice, and no rank
+        is left without elements where torch refuses that."""
         layouts = [self.layout(*dim) for dim, _ in self._dims(op, factor)]
         if factor.reduces and any(layout is not None and layout.overlaps for layout in layouts):
             return False
