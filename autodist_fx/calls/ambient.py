@@ -1,4 +1,4 @@
-"""What the caller has set around a call that would change what a model computes."""
+"""Refuses torch state that the caller has set around a call and that would change what a model computes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _DEVICES = ("cpu", "cuda")
 
 
 def autocast_devices() -> list[str]:
-    """Kinds of devices for which the caller has torch.autocast on, in this thread."""
+    """List the device types for which the caller has torch.autocast on, in this thread."""
     return [device for device in _DEVICES if torch.is_autocast_enabled(device)]
 
 
 def refuse_autocast(purpose: str) -> None:
-    """Raises AutodistError under torch.autocast: a graph has neither the parts of a model that switch it off (rotary
+    """Raise AutodistError under torch.autocast: a graph has neither the parts of a model that switch it off (rotary
     positions) nor tensors of other dtypes between stages."""
     if devices := autocast_devices():
         raise AutodistError(
