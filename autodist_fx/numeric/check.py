@@ -1,5 +1,7 @@
-"""One call of a traced form of a model: the model's own graph and all ranks run in float64 on the same inputs, and what
-leaves a rank is what the model returns, to 1e-8 of its largest element."""
+"""Compares one call of one variant: the model's own graph and all ranks run in float64 on the same inputs.
+
+Each output of a rank must equal the model's output of that name, to 1e-8 of the latter's largest element.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ TOLERANCE = 1e-8
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One traced form of a model: its graph, and the programs of all ranks."""
+    """One variant as the check sees it: its whole graph, its plan, and the programs of all ranks."""
 
     whole: torch.fx.GraphModule
     names: Mapping[int, str]  # passes.op_graph.build.parameter_names of the model
@@ -35,14 +37,14 @@ class Form:
     layer_kinds: Sequence[str]
 
     def whole_program(self) -> RankProgram:
-        """The model's graph as the program of the one rank of a mesh of one."""
+        """Wrap the whole graph as the program of the one rank of a 1 x 1 mesh."""
         inputs = tuple(str(n.target) for n in self.whole.graph.nodes if n.op == "placeholder")
         layers = range(len(self.layer_kinds))
         return RankProgram(0, Mesh(1, 1), self.whole, inputs, {}, tuple(layers), tuple(self.layer_kinds))
 
 
 def drawn_weights(form: Form, buffers: Mapping[str, torch.Tensor], seed: int = 0) -> Weights:
-    """For all forms of a model: `form` is one that has all its parameters."""
+    """Draw float64 weights for all variants of a model; `form` is one that has all of its parameters. See Weights."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in form.whole.named_parameters(remove_duplicate=False):
         shapes.setdefault(form.names.get(id(tensor), name), tuple(tensor.shape))
@@ -57,23 +59,24 @@ def check_call(
     *,
     locate: bool = False,
 ) -> dict[str, Any]:
-    """Run the model and all ranks on the same inputs (and each on its own of `caches`); the model's outputs.
+    """Run the model's graph and all ranks on the same inputs, each with its own entry of `caches`, and return the
+    model's outputs: float64 tensors by name, in their true shapes.
 
     Raises VerificationError, which names the rank, the output, and with `locate` (which keeps every value) the first
     node that differs; AutodistError where the model's own graph refuses these inputs.
     """
-    given: list[Mapping[str, Any]] = [
+    inputs_of_runs: list[Mapping[str, Any]] = [  # the model's own graph first, then the ranks
         inputs if caches is None else {**inputs, "past_key_values": cache}
         for cache in (caches if caches is not None else [None] * (1 + len(form.programs)))
     ]
     with torch.no_grad(), double_by_default():
         whole = Doubles(form.whole, of_whole(form.whole, form.names, weights), keep=locate)
         try:
-            expected = whole.values(given[0])
+            expected = whole.values(inputs_of_runs[0])
         except Exception as error:
             raise refusal(form, error) from error
         ranks = [Doubles(p.graph_module, of_rank(p, weights), keep=locate) for p in form.programs]
-        wrong = _run_ranks(form, ranks, given[1:], expected)
+        wrong = _run_ranks(form, ranks, inputs_of_runs[1:], expected)
     if wrong:
         found = first_difference(form.plan, form.programs, whole, ranks) if locate else None
         if found is None:
@@ -84,13 +87,14 @@ def check_call(
 
 
 def _run_ranks(
-    form: Form, ranks: Sequence[Doubles], given: Sequence[Mapping[str, Any]], expected: Mapping[str, Any]
+    form: Form, ranks: Sequence[Doubles], inputs: Sequence[Mapping[str, Any]], expected: Mapping[str, Any]
 ) -> str:
-    """What is wrong, "" for nothing."""
+    """Run all ranks in threads and compare their outputs; return
+    the first difference as a sentence, "" where there is none."""
 
     def run(rank: int, communicator: ThreadCommunicator) -> Any:
         with using(communicator):
-            return ranks[rank].values(given[rank])
+            return ranks[rank].values(inputs[rank])
 
     try:
         outputs = ThreadWorld(form.plan.mesh).run(run)
@@ -110,7 +114,7 @@ def _run_ranks(
 
 
 def failure(error: Exception) -> str:
-    """What the ranks' failing says."""
+    """Turn an exception of the ranks into a sentence. Raises AutodistError for a limit of the check itself."""
     if isinstance(error, AutodistError) and not isinstance(error, CommunicationError):
         raise error  # the check's own limits
     notes = " ".join(getattr(error, "__notes__", ()))
@@ -118,14 +122,14 @@ def failure(error: Exception) -> str:
 
 
 def refusal(form: Form, error: Exception) -> AutodistError:
-    """What to raise where the model itself fails."""
+    """Return the AutodistError to raise where the model's own graph fails on these inputs."""
     if isinstance(error, AutodistError):
         return error
     return AutodistError(f"the numeric check could not run {form.plan.model} itself on made-up inputs: {error}")
 
 
 def _tensors(outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Outputs that are tensors, by name; those in tuples by name and place."""
+    """Return the outputs that are tensors, by name; those inside tuples by name and index."""
     found = {}
     for name, value in outputs.items():
         if isinstance(value, torch.Tensor):
@@ -136,7 +140,12 @@ def _tensors(outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def difference(found: torch.Tensor, wanted: torch.Tensor, largest: float | None = None) -> float:
-    """The largest, relative to `largest`, by default that of `wanted`; NaN equals NaN; infinite for another shape."""
+    """Return the largest absolute difference of two tensors,
+    relative to `largest` (by default the largest of |wanted|).
+
+    NaN equals NaN, and an infinity the same infinity. The result is inf for tensors of different shapes, for one that
+    is floating-point and one that is not, and for unequal integers.
+    """
     if found.shape != wanted.shape or found.is_floating_point() != wanted.is_floating_point():
         return float("inf")
     if wanted.numel() == 0:

@@ -1,4 +1,4 @@
-"""Inputs for a graph, made up from their forms: right in shape and range, random otherwise."""
+"""Draws inputs for a graph from its input specs: their shapes and ranges are right, their values random."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ import torch.fx
 from autodist_fx.simulation.table_checks import lookups
 from autodist_fx.tracing.input_specs import InputForm
 
-Lengths = Mapping[str, int]  # "B", "S", "T", "E", "K": see input_forms
+Lengths = Mapping[str, int]  # by size symbol: "B", "S", "T", "E", "K" (docs/glossary.md)
 
 
 def make_inputs(
     whole: torch.fx.GraphModule, forms: Mapping[str, InputForm], lengths: Lengths, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """By name, for the inputs in `forms`. Positions go on where lengths["T"] - lengths["S"] tokens came before; masks
-    leave out the third token of the first sequence."""
+    """Draw an input tensor for each input spec in `forms`, by name.
+
+    Shapes take the value of each size symbol from `lengths`. Floating-point inputs are float64, all others have the
+    dtype of their spec. Positions start at T - S, the number of tokens cached before; masks hide the third token of the
+    first sequence.
+    """
     rows = lookups(whole)
     return {name: _make(name, form, lengths, rows.get(name, 2), generator) for name, form in forms.items()}
 
 
 def _make(name: str, form: InputForm, lengths: Lengths, rows: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw one input; `rows` bounds the values of an integer input that indexes a table."""
     shape = [lengths[d] if isinstance(d, str) else d for d in form.dims]
     if form.dtype.is_floating_point:
-        if "mask" in name:  # is added to scores, or multiplies them
+        if "mask" in name:  # a float mask is added to scores or multiplies them: with ones both are finite
             return torch.ones(shape, dtype=torch.float64)
         return torch.randn(shape, generator=generator, dtype=torch.float64)
     if "mask" in name:

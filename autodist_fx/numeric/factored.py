@@ -1,11 +1,12 @@
-"""`Factored`: a weight of any size that is never there, as the product of two thin matrices.
+"""`Factored`: a weight of any size that never exists whole, as the product of two thin float64 matrices.
 
-W = left @ right.T with `left` [..., n, r] and `right` [..., m, r]: a slice of W along a dim is a slice of one factor,
-and x @ W.T is (x @ right) @ left.T. So a model of 70 B parameters runs at its true sizes in megabytes.
+W = left @ right.T with `left` [..., n, r] and `right` [..., m, r]. A slice of W along a dim is a slice of one factor,
+and x @ W.T is (x @ right) @ left.T, so that a model of 70 B parameters runs at its true sizes in megabytes.
 
-What that shows holds for full matrices, too: a program is a function of its weights, and where two programs differ for
-some weights, they differ for almost all factored ones, as long as r is no less than the degree to which a weight enters
-(matrices of rank one alone span all; those of rank r are dense enough for polynomials of degree r).
+A result for factored weights holds for full matrices, too. A program is a function of its weights, and where two
+programs differ for some weights, they differ for almost all factored ones, as long as r is no less than the degree to
+which a weight enters (matrices of rank one alone span all; those of rank r are dense enough for polynomials of degree
+r).
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from autodist_fx.errors import AutodistError
 from cost_model.graph.placement import Interval
 
 RANK = 16
-_MOST_ELEMENTS = 2**27  # that an op without a line here may be given: 1 GiB
+_MOST_ELEMENTS = 2**27  # of a product made for an op without a line in _OPS: 1 GiB of float64
 
 
 class Factored(torch.Tensor):
-    """Ops that have a line in `_OPS` take the factors; others get the product, or refuse what is too large."""
+    """A tensor of shape [..., n, m] held as two factors. Ops in `_OPS` work on the factors; all others get the product,
+    or raise AutodistError where it is too large."""
 
     left: torch.Tensor
     right: torch.Tensor
@@ -47,14 +49,14 @@ class Factored(torch.Tensor):
             if name == "__get__" or name in _OF_SHAPE:
                 return func(*args, **keywords)
             run = _OPS.get(name)
-            found = NotImplemented if run is None else run(*args, **keywords)
-            return func(*args, **keywords) if found is NotImplemented else found
+            result = NotImplemented if run is None else run(*args, **keywords)
+            return func(*args, **keywords) if result is NotImplemented else result
 
     @classmethod
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """What reaches torch itself has no line in `_OPS`."""
+        """Run an op that has no line in `_OPS` on the whole product."""
         return func(*(_product(a) for a in args), **{k: _product(v) for k, v in (kwargs or {}).items()})
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -65,7 +67,8 @@ _OF_SHAPE = ("size", "dim", "numel", "stride", "is_floating_point", "element_siz
 
 
 def draw(shape: Sequence[int], generator: torch.Generator) -> Factored:
-    """Elements of mean 0 and variance 1 over the last dim's size."""
+    """Draw a weight of this shape (two dims or more) whose
+    elements have mean 0 and variance 1 / shape[-1], in float64."""
     *batch, n, m = shape
     left = torch.randn((*batch, n, RANK), generator=generator, dtype=torch.float64)
     right = torch.randn((*batch, m, RANK), generator=generator, dtype=torch.float64)
@@ -73,7 +76,8 @@ def draw(shape: Sequence[int], generator: torch.Generator) -> Factored:
 
 
 def sliced(weight: torch.Tensor, dim: int, intervals: Sequence[Interval]) -> torch.Tensor:
-    """The elements `intervals` along `dim`, one after the other; of a plain tensor, too."""
+    """Return the elements `intervals` ([start, stop)) of a weight
+    along `dim`, concatenated; plain tensors are taken, too."""
     if not isinstance(weight, Factored):
         pieces = [weight.narrow(dim, start, stop - start) for start, stop in intervals]
         return pieces[0] if len(pieces) == 1 else torch.cat([weight.narrow(dim, 0, 0), *pieces], dim)
@@ -86,6 +90,7 @@ def sliced(weight: torch.Tensor, dim: int, intervals: Sequence[Interval]) -> tor
 
 
 def _product(value: Any) -> Any:
+    """Multiply the factors out, also inside tuples and lists. Raises AutodistError above _MOST_ELEMENTS elements."""
     if isinstance(value, (tuple, list)):
         return type(value)(_product(v) for v in value)
     if not isinstance(value, Factored):

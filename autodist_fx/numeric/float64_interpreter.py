@@ -1,4 +1,4 @@
-"""Runs a graph in float64, whatever it was traced in, on weights that are drawn by their names."""
+"""Runs a graph in float64, whatever dtypes it was traced in, on weights that are drawn by name."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ _WIDER = {
     torch.complex64: torch.complex128,
 }  # fmt: skip
 _CASTS = ("float", "half", "bfloat16")
-FEW_ELEMENTS = 2**24  # of all weights that may be full matrices: 128 MiB
-_SMALL = 2**16  # of one that always is
+FEW_ELEMENTS = 2**24  # a model with no more parameters has full matrices: 128 MiB of float64
+_SMALL = 2**16  # a weight with no more elements is a full matrix in every model
 
 
 class Weights:
-    """The whole model's parameters and buffers in float64, by name; made when asked for. Equal for equal seeds."""
+    """The whole model's parameters and buffers in float64, by name,
+    each drawn on first use. Equal seeds give equal weights."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], buffers: Mapping[str, torch.Tensor], seed: int) -> None:
-        """`shapes` are the parameters', `buffers` what has values of its own."""
+        """Take the shapes of parameters, and the buffers, which keep values of their own unless they are on meta."""
         self._shapes, self._buffers, self._seed = shapes, buffers, seed
         self.are_few = sum(math.prod(shape) for shape in shapes.values()) <= FEW_ELEMENTS
         self._made: dict[str, torch.Tensor] = {}
@@ -43,7 +44,8 @@ class Weights:
         return self._made[name]
 
     def _draw(self, name: str) -> torch.Tensor:
-        """None too large for softmaxes to stay soft; vectors (scales of norms, biases) about 1."""
+        """Draw one tensor: matrices with variance 1 / shape[-1], so that softmaxes do not saturate; vectors (norm
+        scales, biases) about 1. A large matrix of a large model is Factored."""
         shape = self._shapes[name] if name in self._shapes else tuple(self._buffers[name].shape)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         if len(shape) > 1 and not self.are_few and math.prod(shape) > _SMALL:
@@ -53,7 +55,7 @@ class Weights:
 
 
 def _wide(value: Any) -> Any:
-    """Tensors and dtypes of few digits become float64, wherever they are."""
+    """Convert tensors and dtypes of lower precision to float64 (complex128), also inside tuples, lists and dicts."""
     if isinstance(value, torch.dtype):
         return _WIDER.get(value, value)
     if isinstance(value, torch.Tensor):
@@ -66,7 +68,10 @@ def _wide(value: Any) -> Any:
 
 
 class Doubles(torch.fx.Interpreter):
-    """`tensor_at(path)` gives the float64 tensor of a parameter or buffer, None for a constant of the graph's own."""
+    """An fx Interpreter that computes in float64.
+
+    `tensor_at(path)` returns the float64 tensor of a parameter or buffer, or None for a constant of the graph's own.
+    """
 
     def __init__(
         self, module: torch.fx.GraphModule, tensor_at: Callable[[str], torch.Tensor | None], keep: bool = False
@@ -76,7 +81,7 @@ class Doubles(torch.fx.Interpreter):
         self._tensor_at = tensor_at
 
     def values(self, inputs: Mapping[str, Any]) -> Any:
-        """The graph's output for inputs by name."""
+        """Run the graph on inputs by name, and return its output."""
         names = [str(node.target) for node in self.module.graph.nodes if node.op == "placeholder"]
         return self.run(*(inputs.get(name) for name in names))
 
@@ -106,6 +111,7 @@ class Doubles(torch.fx.Interpreter):
 
 
 def _wide_dtypes(value: Any) -> Any:
+    """Replace dtypes of lower precision by float64 in an op's arguments; tensors stay as they are."""
     if isinstance(value, torch.dtype):
         return _WIDER.get(value, value)
     if type(value) in (tuple, list):
@@ -121,7 +127,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def of_whole(module: torch.fx.GraphModule, names: Mapping[int, str], weights: Weights) -> Callable[[str], Any]:
-    """`tensor_at` of the model's own graph; `names` as passes.op_graph.build.parameter_names has them."""
+    """Return `tensor_at` for the model's own graph; `names` comes from passes.op_graph.build.parameter_names."""
 
     def tensor_at(path: str) -> torch.Tensor | None:
         name = names.get(id(fetch(module, path)))
@@ -131,7 +137,7 @@ def of_whole(module: torch.fx.GraphModule, names: Mapping[int, str], weights: We
 
 
 def of_rank(program: RankProgram, weights: Weights) -> Callable[[str], Any]:
-    """`tensor_at` of a rank's graph: its slices."""
+    """Return `tensor_at` for a rank's graph: the rank's slices of the whole weights."""
     made: dict[str, torch.Tensor] = {}
 
     def tensor_at(path: str) -> torch.Tensor | None:
@@ -148,7 +154,7 @@ def of_rank(program: RankProgram, weights: Weights) -> Callable[[str], Any]:
 
 @contextlib.contextmanager
 def double_by_default() -> Iterator[None]:
-    """Tensors that a graph makes without a dtype are float64, too."""
+    """Make float64 torch's default dtype inside the `with`, for tensors that a graph creates without a dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

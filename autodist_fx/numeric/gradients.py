@@ -1,5 +1,7 @@
-"""Gradients of all ranks in float64 against those of the model's own graph: what each rank has after the sums that its
-program owes is its slice of the whole gradient."""
+"""Compares the gradients of all ranks in float64 with those of the model's own graph.
+
+After the gradient sums that its program owes, each rank must hold its slice of the whole gradient.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,11 @@ _ROOT = "loss"
 
 
 def check_gradients(form: Form, weights: Weights, inputs: Mapping[str, Any]) -> None:
-    """`weights` are few. Raises VerificationError, which names the rank and the parameter; AutodistError where the
-    model returns no loss for these inputs."""
+    """Compare every rank's gradients with its slices of the whole model's. `weights` must be few (no Factored ones).
+
+    Raises VerificationError, which names the rank and the parameter; AutodistError where the model returns no loss for
+    these inputs.
+    """
     with torch.enable_grad(), double_by_default():
         wanted = _of_whole(form, weights, inputs)
         world = ThreadWorld(form.plan.mesh)
@@ -36,18 +41,19 @@ def check_gradients(form: Form, weights: Weights, inputs: Mapping[str, Any]) -> 
         except Exception as error:
             raise VerificationError(f"backward, {failure(error)}") from error
     largest = max((float(g.abs().max()) for g in wanted.values() if g.numel()), default=0.0)
-    for program, found in zip(form.programs, of_ranks, strict=True):
+    for program, gradients in zip(form.programs, of_ranks, strict=True):
         for path, parameter in program.graph_module.named_parameters():
             shard = program.param_shards[path]
             if not wants_gradient(parameter):
                 continue
             whole = wanted.get(shard.source)
             if whole is None:
-                differs = bool(found[path].any())
+                differs = bool(gradients[path].any())
             else:
                 share = whole if shard.dim is None else sliced(whole, shard.dim, shard.intervals)
-                # what is nothing but rounding (of a bias that a softmax takes no notice of) is not compared
-                differs = difference(found[path], share, max(float(whole.abs().max()), 1e-6 * largest)) > TOLERANCE
+                # A gradient of mere rounding (of a bias that softmax cancels) is measured against the largest gradient.
+                scale = max(float(whole.abs().max()), 1e-6 * largest)
+                differs = difference(gradients[path], share, scale) > TOLERANCE
             if differs:
                 raise VerificationError(
                     f"rank {program.rank} ends with another gradient of {path} than its share of {shard.source}'s"
@@ -55,7 +61,7 @@ def check_gradients(form: Form, weights: Weights, inputs: Mapping[str, Any]) -> 
 
 
 def _of_whole(form: Form, weights: Weights, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """By the parameters' names; without those that the loss does not depend on."""
+    """Return the whole model's gradients by parameter name, without parameters that the loss does not depend on."""
     leaves: dict[str, torch.Tensor] = {}
     plain = of_whole(form.whole, form.names, weights)
 
@@ -76,7 +82,8 @@ def _of_whole(form: Form, weights: Weights, inputs: Mapping[str, Any]) -> dict[s
 def _of_rank(
     program: RankProgram, weights: Weights, inputs: Mapping[str, Any], communicator: ThreadCommunicator
 ) -> Gradients:
-    """By the first of a parameter's paths; zeros where the loss does not depend on it here."""
+    """Return one rank's gradients, by the first path of each
+    parameter; zeros where the loss does not depend on one here."""
     first = {id(p): name for name, p in program.graph_module.named_parameters()}
     leaves: dict[str, torch.Tensor] = {}
     plain: Callable[[str], torch.Tensor | None] = of_rank(program, weights)
@@ -97,6 +104,7 @@ def _of_rank(
 
 
 def _leaf(leaves: dict[str, torch.Tensor], name: str, value: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the autograd leaf of a name, made from `value` on first use."""
     if value is not None and name not in leaves:
         leaves[name] = value.detach().clone().requires_grad_()
     return leaves.get(name)

@@ -1,4 +1,5 @@
-"""Where ranks and model part: the first node of a rank whose value is not what the plan makes of the model's own."""
+"""Finds where ranks and model part: the first node of a rank
+whose value is not the planned share of the model's own value."""
 
 from __future__ import annotations
 
@@ -16,9 +17,10 @@ from passes.verify.core.held import Held, as_planned, elements
 def first_difference(
     plan: PartitionPlan, programs: Sequence[RankProgram], whole: Any, ranks: Sequence[Any]
 ) -> tuple[RankProgram, Node] | None:
-    """The first node that differs, and its rank's program; None where no node that the model has does.
+    """Return the end of an error's sentence that names the first
+    node which differs; "" where none of the model's nodes does.
 
-    `whole` and `ranks` are Doubles that have run and kept their values.
+    `whole` and `ranks` are Doubles that have run with keep=True.
     """
     wanted = {node.name: value for node, value in whole.env.items()}
     for stage in range(plan.mesh.pp):
@@ -37,6 +39,7 @@ def first_difference(
 def _agrees(
     plan: PartitionPlan, name: str, whole: Any, values: Sequence[Mapping[str, tuple[Node, Any]]], place: int
 ) -> bool:
+    """True if the value of node `name` on the rank at `place` of its tp group is the planned share of `whole`."""
     found = values[place].get(name, (None, None))[1]
     if not isinstance(whole, torch.Tensor) or not isinstance(found, torch.Tensor):
         return True
@@ -50,6 +53,7 @@ def _agrees(
 
 
 def _share(whole: torch.Tensor, lies: Held) -> torch.Tensor:
+    """Return the elements of `whole` that a rank holds, as `lies` describes them."""
     if not lies.is_sharded:
         return whole
     index = torch.from_numpy(elements(lies, whole.shape[lies.dim]))

@@ -1,10 +1,12 @@
-"""`verify_numeric`: all ranks run against each other in float64, and what leaves them is what the model computes.
+"""`verify_numeric`: runs all ranks against each other in
+float64, and compares their outputs with the model's own graph.
 
-The model's traced graph and the ranks' emitted graphs run as they are, at their true sizes (factored.py), on drawn
-weights, of which each rank has its slices, and on made-up inputs of a few tokens; with a cache, a prompt, then a step.
+The model's traced graph and the ranks' emitted graphs run unchanged, at their true sizes (factored.py), on drawn
+weights, of which each rank has its slices, and on drawn inputs of a few tokens; with a cache, first a prompt, then a
+step.
 
-It shows that the emitted arithmetic, slices, shapes and messages compute the traced function, at these lengths. It says
-nothing of dtypes (all is float64), of the tracing itself, nor of lengths and masks that it doesn't try.
+It shows that the emitted arithmetic, slices, shapes and messages compute the traced function, at these lengths. It
+shows nothing about dtypes (all is float64), about the tracing itself, or about lengths and masks that it does not try.
 """
 
 from __future__ import annotations
@@ -38,8 +40,11 @@ def verify_numeric(
     *,
     locate: bool = True,
 ) -> None:
-    """`variants`: a model's one form, or (prompt, step) of a model with a cache of its own; `buffers`: real values.
-    `locate`: find the first node that differs, where the model is small. With `train`, gradients too.
+    """Run one variant of a model, or (prompt, step) of a model
+    with its own recurrent cache, and compare all ranks with it.
+
+    `buffers` has the real values of buffers by name. `locate`: find the first node that differs, where the model is
+    small. For programs of `train`, gradients are compared, too.
 
     Raises VerificationError, which names the rank, the output, and for a small model the first node that differs.
     AutodistError where the model itself does not run on made-up inputs.
@@ -60,6 +65,8 @@ def verify_numeric_of(compiled: Compilation) -> None:
 
 
 class _Conversation:
+    """One run of the check: the calls of a model in the order in which generating makes them."""
+
     def __init__(
         self, programs: Programs, buffers: Mapping[str, torch.Tensor], seed: int, *, locate: bool
     ) -> None:
@@ -87,7 +94,7 @@ class _Conversation:
                 check_gradients(self._form(first), weights, inputs)
 
     def _cached(self, variant: Variant, weights: Weights) -> None:
-        """An encoder, where there is one; a prompt; a step."""
+        """Run an encoder, where there is one, then a prompt and a step on one cache."""
         form = self._form(variant)
         alike = (form.whole_program(), *form.programs)
         caches: list[Any] = [local_cache(variant.traced.config, program) for program in alike]
@@ -101,6 +108,7 @@ class _Conversation:
             self._call(variant, weights, {**self._inputs(variant, tokens, past), **read}, caches)
 
     def _own_cache(self, prompt: Variant, step: Variant, weights: Weights) -> None:
+        """Run a prompt, then a step from the recurrent states that the prompt returns."""
         outputs = self._call(prompt, weights, self._inputs(prompt, _PROMPT, 0))
         states = {name: value for name, value in outputs.items() if name.startswith(STATE_PREFIX)}
         self._call(step, weights, {**self._inputs(step, 1, _PROMPT), **states})
