@@ -1,1 +1,1 @@
-"""From an op graph and a request to the best plan."""
+"""Searches the best plan for an op graph and a request."""

@@ -1,4 +1,4 @@
-"""What else could have been chosen for an op, at what cost, or why not: for people who ask a plan for its reasons."""
+"""Costs of the roles that were not chosen for an op, or why they are impossible; `explain` prints them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cost_model.search.tensor_parallel import TensorParallelSearch
 
 
 class AlternativeCosts:
-    """The roles that each op of one solved search could have."""
+    """The costs of all roles that the ops of one solved search could have."""
 
     def __init__(self, search: TensorParallelSearch, result: TensorParallelResult) -> None:
         self.search = search
@@ -28,7 +28,7 @@ class AlternativeCosts:
                 self._pairs.setdefault(variable, []).append(pair)
 
     def of(self, op: Op) -> tuple[Alternative, ...]:
-        """All roles that the op's rule knows, its own first; () where there is nothing to choose."""
+        """Returns all roles that the op's rule has, the chosen one first; () where there is nothing to choose."""
         variable = self.result.variable[op.name]
         if variable not in self._known:
             self._known[variable] = self._of(op)
@@ -44,19 +44,21 @@ class AlternativeCosts:
         roles = dict.fromkeys([own, *possible, *factors])
         if not own or self.search.tp == 1 or len(roles) == 1:
             return ()
-        found = []
+        alternatives = []
         for role in roles:
             if role == own:
-                found.append(Alternative(role))
+                alternatives.append(Alternative(role))
             elif op.name in self.search.roles:
-                found.append(Alternative(role, impossible=f"it is pinned to {own}"))
+                alternatives.append(Alternative(role, impossible=f"it is pinned to {own}"))
             elif role in possible:
-                found.append(self._forced(op, role, possible[role]))
+                alternatives.append(self._forced(op, role, possible[role]))
             else:
-                found.append(Alternative(role, impossible=why_not(self.search, op, factors[role])))
-        return tuple(found)
+                alternatives.append(Alternative(role, impossible=why_not(self.search, op, factors[role])))
+        return tuple(alternatives)
 
     def _forced(self, op: Op, role: str, values: list[int]) -> Alternative:
+        """Returns the costs of the best plan in which the op has a role; `values` are the role's strategies, by their
+        positions in the op's domain."""
         variable = self.result.variable[op.name]
         dearer_by = self.result.elimination.dearer_by(variable)
         best = min(values, key=lambda k: dearer_by[k])
@@ -66,7 +68,8 @@ class AlternativeCosts:
         return Alternative(role, rounded(seconds), nbytes)
 
     def _difference(self, changed: Mapping[str, int]) -> tuple[float, int]:
-        """Seconds, and bytes of weights on the rank that holds most of each, that other choices of variables add."""
+        """Returns the seconds that new choices of variables, `changed`, add to a forward, and the bytes that they add
+        to weights, counted for each weight on the rank that holds most of it."""
         search, result, choice = self.search, self.result, self.result.elimination.choice
         seconds, nbytes = 0.0, 0
         pairs: dict[tuple[str, str], None] = {}
@@ -90,7 +93,7 @@ def _rule_factors(search: TensorParallelSearch, op: Op) -> tuple[Factor, ...]:
 
 
 def refuse_impossible_roles(search: TensorParallelSearch) -> None:
-    """Raises PlanError, which says why, where an op cannot have the role that it is pinned to."""
+    """Raises PlanError, with the reason, if an op cannot have the role that it is pinned to."""
     for name, role in search.roles.items():
         op = search.graph[name]
         if search.domain(op):
@@ -106,7 +109,7 @@ def refuse_impossible_roles(search: TensorParallelSearch) -> None:
 
 
 def why_not(search: TensorParallelSearch, op: Op, factor: Factor) -> str:
-    """Why no strategy of `op` cuts it along this factor of its rule."""
+    """Returns why no strategy of `op` cuts it along this factor of its rule, in words for users."""
     if search.decides(op):
         return "it decides where data goes (a router, say), and is whole on every rank: rounding must change no choice"
     dims = [(op.inputs[x.slot], x.dim) for x in factor.inputs]

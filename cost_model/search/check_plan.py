@@ -1,4 +1,4 @@
-"""Is a plan that was read from a file one that its graph can run? What people edit by hand contradicts itself."""
+"""Checks that a graph can run a plan that was read from a file: plans edited by hand may contradict themselves."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ _WAY_OUT = "undo the edit, or edit `request` in the plan and make it anew with `
 
 
 def check_plan(plan: PartitionPlan, graph: OpGraph) -> None:
-    """Raises PlanError, which names the op or the parameter and the contradiction, unless
+    """Checks a plan against its graph. Raises PlanError naming the op or parameter and the contradiction, unless
 
     - the plan's ops and parameters are those of `graph`, each in a way that its op's rule allows, with the layouts that
       the graph's ties between dims give;
-    - every op finds what it reads as it wants it, or whole; what leaves the model is whole;
+    - every op reads tensors in the placements that it wants, or whole; outputs of the model are whole;
     - stages follow each other in execution order, and what a stage reads is computed there or sent there, once; ops
       that read or write one buffer which is written are on one stage;
-    - every parameter lies, on the stages that read it, as its readers want it or whole.
+    - every parameter is on the stages that read it, in the placement that its readers want, or whole.
     """
     _Checked(plan, graph).check()
 
 
 class _Checked:
+    """A plan and the graph that it is checked against."""
+
     def __init__(self, plan: PartitionPlan, graph: OpGraph) -> None:
         self.plan = plan
         self.graph = graph
@@ -62,10 +64,10 @@ class _Checked:
     # -- one op ------------------------------------------------------------------------------------------------------
 
     def _strategy(self, op: Op, planned: OpPlan) -> None:
-        found = (planned.letter, planned.inputs, planned.outputs, planned.gather)
+        as_planned = (planned.letter, planned.inputs, planned.outputs, planned.gather)
         domain = self.search.domain(op)
-        if not any((s.factor, s.inputs, s.outputs, s.gather) == found for s in domain):
-            own = Strategy(*found)
+        if not any((s.factor, s.inputs, s.outputs, s.gather) == as_planned for s in domain):
+            own = Strategy(*as_planned)
             raise PlanError(
                 f"op {op.name} ({op.kind}) cannot run as {_said(own)}; it can as "
                 f"{' or '.join(dict.fromkeys(_said(s) for s in domain))}: {_WAY_OUT}"
@@ -103,18 +105,19 @@ class _Checked:
         source = self.graph[ref.op]
         if source.kind in SOURCES:
             return
-        form = wanted.is_replicate or wanted != have  # whole
+        needs_whole = wanted.is_replicate or wanted != have
         for stage in planned.stages:
-            received = (ref.op, ref.index, stage, form) in self.sent or (
-                not form and not have.is_partial and (ref.op, ref.index, stage, True) in self.sent
+            received = (ref.op, ref.index, stage, needs_whole) in self.sent or (
+                not needs_whole and not have.is_partial and (ref.op, ref.index, stage, True) in self.sent
             )
             if stage not in self.plan.op(ref.op).stages and not received:
                 raise PlanError(
                     f"op {op.name} reads {ref.op} in stage {stage}, where it is neither computed nor received"
-                    f"{' whole' if form and not have.is_replicate else ''}: {_WAY_OUT}"
+                    f"{' whole' if needs_whole and not have.is_replicate else ''}: {_WAY_OUT}"
                 )
 
     def _have(self, ref: TensorRef) -> tuple[Placement, bool]:
+        """Returns the placement in which a tensor is made, and whether it is also gathered."""
         source = self.graph[ref.op]
         if source.kind == "param":
             return self.params[ref.op].placement, False
@@ -167,22 +170,22 @@ class _Checked:
         seen: set[tuple[object, ...]] = set()
         channels: set[int] = set()
         for hop in self.plan.hops:
-            what = f"{hop.op}, sent from stage {hop.source} to {hop.target}"
+            subject = f"{hop.op}, sent from stage {hop.source} to {hop.target}"
             if self.graph[hop.op].kind in SOURCES or hop.index >= len(self.graph[hop.op].outputs):
-                raise PlanError(f"{what}: there is no such tensor to send; {_WAY_OUT}")
+                raise PlanError(f"{subject}: there is no such tensor to send; {_WAY_OUT}")
             planned = self.plan.op(hop.op)
             key = (hop.op, hop.index, hop.target, hop.whole)
             if hop.source != planned.home or hop.target <= hop.source or hop.target in planned.stages:
-                raise PlanError(f"{what}: stage {planned.home} has it, and stages {list(planned.stages)} compute it")
+                raise PlanError(f"{subject}: stage {planned.home} has it, and stages {list(planned.stages)} compute it")
             if key in seen or hop.channel in channels:
-                raise PlanError(f"{what}: it, or its channel {hop.channel}, is there twice; {_WAY_OUT}")
+                raise PlanError(f"{subject}: it, or its channel {hop.channel}, is there twice; {_WAY_OUT}")
             if not 0 <= hop.channel < HOP_CHANNELS:
-                raise PlanError(f"{what}: channel {hop.channel} is reserved for the runtime; {_WAY_OUT}")
+                raise PlanError(f"{subject}: channel {hop.channel} is reserved for the runtime; {_WAY_OUT}")
             if hop.whole and not (planned.outputs[hop.index].is_replicate or planned.gather[hop.index]):
-                raise PlanError(f"{what} whole: it is not gathered there; {_WAY_OUT}")
+                raise PlanError(f"{subject} whole: it is not gathered there; {_WAY_OUT}")
             users = [user for user, _ in self.graph.users.get(TensorRef(hop.op, hop.index), ())]
             if not any(hop.target in self.plan.op(user).stages for user in users):
-                raise PlanError(f"{what}: nothing reads it there; {_WAY_OUT}")
+                raise PlanError(f"{subject}: nothing reads it there; {_WAY_OUT}")
             seen.add(key)
             channels.add(hop.channel)
 
@@ -197,12 +200,14 @@ def _same_names(what: str, expected: list[str], found: list[str]) -> None:
 
 
 def _said(s: Strategy) -> str:
+    """Formats a strategy for an error: "column [R, S(0) -> S(2) gathered]"."""
     gathered = " gathered" if any(s.gather) else ""
     ins, outs = ", ".join(map(str, s.inputs)), ", ".join(map(str, s.outputs))
     return f"{s.factor or 'whole'} [{ins} -> {outs}{gathered}]"
 
 
 def _lies(placement: Placement) -> str:
+    """Formats a placement for an error."""
     if placement.is_shard:
         return f"cut along dim {placement.dim}"
     return "whole" if placement.is_replicate else "as a sum still owed"

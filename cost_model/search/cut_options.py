@@ -1,4 +1,4 @@
-"""What each cut of a pipeline would cost at the places next to it: for people who ask a plan why it is cut there."""
+"""Costs of each pipeline cut at the places next to it; `explain` prints them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ NEIGHBOURS = 2  # places shown on each side of a cut
 def cut_plans(
     search: PipelineSearch, stages: Sequence[Stage], nbytes: Callable[[TensorRef], int]
 ) -> tuple[CutPlan, ...]:
-    """The border behind each stage but the last, with the nearest places on both sides where it could be instead.
+    """Returns the border behind each stage but the last, with the nearest places on both sides where it could be.
 
-    `nbytes` of a whole tensor.
+    `nbytes(ref)` are the bytes of a whole tensor.
     """
     if len(stages) == 1:
         return ()
@@ -36,7 +36,7 @@ def cut_plans(
 def _option(
     search: PipelineSearch, k: int, starts: Sequence[int], place: int, stop: int, nbytes: Callable[[TensorRef], int]
 ) -> CutOption:
-    """Stage k + 1 beginning at `place`, and ending at `stop` as it does."""
+    """Returns the costs if stage k + 1 began at `place`, and all other cuts stayed."""
     moved = [*starts[: k + 1], place, *starts[k + 2 :]]
     before, after = (
         rounded(search.stage_seconds(j, search.stage(j, begin, end), moved))

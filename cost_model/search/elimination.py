@@ -1,9 +1,13 @@
 """Min-sum variable elimination: the cheapest assignment of many variables with few choices each, exactly.
 
-Bucket elimination (Dechter, "Bucket elimination: a unifying framework for reasoning", 1999) in min-fill order: next is
-what ties the fewest pairs of others together (in order of degrees a mixture of experts had tables 100 times as large).
-What is kept of each step is a clique of a tree, so that a second pass, from the roots back (the calibration of a
-junction tree: Lauritzen and Spiegelhalter, 1988), tells of every single choice what the rest would cost at best.
+Bucket elimination (Dechter, "Bucket elimination: a unifying framework for reasoning", 1999): to eliminate a variable,
+all tables that have it are added up, and its best choice is taken for each combination of the variables that share a
+table with it, its *scope*; what is left is one table over the scope. The order is min-fill: next is the variable that
+ties the fewest pairs of others together (in order of degrees a mixture of experts had tables 100 times as large).
+
+Each step is kept as a clique. A clique hangs below that of the variable of its scope that is eliminated next, so that
+cliques form a tree (a forest, for a graph in pieces), and a second pass from the roots back (the calibration of a
+junction tree: Lauritzen and Spiegelhalter, 1988) gives for every single choice the least cost of all the rest.
 """
 
 from __future__ import annotations
@@ -23,20 +27,24 @@ TIE = 1e-12  # relative: below this, a difference is rounding
 
 @dataclass(slots=True)
 class _Clique:
-    """One step: `variable` was eliminated, with the variables of `scope` still there."""
+    """One step: `variable` was eliminated while the variables of `scope` were still there.
+
+    Tables have one dim for each variable of the scope, in its order.
+    """
 
     variable: str
     scope: tuple[str, ...]
-    joint: Table  # over scope and, last, the variable: the cost of it and of what was eliminated into it
-    best: npt.NDArray[np.intp]  # over scope: the variable's best choice
-    reduced: Table  # over scope: its cost
+    joint: Table  # one more dim, the variable's choices: its cost, and the least cost of all below this clique
+    best: npt.NDArray[np.intp]  # the variable's best choice
+    reduced: Table  # the minimum of `joint` over the variable
 
 
 class Elimination:
-    """argmin (`choice`) and min (`cost`) of sum(unary[v][x_v]) + sum(pairs[u, v][x_u, x_v]).
+    """Minimises sum(unary[v][x_v]) + sum(pairs[u, v][x_u, x_v]): `choice` is the argmin, variable -> x_v, `cost` the
+    minimum.
 
-    Every table in `pairs` has shape [choices of u, choices of v]; infinities forbid a combination. Raises ValueError
-    when nothing is feasible.
+    `unary[v]` has shape [choices of v], `pairs[u, v]` [choices of u, choices of v]; infinities forbid a combination.
+    Raises ValueError when no assignment is feasible.
     """
 
     def __init__(self, unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table]) -> None:
@@ -52,21 +60,22 @@ class Elimination:
         self._beliefs: dict[str, Table] = {}
 
     def dearer_by(self, variable: str) -> Table:
-        """For each choice of the variable: by how much the cheapest assignment that has it is dearer than `cost`."""
+        """Returns, for each choice of the variable, by how much the cheapest assignment that has it exceeds `cost`:
+        shape [choices], infinite where there is none."""
         belief = self._belief(variable)
         costs = belief.reshape(-1, belief.shape[-1]).min(axis=0)
         return np.where(np.isfinite(costs), np.maximum(costs - costs[self.choice[variable]], 0.0), np.inf)
 
     def forced(self, variable: str, value: int) -> dict[str, int]:
-        """What else than in `choice` the cheapest assignment with variable = value has, it itself included.
-
-        Raises ValueError when there is none.
+        """Returns the choices that differ from `choice` in the cheapest assignment with variable = value, which is
+        among them. Raises ValueError when there is no such assignment.
         """
         if value == self.choice[variable]:
             return {}
         if not np.isfinite(self._belief(variable)[..., value].min()):
             raise ValueError(f"{variable} cannot be {value}")
-        # Outwards from the variable's clique. What hangs behind variables that stay as they are stays as it is.
+        # Outwards from the variable's clique: up to the root, and from each clique on that way down. A subtree whose
+        # scope keeps its choices keeps them itself, and is not entered: most of a model stays as it is.
         assigned = {variable: value}
         came_from, at = "", variable
         while True:
@@ -80,7 +89,7 @@ class Elimination:
         return {name: k for name, k in assigned.items() if k != self.choice[name]}
 
     def _assign(self, clique: _Clique, assigned: dict[str, int]) -> None:
-        """The best values of the clique's variables that have none yet; as they were, where that is as good."""
+        """Assigns the best values to the clique's variables that have none yet; those of `choice` if as good."""
         names = (*clique.scope, clique.variable)
         free = [name for name in names if name not in assigned]
         belief = self._belief(clique.variable)[tuple(assigned.get(name, slice(None)) for name in names)]
@@ -92,6 +101,7 @@ class Elimination:
             assigned.update(zip(free, (int(k) for k in np.unravel_index(int(belief.argmin()), belief.shape))))
 
     def _descend(self, top: str, done: str, assigned: dict[str, int]) -> None:
+        """Assigns the best values in the subtrees below `top` whose scopes have changed, but for that of `done`."""
         stack = [child for child in self._children[top] if child != done]
         while stack:
             clique = self._cliques[stack.pop()]
@@ -101,12 +111,13 @@ class Elimination:
                 stack += self._children[clique.variable]
 
     def _belief(self, variable: str) -> Table:
-        """Over the clique's scope and variable: the least cost of its whole tree with these values."""
+        """Returns the least cost of a clique's whole tree, by the values of its scope and, last, of its variable."""
         if not self._beliefs:
             self._calibrate()
         return self._beliefs[variable]
 
     def _calibrate(self) -> None:
+        """Computes the belief of every clique, from the roots down: its own table plus the least cost of the rest."""
         order = {name: i for i, name in enumerate(self._cliques)}
         self._children = {name: [] for name in self._cliques}
         for name, clique in reversed(self._cliques.items()):
@@ -120,13 +131,14 @@ class Elimination:
             belief = self._beliefs[above].min(axis=tuple(i for i, x in enumerate(names) if x not in clique.scope))
             kept = [x for x in names if x in clique.scope]
             belief = belief.transpose([kept.index(x) for x in clique.scope])
-            # what the clique itself brought is taken out again; infinite either way where it is infinite
+            # The belief above, reduced to this scope, contains this clique's own cost: that is taken out again, and
+            # counts once. Where it is infinite, `joint` is, too, and the difference (inf - inf) is left out.
             outside = np.subtract(belief, clique.reduced, out=np.zeros_like(belief), where=np.isfinite(clique.reduced))
             self._beliefs[name] = clique.joint + outside[..., None]
 
 
 def _eliminate(unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table]) -> dict[str, _Clique]:
-    """By variable, in the order of elimination."""
+    """Eliminates all variables; returns the cliques by variable, in the order of elimination."""
     interaction: nx.Graph[str] = nx.Graph()
     interaction.add_nodes_from(unary)
     factors: dict[str, list[tuple[tuple[str, ...], Table]]] = {v: [] for v in unary}
@@ -138,6 +150,9 @@ def _eliminate(unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table
     number = {v: i for i, v in enumerate(unary)}
     heap = [(_dearness(interaction, v, choices), i, v) for v, i in number.items()]
     heapq.heapify(heap)
+    # Entries are not changed but pushed anew, and checked when they come up. One that has become dearer is pushed back
+    # with its new figure. One that has become cheaper is dropped: neighbours of what was eliminated last in its part of
+    # the graph have entries that are right, so that no part is forgotten, only the order may be a little worse.
     cliques: dict[str, _Clique] = {}
     while heap:
         dearness, _, v = heapq.heappop(heap)
@@ -156,6 +171,8 @@ def _eliminate(unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table
         best = joint.argmin(axis=-1)
         reduced = np.take_along_axis(joint, best[..., None], axis=-1)[..., 0]
         cliques[v] = _Clique(v, scope, joint, best, reduced)
+        # The tables that were added up are replaced by the reduced one, in the lists of all variables that have them;
+        # they are told by id(), since two tables may be equal.
         old = set(map(id, (t for _, t in factors.pop(v))))
         interaction.remove_node(v)
         for name in scope:
@@ -171,7 +188,8 @@ def _eliminate(unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table
 
 
 def _dearness(interaction: nx.Graph[str], v: str, choices: Mapping[str, int]) -> tuple[int, int]:
-    """Of eliminating v now: pairs of its neighbours that this ties together, and the table that is left."""
+    """Returns what eliminating v now would cost: the pairs of its neighbours that it newly ties together (min-fill),
+    then, between equals, the number of entries of the table that is left."""
     near = interaction.adj
     neighbours = list(near[v])
     new = sum(1 for i, a in enumerate(neighbours) for b in neighbours[i + 1 :] if b not in near[a])
@@ -179,7 +197,7 @@ def _dearness(interaction: nx.Graph[str], v: str, choices: Mapping[str, int]) ->
 
 
 def _aligned(names: tuple[str, ...], table: Table, axes: Mapping[str, int]) -> Table:
-    """`table` over `names` with its dims put where `axes` wants them, size 1 elsewhere."""
+    """Returns `table`, whose dims are `names`, with its dims moved to their `axes` and size 1 along all others."""
     order = sorted(range(len(names)), key=lambda i: axes[names[i]])
     moved = table.transpose(order)
     shape = [1] * len(axes)

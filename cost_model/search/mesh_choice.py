@@ -1,4 +1,4 @@
-"""Which tp and pp? Every mesh of some devices planned, and ranked by what the user is after.
+"""Chooses tp and pp: plans every mesh of some devices, and ranks them by the user's objective.
 
 latency      seconds of one forward through all stages: of one token, for a model that decodes
 throughput   tokens/s of all devices under load: each mesh with as many sequences in flight as it has memory for, up to
@@ -6,7 +6,7 @@ throughput   tokens/s of all devices under load: each mesh with as many sequence
 memory       bytes of the fullest rank
 
 A mesh may take a part of the devices only, N / 2 or N / 4 of them, say. For latency the rest is left over; for
-throughput it runs more copies of the same, each with its share of the sequences.
+throughput the rest runs more copies of the same split, each with its share of the sequences.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from cost_model.text_tables import table
 OBJECTIVES = ("latency", "throughput", "memory")
 LOAD = 256  # sequences in flight a device, at most: what vLLM admits by default (max_num_seqs)
 USABLE = 0.9  # of a device's memory: the rest is the context's, the allocator's and the collectives' (vLLM's default)
-NEAR = 1.1  # times the best's seconds: a mesh of fewer devices that near is worth a word
+NEAR = 1.1  # times the best mesh's seconds: a mesh of fewer devices within that is named in a remark
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One mesh, planned. Seconds and bytes are predictions at the plan's sizes (`plan.sizes`)."""
+    """A mesh with its plan. Seconds and bytes are predictions at the plan's sizes (`plan.sizes`)."""
 
     plan: PartitionPlan
-    copies: int  # of the split model, on the devices that there are
-    sequences: int  # in flight in one copy: of all its micro-batches together
-    fits: bool  # weights, caches and activations into a device's memory
-    seconds: float  # of one forward through all stages
-    prompt_seconds: float | None  # of a prompt as long as what is cached; None without a cache, or with one of its own
-    tokens_per_second: float  # of all copies; samples/s of a model without tokens
+    copies: int  # how many times the split model runs side by side on all devices
+    sequences: int  # sequences in flight in one copy, over all its micro-batches
+    fits: bool  # weights, caches and activations fit into a device's memory
+    seconds: float  # one forward through all stages
+    prompt_seconds: float | None  # a prompt as long as what is cached; None without a cache, or with one of its own
+    tokens_per_second: float  # over all copies; samples/s for a model without tokens
 
     @property
     def mesh(self) -> Mesh:
@@ -51,13 +51,14 @@ class Candidate:
 
     @property
     def memory_bytes(self) -> int:
-        """Of the fullest rank."""
+        """Bytes that the fullest rank holds."""
         return max(stage.memory_bytes for stage in self.plan.stages)
 
 
 @dataclass(frozen=True, slots=True)
 class MeshChoice:
-    """Candidates, the best first; those that do not fit come last. `impossible`: meshes without a plan, and why."""
+    """The ranked meshes: candidates, the best first, those that do not fit last; `impossible`, meshes without a plan,
+    and why."""
 
     model: str
     devices: int
@@ -73,7 +74,7 @@ class MeshChoice:
         return choice_text(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data; of each plan its mesh, sizes and predictions."""
+        """Returns the choice as JSON-ready values: the mesh, sizes and predictions of each plan."""
         return {
             "model": self.model,
             "devices": self.devices,
@@ -107,10 +108,11 @@ def choose_mesh(
     fingerprint: str,
     sequences: int | None = None,
 ) -> MeshChoice:
-    """Plans every mesh whose ranks divide `devices`, and ranks them by `request.objective`; the request's mesh is not
-    looked at, its memory limit (of the first stage) holds for every device, else USABLE of the device's own memory.
+    """Plans every mesh whose ranks divide `devices`, and ranks them by `request.objective`.
 
-    `sequences`: in flight over all devices under load; None: as many as each mesh has memory for.
+    The request's own mesh is ignored. Its memory limit, that of the first stage, holds for every device; without one,
+    USABLE of the device's memory. `sequences`: in flight over all devices under load; None: as many as each mesh has
+    memory for, up to LOAD a device. `model` and `fingerprint` are written into the plans.
 
     Raises PlanError (a bad request), MeshError (no mesh can be planned), NoPlanFits (none fits).
     """
@@ -118,21 +120,21 @@ def choose_mesh(
         raise PlanError(f"no mesh is chosen for objective {request.objective!r}: choose one of {', '.join(OBJECTIVES)}")
     if devices < 1:
         raise MeshError(f"{devices} devices: there must be one at least")
-    roles_by_pin(graph, request.pin)  # says what is wrong with them, for all meshes
+    roles_by_pin(graph, request.pin)  # raises here for wrong pins, which every mesh would refuse
     chooser = _Chooser(graph, request, devices, sequences, model, fingerprint)
-    found: list[Candidate] = []
+    candidates: list[Candidate] = []
     impossible: list[tuple[Mesh, AutodistError]] = []
     for mesh in _meshes(devices, len(request.cuts) + 1 if request.cuts else None):
         try:
-            found.append(chooser.candidate(mesh))
+            candidates.append(chooser.candidate(mesh))
         except (MeshError, PlanError) as error:
             impossible.append((mesh, error))
-    if not found:
+    if not candidates:
         no_mesh = MeshError(f"no mesh of {devices} devices has pp={len(request.cuts) + 1}: give other cuts, or none")
         raise impossible[0][1] if impossible else no_mesh
-    ranked = sorted(found, key=lambda c: (not c.fits, _rank(c, request.objective), c.mesh.size))
+    ranked = sorted(candidates, key=lambda c: (not c.fits, _rank(c, request.objective), c.mesh.size))
     if not ranked[0].fits:
-        least = min(found, key=lambda c: c.memory_bytes)
+        least = min(candidates, key=lambda c: c.memory_bytes)
         raise NoPlanFits(
             f"{model} fits on no mesh of {devices} devices: the least is {bytes_text(least.memory_bytes)} on a rank "
             f"with {least.mesh}, and a device holds {bytes_text(chooser.max_memory)}: use more devices, a smaller "
@@ -142,6 +144,7 @@ def choose_mesh(
 
 
 def _meshes(devices: int, pp: int | None) -> Iterator[Mesh]:
+    """Yields the meshes whose number of ranks divides `devices`; only those with `pp` stages, if that is given."""
     for ranks in range(1, devices + 1):
         if devices % ranks == 0:
             for tp in range(1, ranks + 1):
@@ -150,13 +153,14 @@ def _meshes(devices: int, pp: int | None) -> Iterator[Mesh]:
 
 
 def _rank(candidate: Candidate, objective: str) -> float:
+    """Returns the figure that candidates are sorted by, the least first."""
     if objective == "latency":
         return candidate.seconds
     return -candidate.tokens_per_second if objective == "throughput" else float(candidate.memory_bytes)
 
 
 class _Chooser:
-    """Plans one mesh after another; what depends on tp alone is searched once."""
+    """Plans one mesh after another; searches that depend on tp alone are made once."""
 
     def __init__(
         self, graph: OpGraph, request: PlanRequest, devices: int, sequences: int | None, model: str, fingerprint: str
@@ -172,10 +176,14 @@ class _Chooser:
         self.is_loaded = request.objective == "throughput"
 
     def candidate(self, mesh: Mesh) -> Candidate:
+        """Plans `mesh`; under load with as many sequences as there are, or as its memory allows.
+
+        Raises MeshError or PlanError when there is no plan.
+        """
         copies = self.devices // mesh.size
         if not self.is_loaded:
             return self._planned(mesh, copies, None)
-        # Of one micro-batch; a pipeline kept full has one for each stage.
+        # Sequences of one micro-batch; a pipeline that is kept full has one micro-batch for each stage.
         share = (self.sequences or LOAD * self.devices) // (copies * mesh.pp)
         found = self._planned(mesh, copies, max(share, 1))
         while not found.fits and self.sequences is None and (fewer := self._fewer(found)):
@@ -183,7 +191,8 @@ class _Chooser:
         return found
 
     def _fewer(self, found: Candidate) -> int:
-        """A micro-batch for which the fullest stage may have memory; 0 where its weights alone are too much."""
+        """Returns a smaller micro-batch, a power of two, for which the fullest stage may have memory; 0 where its
+        weights alone are too large."""
         batch = dict(found.plan.sizes)["B"]
         most = batch - 1
         for stage in found.plan.stages:
@@ -193,6 +202,8 @@ class _Chooser:
         return 2 ** int(math.log2(most)) if most >= 1 else 0
 
     def _planned(self, mesh: Mesh, copies: int, batch: int | None) -> Candidate:
+        """Plans `mesh` with micro-batches of `batch` sequences, at the request's own sizes for None; without a memory
+        limit where no plan keeps within it."""
         sizes = self.request.sizes if batch is None else (*dict(self.request.sizes, B=batch).items(),)
         in_flight = mesh.pp if batch is not None else 1
         wanted = replace(
@@ -215,7 +226,7 @@ class _Chooser:
         )
 
     def _prompt_seconds(self, planned: PartitionPlan, wanted: PlanRequest, used: Mapping[str, int]) -> float:
-        """Of what the cache holds, computed as one prompt of one sequence."""
+        """Predicts the seconds to compute what the cache holds as one prompt of one sequence."""
         return forward_seconds(self.graph, planned, wanted, {**used, "B": 1, "S": used["P"], "P": 0}, self.shared)
 
 
@@ -223,7 +234,7 @@ class _Chooser:
 
 
 def choice_text(choice: MeshChoice) -> str:
-    """A table, the best first, and what to know about it."""
+    """Formats a choice as a table, the best mesh first, and remarks."""
     sizes = dict(choice.best.plan.sizes)
     at = ", ".join(f"{symbol}={n}" for symbol, n in sizes.items() if symbol != "B" or choice.objective != "throughput")
     hardware = choice.best.plan.hardware
@@ -237,7 +248,7 @@ def choice_text(choice: MeshChoice) -> str:
             str(number),
             str(c.mesh),
             str(c.copies),
-            str(c.sequences * c.copies),  # in flight where tokens/s are counted: on all devices
+            str(c.sequences * c.copies),  # on all devices, as tokens/s are counted
             seconds_text(c.seconds),
             *([seconds_text(c.prompt_seconds)] if c.prompt_seconds is not None else ["-"] * len(prompt)),
             f"{c.tokens_per_second:.0f}",

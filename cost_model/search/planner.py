@@ -1,4 +1,4 @@
-"""plan(): both searches, and their result written down as a PartitionPlan."""
+"""`plan` runs both searches for a request, and writes their result as a PartitionPlan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cost_model.search.strategy import Strategy
 def plan(
     graph: OpGraph, request: PlanRequest, *, model: str, fingerprint: str, shared: SharedSearches | None = None
 ) -> PartitionPlan:
-    """Choose every op's placement and every cut. `shared` is filled with searches, for another plan of the same graph.
+    """Chooses every op's placement and every cut. `shared` is filled with searches, for another plan of the same graph.
 
     Raises MeshError (no such cut), NoPlanFits (an explicit memory limit cannot be met), PlanError (bad request: a pin
     or a cut that names nothing, is impossible, or contradicts another; strict, and ops without a sharding rule).
@@ -45,7 +45,10 @@ def plan(
 def forward_seconds(
     graph: OpGraph, plan: PartitionPlan, request: PlanRequest, sizes: Mapping[str, int], shared: SharedSearches
 ) -> float:
-    """Of one forward through all stages of a plan for `graph`, made for `request`, at other sizes than its own."""
+    """Predicts the seconds of one forward through all stages of a plan, at other sizes than its own.
+
+    `plan` was made of `graph` for `request`; `sizes` maps size symbols to lengths.
+    """
     planned = PlanSearch(graph, replace(request, sizes=tuple(sizes.items())), shared)
     total = 0.0
     for op in plan.ops:
@@ -61,6 +64,7 @@ def forward_seconds(
 
 
 def _fails(graph: OpGraph, request: PlanRequest, shared: SharedSearches) -> bool:
+    """True if no plan meets the request."""
     try:
         PlanSearch(graph, request, shared).choose()
     except (NoPlanFits, Infeasible):

@@ -1,4 +1,4 @@
-"""strategy."""
+"""Strategies, the ways to shard an op, and the result of the tensor-parallel search."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ INFEASIBLE = np.inf
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """How one op runs on the tp axis. `gather[j]`: output j is also made whole on every rank."""
+    """A way to run one op on the tp axis: the placements of its inputs and outputs.
+
+    `gather[j]`: a collective also makes output j whole on every rank, by all_reduce of a P, all_gather of an S.
+    """
 
     factor: str  # the sharded factor of the op's rule, "" for none
     inputs: tuple[Placement, ...]
@@ -34,8 +37,7 @@ class TensorParallelResult:
     cost: float
     domains: Mapping[str, Sequence[Strategy]]
     elimination: Elimination
-    variable: Mapping[str, str]  # op -> the op whose choice is its own, too: itself, but for alike experts
-    # Seconds of agreement (TensorParallelSearch.agreement), of all ops of a variable together: with ops that have no
-    # choice, by its own; and between two variables, by both their choices.
-    reading: Mapping[str, Table]
-    pairs: Mapping[tuple[str, str], Table]
+    variable: Mapping[str, str]  # op -> the op whose variable, and choice, it shares: itself, but for alike experts
+    # Seconds of agreement (TensorParallelSearch.agreement), over all ops of a variable together.
+    reading: Mapping[str, Table]  # [choices]: with ops that have no choice
+    pairs: Mapping[tuple[str, str], Table]  # [choices of one, choices of the other]: between two variables
