@@ -1,4 +1,4 @@
-"""What several subcommands ask for: a model, a mesh, a plan."""
+"""Command line options that several subcommands share: the model, the mesh, the plan."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from cost_model.request.plan_request import OBJECTIVES
 if TYPE_CHECKING:
     from autodist_fx.api.compiled_model import CompiledModel
 
-# What traces models is imported by those who do: it takes seconds, and a split on disk needs none of it.
+# Functions that trace import the tracer themselves: that takes seconds, and a split on disk needs none of it.
 
 
 def at_least(low: int, high: int | None = None) -> Any:
-    """For `type=`: a whole number, `low` or more, and at most `high`."""
+    """Return a parser for `type=` that takes a whole number from
+    `low` to `high`, without upper bound where `high` is None."""
 
     def number(text: str) -> int:
         try:
@@ -40,7 +41,7 @@ def at_least(low: int, high: int | None = None) -> Any:
 
 
 def above_zero(text: str) -> float:
-    """For `type=`: a number above 0."""
+    """Parse a finite number above 0, for `type=`."""
     value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
@@ -48,7 +49,7 @@ def above_zero(text: str) -> float:
 
 
 def probability(text: str) -> float:
-    """For `type=`: a number from 0 to 1."""
+    """Parse a number from 0 to 1, for `type=`."""
     value = _number(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -63,7 +64,7 @@ def _number(text: str) -> float:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """--model, --tp, --pp, --plan and what goes with them."""
+    """Add --model, --tp, --pp, --plan and the other options of a split."""
     model = parser.add_argument_group("the model and its split")
     model.add_argument(
         "--model",
@@ -91,6 +92,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
 
 
 def _pin(text: str) -> tuple[str, str]:
+    """Parse PATTERN=ROLE into (pattern, role)."""
     pattern, equals, role = text.rpartition("=")
     if not (pattern and equals and role):
         raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=ROLE")
@@ -98,11 +100,12 @@ def _pin(text: str) -> tuple[str, str]:
 
 
 def _cut(text: str) -> int | str:
+    """Parse a layer's number or a module path."""
     return int(text) if text.isdecimal() else text
 
 
 def plan_options(args: argparse.Namespace) -> PlanOptions:
-    """What the command line asks of a split. Raises AutodistError for options that contradict each other."""
+    """Read the options of a split. Raises AutodistError for options that contradict each other."""
     pin: dict[str, str] = {}
     for pattern, role in args.pin or ():
         if pin.setdefault(pattern, role) != role:
@@ -129,12 +132,12 @@ def plan_options(args: argparse.Namespace) -> PlanOptions:
 
 
 def checkpoint_source(args: argparse.Namespace) -> CheckpointSource:
-    """The checkpoint that --model names."""
+    """Return the checkpoint that --model names."""
     return CheckpointSource(args.model, revision=args.revision, cache_dir=args.cache_dir)
 
 
 def compile_config(args: argparse.Namespace, wanted: PlanOptions) -> CompiledModel:
-    """The split of the model whose config --model has; no weights are looked for, nothing is verified."""
+    """Compile the model whose config --model has, without reading its weights and without verifying."""
     from autodist_fx.weights.resolve import resolve_config
 
     return compile_for(args, resolve_config(checkpoint_source(args)), wanted)
@@ -148,7 +151,8 @@ def compile_for(
     verify: bool = False,
     verbose: bool = False,
 ) -> CompiledModel:
-    """The same for a config that was found already; `verify`: proven; `verbose`: what each pass did is printed."""
+    """Compile a config that was found already; with `verify`, prove
+    the programs; with `verbose`, print what each pass did."""
     from autodist_fx.api.compiled_model import CompiledModel
     from autodist_fx.compiler.compile import as_used, compile_model
     from autodist_fx.compiler.compile_options import CompileOptions
@@ -161,7 +165,8 @@ def compile_for(
 
 
 def be_quiet() -> None:
-    """transformers' warnings are about its own options; ours are errors, in the plan, or a line without its source."""
+    """Silence transformers' warnings, which are about its own
+    options, and print ours in one line without their source."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.formatwarning = lambda message, *_, **__: f"autodist-fx: warning: {message}\n"

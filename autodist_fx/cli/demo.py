@@ -65,6 +65,7 @@ def main() -> int:
 
 
 def _demo(name: str) -> int:
+    """Run the demo, print each step, and return the exit code."""
     began = time.perf_counter()
     checkpoint = resolve(CheckpointSource(name))
     mesh = MESHES[-1]
@@ -102,6 +103,7 @@ def _demo(name: str) -> int:
 
 
 def _reference(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Generate with plain transformers in this process, and return the tokens that every rank must give."""
     tokenizer = load_tokenizer(checkpoint)
     keywords = {"gguf_file": checkpoint.paths[0].name} if checkpoint.source_kind == "gguf" else {}
     began = time.perf_counter()
@@ -112,7 +114,7 @@ def _reference(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _answer(model: Any, tokenizer: Any, *, aloud: bool) -> dict[str, Any]:
-    """The question's tokens, and those of each prompt of the batch, greedy."""
+    """Generate greedily; return the token ids of the question's answer, and of those to each prompt of the batch."""
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     inputs = encode(tokenizer, [QUESTION], chat=True)
     if aloud:
@@ -136,9 +138,9 @@ def _answer(model: Any, tokenizer: Any, *, aloud: bool) -> dict[str, Any]:
 
 
 def _on(plan: PartitionPlan, name: str) -> list[tuple[int, dict[str, Any]]] | None:
-    """What each rank of the plan's mesh gave; None when a rank failed."""
+    """Run the ranks of the plan's mesh as processes, and return (rank, answers) of each; None where a rank failed."""
     with tempfile.TemporaryDirectory(prefix="autodist-fx-demo-") as directory:
-        plan.save(Path(directory) / _PLAN)  # the ranks need not search again
+        plan.save(Path(directory) / _PLAN)  # so that no rank searches again
         command = [sys.executable, "-m", "autodist_fx.cli.demo", "--model", name, "--rank-in", directory]
         code = launch_local(command, plan.mesh.size)
         if code:
@@ -149,6 +151,7 @@ def _on(plan: PartitionPlan, name: str) -> list[tuple[int, dict[str, Any]]] | No
 
 
 def _be_a_rank(name: str, directory: Path) -> None:
+    """Run as one rank: generate, and write the answers into `directory`."""
     began = time.perf_counter()
     model = from_pretrained(name, plan=directory / _PLAN, device="cpu")
     tokenizer = load_tokenizer(resolve(CheckpointSource(name)))
@@ -163,7 +166,7 @@ def _be_a_rank(name: str, directory: Path) -> None:
 
 
 def _compare(answers: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """What differs, in words."""
+    """Describe each difference between two sets of answers; [] where all tokens are equal."""
     pairs = [("the question", answers["question"], expected["question"])]
     pairs += [(f"prompt {i} of the batch", a, b) for i, (a, b) in enumerate(zip(answers["batch"], expected["batch"]))]
     found = []

@@ -1,4 +1,4 @@
-"""`autodist-fx`: reads the command line and hands over to a subcommand; errors become one line and exit code 2.
+"""`autodist-fx`: parses the command line and runs a subcommand; an error becomes one line and exit code 2.
 
 Notes on an error (the lines of a graph around a node that verify refuses) are printed under it, indented.
 """
@@ -28,9 +28,12 @@ USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 where `diff` finds differences, 2 for an error that the user can mend, 130 for Ctrl-C."""
+    """Run one command and return its exit code.
+
+    0 for success, 1 where `diff` finds differences, 2 for an error that the user can mend, 130 for Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # torch's C++ says what we say in one line, too, with its stack; read when torch is imported
+    # torch's C++ code would log our errors a second time, with its stack. torch reads this variable when imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     args = _parser(arguments).parse_args(arguments)
     args.argv = arguments
@@ -47,26 +50,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except KeyboardInterrupt:
-        _leave("ended by Ctrl-C")  # else the others find out by what they wait for
+        _leave("ended by Ctrl-C")  # else the other ranks notice only when their next wait fails
         return 130
 
 
 def _leave(failure: str) -> None:
-    """The other ranks end too, and say why; there are some only where the runtime was imported."""
+    """Tell the other ranks why this one ends, so that they end,
+    too. Does nothing where the runtime was never imported."""
     runtime = sys.modules.get("autodist_fx.runtime.comm.process_group")
     if runtime is not None:
         runtime.leave(failure)
 
 
 class _Parser(argparse.ArgumentParser):
-    """And its subcommands': a mistake is one line, without the usage, which is --help's."""
+    """An argument parser, also for subcommands, that reports a mistake in one line without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"{self.prog}: error: {message}\n")
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """Only the subcommand that is called is imported: torch and transformers take seconds, and --help needs neither."""
+    """Build the parser. It imports the called subcommand only: torch
+    and transformers take seconds, and --help needs neither."""
     called = next((a for a in arguments if not a.startswith("-")), None)
     parser = _Parser(
         prog="autodist-fx",

@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     be_quiet()
     if args.from_file and args.plan:
         raise AutodistError("--plan uses a plan as it is, --from makes it anew: give one of them")
-    given = {"B": args.batch, "S": args.seq, "P": args.past}
-    sizes = tuple((symbol, n) for symbol, n in given.items() if n is not None)
+    by_symbol = {"B": args.batch, "S": args.seq, "P": args.past}
+    sizes = tuple((symbol, n) for symbol, n in by_symbol.items() if n is not None)
     wanted = replace(plan_options(args), sizes=sizes)
     if args.from_file:
         wanted = wanted.or_else(PlanOptions.from_file(args.from_file))  # the command line wins over the file
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def choose_for(args: argparse.Namespace, wanted: PlanOptions) -> MeshChoice:
-    """The choice for --devices; what `wanted` has of a mesh, from a plan file, is left out."""
+    """Choose a mesh for --devices; the mesh in `wanted`, which comes from a plan file, is ignored."""
     for name in ("tp", "pp", "plan", "device_map"):
         if getattr(args, name) is not None:
             option = f"--{name.replace('_', '-')}"

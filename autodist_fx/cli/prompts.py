@@ -1,4 +1,4 @@
-"""From prompts to token ids and back, and when each token came."""
+"""Converts prompts to token ids and generated ids to text, and times each token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autodist_fx.errors import AutodistError
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What was generated for one prompt: without padding, and without special tokens in the text."""
+    """One generated answer: its token ids without padding, and its text without special tokens."""
 
     prompt: str
     prompt_tokens: int
@@ -28,7 +28,7 @@ class Answer:
 
 
 class TimedStreamer(BaseStreamer):
-    """Notes when each step's tokens came, and passes them on."""
+    """Notes the time at which each step's tokens arrive, and passes them on to another streamer."""
 
     def __init__(self, inner: BaseStreamer | None = None) -> None:
         self._inner = inner
@@ -36,7 +36,8 @@ class TimedStreamer(BaseStreamer):
 
     @property
     def token_stamps(self) -> list[float]:
-        """One a step; the prompt, which generate() streams first, has none."""
+        """The times of the steps, as time.perf_counter() seconds;
+        the prompt, which generate() streams first, has none."""
         return self._stamps[1:]
 
     def put(self, value: torch.Tensor) -> None:
@@ -50,8 +51,11 @@ class TimedStreamer(BaseStreamer):
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, chat: bool) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask, [prompts, tokens], padded on the left. With `chat`, as a user's turn where the
-    tokenizer has a template for that."""
+    """Tokenize prompts into input_ids and attention_mask, both int64 [prompts, tokens], padded on the tokenizer's side.
+
+    With `chat`, each prompt is formatted as a user's turn where the tokenizer has a template for that. Raises
+    AutodistError where no token comes out.
+    """
     if chat and tokenizer.chat_template is not None:
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
         texts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
@@ -72,9 +76,10 @@ def split_answers(
     *,
     after_prompt: bool = True,
 ) -> list[Answer]:
-    """`output` [prompts, tokens] as generate() gives it: rows that ended early are padded behind their eos.
+    """Cut generate()'s `output`, int64 [prompts, tokens], into one
+    Answer per prompt, each up to and with its first eos token.
 
-    `after_prompt`: the rows begin with the prompt. A decoder that reads an encoder begins with one token of its own.
+    `after_prompt`: each row begins with the prompt. In an encoder-decoder model it begins with one start token instead.
     """
     width = inputs["input_ids"].shape[1] if after_prompt else 1
     answers = []

@@ -47,9 +47,9 @@ from autodist_fx.startup.start_rank import start_rank
 from cost_model.mesh import Mesh
 from cost_model.request.plan_options import PlanOptions
 
-_DAY = 86400.0  # of patience with somebody at a breakpoint
+_DAY = 86400.0  # seconds: the timeout with --rank, where somebody may sit at a breakpoint
 
-# What an artifact has settled.
+# Options that an artifact has settled.
 _DECIDED = (
     "model", "plan", "hardware", "objective", "pin", "cut", "max_memory", "device_map", "strict", "revision",
     "cache_dir", "dump_dir",
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     saved = parser.add_argument_group("splits on disk")
     saved.add_argument("--artifact", metavar="DIR", help="run what `autodist-fx compile --out DIR` wrote; no --model")
     saved.add_argument("--no-cache", action="store_true", help="neither use nor keep a split of --model (ADX_CACHE)")
-    # From the process that starts the ranks, to all of them alike.
+    # The process that starts the ranks passes these two to all of them.
     saved.add_argument("--cache-entry", help=argparse.SUPPRESS)
     saved.add_argument("--planned", help=argparse.SUPPRESS)
     text = parser.add_argument_group("the text")
@@ -120,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
+    """Read the prompts from --prompt or --batch-file. Raises AutodistError where there are none."""
     if (args.prompt is None) == (args.batch_file is None):
         raise AutodistError("give either --prompt TEXT or --batch-file FILE (one prompt a line)")
     if args.batch_file is None:
@@ -135,21 +136,22 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 class _Source(Protocol):
-    """Where the ranks' programs come from."""
+    """A source of the ranks' programs: an artifact or a checkpoint."""
 
     mesh: Mesh
 
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
 
     def share(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        """This process's rank of the model."""
+        """Start this process as its rank of the model."""
 
     def for_ranks(self, scratch: Path) -> list[str]:
-        """Look at everything, once, so that what is wrong is said once; further arguments for the ranks."""
+        """Check all inputs in this process, so that an error is printed
+        once; return further arguments for the ranks' processes."""
 
 
 class _Saved:
-    """An artifact, or an entry of the cache."""
+    """Programs from an artifact, or from an entry of the split cache."""
 
     def __init__(self, args: argparse.Namespace, artifact: Artifact) -> None:
         self.args, self.artifact, self.mesh = args, artifact, artifact.mesh
@@ -171,7 +173,7 @@ class _Saved:
 
 
 class _Checkpoint:
-    """A model as --model names it; by way of the cache, if there is one."""
+    """Programs of the model that --model names; they come from the split cache where it has an entry."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         if args.model is None:
@@ -190,8 +192,8 @@ class _Checkpoint:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.entry is not None and self.entry.is_there:
             with contextlib.suppress(AutodistError):  # a damaged entry is dealt with when the ranks read it
-                kept = Artifact(self.entry.path)
-                return _right_if(kept.tokenizer(), kept.config.is_encoder_decoder)
+                cached = Artifact(self.entry.path)
+                return _right_if(cached.tokenizer(), cached.config.is_encoder_decoder)
         from autodist_fx.weights.checkpoint import load_tokenizer
         from autodist_fx.weights.resolve import resolve
 
@@ -221,6 +223,7 @@ class _Checkpoint:
 
 
 def _right_if(tokenizer: PreTrainedTokenizerBase, has_encoder: bool) -> PreTrainedTokenizerBase:
+    """Pad on the right for a model with an encoder."""
     if has_encoder:
         tokenizer.padding_side = "right"  # an encoder counts its positions from the left
     return tokenizer
@@ -238,6 +241,7 @@ def _join_options(args: argparse.Namespace) -> JoinOptions:
 
 
 def _start_ranks(args: argparse.Namespace, prompts: list[str], source: _Source) -> int:
+    """Start all ranks as processes on this machine, and return the exit code."""
     if args.device and ":" in args.device:
         raise AutodistError(f"--device {args.device} is one rank's: add --rank, or say cuda: a device for each")
     choose_device(args.device, source.mesh.size - 1, source.mesh.size)
@@ -250,11 +254,11 @@ def _start_ranks(args: argparse.Namespace, prompts: list[str], source: _Source) 
 
 
 def _generate(args: argparse.Namespace, prompts: list[str], source: _Source) -> None:
-    """This process is a rank."""
+    """Generate as one rank, and print the answers where this rank is the one that prints."""
     spent = {"imports": time.monotonic() - process_started()}
     if os.environ.get(VARIABLE):
         spent = {"the launcher": process_started() - command_started(), **spent}
-    # First, since a prompt that cannot be encoded should not wait for the weights.
+    # Encode before loading: the error for a bad prompt should not wait for the weights.
     tokenizer = source.tokenizer()
     inputs = encode(tokenizer, prompts, chat=not args.no_chat_template)
     mesh, model = source.mesh, source.share(tokenizer)
@@ -262,7 +266,7 @@ def _generate(args: argparse.Namespace, prompts: list[str], source: _Source) -> 
     spent |= {**report.start_seconds, "weights": report.seconds}
     spent["meeting and the rest"] = ready_seconds - sum(spent.values())
     options = {"max_new_tokens": args.max_new_tokens, **_options(args, model.generation_config, tokenizer)}
-    if mesh.size > 1:  # what this rank prints are the answers to what the rank that drives was asked
+    if mesh.size > 1:  # the leader alone runs generate, so all ranks must have been asked the same
         asked = json.dumps([prompts, options, args.seed, args.no_chat_template])
         agree(over(model.communicator, model.rank, mesh.size), model.rank, {"the request": digest(asked)})
     speaks = model.rank == 0 or args.rank is not None
@@ -281,7 +285,7 @@ def _generate(args: argparse.Namespace, prompts: list[str], source: _Source) -> 
         )
     except AutodistError:
         raise
-    except Exception as error:  # of generate's own checks, or of the model's code, whose node was noted
+    except Exception as error:  # from generate's own checks, or from the model's code with a note that names the node
         notes = getattr(error, "__notes__", [])
         if not notes and not isinstance(error, ValueError):
             raise
@@ -301,12 +305,12 @@ def _generate(args: argparse.Namespace, prompts: list[str], source: _Source) -> 
 
 
 def _options(args: argparse.Namespace, defaults: transformers.GenerationConfig, tokenizer: Any) -> dict[str, Any]:
-    """What generate() is to be told beside the prompt."""
+    """Collect the keyword arguments of generate() besides the prompt."""
     options = {name: getattr(args, name) for name, *_ in _SAMPLING if getattr(args, name) is not None}
     if args.do_sample is not None:
         options["do_sample"] = args.do_sample
     elif {"temperature", "top_k", "top_p", "min_p", "typical_p"} & options.keys():
-        options["do_sample"] = True  # who names them wants them used
+        options["do_sample"] = True  # greedy search would ignore the options given
     if defaults.pad_token_id is None:
         options["pad_token_id"] = tokenizer.pad_token_id
     return options
@@ -315,6 +319,7 @@ def _options(args: argparse.Namespace, defaults: transformers.GenerationConfig, 
 def _timings(
     ready_seconds: float, seconds: float, answers: list[Answer], streamer: TimedStreamer | None, start: float
 ) -> dict[str, float | int | None]:
+    """Return the seconds and rates to report."""
     tokens = sum(len(answer.token_ids) for answer in answers)
     stamps = streamer.token_stamps if streamer is not None else []
     steps = len(stamps) - 1

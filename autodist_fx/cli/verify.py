@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compile_for_training(args: argparse.Namespace) -> CompiledModel:
-    """With labels among the inputs, where the model computes a loss from them."""
+    """Compile the programs for training, with labels among the inputs where forward takes them."""
     config = resolve_config(checkpoint_source(args))
     model = empty_model(config, wanted_dtype(args.dtype, config))
     names = default_inputs(model, use_cache=False)
