@@ -1,1 +1,1 @@
-"""Checkpoints: finding them, and reading only the slices that a rank holds."""
+"""Checkpoints: locating them, and reading only the slices that a rank holds."""

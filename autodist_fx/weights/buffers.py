@@ -1,4 +1,4 @@
-"""Buffers that no checkpoint holds (rotary frequencies and the like): made anew by building the model."""
+"""Rebuilds buffers that no checkpoint holds (rotary frequencies and the like), by building the model on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.modeling_utils import no_init_weights
 
 
 def non_persistent_buffers(build: Callable[[], nn.Module]) -> dict[str, torch.Tensor]:
-    """The values, on the CPU, of the buffers that `build()`'s model leaves out of its state dict, by name.
+    """Return the CPU values of the buffers that the model of `build()` leaves out of its state dict, by name.
 
     `build` makes the model as it would on the CPU (`lambda: AutoModelForCausalLM.from_config(config)`). Its parameters
     go to the meta device one by one as they are made, uninitialised and untouched, so a model of any size costs next
@@ -29,7 +29,7 @@ def non_persistent_buffers(build: Callable[[], nn.Module]) -> dict[str, torch.Te
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Inside, modules keep parameters on meta, buffers as they are. For the whole process, so not thread-safe."""
+    """Make modules register parameters on meta, buffers as they are. It patches nn.Module, so it is not thread-safe."""
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:

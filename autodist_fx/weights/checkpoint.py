@@ -1,4 +1,4 @@
-"""A checkpoint that was found: its config, its files, its tokenizer."""
+"""`Checkpoint`: a checkpoint that was located, with its config, its files and its tokenizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autodist_fx.weights.sources.source import WeightSource
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What resolve found. `name` is what the user asked for, `paths` are the weight files, all in `directory`."""
+    """The result of `resolve`. `name` is as the user gave it, `paths` are the weight files, all inside `directory`."""
 
     name: str
     config: PretrainedConfig
@@ -28,14 +28,15 @@ class Checkpoint:
 
 
 def open_source(checkpoint: Checkpoint) -> WeightSource:
-    """The checkpoint's weights. Raises CheckpointError when they cannot be read."""
+    """Open the checkpoint's weights. Raises CheckpointError when they cannot be read."""
     if checkpoint.source_kind == "gguf":
         return GGUFSource(checkpoint.paths[0], checkpoint.config)
     return SafetensorsSource(checkpoint.paths)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, ready for batches of prompts: padding on the left, with eos where there is no pad.
+    """Load the checkpoint's tokenizer, set up for batches of
+    prompts: padding on the left, by eos where it has no pad token.
 
     Raises CheckpointError when it has none.
     """

@@ -1,4 +1,4 @@
-"""`CheckpointSource`: which checkpoint is meant, and how the Hugging Face hub is asked for it."""
+"""`CheckpointSource`: names a checkpoint, and holds the options for asking the Hugging Face hub for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 class CheckpointSource:
     """A checkpoint as users name it: a directory, a .gguf file, "smollm2", or an id on the hub (see `resolve`).
 
-    The rest is as in transformers' from_pretrained, of the hub alone. `local_files_only=None` follows HF_HUB_OFFLINE.
+    The other fields are those of transformers' from_pretrained, and apply to the hub only. `local_files_only=None`
+    follows HF_HUB_OFFLINE.
     """
 
     name: str | Path

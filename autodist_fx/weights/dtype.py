@@ -1,4 +1,4 @@
-"""dtype."""
+"""Resolves the dtype in which a model's weights are loaded."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from autodist_fx.errors import AutodistError
 
 
 def wanted_dtype(dtype: torch.dtype | str | None, config: PretrainedConfig) -> torch.dtype:
-    """The dtype of the weights: as named, else the config's (a GGUF file's has none: float32, what it is turned into).
+    """Return the dtype for the weights: `dtype` if it names one,
+    else the config's; float32 where the config has none (GGUF).
 
-    Raises AutodistError for a text that names none.
+    Raises AutodistError for a name that is no floating-point dtype.
     """
-    said = config.dtype if dtype in (None, "auto") else dtype
-    if said is None:
+    named = config.dtype if dtype in (None, "auto") else dtype
+    if named is None:
         return torch.float32
-    found = getattr(torch, said.removeprefix("torch."), None) if isinstance(said, str) else said
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise AutodistError(f"no dtype {said!r} for weights: choose auto, float32, bfloat16, float16 or float64")
-    return found
+    resolved = getattr(torch, named.removeprefix("torch."), None) if isinstance(named, str) else named
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise AutodistError(f"no dtype {named!r} for weights: choose auto, float32, bfloat16, float16 or float64")
+    return resolved

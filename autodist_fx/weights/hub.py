@@ -1,4 +1,5 @@
-"""Downloads from the Hugging Face hub: config.json alone, or what a safetensors checkpoint needs, and no pickles."""
+"""Downloads from the Hugging Face hub: config.json alone, or
+all that a safetensors checkpoint needs, and never a pickle."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from autodist_fx.errors import CheckpointError
 from autodist_fx.weights.checkpoint_source import CheckpointSource
 from autodist_fx.weights.sources.safetensors_source import INDEX_NAME, SINGLE_NAME
 
-# By name, not "*.safetensors": repositories also carry variants (fp16), adapters and other formats of the same weights.
+# Exact names, not "*.safetensors": repositories also have fp16 copies, adapters and other formats of the same weights.
 _PATTERNS = (
     *(SINGLE_NAME, INDEX_NAME, "model-?????-of-?????.safetensors"),
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"),  # config, generation config, tokenizer
@@ -31,7 +32,7 @@ _SUBFOLDERS = ("*/*",)  # onnx/, original/, ...
 
 
 def download_config(source: CheckpointSource) -> Path:
-    """config.json of a repository, in the cache. Raises CheckpointError."""
+    """Download a repository's config.json and return its path in the hub's cache. Raises CheckpointError."""
     repo_id, offline = str(source.name), _files(source) is None
     return Path(
         _ask(
@@ -49,8 +50,10 @@ def download_config(source: CheckpointSource) -> Path:
 
 
 def download_checkpoint(source: CheckpointSource) -> Path:
-    """The snapshot directory of a repository, with its safetensors. Raises CheckpointError, before downloading
-    anything when the repository has none."""
+    """Download a repository's safetensors checkpoint and return its snapshot directory.
+
+    Raises CheckpointError; before anything is downloaded where the repository has no safetensors.
+    """
     repo_id, files = str(source.name), _files(source)
     offline = files is None
     if files is not None:
@@ -72,9 +75,10 @@ def download_checkpoint(source: CheckpointSource) -> Path:
 
 
 def _files(source: CheckpointSource) -> list[str] | None:
-    """The repository's files, None when only the cache can be asked.
+    """List the repository's files; None where only the cache can be asked.
 
-    Also for config.json alone: this fails at once where there is no network, a download retries for half a minute.
+    It also runs before config.json alone is downloaded: without network it fails at once, where a download would retry
+    for half a minute.
     """
     repo_id = str(source.name)
     if constants.HF_HUB_OFFLINE if source.local_files_only is None else source.local_files_only:
@@ -88,6 +92,7 @@ def _files(source: CheckpointSource) -> list[str] | None:
 
 
 def _refuse_without_safetensors(repo_id: str, files: list[str]) -> None:
+    """Raise CheckpointError where a repository has no safetensors, with the way out for the formats that it has."""
     if SINGLE_NAME in files or INDEX_NAME in files:
         return
     ggufs = [name for name in files if name.endswith(".gguf")]
@@ -104,6 +109,7 @@ def _refuse_without_safetensors(repo_id: str, files: list[str]) -> None:
 
 
 def _ask(repo_id: str, download: Callable[[], str]) -> str:
+    """Run a download; turn its exceptions into CheckpointError."""
     try:
         return download()
     except (requests.RequestException, HFValidationError, OSError, ValueError) as error:
@@ -111,6 +117,7 @@ def _ask(repo_id: str, download: Callable[[], str]) -> str:
 
 
 def _explain(repo_id: str, error: Exception) -> CheckpointError:
+    """Choose the CheckpointError for an exception of huggingface_hub."""
     # The order matters: these are subclasses of one another.
     if isinstance(error, HFValidationError):
         return CheckpointError(f"{repo_id!r} is neither a path here nor an id on the hub (owner/name)")

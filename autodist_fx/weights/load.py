@@ -1,4 +1,4 @@
-"""From ParamShards to parameters: fills one rank's module, and reads nothing that the rank does not hold."""
+"""Fills one rank's module from a checkpoint by its ParamShards, and reads nothing that the rank does not hold."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _Key = tuple[str, int | None, tuple[Interval, ...], torch.dtype, bool]
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What loading one rank took."""
+    """The bytes, seconds and peak memory that loading one rank took."""
 
-    shard_bytes: int  # of the rank's parameters and buffers; a tied one counts once
-    bytes_read: int  # from the checkpoint
+    shard_bytes: int  # the rank's parameters and buffers; a tied one counts once
+    bytes_read: int  # read from the checkpoint for this rank
     checkpoint_bytes: int  # all of the checkpoint's tensors
     seconds: float
-    rss_before_bytes: int  # the process's memory when loading began: imports, the graph
-    peak_rss_bytes: int  # the most the process ever had until loading ended
-    start_seconds: Mapping[str, float] = field(default_factory=dict)  # what came before, by what it was; with waits
+    rss_before_bytes: int  # resident memory when loading began: imports, the graph
+    peak_rss_bytes: int  # the most resident memory that the process ever had until loading ended
+    start_seconds: Mapping[str, float] = field(default_factory=dict)  # seconds of each earlier step, with waits
 
 
 def load_rank(
@@ -48,17 +48,18 @@ def load_rank(
     requires_grad: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadReport:
-    """Replaces every meta parameter and buffer of `program.graph_module` by its slice of the checkpoint, on `device`.
+    """Replace every meta parameter and buffer of `program.graph_module` by its slice of the checkpoint, on `device`.
 
-    `dtype` overrides the dtype of floating-point parameters; by default each is in the dtype that it was traced in.
-    `buffers`: by the name in the original model, the real values of what no checkpoint holds (non-persistent buffers
+    A loaded tensor has its ParamShard's `local_shape`. `dtype` overrides the dtype of floating-point parameters; by
+    default each has the dtype that it was traced in.
+    `buffers`: real values, by the name in the original model, of buffers that no checkpoint holds (non-persistent ones
     such as rotary frequencies: on meta they have no values, and uninitialised ones give text that is almost right).
-    They come before a tensor of that name in the checkpoint, and keep their dtype.
+    They win over a tensor of that name in the checkpoint, and keep their dtype.
     `base_model_prefix`, `tied`, `key_mapping`: see resolve_names. `requires_grad`: set on every parameter; by default
-    each keeps what its meta parameter had. `progress(done_bytes, all_bytes)` is called after each tensor.
+    each keeps the flag of its meta parameter. `progress(done_bytes, all_bytes)` is called after each tensor.
 
-    Names of one source, slice and dtype come out as one Parameter, so that tied weights stay tied within the rank.
-    Raises CheckpointError naming what is missing or has another shape; the module is then not to be used.
+    Names with equal source, slice and dtype get one Parameter, so that tied weights stay tied within the rank.
+    Raises CheckpointError, which names a tensor that is missing or has another shape; the module is then half filled.
     """
     began, rss_before, read_before = time.perf_counter(), rss_bytes(), source.bytes_read
     module = program.graph_module
@@ -66,31 +67,31 @@ def load_rank(
     _refuse_meta_outside(module, program.param_shards)
     buffers = {} if buffers is None else buffers
     real_buffers = ModuleSource(buffers)
-    held = {s.source for s in shards if s.is_buffer} & buffers.keys()
-    found = resolve_names(
-        {s.source for s in shards} - held,
+    from_buffers = {s.source for s in shards if s.is_buffer} & buffers.keys()
+    checkpoint_names = resolve_names(
+        {s.source for s in shards} - from_buffers,
         source.names(),
         base_model_prefix=base_model_prefix,
         tied=tied,
         key_mapping=key_mapping,
     )
-    missing = [s for s in shards if s.source not in found and s.source not in held]
+    missing = [s for s in shards if s.source not in checkpoint_names and s.source not in from_buffers]
     _refuse_missing(missing, len(shards), source.names())
 
-    wanted: dict[_Key, list[ParamShard]] = {}
+    alike: dict[_Key, list[ParamShard]] = {}  # shards that become one tensor
     for shard in shards:
-        name = shard.source if shard.source in held else found[shard.source]
-        wanted_dtype = buffers[name].dtype if shard.source in held else _dtype_of(shard, dtype)
+        name = shard.source if shard.source in from_buffers else checkpoint_names[shard.source]
+        wanted_dtype = buffers[name].dtype if shard.source in from_buffers else _dtype_of(shard, dtype)
         key = (name, shard.dim, shard.intervals, wanted_dtype, shard.is_buffer)
-        wanted.setdefault(key, []).append(shard)
-    # The largest first: what a slice needs beside itself is then needed while little else is there.
-    order = sorted(wanted, key=lambda k: math.prod(wanted[k][0].local_shape) * k[3].itemsize, reverse=True)
-    all_bytes = sum(math.prod(wanted[k][0].local_shape) * k[3].itemsize for k in order)
+        alike.setdefault(key, []).append(shard)
+    # The largest comes first: temporary memory for a slice is then needed while little else is loaded.
+    order = sorted(alike, key=lambda k: math.prod(alike[k][0].local_shape) * k[3].itemsize, reverse=True)
+    all_bytes = sum(math.prod(alike[k][0].local_shape) * k[3].itemsize for k in order)
     done_bytes = 0
     for key in order:
         name, dim, intervals, wanted_dtype, is_buffer = key
-        shard = wanted[key][0]
-        origin: WeightSource = real_buffers if shard.source in held else source
+        shard = alike[key][0]
+        origin: WeightSource = real_buffers if shard.source in from_buffers else source
         if origin.shape(name) != shard.shape:
             raise CheckpointError(
                 f"{name} has shape {list(origin.shape(name))} in the checkpoint and {list(shard.shape)} in the model: "
@@ -102,11 +103,11 @@ def load_rank(
                 f"{name} is {stored} in the checkpoint, which no weight of this model can be: it is damaged, or "
                 "quantized in a way that its config does not say; use the unquantized checkpoint"
             )
-        # A file's tensor is made here, and written in place, where it is not to be on the CPU; a module lends its own.
+        # A slice for a GPU is allocated there, and the file is read into it. A module may lend its own memory.
         lent = torch.device(device).type == "cpu" or isinstance(origin, ModuleSource)
         out = None if lent else torch.empty(shard.local_shape, dtype=wanted_dtype, device=device)
         tensor = origin.read(name, dim, intervals, wanted_dtype, out).to(device)
-        _install(module, [s.name for s in wanted[key]], tensor, is_buffer=is_buffer, requires_grad=requires_grad)
+        _install(module, [s.name for s in alike[key]], tensor, is_buffer=is_buffer, requires_grad=requires_grad)
         done_bytes += tensor.numel() * tensor.element_size()
         if progress is not None:
             progress(done_bytes, all_bytes)
@@ -122,6 +123,7 @@ def load_rank(
 
 
 def _dtype_of(shard: ParamShard, override: torch.dtype | None) -> torch.dtype:
+    """Return the dtype in which a shard is loaded."""
     traced: torch.dtype = getattr(torch, shard.dtype)
     return override if override is not None and traced.is_floating_point else traced
 
@@ -129,7 +131,7 @@ def _dtype_of(shard: ParamShard, override: torch.dtype | None) -> torch.dtype:
 def _install(
     module: nn.Module, names: Sequence[str], tensor: torch.Tensor, *, is_buffer: bool, requires_grad: bool | None
 ) -> None:
-    """Puts the tensor at every one of the names, as one object."""
+    """Put the tensor, as one object, at every one of the names."""
     value = tensor
     if not is_buffer:
         meta = _owner_of(module, names[0])[1]
@@ -147,7 +149,7 @@ def _install(
 
 
 def _owner_of(module: nn.Module, name: str) -> tuple[nn.Module, torch.Tensor]:
-    """The submodule that holds the parameter or buffer, and what it holds now."""
+    """Return the submodule that holds the parameter or buffer, and the tensor that it holds now."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     held = owner._parameters.get(leaf, owner._buffers.get(leaf))
@@ -162,6 +164,7 @@ def _tensors(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def _refuse_meta_outside(module: nn.Module, shards: Mapping[str, ParamShard]) -> None:
+    """Raise CheckpointError for a meta tensor that no ParamShard would fill."""
     lost = [name for name, tensor in _tensors(module) if tensor.is_meta and name not in shards]
     if lost:
         raise CheckpointError(
@@ -171,6 +174,7 @@ def _refuse_meta_outside(module: nn.Module, shards: Mapping[str, ParamShard]) ->
 
 
 def _refuse_missing(missing: Sequence[ParamShard], count: int, available: Iterable[str]) -> None:
+    """Raise CheckpointError where shards have no tensor to be filled from."""
     lost_buffers = [s.source for s in missing if s.is_buffer]
     lost = [s.source for s in missing if not s.is_buffer]
     prefix = next((n.removesuffix(lost[0]) for n in available if n.endswith(f".{lost[0]}")), "") if lost else ""
@@ -193,8 +197,8 @@ def _refuse_missing(missing: Sequence[ParamShard], count: int, available: Iterab
 
 
 def _move_the_rest(module: nn.Module, shards: Mapping[str, ParamShard], device: torch.device | str) -> None:
-    """Tensors that came with the graph (constants that the trace lifted) follow the parameters to the device; one that
-    has several names stays one."""
+    """Move the tensors that came with the graph (constants that tracing
+    lifted) to the device. One tensor with several names stays one."""
     moved: dict[int, torch.Tensor] = {}
     for name, tensor in list(_tensors(module)):
         if name in shards or tensor.device == torch.device(device):

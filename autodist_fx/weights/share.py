@@ -1,4 +1,4 @@
-"""One set of weights for two programs of a rank: what both hold alike is one tensor."""
+"""Shares weights between two programs of one rank: a slice that both hold is one tensor."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from passes.program.rank_program import RankProgram
 
 
 def share_weights(loaded: RankProgram, program: RankProgram) -> RankProgram:
-    """Puts the tensors of `loaded` into `program` wherever both hold the same slice of the same weight.
+    """Put the tensors of `loaded` into `program` wherever both hold the same slice of the same weight.
 
-    Returns `program` with the shards that are left to be loaded; none when the two layouts coincide.
+    Returns `program` with only the shards that are left to be loaded; there are none where the two layouts coincide.
     """
     have = {shard.slice_key: name for name, shard in loaded.param_shards.items()}
     left = {}

@@ -1,1 +1,1 @@
-"""Where weights are read from."""
+"""Sources of weights: safetensors, GGUF, and a model in memory."""

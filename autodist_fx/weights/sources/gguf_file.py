@@ -1,4 +1,5 @@
-"""Reading a .gguf file's metadata: config and tokenizer, as transformers understands them, parsed once per process."""
+"""Reads a .gguf file's config, tokenizer and tensors, as transformers
+understands them; the file is parsed once per process."""
 
 from __future__ import annotations
 
@@ -20,18 +21,19 @@ from autodist_fx.errors import CheckpointError
 
 
 def gguf_config(path: Path) -> PretrainedConfig:
-    """The model's config. Raises CheckpointError for files that are no GGUF, and for families transformers lacks."""
+    """Read the model's config. Raises CheckpointError for a file
+    that is no GGUF, and for a family that transformers lacks."""
     with _reading(path):
         return AutoConfig.for_model(**dict(_metadata(path)["config"]))
 
 
 def gguf_tokenizer(path: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer in the file, with the special tokens that the file says.
+    """Load the tokenizer in the file, with the special tokens that the file names.
 
     transformers 4.57 (GGUFLlamaConverter) names the bos token as eos too, and prepends bos whatever the file says: a
     chat template's text would begin with two of them, and generation would not know its end. It also reads the file
     anew for the config, the tokenizer and the tensors, seconds each: see _reading.
-    Raises CheckpointError when there is none in the file.
+    Raises CheckpointError when the file has no tokenizer.
     """
     with _reading(path):
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, config=config)
@@ -50,20 +52,22 @@ def gguf_tokenizer(path: Path, config: PretrainedConfig) -> PreTrainedTokenizerB
 
 
 def gguf_tensors(path: Path, skeleton: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Every tensor of the file, dequantized to float32, under its name in `skeleton` (the model on meta)."""
+    """Dequantize every tensor of the file to float32, under its name
+    in `skeleton` (the model on meta). Raises CheckpointError."""
     with _reading(path):
         loaded = gguf_support.load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=skeleton)
         return loaded["tensors"]
 
 
 def forget() -> None:
-    """Frees the parsed file: some 100 MB of small arrays for a vocabulary of 50 000."""
+    """Free the parsed file: some 100 MB of small arrays for a vocabulary of 50 000."""
     _reader.cache_clear()
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Inside, transformers reads `path` with our reader and in silence; its errors come out as one line."""
+    """Make transformers read `path` by our cached reader and
+    silently; turn its errors into one-line CheckpointErrors."""
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(f"reading {path.name} needs the package gguf: pip install 'autodist-fx[gguf]'")
     if not path.is_file():
@@ -73,7 +77,7 @@ def _reading(path: Path) -> Iterator[None]:
     name_map = gguf.get_tensor_name_map
     # load_gguf_checkpoint looks GGUFReader up on each call. It is called for the config, the tokenizer and the tensors.
     gguf.GGUFReader = lambda name, *_: _reader(Path(name))
-    # Asked for once per submodule, and 20 ms each: six of the seven seconds that SmolLM2 takes.
+    # transformers asks for the map once per submodule, 20 ms each: six of the seven seconds that SmolLM2 takes.
     gguf.get_tensor_name_map = lru_cache(name_map)
     gguf_support.tqdm = lambda tensors, **_: tensors  # every rank would draw one
     logging.set_verbosity_error()
@@ -97,7 +101,8 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _reader(path: Path) -> Any:
-    """gguf's reader, over a plain array: it takes 100 000 slices for the vocabulary, and np.memmap is slow to slice."""
+    """Parse the file with gguf's reader over a plain array: it takes
+    100 000 slices for the vocabulary, and slicing np.memmap is slow."""
     gguf_reader: Any = importlib.import_module("gguf.gguf_reader")
 
     class Reader(gguf_reader.GGUFReader):

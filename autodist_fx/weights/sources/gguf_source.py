@@ -1,4 +1,4 @@
-"""Weights from a GGUF file (llama.cpp's format, mostly quantized), through transformers.
+"""Reads weights from a GGUF file (llama.cpp's format, mostly quantized), through transformers.
 
 transformers knows how llama.cpp permuted and renamed each family's weights, but for whole files only: **every rank
 dequantizes the whole model into memory** (4 bytes per weight) and takes its slices from there. That is fine for models
@@ -68,7 +68,7 @@ class GGUFSource:
         return self._load().read(name, dim, intervals, dtype, out)
 
     def fingerprint(self) -> str:
-        """Digest of the file's first 64 KiB, its size, and 4 KiB of each MiB. Nothing is dequantized for it."""
+        """Digest the file's first 64 KiB, its size, and 4 KiB of each MiB. Nothing is dequantized for it."""
         found = hashlib.sha256(str(self.checkpoint_bytes).encode())
         with self.path.open("rb") as file:
             found.update(file.read(_HEAD_BYTES))
@@ -78,16 +78,18 @@ class GGUFSource:
         return found.hexdigest()[:16]
 
     def close(self) -> None:
+        """Free the tensors. Nothing can be read afterwards."""
         self._tensors = None
         self._closed = True
         forget()
 
     def _load(self) -> ModuleSource:
+        """Dequantize all tensors on first use. Raises CheckpointError after `close`."""
         if self._closed:
             raise CheckpointError(f"{self.path} was closed: open it again with open_source")
         if self._tensors is None:
             with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(self._config)  # only its names are looked at
+                skeleton = AutoModelForCausalLM.from_config(self._config)  # only its names are used
             self._tensors = ModuleSource(gguf_tensors(self.path, skeleton))
             self._bytes_read += self.checkpoint_bytes
         return self._tensors

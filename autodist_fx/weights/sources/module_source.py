@@ -1,4 +1,4 @@
-"""Weights of a model that is in memory."""
+"""Reads weights from a model in memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from autodist_fx.weights.sources.sample import fingerprint, sampled
 from autodist_fx.weights.sources.source import sliced_shape
 from cost_model.graph.placement import Interval
 
-_ALIGNMENT = 64  # bytes, of memory that torch allocates
+_ALIGNMENT = 64  # bytes: torch allocates memory at multiples of it
 
 
 class ModuleSource:
-    """Slices of an nn.Module's parameters and buffers (all names of a tied one), or of a state dict.
+    """Slices of an nn.Module's parameters and buffers (under all names of a tied one), or of a state dict.
 
-    Slices are copies, so that the model can be freed. With `share`, a slice of a parameter that is one run of the
-    model's own memory, and wanted in its dtype, lies there: ranks in one process then hold replicated weights once, and
-    those split along the first dim, too. Buffers are copied, since a forward pass may write into them. Raises
+    Slices are copies, so that the model can be freed. With `share`, a slice of a parameter is a view of the model's own
+    memory, if it is contiguous there and wanted in its dtype: ranks in one process then hold replicated weights once,
+    and those cut along the first dim, too. Buffers are copied, since a forward pass may write into them. Raises
     CheckpointError when the model is on the meta device.
     """
 
@@ -102,8 +102,9 @@ class ModuleSource:
 
 
 def _one_piece(tensor: torch.Tensor, dim: int | None, intervals: Sequence[Interval]) -> torch.Tensor | None:
-    """The slice in the tensor's own memory; None where it has gaps there, or does not begin as memory of its own would:
-    a matmul may round otherwise then, and a simulation differ from processes in the last bit."""
+    """Return the slice as a view of the tensor's own memory; None where it is not
+    contiguous there, or not aligned as memory of its own would be: a matmul may
+    then round otherwise, and a simulation differ from processes in the last bit."""
     if dim is None:
         return tensor
     if len(intervals) != 1:
@@ -114,6 +115,7 @@ def _one_piece(tensor: torch.Tensor, dim: int | None, intervals: Sequence[Interv
 
 
 def _sample(name: str, tensor: torch.Tensor) -> bytes:
+    """Return the bytes of the tensor that stand for all of it in a fingerprint."""
     flat, size = tensor.contiguous().view(-1), tensor.element_size()
     blocks = [flat[start // size : stop // size] for start, stop in sampled(name, flat.numel() * size)]
     return torch.cat(blocks).view(torch.uint8).cpu().numpy().tobytes()

@@ -1,8 +1,8 @@
-"""One safetensors file: its header, and slices of its tensors read straight to where they go.
+"""Reads one safetensors file: its header, and slices of its tensors straight into their destination.
 
-Not `safetensors.safe_open`: that maps the file, and pages of it that were touched count as the process's memory (RSS);
-a cast makes another copy; and the kernel reads ahead, so that a rank that takes half of each weight has the disk read
-85 % of the file. Here nothing is mapped, a slice in the wanted dtype has no copy beside it, and any other passes
+It does not use `safetensors.safe_open`: that maps the file, and pages that were touched count as the process's memory
+(RSS); a cast makes another copy; and the kernel reads ahead, so that a rank that takes half of each weight has the disk
+read 85 % of the file. Here nothing is mapped, a slice in the wanted dtype has no copy beside it, and any other passes
 through a window of WINDOW_BYTES.
 """
 
@@ -24,8 +24,8 @@ from autodist_fx.weights.sources.sample import sampled
 from autodist_fx.weights.sources.source import sliced_shape
 from cost_model.graph.placement import Interval
 
-WINDOW_BYTES = 8 << 20  # bounds what loading needs beside the shards
-SHORT_RUN_BYTES = 4096  # a page: the disk reads no less, so shorter runs are read with what lies between them
+WINDOW_BYTES = 8 << 20  # bounds the memory that loading needs beside the shards
+SHORT_RUN_BYTES = 4096  # a page: the disk reads no less, so shorter runs are read together with the gaps between them
 
 # https://github.com/huggingface/safetensors/blob/main/safetensors/src/tensor.rs, enum Dtype; sub-byte types left out
 DTYPES: dict[str, torch.dtype] = {
@@ -52,7 +52,7 @@ _HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit; a larger number is 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where a tensor lies: `offset` in bytes from the start of the file, row-major."""
+    """The place of a tensor, row-major, `offset` bytes from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -75,12 +75,12 @@ class SafetensorsFile:
             self._file = path.open("rb", buffering=0)
         except OSError as error:
             raise CheckpointError(f"cannot open {path}: {error.strerror}; save the checkpoint again") from error
-        # Slices are read as they are; the kernel's reading ahead of them cost half as much again (1.56 GB from the disk
-        # instead of 1.13 for half of a 1.98 GB file, in the same time).
+        # Switch the kernel's read-ahead off: it read half as much again (1.56 GB from the disk instead of 1.13 for half
+        # of a 1.98 GB file, in the same time).
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._lock = threading.Lock()  # of the buffer: ranks that are threads may load from one source
+        self._lock = threading.Lock()  # guards the buffer: ranks that are threads may load from one source
         try:
             self.entries = self._read_header()
         except BaseException:
@@ -115,7 +115,7 @@ class SafetensorsFile:
         return out
 
     def sample(self, name: str) -> bytes:
-        """The bytes of the tensor that stand for all of it in a fingerprint."""
+        """Return the bytes of the tensor that stand for all of it in a fingerprint."""
         entry, found = self.entries[name], bytearray()
         for start, stop in sampled(name, entry.nbytes):
             block = bytearray(stop - start)
@@ -126,7 +126,7 @@ class SafetensorsFile:
     def _copy_intervals(
         self, entry: TensorEntry, whole: tuple[int, int, int], intervals: Sequence[Interval], target: torch.Tensor
     ) -> None:
-        """Copies intervals of the middle dim of the tensor, seen as (outer, size, inner), into `target`."""
+        """Copy intervals of the middle dim of the tensor, seen as [outer, size, inner], into `target` (contiguous)."""
         outer, size, inner = whole
         held = sum(b - a for a, b in intervals)
         target_OH = target.view(outer, held * inner)
@@ -134,7 +134,7 @@ class SafetensorsFile:
         straight = _bytes_of(target) if target.dtype == entry.dtype and target.device.type == "cpu" else None
         at = 0
         for start, stop in intervals:
-            run = (stop - start) * inner  # elements that lie together in the file, once per outer index
+            run = (stop - start) * inner  # elements that are contiguous in the file, once per outer index
             first = entry.offset + start * inner * itemsize
             if run * itemsize < SHORT_RUN_BYTES and outer > 1:
                 self._copy_short_runs(entry, first, size * inner, target_OH[:, at : at + run])
@@ -149,14 +149,15 @@ class SafetensorsFile:
             at += run
 
     def _copy_run(self, entry: TensorEntry, offset: int, target_N: torch.Tensor) -> None:
-        """Copies elements that lie together, casting them a window at a time."""
+        """Copy elements that are contiguous in the file into `target_N` [N], casting them a window at a time."""
         window = max(1, WINDOW_BYTES // entry.dtype.itemsize)
         for begin in range(0, target_N.numel(), window):
             piece = target_N[begin : begin + window]
             piece.copy_(self._window(entry, offset + begin * entry.dtype.itemsize, piece.numel()))
 
     def _copy_short_runs(self, entry: TensorEntry, offset: int, stride: int, target_OR: torch.Tensor) -> None:
-        """Copies runs that begin `stride` elements apart. What lies between them is read as well, and dropped."""
+        """Copy runs that begin `stride` elements apart into `target_OR`
+        [outer, run]. The gaps are read as well, and dropped."""
         outer, run = target_OR.shape
         rows = max(1, WINDOW_BYTES // (stride * entry.dtype.itemsize))
         for o in range(0, outer if run else 0, rows):
@@ -165,7 +166,7 @@ class SafetensorsFile:
             target_OR[o : o + count].copy_(span.as_strided((count, run), (stride, 1)))
 
     def _window(self, entry: TensorEntry, offset: int, count: int) -> torch.Tensor:
-        """`count` elements in a buffer that the next call overwrites."""
+        """Return `count` elements, 1-D in the entry's dtype, in a buffer that the next call overwrites."""
         nbytes = count * entry.dtype.itemsize
         if self._buffer.numel() < nbytes:
             self._buffer = torch.empty(max(nbytes, WINDOW_BYTES), dtype=torch.uint8)
@@ -173,6 +174,7 @@ class SafetensorsFile:
         return self._buffer[:nbytes].view(entry.dtype)
 
     def _read_at(self, offset: int, into: memoryview) -> None:
+        """Fill `into` from the file at `offset`. Raises CheckpointError at the end of the file."""
         while into:
             count = os.preadv(self._file.fileno(), [into], offset)
             if count == 0:
@@ -180,7 +182,8 @@ class SafetensorsFile:
             into, offset = into[count:], offset + count
 
     def _read_header(self) -> dict[str, TensorEntry]:
-        """8 bytes of little-endian length, JSON of that length, then the tensors' bytes."""
+        """Parse the header: 8 bytes of little-endian length, JSON of
+        that length, then the tensors' bytes. Raises CheckpointError."""
         file_bytes = self.path.stat().st_size
         prefix = self._file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _HEADER_LIMIT_BYTES + 1
@@ -207,5 +210,5 @@ class SafetensorsFile:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, writable."""
+    """Return the memory of a contiguous CPU tensor, writable, as bytes."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())

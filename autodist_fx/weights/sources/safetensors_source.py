@@ -1,4 +1,4 @@
-"""A checkpoint directory with model.safetensors, or shards and their model.safetensors.index.json."""
+"""Reads a checkpoint directory with model.safetensors, or with shards and their model.safetensors.index.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
-    """The safetensors files that hold the directory's model, as transformers picks them; () when there are none.
+    """List the safetensors files that hold the directory's model, as transformers picks them; () when there are none.
 
     Raises CheckpointError when the index names a file that is not there.
     """

@@ -1,4 +1,4 @@
-"""What loading asks of a checkpoint: names, shapes, and any slice of a tensor without the rest of it."""
+"""`WeightSource`: the names and shapes of a checkpoint's tensors, and any slice of one without reading the rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cost_model.graph.placement import Interval
 
 
 class WeightSource(Protocol):
-    """Tensors by name, read in slices."""
+    """A checkpoint's tensors by name, read in slices."""
 
     @property
     def bytes_read(self) -> int:
@@ -24,15 +24,15 @@ class WeightSource(Protocol):
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of all tensors in the checkpoint: what a process that reads everything reads."""
+        """Bytes of all tensors in the checkpoint, in its own dtypes."""
         ...
 
     def names(self) -> set[str]:
-        """The names of the checkpoint's tensors."""
+        """Return the names of the checkpoint's tensors."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the whole tensor. Raises CheckpointError when there is no such tensor."""
+        """Return the shape of the whole tensor. Raises CheckpointError when there is no such tensor."""
         ...
 
     def dtype(self, name: str) -> torch.dtype:
@@ -47,7 +47,8 @@ class WeightSource(Protocol):
         dtype: torch.dtype | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The elements `intervals` ([start, stop), in this order) of dim `dim`, concatenated; all for a `dim` of None.
+        """Return the elements `intervals` ([start, stop), in this
+        order) of dim `dim`, concatenated; all where `dim` is None.
 
         The result has the given `dtype` (the checkpoint's own when None). With `out`, of the result's shape and on any
         device, it is written there instead and `out` is returned; its dtype then wins.
@@ -58,19 +59,21 @@ class WeightSource(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Digest of all names, shapes and dtypes and of a sample of every tensor's bytes (see sample.py): alike where
-        the contents are, however they lie in files. Reads a few KiB a tensor."""
+        """Digest all names, shapes and dtypes and a sample of every tensor's bytes (see sample.py).
+
+        Equal contents give equal digests, however they lie in files. It reads a few KiB per tensor.
+        """
         ...
 
     def close(self) -> None:
-        """Lets go of files and tensors. Nothing can be read afterwards."""
+        """Close files and free tensors. Nothing can be read afterwards."""
         ...
 
 
 def sliced_shape(
     name: str, shape: tuple[int, ...], dim: int | None, intervals: Sequence[Interval], out: torch.Tensor | None
 ) -> tuple[int, ...]:
-    """The shape that `read` returns. Raises CheckpointError when the request does not fit the tensor."""
+    """Return the shape of the result of `read`. Raises CheckpointError when the request does not fit the tensor."""
     if dim is None:
         result = shape
     else:
