@@ -1,1 +1,1 @@
-"""A plan to look at: tables for a terminal, one HTML page, Graphviz. Imports neither torch nor transformers."""
+"""Views of a plan: tables for a terminal, one HTML page, Graphviz. They import neither torch nor transformers."""

@@ -1,9 +1,9 @@
-"""A plan for Graphviz: stages and layers as clusters, linears as nodes with their roles, what is said as edges.
+"""Draws a plan for Graphviz: stages and layers as clusters, linears as nodes with their roles, transfers as edges.
 
     autodist-fx show plan.json --dot - | dot -Tsvg > plan.svg
 
-A plan has its ops in the order in which they run, not what reads what: edges inside a stage follow that order. Linears
-that repeat from layer to layer are one node; edges say how many collectives run on the way.
+A plan lists its ops in the order in which they run, not which op reads which: edges inside a stage follow that order.
+Linears that repeat from layer to layer are one node; edges give the number of collectives on the way.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _Key = tuple[str, str, str]  # pattern of the layer, of the module, and the role
 
 
 def plan_dot(plan: PartitionPlan) -> str:
-    """The text of a digraph. Every name is quoted, and cut where it is absurdly long."""
+    """Return the plan as a DOT digraph. Every name is quoted, and shortened where it is absurdly long."""
     shapes = {module: f"{g.shape} → {g.local}" for g in linear_groups(plan) for module in g.modules}
     lines = [
         "digraph plan {",
@@ -50,30 +50,30 @@ def plan_dot(plan: PartitionPlan) -> str:
 
 
 class _Stage:
-    """The nodes of one stage, and the edges between them in the order in which ops run."""
+    """The nodes of one stage, and the edges between them, in the order in which ops run."""
 
     def __init__(self, index: int, ops: list[OpPlan]) -> None:
         self.index = index
-        self.nodes: dict[_Key, list[str]] = {}  # with the modules that share the node
+        self.nodes: dict[_Key, list[str]] = {}  # the modules that share each node
         self.edges: dict[tuple[_Key | None, _Key | None], Counter[str]] = {}  # None: where the stage starts, or ends
         at: _Key | None = None
-        said: Counter[str] = Counter()
+        collectives: Counter[str] = Counter()
         for op in ops:
             if op.role:
                 module = op.module or op.name
                 key = (name_pattern(layer_of(module)), name_pattern(module), op.role)
                 self.nodes.setdefault(key, []).append(module)
-                self._edge(at, key, said)
-                at, said = key, Counter()
+                self._edge(at, key, collectives)
+                at, collectives = key, Counter()
             for placement, gather in zip(op.outputs, op.gather):
-                said["all_reduce" if placement.is_partial else "all_gather"] += gather
-        self._edge(at, None, said)
+                collectives["all_reduce" if placement.is_partial else "all_gather"] += gather
+        self._edge(at, None, collectives)
 
-    def _edge(self, source: _Key | None, target: _Key | None, said: Counter[str]) -> None:
-        self.edges.setdefault((source, target), Counter()).update(said)
+    def _edge(self, source: _Key | None, target: _Key | None, collectives: Counter[str]) -> None:
+        self.edges.setdefault((source, target), Counter()).update(collectives)
 
     def lines(self, title: str, shapes: dict[str, str], most: int) -> list[str]:
-        """The cluster with at most `most` nodes."""
+        """Return the lines of the stage's cluster, with at most `most` nodes."""
         shown = list(self.nodes)[:most]
         names = {key: f"n{self.index}_{i}" for i, key in enumerate(shown)}
         k = self.index
@@ -91,15 +91,16 @@ class _Stage:
             lines.append("    }")
         if len(self.nodes) > most:
             lines.append(f"    more{k} [label={_quoted(f'and {len(self.nodes) - most} more')}, shape=plaintext]")
-        for (source, target), said in self.edges.items():
+        for (source, target), collectives in self.edges.items():
             a = names.get(source) if source else f"in{k}"
             b = names.get(target) if target else f"out{k}"
-            label = "\n".join(f"{name} ×{n}" if n > 1 else name for name, n in said.items() if n)
+            label = "\n".join(f"{name} ×{n}" if n > 1 else name for name, n in collectives.items() if n)
             if a and b:
                 lines.append(f"    {a} -> {b}" + (f" [label={_quoted(label)}]" if label else ""))
         return [*lines, "  }"]
 
     def _node(self, name: str, key: _Key, shapes: dict[str, str]) -> str:
+        """Return the line of one node: the module's pattern, its role, and its weight's shapes."""
         layer, pattern, role = key
         modules = self.nodes[key]
         short = pattern.removeprefix(layer + ".")

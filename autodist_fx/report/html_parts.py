@@ -14,7 +14,7 @@ STAGES_SHOWN = 64
 
 
 def section(key: str, nav: str, title: str, *children: Element | str | None) -> Element:
-    """A section of the page; `nav` is its name in the page's navigation."""
+    """Build a section of the page; `nav` is its name in the page's navigation."""
     return element(
         "section",
         element("h2", title, id=f"{key}-title"),
@@ -26,15 +26,17 @@ def section(key: str, nav: str, title: str, *children: Element | str | None) -> 
 
 
 def note(text: str) -> Element:
+    """Build a paragraph of small print."""
     return element("p", text, cls="note")
 
 
 def show_name(name: str, most: int = NAME_SHOWN) -> str:
+    """Shorten a name to `most` characters, by leaving out its middle."""
     return shorten(name, most)
 
 
 def name(text: str) -> Element:
-    """A name in the model, in a fixed-width font; a line may break behind its dots and nowhere else."""
+    """Build a name of the model in a fixed-width font, which may break after its dots and nowhere else."""
     pieces: list[Element | str] = []
     for atom in show_name(text).split("."):
         pieces += [".", element("wbr")] if pieces else []
@@ -44,22 +46,23 @@ def name(text: str) -> Element:
 
 
 def badge(role: str, times: int = 0) -> Element:
+    """Build the coloured badge of a role, with "×N" where it stands for N modules."""
     text = show_name(role, 24) + (f" ×{times}" if times else "")
     return element("span", text, cls=f"badge role-{role}" if role in MEANING else "badge", title=MEANING.get(role))
 
 
 def cell(content: Element | str | None, value: float | str | None = None, cls: str | None = None) -> Element:
-    """A td; `value` is what its column is sorted by, where that is not its text."""
+    """Build a td; `value` is the key by which its column is sorted, where that is not its text."""
     return element("td", content, data_v=None if value is None else str(value), cls=cls)
 
 
 def span(start: float, length: float) -> str:
-    """Style of a piece of a bar, from shares of the bar (0.0 to 1.0)."""
+    """Return the CSS of a piece of a bar, from fractions of the bar's width (0.0 to 1.0)."""
     return f"left:{100 * start:.3f}%;width:{100 * length:.3f}%"
 
 
 def table(header: Sequence[tuple[str, str]], rows: Sequence[Element], label: str, **attributes: str | None) -> Element:
-    """A table that scrolls sideways where it must. `header` is (title, class) of each column."""
+    """Build a table that scrolls sideways where it must. `header` has (title, CSS class) of each column."""
     head = element("tr", *(element("th", title, scope="col", cls=cls or None) for title, cls in header))
     return element(
         "div",
@@ -72,18 +75,21 @@ def table(header: Sequence[tuple[str, str]], rows: Sequence[Element], label: str
 
 
 def left_out(total: int, shown: int, what: str) -> Element | None:
-    """Says how many of a list are not shown; None where all are."""
+    """Build the note "and N more" for a list that is cut short; None where all is shown."""
     return note(f"and {total - shown} more {what}") if total > shown else None
 
 
 def seconds_change(seconds: float) -> str:
+    """Format a change of seconds with its sign."""
     return f"{'−' if seconds < 0 else '+'}{seconds_text(abs(seconds))}"
 
 
 def bytes_change(nbytes: int) -> str:
+    """Format a change of bytes with its sign."""
     return f"{'−' if nbytes < 0 else '+'}{bytes_text(abs(nbytes))}"
 
 
 def ranks_text(tp: int, stage: int) -> str:
+    """Format the global ranks of one stage."""
     first, last = stage * tp, (stage + 1) * tp - 1
     return f"rank {first}" if first == last else f"ranks {first}–{last}"

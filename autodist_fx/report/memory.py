@@ -1,4 +1,5 @@
-"""Memory of every rank as stacked bars: weights, KV cache, activations, workspace. Ranks that are alike share a bar."""
+"""Draws the memory of every rank as stacked bars: weights,
+KV cache, activations, workspace. Equal ranks share a bar."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ Parts = tuple[tuple[str, int], ...]  # (kind, bytes)
 
 
 def parts_of(stage: StageSummary) -> Parts:
-    """Of the stage's fullest rank."""
+    """Return the bytes of the stage's fullest rank, by kind."""
     return _parts(stage, stage.weight_bytes, stage.kv_cache_bytes)
 
 
@@ -34,7 +35,10 @@ def _parts(stage: StageSummary, weights: int, cache: int) -> Parts:
 
 
 def rank_parts(plan: PartitionPlan, stage: int) -> list[Parts]:
-    """Of each tp rank. Weights and caches are the rank's own; the rest is the fullest rank's, which a plan knows."""
+    """Return the bytes of each tp rank of a stage, by kind.
+
+    Weights and caches are the rank's own. Activations and workspace are the fullest rank's: a plan has no others.
+    """
     summary = plan.stages[stage]
     ranks = range(plan.mesh.tp)
     by_layout: dict[int, int] = {}
@@ -46,20 +50,22 @@ def rank_parts(plan: PartitionPlan, stage: int) -> list[Parts]:
         elif stage in param.stages and owner < plan.mesh.tp:
             owned[owner] += param_bytes(param)
     held = [[_held(plan, layout, nbytes, rank) for rank in ranks] for layout, nbytes in by_layout.items()] + [owned]
-    # Buffers count as weights, and are on no list. A stage's bytes are the sum of what is most on any rank.
+    # A plan counts buffers as weights without listing them. The bytes of a stage are, summed over its weights, the most
+    # that any rank holds of each; the part that no listed weight explains are the buffers.
     buffers = max(0, summary.weight_bytes - sum(map(max, held)))
     caches = {i for op in plan.ops if op.kind == CACHE_KIND and stage in op.stages for i in op.output_layouts}
-    found = []
+    parts_of_ranks = []
     for rank in ranks:
-        # Sizes of single caches are not in a plan. Where all are cut alike, the rank's share of the fullest is.
+        # A plan does not list caches singly. Where all have one layout, the rank's share of the fullest rank is known.
         shares = {_share(plan, layout, rank) for layout in caches}
         cache = summary.kv_cache_bytes * (shares.pop() if len(shares) == 1 else 1.0)
-        found.append(_parts(summary, sum(row[rank] for row in held) + buffers, round(cache)))
-    return found
+        parts_of_ranks.append(_parts(summary, sum(row[rank] for row in held) + buffers, round(cache)))
+    return parts_of_ranks
 
 
 def memory_rows(plan: PartitionPlan) -> list[tuple[int, list[int], Parts]]:
-    """(stage, global ranks, what each of them holds): neighbours that hold as much of everything are together."""
+    """Return (stage, global ranks, bytes by kind) of each bar:
+    neighbouring ranks with equal bytes of every kind share one."""
     rows = []
     for s in plan.stages[:BARS_SHOWN]:
         for parts, members in groupby(enumerate(rank_parts(plan, s.index)), key=lambda pair: pair[1]):
@@ -68,23 +74,25 @@ def memory_rows(plan: PartitionPlan) -> list[tuple[int, list[int], Parts]]:
 
 
 def owner_of(placement: Placement) -> int:
-    """The one tp rank that holds a weight whole, as an expert's that was dealt to it; -1 where all hold some of it."""
+    """Return the tp rank that alone holds a weight whole, as an
+    expert's that was dealt to it; -1 where several ranks hold it."""
     return placement.dim if placement.kind == "O" else -1
 
 
 def _held(plan: PartitionPlan, index: int, nbytes: int, rank: int) -> int:
-    """Of `nbytes` that lie in a layout, those on a tp rank."""
+    """Return the bytes that one tp rank holds of `nbytes` in a layout; all of them where there is no layout."""
     layout = plan.layout(index)
     return nbytes if layout is None or not layout.size else nbytes * layout.local_size(rank) // layout.size
 
 
 def _share(plan: PartitionPlan, index: int, rank: int) -> float:
+    """Return the fraction that a tp rank holds of what the fullest rank holds."""
     layout = plan.layout(index)
     return 1.0 if layout is None or not layout.size else layout.local_size(rank) / layout.max_local_size
 
 
 def memory_bar(parts: Parts, scale: int, limit: int | None) -> Element:
-    """Stacked, `scale` bytes wide; a mark at `limit`, what the device has."""
+    """Build a stacked bar that is `scale` bytes wide, with a mark at `limit`, the device's memory in bytes."""
     pieces, at = [], 0
     for kind, nbytes in parts:
         if nbytes and scale:
@@ -99,16 +107,17 @@ def memory_bar(parts: Parts, scale: int, limit: int | None) -> Element:
 
 
 def share_of_device(plan: PartitionPlan, stage: int, nbytes: int) -> str:
-    """ "6% of 74.5 GiB"; empty where the device's memory is not known."""
+    """Format bytes as "6% of 74.5 GiB" of a stage's device; "" where the device's memory is not known."""
     device = plan.memory_of_stage(stage)
     return f"{nbytes / device:.0%} of {bytes_text(device)}" if device else ""
 
 
 def memory_section(plan: PartitionPlan) -> Element:
+    """Build the section "Memory of each rank"."""
     rows = memory_rows(plan)
     most = max((sum(n for _, n in parts) for _, _, parts in rows), default=0)
     largest = max((plan.memory_of_stage(stage) for stage, _, _ in rows), default=0)
-    # To the scale of the largest device where that leaves something to see, else of the fullest rank.
+    # Bars are to the scale of the largest device, or of the fullest rank where they would be too short to see.
     scale = max(most, largest) if most > 0.3 * largest else most
     kinds = [kind for kind in KINDS if any(dict(parts)[kind] for _, _, parts in rows)]
     legend = [element("li", element("i", cls=f"key {kind}"), KINDS[kind]) for kind in kinds]

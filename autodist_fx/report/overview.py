@@ -1,4 +1,4 @@
-"""The head of the page: what is split how, the mesh as a picture, and the numbers that one asks for first."""
+"""The head of the page: the model and its split, a picture of the mesh, and the numbers that readers look for first."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cost_model.plan.warnings import all_warnings, whole_device
 from cost_model.plan.weights import sharded_share, whole_param_bytes
 
 RANKS_DRAWN = 256
-COLOURS = 8  # of tp ranks in page.css; the ninth has the first's again
+COLOURS = 8  # colours of tp ranks in page.css; the ninth rank has the first's again
 WARNINGS_SHOWN = 40
-FIXED_SHOWN = 12  # pins, and cuts
+FIXED_SHOWN = 12  # pins shown, and cuts shown
 
 
 def overview(plan: PartitionPlan) -> list[Element]:
-    """Title, mesh, tiles and warnings."""
+    """Build the title, the mesh, the tiles and the warnings."""
     ranks = "1 rank" if plan.mesh.size == 1 else f"{plan.mesh.size} ranks"
     count = sum(prod(p.shape) for p in plan.params)
     title = element(
@@ -48,24 +48,24 @@ def overview(plan: PartitionPlan) -> list[Element]:
 
 
 def _fixed(plan: PartitionPlan) -> list[str]:
-    """What the user had fixed before the search."""
+    """Describe the pins and cuts that the user fixed before the search."""
     pins = [f"{show_name(pattern)} {show_name(role, 24)}" for pattern, role in plan.request.pin]
     cuts = [show_name(str(cut)) for cut in plan.request.cuts]
     lines = []
-    for what, items in (("pinned", pins), ("cut before", cuts)):
+    for label, items in (("pinned", pins), ("cut before", cuts)):
         if items:
             more = [f"and {len(items) - FIXED_SHOWN} more"] if len(items) > FIXED_SHOWN else []
-            lines.append(f"{what}: {', '.join([*items[:FIXED_SHOWN], *more])}")
+            lines.append(f"{label}: {', '.join([*items[:FIXED_SHOWN], *more])}")
     return lines
 
 
 def colour(tp_rank: int) -> str:
-    """The class that gives a tp rank its colour."""
+    """Return the CSS class that gives a tp rank its colour."""
     return f"r{tp_rank % COLOURS}"
 
 
 def _mesh(plan: PartitionPlan) -> Element | None:
-    """Ranks as squares: a column a stage, a colour a tp rank. It is the legend of all other pictures, too."""
+    """Draw ranks as squares: a column per stage, a colour per tp rank. It is the legend of all other pictures, too."""
     mesh = plan.mesh
     if mesh.size > RANKS_DRAWN or max(mesh.pp, mesh.tp) > 32:
         return None
@@ -86,6 +86,7 @@ def _mesh(plan: PartitionPlan) -> Element | None:
 
 
 def _tiles(plan: PartitionPlan) -> list[Element]:
+    """Build the tiles with the plan's main figures."""
     total = plan.predicted_seconds
     comm = sum(s.comm_seconds for s in plan.stages)
     slowest = max(plan.stages, key=lambda s: s.seconds)
@@ -111,6 +112,7 @@ def _tile(label: str, value: str, about: str) -> Element:
 
 
 def _warnings(plan: PartitionPlan) -> list[Element]:
+    """Build the box of warnings; [] where there are none."""
     warnings = all_warnings(plan)
     if not warnings:
         return []

@@ -1,4 +1,5 @@
-"""One self-contained HTML page of a plan: no network, no library, light and dark, readable without its script."""
+"""Builds one self-contained HTML page from a plan: no network,
+no library, light and dark, readable without its script."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from cost_model.text_tables import Section
 
 
 def plan_page(plan: PartitionPlan) -> str:
-    """The page as text, under 3 MB however large the plan: what repeats shares a row, long lists are cut short."""
+    """Return the page as text, under 3 MB however large the plan:
+    repeated layers share a row, long lists are cut short."""
     script, style = _file("page.js"), _file("page.css")
     # A plan file may come from anywhere. Its texts are escaped; should that fail, no script but this one runs.
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -63,7 +65,7 @@ def _file(name: str) -> str:
 
 
 def _totals(plan: PartitionPlan) -> Element | None:
-    """The dearest ops, bytes moved, collectives and parameters: tables that the text has, too."""
+    """Build the tables of the dearest ops, bytes moved, collectives and parameters, which the plan's text has, too."""
     parts = [
         part
         for part in (*whole_sections(plan), *plan_sections(plan))
@@ -85,6 +87,7 @@ def _totals(plan: PartitionPlan) -> Element | None:
 
 
 def _is_broad(part: Section) -> bool:
+    """True if the table has too many columns to stand beside another one."""
     return len(part.rows[0]) > 5
 
 

@@ -1,4 +1,4 @@
-"""How a weight is dealt to tp ranks, drawn to scale: a bar of the dim that is cut, and the matrix in small."""
+"""Draws to scale how a weight is cut over tp ranks: a bar of the dim that is cut, and the whole matrix in small."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from autodist_fx.report.overview import colour
 from cost_model.explain.html import element
 from cost_model.graph.placement import Layout
 
-PIECES_DRAWN = 6_000  # on a page; past it, bars are left out and the text beside them has to do
+PIECES_DRAWN = 6_000  # on a page; once they are used up, further bars are left out, and the text beside them remains
 PIECES_OF_A_BAR = 600
-CELLS = 200  # that a dim in more pieces is drawn in
-# Shares of a bar that are wide enough for a rank's number of so many digits (a bar is 220 px or more).
+CELLS = 200  # resolution of a dim that has more pieces than that
+# Digits of a rank's number -> the fraction of a bar that is wide enough to show it (a bar is 220 px or more).
 ROOM = {1: 0.045, 2: 0.075, 3: 0.1}
 LANES_WITH_NUMBERS = 8
 
 
 class SplitBars:
-    """Bars of one page. Weights that share a layout share a drawing."""
+    """The bars of one page. Weights that share a layout share a drawing."""
 
     def __init__(self, layouts: tuple[Layout, ...], tp: int) -> None:
         self.layouts = layouts
@@ -28,7 +28,8 @@ class SplitBars:
         self._left = PIECES_DRAWN
 
     def bar(self, index: int) -> Element | None:
-        """The bar of a layout by its index, -1 for what each rank has whole; None where there is no room left."""
+        """Build the bar of a layout by its index (-1: each rank has
+        all of it); None where the page has no room left."""
         layout = self.layouts[index] if index >= 0 else None
         if layout is None or layout.is_whole or not layout.size:
             text = "whole on each rank" if self.tp > 1 else "whole"
@@ -43,16 +44,17 @@ class SplitBars:
         return bar
 
     def counts(self, counts: list[int]) -> Element | None:
-        """How many of a number of whole things each tp rank has, in the order of ranks."""
+        """Build the bar of whole weights: `counts` gives how many each tp rank holds, in order of ranks."""
         ends = list(accumulate(counts, initial=0))
         parts = tuple(((a, b),) if b > a else () for a, b in pairwise(ends))
         return self._draw(Layout(ends[-1], parts))
 
     def _draw(self, layout: Layout) -> Element | None:
+        """Draw a layout, coarsely where it has many pieces; None where even that is too much."""
         pieces = [(r, a, b) for r, part in enumerate(layout.parts) for a, b in part]
         if len(pieces) <= PIECES_OF_A_BAR:
             lanes = _lanes(layout)
-        else:  # a rank a lane
+        else:  # one lane per rank
             lanes = [[(r, *cells) for cells in _coarse(part, layout.size)] for r, part in enumerate(layout.parts)]
             if sum(map(len, lanes)) > PIECES_OF_A_BAR * 8:
                 return None
@@ -67,7 +69,8 @@ MATRIX_PIECES = 40
 
 
 def matrix(shape: tuple[int, ...], layout: Layout | None, dim: int) -> Element | None:
-    """A weight of two dims as a small rectangle in its proportions, cut where `layout` cuts `dim`; else None."""
+    """Draw a 2-D weight as a small rectangle in its proportions,
+    cut where `layout` cuts `dim`; None for other shapes."""
     if len(shape) != 2 or not all(shape):
         return None
     rows, columns = shape
@@ -109,7 +112,7 @@ def _piece(layout: Layout, piece: tuple[int, int, int], lanes: int) -> Element:
 
 
 def _lanes(layout: Layout) -> list[list[tuple[int, int, int]]]:
-    """(rank, start, stop) in as few lanes as keep apart what several ranks hold; a rank stays in one lane."""
+    """Sort (rank, start, stop) pieces into as few lanes as keep overlapping pieces apart; a rank stays in one lane."""
     lanes: list[list[tuple[int, int, int]]] = []
     for rank, part in enumerate(layout.parts):
         for lane in lanes:
@@ -123,7 +126,7 @@ def _lanes(layout: Layout) -> list[list[tuple[int, int, int]]]:
 
 
 def _coarse(part: tuple[tuple[int, int], ...], size: int) -> list[tuple[int, int]]:
-    """The rank's intervals, at the resolution of CELLS to the dim, as intervals of elements again."""
+    """Round a rank's intervals outward to CELLS cells per dim, and return them as intervals of elements."""
     runs: list[list[int]] = []
     for start, stop in part:
         first, last = start * CELLS // size, -(-stop * CELLS // size)
@@ -135,6 +138,7 @@ def _coarse(part: tuple[tuple[int, int], ...], size: int) -> list[tuple[int, int
 
 
 def _in_words(layout: Layout, size: int) -> str:
+    """Describe for screen readers how many elements each tp rank holds."""
     held = [layout.local_size(r) for r in range(len(layout.parts))]
     shared = ", some held by several ranks" if layout.overlaps else ""
     if len(set(held)) == 1:

@@ -1,4 +1,5 @@
-"""What crosses each border between stages, and why it is sent; what is computed again instead of being sent."""
+"""Lists the tensors that cross each border between stages, why
+each is sent, and the ops that are computed again instead."""
 
 from __future__ import annotations
 
@@ -13,16 +14,16 @@ from cost_model.format import bytes_text, ranges_text, seconds_text
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.data import OpPlan
 
-TENSORS_SHOWN = 200  # in the table
+TENSORS_SHOWN = 200  # rows of the table
 OPTIONS_SHOWN = 7  # places next to one cut
-KINDS_SHOWN = 8  # of ops computed again in one stage
-NAMES_SHOWN = 24  # of ops computed again in one stage
+KINDS_SHOWN = 8  # kinds of ops computed again in one stage
+NAMES_SHOWN = 24  # names of ops computed again in one stage
 CACHE_KIND = "cache_update"
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """One tensor, in one form, on its way from `source` to one or several later stages."""
+    """One tensor on its way from stage `source` to one or several later stages, whole or as each rank's shard."""
 
     op: OpPlan
     label: str
@@ -33,7 +34,7 @@ class Sent:
 
 
 def sent_tensors(plan: PartitionPlan) -> list[Sent]:
-    """All hops; those of one tensor to several stages together. In the plan's order."""
+    """Collect the plan's hops, in its order; hops of one tensor to several stages become one entry."""
     groups: dict[tuple[str, int, int, bool, int], list[int]] = {}
     for hop in plan.hops:
         groups.setdefault((hop.op, hop.index, hop.source, hop.whole, hop.nbytes), []).append(hop.target)
@@ -47,7 +48,8 @@ def sent_tensors(plan: PartitionPlan) -> list[Sent]:
 
 
 def crossing(sent: list[Sent], before: int) -> list[Sent]:
-    """What goes over the border behind stage `before`, with those of its targets that lie behind it; largest first."""
+    """Return the tensors that cross the border behind stage
+    `before`, largest first, with only their targets behind it."""
     over = []
     for tensor in sent:
         targets = tuple(k for k in tensor.targets if k > before)
@@ -57,12 +59,13 @@ def crossing(sent: list[Sent], before: int) -> list[Sent]:
 
 
 def bytes_of(sent: list[Sent]) -> int:
-    """From one tp rank; a tensor for two stages is sent twice."""
+    """Sum the bytes that one tp rank sends; a tensor for two stages is sent twice."""
     return sum(tensor.nbytes * len(tensor.targets) for tensor in sent)
 
 
 def why_sent(op: OpPlan) -> str:
-    """Why a stage receives the op's output rather than computing it again (cost_model/search/pipeline.py decides)."""
+    """Explain why a stage receives the op's output and does not
+    recompute it (cost_model/search/pipeline.py decides)."""
     if op.kind == CACHE_KIND:
         return "it writes the KV cache, which is done once"
     if op.weight or op.role:
@@ -73,6 +76,7 @@ def why_sent(op: OpPlan) -> str:
 
 
 def borders_section(plan: PartitionPlan) -> Element | None:
+    """Build the section "What crosses between stages"; None for a single stage."""
     if plan.mesh.pp == 1:
         return None
     sent = sent_tensors(plan)
@@ -105,10 +109,11 @@ def borders_section(plan: PartitionPlan) -> Element | None:
 
 
 def _cuts(plan: PartitionPlan) -> list[Element]:
-    """Where each cut is and why; to unfold, what the stages on both sides would take at the places next to it."""
+    """Build, for each cut, its place and reason, and a fold-out
+    with the stages' predicted seconds at the places next to it."""
     if not plan.cuts:
         return []
-    found = [element("h3", "Why the cuts are where they are"),
+    parts = [element("h3", "Why the cuts are where they are"),
              note("Seconds of a stage, receiving and computing again among them; bytes of whole tensors.")]  # fmt: skip
     header = [("Cut before", ""), ("Stage in front", "num"), ("Stage behind", "num"), ("Slower of both", "num"),
               ("Crosses", "num"), ("", "")]  # fmt: skip
@@ -129,16 +134,18 @@ def _cuts(plan: PartitionPlan) -> list[Element]:
         here = cut.options[cut.chosen]
         summary = element("summary", f"{border} | {border + 1}: before ", name(here.module or here.op), ": ",
                           show_name(cut_reason(plan, border), 400))  # fmt: skip
-        found.append(element("details", summary, table(header, rows, f"Places next to cut {border}")))
-    return found
+        parts.append(element("details", summary, table(header, rows, f"Places next to cut {border}")))
+    return parts
 
 
 def _made_by(op: OpPlan) -> Element:
+    """Name the kind and module of the op that makes a tensor."""
     kind = show_name(op.kind, 40)
     return element("span", f"{kind} in ", name(op.module)) if op.module else element("span", kind)
 
 
 def _recomputed(plan: PartitionPlan, stage: int) -> Element:
+    """Build a fold-out of the ops that a stage computes again."""
     names = plan.stages[stage].recomputed
     kinds = Counter(plan.op(op).kind for op in names)
     said = [show_name(kind, 40) + (f" ×{n}" if n > 1 else "") for kind, n in kinds.most_common(KINDS_SHOWN)]

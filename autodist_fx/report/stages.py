@@ -1,4 +1,5 @@
-"""The pipeline as columns: each stage with its layers, what it costs, and between two stages what crosses."""
+"""Draws the pipeline as columns: each stage with its layers and
+its costs, and between two stages the tensors that cross."""
 
 from __future__ import annotations
 
@@ -13,11 +14,12 @@ from cost_model.format import bytes_text, compress_names, count_text, name_patte
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.data import OpPlan, StageSummary
 
-BLOCKS_SHOWN = 12  # of layers in a stage
-TENSORS_SHOWN = 4  # at an arrow
+BLOCKS_SHOWN = 12  # groups of layers in a stage
+TENSORS_SHOWN = 4  # tensors at an arrow
 
 
 def stages_section(plan: PartitionPlan) -> Element:
+    """Build the section "Stages and their layers"."""
     roles = _roles(plan)
     also = _also_in(plan)
     sent = sent_tensors(plan)
@@ -37,14 +39,14 @@ def stages_section(plan: PartitionPlan) -> Element:
 
 
 def layer_of(module: str) -> str:
-    """A module's path up to its first number, "model.layers.3"; all of it where there is none."""
+    """Return a module's path up to its first number, as "model.layers.3"; all of it where it has none."""
     atoms = module.split(".")
     number = next((i for i, atom in enumerate(atoms) if atom.isdecimal()), len(atoms))
     return ".".join(atoms[: number + 1])
 
 
 def _roles(plan: PartitionPlan) -> dict[tuple[int, str], Counter[str]]:
-    """How often each role stands in a stage, by (stage, pattern of the layer)."""
+    """Count the roles of each stage's linears, by (stage, pattern of the layer)."""
     found: dict[tuple[int, str], Counter[str]] = {}
     for op in plan.ops:
         if op.role:
@@ -57,7 +59,7 @@ def _module(op: OpPlan) -> str:
 
 
 def _also_in(plan: PartitionPlan) -> dict[str, list[int]]:
-    """Stages of the layers that several stages run parts of."""
+    """Map each layer of which several stages run parts to these stages."""
     found: dict[str, list[int]] = {}
     for s in plan.stages:
         for layer in s.layers:
@@ -68,6 +70,7 @@ def _also_in(plan: PartitionPlan) -> dict[str, list[int]]:
 def _stage(
     plan: PartitionPlan, s: StageSummary, roles: dict[tuple[int, str], Counter[str]], also: dict[str, list[int]]
 ) -> Element:
+    """Build the column of one stage."""
     groups: dict[str, list[str]] = {}
     for layer in s.layers:
         groups.setdefault(name_pattern(layer), []).append(layer)
@@ -94,12 +97,13 @@ def _stage(
 
 
 def _device(plan: PartitionPlan, stage: int) -> str:
-    """What the stage runs on, where stages differ in that."""
+    """Name the stage's device, where stages differ in theirs."""
     devices = plan.request.device_map
     return f" of {show_name(devices[stage].hardware, 24)}" if stage < len(devices) else ""
 
 
 def _block(layers: list[str], roles: Counter[str], stage: int, also: dict[str, list[int]]) -> Element:
+    """Build the box of layers that are alike: their names, their roles, and the other stages that run parts of them."""
     times = element("span", f"×{len(layers)}", cls="times") if len(layers) > 1 else None
     shared = [
         f"{show_name(layer.rpartition('.')[2])} also in stage {ranges_text(k for k in also[layer] if k != stage)}"
@@ -116,7 +120,7 @@ def _block(layers: list[str], roles: Counter[str], stage: int, also: dict[str, l
 
 
 def _arrow(plan: PartitionPlan, everything: list[Sent], before: int) -> Element:
-    """What crosses the border behind stage `before`."""
+    """Build the arrow between stage `before` and the next, with the tensors that cross there."""
     sent = crossing(everything, before)
     items = [element("li", name(x.label), element("span", bytes_text(x.nbytes), cls="amount"), _targets(x, before))
              for x in sent[:TENSORS_SHOWN]]  # fmt: skip
@@ -134,6 +138,7 @@ def _arrow(plan: PartitionPlan, everything: list[Sent], before: int) -> Element:
 
 
 def _targets(sent: Sent, before: int) -> Element | None:
+    """Name the stages at both ends of a transfer, where these are not the two neighbours."""
     if sent.targets == (before + 1,):
         return None
     source = f"from stage {sent.source} " if sent.source < before else ""

@@ -1,4 +1,4 @@
-"""A plan in the terminal: the sections of the plain text as rich tables, roles in colour, memory and time as bars."""
+"""Prints a plan in the terminal: the sections of the plain text as rich tables, with coloured roles and with bars."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ BAR_WIDTH = 44
 
 
 def print_plan(plan: PartitionPlan, console: Console | None = None) -> None:
-    """To standard output by default; where that is no terminal, without colours and as wide as the plain text."""
+    """Print a plan, to standard output by default; without colours
+    and as wide as the plain text where that is no terminal."""
     console = console or Console()
     if not console.is_terminal:
         console.width = WIDTH
@@ -37,6 +38,7 @@ def print_plan(plan: PartitionPlan, console: Console | None = None) -> None:
 
 
 def _section(section: Section) -> RenderableType:
+    """Render one section of the plan's text: a table and lines."""
     parts: list[RenderableType] = []
     if section.rows:
         header, *rows = section.rows
@@ -47,7 +49,7 @@ def _section(section: Section) -> RenderableType:
             table.add_column(Text(title), justify=side, overflow="fold", no_wrap=i != section.flexible)  # type: ignore[arg-type]
         role = header.index("role") if "role" in header else -1
         for row in rows:
-            # Text: no name in a plan is taken for rich's markup.
+            # Text objects, so that rich reads no name of a plan as markup.
             table.add_row(*(Text(c, ROLE_STYLES.get(c, "") if i == role else "") for i, c in enumerate(row)))
         parts.append(table)
     style = "yellow" if section.title == "Warnings" else ""
@@ -56,6 +58,7 @@ def _section(section: Section) -> RenderableType:
 
 
 def _timeline(plan: PartitionPlan) -> Table:
+    """Render the stages of one forward as bars over seconds."""
     end = max(plan.predicted_seconds, plan.one_device_seconds if plan.mesh.size > 1 else 0.0)
     table, at = _table("", "", "from", "to"), 0.0
     for s in plan.stages:
@@ -69,6 +72,7 @@ def _timeline(plan: PartitionPlan) -> Table:
 
 
 def _memory(plan: PartitionPlan) -> Table:
+    """Render each rank's memory as a bar."""
     rows = memory_rows(plan)
     most = max((sum(n for _, n in parts) for _, _, parts in rows), default=0)
     table = _table("", "", "in all", "of its device")

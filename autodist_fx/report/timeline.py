@@ -1,4 +1,4 @@
-"""The predicted timeline of one forward pass: stage after stage, each computing and communicating."""
+"""Draws the predicted timeline of one forward pass: stage after stage, each with its compute and collectives."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.data import StageSummary
 from cost_model.plan.warnings import whole_device
 
-SHORTEST = 1e-12  # seconds of a forward pass that there is a timeline of
+SHORTEST = 1e-12  # seconds: a shorter forward pass gets no timeline
 TICKS = 5
-PIECES_ACROSS = 600  # of a timeline, at most
+PIECES_ACROSS = 600  # pieces of a timeline, at most
 KINDS = {"compute": "compute", "comm": "collectives", "receive": "receive from the stage before", "alone": "one device"}
 
 
 def timeline_section(plan: PartitionPlan) -> Element | None:
+    """Build the section "One forward pass over ranks"; None where the predicted seconds are zero or infinite."""
     total = plan.predicted_seconds
     if not SHORTEST <= total < math.inf:
         return None
@@ -45,6 +46,7 @@ def timeline_section(plan: PartitionPlan) -> Element | None:
 
 
 def _against_one_device(plan: PartitionPlan) -> list[Element]:
+    """Build a bar of this split and one of a single device; [] where there is nothing to compare."""
     total, alone = plan.predicted_seconds, plan.one_device_seconds
     if plan.mesh.size == 1 or not SHORTEST <= alone < math.inf:
         return []
@@ -59,13 +61,13 @@ def _against_one_device(plan: PartitionPlan) -> list[Element]:
 
 
 def _pieces(plan: PartitionPlan, stage: StageSummary, shortest: float) -> list[tuple[str, float]]:
-    """(kind, seconds) in the order in which they happen: what arrives, then ops and the collectives behind them.
+    """List (kind, seconds) in the order in which they happen: the receive, then ops and the collectives behind them.
 
-    Collectives that follow each other within `shortest` seconds are drawn as one, behind the compute between them.
+    Collectives that follow each other within `shortest` seconds are merged into one, behind the compute between them.
     """
     ops = [op for op in plan.ops if stage.index in op.stages]
     computed, said = sum(op.compute_seconds for op in ops), sum(op.comm_seconds for op in ops)
-    # Seconds of ops are rounded, those of stages are not; what the ops do not say, is receiving.
+    # A plan rounds the seconds of ops, not those of stages. The communication that no op accounts for is receiving.
     compute_scale = stage.compute_seconds / computed if computed else 0.0
     said_scale = min(1.0, stage.comm_seconds / said) if said else 0.0
     received = stage.comm_seconds - said * said_scale
@@ -83,7 +85,8 @@ def _pieces(plan: PartitionPlan, stage: StageSummary, shortest: float) -> list[t
 
 
 def _row(title: str, who: str, pieces: list[tuple[str, float]], at: float, end: float) -> Element:
-    """A bar from `at` on. Its commonest kind is drawn behind all of it, so that no seams show between thin pieces."""
+    """Build a bar that begins at `at` seconds. Its most frequent kind
+    is drawn behind all of it, so that thin pieces show no seams."""
     seconds = sum(length for _, length in pieces)
     behind = max(pieces, key=lambda piece: piece[1])[0]
     drawn, start = [_rectangle(behind, at, seconds, end, sum(n for kind, n in pieces if kind == behind))], at
@@ -92,7 +95,7 @@ def _row(title: str, who: str, pieces: list[tuple[str, float]], at: float, end: 
             drawn.append(_rectangle(kind, start, length, end, length))
         start += length
     said = f"{title}: from {seconds_text(at)} to {seconds_text(at + seconds)}"
-    # SVG, whose pieces of less than a pixel are drawn fainter; as boxes they would be a pixel wide, or nothing.
+    # SVG draws a piece of less than a pixel fainter; an HTML box would be a whole pixel wide, or nothing.
     picture = element("svg", *drawn, viewBox="0 0 100 1", preserveAspectRatio="none", role="img", aria_label=said)
     return element(
         "div",
@@ -105,13 +108,14 @@ def _row(title: str, who: str, pieces: list[tuple[str, float]], at: float, end: 
 
 
 def _rectangle(kind: str, start: float, length: float, end: float, said: float) -> Element:
+    """Build one piece of a bar, from `start` for `length` seconds on an axis that ends at `end`."""
     x, width = f"{100 * start / end:.4f}", f"{100 * length / end:.4f}"
     title = element("title", f"{KINDS[kind]}: {seconds_text(said)}")
     return element("rect", title, x=x, y="0", width=width, height="1", cls=kind)
 
 
 def _axis(end: float) -> Element:
-    """Ticks at round numbers."""
+    """Build an axis with ticks at round numbers of seconds."""
     step = _round(end / TICKS)
     marks = []
     tick = 0
@@ -126,6 +130,6 @@ def _axis(end: float) -> Element:
 
 
 def _round(value: float) -> float:
-    """The smallest of 1, 2, 5, 10, ... times a power of ten that is not less."""
+    """Return the smallest of 1, 2, 5, 10, ... times a power of ten that is not less than `value`."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(power * k for k in (1, 2, 5, 10) if power * k >= value * 0.999)

@@ -1,4 +1,5 @@
-"""Every weight and how it is split, drawn to scale: linears and embeddings to search and sort, then the others."""
+"""Lists every weight and draws its split to scale: linears and
+embeddings to search and sort, then all other parameters."""
 
 from __future__ import annotations
 
@@ -27,16 +28,18 @@ from cost_model.plan.data import ParamPlan
 from cost_model.plan.weights import LinearGroup, linear_groups, param_bytes
 
 ROWS_SHOWN = 400
-ROLES_SHOWN = 4  # that a linear could have instead
+ROLES_SHOWN = 4  # other roles of a linear
 
 
 def weights_section(plan: PartitionPlan) -> list[Element | None]:
+    """Build the sections of linears and of other parameters."""
     bars = SplitBars(plan.layouts, plan.mesh.tp)
     groups = linear_groups(plan)
     return [_linears(plan, groups, bars), _others(plan, groups, bars)]
 
 
 def _linears(plan: PartitionPlan, groups: list[LinearGroup], bars: SplitBars) -> Element | None:
+    """Build the table of linears and embeddings; None for a model without them."""
     if not groups:
         return None
     header = [("Module", ""), ("Role", ""), ("Times", "num"), ("Weight", ""), ("Split over tp ranks", "wide"),
@@ -65,6 +68,7 @@ def _linears(plan: PartitionPlan, groups: list[LinearGroup], bars: SplitBars) ->
 
 
 def _linear(plan: PartitionPlan, group: LinearGroup, bars: SplitBars) -> Element:
+    """Build the row of linears that are alike."""
     weight, layout = (group.weights or (None,))[0], plan.layout(group.layout)
     whole = param_bytes(weight) if weight else 0
     in_all = sum(map(param_bytes, group.weights))
@@ -86,7 +90,7 @@ def _linear(plan: PartitionPlan, group: LinearGroup, bars: SplitBars) -> Element
 
 
 def _instead(group: LinearGroup) -> Element | str:
-    """The other roles that it could have, and how much slower a forward would be with each."""
+    """List the other roles that the linears could have, and how much slower one forward would be with each."""
     lines = []
     for other in group.alternatives:
         if other.role == group.role:
@@ -101,7 +105,8 @@ def _instead(group: LinearGroup) -> Element | str:
 
 
 def _drawn(plan: PartitionPlan, weights: Sequence[ParamPlan], index: int, bars: SplitBars) -> Element:
-    """A row's picture: of its first weight, or of how many of its weights each rank has, where it has them whole."""
+    """Draw the split of a row's first weight; for weights that
+    each lie whole on one rank, draw how many each rank has."""
     owners = [owner_of(weight.placement) for weight in weights]
     if owners and min(owners) >= 0:
         counts = [owners.count(rank) for rank in range(plan.mesh.tp)]
@@ -121,23 +126,24 @@ def _drawn(plan: PartitionPlan, weights: Sequence[ParamPlan], index: int, bars: 
 
 
 def _numbers(modules: tuple[str, ...]) -> str | None:
-    """The layers' numbers, for a search that names one: "0-79"."""
+    """Return the layers' numbers as "0-79", by which the page's search finds a row that stands for many layers."""
     layers = [int(atom) for m in modules for atom in [next((a for a in m.split(".") if a.isdecimal()), "")] if atom]
     return ranges_text(layers) if layers else None
 
 
 def _others(plan: PartitionPlan, groups: list[LinearGroup], bars: SplitBars) -> Element | None:
-    """Parameters of no linear: norms, biases, tables of positions; those that share shape and split in one row."""
+    """Build the table of parameters of no linear (norms, biases,
+    position tables); equal shape and split share a row."""
     listed = {weight.name for group in groups for weight in group.weights}
-    found: dict[tuple[str, tuple[int, ...], str, int, bool], list[ParamPlan]] = {}
+    params_by_row: dict[tuple[str, tuple[int, ...], str, int, bool], list[ParamPlan]] = {}
     for param in plan.params:
         if param.name not in listed:
             key = (name_pattern(param.name), param.shape, param.dtype, param.layout, owner_of(param.placement) >= 0)
-            found.setdefault(key, []).append(param)
-    if not found:
+            params_by_row.setdefault(key, []).append(param)
+    if not params_by_row:
         return None
     rows = []
-    for (pattern, shape, dtype, layout, _), params in list(found.items())[:ROWS_SHOWN]:
+    for (pattern, shape, dtype, layout, _), params in list(params_by_row.items())[:ROWS_SHOWN]:
         nbytes = sum(map(param_bytes, params))
         label = pattern if len(params) > 1 else params[0].name
         stages = {stage for p in params for stage in p.stages}
@@ -155,16 +161,17 @@ def _others(plan: PartitionPlan, groups: list[LinearGroup], bars: SplitBars) -> 
         )
     header = [("Parameter", ""), ("Times", "num"), ("Shape", ""), ("Dtype", ""), ("Split over tp ranks", "wide"),
               ("In all", "num"), ("Stages", "num")]  # fmt: skip
-    count = sum(len(params) for params in found.values())
+    count = sum(len(params) for params in params_by_row.values())
+    row_count = len(params_by_row)
     return section(
         "others",
         "Other parameters",
         "Norms, biases and other parameters",
         element(
             "details",
-            element("summary", f"{count} parameters, {len(found)} row{'s' if len(found) > 1 else ''}"),
+            element("summary", f"{count} parameters, {row_count} row{'s' if row_count > 1 else ''}"),
             table(header, rows, "Other parameters", data_sortable="yes"),
-            left_out(len(found), ROWS_SHOWN, "rows"),
+            left_out(row_count, ROWS_SHOWN, "rows"),
         ),
     )
 
