@@ -1,9 +1,9 @@
-"""The pipeline search: where to cut the op sequence into stages, and what crosses each cut.
+"""The pipeline search: cuts the op sequence into stages, and decides what crosses each cut.
 
-Cuts are positions in execution order. Dynamic programming places them: the slowest stage as fast as can be, each on
-its own device, then the fewest bytes over the hops, each stage within its device's memory. What a stage needs from
-before it is either received or computed again from what it has (graph inputs go to every rank): a minimum cut in
-networkx decides, stage by stage, so that masks and rotary tables are recomputed and hidden states are sent.
+Cuts are positions in execution order. Dynamic programming places them (stage_partition.py): each stage within its
+device's memory, the slowest stage as fast as can be, then the fewest bytes over the hops. A tensor that a stage needs
+from before it is either received or computed again from what the stage has (graph inputs go to every rank): a minimum
+cut in networkx decides, stage by stage, so that masks and rotary tables are recomputed and hidden states are sent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cost_model.search.stage_partition import Spans, prefix_sums, running_totals
 
 @dataclass(frozen=True, slots=True)
 class OpCost:
-    """What one op adds to the stage that runs it, on its slowest tp rank."""
+    """The costs that one op adds to the stage that runs it, on its slowest tp rank."""
 
     seconds: float  # compute and collectives, where devices do not differ
     state_bytes: int  # KV cache that it keeps
@@ -33,7 +33,7 @@ class OpCost:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Ops [start, stop) of the sequence, what it computes again, and the tensors it receives."""
+    """A stage: ops [start, stop) of the sequence, earlier ops that it computes again, and the tensors it receives."""
 
     start: int
     stop: int
@@ -41,15 +41,18 @@ class Stage:
     received: tuple[TensorRef, ...]
 
 
-# Seconds that stage k, which is this one, takes to receive what it receives. The third are the positions where stages
-# begin; () while these are not known yet, and all comes from the stage before.
+# arrival(k, stage, starts): seconds in which stage k, as `stage` has it, receives its tensors. `starts` are the
+# positions where stages begin, or () while unknown: then every tensor is taken to come from stage k - 1.
 Arrival = Callable[[int, Stage, Sequence[int]], float]
 
 
 class PipelineSearch:
-    """Cuts one graph into stages. `send_seconds(ref)` is the time to hand that tensor to another stage;
-    `weight_bytes` are a parameter's bytes on the slowest tp rank; `sizes`, the lengths ("B", "S", ...) at which the
-    bytes over a border are counted, those of the graph's examples where it has none."""
+    """Cuts one graph into stages.
+
+    `costs` are by op; `send_seconds` has the seconds to hand a tensor to another stage, `weight_bytes` the bytes of a
+    parameter or buffer on the fullest tp rank. `sizes` are the lengths by symbol ("B", "S", ...) at which the bytes
+    over a border are counted; the graph's examples where none is given.
+    """
 
     def __init__(
         self,
@@ -73,6 +76,7 @@ class PipelineSearch:
     # -- where cuts may be -------------------------------------------------------------------------------------------
 
     def _weight_derived(self) -> set[str]:
+        """Returns the parameters, and the ops downstream of one."""
         found: set[str] = set()
         for op in self.graph:
             if op.kind == "param" or any(ref.op in found for ref in op.inputs):
@@ -80,7 +84,8 @@ class PipelineSearch:
         return found
 
     def _crossing(self, lengths: Mapping[str, int]) -> tuple[list[int], list[int]]:
-        """At each position: how many tensors, and bytes, derived from weights are made before it and used after."""
+        """Returns, for each position, how many tensors that depend on weights are made before it and used after it, and
+        their bytes."""
         counts, sizes = [0] * (len(self.sequence) + 1), [0] * (len(self.sequence) + 1)
         outputs = set(self.graph.outputs)
         for name in self.sequence:
@@ -100,7 +105,7 @@ class PipelineSearch:
         return running_totals(counts), running_totals(sizes)
 
     def _divided_state(self) -> dict[int, str]:
-        """Positions where no cut may be -> the buffer that ops before it and behind it read or write."""
+        """Maps each position where no cut may be to the buffer that ops before it and behind it read or write."""
         return {
             position: name
             for name, users in self.graph.state.items()
@@ -108,9 +113,10 @@ class PipelineSearch:
         }
 
     def candidates(self, enough: int = 1) -> list[int]:
-        """Positions worth cutting at: where the fewest tensors cross, and fewer bytes than at their neighbours.
+        """Returns the positions worth cutting at: where the fewest tensors cross, and fewer bytes than next to them.
 
-        Where these are not `enough`, because some tensor is used far on, also those that one more tensor crosses.
+        Where these are not `enough`, because some tensor is used far on, adds those that one more tensor crosses, and
+        so on.
         """
         counts = [math.inf if p in self._divided else count for p, count in enumerate(self._counts)]
         sizes = self._bytes
@@ -140,13 +146,15 @@ class PipelineSearch:
         balance: str = "seconds",
         arrival: Arrival = lambda k, stage, starts: 0.0,
     ) -> list[Stage]:
-        """The best `stages` stages. `max_memory[k]` is what stage k's device holds of weights and caches.
+        """Returns the best `stages` stages, in order.
 
-        seconds: of each op on stage k's device, where the stages' devices differ; else `costs` has them.
+        max_memory: by stage, the bytes of weights and caches that its device may hold.
+        seconds: by stage, of each op on its device, where the stages' devices differ; else `costs` has them.
         cuts: positions to cut at, where they are given and nothing is left to search.
         balance: "seconds" (the slowest stage as fast as can be) or "bytes" (the fullest as empty as can be, as a share
-            of its memory); the other decides between equals, then the bytes over the hops.
-        arrival: of what each stage receives. A stage's seconds are those of its ops, of what it computes again, and it.
+            of its memory, then the slowest as fast as can be); the bytes over the hops decide between equals.
+        arrival: seconds to receive a stage's tensors. A stage's seconds are this, its ops', and those of what it
+            computes again.
 
         Raises MeshError when there are fewer places to cut than needed, or a given one divides the ops that read and
         write a buffer; NoPlanFits when memory rules all out.
@@ -177,6 +185,7 @@ class PipelineSearch:
         max_memory: Sequence[int] | None,
         balance: str,
     ) -> list[int]:
+        """Returns the ends of the best stages: 0, a cut among `places` for each border, and the sequence's length."""
         if len(places) < stages - 1:
             raise MeshError(
                 f"pp={stages} needs {stages - 1} cuts, but the model has only {len(places)} places to cut it: "
@@ -193,32 +202,36 @@ class PipelineSearch:
                 spans.flatten(lambda k, i, j: held[i, j] / limits[k])
         before = self._before(ends[:-1], stages)
         spans.flatten(lambda k, i, j: before[k][i] + self._until[k][ends[j]] - self._until[k][ends[i]])
-        found = spans.shortest(lambda k, i, j: self._bytes[ends[j]] if j < len(ends) - 1 else 0)
-        if found is None:
+        path = spans.shortest(lambda k, i, j: self._bytes[ends[j]] if j < len(ends) - 1 else 0)
+        if path is None:
             raise NoPlanFits(self._too_big(stages, max_memory, spans.least(lambda k, i, j: held[i, j])))
-        return [ends[i] for i in found]
+        return [ends[i] for i in path]
 
     def _before(self, starts: Sequence[int], stages: int) -> list[list[float]]:
-        """Seconds of receiving and computing again before stage k's own ops, were it to begin at each of `starts`: as
-        much as all ops from there to the end need, which in layers that are alike is what the stage's own do."""
+        """Returns, as [k][i], the seconds of receiving and computing again if stage k began at starts[i].
+
+        Where the stage would end is not known: taken is what all ops from there to the end of the sequence need, which
+        in layers that are alike is what the stage's own ops need.
+        """
         end = len(self.sequence)
-        found: list[list[float]] = []
-        at_all: dict[int, list[Stage]] = {}
+        seconds: list[list[float]] = []
+        to_the_end: dict[int, list[Stage]] = {}
         for k in range(stages):
             times = self.times[k]
-            if k and id(times) not in at_all:  # nothing is needed at 0, where only stage 0 begins
-                at_all[id(times)] = [
+            if k and id(times) not in to_the_end:  # nothing is needed at 0, where only stage 0 begins
+                to_the_end[id(times)] = [
                     self._stage_of(a, end, needed, times) for a, needed in zip(starts, self._needed_at(starts))
                 ]
-            candidates = at_all[id(times)] if k else []
-            found.append([self._start_seconds(k, stage, ()) for stage in candidates] or [0.0] * len(starts))
-        return found
+            candidates = to_the_end[id(times)] if k else []
+            seconds.append([self._start_seconds(k, stage, ()) for stage in candidates] or [0.0] * len(starts))
+        return seconds
 
     def _start_seconds(self, k: int, stage: Stage, starts: Sequence[int]) -> float:
+        """Returns the seconds before a stage's own ops: receiving, and computing again."""
         return sum(self.times[k][name] for name in stage.recomputed) + self.arrival(k, stage, starts)
 
     def _needed_at(self, starts: Sequence[int]) -> list[list[TensorRef]]:
-        """For each of these positions, in order, the tensors made before it and used there or later."""
+        """Returns, for each position of `starts` (ascending), the tensors made before it and used there or later."""
         spans = [
             (self.position[ref.op], max(self.position[user] for user, _ in users), ref)
             for ref, users in self.graph.users.items()
@@ -237,7 +250,8 @@ class PipelineSearch:
         return found
 
     def _held_between(self, ends: Sequence[int]) -> dict[tuple[int, int], int]:
-        """Bytes of weights and caches of ops [ends[i], ends[j]), for all i < j; a weight used twice counts once."""
+        """Returns, by (i, j) for all i < j, the bytes of weights and caches of ops [ends[i], ends[j]); a weight that is
+        used twice counts once."""
         found: dict[tuple[int, int], int] = {}
         reads = [
             [ref.op for ref in self.graph[name].inputs if ref.op in self.weight_bytes] for name in self.sequence
@@ -255,7 +269,7 @@ class PipelineSearch:
         return found
 
     def _check_memory(self, cuts: Sequence[int], max_memory: Sequence[int] | None) -> None:
-        """Of stages that were given. Raises NoPlanFits."""
+        """Checks the stages of given cuts against the memory of their devices. Raises NoPlanFits naming the stage."""
         if max_memory is None:
             return
         held = self._held_between(cuts)
@@ -269,7 +283,7 @@ class PipelineSearch:
                 )
 
     def _too_big(self, stages: int, max_memory: Sequence[int] | None, least: float) -> str:
-        """`least`: bytes of the fullest stage, were the stages as even as they can be."""
+        """Formats the error that no cut fits. `least`: bytes of the fullest stage if stages are as even as can be."""
         total = sum(self.weight_bytes.values()) + int(self._state[-1])
         limits = [bytes_text(limit) for limit in dict.fromkeys(max_memory or [0])]
         holds = f"a device holds {limits[0]}" if len(limits) == 1 else f"the devices hold {', '.join(limits)}"
@@ -280,7 +294,7 @@ class PipelineSearch:
         )
 
     def crossing(self, position: int) -> list[TensorRef]:
-        """The tensors that depend on weights, are made before `position` and used behind it."""
+        """Returns the tensors that depend on weights, are made before `position` and used behind it."""
         return [
             ref
             for ref, users in self.graph.users.items()
@@ -290,15 +304,15 @@ class PipelineSearch:
         ]
 
     def stage_seconds(self, k: int, stage: Stage, starts: Sequence[int]) -> float:
-        """Of a stage k that `stage` finds, in the pipeline whose stages begin at `starts`: its ops, what it computes
-        again, and what it receives."""
+        """Returns the seconds of stage k, as `stage` has it, in a pipeline whose stages begin at `starts`: its ops,
+        what it computes again, and what it receives."""
         own = self._until[k][stage.stop] - self._until[k][stage.start]
         return own + self._start_seconds(k, stage, starts)
 
     # -- what crosses --------------------------------------------------------------------------------------------------
 
     def stage(self, k: int, start: int, stop: int) -> Stage:
-        """Ops [start, stop) as stage k, with what crosses into it. Only after `solve`."""
+        """Returns ops [start, stop) as stage k, with what crosses into it. Valid only after `solve`."""
         return self._stage(start, stop, self.times[k])
 
     def _stage(self, start: int, stop: int, seconds: Mapping[str, float] | None = None) -> Stage:
@@ -312,6 +326,7 @@ class PipelineSearch:
         return self._stage_of(start, stop, list(dict.fromkeys(needed)), seconds)
 
     def _stage_of(self, start: int, stop: int, needed: Sequence[TensorRef], seconds: Mapping[str, float]) -> Stage:
+        """Returns the stage of ops [start, stop), which read the tensors `needed` from before `start`."""
         recomputed = self._recompute(needed, seconds)
         inside = set(recomputed)
         wanted = [ref for ref in needed if ref.op not in inside]
@@ -321,7 +336,7 @@ class PipelineSearch:
         return Stage(start, stop, tuple(sorted(recomputed, key=self.position.__getitem__)), received)
 
     def _recompute(self, needed: Sequence[TensorRef], seconds: Mapping[str, float]) -> list[str]:
-        """Which ops to compute again so that `needed` is there at least cost.
+        """Chooses the ops to compute again so that the tensors `needed` are there at least cost.
 
         Minimum cut. Each op has two vertices, "its value is wanted here" and "it is computed here"; to want it without
         computing it costs a send, to compute it costs its seconds and makes its inputs wanted. Ops that cost more to
@@ -346,7 +361,7 @@ class PipelineSearch:
             sends[name] = sum(self.send_seconds[TensorRef(name, j)] for j in range(len(op.outputs)))
             can_send = bool(op.outputs) and math.isfinite(sends[name])
             if not cost.repeatable and not can_send:
-                flow.add_edge(("wanted", name), "end")  # infinite: whatever reads it is to be sent instead
+                flow.add_edge(("wanted", name), "end")  # infinite: what is computed from it must be sent in its place
                 stuck.append(op)
                 continue
             if not cost.repeatable or (can_send and seconds[name] >= sends[name]):

@@ -1,4 +1,4 @@
-"""Both searches for one request: the placements of every op, then the cuts, at a price of memory that lets them fit."""
+"""Runs both searches for one request: placements of all ops, then cuts, at a price of memory with which they fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cost_model.search.prediction_sizes import DECODE_SIZES, FORWARD_SIZES, SOUR
 from cost_model.search.strategy import Strategy
 from cost_model.search.tensor_parallel import TensorParallelSearch
 
-# Searches made already, by what they depend on: several plans of one graph share them.
+# Tensor-parallel searches by all that they depend on but the graph, so that several plans of one graph share them.
 SharedSearches = dict[tuple[object, ...], TensorParallelSearch]
 
 
@@ -33,8 +33,11 @@ class Infeasible(PlanError):
 
 
 class PlanSearch:
-    """What a plan for `request` is searched with. After `choose`, `result`, `strategies` (of each op) and `pipeline`
-    are those that its stages were found with."""
+    """The two searches behind one plan for `request`.
+
+    After `choose`, `result`, `strategies` (by op) and `pipeline` are those that its stages were found with.
+    Raises PlanError for pins that name no op or contradict each other, or that an op cannot have.
+    """
 
     def __init__(self, graph: OpGraph, request: PlanRequest, shared: SharedSearches) -> None:
         self.graph = graph
@@ -53,6 +56,7 @@ class PlanSearch:
         self.layouts = self.search.layouts
 
     def _search(self, device: Hardware, shared: SharedSearches) -> TensorParallelSearch:
+        """Returns the tensor-parallel search on a device, from `shared` if it was made already."""
         on_mesh = replace(device, tp_link=device.tp_link_on(self.mesh))
         fixed = (self.mesh.tp, tuple(self.sizes.items()), tuple(self.roles.items()))
         key = (*fixed, on_mesh)
@@ -64,7 +68,12 @@ class PlanSearch:
         return shared[key]
 
     def choose(self) -> list[Stage]:
-        """Raises NoPlanFits, Infeasible, MeshError, PlanError."""
+        """Chooses strategies and cuts; returns the stages.
+
+        The objective's price of memory is tried first. Where its plan does not fit, the price of a replicated byte is
+        raised in steps of 10 until the plan fits, at most to that of "shard".
+        Raises NoPlanFits (at no price), Infeasible (no strategies agree), MeshError (no such cuts), PlanError.
+        """
         price, highest = PRICES[self.request.objective], PRICES["shard"]
         try:
             return self._stages_at(price)
@@ -81,7 +90,7 @@ class PlanSearch:
         return self._stages_at(highest)
 
     def _stages_at(self, price: float) -> list[Stage]:
-        """With a byte of replicated weight at this price."""
+        """Runs both searches at a price, in seconds, of a byte of weight held beyond an even share."""
         try:
             self.result = self.search.solve(price)
         except ValueError as error:
@@ -119,6 +128,7 @@ class PlanSearch:
         )
 
     def _arrival_seconds(self, k: int, stage: Stage, starts: Sequence[int]) -> float:
+        """Returns the seconds in which stage k receives its tensors (pipeline.Arrival)."""
         position, again = self.pipeline.position, set(stage.recomputed)
 
         def is_there(user: str) -> bool:
@@ -131,12 +141,15 @@ class PlanSearch:
         return total
 
     def sent_forms(self, ref: TensorRef, is_there: Callable[[str], bool]) -> list[tuple[bool, int]]:
-        """In which forms, (whole, bytes on a tp rank), a stage receives a tensor that ops which are there read."""
+        """Returns the placements in which a stage receives `ref`, each as (is it whole?, bytes on a tp rank).
+
+        `is_there(op)` is True for the ops of the stage. A tensor that is not sent whole is sent as it lies.
+        """
         have = self.strategies[ref.op].outputs[ref.index]
         users = self.graph.users.get(ref, ())
         wanted = {self.strategies[user].inputs[slot] for user, slot in users if is_there(user)}
-        # as it lies, when all users there want it so; whole, when one wants it whole; both, when some want a sum that
-        # is still owed and others the whole
+        # As it lies if all readers want it so; whole if one wants it whole; both if some want a sum that is still owed
+        # and others the whole, since a rank can cut its shard out of the whole, but not its summand.
         forms = {p.is_replicate or p != have for p in wanted}
         if forms == {True, False} and not have.is_partial:
             forms = {True}
@@ -145,8 +158,10 @@ class PlanSearch:
         ]
 
     def _send_seconds(self, ref: TensorRef) -> float:
-        """Of one tensor to another stage, both ends: one launches the send, one the recv. Where the receiver cannot
-        tell a length from the model's inputs, the shape goes ahead: 8 bytes a dim."""
+        """Returns the seconds to hand one tensor to another stage, at both ends: one launches the send, one the recv.
+
+        Where the receiver cannot tell a length from the model's inputs, the shape is sent ahead: 8 bytes a dim.
+        """
         if self.strategies[ref.op].factor == EXPERT and not self.strategies[ref.op].gather[ref.index]:
             return math.inf  # a layer's experts are one stage's: each rank has its own of them
         spec, link = self.search.spec(ref), self.hardware.pp_link
@@ -168,9 +183,11 @@ class PlanSearch:
         return search.compute_seconds(op, strategy) + search.gather_seconds(op, strategy)
 
     def weight_bytes(self, op: Op) -> int:
+        """Returns the bytes of a parameter or buffer on the fullest tp rank."""
         return self.search.held_bytes(op, self.strategies[op.name])
 
     def cache_bytes(self, op: Op) -> int:
+        """Returns the bytes of KV cache that an op keeps on the fullest tp rank, for all micro-batches in flight."""
         if op.kind != "cache_update":
             return 0
         outs = self.strategies[op.name].outputs
@@ -178,7 +195,7 @@ class PlanSearch:
         return per_batch * self.request.in_flight
 
     def hop_link(self, source: int, target: int) -> Link:
-        """Between two stages. Devices of two kinds are in two machines, and talk as the slower of both can."""
+        """Returns the link between two stages; for devices of two kinds, in two machines, the slower one's."""
         kinds = [self.request.stage_devices[stage] for stage in (source, target)]
         if kinds[0].name == kinds[1].name:
             return kinds[0].hop_link(self.mesh, source, target)
@@ -186,7 +203,7 @@ class PlanSearch:
 
 
 def unsplit_seconds(search: TensorParallelSearch) -> float:
-    """One forward pass with nothing sharded."""
+    """Predicts the seconds of one forward with nothing sharded."""
     total = 0.0
     for op in search.graph:
         replicated = (REPLICATE,) * len(op.inputs), (REPLICATE,) * len(op.outputs)

@@ -1,4 +1,4 @@
-"""What the searches chose, written down as a PartitionPlan: ops, parameters, hops, and what each stage takes."""
+"""Writes what the searches chose as a PartitionPlan: ops, parameters, hops, and the costs of each stage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cost_model.search.tensor_parallel import TensorParallelSearch
 
 
 class PlanWriter:
-    """Writes down what `search` chose."""
+    """Writes the plan that one PlanSearch chose."""
 
     def __init__(self, search: PlanSearch) -> None:
         self.planned = search
@@ -34,6 +34,10 @@ class PlanWriter:
         self.choices: dict[tuple[Alternative, ...], int] = {}
 
     def write(self, model: str, fingerprint: str, stages: list[Stage]) -> PartitionPlan:
+        """Returns the plan with these stages, as `PlanSearch.choose` returned them.
+
+        `model` is the class name of the traced model, `fingerprint` the sha256 of its graph.
+        """
         homes: dict[str, int] = {}
         computed: dict[str, set[int]] = {}
         for k, stage in enumerate(stages):
@@ -73,6 +77,7 @@ class PlanWriter:
         return replace(plan, warnings=(*plan_warnings(plan), *missing))
 
     def _layout_index(self, ref: TensorRef, placement: Placement) -> int:
+        """Returns the position of a tensor's layout in the plan, which has equal ones once; -1 if it is not sharded."""
         if not placement.is_shard:
             return -1
         layout = self.search.layout(ref, placement)
@@ -120,7 +125,8 @@ class PlanWriter:
     def _hops(
         self, stages: list[Stage], homes: Mapping[str, int], computed: Mapping[str, set[int]]
     ) -> tuple[Hop, ...]:
-        """One hop for each (tensor, stage that receives it), in the order the tensors are made."""
+        """Returns one hop for each (tensor, stage that receives it, whole or not), in the order the tensors are made;
+        channels count from 0."""
         found: list[Hop] = []
         for k, stage in enumerate(stages):
             for ref in stage.received:
@@ -130,6 +136,7 @@ class PlanWriter:
         return tuple(replace(hop, channel=i) for i, hop in enumerate(found))
 
     def _summary(self, k: int, stage: Stage, computed: Mapping[str, set[int]], hops: tuple[Hop, ...]) -> StageSummary:
+        """Returns the costs of stage k on its slowest tp rank. `computed`: op -> the stages that compute it."""
         names = [name for name in self.pipeline.sequence if k in computed[name]]
         ops = [self.graph[name] for name in names]
         collectives: dict[str, tuple[int, int]] = {}
@@ -144,11 +151,11 @@ class PlanWriter:
                 if gather:
                     name = "all_reduce" if placement.is_partial else "all_gather"
                     count, nbytes = collectives.get(name, (0, 0))
-                    whole = self.search.spec(TensorRef(op.name, j)).nbytes
-                    collectives[name] = (count + 1, nbytes + whole)
-                    beside = collective_workspace_bytes(placement, whole, outs[j].nbytes, self.mesh.tp)
-                    workspace = max(workspace, beside)
-        held = {
+                    whole_bytes = self.search.spec(TensorRef(op.name, j)).nbytes
+                    collectives[name] = (count + 1, nbytes + whole_bytes)
+                    scratch = collective_workspace_bytes(placement, whole_bytes, outs[j].nbytes, self.mesh.tp)
+                    workspace = max(workspace, scratch)
+        weight_names = {
             ref.op for op in ops for ref in op.inputs if self.graph[ref.op].kind in ("param", "buffer")
         }
         hop_seconds = sum(
@@ -162,7 +169,7 @@ class PlanWriter:
             comm_seconds=sum(search.gather_seconds(op, self.strategies[op.name]) for op in ops) + hop_seconds,
             recomputed=stage.recomputed,
             flops=flops,
-            weight_bytes=sum(self.planned.weight_bytes(self.graph[name]) for name in held),
+            weight_bytes=sum(self.planned.weight_bytes(self.graph[name]) for name in weight_names),
             kv_cache_bytes=sum(self.planned.cache_bytes(op) for op in ops),
             activation_bytes=self._activation_bytes(ops, stage),
             workspace_bytes=workspace,
@@ -170,6 +177,7 @@ class PlanWriter:
         )
 
     def _activation_bytes(self, ops: list[Op], stage: Stage) -> int:
+        """Returns the peak bytes of a stage's activations, which live until they are last read, or sent."""
         names = {op.name for op in ops}
         later = {ref for ref in self.graph.outputs if ref.op in names}
         for ref, users in self.graph.users.items():
@@ -178,7 +186,7 @@ class PlanWriter:
         return peak_activation_bytes(ops, self._held_bytes, later, stage.received)
 
     def _held_bytes(self, ref: TensorRef) -> int:
-        """Of a tensor on one tp rank, as it lies and, where it is gathered, whole."""
+        """Returns the bytes of a tensor on one tp rank: as it lies and, where it is gathered, whole beside it."""
         strategy = self.strategies[ref.op]
         if ref.op in self.graph.fused:
             return 0
@@ -186,7 +194,7 @@ class PlanWriter:
         return nbytes + (self.search.spec(ref).nbytes if strategy.gather[ref.index] else 0)
 
     def _layers(self, ops: list[Op]) -> tuple[str, ...]:
-        """Module paths up to their first number ("model.layers.3"), in order, of the ops that use weights."""
+        """Returns the modules, cut behind their first number ("model.layers.3"), of ops that use weights, in order."""
         found: dict[str, None] = {}
         for op in ops:
             weights = [ref.op for ref in op.inputs if self.graph[ref.op].kind == "param"]
@@ -197,7 +205,7 @@ class PlanWriter:
         return tuple(found)
 
     def _one_device_seconds(self) -> float:
-        """The model unsplit on one device, the fastest (on the whole machine, where ranks share one)."""
+        """Predicts the seconds of the unsplit model on the fastest device (all of it, where ranks share one)."""
         alone = {device.alone(self.mesh.size) for device in self.request.stage_devices}
         sizes, layouts = self.planned.sizes, self.planned.layouts
         return min(unsplit_seconds(TensorParallelSearch(self.graph, 1, x, sizes, layouts)) for x in alone)

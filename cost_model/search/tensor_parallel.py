@@ -38,7 +38,7 @@ PARTIAL_INPUT_SECONDS = 1e-9
 
 
 class TensorParallelSearch:
-    """Costs and domains of one (graph, tp, hardware); `solve` finds the cheapest assignment for a memory price.
+    """The search on one (graph, tp, hardware): domains and costs of all ops; `solve` finds the cheapest assignment.
 
     `sizes` maps symbols ("B", "S", "T") to the lengths at which seconds are counted. `roles` maps names of ops to the
     role that each must have.
@@ -71,8 +71,8 @@ class TensorParallelSearch:
     # -- what an op can do -----------------------------------------------------------------------------------------
 
     def domain(self, op: Op) -> list[Strategy]:
-        """All strategies of `op`, the replicated one first, that of whole experts last; of an op that must have a role
-        those that have it, if any."""
+        """Returns all strategies of `op`, the replicated one first, that of whole experts last; if the op must have a
+        role, those with that role, which may be none."""
         every = self._own_domain(op)
         way = self.experts.ways.get(op.name)
         if way is not None:
@@ -81,6 +81,7 @@ class TensorParallelSearch:
         return every if role is None else [s for s in every if role_of(op, s.factor) == role]
 
     def _own_domain(self, op: Op) -> list[Strategy]:
+        """Returns the strategies by the op's own rule: one for each factor, and those that pass a sum on."""
         plain = Strategy("", (REPLICATE,) * len(op.inputs), (REPLICATE,) * len(op.outputs), (False,) * len(op.outputs))
         if self.tp == 1 or not op.outputs:
             return [plain]
@@ -92,7 +93,7 @@ class TensorParallelSearch:
             # Derived from the graph's inputs alone (masks, rotary tables): small, the same for every layer, and cheaper
             # to have whole everywhere. Left as variables they would tie all layers to each other.
             return [plain]
-        found = {(plain.inputs, plain.outputs): plain}
+        by_placements = {(plain.inputs, plain.outputs): plain}
         for factor in self.layouts.factors(op):
             inputs = [REPLICATE] * len(op.inputs)
             outputs = [PARTIAL if factor.reduces else None for _ in op.outputs]
@@ -106,32 +107,33 @@ class TensorParallelSearch:
                     outputs[link.slot] = REPLICATE
             covers = any(link.cover for link in factor.inputs)
             if all(p.is_replicate for p in inputs) and not covers:
-                continue  # nothing to shard: its one sharded form is a slice of the replicated one
+                continue  # no input is sharded: each rank would only slice what it computes whole
             if any(p is None for p in outputs):
                 continue
-            done = tuple(p for p in outputs if p is not None)
-            found.setdefault((tuple(inputs), done), Strategy(factor.name, tuple(inputs), done, (False,) * len(done)))
+            outs = tuple(p for p in outputs if p is not None)
+            sharded = Strategy(factor.name, tuple(inputs), outs, (False,) * len(outs))
+            by_placements.setdefault((sharded.inputs, outs), sharded)
         for slots in self.layouts.rules(op, self.graph.input_specs(op)).linear_in:
             partial = tuple(PARTIAL if i in slots else REPLICATE for i in range(len(op.inputs)))
             out = (PARTIAL,) * len(op.outputs)
-            found.setdefault((partial, out), Strategy("", partial, out, (False,) * len(out)))
-        return [both for s in found.values() for both in self._gathered(s)]
+            by_placements.setdefault((partial, out), Strategy("", partial, out, (False,) * len(out)))
+        return [both for s in by_placements.values() for both in self._gathered(s)]
 
     def _gathered(self, strategy: Strategy) -> list[Strategy]:
-        """The strategy as it is, and with its outputs made whole, where a collective does that."""
+        """Returns the strategy as it is and, where a collective can make its outputs whole, with them gathered."""
         factor, inputs, outputs = strategy.factor, strategy.inputs, strategy.outputs
         gather = tuple(p.is_partial or p.kind == "S" for p in outputs)
         plain = Strategy(factor, inputs, outputs, (False,) * len(outputs))
         return [plain, Strategy(factor, inputs, outputs, gather)] if any(gather) else [plain]
 
     def decides(self, op: Op) -> bool:
-        """True of what decides a choice (decisions.py): whole on every rank, however cheap it would be to cut."""
+        """True if the op decides where data goes (layouts/routing.py): it is whole on every rank, whatever it costs."""
         return op.name in self._whole
 
     # -- what it costs -----------------------------------------------------------------------------------------------
 
     def spec(self, ref: TensorRef) -> TensorSpec:
-        """The whole tensor at the search's sizes."""
+        """Returns the spec of a whole tensor at the search's sizes."""
         found = self._specs.get(ref)
         if found is None:
             at = self.graph.spec(ref).at(self.sizes)
@@ -139,13 +141,13 @@ class TensorParallelSearch:
         return found
 
     def layout(self, ref: TensorRef, placement: Placement) -> Layout | None:
-        """Of a sharded tensor."""
+        """Returns the layout of a tensor that is sharded as `placement` says."""
         if placement.is_dealt:
             return self.experts.layouts[ref, placement.dim]
         return self.layouts.layout(ref, placement.dim)
 
     def local(self, ref: TensorRef, placement: Placement) -> TensorSpec:
-        """What the slowest rank holds of it; of what lies on one rank, that."""
+        """Returns the spec of what the fullest rank holds of a tensor: the whole, unless it is sharded."""
         spec = self.spec(ref)
         if not placement.is_shard:
             return spec
@@ -156,13 +158,15 @@ class TensorParallelSearch:
         return TensorSpec(shape, spec.dtype)
 
     def held_bytes(self, op: Op, strategy: Strategy) -> int:
-        """Of a parameter on the fullest rank; of an expert's, its part of what that rank has of all its siblings."""
+        """Returns a parameter's bytes on the fullest rank; for one of dealt experts, the average over its siblings of
+        what that rank has of them all."""
         nbytes = self.local(TensorRef(op.name), strategy.outputs[0]).nbytes
         siblings = self._siblings(op, strategy)
         return nbytes if siblings is None else nbytes * siblings.most // siblings.count
 
     def on_slowest(self, op: Op, strategy: Strategy) -> float:
-        """The part of the op's whole work that counts for the slowest rank: less than 1 for one of dealt experts."""
+        """Returns the part of the op's work that the slowest rank has, on average over siblings: below 1 for experts
+        that are dealt to ranks, else 1."""
         siblings = self._siblings(op, strategy)
         return 1.0 if siblings is None else siblings.share
 
@@ -170,8 +174,11 @@ class TensorParallelSearch:
         return self.experts.siblings.get(op.name) if strategy.factor == EXPERT else None
 
     def compute_seconds(self, op: Op, strategy: Strategy) -> float:
-        """On the slowest tp rank. An op on rows that values choose costs less where often none is chosen, and, one of
-        dealt experts, its part of the time of the rank that has most to do."""
+        """Returns the op's compute seconds on the slowest tp rank, collectives excluded.
+
+        An op on rows that values choose costs less if less than one row is expected; an op of dealt experts, its part
+        of the time of the rank that has most to do.
+        """
         known = self._seconds_of.get((op.name, strategy))
         if known is None:
             known = self._seconds_of[op.name, strategy] = self._compute_seconds(op, strategy)
@@ -183,21 +190,23 @@ class TensorParallelSearch:
         ins = tuple(self.local(self._read(r), p) for r, p in zip(op.inputs, strategy.inputs, strict=True))
         outs = tuple(self.local(TensorRef(op.name, j), p) for j, p in enumerate(strategy.outputs))
         key = (op.kind, ins, outs, tuple(sorted(op.attrs.items())))
-        found = self._seconds.get(key)
-        if found is None:
-            found = self._seconds[key] = op_seconds(op, ins, outs, self.hardware)
+        total = self._seconds.get(key)
+        if total is None:
+            total = self._seconds[key] = op_seconds(op, ins, outs, self.hardware)
         siblings, rows = self._siblings(op, strategy), self._rows_expected(op)
         if siblings is None and rows is None:
-            return found
-        fixed = min(found, self.hardware.view_seconds if found < self.hardware.op_seconds else self.hardware.op_seconds)
-        work, share = (found - fixed) * min(1.0, 1.0 if rows is None else rows), 1.0
+            return total
+        # The fixed cost of dispatch is paid once for each expert on a rank, whatever its rows; the rest grows with the
+        # rows, of which the busiest rank has more than its even share.
+        fixed = min(total, self.hardware.view_seconds if total < self.hardware.op_seconds else self.hardware.op_seconds)
+        work, share = (total - fixed) * min(1.0, 1.0 if rows is None else rows), 1.0
         if siblings is not None:
             fixed *= siblings.share
             share = siblings.share if rows is None else busiest_share(siblings, rows, self.tp)
         return fixed + work * share
 
     def _rows_expected(self, op: Op) -> float | None:
-        """How many rows its tensors have whose number follows values; None without such."""
+        """Returns the expected number of rows of the op's tensors, if that depends on values; else None."""
         if op.name not in self._rows:
             specs = (*op.outputs, *self.graph.input_specs(op))
             self._rows[op.name] = next(
@@ -208,15 +217,15 @@ class TensorParallelSearch:
         return self._rows[op.name]
 
     def _read(self, ref: TensorRef) -> TensorRef:
-        """What an op really reads that reads `ref`: the keys of attention's own heads, say, and not their repetitions
-        (the same dims, fewer elements)."""
+        """Returns the tensor that is really read by an op that reads `ref`: the keys of the KV heads, say, in place of
+        their repetitions for all query heads (the same dims, fewer elements)."""
         op = self.graph[ref.op]
         if op.name in self.graph.fused and op.kind == "repeat_interleave":
             return op.inputs[0]
         return ref
 
     def gather_seconds(self, op: Op, strategy: Strategy) -> float:
-        """Of the collectives that make its outputs whole."""
+        """Returns the seconds of the collectives that make the op's outputs whole."""
         total = 0.0
         for j, (placement, gather) in enumerate(zip(strategy.outputs, strategy.gather, strict=True)):
             if gather:
@@ -226,14 +235,14 @@ class TensorParallelSearch:
         return total
 
     def excess_bytes(self, op: Op, strategy: Strategy) -> float:
-        """Bytes of a matmul's weight that this strategy leaves replicated where it could be sharded.
+        """Returns the bytes of a matmul's weight that a rank holds beyond an even share, for want of sharding.
 
-        How even the shards are is not a matter of strategy: a rank with 6 of 9 heads has its whole grains. Nor is it
-        that a KV head which all ranks read is on all of them.
+        Shards that are uneven because grains are whole (5 of 9 heads on one of 2 ranks) are no excess, nor is a KV head
+        on every rank that reads it: no strategy could do better.
         """
         if op.kind != "param" or not op.attrs.get("matmul"):
             return 0.0
-        if strategy.factor == EXPERT:  # that is a matter of strategy: 5 experts on 2 ranks, or half of each
+        if strategy.factor == EXPERT:  # the strategy matters: 3 of 5 experts on one of 2 ranks, or half of each
             return self.held_bytes(op, strategy) - self.spec(TensorRef(op.name)).nbytes / self.tp
         if not strategy.outputs[0].is_replicate:
             return 0.0
@@ -242,11 +251,11 @@ class TensorParallelSearch:
         return self.spec(TensorRef(op.name)).nbytes * (1 - 1 / self.tp)
 
     def slice_seconds(self, have: Placement, want: Placement) -> float:
-        """Of cutting a rank's own piece out of a whole tensor: an op's overhead, no bytes (it is a view)."""
+        """Returns the seconds to cut a rank's piece out of a whole tensor: an op's fixed cost, no bytes (a view)."""
         return self.hardware.op_seconds if want.is_shard and have != want else 0.0
 
     def agreement(self, producer: Strategy, index: int, wanted: Placement, ref: TensorRef) -> float:
-        """Seconds, or infinity: can a consumer that wants `wanted` read this output?"""
+        """Returns the seconds that a consumer which wants `wanted` spends to read an output; infinity if it cannot."""
         have = producer.outputs[index]
         if have == wanted:
             return 0.0
@@ -261,10 +270,10 @@ class TensorParallelSearch:
     # -- the search ------------------------------------------------------------------------------------------------
 
     def solve(self, price: float) -> TensorParallelResult:
-        """The cheapest assignment. `price`: seconds per excess byte of matmul weight (see `excess_bytes`).
+        """Returns the cheapest assignment. `price`: seconds per excess byte of matmul weight (see `excess_bytes`).
 
-        Experts of one layer that are alike are treated alike: one variable for all that do the same. Raises ValueError
-        where no assignment is possible.
+        Experts of one layer that are alike are treated alike: the same op of all of them is one variable. Raises
+        ValueError where no assignment is possible.
         """
         if price in self._solved:
             return self._solved[price]
@@ -272,7 +281,8 @@ class TensorParallelSearch:
         costs: dict[str, Table] = {}
         outputs = set(self.graph.outputs)
         variable: dict[str, str] = {}
-        for op in sorted(self.graph, key=lambda op: op.name in self.experts.twins):  # twins after those they are of
+        # Ops of a layer's first expert come before those of its twins, which take over their tables.
+        for op in sorted(self.graph, key=lambda op: op.name in self.experts.twins):
             domain = domains[op.name]
             twin = self.experts.twins.get(op.name, op.name)
             if twin != op.name and list(map(_form, domain)) == list(map(_form, domains[twin])):
@@ -290,6 +300,8 @@ class TensorParallelSearch:
                 if TensorRef(op.name, j) in outputs:  # what leaves the model is whole
                     for k, s in enumerate(domain):
                         costs[op.name][k] += self.agreement(s, j, REPLICATE, TensorRef(op.name, j))
+        # Costs of all ops of a variable are added up, and an edge between two variables is a table of the elimination;
+        # an edge with only one choice to make is a cost of that choice, in `unary` and (to explain it) in `reading`.
         unary: dict[str, Table] = {}
         for name, v in variable.items():
             unary[v] = unary[v] + costs[name] if v in unary else costs[name]
@@ -306,22 +318,25 @@ class TensorParallelSearch:
                 if len(domains[producer]) > 1 and len(domains[op.name]) > 1 and u != v:
                     pairs[u, v] = pairs[u, v] + table if (u, v) in pairs else table
                     continue
-                if len(domains[producer]) == 1:  # nothing to choose there: no interaction
+                if len(domains[producer]) == 1:
                     chooses, seconds = v, table[0]
                 elif len(domains[op.name]) == 1:
                     chooses, seconds = u, table[:, 0]
-                else:
+                else:  # both ops share a variable, hence their choice
                     chooses, seconds = v, table.diagonal()
                 unary[chooses] = unary[chooses] + seconds
                 reading[chooses] = reading[chooses] + seconds
-        found = Elimination(unary, pairs)
-        chosen = {name: domains[name][found.choice[v]] for name, v in variable.items()}
-        self._solved[price] = TensorParallelResult(chosen, found.cost, domains, found, variable, reading, pairs)
+        elimination = Elimination(unary, pairs)
+        strategies = {name: domains[name][elimination.choice[v]] for name, v in variable.items()}
+        self._solved[price] = TensorParallelResult(
+            strategies, elimination.cost, domains, elimination, variable, reading, pairs
+        )
         return self._solved[price]
 
     def _edge_table(
         self, producers: Sequence[Strategy], consumers: Sequence[Strategy], ref: TensorRef, slot: int
     ) -> Table | None:
+        """Returns the seconds of agreement, [producers, consumers]; None where neither has a choice."""
         if len(producers) == 1 and len(consumers) == 1:
             return None
         columns: dict[Placement, list[float]] = {}
@@ -333,7 +348,7 @@ class TensorParallelSearch:
 
 
 def _number_table(producers: Sequence[Strategy], consumers: Sequence[Strategy]) -> Table | None:
-    """A number that one rank alone computes is read by that rank alone."""
+    """Returns 0 or infinity, [producers, consumers]: a number that one rank alone computes is read by it alone."""
     if len(producers) == 1:
         return None
     return np.array([
@@ -342,13 +357,13 @@ def _number_table(producers: Sequence[Strategy], consumers: Sequence[Strategy]) 
 
 
 def _form(strategy: Strategy) -> tuple[object, ...]:
-    """But for which rank has what one rank has alone."""
+    """Returns a key under which strategies are equal if they differ only in the rank that owns tensors."""
     kinds = tuple(p.kind if p.is_owned else p for p in (*strategy.inputs, *strategy.outputs))
     return strategy.factor, kinds, strategy.gather
 
 
 def busiest_share(siblings: Siblings, rows: float, tp: int) -> float:
-    """Of all rows that `siblings` get, `rows` each, the share that the busiest rank is expected to have.
+    """Returns the share of all rows that the busiest rank is expected to have, if each of `siblings` gets `rows`.
 
     m rows thrown into n ranks: the fullest has about m/n + sqrt(2 m/n ln n) (M. Raab, A. Steger, "Balls into bins - a
     simple and tight analysis", 1998).
@@ -359,7 +374,7 @@ def busiest_share(siblings: Siblings, rows: float, tp: int) -> float:
 
 
 def _depends_on_weights(graph: OpGraph) -> set[str]:
-    """Ops downstream of a parameter."""
+    """Returns the parameters, and the ops downstream of one."""
     found: set[str] = set()
     for op in graph:
         if op.kind == "param" or any(ref.op in found for ref in op.inputs):
