@@ -111,8 +111,8 @@ class CompiledModel(Simulator):
             self.source.check_weights("to_distributed")
         except AutodistError as error:
             fail_to_join(error, options)
-        asked = request_facts("to_distributed", request, None, verify=self.verifies)
-        joined = join(self.mesh, options, asked)
+        facts = request_facts("to_distributed", request, None, verify=self.verifies)
+        joined = join(self.mesh, options, facts)
         compiling = CompileOptions(verify=self.verifies, dump_dir=self.options.dump_dir)
         return distribute(self.source.shape, joined, request, compiling)
 

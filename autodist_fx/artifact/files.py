@@ -166,6 +166,8 @@ class CheckedFiles:
 
     @contextmanager
     def _stream(self, name: str) -> Iterator[_Stream]:
+        """Open a file as a stream of bytes; raise ArtifactError where
+        its size or, at the end, its digest is not the manifest's."""
         path, record = self.directory / name, self._record(name)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)

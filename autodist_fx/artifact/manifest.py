@@ -45,7 +45,7 @@ class Manifest:
     tp: int
     pp: int
     forms: tuple[str, ...]  # names of the saved variants: the folders of forms/
-    versions: Mapping[str, str]  # of the libraries that made it
+    versions: Mapping[str, str]  # library -> its version when the artifact was made
     files: Mapping[str, FileRecord]  # by relative path, without the manifest itself
     key: str = ""  # in an entry of the split cache, the digest of all that the split depends on
 
@@ -96,6 +96,8 @@ def _digest_of(fields: Mapping[str, Any]) -> str:
 
 
 def _manifest(fields: Mapping[str, Any]) -> Manifest:
+    """Build a Manifest from parsed JSON. Raises KeyError, TypeError
+    or ValueError where fields are missing or malformed."""
     tp, pp = fields["tp"], fields["pp"]
     if type(tp) is not int or type(pp) is not int or not (tp > 0 and pp > 0 and tp * pp <= _MOST_RANKS):
         raise ValueError(f"a mesh of tp={tp!r} x pp={pp!r}")

@@ -150,6 +150,7 @@ def _model_fields(model: PreTrainedModel, parts: Sequence[Part], always: Mapping
 
 
 def _form(part: Part, parts: Sequence[Part]) -> Form:
+    """Collect the facts of one saved variant for its form.json."""
     variant, traced = part.variant, part.variant.traced
     names = {id(p.variant): p.name for p in parts}
     facts = traced.facts
@@ -198,10 +199,10 @@ def write_rank(staging: Staging, rank: int, programs: Sequence[tuple[Part, RankP
                 tensor = initial.get(shard.source, tensor)
             slice_ = (part.name, name) if shard is None else shard.slice_key
             if slice_ not in key_of:
-                wanted = f"{part.name}.{name}" if shard is None else shard.source
-                key = wanted
+                plain_key = f"{part.name}.{name}" if shard is None else shard.source
+                key = plain_key
                 while key in weights:
-                    key = f"{wanted}#{len(weights)}"
+                    key = f"{plain_key}#{len(weights)}"
                 key_of[slice_], weights[key] = key, tensor
             keys[name] = key_of[slice_]
         staging.write_json(f"forms/{part.name}/rank{rank}.json", program_to_dict(program, keys))
@@ -209,7 +210,7 @@ def write_rank(staging: Staging, rank: int, programs: Sequence[tuple[Part, RankP
 
 
 def _initial_state(variant: Variant) -> dict[str, torch.Tensor]:
-    """The buffers that calls write, by name in the model, as they are before the first."""
+    """Return the buffers that calls write, by name in the model, with the values from before the first call."""
     tensors = variant.traced.graph_module.named_buffers(remove_duplicate=False)
     by_name = {variant.sources[id(t)]: t for _, t in tensors if id(t) in variant.sources}
     return {name: by_name[name] for name in variant.graph.state}

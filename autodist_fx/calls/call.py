@@ -46,10 +46,10 @@ def read_call(model: ModelSignature, inputs: Mapping[str, Any], always: Mapping[
     use_cache = bool(arguments.pop("use_cache", False)) or "past_key_values" in arguments
     cache = arguments.pop("past_key_values", None)
     return_dict = arguments.pop("return_dict", None)
-    takes = (*model.argument_names, *((*OUTPUT_FLAGS, *KEYWORD_INPUTS) if model.takes_keywords else ()))
-    if unknown := sorted(name for name, value in arguments.items() if name not in takes and value is not None):
+    accepted = (*model.argument_names, *((*OUTPUT_FLAGS, *KEYWORD_INPUTS) if model.takes_keywords else ()))
+    if unknown := sorted(name for name, value in arguments.items() if name not in accepted and value is not None):
         raise AutodistError(
-            f"{model.model_class}.forward takes no {', '.join(unknown)}: it takes {', '.join(takes)}"
+            f"{model.model_class}.forward takes no {', '.join(unknown)}: it takes {', '.join(accepted)}"
         )
     for name in KEYWORD_INPUTS:
         if isinstance(arguments.get(name), (int, float)):
@@ -64,7 +64,7 @@ def read_call(model: ModelSignature, inputs: Mapping[str, Any], always: Mapping[
     if not {"decoder_input_ids", "decoder_inputs_embeds"} & tensors.keys():  # the encoder may have run before
         _refuse_gaps(model, tensors, fixed)
     for name in OUTPUT_FLAGS:  # a flag that the call leaves out has the config's value
-        if name in takes:
+        if name in accepted:
             fixed.setdefault(name, bool(getattr(model.config, name, False)))
     if return_dict is None:
         return_dict = bool(getattr(model.config, "return_dict", True))

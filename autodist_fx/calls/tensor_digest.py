@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-_HASHED_BYTES = 1 << 20  # of a larger tensor, sums of int64 columns and the first half of this are hashed
+_HASHED_BYTES = 1 << 20  # a larger tensor is hashed by the sums of its int64 columns, and half as many plain bytes
 _COLUMNS = 1024
 
 

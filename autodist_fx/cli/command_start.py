@@ -1,4 +1,5 @@
-"""When the command that a user typed began, also in the ranks that it started: what "ready in" counts from."""
+"""Finds when the command that a user typed began, also in the
+ranks that it started: "ready in" counts from that time."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ _IMPORTED = time.monotonic()
 
 
 def command_started() -> float:
-    """Seconds of `time.monotonic` at which the command began: in a rank, the one that started it."""
+    """Return the seconds of `time.monotonic` at which the command
+    began; in a rank, at which the process that started it did."""
     said = os.environ.get(VARIABLE, "")
     try:
         return float(said)
@@ -20,8 +22,10 @@ def command_started() -> float:
 
 
 def process_started() -> float:
-    """Seconds of `time.monotonic` at which this process began; where the system does not tell (anything but Linux),
-    those at which this file was imported."""
+    """Return the seconds of `time.monotonic` at which this process began.
+
+    Where the system does not tell (anything but Linux), it returns those at which this file was imported.
+    """
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         since_boot = ticks / os.sysconf("SC_CLK_TCK")

@@ -21,6 +21,7 @@ from passes.program.rank_program import RankProgram
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `autodist-fx compile`."""
     add_model_arguments(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="an artifact that is there already is replaced")
     parser.add_argument("--no-verify", action="store_true", help="do not prove the ranks' programs first")
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Compile, save and report a split; return the exit code."""
     be_quiet()
     began, out = time.perf_counter(), Path(args.out).expanduser()
     refuse_foreign(out)

@@ -14,12 +14,14 @@ DIFFERENT = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `autodist-fx diff`."""
     parser.add_argument("before", metavar="A", help="a plan, as JSON")
     parser.add_argument("after", metavar="B", help="another")
     parser.add_argument("--json", action="store_true", help="the same, as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the differences of two plans; return DIFFERENT where there are any."""
     diff = PartitionPlan.load(args.before).diff(PartitionPlan.load(args.after))
     if args.json:
         print(json.dumps(diff.to_dict(), indent=1))

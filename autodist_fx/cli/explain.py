@@ -19,6 +19,7 @@ from cost_model.text_tables import Section, sections_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `autodist-fx explain`."""
     parser.add_argument("plan", metavar="FILE", help="a plan, as JSON")
     parser.add_argument("--op", metavar="NAME", help="an op, a module's path, the end of one (q_proj), or a pattern")
     parser.add_argument("--cut", type=int, metavar="K", help="the cut between stages K and K+1")
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the explanation of a plan, of ops, or of a cut; return the exit code."""
     plan = PartitionPlan.load(args.plan)
     facts: dict[str, Any] = {}
     sections: list[Section] = []

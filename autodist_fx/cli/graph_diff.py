@@ -9,12 +9,14 @@ from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, c
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `autodist-fx graph-diff`."""
     add_model_arguments(parser)
     parser.add_argument("--rank", type=at_least(0), default=0, metavar="R", help="global rank: stage * tp + tp_rank")
     parser.add_argument("--json", action="store_true", help="print the counts alone, as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the diff and the counts; return the exit code."""
     be_quiet()
     wanted = plan_options(args)
     wanted.mesh.coordinates(args.rank)  # names a rank that is not there, before the seconds that tracing takes

@@ -31,6 +31,7 @@ from cost_model.search.mesh_choice import MeshChoice
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `autodist-fx plan`."""
     add_model_arguments(parser)
     parser.add_argument(
         "--devices", type=at_least(1), metavar="N", help="choose tp and pp for so many, and show the runners-up"
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Make, print and save a plan; return the exit code."""
     be_quiet()
     if args.from_file and args.plan:
         raise AutodistError("--plan uses a plan as it is, --from makes it anew: give one of them")

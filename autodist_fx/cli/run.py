@@ -70,6 +70,7 @@ _SAMPLING: tuple[tuple[str, Any, str], ...] = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `autodist-fx run`."""
     add_model_arguments(parser, required=False)
     saved = parser.add_argument_group("splits on disk")
     saved.add_argument("--artifact", metavar="DIR", help="run what `autodist-fx compile --out DIR` wrote; no --model")
@@ -108,6 +109,7 @@ def _device(text: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Generate, in this process or in ranks that it starts, and return the exit code."""
     be_quiet()
     prompts = _prompts(args)
     if args.rank is None and (args.world_size, args.master_addr, args.master_port) != (None, None, None):
@@ -219,7 +221,7 @@ class _Checkpoint:
         from autodist_fx.weights.resolve import resolve
 
         compile_for(self.args, resolve(self.source).config, self.wanted).plan.save(scratch)
-        return [*further, "--planned", str(scratch)]  # the ranks need not search
+        return [*further, "--planned", str(scratch)]  # so that no rank searches
 
 
 def _right_if(tokenizer: PreTrainedTokenizerBase, has_encoder: bool) -> PreTrainedTokenizerBase:
@@ -246,7 +248,7 @@ def _start_ranks(args: argparse.Namespace, prompts: list[str], source: _Source) 
         raise AutodistError(f"--device {args.device} is one rank's: add --rank, or say cuda: a device for each")
     choose_device(args.device, source.mesh.size - 1, source.mesh.size)
     encode(source.tokenizer(), prompts, chat=not args.no_chat_template)
-    with tempfile.TemporaryFile() as scratch:  # without a name: nothing is left of it, however this process ends
+    with tempfile.TemporaryFile() as scratch:  # it has no name, so nothing is left however this process ends
         further = source.for_ranks(Path(f"/dev/fd/{scratch.fileno()}"))
         command = [sys.executable, "-m", "autodist_fx.cli.main", *args.argv, *further]
         started = {VARIABLE: str(command_started())}
@@ -368,6 +370,6 @@ def _print(
 
 
 def _ready(timings: Mapping[str, Any], spent: Mapping[str, float]) -> str:
-    """Such as "ready in 9.2 s (imports 3.1, trace and plan 2.0, proof 1.0, weights 0.2, meeting and the rest 0.9)"."""
-    parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in spent.items())
+    """Format "ready in 9.2 s (imports 3.1, trace and plan 2.0, proof 1.0, weights 0.2, meeting and the rest 0.9)"."""
+    parts = ", ".join(f"{step} {seconds:.1f}" for step, seconds in spent.items())
     return f"ready in {timings['ready_seconds']:.1f} s ({parts})"

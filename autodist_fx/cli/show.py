@@ -14,12 +14,14 @@ from cost_model.partition_plan import PartitionPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `autodist-fx show`."""
     parser.add_argument("plan", metavar="FILE", help="a plan, as JSON")
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page; - is standard output")
     parser.add_argument("--dot", metavar="FILE", help="write a graph for Graphviz; - is standard output")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print a plan as tables, or write it as HTML or DOT; return the exit code."""
     plan = PartitionPlan.load(args.plan)
     if args.html:
         from autodist_fx.report.page import plan_page

@@ -26,6 +26,7 @@ from cost_model.request.plan_options import PlanOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `autodist-fx verify`."""
     add_model_arguments(parser, required=False)
     parser.add_argument("--artifact", metavar="DIR", help="of what `autodist-fx compile --out DIR` wrote; no --model")
     parser.add_argument(
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 def run(args: argparse.Namespace) -> int:
+    """Prove the programs of a model or an artifact, report the seconds it took, and return the exit code."""
     be_quiet()
     if (args.model is None) == (args.artifact is None) or (args.artifact and args.train):
         raise AutodistError("name a model with --model, or a split on disk with --artifact, which is for inference")

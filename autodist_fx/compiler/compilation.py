@@ -101,7 +101,7 @@ class Compilation:
 
     @property
     def op_graph(self) -> OpGraph:
-        """The same graph in the cost model's words."""
+        """The main variant's graph in the cost model's words."""
         return self.main.graph
 
     def program(self, rank: int) -> RankProgram:

@@ -14,7 +14,8 @@ class VariantSet:
 
     `main` is the variant that was asked for first. A model with its own recurrent cache has `prompts`, prefill variants
     with different guards, and one `step`, which follows any of them; both are missing until they are needed. `others`
-    are for other calls, or for lengths at which guards come out otherwise.
+    are for other calls, or for lengths at which guards come out otherwise. `state` has the buffers that calls write, by
+    (tp rank, name in the model); all variants share them.
     """
 
     structure: Hashable

@@ -78,10 +78,10 @@ def check_call(
         ranks = [Doubles(p.graph_module, of_rank(p, weights), keep=locate) for p in form.programs]
         wrong = _run_ranks(form, ranks, inputs_of_runs[1:], expected)
     if wrong:
-        found = first_difference(form.plan, form.programs, whole, ranks) if locate else None
-        if found is None:
+        place = first_difference(form.plan, form.programs, whole, ranks) if locate else None
+        if place is None:
             raise VerificationError(wrong)
-        program, node = found
+        program, node = place
         raise with_lines(program, node, f"{wrong}; the first to differ is {on_rank(program)}, {described(node)}")
     return expected  # type: ignore[no-any-return]
 

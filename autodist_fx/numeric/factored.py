@@ -22,7 +22,7 @@ from autodist_fx.errors import AutodistError
 from cost_model.graph.placement import Interval
 
 RANK = 16
-_MOST_ELEMENTS = 2**27  # of a product made for an op without a line in _OPS: 1 GiB of float64
+_MOST_ELEMENTS = 2**27  # the largest product made for an op without a line in _OPS: 1 GiB of float64
 
 
 class Factored(torch.Tensor):

@@ -95,7 +95,7 @@ class Doubles(torch.fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is write_buffers:
-            return tuple(args[0])  # into tensors that the graphs which are compared have in common: left as they are
+            return tuple(args[0])  # the new values; nothing is written, since the compared graphs share the buffers
         return super().call_function(target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:

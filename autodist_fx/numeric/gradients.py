@@ -97,8 +97,9 @@ def _of_rank(
     tape = Tape()
     with using(communicator, tape):
         loss = Doubles(program.graph_module, tensor_at).values(inputs).get(_ROOT)
-        found = go_back(tape, communicator, loss, list(leaves.values()))
-    gradients = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), found, strict=True)}
+        of_leaves = go_back(tape, communicator, loss, list(leaves.values()))
+    pairs = zip(leaves.items(), of_leaves, strict=True)
+    gradients = {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in pairs}
     pay_sums(program, gradients, communicator)
     return gradients
 

@@ -17,8 +17,7 @@ from passes.verify.core.held import Held, as_planned, elements
 def first_difference(
     plan: PartitionPlan, programs: Sequence[RankProgram], whole: Any, ranks: Sequence[Any]
 ) -> tuple[RankProgram, Node] | None:
-    """Return the end of an error's sentence that names the first
-    node which differs; "" where none of the model's nodes does.
+    """Return the first node that differs, and the program of its rank; None where none of the model's nodes does.
 
     `whole` and `ranks` are Doubles that have run with keep=True.
     """

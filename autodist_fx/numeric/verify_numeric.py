@@ -75,6 +75,7 @@ class _Conversation:
         self.is_small = False
 
     def run(self, variants: Sequence[Variant]) -> None:
+        """Run the calls of one variant, or of (prompt, step). Raises what check_call and check_gradients raise."""
         first = variants[0]
         weights = drawn_weights(self._form(first), self._buffers, self._seed)
         self.is_small = weights.are_few

@@ -34,14 +34,14 @@ def plan_dot(plan: PartitionPlan) -> str:
         '  node [shape=box, style="rounded,filled", fillcolor="#e6e9f0", color="#8a93a6", fontname="Helvetica"]',
         '  edge [color="#6b7488", fontname="Helvetica", fontsize=10]',
     ]
-    left = NODES_SHOWN
+    nodes_left = NODES_SHOWN
     by_stage: list[list[OpPlan]] = [[] for _ in plan.stages]
     for op in plan.ops:
         by_stage[op.home].append(op)
     for k, ops in enumerate(by_stage):
         stage = _Stage(k, ops)
-        lines += stage.lines(f"stage {k}, {ranks_text(plan.mesh.tp, k)}", shapes, left)
-        left -= min(len(stage.nodes), left)
+        lines += stage.lines(f"stage {k}, {ranks_text(plan.mesh.tp, k)}", shapes, nodes_left)
+        nodes_left -= min(len(stage.nodes), nodes_left)
     for sent in sent_tensors(plan):
         for target in sent.targets:
             label = _quoted(f"{show_name(sent.label)}\n{bytes_text(sent.nbytes)} a tp rank")

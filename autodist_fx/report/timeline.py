@@ -66,11 +66,11 @@ def _pieces(plan: PartitionPlan, stage: StageSummary, shortest: float) -> list[t
     Collectives that follow each other within `shortest` seconds are merged into one, behind the compute between them.
     """
     ops = [op for op in plan.ops if stage.index in op.stages]
-    computed, said = sum(op.compute_seconds for op in ops), sum(op.comm_seconds for op in ops)
+    op_compute, op_comm = sum(op.compute_seconds for op in ops), sum(op.comm_seconds for op in ops)
     # A plan rounds the seconds of ops, not those of stages. The communication that no op accounts for is receiving.
-    compute_scale = stage.compute_seconds / computed if computed else 0.0
-    said_scale = min(1.0, stage.comm_seconds / said) if said else 0.0
-    received = stage.comm_seconds - said * said_scale
+    compute_scale = stage.compute_seconds / op_compute if op_compute else 0.0
+    comm_scale = min(1.0, stage.comm_seconds / op_comm) if op_comm else 0.0
+    received = stage.comm_seconds - op_comm * comm_scale
     if not compute_scale:
         return [("receive", received), ("compute", stage.compute_seconds), ("comm", stage.comm_seconds - received)]
     pieces = [("receive", received)]
@@ -80,7 +80,7 @@ def _pieces(plan: PartitionPlan, stage: StageSummary, shortest: float) -> list[t
             pieces += [("compute", compute), ("comm", comm)]
             compute = comm = 0.0
         compute += op.compute_seconds * compute_scale
-        comm += op.comm_seconds * said_scale
+        comm += op.comm_seconds * comm_scale
     return [*pieces, ("compute", compute), ("comm", comm)]
 
 
@@ -94,9 +94,9 @@ def _row(title: str, who: str, pieces: list[tuple[str, float]], at: float, end: 
         if kind != behind and length > 0:
             drawn.append(_rectangle(kind, start, length, end, length))
         start += length
-    said = f"{title}: from {seconds_text(at)} to {seconds_text(at + seconds)}"
+    label = f"{title}: from {seconds_text(at)} to {seconds_text(at + seconds)}"
     # SVG draws a piece of less than a pixel fainter; an HTML box would be a whole pixel wide, or nothing.
-    picture = element("svg", *drawn, viewBox="0 0 100 1", preserveAspectRatio="none", role="img", aria_label=said)
+    picture = element("svg", *drawn, viewBox="0 0 100 1", preserveAspectRatio="none", role="img", aria_label=label)
     return element(
         "div",
         element("div", element("span", title, cls="strong"), element("small", who), cls="who"),

@@ -27,8 +27,11 @@ def share_weights(loaded: RankProgram, program: RankProgram) -> RankProgram:
 
 
 def share_state(program: RankProgram, state: MutableMapping[tuple[int, str], object]) -> None:
-    """Makes the buffers that `program` writes those in `state`, by (tp rank, name in the model); those that are not in
-    it yet are put there. So a call goes on from where the one before left them, whichever graph that ran."""
+    """Let the buffers that `program` writes be those in `state`,
+    by (tp rank, name in the model), and add missing ones to it.
+
+    A call thus goes on from the values that the call before left, whichever graph that one ran.
+    """
     for name in written_buffers(program.graph_module):
         key = program.tp_rank, program.param_shards[name].source
         _put(program.graph_module, name, state.setdefault(key, _tensor(program.graph_module, name)))

@@ -128,8 +128,8 @@ class SafetensorsFile:
     ) -> None:
         """Copy intervals of the middle dim of the tensor, seen as [outer, size, inner], into `target` (contiguous)."""
         outer, size, inner = whole
-        held = sum(b - a for a, b in intervals)
-        target_OH = target.view(outer, held * inner)
+        held_size = sum(b - a for a, b in intervals)
+        target_OH = target.view(outer, held_size * inner)
         itemsize = entry.dtype.itemsize
         straight = _bytes_of(target) if target.dtype == entry.dtype and target.device.type == "cpu" else None
         at = 0
@@ -142,7 +142,7 @@ class SafetensorsFile:
                 for o in range(outer):
                     offset = first + o * size * inner * itemsize
                     if straight is not None:
-                        begin = (o * held * inner + at) * itemsize
+                        begin = (o * held_size * inner + at) * itemsize
                         self._read_at(offset, straight[begin : begin + run * itemsize])
                     else:
                         self._copy_run(entry, offset, target_OH[o, at : at + run])

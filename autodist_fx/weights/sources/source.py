@@ -36,7 +36,7 @@ class WeightSource(Protocol):
         ...
 
     def dtype(self, name: str) -> torch.dtype:
-        """dtype of the tensor as it is stored. Raises CheckpointError when there is no such tensor."""
+        """Return the dtype in which the tensor is stored. Raises CheckpointError when there is no such tensor."""
         ...
 
     def read(
