@@ -98,7 +98,7 @@ class ArtifactReader:
         """Facts about the model's class, from model.json: its name, forward's parameters, the main variant."""
         fields = self._files.read_json("model.json")
         texts = ("class", "main_input_name", "main")
-        flags = ("own_generate", "own_cache", "positions_follow_mask")
+        flags = ("is_asked", "own_cache", "positions_follow_mask")
         right = all(isinstance(fields.get(text), str) for text in texts)
         if not right or not all(type(fields.get(flag)) is bool for flag in flags):
             raise ArtifactError(f"{self.directory / 'model.json'} is malformed{MAKE_AGAIN}")

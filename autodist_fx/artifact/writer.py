@@ -29,7 +29,7 @@ from autodist_fx.artifact.variant_format import (
     conditions_to_dict,
     program_to_dict,
 )
-from autodist_fx.compiler.generation_traits import follow_mask, has_own_generate
+from autodist_fx.compiler.generation_traits import follow_mask, is_asked
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.weights.share import share_weights
 from cost_model.partition_plan import PartitionPlan
@@ -136,7 +136,7 @@ def _model_fields(model: PreTrainedModel, parts: Sequence[Part], always: Mapping
     return {
         "class": type(model).__name__,
         "main_input_name": model.main_input_name,
-        "own_generate": has_own_generate(type(model)),
+        "is_asked": is_asked(model, with_encoder=any(part.variant.encoder is not None for part in parts)),
         "positions_follow_mask": not model.can_generate() or follow_mask(type(model)),
         "own_cache": any(part.variant.traced.phase for part in parts),
         "main": parts[0].name,

@@ -63,7 +63,8 @@ class RankParts:
     """What one rank's model is made of.
 
     `main_input_name`: what the encoder reads, in a model that has one. `skeleton`: the model on meta, where its family
-    has a generate of its own, which asks it for sizes; None where transformers' generate serves.
+    has a generate of its own, which asks it for sizes, or prepares the inputs of a decoder's steps by itself; None
+    where transformers' own methods serve.
     """
 
     programs: RankPrograms[Any]
@@ -110,7 +111,12 @@ def build_model(parts: RankParts) -> DistributedCausalLM:
             steps=programs.fixed(step),
             after_step=handovers(steps, steps),
         )
-    return TwoGraphCausalLM(**of_all, make_program=programs.whole_sequences, programs=generating_programs(programs))
+    return TwoGraphCausalLM(
+        **of_all,
+        make_program=programs.whole_sequences,
+        family=parts.skeleton,
+        programs=generating_programs(programs),
+    )
 
 
 def generating_programs(programs: RankPrograms[V]) -> GuardedPrograms[Any]:

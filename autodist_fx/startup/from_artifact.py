@@ -65,13 +65,13 @@ def share(
             load_report=report,
             positions_follow_mask=fields["positions_follow_mask"],
             main_input_name=fields["main_input_name"],
-            skeleton=_skeleton(artifact) if programs.step.encoder and fields["own_generate"] else None,
+            skeleton=_skeleton(artifact) if fields["is_asked"] else None,
         )
     )
 
 
 def _skeleton(artifact: ArtifactReader) -> PreTrainedModel:
-    from autodist_fx.tracing import empty_model  # the model's own code, of which only a generate of its own is asked
+    from autodist_fx.tracing import empty_model  # the model's own code, which is asked how it generates
 
     return empty_model(artifact.config)
 

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.compile import compile_for_generation
 from autodist_fx.compiler.compile_options import CompileOptions
-from autodist_fx.compiler.generation_traits import follow_mask, has_own_generate
+from autodist_fx.compiler.generation_traits import follow_mask, is_asked
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
@@ -88,6 +88,6 @@ def start(
             load_report=report,
             positions_follow_mask=follow_mask(type(model)),
             main_input_name=model.main_input_name,
-            skeleton=meta_copy(model) if encoder is not None and has_own_generate(type(model)) else None,
+            skeleton=meta_copy(model) if is_asked(model, with_encoder=encoder is not None) else None,
         )
     )

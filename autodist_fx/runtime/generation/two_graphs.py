@@ -23,16 +23,19 @@ from passes.program.rank_program import RankProgram
 
 class TwoGraphCausalLM(DistributedCausalLM):
     """`make_program(input_names)` compiles and loads the second graph for these inputs, at their first use: in what
-    comes of it for other lengths, too, where the model's code depends on them."""
+    comes of it for other lengths, too, where the model's code depends on them. `family`: a model without weights, where
+    its class prepares its own inputs for generating (family_inputs.py)."""
 
     def __init__(
         self,
         program: RankProgram,
         *args: Any,
         make_program: Callable[[tuple[str, ...]], GuardedPrograms[RankProgram]],
+        family: Any = None,
         **keywords: Any,
     ) -> None:
         super().__init__(program, *args, **keywords)
+        object.__setattr__(self, "family", family)  # no submodule: its parameters are on meta
         self._make_program = make_program
         # Not a submodule: its weights are this model's own, and parameters() should name them once.
         self._whole: dict[tuple[str, ...], GuardedPrograms[RankProgram]] = {}

@@ -1,0 +1,58 @@
+"""What a family's own `prepare_inputs_for_generation` makes of a step: asked of it at each step, never guessed.
+
+Most families leave that to transformers. Others count positions in their own way (from padding_idx + 1), or drop the
+cache where their rotary frequencies change (LongRoPE), and take the whole sequence anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.cache.kv_cache import SplitCache
+
+_TAKEN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position")
+
+
+def family_inputs(
+    model: Any,
+    input_ids: torch.Tensor,
+    past_key_values: SplitCache | None,
+    attention_mask: torch.Tensor | None,
+    cache_position: torch.Tensor,
+    others: dict[str, Any],
+) -> dict[str, Any]:
+    """The arguments of the next forward, by name. `model` is one of the family, without weights; the rest is what
+    `generate` has: input_ids [batch, all tokens so far], attention_mask likewise, cache_position [tokens of the step].
+
+    Raises AutodistError where the family gives its model an input that the ranks' graphs do not take.
+    """
+    found = model.prepare_inputs_for_generation(
+        input_ids,
+        past_key_values=past_key_values,
+        attention_mask=attention_mask,
+        cache_position=cache_position,
+        **others,
+    )
+    found = {name: value for name, value in found.items() if value is not None}
+    if own := sorted(name for name, value in found.items() if isinstance(value, torch.Tensor) and name not in _TAKEN
+                     and value is not others.get(name)):  # fmt: skip
+        raise AutodistError(
+            f"generating, {type(model).__name__} gives itself {', '.join(own)}, which the ranks' graphs do not take: "
+            "generate with the model itself"
+        )
+    ids, cache = found["input_ids"], found.get("past_key_values")
+    before = 0 if cache is None else cache.get_seq_length()
+    positions = found.get("position_ids")
+    if positions is not None and positions.shape[-1] != ids.shape[1]:
+        raise AutodistError(
+            f"generating, {type(model).__name__} gives itself {ids.shape[1]} tokens and {positions.shape[-1]} "
+            "positions: generate with the model itself"
+        )
+    taken = {name: found.get(name) for name in _TAKEN}
+    # of all tokens that are given, of which there are more than generate counts where the cache was dropped
+    taken["cache_position"] = torch.arange(before, before + ids.shape[1], device=ids.device)
+    taken["input_ids"] = ids.contiguous()
+    return taken | {name: value for name, value in found.items() if name not in _TAKEN}
