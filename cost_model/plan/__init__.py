@@ -1,1 +1,1 @@
-"""A plan as values, and as JSON."""
+"""The plan as values and as JSON, its weights, and warnings about it."""

@@ -1,27 +1,23 @@
-"""The partition plan: every decision of the two searches, frozen, as plain data that is saved and read as JSON."""
+"""The partition plan as frozen data, saved and read as JSON: every decision of the two searches, and predictions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from cost_model.graph.placement import Interval, Layout, Placement
 from cost_model.mesh import Mesh
-
-if TYPE_CHECKING:
-    pass
 
 PLAN_VERSION = 2
 
 
 def rounded(seconds: float) -> float:
-    """To three digits, which is more than predictions are worth, and keeps plan files small."""
+    """Rounds seconds to three digits, which is more than predictions are worth and keeps plan files small."""
     return float(f"{seconds:.3g}")
 
 
 @dataclass(frozen=True, slots=True)
 class OpPlan:
-    """One op's placements. `inputs[i]` is the placement that it wants of input i, `outputs[j]` what output j has.
+    """The plan of one op. `inputs[i]` is the placement that it wants of input i, `outputs[j]` that of output j.
 
     `home` is the stage it belongs to; `stages` are all that compute it (a recomputed mask has several).
     `letter` is the name of the sharded factor of its op rule ("" when it runs replicated), `role` its name in the
@@ -45,40 +41,39 @@ class OpPlan:
     input_layouts: tuple[int, ...] = ()
     output_layouts: tuple[int, ...] = ()
     compute_seconds: float = 0.0
-    comm_seconds: float = 0.0  # of the collectives that `gather` asks for
-    comm_bytes: int = 0  # of the whole tensors that they make
+    comm_seconds: float = 0.0  # the collectives that `gather` asks for
+    comm_bytes: int = 0  # the whole tensors that these collectives make
     choice: int = -1  # position in PlanData.choices of the roles it could have; -1 where there is no choice
 
     @property
     def owner(self) -> int | None:
-        """The tp rank that alone runs it, since it has to do with what lies there alone; None where all do."""
+        """The tp rank that runs the op alone, since its tensors are on that rank alone; None where all ranks run it."""
         owners = {p.dim for p in (*self.inputs, *self.outputs) if p.is_owned}
         return owners.pop() if len(owners) == 1 else None
 
     @property
     def is_term(self) -> bool:
-        """Whether it adds what one rank has to a sum that all owe."""
+        """True if the op adds one rank's term to a sum that all ranks owe (P)."""
         return self.owner is not None and bool(self.outputs) and self.outputs[0].is_partial
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A role that an op could have, and what the plan would be with it: everything else then chosen anew, as well as
-    can be. For the role that the op has, all zero.
+    """A role that an op could have, and how the best plan with it, all else chosen anew, compares with the plan.
 
-    The search minimises seconds, plus what its objective asks for each byte of a weight that ranks hold whole: so a
-    role may be faster and yet not taken.
+    All costs of the role that the op has are 0. The search minimises seconds plus a price, its objective's, of each
+    byte of a weight that ranks hold whole: so a role may be faster and yet not taken.
     """
 
     role: str
-    seconds: float = 0.0  # that one forward then takes longer (below zero: less), compute and collectives of all ops
-    weight_bytes: int = 0  # that the ranks with most of each weight then hold more (below zero: less)
-    impossible: str = ""  # why not, in words: then there are no costs
+    seconds: float = 0.0  # change of one forward's predicted seconds, compute and collectives (negative: faster)
+    weight_bytes: int = 0  # change of weight bytes, for each weight on the rank with most of it (negative: less)
+    impossible: str = ""  # the reason, in words, if no plan has the role; then there are no costs
 
 
 @dataclass(frozen=True, slots=True)
 class ParamPlan:
-    """One parameter: its shape, how it lies on the tp axis, and the stages that hold it (several: tied weights)."""
+    """The plan of one parameter: its placement on the tp axis, and the stages that hold it (several: tied weights)."""
 
     name: str
     shape: tuple[int, ...]
@@ -94,9 +89,9 @@ HOP_CHANNELS = 1 << 24  # a hop's channel is below; those above are the runtime'
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One tensor sent from `source` stage to `target` stage: output `index` of op `op`, as it lies there.
+    """A tensor sent from stage `source` to stage `target`: output `index` of op `op`.
 
-    `whole` says that it is sent replicated (after the gather), else as the op's output placement says.
+    It is sent whole, after the gather, if `whole` is True, else in the op's output placement.
     """
 
     op: str
@@ -110,13 +105,13 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class CutOption:
-    """A place where a cut could be, the other cuts staying where they are."""
+    """A place where a cut could be while the other cuts stay, and what the stages on both sides would cost."""
 
     op: str  # the first op of the stage behind it
     module: str
-    before_seconds: float  # of the stage in front of it: compute and collectives, without sends and recomputed ops
-    after_seconds: float  # of the stage behind it
-    nbytes: int  # of the whole tensors that cross it and depend on weights
+    before_seconds: float  # the stage in front of it: compute, collectives, ops computed again, and tensors received
+    after_seconds: float  # the stage behind it
+    nbytes: int  # the whole tensors that cross it and depend on weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +124,7 @@ class CutPlan:
 
 @dataclass(frozen=True, slots=True)
 class StageSummary:
-    """What the plan predicts of one stage, on its slowest tp rank at the plan's sizes."""
+    """Predictions for one stage, on its slowest tp rank at the plan's sizes."""
 
     index: int
     layers: tuple[str, ...]  # repeated modules it runs, e.g. "model.layers.0" ... in order
@@ -140,21 +135,23 @@ class StageSummary:
     weight_bytes: int
     kv_cache_bytes: int
     activation_bytes: int
-    workspace_bytes: int  # what the op that needs most needs beside its inputs and outputs (memory.py)
+    workspace_bytes: int  # beside inputs and outputs, for the op that needs most (costs/memory.py)
     collectives: tuple[tuple[str, int, int], ...]  # (name, count, bytes in all) per forward
 
     @property
     def seconds(self) -> float:
+        """Compute and communication of one forward."""
         return self.compute_seconds + self.comm_seconds
 
     @property
     def memory_bytes(self) -> int:
+        """Weights, KV cache, activations and workspace together."""
         return self.weight_bytes + self.kv_cache_bytes + self.activation_bytes + self.workspace_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What a stage runs on: a preset of hardware.py by name, and its memory in bytes."""
+    """The device of a stage: a preset of costs/hardware.py by name, and its memory in bytes."""
 
     hardware: str
     memory: int
@@ -162,18 +159,18 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the user fixed (see `autodist_fx.compile`); a plan is made anew from it, and from the mesh, the
-    hardware, the objective and the sizes."""
+    """The decisions that the user fixed (see `autodist_fx.compile`). From them, the mesh, the hardware, the objective
+    and the sizes a plan can be made anew."""
 
-    pin: tuple[tuple[str, str], ...] = ()  # (pattern, role): see pins.py
-    cuts: tuple[int | str, ...] = ()  # where stages 1, 2, ... begin: see cuts.py
-    max_memory: tuple[int, ...] = ()  # bytes of weights and caches on a device of each stage; () for no limit
-    device_map: tuple[Device, ...] = ()  # of each stage; () where all run on the plan's hardware
+    pin: tuple[tuple[str, str], ...] = ()  # (pattern, role): see request/pins.py
+    cuts: tuple[int | str, ...] = ()  # where stages 1, 2, ... begin: see request/cuts.py
+    max_memory: tuple[int, ...] = ()  # by stage, bytes of weights and caches on a device; () for no limit
+    device_map: tuple[Device, ...] = ()  # by stage; () where all run on the plan's hardware
 
 
 @dataclass(frozen=True, slots=True)
 class PlanData:
-    """What each rank computes, holds and says. Values only: two plans are equal when everything in them is."""
+    """A partition plan: what each rank computes, holds and sends. Values only: plans with equal fields are equal."""
 
     mesh: Mesh
     model: str  # class name of the traced model
@@ -188,7 +185,7 @@ class PlanData:
     stages: tuple[StageSummary, ...]
     one_device_seconds: float
     device_memory_bytes: int
-    choices: tuple[tuple[Alternative, ...], ...] = ()  # the roles that ops could have; equal ones, of layers, once
+    choices: tuple[tuple[Alternative, ...], ...] = ()  # the roles that ops could have; equal ones of layers once
     cuts: tuple[CutPlan, ...] = ()  # the border behind each stage but the last
     warnings: tuple[str, ...] = ()
     request: Request = Request()
@@ -199,25 +196,27 @@ class PlanData:
         self._by_name.update((op.name, op) for op in self.ops)
 
     def op(self, name: str) -> OpPlan:
+        """Returns the plan of one op. Raises KeyError for an unknown name."""
         return self._by_name[name]
 
     def has_op(self, name: str) -> bool:
         return name in self._by_name
 
     def layout(self, index: int) -> Layout | None:
+        """Returns the layout at a position in `layouts`; None for -1."""
         return None if index < 0 else self.layouts[index]
 
     def memory_of_stage(self, stage: int) -> int:
-        """Bytes that a device of the stage may hold."""
+        """Returns the bytes that a device of the stage may hold."""
         return self.request.max_memory[stage] if self.request.max_memory else self.device_memory_bytes
 
     def alternatives(self, op: OpPlan) -> tuple[Alternative, ...]:
-        """The roles that the op could have, its own among them; none where there is no choice."""
+        """Returns the roles that the op could have, its own among them; () where there is no choice."""
         return () if op.choice < 0 else self.choices[op.choice]
 
     @property
     def predicted_seconds(self) -> float:
-        """One forward pass through all stages, one after the other (latency), hops included."""
+        """Seconds of one forward through all stages, one after the other (latency), hops included."""
         return sum(stage.seconds for stage in self.stages)
 
 

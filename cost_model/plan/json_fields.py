@@ -1,4 +1,4 @@
-"""Fields of JSON objects, read strictly: each with its type, its bounds, and an error that gives the field's path."""
+"""Reads fields of JSON objects strictly: each has a type and bounds, and an error gives the field's path."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cost_model.graph.placement import PLACEMENTS, Layout, Placement
 from cost_model.mesh import Mesh
 
 T = TypeVar("T")
-# Larger whole numbers than any real count or byte size; they would overflow where the plan is computed with.
+# Larger whole numbers are no real count or byte size, and would overflow where the plan is computed with.
 INT_LIMIT = 2**63 - 1
 
 
 class Fields:
-    """One JSON object: typed access by key, an error for every key that nobody asked for.
+    """A JSON object with typed access by key, and an error for every key that was never read.
 
     Every method raises PlanError with the field's path. A `default` makes the field optional.
     """
@@ -30,12 +30,15 @@ class Fields:
         self._asked: set[str] = set()
 
     def path(self, key: str) -> str:
+        """Returns the path of a field, as errors name it: "ops[12].inputs"."""
         return f"{self._path}.{key}" if self._path else key
 
     def error(self, key: str, message: str) -> PlanError:
+        """Returns an error about a field, for the caller to raise."""
         return PlanError(f"{self.path(key)}: {message}")
 
     def done(self) -> None:
+        """Raises PlanError if the object has a field that was never read."""
         unknown = [key for key in self.data if key not in self._asked]
         if unknown:
             raise self.error(
@@ -76,6 +79,7 @@ class Fields:
         return Fields(value, self.path(key))
 
     def objects(self, key: str, convert: Callable[[Fields], T]) -> list[T]:
+        """Reads a list of objects, each by `convert`."""
         found = []
         for i, value in enumerate(self.items(key)):
             if not isinstance(value, Mapping):
@@ -106,6 +110,7 @@ class Fields:
         return self._each(key, None, _placement)
 
     def stages(self, key: str, mesh: Mesh, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """Reads one or more stages of the mesh, in ascending order."""
         stages = self._each(key, default, lambda x, path: integer_of(x, path, 0, mesh.pp - 1))
         if not stages or any(a >= b for a, b in pairwise(stages)):
             raise self.error(key, f"expected one or more stages in ascending order, got {list(stages)}")
@@ -114,6 +119,7 @@ class Fields:
     def layout_indices(
         self, key: str, placements: tuple[Placement, ...], layouts: tuple[Layout, ...]
     ) -> tuple[int, ...]:
+        """Reads a position in `layouts` for each placement: -1 for tensors that are not sharded, and for these only."""
         low_high = (-1, len(layouts) - 1)
         indices = self._each(key, (-1,) * len(placements), lambda x, path: integer_of(x, path, *low_high))
         sharded = any(placement.is_shard for placement in placements)
@@ -129,6 +135,7 @@ class Fields:
 
 
 def integer_of(value: Any, path: str, low: int, high: int) -> int:
+    """Returns a whole number from `low` to `high`. Raises PlanError naming `path` for anything else."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise PlanError(f"{path}: expected a whole number, got {show(value)}")
     if not low <= value <= high:
@@ -138,6 +145,7 @@ def integer_of(value: Any, path: str, low: int, high: int) -> int:
 
 
 def number_of(value: Any, path: str, signed: bool = False) -> float:
+    """Returns a finite number, 0 or more unless `signed`. Raises PlanError naming `path` for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise PlanError(f"{path}: expected a number, got {show(value)}")
     if not (abs(value) <= INT_LIMIT if isinstance(value, int) else isfinite(value)) or (value < 0 and not signed):
@@ -147,6 +155,7 @@ def number_of(value: Any, path: str, signed: bool = False) -> float:
 
 
 def text_of(value: Any, path: str) -> str:
+    """Returns a printable text. Raises PlanError naming `path` for anything else."""
     if not isinstance(value, str):
         raise PlanError(f"{path}: expected a text, got {type_name(value)}")
     if not value.isprintable():  # would break lines, or drive the terminal, where the plan is printed
@@ -161,12 +170,13 @@ def _flag(value: Any, path: str) -> bool:
 
 
 def list_of(value: Any, path: str) -> list[Any]:
+    """Returns a list. Raises PlanError naming `path` for anything else."""
     if not isinstance(value, list | tuple):
         raise PlanError(f"{path}: expected a list, got {type_name(value)}")
     return list(value)
 
 
-_PLACEMENTS: dict[str, Placement] = {}  # a plan names the same few ten thousands of times
+_PLACEMENTS: dict[str, Placement] = {}  # parsed already: a plan names the same few placements thousands of times
 
 
 def _placement(value: Any, path: str) -> Placement:
@@ -178,7 +188,7 @@ def _placement(value: Any, path: str) -> Placement:
             found = Placement.parse(value)
         except ValueError as error:
             raise PlanError(f"{path}: not a placement: {show(value)} (expected {PLACEMENTS})") from error
-        # S(01), digits of other scripts; torch has at most 64 dims
+        # Refused are S(01) and digits of other scripts, which parse() takes; torch has at most 64 dims.
         if str(found) != value or (found.is_shard and found.dim > 63):
             raise PlanError(f"{path}: not a placement: {show(value)} (expected {PLACEMENTS})")
         _PLACEMENTS[value] = found
@@ -186,13 +196,13 @@ def _placement(value: Any, path: str) -> Placement:
 
 
 def type_name(value: Any) -> str:
-    """The JSON name of a value's type."""
+    """Returns the JSON name of a value's type, for an error message."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def show(value: Any, quote: bool = True) -> str:
-    """A value for an error message: one short printable line, whatever it is."""
+    """Formats a value for an error message: one short printable line, whatever it is."""
     if isinstance(value, dict | list) and len(value) > 4:
         return type_name(value)
     try:
@@ -204,12 +214,14 @@ def show(value: Any, quote: bool = True) -> str:
 
 
 def check_owners(f: Fields, key: str, placements: tuple[Placement, ...], mesh: Mesh) -> None:
+    """Raises PlanError if an O(rank) is of no tp rank of the mesh."""
     for placement in placements:
         if placement.is_owned and placement.dim >= mesh.tp:
             raise f.error(key, f"{placement} names no tp rank of {mesh}")
 
 
 def check_layout(f: Fields, key: str, placement: Placement, layout: int) -> None:
+    """Raises PlanError unless a tensor has a layout, a position of 0 or more, exactly if it is sharded."""
     if placement.is_shard and layout < 0:
         raise f.error(key, f"a tensor in {placement} needs a layout, not -1")
     if not placement.is_shard and layout >= 0:

@@ -1,8 +1,8 @@
-"""What a plan loses to ops without a sharding rule: every tp rank computes them whole, and reads whole what they read.
+"""Finds ops without a sharding rule, and what they cost a plan: every tp rank computes them whole, on whole inputs.
 
-Counted is what a rule could change: ops on what depends on weights. Not counted are kinds that are whole on purpose
-(`cost_model.rules.replicated`), what decides where data goes (`cost_model.layouts.routing`), and what follows from the
-inputs alone (masks, positions, shape arithmetic), which is whole on every rank whether it has a rule or not.
+Only ops that a rule could change are counted: those that depend on weights. Not counted are kinds that are whole on
+purpose (`cost_model.rules.replicated`), routers (`cost_model.layouts.routing`), and ops that follow from the inputs
+alone (masks, positions, shape arithmetic), which are whole on every rank whether they have a rule or not.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ WAY_OUT = "add a row to cost_model/rules"
 
 @dataclass(frozen=True, slots=True)
 class MissingRule:
-    """The ops of one kind and one line of the model that have no rule, and what they cost in one forward.
+    """The ops of one kind, from one line of the model, that have no rule, and what they cost in one forward.
 
-    Seconds are of all of them together, on each stage that computes them: `compute_seconds` of what every tp rank
-    repeats; `comm_seconds` and `comm_bytes` of the collectives (`collectives` of them) that make whole what nobody else
-    reads whole.
+    Costs are of all these ops together, on each stage that computes them: `compute_seconds`, which every tp rank
+    repeats; and `comm_seconds` and `comm_bytes` of the collectives, `collectives` in number, that make tensors whole
+    which nothing else reads whole.
     """
 
     kind: str  # as torch calls it
@@ -40,7 +40,7 @@ class MissingRule:
     comm_bytes: int
 
     def __str__(self) -> str:
-        """"einsum (modeling_x.py:41, 24 ops): every tp rank repeats its 3.2 ms"."""
+        """Formats it as "einsum (modeling_x.py:41, 24 ops): every tp rank repeats its 3.2 ms"."""
         place = self.source or ", ".join(compress_names(filter(None, self.modules))) or self.ops[0]
         count = "" if len(self.ops) == 1 else f", {ops_text(len(self.ops))}"
         text = f"{self.kind} ({place}{count}): every tp rank repeats its {seconds_text(self.compute_seconds)}"
@@ -53,7 +53,10 @@ class MissingRule:
 
 
 def missing_rules(graph: OpGraph, plan: PlanData) -> tuple[MissingRule, ...]:
-    """The dearest first; none at tp=1, where nothing is sharded. `plan` is one of `graph`."""
+    """Returns the ops without a rule in groups, the dearest first; () at tp=1, where nothing is sharded.
+
+    `plan` is a plan of `graph`.
+    """
     if plan.mesh.tp == 1:
         return ()
     from_weights, deciding = _made_of_weights(graph), deciding_ops(graph)
@@ -71,12 +74,12 @@ def missing_rules(graph: OpGraph, plan: PlanData) -> tuple[MissingRule, ...]:
 
 
 def missing_rule_warnings(missing: Sequence[MissingRule]) -> list[str]:
-    """A sentence each."""
+    """Returns a warning, one sentence, for each."""
     return [f"no sharding rule for {each}; {WAY_OUT}" for each in missing]
 
 
 def refuse_missing_rules(graph: OpGraph, plan: PlanData) -> None:
-    """Raises PlanError naming the kinds, their lines and the way out, where ops of `plan` have no rule."""
+    """Raises PlanError naming the kinds, their lines and the way out, if ops of `plan` have no rule."""
     missing = missing_rules(graph, plan)
     if missing:
         listed = "; ".join(map(str, missing))
@@ -84,7 +87,7 @@ def refuse_missing_rules(graph: OpGraph, plan: PlanData) -> None:
 
 
 def _made_of_weights(graph: OpGraph) -> set[str]:
-    """Parameters, and the ops that values of one reach."""
+    """Returns the parameters, and the ops that values of one reach."""
     found: set[str] = set()
     for op in graph:
         if op.kind == "param" or (op.kind not in FILLS and any(ref.op in found for ref in op.inputs)):
@@ -93,15 +96,16 @@ def _made_of_weights(graph: OpGraph) -> set[str]:
 
 
 def _is_repeated(graph: OpGraph, op: Op, plan: PlanData) -> bool:
-    """Whether every tp rank computes the op for want of a rule. One that lies on one rank alone (of an expert) is not
-    repeated, and one that is fused with its reader costs nothing."""
+    """True if every tp rank computes the op for want of a rule. An op of an expert that lies on one rank alone is not
+    repeated, and an op that is fused with its reader costs nothing."""
     if op.kind in SOURCES or has_rule(op.kind) or op.name in graph.fused:
         return False
     return plan.op(op.name).owner is None
 
 
 def _collectives_for(graph: OpGraph, plan: PlanData, without: set[str]) -> dict[str, list[tuple[float, int]]]:
-    """Op without a rule -> (seconds, bytes) of each collective that only such ops need; the first of them has it."""
+    """Maps ops without a rule to (seconds, bytes) of each collective that only such ops need; of several readers of a
+    tensor the first is charged."""
     found: dict[str, list[tuple[float, int]]] = {}
     for planned in plan.ops:
         for index, gathered in enumerate(planned.gather):
@@ -116,7 +120,8 @@ def _collectives_for(graph: OpGraph, plan: PlanData, without: set[str]) -> dict[
 
 
 def _collective(graph: OpGraph, planned: OpPlan, index: int) -> tuple[float, int]:
-    """(seconds, bytes) of the collective of one output, times the stages that run it: its part of those of all."""
+    """Returns (seconds, bytes) of the collective of one output, over all stages that run it: the output's part, by
+    bytes, of what the plan says of all of the op's collectives."""
     sizes = [graph.spec(TensorRef(planned.name, j)).nbytes if g else 0 for j, g in enumerate(planned.gather)]
     part = sizes[index] / sum(sizes) if sum(sizes) else 0.0
     return planned.comm_seconds * part * len(planned.stages), round(planned.comm_bytes * part * len(planned.stages))

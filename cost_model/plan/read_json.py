@@ -1,4 +1,4 @@
-"""A plan out of JSON: every field checked for itself and against the others, with its path in every error."""
+"""Reads a plan from JSON: every field is checked by itself and against the others, and every error has its path."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ Choices = tuple[tuple[Alternative, ...], ...]
 
 
 def plan_from_dict(data: Mapping[str, Any], cls: type[P]) -> P:
-    """The plan that `plan_to_dict` wrote, as a `cls`. Raises PlanError naming the field that is missing, unknown or
-    malformed."""
+    """Returns the plan that `plan_to_dict` wrote, as a `cls`. Raises PlanError naming the field that is missing,
+    unknown or malformed."""
     if not isinstance(data, Mapping):
         raise PlanError(f"a plan is a JSON object, not {type_name(data)}")
     top = Fields(data, "")
@@ -94,7 +94,7 @@ def plan_from_dict(data: Mapping[str, Any], cls: type[P]) -> P:
 
 
 def _request(f: Fields, mesh: Mesh) -> Request:
-    """What it asks for is looked at when a plan is made of it; here only its form."""
+    """Reads the request, checking types and counts only; its content is checked when a plan is made from it."""
     roles = f.object("pins")
     pin = tuple((text_of(pattern, f.path("pins")), roles.text(pattern)) for pattern in roles.data)
     cuts = tuple(_place(x, f.path(f"cuts[{i}]")) for i, x in enumerate(f.items("cuts")))
@@ -161,6 +161,7 @@ def _op(f: Fields, mesh: Mesh, layouts: tuple[Layout, ...], choices: Choices) ->
 
 
 def _choice(value: Any, path: str) -> tuple[Alternative, ...]:
+    """Reads the roles that an op could have, each once."""
     found: dict[str, Alternative] = {}
     for i, item in enumerate(list_of(value, path)):
         if not isinstance(item, Mapping):
@@ -230,6 +231,7 @@ def _param(f: Fields, mesh: Mesh, layouts: tuple[Layout, ...]) -> ParamPlan:
 
 
 def _layout(f: Fields, mesh: Mesh) -> Layout:
+    """Reads a layout: for each tp rank intervals in ascending order, which together cover the dim."""
     size = f.integer("size")
     parts: list[tuple[Interval, ...]] = []
     for r, part in enumerate(f.items("parts")):
@@ -315,7 +317,7 @@ def _add(found: dict[str, N], item: N, f: Fields) -> None:
 
 
 def plan_from_text(text: str, cls: type[P]) -> P:
-    """Inverse of `plan_to_text`, for any JSON layout, as a `cls`. Raises PlanError for what is not a plan."""
+    """Reads a plan file's text, however it is laid out, as a `cls`. Raises PlanError for what is not a plan."""
     try:
         data = json.loads(text, object_pairs_hook=_no_duplicates)
     except RecursionError as error:

@@ -1,20 +1,21 @@
-"""A plan for a part of the graph that it was made for: the same decisions, about fewer ops."""
+"""Derives a plan for a part of the graph that a plan was made for: the same decisions, about fewer ops."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TypeVar
 
-from cost_model.graph.op_graph import SOURCES, OpGraph, TensorRef
+from cost_model.graph.op_graph import SOURCES, Op, OpGraph, TensorRef
 from cost_model.plan.data import Hop, OpPlan, PlanData
 
 P = TypeVar("P", bound=PlanData)
 
 
 def subplan(plan: P, graph: OpGraph, fingerprint: str) -> P:
-    """`graph` has some ops of the plan's graph, under their names; an op that reads less than there reads no tensor.
+    """Returns `plan` for `graph`, which has some ops of the plan's graph, under their names.
 
-    Ops run where they are still wanted, and only what is wanted is sent. What the plan predicts is left as it is.
+    Ops run on the stages where they are still wanted, and only wanted tensors are sent. An op may have fewer inputs
+    than in the plan: the first of them. Predictions are left as they are.
     """
     wanted = _wanted(plan, graph)
     ops = tuple(_op(plan.op(op.name), op.kind, len(op.inputs), wanted[op.name]) for op in _computed(graph))
@@ -26,11 +27,11 @@ def subplan(plan: P, graph: OpGraph, fingerprint: str) -> P:
             params.append(replace(param, stages=stages))
     by_name = {op.name: op for op in ops}
     hops = tuple(hop for hop in plan.hops if _is_wanted(hop, plan, graph, by_name))
-    # what other cuts would cost is of the whole
+    # the costs of other cuts are of the whole graph
     return replace(plan, fingerprint=fingerprint, ops=ops, params=tuple(params), hops=hops, cuts=())
 
 
-def _computed(graph: OpGraph):  # type: ignore[no-untyped-def]
+def _computed(graph: OpGraph) -> list[Op]:
     return [op for op in graph if op.kind not in SOURCES]
 
 
@@ -43,7 +44,7 @@ def _op(op: OpPlan, kind: str, inputs: int, stages: set[int]) -> OpPlan:
 
 
 def _wanted(plan: PlanData, graph: OpGraph) -> dict[str, set[int]]:
-    """The stages that have to compute each op: for themselves, or, at its home, for others."""
+    """Returns, by op, the stages that have to compute it: for themselves or, at its home, for others."""
     outputs = {ref.op for ref in graph.outputs}
     wanted: dict[str, set[int]] = {}
     for op in reversed(_computed(graph)):
@@ -52,12 +53,12 @@ def _wanted(plan: PlanData, graph: OpGraph) -> dict[str, set[int]]:
         for j in range(max(len(op.outputs), 1)):
             for user, _ in graph.users.get(TensorRef(op.name, j), ()):
                 stages |= {k if k in planned.stages else planned.home for k in wanted.get(user, ())}
-        wanted[op.name] = stages or {planned.home}  # a number: whoever needs it computes it
+        wanted[op.name] = stages or {planned.home}  # no tensor, but a number: each stage that needs it computes it
     return wanted
 
 
 def _is_wanted(hop: Hop, plan: PlanData, graph: OpGraph, ops: dict[str, OpPlan]) -> bool:
-    """Whether an op in the hop's target stage takes the tensor in the form in which it is sent."""
+    """True if an op in the hop's target stage reads the tensor in the placement in which it is sent."""
     if hop.op not in ops or hop.target in ops[hop.op].stages:
         return False
     have = ops[hop.op].outputs[hop.index]

@@ -1,4 +1,4 @@
-"""What to know before a plan is run: it does not fit, it is slower than one device, a stage holds the others up."""
+"""Warnings before a plan is run: it does not fit, it is slower than one device, a stage holds the others up."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from cost_model.format import bytes_text, name_pattern, ranges_text, seconds_tex
 from cost_model.plan.data import ParamPlan, PlanData
 from cost_model.plan.weights import param_bytes, sharded_share, whole_param_bytes
 
-UNBALANCED = 1.25  # times the mean of the stages: the slowest bounds a pipeline that is kept full
-IDLE_WORTH_A_WORD = 0.01  # of the bytes of matmul weights, some ranks having no part of them
-IDLE_NAMED = 4  # modules of these
-SHARE_EXPECTED = 0.9  # of the bytes of matmul weights, sharded: with less, tp is not what its user thinks
+UNBALANCED = 1.25  # times the stages' mean seconds: the slowest stage bounds a pipeline that is kept full
+IDLE_WORTH_A_WORD = 0.01  # share of the bytes of matmul weights of which some ranks have no part: with less, no word
+IDLE_NAMED = 4  # modules named in that warning
+SHARE_EXPECTED = 0.9  # share of the bytes of matmul weights that is sharded: with less, tp is not what users expect
 
 
 def all_warnings(plan: PlanData) -> list[str]:
-    """`plan_warnings`, and what the plan itself carries; each once."""
+    """Returns `plan_warnings` and the warnings that the plan itself carries, each once."""
     return list(dict.fromkeys([*plan_warnings(plan), *plan.warnings]))
 
 
 def plan_warnings(plan: PlanData) -> list[str]:
-    """What to know before running the plan, a sentence each: it does not fit, it is slower than one device."""
+    """Returns the warnings that follow from a plan's values, one sentence each."""
     warnings = []
     if plan.device_memory_bytes:
         too_large = [s for s in plan.stages if s.memory_bytes > plan.memory_of_stage(s.index)]
         if too_large:
             stages = ranges_text(s.index for s in too_large)
-            one, many = f"stage {stages} does not fit: it needs", f"stages {stages} do not fit: they need up to"
-            what = one if len(too_large) == 1 else many
+            singular, plural = f"stage {stages} does not fit: it needs", f"stages {stages} do not fit: they need up to"
+            subject = singular if len(too_large) == 1 else plural
             limits = dict.fromkeys(bytes_text(plan.memory_of_stage(s.index)) for s in too_large)
             warnings.append(
-                f"{what} {bytes_text(max(s.memory_bytes for s in too_large))} on a rank, a device has "
+                f"{subject} {bytes_text(max(s.memory_bytes for s in too_large))} on a rank, a device has "
                 f"{' or '.join(limits)}; more ranks, a smaller batch or a shorter sequence would help"
             )
     if plan.mesh.size > 1 and plan.predicted_seconds > plan.one_device_seconds > 0:
@@ -61,7 +61,7 @@ def plan_warnings(plan: PlanData) -> list[str]:
 
 
 def _idle_warning(plan: PlanData) -> list[str]:
-    """Ranks that have no part of what the others share: more of them than a layer has heads, say."""
+    """Warns of ranks that have no part of weights that the others share: there are more ranks than heads, say."""
     matmuls = [p for p in plan.params if p.matmul]
     enough = IDLE_WORTH_A_WORD * sum(map(param_bytes, matmuls))
     groups: dict[tuple[str, int], list[ParamPlan]] = {}
@@ -70,11 +70,11 @@ def _idle_warning(plan: PlanData) -> list[str]:
         idle = 0 if layout is None else sum(not layout.local_size(rank) for rank in range(plan.mesh.tp))
         if idle:
             groups.setdefault((name_pattern(p.name.rpartition(".")[0]), idle), []).append(p)
-    found = {key: params for key, params in groups.items() if sum(map(param_bytes, params)) >= enough}
-    if not found:
+    worth_saying = {key: params for key, params in groups.items() if sum(map(param_bytes, params)) >= enough}
+    if not worth_saying:
         return []
-    most = max(idle for _, idle in found)
-    names = [pattern for pattern, idle in found if idle == most]
+    most = max(idle for _, idle in worth_saying)
+    names = [pattern for pattern, idle in worth_saying if idle == most]
     rest = f" and {len(names) - IDLE_NAMED} more" if len(names) > IDLE_NAMED else ""
     return [
         f"{most} of {plan.mesh.tp} tp ranks have no part of {', '.join(names[:IDLE_NAMED])}{rest}: there are fewer "
@@ -83,7 +83,7 @@ def _idle_warning(plan: PlanData) -> list[str]:
 
 
 def whole_device(plan: PlanData) -> str:
-    """What "one device" is, where it is more than one rank's: " with all 4 cores", where ranks share a CPU."""
+    """Returns what a message adds to "one device": " with all 4 cores" where the ranks share a CPU, else ""."""
     names = plan.hardware.split(", ")
     shares = any(name in PRESETS and PRESETS[name].ranks_share_device for name in names)
     return f" with all {plan.mesh.size} cores" if shares and len(names) == 1 and plan.mesh.size > 1 else ""

@@ -1,4 +1,4 @@
-"""The partition plan as JSON: exact both ways. Strict on the way in: plan_read.py.
+"""Writes the partition plan as JSON, from which read_json.py, strictly, makes an equal plan.
 
     {"version": 2, "mesh": {"tp": 2, "pp": 1}, "model": "XForCausalLM", ..., "sizes": {"B": 1, "S": 128},
      "ops": [{"name": "linear", "kind": "linear", "home": 0, "inputs": ["R", "S(0)"], "outputs": ["S(2)"], ...}],
@@ -35,11 +35,9 @@ from typing import Any
 from cost_model.errors import PlanError
 from cost_model.plan.data import Alternative, OpPlan, PlanData
 
-# --- writing ---------------------------------------------------------------------------------------------------------
-
 
 def plan_to_dict(plan: PlanData) -> dict[str, Any]:
-    """Plain dicts, lists, texts and numbers, for json.dumps. `plan_from_dict` gives back an equal plan."""
+    """Returns the plan as dicts, lists, texts and numbers, for json.dumps. `plan_from_dict` makes an equal plan."""
     return {
         "version": plan.version,
         "mesh": {"tp": plan.mesh.tp, "pp": plan.mesh.pp},
@@ -138,7 +136,7 @@ def _alternative_to_dict(alternative: Alternative) -> dict[str, Any]:
 
 
 def plan_to_text(plan: PlanData) -> str:
-    """The JSON text of a plan file: one line for each op, parameter, layout, hop and stage, so that files compare well.
+    """Returns a plan file's text: one line for each op, parameter, layout, hop and stage, so that files compare well.
 
     Raises PlanError when a number in the plan is infinite or not a number, which JSON cannot say.
     """
@@ -157,6 +155,3 @@ def plan_to_text(plan: PlanData) -> str:
     except ValueError as error:
         raise PlanError(f"the plan cannot be written: {error}") from error
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
