@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dis
 import inspect
+import re
 from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
@@ -116,7 +117,8 @@ def _made_by_constructor(cls: type[nn.Module]) -> set[str]:
 def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model that `config` describes, in eval mode, with parameters on meta, ties tied, and buffers real.
 
-    `dtype` None means what the config says (float32 where it says nothing). The config is copied, never changed.
+    `dtype` None means what the config says (float32 where it says nothing); parameters that transformers keeps in
+    float32 when it loads such a model are in float32. The config is copied, never changed.
 
     Errors: TracingError if no language model of transformers goes with the config, or none can be built from it.
     """
@@ -135,9 +137,23 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
             ) from error
         finally:
             torch.set_default_dtype(default_dtype)  # _from_config leaves its own behind when it fails
+    _keep_in_float32(model)
     # Not done by _from_config: it takes whoever switches initialisation off to be about to load weights.
     model.tie_weights()
     return with_cache_named_as_before(model.eval())
+
+
+def _keep_in_float32(model: PreTrainedModel) -> None:
+    """What from_pretrained does at its end: parameters of modules whose values leave the range of float16 (T5's `wo`),
+    or lose too much in bfloat16, are in float32 beside the others."""
+    half = model.dtype
+    kept = list(model._keep_in_fp32_modules or ()) if half == torch.float16 else []
+    kept += list(model._keep_in_fp32_modules_strict or ()) if half in (torch.float16, torch.bfloat16) else []
+    if kept:
+        named = re.compile("|".join(rf"((^|\.){module}($|\.))" for module in kept))
+        for name, parameter in model.named_parameters():
+            if named.search(name) and parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.float32)
 
 
 def class_for(config: PretrainedConfig) -> type[PreTrainedModel]:
