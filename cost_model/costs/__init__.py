@@ -1,1 +1,1 @@
-"""What things cost: hardware, compute, communication, memory."""
+"""Predicts seconds and bytes: hardware, compute, communication, memory."""

@@ -1,8 +1,8 @@
 """Seconds of collectives and sends, alpha-beta: `launch + steps * latency + bytes sent per rank / bandwidth`.
 
 Source of the formulas: R. Thakur, R. Rabenseifner, W. Gropp, "Optimization of Collective Communication Operations in
-MPICH", IJHPCA 19(1), 2005. The bandwidth terms are those of nccl-tests' doc/PERFORMANCE.md (bus bandwidth). One rank
-says nothing to anyone: 0 seconds.
+MPICH", IJHPCA 19(1), 2005. The bandwidth terms are those of nccl-tests' doc/PERFORMANCE.md (bus bandwidth). On one
+rank a collective takes 0 seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cost_model.costs.hardware import Link
 
 
 def all_reduce_seconds(nbytes: float, ranks: int, link: Link) -> float:
-    """Sum a tensor of `nbytes` (the whole, which every rank holds) over `ranks` ranks.
+    """Returns the seconds to sum tensors of `nbytes`, one on each of `ranks` ranks.
 
     Ring: reduce_scatter, then all_gather: 2(n-1) steps, 2(n-1)/n of the bytes. Tree, where the link has it: recursive
     doubling in log2(n) steps, each with all the bytes, for messages so small that steps are all that counts.
@@ -27,7 +27,7 @@ def all_reduce_seconds(nbytes: float, ranks: int, link: Link) -> float:
 
 
 def all_gather_seconds(nbytes_whole: float, ranks: int, link: Link) -> float:
-    """Make a tensor of `nbytes_whole` whole on every rank from 1/n of it on each.
+    """Returns the seconds to make a tensor of `nbytes_whole` whole on every rank, from 1/n of it on each.
 
     Ring: n-1 steps, (n-1)/n of the bytes. (NCCL and Gloo have no tree for it.)
     """
@@ -37,5 +37,5 @@ def all_gather_seconds(nbytes_whole: float, ranks: int, link: Link) -> float:
 
 
 def send_seconds(nbytes: float, link: Link) -> float:
-    """One rank sends `nbytes` to one other."""
+    """Returns the seconds in which one rank sends `nbytes` to one other."""
     return link.launch_seconds + link.latency_seconds + nbytes / link.bandwidth

@@ -12,25 +12,25 @@ from math import prod
 from cost_model.costs.hardware import Hardware
 from cost_model.graph.op_graph import DTYPE_BYTES, SOURCES, Op, TensorSpec
 
-# The kinds are those of cost_model/rules; what has no rule is "opaque.<torch's name>", and costs what that name
-# costs; "scalar.<name>" makes a number from shapes, in Python.
-# Change shape, strides or metadata: nothing is computed and nothing allocated. A view may copy, but seldom does.
+# Kinds below are those of cost_model/rules. An op that no handler knows is "opaque.<torch's name>", and costs what that
+# name costs; "scalar.<name>" makes a number from shapes, in Python.
+# Ops that change shape, strides or metadata: nothing is computed or allocated. A view may copy, but seldom does.
 VIEWS = frozenset({
     "view", "permute", "slice", "split", "unbind", "expand", "identity", "dropout", "getitem", "reshape", "flatten",
     "unflatten", "transpose", "squeeze", "unsqueeze", "select", "narrow", "chunk", "detach", "diagonal", "view_as_real",
     "view_as_complex", "output",
 })  # fmt: skip
-# Read the rows that integers name, never the whole table.
+# Ops that read the rows which integers name, never the whole table.
 GATHERS = frozenset({"embedding", "gather", "index_select", "index", "take_along_dim"})
-# Move elements without arithmetic.
+# Ops that move elements without arithmetic.
 COPIES = frozenset({
     "cat", "stack", "clone", "contiguous", "to", "type_as", "repeat", "repeat_interleave", "roll", "flip", "pad",
     "tril_triu", "masked_fill", "where", "fill", "zeros", "ones", "full", "empty", "arange", "index_copy", "index_put",
     "scatter", "cache_update",
 })  # fmt: skip
-# Position of the left matrix among the inputs: its last dim is what is summed over.
+# Kind -> position of the left matrix among the inputs; the product sums over its last dim.
 MATMULS = {"linear": 0, "conv1d": 0, "matmul": 0, "bmm": 0, "mm": 0, "dot": 0, "addmm": 1, "baddbmm": 1, "addbmm": 1}
-# FLOPs per element: exp, sum, subtract, divide and so on. Whatever is not listed counts one.
+# Kind -> FLOPs per element: exp, sum, subtract, divide and so on. Kinds that are not listed count one.
 PER_ELEMENT = {
     "softmax": 5, "log_softmax": 5, "layer_norm": 8, "rms_norm": 5, "group_norm": 8, "batch_norm": 4, "gelu": 10,
     "silu": 5, "sigmoid": 4, "tanh": 5, "exp": 4, "cos": 4, "sin": 4, "rsqrt": 2, "pow": 2,
@@ -39,7 +39,7 @@ SOFTMAX_FLOPS = PER_ELEMENT["softmax"]
 
 
 def op_flops(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> float:
-    """FLOPs of `op` on tensors of these (local) shapes; 0.0 for sources, views, gathers and copies.
+    """Returns the FLOPs of `op` on tensors of these (local) shapes; 0.0 for sources, views, gathers and copies.
 
     linear        x [..., i], weight [o, i]                         2 * out * i
     conv1d        x [..., i], weight [i, o] (transformers' Conv1D, which is "linear" with attr `transposed`): the same
@@ -72,7 +72,7 @@ def op_flops(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
 
 
 def op_bytes(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> float:
-    """Bytes that `op` reads and writes on tensors of these (local) shapes; 0.0 for sources and views."""
+    """Returns the bytes that `op` reads and writes on tensors of these (local) shapes; 0.0 for sources and views."""
     kind = _plain(op.kind)
     if kind in SOURCES or kind in VIEWS:
         return 0.0
@@ -85,7 +85,7 @@ def op_bytes(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
 
 
 def op_seconds(op: Op, local_inputs: Sequence[TensorSpec], local_outputs: Sequence[TensorSpec], hw: Hardware) -> float:
-    """Seconds of `op` on one rank of `hw`. Sources cost nothing, views their dispatch."""
+    """Returns the seconds of `op` on one rank of `hw`. Sources cost nothing, views their dispatch."""
     if op.kind in SOURCES:
         return 0.0
     if _plain(op.kind) in VIEWS or op.kind.startswith("scalar."):
@@ -94,7 +94,7 @@ def op_seconds(op: Op, local_inputs: Sequence[TensorSpec], local_outputs: Sequen
     dtype = _compute_dtype(local_inputs, local_outputs)
     compute = op_flops(op, local_inputs, local_outputs) / hw.flops_of(dtype)
     memory = op_bytes(op, local_inputs, local_outputs) / hw.memory_bandwidth
-    if hw.dispatches_ahead:  # the next op is dispatched meanwhile: what is longer counts
+    if hw.dispatches_ahead:  # the host dispatches the next op meanwhile: the longer of both counts
         return max(compute, memory, hw.op_seconds)
     return max(compute, memory) + hw.op_seconds
 
@@ -104,7 +104,7 @@ def _plain(kind: str) -> str:
 
 
 def _compute_dtype(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> str:
-    """The widest floating dtype among the inputs (else the outputs); float32 where there is none."""
+    """Returns the widest floating dtype among the inputs, else among the outputs; float32 where there is none."""
     for specs in (inputs, outputs):
         floats = [spec.dtype for spec in specs if "float" in spec.dtype]
         if floats:
@@ -113,7 +113,7 @@ def _compute_dtype(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) 
 
 
 def _einsum_flops(op: Op, inputs: Sequence[TensorSpec], out: float) -> float:
-    """2 x the product of the lengths of all letters; without a plain equation, one per output element."""
+    """Returns 2 x the product of the lengths of all letters; `out`, one per output element, for no plain equation."""
     equation = str(op.attrs.get("equation", ""))
     terms = equation.split("->")[0].replace(" ", "").split(",")
     sizes: dict[str, int] = {}

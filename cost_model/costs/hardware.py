@@ -1,4 +1,4 @@
-"""What one rank of a machine can do: FLOP/s, bytes/s, bytes, fixed costs. Presets by name; every constant has a source.
+"""Hardware of one rank: FLOP/s, bytes/s, bytes of memory, fixed costs. Presets by name; every constant has a source.
 
 FLOP/s and bandwidths are what programs reach, not what the datasheet says: datasheet peak x the fraction given beside
 it. A prediction is only as good as these, so `benchmarks/measure_hardware.py` measures them on a machine at hand.
@@ -18,7 +18,7 @@ MICROSECOND = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What one rank can say to another: `launch + steps * latency + bytes / bandwidth` (comm_cost.py)."""
+    """A link between ranks: a message takes `launch + steps * latency + bytes / bandwidth` (communication.py)."""
 
     latency_seconds: float  # per step of a collective's algorithm, and per send
     bandwidth: float  # bytes/s per rank and direction
@@ -35,7 +35,7 @@ class Hardware:
     memory_bandwidth: float  # bytes/s that a large elementwise op reaches, reads and writes together
     memory_bytes: int
     op_seconds: float  # fixed cost of an op that computes: dispatch and launch (see dispatches_ahead)
-    view_seconds: float  # the same of an op that only changes shape or strides
+    view_seconds: float  # fixed cost of an op that only changes shape or strides
     tp_link: Link
     pp_link: Link
     ranks_per_node: int
@@ -44,12 +44,12 @@ class Hardware:
     ranks_share_device: bool = False  # ranks are threads of one CPU: a process alone would have all of it
 
     def flops_of(self, dtype: str) -> float:
-        """FLOP/s for a dtype; a dtype that is not listed runs at float32's rate."""
+        """Returns the FLOP/s for a dtype; a dtype that is not listed runs at float32's rate."""
         table = dict(self.flops)
         return table.get(dtype, table["float32"])
 
     def tp_link_on(self, mesh: Mesh) -> Link:
-        """The link that a tp group's collectives go over: its slowest."""
+        """Returns the link that a tp group's collectives run over, the slowest in the group."""
         # Rank = stage * tp + tp_rank: a group lies inside one node only if groups tile the nodes without overlap.
         same_node = mesh.size <= self.ranks_per_node or (
             mesh.tp <= self.ranks_per_node and self.ranks_per_node % mesh.tp == 0
@@ -57,7 +57,7 @@ class Hardware:
         return self.tp_link if same_node else self.inter_node
 
     def hop_link(self, mesh: Mesh, source: int, target: int) -> Link:
-        """The link between two stages: `inter_node` if any pair of ranks (same tp rank) lies on two nodes."""
+        """Returns the link between two stages: `inter_node` if any pair of ranks (same tp rank) lies on two nodes."""
         same_node = all(
             mesh.rank(source, t) // self.ranks_per_node == mesh.rank(target, t) // self.ranks_per_node
             for t in range(mesh.tp)
@@ -65,9 +65,9 @@ class Hardware:
         return self.pp_link if same_node else self.inter_node
 
     def alone(self, ranks: int) -> Hardware:
-        """The device that the model unsplit would run on: itself, or the whole CPU where `ranks` ranks share one.
+        """Returns the device that the unsplit model would run on: this one, or the whole CPU if `ranks` ranks share it.
 
-        A core a rank is assumed: with more ranks than cores, all ranks are slower than predicted.
+        One core for each rank is assumed: with more ranks than cores, all ranks are slower than predicted.
         """
         if not self.ranks_share_device or ranks == 1:
             return self
@@ -90,7 +90,7 @@ CPU_GLOO = Hardware(
         ("float16", 16e9),  # float16: 10.2 to 18.9, there are no instructions for it
     ),
     memory_bandwidth=20 * GB,  # streaming add: 25.2; reading a 256 MiB weight for one token: 19.0
-    memory_bytes=8 * GIB,  # a round number; who knows their machine gives a limit of their own
+    memory_bytes=8 * GIB,  # a round number; users who know their machine give max_memory
     op_seconds=5 * MICROSECOND,  # add 1.1 us, silu 1.3, linear 2.5, busy 4.3, 4.4, 5.0; and Python that calls them
     view_seconds=2 * MICROSECOND,  # view 0.5 us, transpose 0.6, busy 1.7 and 1.3; and Python
     # Ranks of one machine exchange through shared memory (autodist_fx/runtime/comm/shared_memory.py), 2 ranks:
@@ -180,7 +180,7 @@ PRESETS = {preset.name: preset for preset in (CPU_GLOO, A100, H100, GENERIC)}
 
 
 def hardware(name: str | Hardware) -> Hardware:
-    """The preset of that name (a Hardware is passed through). Raises PlanError naming the presets for any other."""
+    """Returns the preset of a name; a Hardware is passed through. Raises PlanError naming the presets for any other."""
     if isinstance(name, Hardware):
         return name
     if name not in PRESETS:

@@ -1,4 +1,4 @@
-"""Bytes that a rank holds at the worst moment of a forward pass: liveness over ops in execution order, and the
+"""Predicts the bytes that a rank holds at the worst moment of a forward: liveness over ops in execution order, and the
 workspace of the op that needs most.
 
 A tensor lives from the op that makes it to the last op that reads it, itself or through a view; then its memory is free
@@ -19,7 +19,7 @@ CACHE_KIND = "cache_update"
 
 
 def peak_live_bytes(order: Sequence[str], produces: Mapping[str, int], last_use: Mapping[str, int]) -> int:
-    """The largest sum of living bytes over the steps of `order`.
+    """Returns the largest sum of living bytes over the steps of `order`.
 
     `produces[name]` bytes are allocated at the step of `name` (0 where it is not listed). They are freed after step
     `last_use[name]`, a position in `order`; after their own step where it is not listed or lies before it. What an op
@@ -39,7 +39,7 @@ def peak_live_bytes(order: Sequence[str], produces: Mapping[str, int], last_use:
 def last_uses(
     order: Sequence[str], reads: Mapping[str, Iterable[str]], views: Collection[str], kept: Iterable[str] = ()
 ) -> dict[str, int]:
-    """For each name, the position in `order` of the last op that reads it, itself or through `views` of it.
+    """Returns, for each name, the position in `order` of the last op that reads it, itself or through `views` of it.
 
     `reads[name]` are the ops whose outputs `name` reads; `kept` live to the end (what the stage returns or sends last).
     """
@@ -62,7 +62,7 @@ def peak_activation_bytes(
     kept: Iterable[TensorRef] = (),
     received: Iterable[TensorRef] = (),
 ) -> int:
-    """Peak bytes of a stage's activations. Parameters, inputs, and the KV cache are counted elsewhere.
+    """Returns the peak bytes of a stage's activations. Parameters, inputs, and the KV cache are counted elsewhere.
 
     `ops` in execution order; `nbytes(ref)` of one output as one rank holds it (its whole copy too, where the plan
     gathers it); `kept` live to the end; `received` come from other stages and live from the start.
@@ -84,12 +84,12 @@ def peak_activation_bytes(
 
 
 def kv_cache_bytes(ops: Iterable[Op], nbytes: Callable[[TensorRef], int]) -> int:
-    """Bytes of the KV cache that `ops` keep: all keys and values that their cache updates return, on one rank."""
+    """Returns the bytes of the KV cache that `ops` keep on one rank: all keys and values of their cache updates."""
     return sum(nbytes(TensorRef(op.name, j)) for op in ops if op.kind == CACHE_KIND for j in range(len(op.outputs)))
 
 
 def workspace_bytes(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> int:
-    """Bytes that `op`, on tensors of these (local) shapes, needs beside its inputs and outputs while it runs.
+    """Returns the bytes that `op`, on tensors of these (local) shapes, needs beside inputs and outputs while it runs.
 
     cache_update  the keys (or values) so far, until the longer ones are made: the larger of its outputs
     sdpa          the log-sum-exp of every query and head, float32 (FlashAttention-2, Dao 2023, section 3.1): 4 * b*h*s
@@ -103,7 +103,7 @@ def workspace_bytes(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
 
 
 def collective_workspace_bytes(placement: Placement, whole_bytes: int, local_bytes: int, ranks: int) -> int:
-    """Bytes beside a collective's input and output, as the runtime's communicators run it.
+    """Returns the bytes beside a collective's input and output, as the runtime's communicators run it.
 
     all_reduce (of a P): the sum beside the summands. all_gather (of an S): every rank's shard, as long as the longest,
     before they are glued. An upper bound: large sums are made in place, and large shards arrive in pieces.
