@@ -1,1 +1,1 @@
-"""A plan in words: for terminals, notebooks and comparisons."""
+"""Explains plans in words, for terminals, notebooks and comparisons."""

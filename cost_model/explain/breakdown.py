@@ -1,4 +1,4 @@
-"""Where a plan's time and bytes go: the dearest ops, what moves between ranks, the share of communication."""
+"""Breaks a plan's costs down: the dearest ops, the bytes that move between ranks, the share of communication."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cost_model.plan.data import OpPlan, PlanData
 from cost_model.plan.warnings import all_warnings
 from cost_model.text_tables import Section
 
-DEAREST = 10
+DEAREST = 10  # groups of ops listed
 
 
 @dataclass(frozen=True, slots=True)
 class OpGroup:
-    """Ops of one kind and role in one place of a layer, in all layers; seconds of one forward, all of them together."""
+    """Ops of one kind and role in one place of a layer, over all layers; seconds of one forward, all ops together."""
 
     place: str  # "model.layers.*.mlp.up_proj"
     kind: str
@@ -32,7 +32,7 @@ class OpGroup:
 
 
 def dearest(plan: PlanData) -> list[OpGroup]:
-    """All groups of ops, the dearest first."""
+    """Returns all groups of ops, the dearest first."""
     groups: dict[tuple[str, str, str], list[OpPlan]] = {}
     for op in plan.ops:
         groups.setdefault((name_pattern(op.module), op.kind, op.role), []).append(op)
@@ -47,10 +47,10 @@ def dearest(plan: PlanData) -> list[OpGroup]:
 
 
 def moved_bytes(plan: PlanData) -> dict[str, int]:
-    """Bytes over all links in one forward, all ranks together, by what moves them.
+    """Returns the bytes over all links in one forward, all ranks together, by all_reduce, all_gather and send.
 
-    A ring's, as comm_cost.py counts them: of a tensor that is whole on n ranks in the end, all_reduce moves 2 (n-1)
-    times its bytes and all_gather n-1 times. A send moves what each tp rank sends.
+    Collectives are counted as rings (costs/communication.py): for a tensor that is whole on n ranks in the end,
+    all_reduce moves 2 (n-1) times its bytes and all_gather n-1 times. A send moves what each tp rank sends.
     """
     n = plan.mesh.tp
     moved: dict[str, int] = {}
@@ -63,13 +63,13 @@ def moved_bytes(plan: PlanData) -> dict[str, int]:
 
 
 def tokens(plan: PlanData) -> int:
-    """Tokens of one forward, over all sequences; 1 for models without such lengths."""
+    """Returns the tokens of one forward, over all sequences; 1 for models without such lengths."""
     sizes = dict(plan.sizes)
     return max(1, sizes.get("B", 1) * sizes.get("S", 1))
 
 
 def whole_facts(plan: PlanData) -> dict[str, Any]:
-    """What `whole_sections` says, as plain values."""
+    """Returns what `whole_sections` says, as JSON-ready values."""
     total, moved = plan.predicted_seconds, moved_bytes(plan)
     comm = sum(stage.comm_seconds for stage in plan.stages)
     return {
@@ -100,7 +100,7 @@ def whole_facts(plan: PlanData) -> dict[str, Any]:
 
 
 def whole_sections(plan: PlanData) -> list[Section]:
-    """Prediction, bytes moved, the dearest ops, the cuts, warnings; those that have something to say."""
+    """Returns the sections with content: prediction, bytes moved, the dearest ops, the cuts, warnings."""
     sections = [
         Section("Prediction", lines=prediction_lines(plan)),
         _moved_section(plan),

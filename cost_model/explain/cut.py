@@ -1,4 +1,4 @@
-"""Why the pipeline is cut where it is: what the stages on both sides would take at the places next to it."""
+"""Explains why the pipeline is cut where it is: what the stages on both sides would take at the places next to it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from cost_model.text_tables import Section
 
 
 def cut_facts(plan: PlanData, cut: int) -> dict[str, Any]:
-    """What `cut_section` says, as plain values. Raises PlanError when the plan has no such cut."""
-    found = _cut(plan, cut)
+    """Returns what `cut_section` says, as JSON-ready values. Raises PlanError when the plan has no such cut."""
+    border = _cut(plan, cut)
     return {
         "cut": cut,
         "options": [
             {
-                "op": o.op, "module": o.module, "chosen": k == found.chosen, "before_seconds": o.before_seconds,
+                "op": o.op, "module": o.module, "chosen": k == border.chosen, "before_seconds": o.before_seconds,
                 "after_seconds": o.after_seconds, "nbytes": o.nbytes,
             }
-            for k, o in enumerate(found.options)
+            for k, o in enumerate(border.options)
         ],
         "sent": [
             {"op": h.op, "source": h.source, "target": h.target, "nbytes": h.nbytes} for h in _crossing(plan, cut)
@@ -30,13 +30,13 @@ def cut_facts(plan: PlanData, cut: int) -> dict[str, Any]:
 
 
 def cut_section(plan: PlanData, cut: int) -> Section:
-    """The cut behind stage `cut`. Raises PlanError when the plan has no such cut."""
-    found = _cut(plan, cut)
+    """Returns the section on the cut behind stage `cut`. Raises PlanError when the plan has no such cut."""
+    border = _cut(plan, cut)
     rows = [("stage " + str(cut + 1) + " begins with", "", f"stage {cut}", f"stage {cut + 1}", "slower", "crosses")]
-    for k, o in enumerate(found.options):
+    for k, o in enumerate(border.options):
         rows.append((
             f"{o.module} ({o.op})" if o.module else o.op,
-            "chosen" if k == found.chosen else "",
+            "chosen" if k == border.chosen else "",
             seconds_text(o.before_seconds),
             seconds_text(o.after_seconds),
             seconds_text(_slower(o)),
@@ -52,10 +52,10 @@ def cut_section(plan: PlanData, cut: int) -> Section:
 
 
 def cut_reason(plan: PlanData, cut: int) -> str:
-    """One sentence, from the figures of the places next to it."""
-    found = _cut(plan, cut)
-    here = found.options[found.chosen]
-    others = [o for k, o in enumerate(found.options) if k != found.chosen]
+    """Returns the reason for a cut in one sentence, from the figures of the places next to it."""
+    border = _cut(plan, cut)
+    here = border.options[border.chosen]
+    others = [o for k, o in enumerate(border.options) if k != border.chosen]
     if not others:
         return "there is no other place between the cuts next to it"
     best = min(others, key=lambda o: (_slower(o), o.nbytes))

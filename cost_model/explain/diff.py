@@ -1,4 +1,4 @@
-"""What differs between two plans of one model, whatever their meshes: cuts, roles, bytes, memory, seconds."""
+"""Compares two plans of one model, whatever their meshes: cuts, roles, bytes, memory, seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ONE_DEVICE = "one device"
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """One value of both plans; None where a plan has none."""
+    """A value that differs between two plans; None where a plan has none."""
 
     name: str
     before: Any
@@ -26,7 +26,7 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class RoleChange:
-    """Ops of one place of all layers whose role changed in the same way. "" is an op without a role, or no such op."""
+    """A change of role, of ops in one place of all layers. "" stands for an op without a role, or for no such op."""
 
     place: str
     modules: tuple[str, ...]
@@ -36,34 +36,37 @@ class RoleChange:
 
 @dataclass(frozen=True, slots=True)
 class PlanDiff:
-    """What `PlanData.diff` found. Empty parts are equal; `str()` says all of it, and nothing of equal plans."""
+    """The differences of two plans, as `PartitionPlan.diff` returns them: empty where they are equal.
+
+    `str()` is a report on all differences, "" for equal plans.
+    """
 
     model: str
     settings: tuple[Changed, ...] = ()  # mesh, hardware, objective, sizes, graph
     cuts: tuple[Changed, ...] = ()  # (border, first op of the stage behind it and its module)
     roles: tuple[RoleChange, ...] = ()
-    placements: int = 0  # ops with the same role whose tensors lie otherwise, or are gathered where they were not
-    stages_moved: int = 0  # ops that other stages compute
-    counts: tuple[Changed, ...] = ()  # of collectives and sends in one forward
-    nbytes: tuple[Changed, ...] = ()  # of the same: whole tensors of collectives; sends from one tp rank
-    memory: tuple[Changed, ...] = ()  # bytes on the fullest rank's stage
+    placements: int = 0  # number of ops with the same role, but other placements or gathers; or in one plan only
+    stages_moved: int = 0  # number of ops that other stages compute
+    counts: tuple[Changed, ...] = ()  # numbers of collectives and sends in one forward
+    nbytes: tuple[Changed, ...] = ()  # their bytes: whole tensors of collectives; sends from one tp rank
+    memory: tuple[Changed, ...] = ()  # bytes on a rank of the fullest stage
     seconds: tuple[Changed, ...] = ()
     other: tuple[str, ...] = ()  # further fields of the plan that differ: layouts, choices, warnings, ...
 
     def __bool__(self) -> bool:
-        """True when the plans differ."""
+        """True if the plans differ."""
         return any(getattr(self, f.name) for f in fields(self) if f.name != "model")
 
     def __str__(self) -> str:
         return sections_text([f"{self.model}: the plans differ"], _sections(self)) if self else ""
 
     def to_dict(self) -> dict[str, Any]:
-        """For json.dumps."""
+        """Returns the differences as JSON-ready values."""
         return asdict(self)
 
 
 def diff_plans(before: PlanData, after: PlanData) -> PlanDiff:
-    """Raises PlanError when the plans are of different models."""
+    """Compares two plans. Raises PlanError when they are of different models."""
     if before.model != after.model:
         models = f"{before.model} and {after.model}"
         raise PlanError(f"the plans are of different models, {models}: compare plans of one model")
@@ -108,7 +111,7 @@ def _settings(plan: PlanData) -> dict[str, Any]:
 
 
 def _cuts(plan: PlanData) -> dict[str, str]:
-    """The first op of each stage but the first, by the border in front of it."""
+    """Returns the first op of each stage but the first, by the border in front of it."""
     first: dict[int, OpPlan] = {}
     for op in plan.ops:
         first.setdefault(op.home, op)
@@ -120,7 +123,7 @@ def _cuts(plan: PlanData) -> dict[str, str]:
 
 
 def _ops(before: PlanData, after: PlanData) -> tuple[list[RoleChange], int, int]:
-    """Changed roles, and how many other ops lie otherwise, and how many are computed by other stages."""
+    """Returns the changed roles, the number of other ops with changed placements, and that of ops on other stages."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     placements = moved = 0
     for name in dict.fromkeys([*(op.name for op in before.ops), *(op.name for op in after.ops)]):
@@ -141,7 +144,7 @@ def _ops(before: PlanData, after: PlanData) -> tuple[list[RoleChange], int, int]
 
 
 def _communication(plan: PlanData) -> dict[str, tuple[int, int]]:
-    """(how many, bytes) of one forward by collective, and of sends."""
+    """Returns (count, bytes) in one forward of each collective, and of sends."""
     found: dict[str, tuple[int, int]] = {}
     for stage in plan.stages:
         for name, count, nbytes in stage.collectives:
@@ -174,7 +177,7 @@ def _seconds(plan: PlanData) -> dict[str, float]:
 
 
 def _named(what: str, before: PlanData, after: PlanData) -> str:
-    """One device is as many cores as there are ranks, where these share a CPU."""
+    """Returns the name of a figure; that of "one device" with its cores, where these change with the ranks of a CPU."""
     same = before.hardware != after.hardware or whole_device(before) == whole_device(after)
     if what != ONE_DEVICE or same:
         return what
@@ -222,8 +225,8 @@ def _role_section(diff: PlanDiff) -> Section:
     rows = [("ops", "times", "before", "after")]
     places = [change.place for change in diff.roles]
     for change in diff.roles:
-        one = places.count(change.place) == 1
-        label = change.place if one and len(change.modules) > 1 else ", ".join(compress_names(change.modules))
+        is_alone = places.count(change.place) == 1
+        label = change.place if is_alone and len(change.modules) > 1 else ", ".join(compress_names(change.modules))
         rows.append((label, f"x{len(change.modules)}", change.before or "-", change.after or "-"))
     lines = []
     if diff.placements:

@@ -1,4 +1,4 @@
-"""The ops that a person means by a name: an op, a module's path, its end, or a pattern with stars."""
+"""Finds the ops that a user means by a name: an op, a module's path, the end of one, or a pattern with stars."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from cost_model.format import name_pattern
 from cost_model.plan.data import OpPlan, PlanData
 
 SHOWN = 6  # names listed in an error
-# how passes/partition/fuse_ops.py calls the op that it puts in place of a chain, before the name of its last
+# passes/partition/fuse_ops.py names the op that replaces a chain by this and the name of the chain's last op
 FUSED = "fused_"
 
 
 def find_ops(plan: PlanData, name: str) -> list[OpPlan]:
-    """One or more ops, in the plan's order; several are the same op of different layers, or all of one module.
+    """Returns one or more ops, in the plan's order: several are the same op of different layers, or all of one module.
 
-    Of a module's ops those with a role are meant, where there are some. Raises PlanError, naming what comes near or
-    what there is to choose from, where nothing is called so, or different modules are.
+    If ops of a module have roles, only these are returned. Raises PlanError where no op or module has the name, naming
+    the nearest, and where several different modules have it, naming these.
     """
     for own in (name, name.removeprefix(FUSED)):
         if plan.has_op(own):

@@ -1,6 +1,6 @@
-"""HTML of a plan's sections: a compact fragment for notebooks, and the elements that a whole page is built from.
+"""Writes a plan's sections as HTML: a compact fragment for notebooks, and the elements that a whole page is built from.
 
-Elements are xml.etree's: whatever a plan file has for names is escaped when they are written out.
+Elements are xml.etree's, which escapes all names of a plan file when they are written out.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from cost_model.explain.plan_text import plan_header, plan_sections
 from cost_model.plan.data import PlanData
 from cost_model.text_tables import Section
 
-ROWS_SHOWN = 200  # of a table
+ROWS_SHOWN = 200  # rows of a table
 TEXT_SHOWN = 400  # characters of a cell or a line
-# Nothing but what is inside .adx-plan, in the colours that the notebook has around it.
+# Rules for what is inside .adx-plan only, in the colours of the notebook around it.
 STYLE = """
 .adx-plan{font-size:13px;line-height:1.45;max-width:76rem}
 .adx-plan p{margin:.15em 0}
@@ -28,7 +28,7 @@ white-space:nowrap;border:0;border-bottom:1px solid rgba(128,128,128,.3)}
 
 
 def element(tag: str, *children: Element | str | None, **attributes: str | None) -> Element:
-    """An element with text and elements in it; None is left out. `cls` is class, `data_v` is data-v."""
+    """Builds an element with text and elements in it; None is left out. `cls` is class, `data_v` is data-v."""
     found = Element(tag)
     for key, value in attributes.items():
         if value is not None:
@@ -40,7 +40,7 @@ def element(tag: str, *children: Element | str | None, **attributes: str | None)
             else:
                 found.text = (found.text or "") + child
         elif child is not None:
-            # Its own text behind an element belongs to the place where the element stands: a copy, with no tail.
+            # An element's tail, the text behind it, belongs to its place in the parent: a copy without it is added.
             copy = Element(child.tag, child.attrib)
             copy.text = child.text
             copy.extend(child)
@@ -49,16 +49,17 @@ def element(tag: str, *children: Element | str | None, **attributes: str | None)
 
 
 def to_html(root: Element) -> str:
+    """Writes an element as HTML."""
     return tostring(root, encoding="unicode", method="html")
 
 
 def shorten(text: str, most: int = TEXT_SHOWN) -> str:
-    """`text` with its middle left out where it is longer than `most`: what tells names apart is mostly their end."""
+    """Leaves out the middle of a text longer than `most` characters: names differ mostly at their ends."""
     return text if len(text) <= most else f"{text[: most // 3]}…{text[-(most - most // 3 - 1) :]}"
 
 
 def section_table(section: Section, **attributes: str | None) -> Element:
-    """A table element of the section's rows."""
+    """Returns a table element of the section's rows."""
     header, *rows = section.rows
 
     def cells(row: tuple[str, ...], tag: str, **more: str) -> Element:
@@ -81,7 +82,7 @@ def _left_out(rows: int, columns: int) -> Element | None:
 
 
 def plan_fragment(plan: PlanData) -> str:
-    """The plan for a notebook cell: stages, prediction and warnings open, the rest to unfold. No script, no links."""
+    """Returns HTML for a notebook cell: stages, prediction and warnings open, the rest to unfold; no script or link."""
     first, *more = plan_header(plan)
     opened = ("Stages", "Prediction", "Warnings")
     root = element(

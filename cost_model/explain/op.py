@@ -1,4 +1,4 @@
-"""Why an op runs as it does: its role, the roles it could have and what each would cost, the collectives it causes."""
+"""Explains why an op runs as it does: its role, the costs of the roles it could have, the collectives it causes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NO_ROLES = "Roles are of linears, embeddings and convolutions"
 
 
 def alike(plan: PlanData, ops: Sequence[OpPlan]) -> list[list[OpPlan]]:
-    """The ops in groups that the plan treats alike, whatever their layer and stage."""
+    """Groups ops that the plan treats alike, whatever their layer and stage."""
     groups: dict[object, list[OpPlan]] = {}
     for op in ops:
         costs = (op.compute_seconds, op.comm_seconds, op.comm_bytes)
@@ -27,12 +27,12 @@ def alike(plan: PlanData, ops: Sequence[OpPlan]) -> list[list[OpPlan]]:
 
 
 def collectives_of(op: OpPlan) -> list[str]:
-    """Names, one for each output that is made whole."""
+    """Returns the names of the op's collectives, one for each output that is made whole."""
     return ["all_reduce" if p.is_partial else "all_gather" for p, whole in zip(op.outputs, op.gather) if whole]
 
 
 def op_facts(plan: PlanData, ops: Sequence[OpPlan]) -> dict[str, Any]:
-    """What `op_section` says of ops that are alike, as plain values."""
+    """Returns what `op_sections` says of ops that are alike, as JSON-ready values."""
     op = ops[0]
     weight = weight_of(op, {p.name: p for p in plan.params}) if op.role else None
     return {
@@ -62,14 +62,14 @@ def op_facts(plan: PlanData, ops: Sequence[OpPlan]) -> dict[str, Any]:
 
 
 def sections_of(plan: PlanData, groups: Sequence[Sequence[OpPlan]]) -> list[Section]:
-    """Of groups that are alike in themselves: each with its roles; one table, where none has any."""
+    """Returns the sections of groups of alike ops: each with its roles, or one table of all where none has roles."""
     if len(groups) > 1 and not any(ops[0].role for ops in groups):
         return [_table(plan, groups)]
     return [section for ops in groups for section in op_sections(plan, ops)]
 
 
 def op_sections(plan: PlanData, ops: Sequence[OpPlan]) -> list[Section]:
-    """Two: what the op does, and what else it could have done. `ops` are alike."""
+    """Returns two sections: what the op does, and which roles it could have. `ops` are alike."""
     op, facts = ops[0], op_facts(plan, ops)
     place = ", ".join(compress_names(o.module for o in ops)) if op.module else op.name
     title = f"{place}: {op.kind}" + (f", x{len(ops)} (figures of each)" if len(ops) > 1 else f" ({op.name})")
@@ -90,8 +90,8 @@ def op_sections(plan: PlanData, ops: Sequence[OpPlan]) -> list[Section]:
     fused = "none of its own: fused with the ops that read it"
     lines.append(f"seconds      {seconds_text(op.compute_seconds) if op.compute_seconds else fused}")
     names = ", ".join(facts["collectives"])
-    said = f"{names} of {bytes_text(op.comm_bytes)}, {seconds_text(op.comm_seconds)}" if names else "none"
-    lines.append(f"collectives  {said}")
+    collectives = f"{names} of {bytes_text(op.comm_bytes)}, {seconds_text(op.comm_seconds)}" if names else "none"
+    lines.append(f"collectives  {collectives}")
     return [Section(title, lines=tuple(lines), indent=" " * 13), _alternatives(plan, op)]
 
 
@@ -116,7 +116,7 @@ def _table(plan: PlanData, groups: Sequence[Sequence[OpPlan]]) -> Section:
 
 
 def _cut_text(op: OpPlan) -> str:
-    """How an op without a role is cut, by what it leaves."""
+    """Describes how an op without a role is cut, by the placements of its outputs."""
     if op.owner is not None:
         return f"not: tp rank {op.owner} alone does it"
     if not op.letter:

@@ -1,4 +1,4 @@
-"""A plan in words and tables, plain text of at most 120 columns: what each stage does, holds, says, and costs.
+"""Formats a plan as plain text of at most 120 columns: what each stage computes, holds, sends and costs.
 
 Layers that are treated alike share a row, so that 80 layers read like one.
 """
@@ -14,16 +14,16 @@ from cost_model.plan.warnings import all_warnings, whole_device
 from cost_model.plan.weights import is_sharded, linear_groups, param_bytes, whole_param_bytes
 from cost_model.text_tables import Section, sections_text
 
-HOPS_SHOWN = 6  # tensors named of each border
+HOPS_SHOWN = 6  # tensors named for each border
 
 
 def plan_text(plan: PlanData) -> str:
-    """The whole plan: header, then `plan_sections`."""
+    """Returns the whole plan as text: header, then `plan_sections`."""
     return sections_text(plan_header(plan), plan_sections(plan))
 
 
 def plan_sections(plan: PlanData) -> list[Section]:
-    """Stages, linears, collectives, hops, parameters, prediction and warnings; those that have something to say."""
+    """Returns the sections with content: stages, linears, collectives, hops, parameters, prediction, warnings."""
     warnings = tuple("! " + warning for warning in all_warnings(plan))
     sections = [
         _stage_section(plan),
@@ -38,7 +38,7 @@ def plan_sections(plan: PlanData) -> list[Section]:
 
 
 def plan_header(plan: PlanData) -> list[str]:
-    """Two lines: what is split how, and its size."""
+    """Returns two lines: model, mesh and objective; and the model's size."""
     ranks = f"{plan.mesh.size} rank{'s' if plan.mesh.size > 1 else ''}"
     sizes = ", ".join(f"{symbol}={length}" for symbol, length in plan.sizes)
     count = sum(prod(p.shape) for p in plan.params)
@@ -141,6 +141,7 @@ def _param_section(plan: PlanData) -> Section:
 
 
 def prediction_lines(plan: PlanData) -> tuple[str, ...]:
+    """Returns lines on the predicted time, on one device's, on the slowest and on the fullest stage."""
     compute, comm = sum(s.compute_seconds for s in plan.stages), sum(s.comm_seconds for s in plan.stages)
     total = plan.predicted_seconds
     share = f", {comm / total:.0%} of it communication" if total > 0 and plan.mesh.size > 1 else ""
