@@ -1,1 +1,1 @@
-"""Sharding rules: how each kind of op may be split."""
+"""Op rules: the ways in which each kind of op may be sharded."""

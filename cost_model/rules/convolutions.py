@@ -1,4 +1,4 @@
-"""Rules of what works on images: channels are to a convolution what features are to a linear layer.
+"""Rules of ops on images: channels are to a convolution what features are to a linear layer.
 
     conv         [d0 row 9 9], [column row 3 3], [column] -> [d0 column 7 7]  {sum: row; not empty: column row}
     group_norm   [d0 (groups 2) 9 9], [(groups 2)], [(groups 2)] -> [d0 (groups 2) 9 9]  {not empty: groups}
@@ -19,7 +19,7 @@ from cost_model.rules.rule import DimLink, Factor, OpRule, RuleFunction, Shape
 
 
 def _grouped(slot: int, dim: int, size: int, groups: int) -> DimLink:
-    """A dim of `size` elements, which belong to `groups` groups in order."""
+    """Returns the link of a dim whose `size` elements belong to `groups` groups in order, to the groups."""
     if size == groups:
         return DimLink(slot, dim)
     elements = np.arange(size, dtype=np.int64)
@@ -27,9 +27,9 @@ def _grouped(slot: int, dim: int, size: int, groups: int) -> DimLink:
 
 
 def conv(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """x [b?, i, ...], weight [o, i/groups, ...] (or [i, o/groups, ...] where `transposed`), bias [o] -> [b?, o, ...].
+    """x [b?, i, ...], weight [o, i/groups, ...] (or [i, o/groups, ...] if `transposed`), bias [o]? -> [b?, o, ...].
 
-    A share without channels is no input that torch convolves, hence `filled`.
+    Factors are `filled`, since torch convolves no input without channels.
     """
     x, weight, out, groups = inputs[0], inputs[1], outputs[0], attrs["groups"]
     channel = len(x) - len(weight) + 1
@@ -50,8 +50,10 @@ def conv(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, 
 
 
 def batch_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """x [b, c, ...] and any of mean, variance, weight, bias, each [c]; the images are needed together unless
-    mean and variance are given."""
+    """x [b, c, ...] and any of mean, variance, weight, bias, each [c] -> [b, c, ...].
+
+    Only with given mean and variance (`statistics`) may dims other than c be cut: else these are taken over them.
+    """
     x = inputs[0]
     links = (DimLink(0, 1), *(DimLink(i, 0) for i in range(1, len(inputs))))
     factors = [Factor("c", x[1], links, (DimLink(0, 1),), filled=True)]
@@ -63,7 +65,7 @@ def batch_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping
 
 
 def group_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """x [b, c, ...], weight [c]?, bias [c]?."""
+    """x [b, c, ...], weight [c]?, bias [c]? -> [b, c, ...]; channels are cut in whole groups."""
     x, groups = inputs[0], attrs["groups"]
     links = (_grouped(0, 1, x[1], groups), *(_grouped(i, 0, x[1], groups) for i in range(1, len(inputs))))
     return OpRule((
@@ -73,7 +75,7 @@ def group_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping
 
 
 def pool(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """Works along the last `spatial` dims; every other dim goes through, in each output."""
+    """x [..., spatial dims] -> outputs [..., other spatial dims]; all but the last `spatial` dims may be cut."""
     x = inputs[0]
     factors = []
     for d in range(len(x) - attrs["spatial"]):

@@ -1,4 +1,4 @@
-"""Rules of elementwise ops: dims correspond as they broadcast."""
+"""Rules of elementwise ops: dims correspond as they broadcast, and every one may be cut."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ from cost_model.rules.rule import OpRule, RuleFunction, Shape, broadcast_factors
 
 
 def elementwise(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """Any number of inputs, broadcast -> one output; not linear, so that inputs must not be Partial."""
     return OpRule(broadcast_factors(inputs, outputs[0]))
 
 
 def linear_unary(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """x [...] -> [...], linear in x: a Partial x gives a Partial output."""
     return OpRule(broadcast_factors(inputs, outputs[0]), ((0,),))
 
 
 def mul(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """a * b, broadcast; Partial where either is, and the other whole."""
     # a sum of products with the same factor is the product with the sum
     return OpRule(broadcast_factors(inputs, outputs[0]), ((0,), (1,)) if len(inputs) == 2 else ())
 
 
 def div(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """a / b, broadcast; Partial where a is, and b whole."""
     return OpRule(broadcast_factors(inputs, outputs[0]), ((0,),) if len(inputs) == 2 else ())
 
 
 def add(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    # a + b is Partial only when both are: R + P would count R once per rank
+    """a + b or a - b, broadcast; Partial where both are."""
+    # R + P would count R once per rank
     return OpRule(broadcast_factors(inputs, outputs[0]), (tuple(range(len(inputs))),) if len(inputs) == 2 else ())
 
 

@@ -1,7 +1,7 @@
 """Rules of ops that pick elements by integers known only when they run: x[index], index_add, gather, scatter.
 
-What the integers pick from is never cut; every other dim goes through. All are linear in what they move, so that a sum
-over ranks that is owed by what one expert computed stays owed by what all experts together add up to.
+The dim that the integers pick from is never cut; every other dim goes through. All are linear in what they move: where
+each rank has the rows of its own experts, the sum over ranks that is owed (P) passes through them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cost_model.rules.rule import DimLink, Factor, OpRule, RuleFunction, Shape
 
 
 def index(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """x[i, :, j]: x first, then the index tensors. `dims` lists (input dim, output dim) of what is taken whole."""
+    """x [...], index tensors -> x[i, :, j]; `dims` lists (input dim, output dim) of the dims that are taken whole."""
     factors = [
         Factor(f"d{b}", inputs[0][a], (DimLink(0, a),), (DimLink(0, b),)) for a, b in attrs["dims"]
     ]
@@ -21,7 +21,7 @@ def index(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str,
 
 
 def index_add(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """x, index [n], source -> x with source's slices added (or put) at `index` along `dim`."""
+    """x [...], index [n], source (x's shape, but n along `dim`) -> x with its slices added, or put, at the index."""
     x = inputs[0]
     factors = [
         Factor(f"d{d}", n, (DimLink(0, d), DimLink(2, d)), (DimLink(0, d),))
@@ -32,7 +32,7 @@ def index_add(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[
 
 
 def gather(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """x, index -> x's elements at `index` along `dim`; other dims may be shorter in the index than in x: then whole."""
+    """x [...], index [...] -> x's elements at `index` along `dim`; a dim that is shorter in the index is not cut."""
     x, at = inputs[0], inputs[1]
     factors = [
         Factor(f"d{d}", n, (DimLink(0, d), DimLink(1, d)), (DimLink(0, d),))
@@ -43,9 +43,10 @@ def gather(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str
 
 
 def scatter(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """x, index, source (or a number) -> x with the source written to, or added at, `index` along `dim`.
+    """x [...], index [...], source [...] or a number -> x with the source written to, or added at, `index` along `dim`.
 
-    `adds`: whether what was there stays. Linear in x and source together, each index at most once where it overwrites.
+    With attr `adds` the source is added. The op is linear in x and source together, provided that an overwriting one
+    has each index at most once.
     """
     x = inputs[0]
     factors = []
@@ -57,7 +58,7 @@ def scatter(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[st
 
 
 def split_rows(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """x [rows, ...] and how many rows each piece has -> the pieces."""
+    """x [rows, ...], counts [pieces] -> the pieces, [counts[j], ...]; rows are never cut."""
     factors = [
         Factor(f"d{d}", n, (DimLink(0, d),), tuple(DimLink(j, d) for j in range(len(outputs))))
         for d, n in enumerate(inputs[0])
@@ -67,7 +68,7 @@ def split_rows(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping
 
 
 def join_rows(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """Pieces [some rows, ...], and how many rows each has -> all rows [rows, ...]."""
+    """Pieces [counts[j], ...], counts [pieces] -> all rows [rows, ...]; rows are never cut."""
     pieces = range(len(inputs) - 1)
     factors = [
         Factor(f"d{d}", n, tuple(DimLink(i, d) for i in pieces), (DimLink(0, d),))

@@ -9,7 +9,7 @@ from cost_model.rules.rule import DimLink, Factor, OpRule, RuleFunction, Shape, 
 
 
 def linear(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """x [..., i], weight [o, i] (or [i, o] with attr `transposed`), bias [o] -> [..., o]."""
+    """x [..., i], weight [o, i] (or [i, o] with attr `transposed`), bias [o]? -> [..., o]."""
     x, weight = inputs[0], inputs[1]
     o_dim, i_dim = (1, 0) if attrs.get("transposed") else (0, 1)
     last = len(x) - 1
@@ -21,7 +21,7 @@ def linear(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str
 
 
 def matmul(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """[..., m, k] @ [..., k, n], batch dims broadcast."""
+    """a [..., m, k], b [..., k, n] -> [..., m, n], batch dims broadcast; no factor for vectors."""
     a, b, out = inputs[0], inputs[1], outputs[0]
     if len(a) < 2 or len(b) < 2:
         return OpRule()
@@ -40,7 +40,10 @@ def matmul(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str
 
 
 def sdpa(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """q [b,h,s,d], k [b,g,t,d], v [b,g,t,e], mask broadcast to [b,h,s,t] -> [b,h,s,e]; only heads are cut."""
+    """q [b,h,s,d], k [b,g,t,d], v [b,g,t,e], mask broadcast to [b,h,s,t]? -> [b,h,s,e]; only heads are cut.
+
+    With g < h KV heads (grouped attention) each goes with h/g query heads in a row.
+    """
     q = inputs[0]
     head = len(q) - 3
     if head < 0:
@@ -76,7 +79,7 @@ def cache_update(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mappi
 
 
 def cache_read(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """Keys [b,g,t,d] and values [b,g,t,e] as an update has left them."""
+    """No inputs -> keys [b,g,t,d], values [b,g,t,e], as an update has left them in the cache."""
     k, v = outputs
     if len(k) != 4 or len(v) != 4 or k[1] != v[1]:
         return OpRule()

@@ -9,13 +9,13 @@ from cost_model.rules.rule import DimLink, Factor, OpRule, RuleFunction, Shape, 
 
 
 def layer_norm(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """The last `normalized` dims are normalised, never cut."""
+    """x [...], weight?, bias? -> [...]; the last `normalized` dims are normalised, and never cut."""
     x = inputs[0]
     return OpRule(tuple(passing(0, 0, x, d, d) for d in range(len(x) - int(attrs["normalized"]))))
 
 
 def along(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """Works along `dims`; every other dim goes through, in each output."""
+    """x [...] -> outputs [...] of x's rank, computed along `dims` (softmax, cumsum); every other dim may be cut."""
     x = inputs[0]
     cut = {d % len(x) for d in attrs["dims"]}
     factors = []
@@ -26,7 +26,8 @@ def along(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str,
 
 
 def reduce(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """Over `dims`. A sum (or mean) over a sharded dim leaves a Partial; other reductions don't add up."""
+    """x [...] -> outputs without `dims`, or with 1 there (`keepdim`). A sum or mean over a sharded dim is Partial; for
+    other reductions the dims are never cut."""
     x, keep = inputs[0], bool(attrs["keepdim"])
     dims = sorted(d % len(x) for d in attrs["dims"])
     adds_up = attrs["op"] in ("sum", "mean")

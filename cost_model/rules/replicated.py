@@ -1,4 +1,4 @@
-"""Kinds of op without a rule on purpose: every rank computes them whole, and a rule would save nothing."""
+"""Kinds of op that have no rule on purpose: every rank computes them whole, and a rule would save nothing."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ REPLICATED: dict[str, str] = {
     "opaque.zeros_like": _FILL, "opaque.ones_like": _FILL, "opaque.full_like": _FILL, "opaque.empty_like": _FILL,
     "opaque.new_zeros": _FILL, "opaque.new_ones": _FILL, "opaque.new_full": _FILL, "opaque.new_empty": _FILL,
 }  # fmt: skip
-# Of these, what passes no values on: what is made of it alone depends on no weights.
+# The kinds among these that read no values, so that what is made of them alone depends on no weights.
 FILLS = frozenset(kind for kind, why in REPLICATED.items() if why is _FILL)

@@ -1,4 +1,4 @@
-"""An op rule as data, and the factors that many rules share."""
+"""Op rules as data, their text, and factors that many rules share."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-IntArray = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.int64]  # one dim: element numbers, or tp ranks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DimLink:
-    """One dim of one tensor of the op, and how its elements belong to the factor's.
+    """A dim of one of the op's tensors, number `slot`, that a factor runs through, and how their elements correspond.
 
     `pairs` is two arrays (elements of the dim, elements of the factor) of equal length, or None for the identity.
     `cover` marks the dim of a tensor that is read through a repetition (the KV heads of grouped attention): where it
@@ -30,8 +30,8 @@ class DimLink:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factor:
-    """A coordinate of `size` elements that runs through dims of inputs and outputs, as a factor of Shardy's sharding
-    rules does: the op may be sharded along it. `reduces`: outputs without it are sums over it.
+    """A coordinate of `size` elements that runs through dims of inputs and outputs, like a letter of an einsum or a
+    factor of Shardy: the op may be sharded along it. `reduces`: outputs without it are sums over it.
 
     `alternatives` names a group of factors that use the same dim in different ways (the pieces of a split view): only
     one of the group can be in force, and the outermost that no op blocks is taken.
@@ -53,7 +53,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpRule:
-    """All factors of one op, and which sets of inputs may be Partial together so that the outputs are Partial.
+    """The rule of one op: its factors, and `linear_in`, the sets of inputs which, Partial together, make the outputs
+    Partial.
 
     `inputs` and `outputs` are the shapes that it was made for; the table of rules sets them.
     """
@@ -64,7 +65,8 @@ class OpRule:
     outputs: tuple[Shape, ...] = ()
 
     def __str__(self) -> str:
-        """As an einsum: `[d0 d1 row], [column row], [column] -> [d0 d1 column]  {sum: row}` is a linear with a bias.
+        """Formats the rule like an einsum: `[d0 d1 row], [column row], [column] -> [d0 d1 column]  {sum: row}` is a
+        linear with a bias.
 
         Tensors are in brackets, dims in order; `()` stands for no tensors. A dim is
 
@@ -107,14 +109,14 @@ class OpRule:
 def _dim_text(size: int, links: Sequence[tuple[Factor, DimLink]]) -> str:
     if not links:
         return str(size)
-    if len(links) > 1:  # its pieces, all of them, the outermost first
+    if len(links) > 1:  # several factors are all pieces of the dim, the outermost first
         return f"({' '.join(factor.name for factor, _ in links)})"
     factor, link = links[0]
     return factor.name if link.pairs is None else _pairs_text(factor, size, link.pairs)
 
 
 def _pairs_text(factor: Factor, size: int, pairs: tuple[IntArray, IntArray]) -> str:
-    """How the elements of a dim of `size`, pairs[0], go with those of its factor, pairs[1]."""
+    """Formats how the elements of a dim of `size`, pairs[0], go with those of its factor, pairs[1]."""
     own, of_factor = pairs
     start, other = (int(x[0]) if len(x) else 0 for x in (own, of_factor))
     counted = np.arange(len(own))
@@ -139,11 +141,13 @@ RuleFunction = Callable[[Sequence[Shape], Sequence[Shape], Mapping[str, Any]], O
 
 
 def passing(in_slot: int, out_slot: int, shape: Shape, in_dim: int, out_dim: int, name: str = "") -> Factor:
-    """A dim that goes through unchanged."""
+    """Returns the factor of a dim that goes through unchanged, from `in_dim` of an input to `out_dim` of an output."""
     return Factor(name or f"d{out_dim}", shape[in_dim], (DimLink(in_slot, in_dim),), (DimLink(out_slot, out_dim),))
 
 
 def broadcast_factors(inputs: Sequence[Shape], out: Shape) -> tuple[Factor, ...]:
+    """Returns the factors of inputs that torch broadcasts to shape `out`: one for each output dim that some input has
+    in full. Dims of size 1 that are expanded belong to no factor."""
     factors = []
     for dim, size in enumerate(out):
         links = []
@@ -157,5 +161,6 @@ def broadcast_factors(inputs: Sequence[Shape], out: Shape) -> tuple[Factor, ...]
 
 
 def repeat_pairs(groups: int, size: int) -> tuple[IntArray, IntArray]:
+    """Returns the pairs of a dim of `groups` elements, each of which goes with size / groups of a factor in a row."""
     factor = np.arange(size, dtype=np.int64)
     return factor // (size // groups), factor

@@ -1,4 +1,4 @@
-"""Rules of views, and of what moves elements or puts tensors together: computed from the shapes."""
+"""Rules of views, and of ops that move elements or put tensors together, computed from the shapes."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ from cost_model.rules.rule import (
 
 
 def permute(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """Output dim j is input dim `order[j]`; -1 marks a new dim of size 1 (unsqueeze); missing dims were squeezed."""
+    """x [...] -> x with its dims in another order: output dim j is input dim `order[j]`.
+
+    -1 marks a new dim of size 1 (unsqueeze); dims that are missing were squeezed.
+    """
     x = inputs[0]
     factors = [passing(0, 0, x, d, j) for j, d in enumerate(attrs["order"]) if d >= 0]
     return OpRule(tuple(factors), ((0,),))
 
 
 def expand(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """x [...] -> x broadcast to the output's shape."""
     return OpRule(broadcast_factors(inputs[:1], outputs[0]), ((0,),))
 
 
 def view_groups(source: Shape, target: Shape) -> list[tuple[list[int], list[int]]]:
-    """The finest pairs of (input dims, output dims) with equal products, left to right: [2,3,4] -> [6,4] gives
+    """Returns the finest pairs of (input dims, output dims) with equal products, left to right: [2,3,4] -> [6,4] gives
     ([0,1],[0]), ([2],[1]). Raises ValueError when the element counts differ."""
     if math.prod(source) != math.prod(target):
         raise ValueError(f"cannot view {list(source)} as {list(target)}")
@@ -61,12 +65,13 @@ def view_groups(source: Shape, target: Shape) -> list[tuple[list[int], list[int]
 
 
 def _mixed_pairs(outer: int, n: int, inner: int) -> tuple[IntArray, IntArray]:
+    """Returns the pairs of a dim of outer * n * inner elements with the middle one of the three coordinates."""
     elements = np.arange(outer * n * inner, dtype=np.int64)
     return elements, (elements // inner) % n
 
 
 def view(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """Computed from the shapes: each piece of a split dim, or each dim that merges, is a factor of its own."""
+    """x [...] -> x with dims split or merged; each piece of a split dim, or each dim that merges, is a factor."""
     source, target = inputs[0], outputs[0]
     if math.prod(source) == 0:
         return OpRule((), ((0,),))
@@ -87,7 +92,7 @@ def view(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, 
 
 
 def slice_(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """Basic indexing. `dims` lists (input dim, output dim, start, step) of the dims that remain."""
+    """x [...] -> x[i, a:b:c]; `dims` lists (input dim, output dim, start, step) of the dims that remain."""
     x, out = inputs[0], outputs[0]
     factors = []
     for in_dim, out_dim, start, step in attrs["dims"]:
@@ -102,7 +107,7 @@ def slice_(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str
 
 
 def split(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """Along `dim` into consecutive pieces (split, chunk)."""
+    """x [...] -> consecutive pieces of x along `dim` (split, chunk)."""
     x, dim = inputs[0], attrs["dim"]
     factors = []
     for d in range(len(x)):
@@ -120,6 +125,7 @@ def split(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str,
 
 
 def cat(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """Inputs [...] -> one tensor, the inputs one after the other along `dim`."""
     out, dim = outputs[0], attrs["dim"]
     factors = []
     for d in range(len(out)):
@@ -137,6 +143,7 @@ def cat(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, A
 
 
 def unbind(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """x [...] -> x's slices along `dim`, without that dim, which is never cut."""
     x, dim = inputs[0], attrs["dim"]
     factors = []
     for d in range(len(x)):
@@ -147,6 +154,7 @@ def unbind(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str
 
 
 def stack(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """Inputs [...] of one shape -> one tensor with a new dim `dim`, which is never cut."""
     x, dim = inputs[0], attrs["dim"]
     factors = []
     for d in range(len(x)):
@@ -156,7 +164,7 @@ def stack(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str,
 
 
 def repeat_interleave(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """Each element of `dim` `repeats` times in a row: what turns KV heads into query heads."""
+    """x [...] -> x with each element of `dim` several times in a row, as KV heads are repeated for query heads."""
     x, out, dim = inputs[0], outputs[0], attrs["dim"]
     factors = []
     for d in range(len(x)):
