@@ -28,6 +28,7 @@ class OpGroup:
 
     @property
     def seconds(self) -> float:
+        """Compute and collectives of one forward."""
         return self.compute_seconds + self.comm_seconds
 
 

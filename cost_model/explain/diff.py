@@ -75,7 +75,7 @@ def diff_plans(before: PlanData, after: PlanData) -> PlanDiff:
     roles, placements, moved = _ops(before, after)
     ours, theirs = _communication(before), _communication(after)
     kinds = dict.fromkeys([*ours, *theirs])
-    found = PlanDiff(
+    diff = PlanDiff(
         model=before.model,
         settings=_changes({k: (v, _settings(after)[k]) for k, v in _settings(before).items()}),
         cuts=_changes({k: (_cuts(before).get(k), _cuts(after).get(k)) for k in _cuts(before) | _cuts(after)}),
@@ -87,7 +87,7 @@ def diff_plans(before: PlanData, after: PlanData) -> PlanDiff:
         memory=_changes({k: (v, _memory(after)[k]) for k, v in _memory(before).items()}),
         seconds=_changes({_named(k, before, after): (v, _seconds(after)[k]) for k, v in _seconds(before).items()}),
     )
-    return found if found else PlanDiff(before.model, other=_other(before, after))
+    return diff if diff else PlanDiff(before.model, other=_other(before, after))
 
 
 def _changes(values: dict[str, tuple[Any, Any]]) -> tuple[Changed, ...]:

@@ -203,8 +203,8 @@ class _Finder:
         reads, or one that is split for the experts alone, a piece for each.
         """
         inside = {name for body in bodies for name in body.ops} | {b.link.name for b in bodies if b.link is not None}
-        times: Counter[TensorRef] = Counter()
-        times_any: Counter[str] = Counter()  # of an op: experts that read some output of it
+        times: Counter[TensorRef] = Counter()  # tensor -> number of experts that read it
+        times_any: Counter[str] = Counter()  # op -> number of experts that read some output of it
         for body in bodies:
             added = () if body.link is None else body.link.inputs[1:]
             read = {*added, *(ref for name in body.ops for ref in self.graph[name].inputs)}
@@ -226,6 +226,6 @@ class _Finder:
 
 
 def _dim(size: int, symbol: str) -> int | str:
-    """Returns what of a dim must be equal in alike experts: a constant length or the size symbol; of "?7~B*S/4" the
-    expected "B*S/4" only, since each expert has its own number of rows."""
+    """Returns the part of a dim that must be equal in alike experts: a constant length, or a size symbol; of a symbol
+    "?7~B*S/4" the expected "B*S/4" only, since each expert has its own number of rows."""
     return symbol[symbol.find("~") + 1 :] if symbol else size

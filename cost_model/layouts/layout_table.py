@@ -146,7 +146,7 @@ class LayoutTable:
         """Returns the roots of dims that some op touches without a factor for them: there, sharded, they would have to
         be gathered."""
         blocked: set[Dim] = set()
-        dropped: set[Dim] = set()  # the same of dims of one element, as squeeze takes away
+        dropped: set[Dim] = set()  # roots of such dims of one element, which a squeeze takes away, say
         for op in self.graph:
             named: set[Dim] = set()
             for factor in rules[op.name].factors:

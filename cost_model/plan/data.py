@@ -200,6 +200,7 @@ class PlanData:
         return self._by_name[name]
 
     def has_op(self, name: str) -> bool:
+        """True if the plan has an op of this name."""
         return name in self._by_name
 
     def layout(self, index: int) -> Layout | None:

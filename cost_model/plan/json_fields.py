@@ -58,12 +58,15 @@ class Fields:
         return convert(self._get(key), self.path(key))
 
     def integer(self, key: str, low: int = 0, high: int = INT_LIMIT, default: int | None = None) -> int:
+        """Reads a whole number from `low` to `high`."""
         return self._read(key, default, lambda value, path: integer_of(value, path, low, high))
 
     def number(self, key: str, signed: bool = False, default: float | None = None) -> float:
+        """Reads a finite number, 0 or more unless `signed`."""
         return self._read(key, default, lambda value, path: number_of(value, path, signed))
 
     def text(self, key: str, default: str | None = None) -> str:
+        """Reads a printable text."""
         return self._read(key, default, text_of)
 
     def flag(self, key: str) -> bool:
@@ -73,6 +76,7 @@ class Fields:
         return list_of(self._get(key), self.path(key))
 
     def object(self, key: str) -> Fields:
+        """Reads an object, whose own fields the caller reads next."""
         value = self._get(key)
         if not isinstance(value, Mapping):
             raise self.error(key, f"expected an object, got {type_name(value)}")

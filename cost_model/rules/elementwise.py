@@ -36,7 +36,7 @@ def add(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, A
 
 
 RULES: dict[str, RuleFunction] = {
-    # of one tensor
+    # one input
     "to": elementwise, "abs": elementwise, "exp": elementwise, "log": elementwise, "sqrt": elementwise,
     "rsqrt": elementwise, "reciprocal": elementwise, "cos": elementwise, "sin": elementwise, "tanh": elementwise,
     "sigmoid": elementwise, "silu": elementwise, "gelu": elementwise, "relu": elementwise, "erf": elementwise,
@@ -46,12 +46,12 @@ RULES: dict[str, RuleFunction] = {
     "expm1": elementwise, "isnan": elementwise, "isinf": elementwise, "relu6": elementwise, "log_sigmoid": elementwise,
     "hardswish": elementwise, "hardsigmoid": elementwise, "nan_to_num": elementwise, "ceil": elementwise,
     "trunc": elementwise,
-    # of several
+    # several inputs
     "maximum": elementwise, "minimum": elementwise, "where": elementwise, "masked_fill": elementwise, "eq": elementwise,
     "ne": elementwise, "lt": elementwise, "le": elementwise, "gt": elementwise, "ge": elementwise, "and": elementwise,
     "or": elementwise, "xor": elementwise, "floordiv": elementwise, "mod": elementwise, "atan2": elementwise,
     "lerp": elementwise, "addcmul": elementwise, "type_as": elementwise,
-    # linear in what they read, each in its way
+    # linear in their inputs, each in its way
     "neg": linear_unary, "scale": linear_unary, "identity": linear_unary,
     "mul": mul, "div": div, "add": add, "sub": add,
 }  # fmt: skip

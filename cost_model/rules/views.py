@@ -57,7 +57,7 @@ def view_groups(source: Shape, target: Shape) -> list[tuple[list[int], list[int]
                 outs.append(j)
                 j += 1
         groups.append((ins, outs))
-    # what is left on one side are dims of size 1
+    # dims that are left over on one side have size 1
     if groups:
         groups[-1][0].extend(range(i, len(source)))
         groups[-1][1].extend(range(j, len(target)))

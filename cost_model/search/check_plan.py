@@ -34,11 +34,12 @@ class _Checked:
     def __init__(self, plan: PartitionPlan, graph: OpGraph) -> None:
         self.plan = plan
         self.graph = graph
-        self.search = TensorParallelSearch(graph, plan.mesh.tp, GENERIC, {})  # for what is possible, not for costs
+        self.search = TensorParallelSearch(graph, plan.mesh.tp, GENERIC, {})  # for domains, not for costs
         self.params = {p.name: p for p in plan.params}
         self.sent = {(h.op, h.index, h.target, h.whole) for h in plan.hops}
 
     def check(self) -> None:
+        """Raises PlanError for the first contradiction (see `check_plan`)."""
         computed = [op for op in self.graph if op.kind not in SOURCES]
         _same_names("op", [op.name for op in computed], [op.name for op in self.plan.ops])
         params = [op.name for op in self.graph if op.kind == "param"]

@@ -29,7 +29,7 @@ from cost_model.text_tables import table
 
 OBJECTIVES = ("latency", "throughput", "memory")
 LOAD = 256  # sequences in flight a device, at most: what vLLM admits by default (max_num_seqs)
-USABLE = 0.9  # of a device's memory: the rest is the context's, the allocator's and the collectives' (vLLM's default)
+USABLE = 0.9  # share of a device's memory: the rest is for its context, the allocator and collectives (vLLM's default)
 NEAR = 1.1  # times the best mesh's seconds: a mesh of fewer devices within that is named in a remark
 
 
@@ -47,6 +47,7 @@ class Candidate:
 
     @property
     def mesh(self) -> Mesh:
+        """The plan's mesh."""
         return self.plan.mesh
 
     @property
@@ -68,6 +69,7 @@ class MeshChoice:
 
     @property
     def best(self) -> Candidate:
+        """The candidate that comes first, which is the choice."""
         return self.candidates[0]
 
     def __str__(self) -> str:

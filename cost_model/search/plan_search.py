@@ -48,7 +48,7 @@ class PlanSearch:
         self.lengths = {symbol: n for symbol, n in wanted.items() if symbol in present}
         self.sizes = all_lengths(self.lengths)
         followed = roles_like(graph, request.like) if request.like is not None else {}
-        self.roles = {**followed, **roles_by_pin(graph, request.pin)}  # that ops must have
+        self.roles = {**followed, **roles_by_pin(graph, request.pin)}  # op -> the role that it must have
         self.of_stage = [self._search(device, shared) for device in request.stage_devices]
         # One sharding for all stages, chosen for the device that the whole model takes longest on.
         self.search = max(dict.fromkeys(self.of_stage), key=unsplit_seconds) if request.devices else self.of_stage[0]

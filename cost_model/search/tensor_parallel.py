@@ -297,7 +297,7 @@ class TensorParallelSearch:
                 for s in domain
             ])  # fmt: skip
             for j in range(len(op.outputs)):
-                if TensorRef(op.name, j) in outputs:  # what leaves the model is whole
+                if TensorRef(op.name, j) in outputs:  # an output of the model must be whole
                     for k, s in enumerate(domain):
                         costs[op.name][k] += self.agreement(s, j, REPLICATE, TensorRef(op.name, j))
         # Costs of all ops of a variable are added up, and an edge between two variables is a table of the elimination;
