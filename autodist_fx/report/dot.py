@@ -110,6 +110,6 @@ class _Stage:
 
 
 def _quoted(text: str) -> str:
-    """A quoted string of the DOT language that shows `text`: no escapes (\\N) and no entities (&lt;) of its own."""
+    """Quote `text` for the DOT language so that it shows as it is, without escapes (\\N) and entities (&lt;)."""
     text = shorten(text).replace("\\", "\\\\").replace('"', '\\"').replace("&", "&amp;")
     return '"' + text.replace("\n", "\\n") + '"'
