@@ -33,7 +33,7 @@ PLAN, GRAPH, FORM = "plan.json", "forms/whole/rank1.json", "forms/decode/form.js
 Damage = Callable[[Path], Any]
 
 
-def test_what_is_whole_is_read(artifact: Path) -> None:
+def test_an_intact_artifact_is_read(artifact: Path) -> None:
     read_everything(artifact)
     whole = adx.load(artifact)
     assert isinstance(whole, Artifact) and whole._repr_html_() == whole.plan._repr_html_()  # as notebooks show it
@@ -156,7 +156,7 @@ def test_a_manifest_in_another_encoding(artifact: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [PLAN, WEIGHTS, GRAPH])
-def test_what_is_no_plain_file(name: str, artifact: Path) -> None:
+def test_pipes_and_folders_in_place_of_files_are_refused(name: str, artifact: Path) -> None:
     """Opening a pipe would wait for ever, reading a device never end."""
     (artifact / name).unlink()
     os.mkfifo(artifact / name)

@@ -82,7 +82,7 @@ def test_a_loop_over_a_prompt(tmp_path: Path) -> None:
     _same_tokens(model, tmp_path / "saved", given)
 
 
-def test_what_generates_nothing_says_so(tmp_path: Path) -> None:
+def test_a_model_without_generation_is_refused(tmp_path: Path) -> None:
     from tests.support.encoders import tiny_encoder
 
     adx.compile(tiny_encoder("BertModel", "bert"), tp=2).save(tmp_path / "saved")

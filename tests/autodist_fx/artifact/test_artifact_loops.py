@@ -76,7 +76,7 @@ def test_other_loops(family: str, changes: dict[str, int], tmp_path: Path) -> No
         assert torch.equal(after, then)
 
 
-def test_what_was_loaded_can_be_written_again(saved: Path) -> None:
+def test_a_loaded_graph_serializes_to_the_same_json(saved: Path) -> None:
     from autodist_fx.artifact.variant_format import LAYERS
     from passes.serialize.write_graph import graph_to_json
 

@@ -123,7 +123,7 @@ with new_directory(Path(sys.argv[1])) as staging:
 """
 
 
-def test_what_a_killed_process_left_is_gone_after_the_next_that_succeeds(tmp_path: Path) -> None:
+def test_scratch_of_a_killed_process_is_removed_by_the_next_save(tmp_path: Path) -> None:
     target = tmp_path / "saved"
     command = [sys.executable, "-c", _FILL_UNTIL_KILLED, str(target)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
@@ -148,7 +148,7 @@ def test_what_a_killed_process_left_is_gone_after_the_next_that_succeeds(tmp_pat
 
 
 @torch.no_grad()
-def test_a_form_that_was_used_is_saved_and_another_is_refused(tmp_path: Path) -> None:
+def test_used_variants_are_saved_and_other_calls_are_refused(tmp_path: Path) -> None:
     model: PreTrainedModel = tiny_model("llama")
     compiled = adx.compile(model, tp=2)
     ids, mask = padded_batch()

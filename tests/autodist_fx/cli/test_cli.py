@@ -61,7 +61,7 @@ def test_a_plan_for_another_model(capsys, llama, tmp_path):
     assert "broken.json" in fails(capsys, "plan", "--model", llama, "--plan", tmp_path / "broken.json")
 
 
-def test_what_to_generate_from(capsys, llama, tmp_path):
+def test_run_refuses_missing_and_empty_prompts(capsys, llama, tmp_path):
     assert "give either --prompt TEXT or --batch-file" in fails(capsys, "run", "--model", llama)
     (tmp_path / "empty").write_text("\n\n")
     assert "holds no prompt" in fails(capsys, "run", "--model", llama, "--batch-file", tmp_path / "empty")
@@ -106,7 +106,7 @@ def test_ctrl_c_is_told_to_the_other_ranks(monkeypatch):
     assert told == ["ended by Ctrl-C"]
 
 
-def test_what_an_artifact_has_settled_cannot_be_asked_for(capsys, llama, tmp_path):
+def test_options_that_an_artifact_has_settled_are_refused(capsys, llama, tmp_path):
     succeeds(capsys, "compile", "--model", llama, "--tp", 2, "--out", tmp_path / "split")
     for option, value in (("--dtype", "bfloat16"), ("--pin", "*.q_proj=replicate"), ("--dump-dir", tmp_path)):
         error = fails(capsys, "run", "--artifact", tmp_path / "split", option, value, *RUN)
@@ -118,7 +118,7 @@ def test_a_device_by_number_is_one_ranks(capsys, llama):
     assert "--device cuda:1 is one rank's: add --rank" in error
 
 
-def test_what_the_models_own_code_raises_is_one_line(capsys, tmp_path):
+def test_errors_of_the_models_own_code_are_one_line(capsys, tmp_path):
     gpt2 = save_tiny(tmp_path / "gpt2", "gpt2")  # with a table of 64 positions
     long = " ".join(["w5"] * 70)
     error = fails(capsys, "run", "--model", gpt2, "--prompt", long, "--max-new-tokens", 2, "--device", "cpu")

@@ -12,7 +12,7 @@ class Words:
         return " ".join(f"w{i}" for i in ids if i > 2)
 
 
-def test_answers_after_a_prompt_and_of_a_decoder_of_its_own() -> None:
+def test_split_answers_decoder_only_and_encoder_decoder() -> None:
     inputs = {"input_ids": torch.tensor([[0, 5], [6, 7]]), "attention_mask": torch.tensor([[0, 1], [1, 1]])}
     output = torch.tensor([[0, 5, 8, 2, 0], [6, 7, 9, 10, 11]])
     after, alone = (split_answers(Words(), ["a", "b"], inputs, output, [2], after_prompt=x) for x in (True, False))

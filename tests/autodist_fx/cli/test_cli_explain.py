@@ -53,7 +53,7 @@ def test_explain_as_json(capsys, plans):
         (["--cut", "7"], "no cut 7: a plan of 2 stages has cut 0 only"),
     ],
 )
-def test_explain_what_is_not_there(capsys, plans, argv, message):
+def test_explain_names_missing_ops_and_cuts(capsys, plans, argv, message):
     assert message in fails(capsys, "explain", plans[0], *argv)
 
 

@@ -22,7 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
-def test_what_is_fixed_is_in_the_plan_and_can_be_edited(
+def test_pins_cuts_and_devices_are_in_the_plan_file_and_can_be_edited(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = str(tmp_path / "plan.json")

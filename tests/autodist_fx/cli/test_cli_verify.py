@@ -121,6 +121,6 @@ def test_a_damaged_artifact_of_which_the_numbers_differ(capsys, saved, tmp_path,
     assert len(lines) == 11 and all(line.startswith("    ") for line in lines)
 
 
-def test_what_cannot_be_verified(capsys, config_only, saved):
+def test_verify_takes_a_model_or_an_artifact(capsys, config_only, saved):
     for argv in ((), ("--model", config_only, "--artifact", saved), ("--artifact", saved, "--train")):
         assert "name a model with --model, or a split on disk with --artifact" in fails(capsys, "verify", *argv)

@@ -113,7 +113,7 @@ def test_whole_sequences_of_any_length(kind: type[LlamaForCausalLM], ways: int) 
 
 
 @torch.no_grad()
-def test_what_is_cached_decides_and_graphs_share_a_cache() -> None:
+def test_guards_on_cached_tokens_choose_variants_that_share_a_cache() -> None:
     model = model_of(Remembering)
     compiled = adx.compile(model, tp=2, pp=2, use_cache=True)
     theirs, ours = None, None
@@ -155,7 +155,7 @@ def looking() -> Any:
 
 
 @torch.no_grad()
-def test_what_an_encoder_reads_decides() -> None:
+def test_guards_on_encoder_length_choose_variants() -> None:
     model = looking()
     compiled = adx.compile(model, tp=2, use_cache=True)
     for length, steps in ((5, 5), (8, 2)):
@@ -204,7 +204,7 @@ def _generated_by_forward(model: Any, ids: torch.Tensor) -> list[list[int]]:
     return tokens.tolist()
 
 
-def test_a_way_that_has_no_graph_is_an_error_on_every_rank_and_nothing_is_left_behind() -> None:
+def test_all_ranks_raise_when_a_variant_cannot_be_traced() -> None:
     model = model_of(Unsure)
     expected = model.generate(IDS[:, :7], max_new_tokens=1, do_sample=False, pad_token_id=0)
 
@@ -222,7 +222,7 @@ def test_a_way_that_has_no_graph_is_an_error_on_every_rank_and_nothing_is_left_b
 
 
 @torch.no_grad()
-def test_an_artifact_has_the_ways_that_were_used_and_refuses_others(tmp_path: Path) -> None:
+def test_an_artifact_holds_the_variants_used_and_refuses_others(tmp_path: Path) -> None:
     model = model_of(Doubling)
     compiled = adx.compile(model, tp=2)
     expected = [compiled.simulate(input_ids=IDS[:, :length]).logits for length in (9, 5)]

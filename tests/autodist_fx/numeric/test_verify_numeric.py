@@ -40,7 +40,7 @@ def test_right_programs_pass_and_wrong_ones_are_named(use_cache: bool) -> None:
     assert len(note.splitlines()) == 11 and "\n> model_layers_1_mlp_gate_proj : " in note
 
 
-def test_what_ranks_say_when_they_run() -> None:
+def test_ranks_that_fail_while_running_are_a_verification_error() -> None:
     compiled = adx.compile(tiny_config("gpt2"), tp=2, pp=1)
     graph = compiled.rank(1).graph
     last = next(n for n in reversed(graph.nodes) if getattr(n.target, "__name__", "") == "all_reduce")

@@ -68,7 +68,7 @@ def test_a_bar_shows_each_rank_the_elements_it_holds(layout):
     assert drawn == [{i for a, b in part for i in range(a, b)} for part in layout.parts]
 
 
-def test_only_what_several_ranks_hold_needs_a_second_lane():
+def test_only_overlapping_layouts_need_a_second_lane():
     assert [len(SplitBars((layout,), 2).bar(0)) for layout in (FUSED, UNEVEN, SHARED_HEADS)] == [1, 1, 2]
 
 
@@ -115,7 +115,7 @@ def held_by_hand(plan, stage, rank):
     return total
 
 
-def test_memory_of_each_rank_is_what_it_holds():
+def test_memory_of_each_rank_matches_a_count_by_hand():
     plan = small_plan()
     # what the planner would have said: the fullest rank's parameters, and 1000 bytes of buffers
     stages = tuple(

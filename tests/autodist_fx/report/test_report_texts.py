@@ -79,7 +79,7 @@ def test_every_linear_of_the_text_is_a_row_of_the_page():
         assert f"{label}{role}{times.replace('x', '×')}" in codes
 
 
-def test_what_was_fixed_and_what_each_stage_runs_on():
+def test_page_shows_pins_cuts_and_each_stages_device():
     devices = (Device("a100", 40 * 2**30), Device("h100", 2**27))
     request = Request((("*.q_proj", "replicate"),), ("model.layers.2",), tuple(d.memory for d in devices), devices)
     said = " ".join(Page(plan_page(replace(small_plan(), request=request))).texts)
@@ -178,7 +178,7 @@ def in_terminal(plan, **options):
     return console.file.getvalue()
 
 
-def test_the_terminal_says_what_the_text_says():
+def test_terminal_shows_every_cell_of_the_text():
     plan = large_plan(400)
     text = in_terminal(plan)
     assert max(map(len, text.splitlines())) <= 120
@@ -195,7 +195,7 @@ def test_the_terminal_takes_no_name_for_markup():
     assert "[red]" in text
 
 
-def test_dot_has_stages_linears_and_what_is_said():
+def test_dot_has_stages_linears_and_collectives():
     text = plan_dot(small_plan())
     assert len(re.findall(r"subgraph cluster_\d+ \{", text)) == 2
     assert 'label="self_attn.q_proj ×2\\ncolumn\\n576x576 → [384|192]x576"' in text

@@ -75,7 +75,7 @@ def test_any_change_of_a_small_tensor_changes_it(change: str) -> None:
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 4 * BLOCK_BYTES, 4 * BLOCK_BYTES + 1, 10**6, 10**9 + 7])
-def test_what_is_sampled_lies_in_the_tensor_in_both_halves(nbytes: int) -> None:
+def test_sampled_blocks_are_aligned_one_in_each_half(nbytes: int) -> None:
     blocks = sampled("model.layers.3.mlp.up_proj.weight", nbytes)
     assert all(0 <= start <= stop <= nbytes for start, stop in blocks)
     if nbytes <= 4 * BLOCK_BYTES:

@@ -118,7 +118,7 @@ def test_other_slices_of_one_source_stay_apart():
     assert torch.equal(program.graph_module.get_parameter("copy.weight"), STATE["embed.weight"][:5])
 
 
-def test_what_is_missing_is_named():
+def test_missing_tensors_are_named():
     state = {"embed.weight": STATE["embed.weight"]}
     with pytest.raises(CheckpointError, match=r"3 of 4 tensors.*layer\.q\.weight, layer\.o\.weight, norm\.weight"):
         load_rank(program_of(SHARDS), ModuleSource(state))

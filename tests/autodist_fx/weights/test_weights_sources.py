@@ -103,7 +103,7 @@ def test_a_slice_lands_in_out(source):
 @pytest.mark.parametrize("short", [0, 9, 1000])
 @pytest.mark.parametrize("window", [1, 3, 16, 100])
 @pytest.mark.parametrize(("name", "dim", "intervals"), SLICES)
-def test_any_way_of_reading_gives_the_same(monkeypatch, tmp_path, short, window, name, dim, intervals):
+def test_reading_in_windows_and_short_runs_equals_slicing(monkeypatch, tmp_path, short, window, name, dim, intervals):
     monkeypatch.setattr(safetensors_file, "WINDOW_BYTES", window)
     monkeypatch.setattr(safetensors_file, "SHORT_RUN_BYTES", short)
     save_file(STATE, tmp_path / "model.safetensors")
