@@ -25,8 +25,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.cross_cache import Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache
+from autodist_fx.runtime.family_inputs import family_inputs
 from autodist_fx.runtime.generation.collective_call import collective
-from autodist_fx.runtime.generation.family_inputs import family_inputs
 from autodist_fx.runtime.generation.follower import Follower
 from autodist_fx.runtime.generation.leader import GrowingMask, Leader
 from autodist_fx.runtime.generation.step import Step
