@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -27,8 +26,6 @@ from cost_model.graph.op_graph import OpGraph
 from passes.fx import node_meta
 from passes.op_graph.build import build_op_graph, fingerprint
 from passes.program.rank_program import RankProgram
-
-_KINDS = {kind.name: kind for kind in inspect._ParameterKind}
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def load_whole(artifact: ArtifactReader, files: CheckedFiles) -> Simulator:
     main = variants[fields["main"]]
     main.whole_plan = artifact.plan
     source = SavedSource(
-        signature=_signature(fields, artifact),
+        signature=artifact.signature,
         saved=_set_of(main, [v for name, v in variants.items() if name not in _encoders(artifact)]),
         has_own_cache=fields["own_cache"],
         always=fields.get("always") or {},
@@ -120,19 +117,6 @@ def _set_of(main: Variant, variants: Sequence[Variant]) -> VariantSet:
     prompts = [v for v in variants if v.traced.phase == "prompt"]
     step = next((v for v in variants if v.traced.phase == "step"), None)
     return VariantSet((), main, prompts, step, [v for v in variants if not v.traced.phase and v is not main])
-
-
-def _signature(fields: Mapping[str, Any], artifact: ArtifactReader) -> ModelSignature:
-    try:
-        parameters = [
-            inspect.Parameter(name, _KINDS[kind], default=default if optional else inspect.Parameter.empty)
-            for name, kind, optional, default in fields["forward"]
-        ]
-        in_order = tuple(inspect.Signature(parameters).parameters.values())  # raises for an order Python does not allow
-    except (KeyError, TypeError, ValueError) as error:
-        where = artifact.directory / "model.json"
-        raise ArtifactError(f"{where} has no arguments of forward: make the artifact again") from error
-    return ModelSignature(artifact.manifest.model, in_order, artifact.config)
 
 
 def _variant(artifact: ArtifactReader, files: CheckedFiles, form: Form, before: Mapping[str, Variant]) -> Variant:
@@ -188,7 +172,7 @@ def _variant(artifact: ArtifactReader, files: CheckedFiles, form: Form, before: 
         plan=plan,
         sources=sources,
         fixed=dict(form.fixed),
-        forms={name: InputForm(dims, _dtype(kind, folder)) for name, (dims, kind) in form.input_forms.items()},
+        forms=dict(form.made_for.forms),
         output_order=form.output_order,
         programs={rank: artifact.program(rank, form.name) for rank in range(artifact.mesh.size)},
         encoder=before.get(form.encoder) if form.encoder else None,

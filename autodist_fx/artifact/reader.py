@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Mapping
@@ -22,6 +23,9 @@ from autodist_fx.artifact.manifest import (
     read_manifest,
 )
 from autodist_fx.artifact.variant_format import Form, conditions_from_dict, form_from_dict, program_from_dict
+from autodist_fx.calls.call import Call
+from autodist_fx.calls.input_forms import ModelFacts, forms_of
+from autodist_fx.calls.model_signature import ModelSignature
 from autodist_fx.errors import AutodistError
 from cost_model.errors import PlanError
 from cost_model.mesh import Mesh
@@ -31,6 +35,7 @@ from passes.fx.guards import Guards
 from passes.program.rank_program import RankProgram
 
 TOKENIZER = "tokenizer"
+_KINDS = {kind.name: kind for kind in inspect._ParameterKind}
 SAVE_SUCH = ", and the artifact has no form for that: save one by calling simulate with such lengths before save"
 MAKE_AGAIN = ": make the artifact again"
 
@@ -118,6 +123,20 @@ class ArtifactReader:
             found[name] = form
         return found
 
+    @cached_property
+    def signature(self) -> ModelSignature:
+        """The model as a call sees it."""
+        try:
+            parameters = [
+                inspect.Parameter(name, _KINDS[kind], default=default if optional else inspect.Parameter.empty)
+                for name, kind, optional, default in self.model_fields["forward"]
+            ]
+            in_order = inspect.Signature(parameters).parameters  # which refuses an order that none can have
+        except (KeyError, TypeError, ValueError) as error:
+            where = self.directory / "model.json"
+            raise ArtifactError(f"{where} has no arguments of forward{MAKE_AGAIN}") from error
+        return ModelSignature(self.manifest.model, tuple(in_order.values()), self.config)
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer that was saved along. Raises ArtifactError where there is none."""
         names = [name for name in self.manifest.files if name.startswith(f"{TOKENIZER}/")]
@@ -186,12 +205,22 @@ class ArtifactReader:
             "adx.load(directory).simulate(...) in one process"
         )
 
-    def form_of_whole_sequences(self, names: tuple[str, ...]) -> Form | None:
-        """Return the saved variant without a cache that takes exactly these inputs; None where there is none."""
-        for form in self.forms.values():
-            if not form.use_cache and set(form.inputs) == set(names) and not form.fixed:
-                return form
-        return None
+    def forms_for(self, call: Call) -> list[Form]:
+        """The forms that were saved for this call, which has no cache: one, or several, for lengths of their own.
+
+        Raises AutodistError where there is none, or where an input is of no form that the model takes.
+        """
+        step = self.generating_form()
+        facts = ModelFacts(self.config, step.has_encoder, step.embedding_dim, getattr(torch, step.dtype))
+        asked = forms_of(call.tensors, facts, 0)
+        found = [form for form in self.forms.values() if form.made_for.takes(call, asked)]
+        if found:
+            return found
+        texts = [*asked, *(f"{name}={value!r}" for name, value in call.fixed.items())]
+        raise AutodistError(
+            f"{self.directory} has no form for a call with {', '.join(texts)} (it has {self.described_forms()}): save "
+            "one by calling simulate with these first, or use from_pretrained"
+        )
 
     def described_forms(self) -> str:
         """List the saved variants and their inputs, for errors."""

@@ -16,6 +16,8 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from autodist_fx.artifact.manifest import ArtifactError
+from autodist_fx.calls.input_spec import InputForm
+from autodist_fx.calls.made_for import MadeFor
 from cost_model.errors import AutodistError
 from cost_model.mesh import Mesh
 from passes.fx.guards import Guards
@@ -54,12 +56,16 @@ class Form:
     def folder(self) -> str:
         return f"forms/{self.name}"
 
+    @property
+    def made_for(self) -> MadeFor:
+        """The calls that it is for."""
+        forms = {n: InputForm(dims, getattr(torch, dtype, torch.long)) for n, (dims, dtype) in self.input_forms.items()}
+        return MadeFor(self.use_cache, self.fixed, forms)
+
     def same_call(self, other: Form) -> bool:
         """True if both serve the same call, so that they differ in
         nothing but the lengths at which their guards hold."""
-        own_call, other_call = (
-            (f.use_cache, f.phase, f.input_forms, f.fixed, bool(f.encoder)) for f in (self, other)
-        )  # fmt: skip
+        own_call, other_call = ((f.made_for, f.phase, bool(f.encoder)) for f in (self, other))
         return own_call == other_call
 
     def to_dict(self) -> dict[str, Any]:

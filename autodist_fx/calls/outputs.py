@@ -9,9 +9,24 @@ Each tensor of the flat form is an output of its own, and may come out of a pipe
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils import ModelOutput
+
+from autodist_fx.calls.call import Call
+
+
+@dataclass
+class CallOutput(ModelOutput):
+    """What a call of a model returns. These attributes are None where the call has no such output, as in transformers'
+    own classes; others, as `aux_loss`, are there where the model gives them."""
+
+    loss: Any = None
+    logits: Any = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
 
 
 def flat(outputs: Any) -> dict[str, Any]:
@@ -28,9 +43,19 @@ def flat(outputs: Any) -> dict[str, Any]:
     return found
 
 
-def nested(outputs: Mapping[str, Any], order: Iterable[str]) -> ModelOutput:
+def nested(outputs: Mapping[str, Any], order: Iterable[str]) -> CallOutput:
     """Invert `flat`, in the order of the flat names `order`; numeric names become tuples, all others ModelOutputs."""
-    return ModelOutput(_nested({name: outputs[name] for name in order if name in outputs}))
+    found = CallOutput()
+    for name, value in _nested({name: outputs[name] for name in order if name in outputs}).items():
+        found[name] = value
+    return found
+
+
+def returned(call: Call, outputs: Mapping[str, Any], order: Iterable[str]) -> CallOutput | tuple[Any, ...]:
+    """What the model returns of flat `outputs`, in that order: a tuple where the call asks for one."""
+    kept = {name: value for name, value in outputs.items() if call.use_cache or name != "past_key_values"}
+    found = nested(kept, dict.fromkeys((*order, *outputs)))
+    return found if call.return_dict else found.to_tuple()
 
 
 def _nested(outputs: Mapping[str, Any]) -> dict[str, Any]:

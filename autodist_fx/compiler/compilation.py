@@ -10,6 +10,8 @@ import torch.fx
 from transformers import PretrainedConfig
 
 from autodist_fx.calls.call import Call
+from autodist_fx.calls.input_forms import forms_of
+from autodist_fx.calls.input_spec import InputForm
 from autodist_fx.calls.lengths import Lengths, lengths_of
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.pause_gc import garbage_stays
@@ -17,7 +19,6 @@ from autodist_fx.compiler.source import VariantSource
 from autodist_fx.compiler.torch_state import compiler_state
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
-from autodist_fx.tracing import forms_of
 from cost_model.graph.op_graph import OpGraph
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
@@ -164,13 +165,25 @@ class Compilation:
         `kept` holds the encoder's inputs of an earlier call, which set the size symbol E. Raises AutodistError where
         there is no variant for the call.
         """
-        specs = forms_of(call.tensors, self.main.traced.facts, past)
-        alike = [variant for variant in self._set.of_calls if variant.takes(specs, call)]
+        forms = self._forms(call, past)
+        alike = self._alike(call, forms)
         if not alike:
-            alike = [self._checked(self.source.for_call(call, specs, self._set.of_calls))]
+            alike = [self._checked(self.source.for_call(call, forms, self._set.of_calls))]
             self._set.others += alike
-        lengths = lengths_of(alike[0].forms, {**(kept or {}), **call.tensors}, past)
-        return self._fitting(alike, lengths, self._set.others)
+        return self._fitting(alike, _lengths(alike[0], call, past, kept), self._set.others)
+
+    def known_for(self, call: Call, past: int) -> Variant | None:
+        """The variant that `variant_for` gives, None where it is yet to be made."""
+        alike = self._alike(call, self._forms(call, past))
+        return next((v for v in alike if v.fits(_lengths(v, call, past, None))), None)
+
+    def _forms(self, call: Call, past: int) -> dict[str, InputForm]:
+        self.main.traced.check_images(call.tensors)
+        return forms_of(call.tensors, self.main.traced.facts, past)
+
+    def _alike(self, call: Call, forms: Mapping[str, InputForm]) -> list[Variant]:
+        """Those made for this call, each for lengths of its own."""
+        return [variant for variant in self._set.of_calls if variant.made_for.takes(call, forms)]
 
     @compiler_state()
     def phases(self) -> tuple[Variant, Variant]:
@@ -256,3 +269,7 @@ def _passes_text(variant: Variant, rank: int) -> str:
     if len(variant.programs) == 1:
         parts.insert(0, (f"{variant.traced.model_class}, the whole graph", whole))
     return "\n\n".join(f"{title}\n{history_text(node_meta.history(graph))}" for title, graph in parts)
+
+
+def _lengths(variant: Variant, call: Call, past: int, kept: Mapping[str, Any] | None) -> Lengths:
+    return lengths_of(variant.forms, {**(kept or {}), **call.tensors}, past)

@@ -13,8 +13,9 @@ import torch.fx
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.cache_kinds import CROSS, STATE_PREFIX
-from autodist_fx.calls.call import Call, unusual
+from autodist_fx.calls.call import unusual
 from autodist_fx.calls.lengths import Lengths, another_way
+from autodist_fx.calls.made_for import MadeFor
 from autodist_fx.calls.model_signature import signature_of
 from autodist_fx.compiler.examples import MOST_TRIES, Trace, phases_once, planned_graph, traced_at, traced_once
 from autodist_fx.compiler.pause_gc import garbage_stays
@@ -227,12 +228,10 @@ class Variant:
         shape = [lengths[d] if isinstance(d, str) else d for d in mask.dims]
         return {**inputs, "attention_mask": torch.ones(shape, dtype=mask.dtype, device=device)}
 
-    def takes(self, forms: Mapping[str, InputForm], call: Call) -> bool:
-        """True if this is the graph for a call, whose tensors have
-        the input specs `forms`. With a cache, some may be missing."""
-        if self.traced.use_cache != call.use_cache or self.fixed != call.fixed:
-            return False
-        return forms.items() <= self.forms.items() if call.use_cache else forms == self.forms
+    @property
+    def made_for(self) -> MadeFor:
+        """The calls that it is for."""
+        return MadeFor(self.traced.use_cache, self.fixed, self.forms)
 
 
 def _parameters(model: PreTrainedModel | PretrainedConfig) -> tuple[inspect.Parameter, ...]:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 import torch.fx
 
+from autodist_fx.calls.input_forms import InputForm
 from autodist_fx.simulation.table_checks import lookups
-from autodist_fx.tracing.input_specs import InputForm
 
 Lengths = Mapping[str, int]  # by size symbol: "B", "S", "T", "E", "K" (docs/glossary.md)
 

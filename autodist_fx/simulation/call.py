@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from autodist_fx.calls.call import Call
-from autodist_fx.calls.outputs import merged, nested
+from autodist_fx.calls.outputs import merged
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.kv_cache import encoder_view
@@ -84,13 +83,6 @@ def run_with_states(
             own.pop(name, None)
         own.update({name: value for name, value in of_rank.items() if name in new})
     return {name: value for name, value in merged(outputs).items() if not name.startswith(STATE_PREFIX)}
-
-
-def returned(variant: Variant, call: Call, outputs: Mapping[str, Any]) -> Any:
-    """What the model returns: its output class, or a tuple where the call asks for one."""
-    order = dict.fromkeys((*variant.output_order, *outputs))
-    found = nested({k: v for k, v in outputs.items() if call.use_cache or k != "past_key_values"}, order)
-    return found if call.return_dict else found.to_tuple()
 
 
 def encode(variant: Variant, given: Mapping[str, Any], cache: SimulatedCache) -> dict[str, Any]:

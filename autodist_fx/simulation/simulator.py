@@ -9,6 +9,7 @@ import torch.fx
 
 from autodist_fx.calls.call import Call, read_call
 from autodist_fx.calls.lengths import lengths_of
+from autodist_fx.calls.outputs import returned
 from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.torch_state import refuse_ambient
 from autodist_fx.compiler.variant import Variant
@@ -18,7 +19,6 @@ from autodist_fx.simulation.backward import glued, run_backward
 from autodist_fx.simulation.call import (
     SimulatedCache,
     encode,
-    returned,
     run,
     run_with_states,
     step_length,
@@ -45,7 +45,6 @@ class Simulator(Compilation):
         if call.use_cache and self.source.has_own_cache:
             return self._simulate_own_cache({**call.tensors, "past_key_values": call.cache}, call)
         given, cache = call.tensors, call.cache
-        self.main.traced.check_images(given)
         if call.use_cache and not isinstance(cache, SimulatedCache):
             if cache is not None and cache.get_seq_length() > 0:
                 raise AutodistError(
@@ -59,7 +58,7 @@ class Simulator(Compilation):
         variant = self.variant_for(call, 0 if cache is None else cache.length, kept)
         self._fill(variant)
         if not call.use_cache:
-            return returned(variant, call, run(variant, [given] * self.mesh.size))
+            return returned(call, run(variant, [given] * self.mesh.size), variant.output_order)
         encoded: dict[str, Any] = {}
         if cache is None:
             caches: list[Any] = [local_cache(variant.traced.config, p) for p in variant.programs.values()]
@@ -73,7 +72,7 @@ class Simulator(Compilation):
         filled = with_positions(variant, given, cache.length)
         outputs = run(variant, [{**filled, "past_key_values": own} for own in cache.ranks])
         cache.length += step_length(given)
-        return returned(variant, call, {**encoded, **outputs, "past_key_values": cache})
+        return returned(call, {**encoded, **outputs, "past_key_values": cache}, variant.output_order)
 
     def gradients(self, **inputs: Any) -> dict[str, torch.Tensor]:
         """Run forward and backward on all ranks in this process: the gradients that `model(**inputs).loss.backward()`
@@ -125,7 +124,7 @@ class Simulator(Compilation):
         states = [dict(own) for own in cache.ranks] if cache is not None else [{} for _ in range(self.mesh.size)]
         found = run_with_states(variant, filled, states)
         new = SimulatedCache(states, variant, self.structure, past + tokens)
-        return returned(variant, call, {**found, "past_key_values": new})
+        return returned(call, {**found, "past_key_values": new}, variant.output_order)
 
     def _fill(self, variant: Variant) -> None:
         """Give every rank's program of `variant`, and of its encoder, the model's weights, and what calls before left

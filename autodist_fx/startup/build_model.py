@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig
 
+from autodist_fx.calls.call import Call
+from autodist_fx.calls.model_signature import ModelSignature
+from autodist_fx.runtime.generation.call_programs import CallProgram
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.runtime.generation.recurrent_lm import DistributedOwnCacheLM, handovers
 from autodist_fx.runtime.generation.seq2seq_lm import DistributedSeq2SeqLM, seq2seq_class
-from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
 from autodist_fx.weights.load import LoadReport
 from cost_model.partition_plan import PartitionPlan
 from passes.ops.comm import Communicator
@@ -54,8 +56,12 @@ class RankPrograms(Protocol[V]):
     def fixed(self, variant: V) -> GuardedPrograms[RankProgram]:
         """The variant's program; AutodistError for sizes at which the model's code goes another way."""
 
-    def whole_sequences(self, input_names: tuple[str, ...]) -> GuardedPrograms[RankProgram]:
-        """Programs for the logits of whole sequences of these inputs, with the weights of the step's."""
+    @property
+    def signature(self) -> ModelSignature:
+        """See CallPrograms."""
+
+    def program_for(self, call: Call) -> CallProgram:
+        """See CallPrograms: with the weights of the step's program, where both hold them alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,7 @@ def build_model(parts: RankParts) -> DistributedCausalLM:
         "plan": parts.plan,
         "load_report": parts.load_report,
         "positions_follow_mask": parts.positions_follow_mask,
+        "call_programs": programs,
     }
     encoder = programs.encoder_of(step)
     if encoder is not None:
@@ -106,17 +113,11 @@ def build_model(parts: RankParts) -> DistributedCausalLM:
         steps = programs.of_column(step)
         return DistributedOwnCacheLM(
             **of_all,
-            make_program=programs.whole_sequences,
             prompts=generating_programs(programs),
             steps=programs.fixed(step),
             after_step=handovers(steps, steps),
         )
-    return TwoGraphCausalLM(
-        **of_all,
-        make_program=programs.whole_sequences,
-        family=parts.skeleton,
-        programs=generating_programs(programs),
-    )
+    return DistributedCausalLM(**of_all, family=parts.skeleton, programs=generating_programs(programs))
 
 
 def generating_programs(programs: RankPrograms[V]) -> GuardedPrograms[Any]:

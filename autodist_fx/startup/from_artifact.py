@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
-import torch
 from transformers import PreTrainedModel
 
 from autodist_fx.artifact.manifest import ArtifactError
 from autodist_fx.artifact.reader import MAKE_AGAIN, SAVE_SUCH, ArtifactReader
 from autodist_fx.artifact.variant_format import Form
-from autodist_fx.calls.input_spec import InputForm
-from autodist_fx.calls.lengths import Lengths, another_way
+from autodist_fx.calls.call import Call
+from autodist_fx.calls.lengths import Lengths, another_way, lengths_of
+from autodist_fx.calls.model_signature import ModelSignature
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import digest
 from autodist_fx.runtime.comm.join_options import JoinOptions
 from autodist_fx.runtime.comm.process_group import JoinedRank, join
+from autodist_fx.runtime.generation.call_programs import CallProgram
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.startup.build_model import RankParts, build_model
@@ -76,14 +78,21 @@ def _skeleton(artifact: ArtifactReader) -> PreTrainedModel:
     return empty_model(artifact.config)
 
 
+class MadePrograms(Protocol):
+    """Programs that an artifact lacks."""
+
+    def program_for(self, call: Call) -> CallProgram:
+        """See CallPrograms."""
+
+    def at_lengths(self, lengths: Lengths) -> tuple[Guards | None, Any]:
+        """What generates at these lengths, and its guards."""
+
+
 class ProgramMaker(Protocol):
-    """Makes programs that an artifact lacks, with the weights of a program that is loaded."""
+    """The model of an artifact."""
 
-    def whole_sequences(self, input_names: tuple[str, ...], beside: RankProgram) -> GuardedPrograms[RankProgram]: ...
-
-    def at_lengths(
-        self, lengths: Lengths, beside: RankProgram, plan: PartitionPlan
-    ) -> tuple[Guards | None, Any]: ...
+    def programs_beside(self, plan: PartitionPlan, loaded: Sequence[RankProgram]) -> MadePrograms:
+        """Programs of a rank that generates by `plan`, with the weights of those that are `loaded`."""
 
 
 class ArtifactPrograms:
@@ -123,16 +132,28 @@ class ArtifactPrograms:
     def fixed(self, form: Form) -> GuardedPrograms[RankProgram]:
         return self._guarded(form, self.program, self._refuse(form))
 
-    def whole_sequences(self, input_names: tuple[str, ...]) -> GuardedPrograms[RankProgram]:
-        if self._maker is not None:  # of the model, for all lengths; an entry of the cache keeps no such forms
-            return self._maker().whole_sequences(input_names, self.program(self.step))
-        artifact, found = self._artifact, self._artifact.form_of_whole_sequences(input_names)
-        if found is not None:
-            return self.fixed(found)
-        raise AutodistError(
-            f"{artifact.directory} has no graph of whole sequences that takes {', '.join(input_names)} (it has "
-            f"{artifact.described_forms()}): save one by calling simulate with them first, or use from_pretrained"
-        )
+    @property
+    def signature(self) -> ModelSignature:
+        return self._artifact.signature
+
+    def program_for(self, call: Call) -> CallProgram:
+        """See CallPrograms; of the model, where it is at hand: an entry of the cache of splits keeps no such forms."""
+        if self._maker is not None:
+            return self._made.program_for(call)
+        forms = self._artifact.forms_for(call)
+        lengths = lengths_of(forms[0].made_for.forms, call.tensors, 0)
+        for form in forms:
+            guards = self._artifact.conditions_of(form)
+            if guards is None or not guards.otherwise(lengths):
+                return CallProgram(self.program(form), form.output_order)
+        raise self._other_way(forms[0], lengths)
+
+    @cached_property
+    def _made(self) -> MadePrograms:
+        assert self._maker is not None
+        encoder = self.encoder_of(self.step)
+        parts = [self.step, *(part for part in (encoder, self.prompt) if part is not None)]
+        return self._maker().programs_beside(self._artifact.plan, [self.program(part) for part in parts])
 
     def _guarded(
         self, first: Form, run: Callable[[Form], T], make: Callable[[Lengths], tuple[Guards | None, Any]]
@@ -140,19 +161,18 @@ class ArtifactPrograms:
         """What `run` makes of a form, and of those for the same call with other lengths; `make` makes others."""
         same = [form for form in self._artifact.forms.values() if form.same_call(first) and form is not first]
         found = [(self._artifact.conditions_of(form), run(form)) for form in (first, *same)]
-        dtypes = {name: getattr(torch, dtype, torch.long) for name, (_, dtype) in first.input_forms.items()}
-        forms = {name: InputForm(dims, dtypes[name]) for name, (dims, _) in first.input_forms.items()}
-        return GuardedPrograms(found, make, forms)
+        return GuardedPrograms(found, make, first.made_for.forms)
 
     def _make(self, lengths: Lengths) -> tuple[Guards | None, Any]:
-        assert self._maker is not None
-        return self._maker().at_lengths(lengths, self.program(self.step), self._artifact.plan)
+        return self._made.at_lengths(lengths)
 
     def _refuse(self, form: Form) -> Callable[[Lengths], tuple[Guards | None, Any]]:
-        guards = self._artifact.conditions_of(form)
-
         def refuse(lengths: Lengths) -> tuple[Guards | None, Any]:
-            lines = guards.otherwise(lengths) if guards is not None else []
-            raise AutodistError(another_way(self._artifact.manifest.model, lengths, lines) + SAVE_SUCH)
+            raise self._other_way(form, lengths)
 
         return refuse
+
+    def _other_way(self, form: Form, lengths: Lengths) -> AutodistError:
+        guards = self._artifact.conditions_of(form)
+        lines = guards.otherwise(lengths) if guards is not None else []
+        return AutodistError(another_way(self._artifact.manifest.model, lengths, lines) + SAVE_SUCH)

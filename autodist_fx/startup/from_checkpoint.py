@@ -79,7 +79,7 @@ def start(
         keep_compiled(entry, joined, main, model, generation_config)
     return build_model(
         RankParts(
-            programs=CompiledPrograms(startup, main, program),
+            programs=CompiledPrograms(startup, main, [p for p in (program, encoder, prompt) if p is not None]),
             communicator=joined.communicator,
             device=joined.device,
             config=main.config,

@@ -9,14 +9,16 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
+from autodist_fx.calls.call import Call
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.compiler.compilation import Compilation
-from autodist_fx.compiler.compile import compile_for_generation, compile_model
+from autodist_fx.compiler.compile import compile_for_generation
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import Facts, agree, digest
 from autodist_fx.runtime.comm.process_group import JoinedRank
+from autodist_fx.runtime.generation.call_programs import CallProgram
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, one_way
 from autodist_fx.startup.build_model import generating_programs
 from autodist_fx.startup.facts import shared_weight_facts
@@ -103,35 +105,31 @@ class RankStartup:
                         f"stage {stage}: cut the model behind it (cuts=...), or use pp=1"
                     )
 
-    def guarded(
-        self, compiled: Compilation, beside: RankProgram, run: Callable[[Variant], T], first: Variant
-    ) -> GuardedPrograms[T]:
-        """What `run` makes of `first`, a form of `compiled` whose programs are loaded, and of graphs for other lengths;
-        `beside` is a program of this rank whose weights they use."""
-
-        def make(lengths: Lengths) -> tuple[Guards | None, T]:
-            variant, failure = None, None
-            parts = (first.encoder, first)
-            self.refuse_changes([beside, *(compiled.program_of(p, self.joined.rank) for p in parts if p is not None)])
-            try:
-                variant = compiled.at_lengths(lengths)
-                self._keep_state(variant)
-                fact = plan_to_text(variant.whole_plan or variant.plan)
-            except AutodistError as error:
-                failure, fact = error, str(error)
-            check = None if variant is None or not self.options.verify else lambda: compiled.verify_variant(variant)
-            agree(self.joined.everyone, self.joined.rank, {"the plan": digest(fact)}, failure=failure, check=check)
-            assert variant is not None
-            for part in (variant.encoder, variant):
-                if part is not None:
-                    program = compiled.program_of(part, self.joined.rank)
-                    left = share_weights(beside, program)
-                    if left.param_shards:
-                        self.load(compiled, left)
-                    program.graph_module.eval()
-            return variant.conditions, run(variant)
-
-        return GuardedPrograms([(first.conditions, run(first))], make, first.forms)
+    def made_alike(
+        self, compiled: Compilation, make: Callable[[], Variant], held: Sequence[RankProgram]
+    ) -> Variant:
+        """What `make` makes of `compiled`, when all ranks have made the same; this rank's programs of it are loaded,
+        with the weights of the programs `held` wherever they are the same. Raises, on all ranks, what any raises."""
+        variant, failure = None, None
+        self.refuse_changes(held)
+        try:
+            variant = make()
+            self._keep_state(variant)
+            fact = plan_to_text(variant.whole_plan or variant.plan)
+        except AutodistError as error:
+            failure, fact = error, str(error)
+        check = None if variant is None or not self.options.verify else lambda: compiled.verify_variant(variant)
+        agree(self.joined.everyone, self.joined.rank, {"the plan": digest(fact)}, failure=failure, check=check)
+        assert variant is not None
+        for part in (variant.encoder, variant):
+            if part is not None:
+                left = program = compiled.program_of(part, self.joined.rank)
+                for other in held:
+                    left = share_weights(other, left)
+                if left.param_shards:
+                    self.load(compiled, left, part)
+                program.graph_module.eval()
+        return variant
 
     def refuse_changes(self, loaded: Sequence[RankProgram]) -> None:
         """Raises AutodistError on every rank where a model in memory, on any rank, is no longer what `loaded`, this
@@ -139,72 +137,76 @@ class RankStartup:
         if self.snapshot is not None:
             agree(self.joined.everyone, self.joined.rank, {}, failure=self.snapshot.change(self.model, loaded))
 
-    def load(self, compiled: Compilation, program: RankProgram) -> LoadReport:
+    def load(self, compiled: Compilation, program: RankProgram, variant: Variant | None = None) -> LoadReport:
+        """The weights of a program of `compiled`; of one of its other variants, where one is given."""
+        buffers = compiled.buffers
+        if variant is not None:
+            buffers |= dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))
         source = self.open_weights()
         try:
             return load_program(
-                self.model,
-                source,
-                compiled.buffers,
-                program,
-                device=self.joined.device,
-                progress=self.progress,
+                self.model, source, buffers, program, device=self.joined.device, progress=self.progress
             )
         finally:
             source.close()
 
-    def whole_sequences(self, input_names: tuple[str, ...], beside: RankProgram) -> GuardedPrograms[RankProgram]:
-        """The program for whole sequences of these inputs, with the weights of `beside` where both hold them alike."""
-        self.refuse_changes([beside])
-        options = replace(self.unverified, input_names=input_names)
-        compiled, program = self.agreed(lambda: compile_model(self.model, Compilation, self.request, options))
-        left = share_weights(beside, program)
-        if left.param_shards:  # slices that this layout has and the other has not
-            self.load(compiled, left)
-        program.graph_module.eval()
-        rank = self.joined.rank
-        return self.guarded(compiled, beside, lambda form: compiled.program_of(form, rank), compiled.variants[0])
-
-    def at_lengths(self, lengths: Lengths, beside: RankProgram, plan: PartitionPlan) -> tuple[Guards | None, Any]:
-        """What a rank that generates by `plan` runs at lengths that it has no program for yet, and its guards; with the
-        weights of `beside`, which is loaded."""
+    def programs_beside(self, plan: PartitionPlan, loaded: Sequence[RankProgram]) -> CompiledPrograms:
+        """The programs of a rank that generates by `plan`, with the weights of those that are `loaded`."""
         compiled = compile_for_generation(self.model, Compilation, self.request, self.unverified, plan)
-        make = generating_programs(CompiledPrograms(self, compiled, beside)).make
-        assert make is not None, "programs of a model that is at hand are made when they are asked for"
-        return make(lengths)
+        return CompiledPrograms(self, compiled, list(loaded))
 
 
-@dataclass(frozen=True, slots=True)
 class CompiledPrograms:
-    """The RankPrograms of a compilation. Those of its main variants are loaded; others get the weights of `loaded`."""
+    """The RankPrograms of a compilation. Those of its main variants are loaded; others, which are made at first use,
+    get the weights of all that are: `loaded`."""
 
-    startup: RankStartup
-    compiled: Compilation
-    loaded: RankProgram
+    def __init__(self, startup: RankStartup, compiled: Compilation, loaded: list[RankProgram]) -> None:
+        self._startup, self._compiled, self._loaded = startup, compiled, loaded
+        self._calls: list[Variant] = []  # made and loaded by all ranks
+        self.signature = compiled.source.signature
 
     @property
     def step(self) -> Variant:
-        return self.compiled.variants[0]
+        return self._compiled.variants[0]
 
     @property
     def prompt(self) -> Variant | None:
-        return None if self.compiled.prompt_plan is None else self.compiled.variants[1]
+        return self._compiled.prompt
 
     def encoder_of(self, variant: Variant) -> Variant | None:
         return variant.encoder
 
     def program(self, variant: Variant) -> RankProgram:
-        return self.compiled.program_of(variant, self.startup.joined.rank)
+        return self._compiled.program_of(variant, self._startup.joined.rank)
 
     def of_column(self, variant: Variant) -> list[RankProgram]:
-        joined = self.startup.joined
-        return [self.compiled.program_of(variant, rank) for rank in joined.mesh.column(joined.rank)]
+        joined = self._startup.joined
+        return [self._compiled.program_of(variant, rank) for rank in joined.mesh.column(joined.rank)]
 
     def guarded(self, first: Variant, run: Callable[[Variant], T]) -> GuardedPrograms[T]:
-        return self.startup.guarded(self.compiled, self.loaded, run, first)
+        compiled = self._compiled
+
+        def make(lengths: Lengths) -> tuple[Guards | None, T]:
+            variant = self._startup.made_alike(compiled, lambda: compiled.at_lengths(lengths), self._loaded)
+            return variant.conditions, run(variant)
+
+        return GuardedPrograms([(first.conditions, run(first))], make, first.forms)
 
     def fixed(self, variant: Variant) -> GuardedPrograms[RankProgram]:
         return one_way(variant.conditions, self.program(variant), variant.other_way)
 
-    def whole_sequences(self, input_names: tuple[str, ...]) -> GuardedPrograms[RankProgram]:
-        return self.startup.whole_sequences(input_names, self.loaded)
+    def at_lengths(self, lengths: Lengths) -> tuple[Guards | None, Any]:
+        """What generates at lengths that there is no program for yet, and its guards."""
+        make = generating_programs(self).make
+        assert make is not None, "programs of a model that is at hand are made when they are asked for"
+        return make(lengths)
+
+    def program_for(self, call: Call) -> CallProgram:
+        """See CallPrograms."""
+        compiled = self._compiled
+        variant = compiled.known_for(call, 0)
+        if variant is None or not any(variant is known for known in self._calls):
+            variant = self._startup.made_alike(compiled, lambda: compiled.variant_for(call, 0), self._loaded)
+            self._calls.append(variant)
+            self._loaded.append(self.program(variant))
+        return CallProgram(self.program(variant), variant.output_order)

@@ -1,8 +1,8 @@
 """The tracing front end: from an unmodified Hugging Face model to one torch.fx graph, with parameters on meta."""
 
 from autodist_fx.calls.call import OUTPUT_FLAGS
+from autodist_fx.calls.input_spec import InputForm
 from autodist_fx.tracing.example_inputs import Sizes
-from autodist_fx.tracing.input_specs import InputForm, forms_of
 from autodist_fx.tracing.meta_model import class_for, empty_model, meta_copy
 from autodist_fx.tracing.prompt_and_step import trace_phases
 from autodist_fx.tracing.recurrent_states import PREFIX as STATE_PREFIX
@@ -17,7 +17,6 @@ __all__ = [
     "TracedModel",
     "class_for",
     "empty_model",
-    "forms_of",
     "has_own_cache",
     "meta_copy",
     "trace",

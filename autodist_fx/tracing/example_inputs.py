@@ -12,11 +12,11 @@ from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.cache_kinds import CROSS, one_cache
+from autodist_fx.calls.input_forms import InputForm
+from autodist_fx.calls.input_shapes import input_dims, patches_demanded
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, new_cache
 from autodist_fx.tracing.encoder_decoder_cache import both_kinds, model_cache
-from autodist_fx.tracing.input_shapes import input_dims, patches_demanded
-from autodist_fx.tracing.input_specs import InputForm
 from autodist_fx.tracing.recurrent_states import StateTensor
 
 INPUTS_WITH_CACHE = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position")

@@ -13,6 +13,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.call import KEYWORD_INPUTS, OUTPUT_FLAGS
+from autodist_fx.calls.input_forms import InputForm, ModelFacts
+from autodist_fx.calls.input_shapes import choice_forms, is_multiple_choice
 from autodist_fx.calls.outputs import flat
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, cache_layers, layer_kinds
@@ -29,8 +31,6 @@ from autodist_fx.tracing.example_inputs import (
     unmistakable_sizes,
 )
 from autodist_fx.tracing.hooks import refuse_global_hooks
-from autodist_fx.tracing.input_shapes import choice_forms, is_multiple_choice
-from autodist_fx.tracing.input_specs import InputForm, ModelFacts
 from autodist_fx.tracing.meta_model import empty_model, meta_copy
 from autodist_fx.tracing.passing_cache import PassingCache, shares_keys_between_layers
 from autodist_fx.tracing.patches import traceable

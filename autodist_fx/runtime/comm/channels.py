@@ -20,7 +20,7 @@ class Channel(IntEnum):
     GRADIENT_SUMS = 2 * HOP_CHANNELS  # terms of a gradient that several ranks owe
     TP_EXCHANGE = 0x7F000001  # shards of a collective; on the tp group, which may be the world
     STEPS = 0x7F000002  # what the leader of a generation says
-    LOGITS = 0x7F000003  # of the last stage, on their way to the others
+    OUTPUTS = 0x7F000003  # of a stage, on their way to the others
     AGREEMENT = 0x7F000004  # what ranks compare before they start together
     ENCODER_INPUTS = 0x7F000005
     STATES = 0x7F000006  # of a model with a cache of its own, on their way to another stage

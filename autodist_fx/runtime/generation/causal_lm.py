@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from autodist_fx.calls.call import Call, read_call
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.cross_cache import Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache
@@ -31,14 +32,17 @@ from autodist_fx.runtime.generation.follower import Follower
 from autodist_fx.runtime.generation.leader import GrowingMask, Leader
 from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.step_runner import StepRunner
+from passes.program.rank_program import RankProgram
 
 _GENERATE = inspect.signature(GenerationMixin.generate)
 _SYNCED_GPUS = [*_GENERATE.parameters].index("synced_gpus") - 1  # its position, after self
+_AS_GENERATING = (("logits_to_keep", 1),)  # arguments that the programs which fill a cache are made for
 
 
 class DistributedCausalLM(StepRunner, GenerationMixin):
     """What `adx.from_pretrained` and `adx.compile(...).to_distributed()` return, on every rank. See StepRunner for what
-    it is made of."""
+    it is made of. `family`: a model without weights, where its class prepares its own inputs for generating
+    (family_inputs.py)."""
 
     main_input_name = "input_ids"
     _outputs: tuple[type, type] = (GenerateDecoderOnlyOutput, GenerateBeamDecoderOnlyOutput)
@@ -46,7 +50,10 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
     base_model_prefix = ""
     _is_stateful = False
     _supports_cache_class = True
-    family: Any = None  # see family_inputs.py
+
+    def __init__(self, program: RankProgram, *args: Any, family: Any = None, **keywords: Any) -> None:
+        super().__init__(program, *args, **keywords)
+        object.__setattr__(self, "family", family)  # no submodule: its parameters are on meta
 
     @property
     def _told_positions(self) -> bool:
@@ -63,6 +70,7 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
+        *others: Any,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: SplitCache | None = None,
@@ -71,17 +79,78 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> CausalLMOutputWithPast:
+        **keywords: Any,
+    ) -> Any:
         """One forward pass; called on every rank with the same arguments.
 
+        Takes what the model's own forward takes (`others`: by position) and returns what that returns, on every rank:
+        `.logits` [batch, tokens, vocabulary], with `labels` its `.loss`. A call unlike those before is compiled first.
+
+        With `use_cache` or `past_key_values` the cache is filled, and `.logits` are those of the last position, [batch,
+        1, vocabulary], on the ranks of the last stage (elsewhere None, but for `logits_on_every_rank`). Then there are
         `input_ids` [batch, tokens], `attention_mask` [batch, cached + tokens] (ones when None), `position_ids` [batch,
-        tokens] (counted from the start of the row, padding included, when None). `.logits` [batch, 1, vocabulary] of
-        the last position, on the ranks of the last stage (elsewhere None, but for `logits_on_every_rank`).
+        tokens] (counted from the start of the row, padding included, when None) and no others.
+
+        Raises AutodistError, which names the argument, where there is no such program.
         """
+        if self._leader is None and self._call_programs is not None:
+            named = {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "past_key_values": past_key_values,
+                "cache_position": cache_position,
+                "use_cache": use_cache,
+                "output_attentions": output_attentions,
+                "output_hidden_states": output_hidden_states,
+                "return_dict": return_dict,
+            }
+            call = read_call(self._call_programs.signature, self._given(others, {**named, **keywords}), {})
+            if not call.use_cache:
+                return self._run_call(self._call_programs, call)
+            self._refuse_with_cache(call, ("input_ids", "attention_mask", "position_ids", "cache_position"))
+            get = call.tensors.get
+            input_ids, attention_mask, position_ids = get("input_ids"), get("attention_mask"), get("position_ids")
+            past_key_values, cache_position = call.cache, get("cache_position")
+        elif keywords:
+            refuse_keywords(keywords)
         refuse_inner_outputs(output_attentions, output_hidden_states)
         if input_ids is None:
             raise AutodistError("a distributed model takes input_ids, and got none")
-        return self._forward(input_ids, attention_mask, position_ids, past_key_values, cache_position, use_cache)
+        found = self._forward(input_ids, attention_mask, position_ids, past_key_values, cache_position, use_cache)
+        return found.to_tuple() if return_dict is False else found
+
+    def _given(self, others: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call that are not None, by name; `others` follow the first in the model's own order."""
+        assert self._call_programs is not None
+        names = self._call_programs.signature.argument_names[1:]
+        if len(others) > len(names):
+            raise TypeError(f"forward takes {len(names) + 1} positional arguments, and got {len(others) + 1}")
+        given = {name: value for name, value in keywords.items() if value is not None}
+        for name, value in zip(names, others):
+            if value is None:
+                continue
+            if name in given:
+                raise TypeError(f"forward got {name} by position and by name")
+            given[name] = value
+        return given
+
+    def _refuse_with_cache(self, call: Call, takes: Sequence[str]) -> None:
+        """Raises AutodistError for what the programs that fill a cache are not made for."""
+        refused = [name for name in call.tensors if name not in takes]
+        refused += [name for name, value in call.fixed.items() if (name, value) not in _AS_GENERATING]
+        if refused:
+            raise AutodistError(
+                f"with a KV cache a distributed model takes no {', '.join(refused)}: call it with use_cache=False and "
+                "without past_key_values"
+            )
+        for name, value in call.tensors.items():
+            form = self._programs.forms.get(name)
+            if form is not None and value.dim() > len(form.dims):
+                raise AutodistError(
+                    f"{name} is {list(value.shape)}, and with a KV cache a distributed model takes it with "
+                    f"{len(form.dims)} dims: call it with use_cache=False and without past_key_values"
+                )
 
     def _forward(
         self,
@@ -118,7 +187,7 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
         if self._leader is not None:
             logits = None if logits is None else logits[:, -1:, :]
         elif self.logits_on_every_rank:
-            logits = self._share_logits(logits)
+            logits = self._share({} if logits is None else {"logits": logits})["logits"]
         return CausalLMOutputWithPast(logits=logits, past_key_values=None if use_cache is False else cache)
 
     @functools.partial(collective, takes=GenerationMixin.generate)
@@ -224,6 +293,12 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
             "assisted generation (assistant_model, prompt_lookup_num_tokens) needs the logits of several positions, "
             "and the ranks' graphs give those of the last one: generate without it"
         )
+
+
+def refuse_keywords(keywords: Mapping[str, Any]) -> None:
+    """Raises AutodistError on an argument, beside those that steps have, that generating programs are not made for."""
+    if refused := [n for n, v in keywords.items() if v is not None and (n, v) not in _AS_GENERATING]:
+        raise AutodistError(f"the ranks' graphs for generating take no {', '.join(refused)}: generate without")
 
 
 def refuse_inner_outputs(output_attentions: bool | None, output_hidden_states: bool | None) -> None:

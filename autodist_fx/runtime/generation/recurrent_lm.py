@@ -17,9 +17,9 @@ from autodist_fx.calls.lengths import Lengths
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.kv_cache import SplitCache
 from autodist_fx.runtime.comm.channels import Channel
+from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.runtime.generation.step import Step
-from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
 from passes.fx import node_meta
 from passes.program.rank_program import RankProgram
 
@@ -66,7 +66,7 @@ class StatesCache(SplitCache):
         raise AutodistError("the states of a recurrence cannot be cropped to fewer tokens: leave that option out")
 
 
-class DistributedOwnCacheLM(TwoGraphCausalLM):
+class DistributedOwnCacheLM(DistributedCausalLM):
     """`program` is the step's. `prompts` has the prompt's programs, one for each outcome of the guards on a prompt's
     length, and what changes hands after each; `steps` has the step's, after which `after_step` changes hands."""
 

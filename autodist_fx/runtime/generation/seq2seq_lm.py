@@ -17,12 +17,17 @@ from torch import nn
 from transformers.generation import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput, GenerationMixin
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
+from autodist_fx.calls.call import read_call
 from autodist_fx.calls.lengths import Lengths, lengths_of
 from autodist_fx.errors import AutodistError, CommunicationError
 from autodist_fx.runtime.cache.cross_cache import CrossCache, Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache, encoder_view, local_cache
 from autodist_fx.runtime.comm.channels import Channel
-from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM, refuse_inner_outputs
+from autodist_fx.runtime.generation.causal_lm import (
+    DistributedCausalLM,
+    refuse_inner_outputs,
+    refuse_keywords,
+)
 from autodist_fx.runtime.generation.collective_call import collective
 from autodist_fx.runtime.generation.encoder_output import EncoderOutput, EncoderStandIn
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, only
@@ -87,11 +92,12 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
     def forward(  # type: ignore[override]
         self,
         input_ids: torch.Tensor | None = None,
+        *others: Any,
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         decoder_position_ids: torch.Tensor | None = None,
-        encoder_outputs: EncoderOutput | None = None,
+        encoder_outputs: Any = None,
         past_key_values: SplitCache | None = None,
         cache_position: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -100,13 +106,52 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> Seq2SeqLMOutput:
+        **keywords: Any,
+    ) -> Any:
         """One forward pass; called on every rank with the same arguments.
 
-        Takes what the encoder reads (with its `attention_mask`), or the `encoder_outputs` of `get_encoder()`, or a
-        cache that was used with them. `.logits` [batch, tokens, vocabulary] on every rank; while generating, of the
-        last position, on the ranks of the last stage.
+        Takes what the model's own forward takes (`others`: by position) and returns what that returns, on every rank. A
+        call unlike those before is compiled first.
+
+        With `use_cache`, a cache that was used before, or the `encoder_outputs` of `get_encoder()`, a cache is filled,
+        and nothing is taken but what the encoder reads, with its `attention_mask`, and the decoder's tokens, mask and
+        positions. While generating `.logits` are those of the last position, on the ranks of the last stage.
+
+        Raises AutodistError, which names the argument, where there is no such program.
         """
+        if self._leader is None and self._call_programs is not None:
+            named = {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "decoder_input_ids": decoder_input_ids,
+                "decoder_attention_mask": decoder_attention_mask,
+                "decoder_position_ids": decoder_position_ids,
+                "encoder_outputs": encoder_outputs,
+                "past_key_values": past_key_values,
+                "cache_position": cache_position,
+                "use_cache": use_cache,
+                "input_features": input_features,
+                "input_values": input_values,
+                "output_attentions": output_attentions,
+                "output_hidden_states": output_hidden_states,
+                "return_dict": return_dict,
+            }
+            given = self._given(others, {**named, **keywords})
+            if isinstance(given.get("encoder_outputs"), EncoderOutput):
+                encoder_outputs = given.pop("encoder_outputs")
+                given.setdefault("past_key_values", None)  # the encoder has filled a cache
+            call = read_call(self._call_programs.signature, given, {})
+            if not call.use_cache:
+                return self._run_call(self._call_programs, call)
+            decoders = (*self._names.values(), "cache_position")
+            self._refuse_with_cache(call, (*self._encoder_inputs, self.main_input_name, "attention_mask", *decoders))
+            get = call.tensors.get
+            input_ids, input_features, input_values = get("input_ids"), get("input_features"), get("input_values")
+            attention_mask, decoder_input_ids = get("attention_mask"), get("decoder_input_ids")
+            decoder_attention_mask, decoder_position_ids = get("decoder_attention_mask"), get("decoder_position_ids")
+            past_key_values, cache_position = call.cache, get("cache_position")
+        elif keywords:
+            refuse_keywords(keywords)
         refuse_inner_outputs(output_attentions, output_hidden_states)
         if decoder_input_ids is None:
             raise AutodistError("a distributed encoder-decoder model takes decoder_input_ids, and got none")
@@ -131,7 +176,8 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
             use_cache,
             encoded,
         )
-        return Seq2SeqLMOutput(logits=found.logits, past_key_values=found.past_key_values)
+        output = Seq2SeqLMOutput(logits=found.logits, past_key_values=found.past_key_values)
+        return output.to_tuple() if return_dict is False else output
 
     # ------------------------------------------------------------------------------------------- in generate
 

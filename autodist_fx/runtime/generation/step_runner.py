@@ -14,13 +14,16 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig
 
+from autodist_fx.calls.call import Call
 from autodist_fx.calls.lengths import Lengths
+from autodist_fx.calls.outputs import CallOutput, returned
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.cache_table import CacheTable
 from autodist_fx.runtime.cache.cross_cache import Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache, local_cache
-from autodist_fx.runtime.comm.channels import Channel
+from autodist_fx.runtime.comm.share_outputs import share_outputs
 from autodist_fx.runtime.failing_node import name_failing_node
+from autodist_fx.runtime.generation.call_programs import CallPrograms
 from autodist_fx.runtime.generation.collective_call import CallCommunicator, CollectiveCalls
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, only
 from autodist_fx.runtime.generation.leader import Leader
@@ -32,14 +35,13 @@ from cost_model.partition_plan import PartitionPlan
 from passes.ops.comm import using
 from passes.program.rank_program import RankProgram
 
-_LOGITS_DIMS = 3  # batch, tokens, vocabulary
-
 
 class StepRunner(nn.Module):
     """`program`'s parameters are loaded, on `device`; `programs` has those for other lengths, too, where the model has
     guards on them. `logits_on_every_rank` sends what `model(...)` gives from the last stage to all ranks; `generate`
     never does. `positions_follow_mask`: generate counts the tokens that the mask shows, and tells the model its
-    positions. `plan` and `load_report` (a LoadReport) are for whoever asks.
+    positions. `call_programs` are for calls without a cache; without them a call always fills one. `plan` and
+    `load_report` (a LoadReport) are for whoever asks.
     Joins a class that has transformers' generate.
     """
 
@@ -58,8 +60,10 @@ class StepRunner(nn.Module):
         plan: PartitionPlan | None = None,
         load_report: Any = None,
         positions_follow_mask: bool = True,
+        call_programs: CallPrograms | None = None,
     ) -> None:
         super().__init__()
+        self._call_programs = call_programs
         self._programs: GuardedPrograms[Any] = programs or only(program)
         self.program, self.communicator, self.config = program, communicator, config
         self.plan, self.load_report, self.positions_follow_mask = plan, load_report, positions_follow_mask
@@ -140,21 +144,16 @@ class StepRunner(nn.Module):
             raise
         return outputs
 
-    def _share_logits(self, logits: torch.Tensor | None) -> torch.Tensor:
-        """`logits` [batch, tokens, vocabulary], which each rank of the last stage has, on all ranks; called on all,
-        with None elsewhere. From each rank of the last stage to its namesakes, so that all links carry as much."""
-        mesh, tp_rank = self.mesh, self.program.tp_rank
-        last = mesh.pp - 1
+    def _share(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The flat outputs of all ranks, on all ranks; called on all, with what each has."""
         self._finish_sends()
-        if logits is not None and self.program.stage == last:
-            for stage in range(last):
-                peer = mesh.rank(stage, tp_rank)
-                self.communicator.send(torch.tensor(logits.shape), peer, Channel.LOGITS)
-                self.communicator.send(logits, peer, Channel.LOGITS)
-            return logits
-        source = mesh.rank(last, tp_rank)
-        shape = self.communicator.recv((_LOGITS_DIMS,), torch.long, "cpu", source, Channel.LOGITS).tolist()
-        return self.communicator.recv(shape, self.dtype, self.device, source, Channel.LOGITS)
+        return share_outputs(self.communicator, self.mesh, self.rank, outputs, self.device)
+
+    def _run_call(self, programs: CallPrograms, call: Call) -> CallOutput | tuple[Any, ...]:
+        """A call without a cache; what the model returns, on all ranks. Called on all."""
+        made = programs.program_for(call)
+        outputs = self._call(made.program, {name: call.tensors[name] for name in made.program.input_names})
+        return returned(call, self._share(outputs), made.output_order)
 
     def encoded_of(self, number: int) -> Encoded | None:
         """What the encoder gave under that number; None of 0, as in a model without one."""

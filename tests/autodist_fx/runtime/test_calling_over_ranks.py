@@ -1,94 +1,149 @@
-"""`model(...)` over ranks: labels, embeddings, positions to keep; and what it refuses."""
+"""`model(...)` over ranks answers as the unsplit model does, and as `simulate`; and what it refuses."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import autodist_fx as adx
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.generation.guarded_programs import only
-from autodist_fx.runtime.generation.two_graphs import TwoGraphCausalLM
-from autodist_fx.simulation.thread_communicator import ThreadWorld
-from autodist_fx.weights.load import load_rank
-from autodist_fx.weights.sources.module_source import ModuleSource
 from cost_model.mesh import Mesh
-from passes.program.rank_program import RankProgram
 from tests.support.models import padded_batch, relative_error, tiny_model
+from tests.support.moe import tiny_moe_model
 from tests.support.ranks import on_ranks
+from tests.support.seq2seq import seq2seq_inputs, tiny_seq2seq
 
 IDS, MASK = padded_batch(2, 9)
-NAMES = (("input_ids", "attention_mask"), ("inputs_embeds", "attention_mask"))
+PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]]).expand(2, 9).contiguous()
+LABELS = IDS.masked_fill(MASK == 0, -100)
 MESH = Mesh(tp=2, pp=2)
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model("gpt2")
+def assert_alike(got: Any, wanted: Any, tolerance: float = 1e-9) -> None:
+    """Every output that is asked for; the loss to float32, in which models compute it."""
+    assert [*got] == [name for name in wanted if name != "past_key_values"]
+    for name, value in got.items():
+        values = [value] if isinstance(value, torch.Tensor) else value
+        truths = [wanted[name]] if isinstance(value, torch.Tensor) else wanted[name]
+        for one, truth in zip(values, truths, strict=True):
+            assert relative_error(one, truth) <= (1e-6 if "loss" in name else tolerance), name
 
 
-@pytest.fixture(scope="module")
-def programs(model: Any) -> list[dict[tuple[str, ...], RankProgram]]:
-    """By rank: the graph with a cache as (), and those without by the names of their inputs."""
-    made: list[dict[tuple[str, ...], RankProgram]] = [{} for _ in range(MESH.size)]
-    for names in ((), *NAMES):
-        compiled = adx.compile(model, tp=MESH.tp, pp=MESH.pp, use_cache=not names, input_names=names or None)
-        buffers = dict(compiled.graph.named_buffers(remove_duplicate=False))
-        for rank, of_rank in enumerate(made):
-            of_rank[names] = compiled.program(rank)
-            load_rank(of_rank[names], ModuleSource(model), buffers=buffers, base_model_prefix=model.base_model_prefix)
-    return made
+def check(model: PreTrainedModel, calls: list[dict[str, Any]], mesh: Mesh, tolerance: float = 1e-9) -> None:
+    """`calls`, one after the other, over ranks and in `simulate`, against the model."""
+    wanted = [model(**inputs, use_cache=False) for inputs in calls]
+    compiled = adx.compile(model, tp=mesh.tp, pp=mesh.pp, verify=False)
+    for inputs, truth in zip(calls, wanted, strict=True):
+        assert_alike(compiled.simulate(**inputs), truth, tolerance)
+    for outputs in on_ranks(model, mesh, lambda split: [split(**inputs) for inputs in calls]):
+        for output, truth in zip(outputs, wanted, strict=True):
+            assert_alike(output, truth, tolerance)
 
 
-def _called(model: Any, programs: Any, **inputs: Any) -> list[Any]:
-    def work(rank: int, communicator: Any) -> Any:
-        own = programs[rank]
-        split = TwoGraphCausalLM(own[()], communicator, model.config, make_program=lambda names: only(own[names]))
-        with torch.no_grad():
-            return split(**inputs)
-
-    return ThreadWorld(MESH).run(work)
-
-
-def _embeddings() -> torch.Tensor:
-    return torch.randn(2, 9, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize(
-    "inputs",
-    [
-        {"input_ids": IDS, "attention_mask": MASK, "labels": IDS.masked_fill(MASK == 0, -100)},
-        {"inputs_embeds": _embeddings(), "labels": IDS},
+@torch.no_grad()
+def test_every_rank_returns_what_the_model_does() -> None:
+    model = tiny_model("gpt2")
+    embeddings = torch.randn(2, 9, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    calls: list[dict[str, Any]] = [
+        {"inputs_embeds": embeddings, "labels": IDS},
         {"input_ids": IDS, "attention_mask": MASK, "logits_to_keep": 2},
         {"input_ids": IDS, "attention_mask": MASK, "logits_to_keep": torch.tensor([1, 4])},
-    ],
-    ids=["labels", "embeddings", "the last two", "some positions"],
-)
-@torch.no_grad()
-def test_every_rank_returns_what_the_model_does(model: Any, programs: Any, inputs: dict[str, Any]) -> None:
-    expected = model(**inputs, use_cache=False)
-    for output in _called(model, programs, **inputs):
-        assert relative_error(output.logits, expected.logits) <= 1e-9
-        assert (output.loss is None) == (expected.loss is None)
-        if expected.loss is not None:
-            assert relative_error(output.loss, expected.loss) <= 1e-6  # in float32, on either side
+        {"input_ids": IDS, "attention_mask": MASK, "output_hidden_states": True},
+        {"input_ids": IDS, "attention_mask": torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()},
+    ]
+    check(model, calls, MESH)
 
 
 @pytest.mark.parametrize(
-    "inputs, message",
+    "make, mesh",
     [
-        ({"input_ids": IDS, "labels": IDS[:, :4]}, r"labels is \[2, 4\], and should be \[2, 9\]"),
+        (lambda: tiny_model("llama"), Mesh(tp=2)),
+        (lambda: tiny_model("mistral", sliding_window=3), Mesh(pp=2)),
+    ],
+    ids=["full attention", "sliding windows"],
+)
+@torch.no_grad()
+def test_packed_rows(make: Callable[[], PreTrainedModel], mesh: Mesh) -> None:
+    """Positions that begin anew separate rows where there is no mask, and only there: one of ones is another call."""
+    model = make()
+    rows = {"input_ids": IDS, "position_ids": PACKED}
+    calls = [rows, {**rows, "attention_mask": torch.ones_like(IDS)}, {"input_ids": IDS}, rows]
+    wanted = [model(**inputs, use_cache=False).logits for inputs in calls]
+    assert relative_error(wanted[0], wanted[1]) > 1e-3
+    check(model, calls, mesh, tolerance=1e-6)  # they compute norms in float32
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tiny_model("llama"),
+        lambda: tiny_model("opt"),
+        lambda: tiny_moe_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.5),
+        lambda: tiny_moe_model("qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.5),
+        lambda: tiny_seq2seq("bart"),
+        lambda: tiny_seq2seq("t5"),
+        lambda: tiny_seq2seq("mbart"),
+        lambda: tiny_seq2seq("whisper"),
+    ],
+    ids=["llama", "opt", "mixtral", "qwen3_moe", "bart", "t5", "mbart", "whisper"],
+)
+@torch.no_grad()
+def test_the_loss_is_the_models_own(make: Callable[[], PreTrainedModel]) -> None:
+    """Shifted or not, of the decoder's tokens, with what routers owe."""
+    model = make()
+    inputs: dict[str, Any] = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
+    if model.config.is_encoder_decoder:
+        given = seq2seq_inputs(model)
+        inputs = {name: value for name, value in given.items() if not name.startswith("decoder_")}
+        inputs["labels"] = given["decoder_input_ids"]
+    check(model, [inputs], Mesh(tp=2), tolerance=1e-6)  # some compute norms in float32
+
+
+@torch.no_grad()
+def test_arguments_by_position_are_in_the_models_own_order() -> None:
+    model = tiny_model("gpt2")  # whose second is a cache
+    wanted = model(IDS, None, None, MASK, use_cache=False)
+    for output in on_ranks(model, Mesh(tp=2), lambda split: split(IDS, None, None, MASK)):
+        assert_alike(output, wanted)
+
+
+@torch.no_grad()
+def test_a_tuple_where_one_is_asked_for() -> None:
+    model = tiny_model("llama")
+    wanted = model(input_ids=IDS, labels=IDS, use_cache=False, return_dict=False)
+    for output in on_ranks(model, MESH, lambda split: split(input_ids=IDS, labels=IDS, return_dict=False)):
+        assert isinstance(output, tuple) and len(output) == len(wanted) == 2
+        assert relative_error(output[1], wanted[1]) <= 1e-9
+
+
+@torch.no_grad()
+def test_what_is_refused() -> None:
+    """By name, on every rank; and the next call is right."""
+    model = tiny_model("gpt2")
+    four = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"input_ids": IDS, "labels": IDS[:, :4]}, r"labels is \[2, 4\].* should be 9"),
         ({"input_ids": IDS, "attention_mask": MASK[:, :7]}, r"attention_mask is \[2, 7\]"),
         ({"input_ids": IDS, "labels": IDS, "use_cache": True}, "with a KV cache a distributed model takes no labels"),
-        ({"input_ids": IDS, "head_mask": torch.ones(6)}, "takes no head_mask"),
-        ({"input_ids": IDS, "inputs_embeds": _embeddings()}, "both input_ids and inputs_embeds|inputs_embeds is"),
-    ],
-)
-def test_what_is_refused(model: Any, programs: Any, inputs: dict[str, Any], message: str) -> None:
-    with pytest.raises(AutodistError, match=message):
-        _called(model, programs, **inputs)
+        ({"input_ids": IDS, "use_cache": True, "output_hidden_states": True}, "takes no output_hidden_states"),
+        ({"input_ids": IDS, "use_cache": True, "attention_mask": four}, "with a KV cache .* takes it with 2 dims"),
+        ({"input_ids": IDS, "inputs_embeds": torch.zeros(2, 9, 48)}, "both input_ids and inputs_embeds"),
+        ({"input_ids": IDS, "pixel_values": IDS}, "forward takes no pixel_values"),
+    ]
+
+    def work(split: Any) -> Any:
+        for inputs, message in cases:
+            with pytest.raises(AutodistError, match=message):
+                split(**inputs)
+        return split(input_ids=IDS, attention_mask=MASK)
+
+    wanted = model(input_ids=IDS, attention_mask=MASK, use_cache=False)
+    for output in on_ranks(model, Mesh(tp=2), work):
+        assert_alike(output, wanted)
 
 
 def test_autocast_is_refused_on_every_rank_and_the_next_call_works() -> None:

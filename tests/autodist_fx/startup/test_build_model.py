@@ -49,7 +49,7 @@ def lfm2() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda: tiny_model("llama"), "TwoGraphCausalLM"),
+        (lambda: tiny_model("llama"), "DistributedCausalLM"),
         (lambda: tiny_seq2seq("t5"), "DistributedSeq2SeqLM"),
         (lambda: tiny_seq2seq("whisper"), "DistributedWhisperForConditionalGeneration"),
         (lfm2, "DistributedOwnCacheLM"),

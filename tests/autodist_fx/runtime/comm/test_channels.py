@@ -29,7 +29,7 @@ def test_one_file_writes_them() -> None:
 
 @pytest.mark.parametrize(
     ("channel", "text"),
-    [(3, "3"), (Channel.STEPS, "2130706434 (STEPS)"), (int(Channel.LOGITS), "2130706435 (LOGITS)"),
+    [(3, "3"), (Channel.STEPS, "2130706434 (STEPS)"), (int(Channel.OUTPUTS), "2130706435 (OUTPUTS)"),
      (HOP_CHANNELS + 3, "16777219 (GRADIENTS of hop 3)"), (HOP_CHANNELS - 1, "16777215")],
 )  # fmt: skip
 def test_errors_name_a_channel(channel: int, text: str) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from autodist_fx.calls.input_shapes import input_dims
 from autodist_fx.calls.input_spec import Dims, InputForm
 from autodist_fx.errors import AutodistError
-from autodist_fx.tracing.input_shapes import input_dims
 
 # Whichever is there first says how many sequences and tokens there are.
 _MAIN = (
