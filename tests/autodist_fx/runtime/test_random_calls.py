@@ -1,0 +1,113 @@
+"""Calls drawn at random are answered alike by the unsplit model, by `simulate`, and over ranks.
+
+ADX_RANDOM_CALLS says how many are drawn for each family; without it, one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import autodist_fx as adx
+from cost_model.mesh import Mesh
+from tests.support.models import relative_error, tiny_model
+from tests.support.moe import tiny_moe_model
+from tests.support.ranks import on_ranks
+from tests.support.seq2seq import seq2seq_inputs, tiny_seq2seq
+
+DRAWS = int(os.environ.get("ADX_RANDOM_CALLS", "1"))
+MESH = Mesh(tp=2)
+TOKENS = 9
+TOLERANCE = 1e-6  # most of them compute norms and losses in float32
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    **{
+        name: (lambda name=name: tiny_model(name, num_hidden_layers=1, n_layer=1))  # type: ignore[misc]
+        for name in ("gpt2", "opt", "llama", "qwen2", "mistral", "phi3", "gpt_neox", "gemma")
+    },
+    **{
+        name: (lambda name=name: tiny_moe_model(name, num_hidden_layers=1))  # type: ignore[misc]
+        for name in ("mixtral", "qwen3_moe")
+    },
+    **{name: (lambda name=name: tiny_seq2seq(name, layers=1)) for name in ("bart", "t5")},  # type: ignore[misc]
+}
+
+
+def _mask(draw: random.Random, rows: int, tokens: int) -> dict[str, torch.Tensor]:
+    """None, of ones, padded on the left, or on the right."""
+    mask = torch.ones(rows, tokens, dtype=torch.long)
+    kind = draw.choice(("none", "ones", "left", "right"))
+    if kind == "left":
+        mask[0, : draw.randint(1, 3)] = 0
+    elif kind == "right":
+        mask[0, -draw.randint(1, 3) :] = 0
+    return {} if kind == "none" else {"attention_mask": mask}
+
+
+def _argument(draw: random.Random, model: PreTrainedModel) -> dict[str, Any]:
+    """None, or one that is no tensor."""
+    choices: list[dict[str, Any]] = [{}, {"output_hidden_states": True}]
+    if hasattr(model.config, "output_router_logits"):
+        choices.append({"output_router_logits": True})
+    if not model.config.is_encoder_decoder:
+        choices.append({"logits_to_keep": draw.randint(1, 3)})
+    return draw.choice(choices)
+
+
+def drawn_call(draw: random.Random, model: PreTrainedModel) -> dict[str, Any]:
+    """The arguments of a call, as they come."""
+    ids = torch.randint(3, 100, (2, TOKENS), generator=torch.Generator().manual_seed(draw.randint(0, 999)))
+    if model.config.is_encoder_decoder:
+        given = seq2seq_inputs(model)
+        target = given["decoder_input_ids"]
+        decoder = draw.choice(({"decoder_input_ids": target}, {"labels": target}))
+        return {"input_ids": ids, **_mask(draw, 2, TOKENS), **decoder, **_argument(draw, model)}
+    call: dict[str, Any] = {"input_ids": ids, **_mask(draw, 2, TOKENS)}
+    if draw.random() < 0.25:
+        return {**call, "use_cache": True}
+    if draw.random() < 0.5:
+        first = draw.randint(2, TOKENS - 2)
+        rows = torch.cat([torch.arange(first), torch.arange(TOKENS - first)])
+        call["position_ids"] = rows.expand(2, TOKENS).contiguous()
+    argument = _argument(draw, model)
+    if draw.random() < 0.5 and "logits_to_keep" not in argument:
+        call["labels"] = ids
+    return {**call, **argument}
+
+
+def _flat(outputs: Any, call: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Every tensor that was asked for; with a cache, the last position's logits, which is all that ranks give then."""
+    if call.get("use_cache"):
+        return {"logits": outputs.logits[:, -1:]}
+    found = {}
+    for name, value in outputs.items():
+        if name != "past_key_values":
+            tensors = [value] if isinstance(value, torch.Tensor) else value
+            found.update({f"{name}.{i}": tensor for i, tensor in enumerate(tensors)})
+    return found
+
+
+def _assert_alike(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], call: dict[str, Any]) -> None:
+    said = {name: tuple(x.shape) if isinstance(x, torch.Tensor) else x for name, x in call.items()}
+    assert got.keys() == wanted.keys(), said
+    for name, value in wanted.items():
+        assert got[name].shape == value.shape and relative_error(got[name], value) <= TOLERANCE, (name, said)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_drawn_calls(family: str) -> None:
+    model, draw = FAMILIES[family](), random.Random(f"{family} {DRAWS}")
+    calls = [drawn_call(draw, model) for _ in range(DRAWS)]
+    wanted = [_flat(model(**{"use_cache": False, **call}), call) for call in calls]
+    compiled = adx.compile(model, tp=MESH.tp, verify=False)
+    for call, truth in zip(calls, wanted, strict=True):
+        _assert_alike(_flat(compiled.simulate(**call), call), truth, call)
+    for found in on_ranks(model, MESH, lambda split: [_flat(split(**call), call) for call in calls]):
+        for call, got, truth in zip(calls, found, wanted, strict=True):
+            _assert_alike(got, truth, call)
