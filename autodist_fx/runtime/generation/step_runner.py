@@ -21,7 +21,6 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.cache_table import CacheTable
 from autodist_fx.runtime.cache.cross_cache import Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache, local_cache
-from autodist_fx.runtime.comm.share_outputs import share_outputs
 from autodist_fx.runtime.failing_node import name_failing_node
 from autodist_fx.runtime.generation.call_programs import CallPrograms
 from autodist_fx.runtime.generation.collective_call import CallCommunicator, CollectiveCalls
@@ -30,6 +29,7 @@ from autodist_fx.runtime.generation.leader import Leader
 from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.step_channel import StepChannel
 from autodist_fx.runtime.generation.step_messages import EncodeMessage
+from autodist_fx.runtime.share_outputs import share_outputs
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
 from passes.ops.comm import using
