@@ -194,7 +194,8 @@ class TracingSource:
         """
         source, device = ModuleSource(self.shape, share=True), next(self.shape.parameters()).device
         buffers = dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))  # and constants
-        buffers.update({name: b for name, b in self.shape.named_buffers(remove_duplicate=False) if name in buffers})
+        followed = buffers.keys() - self._left_by_calls  # the others are the split's own
+        buffers.update({name: b for name, b in self.shape.named_buffers(remove_duplicate=False) if name in followed})
         for program in programs:
             copies = self._buffers_read.setdefault(program.graph_module, {})
             new = {n: b for n, b in buffers.items() if n not in copies or not _same_bits(copies[n], b)}
