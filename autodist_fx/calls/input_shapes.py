@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection
 
 import torch
 from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
 from autodist_fx.calls.input_spec import Dims, InputForm
 
@@ -73,6 +72,9 @@ _CHOICES = 2  # an example of how many answers there are to choose among
 
 def is_multiple_choice(model_class: str) -> bool:
     """Whether a model of this class reads several sequences, [B, choices, S], and tells which is the right one."""
+    # Not at the top: a rank that starts from an artifact needs no list of models.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+
     return model_class in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values()
 
 
