@@ -20,7 +20,7 @@ from autodist_fx.compiler.variant import Variant
 from autodist_fx.compiler.variant_set import VariantSet
 from autodist_fx.errors import AutodistError
 from autodist_fx.simulation.simulator import Simulator
-from autodist_fx.tracing import InputForm, TracedModel
+from autodist_fx.tracing import InputSpec, TracedModel
 from autodist_fx.tracing.example_inputs import ExampleInputs
 from cost_model.graph.op_graph import OpGraph
 from passes.fx import node_meta
@@ -55,7 +55,7 @@ class SavedSource:
         """See VariantSource."""
         self._refuse([*(input_names or ()), *_fixed_texts(fixed or {})], use_cache, self.saved.all)
 
-    def for_call(self, call: Call, specs: Mapping[str, InputForm], made: Sequence[Variant]) -> Variant:
+    def for_call(self, call: Call, specs: Mapping[str, InputSpec], made: Sequence[Variant]) -> Variant:
         """See VariantSource."""
         self._refuse([*specs, *_fixed_texts(call.fixed)], call.use_cache, made)
 

@@ -24,7 +24,7 @@ from autodist_fx.artifact.manifest import (
 )
 from autodist_fx.artifact.variant_format import Form, conditions_from_dict, form_from_dict, program_from_dict
 from autodist_fx.calls.call import Call
-from autodist_fx.calls.input_forms import ModelFacts, forms_of
+from autodist_fx.calls.input_specs import ModelFacts, forms_of
 from autodist_fx.calls.model_signature import ModelSignature
 from autodist_fx.errors import AutodistError
 from cost_model.errors import PlanError

@@ -16,7 +16,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from autodist_fx.artifact.manifest import ArtifactError
-from autodist_fx.calls.input_spec import InputForm
+from autodist_fx.calls.input_spec import InputSpec
 from autodist_fx.calls.made_for import MadeFor
 from cost_model.errors import AutodistError
 from cost_model.mesh import Mesh
@@ -59,7 +59,7 @@ class Form:
     @property
     def made_for(self) -> MadeFor:
         """The calls that it is for."""
-        forms = {n: InputForm(dims, getattr(torch, dtype, torch.long)) for n, (dims, dtype) in self.input_forms.items()}
+        forms = {n: InputSpec(dims, getattr(torch, dtype, torch.long)) for n, (dims, dtype) in self.input_forms.items()}
         return MadeFor(self.use_cache, self.fixed, forms)
 
     def same_call(self, other: Form) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 import torch
 from transformers import PretrainedConfig
 
-from autodist_fx.calls.input_spec import Dims, InputForm
+from autodist_fx.calls.input_spec import Dims, InputSpec
 
 # Integers, int64. Anything else that ends in "_ids" is taken for token ids.
 TOKENS: dict[str, Dims] = {
@@ -78,12 +78,12 @@ def is_multiple_choice(model_class: str) -> bool:
     return model_class in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values()
 
 
-def choice_forms(names: Collection[str]) -> dict[str, InputForm]:
+def choice_forms(names: Collection[str]) -> dict[str, InputSpec]:
     """Of the inputs of such a model: how many choices there are is a constant of its graph."""
     tokens = (name for name in names if TOKENS.get(name) in (("B", "S"), ("B", "T")) and name != "labels")
     return {
-        **{name: InputForm(("B", _CHOICES, "S"), torch.long) for name in tokens},
-        **({"labels": InputForm(("B",), torch.long)} if "labels" in names else {}),
+        **{name: InputSpec(("B", _CHOICES, "S"), torch.long) for name in tokens},
+        **({"labels": InputSpec(("B",), torch.long)} if "labels" in names else {}),
     }
 
 

@@ -13,7 +13,7 @@ Dims = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class InputForm:
+class InputSpec:
     """The input spec of one graph input: its dtype, and its dims, each a number or a size symbol ("B", "S", ...)."""
 
     dims: Dims

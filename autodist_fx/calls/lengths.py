@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from autodist_fx.calls.input_spec import InputForm
+from autodist_fx.calls.input_spec import InputSpec
 
 Lengths = dict[str, int]  # by size symbol: "B", "S", "P", "T", "E", "K" (docs/glossary.md)
 _NAMES = {"B": "sequences", "S": "tokens", "P": "tokens cached", "E": "what the encoder reads", "K": "positions"}
 
 
-def lengths_of(forms: Mapping[str, InputForm], inputs: Mapping[str, Any], past: int) -> Lengths:
+def lengths_of(forms: Mapping[str, InputSpec], inputs: Mapping[str, Any], past: int) -> Lengths:
     """Return the lengths of a call by size symbol.
 
     Reads each tensor of `inputs` against its input spec in `forms`; `past` is the number of tokens in the cache.

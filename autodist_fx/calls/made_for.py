@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autodist_fx.calls.call import Call
-from autodist_fx.calls.input_spec import InputForm
+from autodist_fx.calls.input_spec import InputSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,9 +15,9 @@ class MadeFor:
 
     use_cache: bool
     fixed: Mapping[str, object]
-    forms: Mapping[str, InputForm]
+    forms: Mapping[str, InputSpec]
 
-    def takes(self, call: Call, forms: Mapping[str, InputForm]) -> bool:
+    def takes(self, call: Call, forms: Mapping[str, InputSpec]) -> bool:
         """Whether a call, whose tensors have these forms, is one of them: with a cache, what the call leaves out is
         filled in; without one nothing is."""
         if self.use_cache != call.use_cache or self.fixed != call.fixed:

@@ -10,8 +10,8 @@ import torch.fx
 from transformers import PretrainedConfig
 
 from autodist_fx.calls.call import Call
-from autodist_fx.calls.input_forms import forms_of
-from autodist_fx.calls.input_spec import InputForm
+from autodist_fx.calls.input_spec import InputSpec
+from autodist_fx.calls.input_specs import forms_of
 from autodist_fx.calls.lengths import Lengths, lengths_of
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.pause_gc import garbage_stays
@@ -177,11 +177,11 @@ class Compilation:
         alike = self._alike(call, self._forms(call, past))
         return next((v for v in alike if v.fits(_lengths(v, call, past, None))), None)
 
-    def _forms(self, call: Call, past: int) -> dict[str, InputForm]:
+    def _forms(self, call: Call, past: int) -> dict[str, InputSpec]:
         self.main.traced.check_images(call.tensors)
         return forms_of(call.tensors, self.main.traced.facts, past)
 
-    def _alike(self, call: Call, forms: Mapping[str, InputForm]) -> list[Variant]:
+    def _alike(self, call: Call, forms: Mapping[str, InputSpec]) -> list[Variant]:
         """Those made for this call, each for lengths of its own."""
         return [variant for variant in self._set.of_calls if variant.made_for.takes(call, forms)]
 

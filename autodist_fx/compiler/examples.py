@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from autodist_fx.calls.lengths import Lengths, with_total
 from autodist_fx.compiler.guard_examples import examples_like, tells_apart
 from autodist_fx.errors import AutodistError, TracingError
-from autodist_fx.tracing import InputForm, Sizes, TracedModel, trace, trace_phases
+from autodist_fx.tracing import InputSpec, Sizes, TracedModel, trace, trace_phases
 from cost_model.graph.op_graph import OpGraph
 from passes.fx import node_meta
 from passes.fx.guards import Guards, with_fixed
@@ -94,7 +94,7 @@ def traced_once(
     use_cache: bool,
     input_names: Sequence[str] | None,
     concrete_args: Mapping[str, object] | None,
-    forms: Mapping[str, InputForm] | None = None,
+    forms: Mapping[str, InputSpec] | None = None,
 ) -> tuple[TracedModel, Trace]:
     """Trace and normalise one variant. Also return the function that
     traces it again at other sizes; see autodist_fx.tracing.trace."""

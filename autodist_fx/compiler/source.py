@@ -18,7 +18,7 @@ from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.compiler.variant_set import VariantSet
 from autodist_fx.errors import AutodistError
-from autodist_fx.tracing import InputForm, empty_model, has_own_cache
+from autodist_fx.tracing import InputSpec, empty_model, has_own_cache
 from autodist_fx.tracing.hooks import backward_hooks_of
 from autodist_fx.tracing.meta_model import class_of, config_of
 from autodist_fx.tracing.model_structure import structure_of
@@ -72,7 +72,7 @@ class VariantSource(Protocol):
         """Make a variant for inputs of these names, with their usual input specs, planned for its own lengths."""
         ...
 
-    def for_call(self, call: Call, specs: Mapping[str, InputForm], made: Sequence[Variant]) -> Variant:
+    def for_call(self, call: Call, specs: Mapping[str, InputSpec], made: Sequence[Variant]) -> Variant:
         """Make a variant for a call that none of `made` takes; `specs` are the input specs of the call's tensors."""
         ...
 
@@ -161,7 +161,7 @@ class TracingSource:
         """See VariantSource."""
         return Variant.make(self.model, self._own_lengths, use_cache, input_names, fixed, None)
 
-    def for_call(self, call: Call, specs: Mapping[str, InputForm], made: Sequence[Variant]) -> Variant:
+    def for_call(self, call: Call, specs: Mapping[str, InputSpec], made: Sequence[Variant]) -> Variant:
         """See VariantSource."""
         given = frozenset(specs)
         names: tuple[str, ...] | None = self._accepted(given)

@@ -20,7 +20,7 @@ from autodist_fx.calls.model_signature import signature_of
 from autodist_fx.compiler.examples import MOST_TRIES, Trace, phases_once, planned_graph, traced_at, traced_once
 from autodist_fx.compiler.pause_gc import garbage_stays
 from autodist_fx.errors import AutodistError, TracingError
-from autodist_fx.tracing import InputForm, TracedModel, trace_phases
+from autodist_fx.tracing import InputSpec, TracedModel, trace_phases
 from cost_model.errors import PlanError
 from cost_model.graph.op_graph import OpGraph
 from cost_model.partition_plan import PartitionPlan
@@ -45,7 +45,7 @@ class Variant:
     plan: PartitionPlan
     sources: dict[int, str]  # id of each parameter and buffer -> its name
     fixed: dict[str, object]  # Python arguments, which are part of the graph
-    forms: dict[str, InputForm]  # the input spec of each input
+    forms: dict[str, InputSpec]  # the input spec of each input
     output_order: tuple[str, ...]
     programs: dict[int, RankProgram] = field(default_factory=dict)
     # In a model whose decoder reads an encoder's output through a cache, this variant is the decoder's step, `encoder`
@@ -64,7 +64,7 @@ class Variant:
         input_names: Sequence[str] | None,
         concrete_args: Mapping[str, object] | None,
         plan: PartitionPlan | None,
-        forms: Mapping[str, InputForm] | None = None,
+        forms: Mapping[str, InputSpec] | None = None,
     ) -> Variant:
         """Trace, normalise and plan one variant; `plan`, where given, is used instead of a search."""
         traced, again = traced_once(model, use_cache, input_names, concrete_args, forms)
@@ -177,7 +177,7 @@ class Variant:
         plan: PartitionPlan,
         names: dict[int, str],
         fixed: dict[str, object],
-        forms: dict[str, InputForm],
+        forms: dict[str, InputSpec],
         order: tuple[str, ...],
     ) -> Variant:
         """Split an encoder-decoder graph into the encoder, which

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import torch
 import torch.fx
 
-from autodist_fx.calls.input_forms import InputForm
+from autodist_fx.calls.input_specs import InputSpec
 from autodist_fx.simulation.table_checks import lookups
 
 Lengths = Mapping[str, int]  # by size symbol: "B", "S", "T", "E", "K" (docs/glossary.md)
 
 
 def make_inputs(
-    whole: torch.fx.GraphModule, forms: Mapping[str, InputForm], lengths: Lengths, generator: torch.Generator
+    whole: torch.fx.GraphModule, forms: Mapping[str, InputSpec], lengths: Lengths, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
     """Draw an input tensor for each input spec in `forms`, by name.
 
@@ -26,7 +26,7 @@ def make_inputs(
     return {name: _make(name, form, lengths, rows.get(name, 2), generator) for name, form in forms.items()}
 
 
-def _make(name: str, form: InputForm, lengths: Lengths, rows: int, generator: torch.Generator) -> torch.Tensor:
+def _make(name: str, form: InputSpec, lengths: Lengths, rows: int, generator: torch.Generator) -> torch.Tensor:
     """Draw one input; `rows` bounds the values of an integer input that indexes a table."""
     shape = [lengths[d] if isinstance(d, str) else d for d in form.dims]
     if form.dtype.is_floating_point:

@@ -1,7 +1,7 @@
 """The tracing front end: from an unmodified Hugging Face model to one torch.fx graph, with parameters on meta."""
 
 from autodist_fx.calls.call import OUTPUT_FLAGS
-from autodist_fx.calls.input_spec import InputForm
+from autodist_fx.calls.input_spec import InputSpec
 from autodist_fx.tracing.example_inputs import Sizes
 from autodist_fx.tracing.meta_model import class_for, empty_model, meta_copy
 from autodist_fx.tracing.prompt_and_step import trace_phases
@@ -12,7 +12,7 @@ from autodist_fx.tracing.traced_model import TracedModel, trace
 __all__ = [
     "OUTPUT_FLAGS",
     "STATE_PREFIX",
-    "InputForm",
+    "InputSpec",
     "Sizes",
     "TracedModel",
     "class_for",

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.cache_kinds import CROSS, one_cache
-from autodist_fx.calls.input_forms import InputForm
 from autodist_fx.calls.input_shapes import input_dims, patches_demanded
+from autodist_fx.calls.input_specs import InputSpec
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, new_cache
 from autodist_fx.tracing.encoder_decoder_cache import both_kinds, model_cache
@@ -52,16 +52,16 @@ class ExampleInputs:
     fewest_frames: int = 0  # of sound, that convolutions over time leave something of
     states: tuple[StateTensor, ...] = ()  # of a cache of the model's own, which are inputs one by one
     counts_past: bool = False  # masks cover `past` tokens, too, whatever the cache is
-    forms: Mapping[str, InputForm] = field(default_factory=dict)  # of inputs that are not as input_shapes has them
+    forms: Mapping[str, InputSpec] = field(default_factory=dict)  # of inputs that are not as input_shapes has them
 
-    def form(self, name: str) -> InputForm | None:
+    def form(self, name: str) -> InputSpec | None:
         """Of one input; None for a cache and states. TracingError for a name that nothing is known of."""
         if name == "past_key_values" or any(state.name == name for state in self.states):
             return None
         if name in self.forms:
             return self.forms[name]
         if name in IMAGE_INPUTS and self.image_shape:
-            return InputForm(("B", *self.image_shape), self.dtype)
+            return InputSpec(("B", *self.image_shape), self.dtype)
         known = input_dims(name, self.config, self.has_encoder)
         if known is None:
             raise TracingError(
@@ -72,7 +72,7 @@ class ExampleInputs:
         if "D" in dims and not self.embedding_dim:
             raise TracingError(f"{name!r} is of no known width: trace with other input_names")
         dims = tuple(self.embedding_dim if d == "D" else d for d in dims)
-        return InputForm(dims, self.dtype if is_floating else torch.long)
+        return InputSpec(dims, self.dtype if is_floating else torch.long)
 
     def make(self, sizes: Sizes) -> dict[str, object]:
         """Meta tensors (and one DynamicCache of meta tensors) by input name, new ones on each call."""

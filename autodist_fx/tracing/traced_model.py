@@ -13,8 +13,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.call import KEYWORD_INPUTS, OUTPUT_FLAGS
-from autodist_fx.calls.input_forms import InputForm, ModelFacts
 from autodist_fx.calls.input_shapes import choice_forms, is_multiple_choice
+from autodist_fx.calls.input_specs import InputSpec, ModelFacts
 from autodist_fx.calls.outputs import flat
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, cache_layers, layer_kinds
@@ -79,7 +79,7 @@ class TracedModel:
         """Of one image, [channels, height, width]; () for a model without."""
         return self._examples.image_shape
 
-    def forms(self) -> dict[str, InputForm]:
+    def forms(self) -> dict[str, InputSpec]:
         """Of each input of the graph, but the cache."""
         found = {name: self._examples.form(name) for name in self.input_names}
         return {name: form for name, form in found.items() if form is not None}
@@ -102,7 +102,7 @@ def trace(
     input_names: Sequence[str] | None = None,
     use_cache: bool = False,
     concrete_args: Mapping[str, object] | None = None,
-    forms: Mapping[str, InputForm] | None = None,
+    forms: Mapping[str, InputSpec] | None = None,
     sizes: tuple[Sizes, Sizes] | None = None,
 ) -> TracedModel:
     """Trace a model, or the model that a config describes, on the meta device; neither is changed.
@@ -145,7 +145,7 @@ def _trace(
     input_names: Sequence[str] | None,
     use_cache: bool,
     concrete_args: Mapping[str, object],
-    forms: Mapping[str, InputForm],
+    forms: Mapping[str, InputSpec],
     sizes: tuple[Sizes, Sizes] | None,
     passing_cache: bool,
 ) -> tuple[TracedModel, bool]:
@@ -209,10 +209,10 @@ def _trace(
     return traced, tracer.first_unknown is None
 
 
-def _other_labels(traced: TracedModel) -> list[InputForm]:
+def _other_labels(traced: TracedModel) -> list[InputSpec]:
     """The forms of labels of a model that tells classes of sequences: a number, or one for each class."""
     dtype, classes = traced.facts.dtype, getattr(traced.config, "num_labels", 1)
-    return [InputForm(("B",), torch.long), InputForm(("B",), dtype), InputForm(("B", classes), dtype)]
+    return [InputSpec(("B",), torch.long), InputSpec(("B",), dtype), InputSpec(("B", classes), dtype)]
 
 
 def _cache_layers(model: PreTrainedModel, examples: ExampleInputs) -> tuple[CacheLayer | None, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from autodist_fx.calls.input_spec import InputForm
+from autodist_fx.calls.input_spec import InputSpec
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.errors import AutodistError
 from passes.fx.guards import Guards
@@ -25,7 +25,7 @@ class GuardedPrograms(Generic[T]):
 
     found: list[tuple[Guards | None, T]]
     make: Callable[[Lengths], tuple[Guards | None, T]] | None = None
-    forms: Mapping[str, InputForm] = field(default_factory=dict)
+    forms: Mapping[str, InputSpec] = field(default_factory=dict)
 
     def get(self, lengths: Lengths, before_making: Callable[[Lengths], None] | None = None) -> T:
         """The variant for these lengths; guards on lengths that are not given are not asked. Evaluates each variant's

@@ -1,4 +1,6 @@
-"""The form of an input: its dims in the letters of `input_shapes`, and its dtype. A graph is traced for forms.
+"""Reads the input specs of a call's tensors: dims in the size symbols of `input_shapes`, and dtypes.
+
+A graph is traced for the specs of its inputs.
 
 `attention_mask` may be [B, T] or, with a line for each query, [B, 1, S, T]; of booleans, integers or numbers to add:
 each is another graph. Lengths are letters, so that one graph serves any batch and any number of tokens.
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 
 from autodist_fx.calls.input_shapes import input_dims
-from autodist_fx.calls.input_spec import Dims, InputForm
+from autodist_fx.calls.input_spec import Dims, InputSpec
 from autodist_fx.errors import AutodistError
 
 # Whichever is there first says how many sequences and tokens there are.
@@ -39,7 +41,7 @@ _LENGTHS = {
 }  # fmt: skip
 
 
-def forms_of(inputs: Mapping[str, Any], model: ModelFacts, past: int) -> dict[str, InputForm]:
+def forms_of(inputs: Mapping[str, Any], model: ModelFacts, past: int) -> dict[str, InputSpec]:
     """The form of each tensor among `inputs`, with `past` tokens in the cache.
 
     Errors: AutodistError, which names the input, what it is and what it ought to be.
@@ -58,7 +60,7 @@ def forms_of(inputs: Mapping[str, Any], model: ModelFacts, past: int) -> dict[st
             )
         if name in ("input_ids", "position_ids", "token_type_ids") and tensors[name].is_floating_point():
             raise AutodistError(f"{name} is {_dtype(tensors[name].dtype)}: it should hold integers")
-        forms[name] = InputForm(_fitted(name, tuple(tensors[name].shape), dims, lengths, past), tensors[name].dtype)
+        forms[name] = InputSpec(_fitted(name, tuple(tensors[name].shape), dims, lengths, past), tensors[name].dtype)
     return forms
 
 
