@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from autodist_fx.cli.main import main
+from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import agree
 from cost_model.errors import VerificationError
 from cost_model.partition_plan import PartitionPlan
@@ -45,9 +48,9 @@ def test_more_ranks_than_devices(capsys, llama, monkeypatch):
 
 def test_another_world_size_under_torchrun(capsys, llama, monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # of more, each waits for the others, to tell them what is wrong
     error = fails(capsys, "run", "--model", llama, "--tp", 2, *RUN)
-    assert "tp=2 x pp=1 needs 2 processes, and 3 were started: use `torchrun --nproc-per-node 2`" in error
+    assert "tp=2 x pp=1 needs 2 processes, and 1 was started: use `torchrun --nproc-per-node 2`" in error
 
 
 def test_a_plan_for_another_model(capsys, llama, tmp_path):
@@ -187,35 +190,37 @@ def test_run_streams_and_samples(capsys, llama):
     assert "first token after" in first[-1] and "tokens/s" in first[-1]
 
 
-class Wire:
-    """What `agree` needs of a communicator, for one rank of two, against scripted messages."""
+def agreed(facts, checks):
+    """What `agree` raises on each rank, in threads that hear each other's texts."""
+    texts, barrier = {}, threading.Barrier(len(facts))
 
-    def __init__(self, *messages):
-        self.messages, self.sent = list(messages), []
+    def on_rank(rank):
+        def everyone(text):
+            texts[rank] = text
+            barrier.wait(10)
+            heard = [texts[other] for other in range(len(facts))]
+            barrier.wait(10)
+            return heard
 
-    def send(self, x, to, channel):
-        self.sent.append(x)
+        try:
+            agree(everyone, rank, facts[rank], check=checks[rank])
+        except AutodistError as error:
+            return error
+        return None
 
-    def recv(self, shape, dtype, device, source, channel):
-        return self.messages.pop(0)
+    with ThreadPoolExecutor(len(facts)) as pool:
+        return list(pool.map(on_rank, range(len(facts))))
 
 
 def test_ranks_that_planned_differently_are_named():
-    other = Wire(torch.tensor([0]))
-    agree(other, 1, 2, ["another plan"])
-    with pytest.raises(Exception, match="rank 1 made another plan than rank 0"):
-        agree(wire := Wire(other.sent[0]), 0, 2, ["a plan"])
-    with pytest.raises(Exception, match="rank 1 made another plan than rank 0"):
-        agree(Wire(*wire.sent), 1, 2, ["another plan"])
+    errors = agreed([{"the plan": "a plan"}, {"the plan": "another plan"}], [None, None])
+    assert all("the plan is a plan on rank 0, and another plan on rank 1" in str(error) for error in errors), errors
+    assert agreed([{"the plan": "a plan"}] * 2, [lambda: None] * 2) == [None, None]
 
 
 def test_a_failed_verification_reaches_every_rank():
     def check():
         raise VerificationError("recv_3 has no send")
 
-    other = Wire(torch.tensor([0]))
-    agree(other, 1, 2, ["a plan"])
-    with pytest.raises(VerificationError, match="recv_3"):
-        agree(wire := Wire(other.sent[0]), 0, 2, ["a plan"], check=check)
-    with pytest.raises(VerificationError, match="recv_3"):
-        agree(Wire(*wire.sent), 1, 2, ["a plan"])
+    for error in agreed([{"the plan": "a plan"}] * 2, [check, check]):
+        assert isinstance(error, VerificationError) and "recv_3" in str(error)
