@@ -71,6 +71,7 @@ class Key:
 NODE_KEYS = (
     Key("source", Phase.TRACED, Phase.EMITTED, "the front end", "str: the model's line, 'modeling_llama.py:241'"),
     Key("nn_module_stack", Phase.TRACED, Phase.EMITTED, "torch.fx's tracer", "the modules that were being called"),
+    Key("is_wrapped", Phase.TRACED, Phase.EMITTED, "torch.fx.wrap", "True: calls a function that fx leaves whole"),
     Key("stamp", Phase.TRACED, Phase.EMITTED, "run_passes", "Stamp: the passes that made the node and last rewired it"),
     Key("is_tensor", Phase.TRACED, Phase.TRACED, "the front end, functionalize", "bool: whether the value is a tensor"),
     Key("guard", Phase.TRACED, Phase.ANNOTATED, "the front end; extract_guards removes it",
