@@ -45,7 +45,7 @@ def test_a_sum_that_is_owed_is_paid_behind_its_producer() -> None:
     plan = plan_for(whole, tp=2)
     before, after = inserted_graphs(whole, plan, 0)
     assert_expected_inline(graph_diff(before, after), """\
---- GraphModule
+--- MlpRank0
 +++ MlpRank0
 @@ -2,5 +2,6 @@
  up : f64[B, S, 12] = up(x)  # ColumnParallelLinear[6, 8]
@@ -78,7 +78,7 @@ def test_many_consumers_share_one_gather_of_uneven_parts() -> None:
     plan = plan_for(whole, tp=2)
     before, after = inserted_graphs(whole, plan, 1)
     assert_expected_inline(graph_diff(before, after), """\
---- GraphModule
+--- HeadRank1
 +++ HeadRank1
 @@ -1,5 +1,6 @@
  x : f64[B, S, 8] = input
