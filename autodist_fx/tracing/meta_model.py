@@ -40,8 +40,9 @@ def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
     memo: dict[int, object] = {}
     left_as_they_are(model, memo)
     for parameter in model.parameters():
-        # to("meta") of a parameter is a tensor of that shape, strides and dtype, without storage.
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        # Made new, and not by to("meta"), which of a parameter from torch.inference_mode is one that takes no gradient.
+        meta = torch.empty_strided(parameter.size(), parameter.stride(), dtype=parameter.dtype, device="meta")
+        memo[id(parameter)] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
     for module in model.modules():
         for tensor in _tensors(tuple(vars(module).values())):
             if not tensor.is_leaf:  # what a call computed of parameters, which deepcopy refuses
