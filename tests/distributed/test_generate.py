@@ -92,7 +92,7 @@ def test_a_rank_in_its_own_terminal_stops_at_a_breakpoint(llama):
     program = (
         "import sys\nimport passes.partition.pipeline as p\nfrom autodist_fx.cli.main import main\n"
         "run = p.localize_cache\n"
-        "def stop(g, ctx, kinds):\n    breakpoint()\n    return run(g, ctx, kinds)\n"
+        "def stop(g, ctx, **kinds):\n    breakpoint()\n    return run(g, ctx, **kinds)\n"
         "if '1' == sys.argv[-1]: p.localize_cache = stop\n"
         "sys.exit(main(['run', *sys.argv[1:]]))"
     )
