@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import requests
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -14,7 +13,6 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -22,6 +20,7 @@ from huggingface_hub.errors import (
 from autodist_fx.errors import CheckpointError
 from autodist_fx.weights.checkpoint_source import CheckpointSource
 from autodist_fx.weights.sources.safetensors_source import INDEX_NAME, SINGLE_NAME
+from autodist_fx.weights.versions import HTTP_ERROR, NO_NETWORK
 
 # Exact names, not "*.safetensors": repositories also have fp16 copies, adapters and other formats of the same weights.
 _PATTERNS = (
@@ -85,7 +84,7 @@ def _files(source: CheckpointSource) -> list[str] | None:
         return None
     try:
         return HfApi(token=source.token).list_repo_files(repo_id, revision=source.revision)
-    except (requests.ConnectionError, requests.Timeout, OfflineModeIsEnabled):
+    except NO_NETWORK:
         return None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise _explain(repo_id, error) from error
@@ -112,7 +111,7 @@ def _ask(repo_id: str, download: Callable[[], str]) -> str:
     """Run a download; turn its exceptions into CheckpointError."""
     try:
         return download()
-    except (requests.RequestException, HFValidationError, OSError, ValueError) as error:
+    except (HTTP_ERROR, HFValidationError, OSError, ValueError) as error:
         raise _explain(repo_id, error) from error
 
 
@@ -127,7 +126,7 @@ def _explain(repo_id: str, error: Exception) -> CheckpointError:
         return CheckpointError(f"no model {repo_id}, neither here nor on the hub: check the name, or set HF_TOKEN")
     if isinstance(error, RevisionNotFoundError):
         return CheckpointError(f"{repo_id} has no such revision: check its branches and tags on huggingface.co")
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled, requests.ConnectionError, requests.Timeout)):
+    if isinstance(error, (LocalEntryNotFoundError, *NO_NETWORK)):
         return CheckpointError(
             f"no directory {repo_id} here, it is not in the hub's cache, and huggingface.co cannot be reached "
             "(or HF_HUB_OFFLINE is set): check the name and the network"

@@ -192,7 +192,7 @@ def _refuse_missing(missing: Sequence[ParamShard], count: int, available: Iterab
     if lost_buffers:
         raise CheckpointError(
             f"buffers that are neither in the checkpoint nor given: {_some(lost_buffers)}; "
-            "pass their values as `buffers` (weights.buffers.non_persistent_buffers builds them)"
+            "pass their values as `buffers` (a compiled model has them: compiled.buffers)"
         )
 
 
