@@ -83,7 +83,7 @@ def check_call(
             raise VerificationError(wrong)
         program, node = place
         raise with_lines(program, node, f"{wrong}; the first to differ is {on_rank(program)}, {described(node)}")
-    return expected  # type: ignore[no-any-return]
+    return expected
 
 
 def _run_ranks(

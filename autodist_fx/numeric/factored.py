@@ -59,7 +59,7 @@ class Factored(torch.Tensor):
         """Run an op that has no line in `_OPS` on the whole product."""
         return func(*(_product(a) for a in args), **{k: _product(v) for k, v in (kwargs or {}).items()})
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:
         return f"Factored({list(self.shape)})"
 
 

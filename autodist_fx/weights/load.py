@@ -208,7 +208,7 @@ def _move_the_rest(module: nn.Module, shards: Mapping[str, ParamShard], device: 
             there = tensor.detach().to(device)
             is_parameter = isinstance(tensor, nn.Parameter)
             moved[id(tensor)] = nn.Parameter(there, requires_grad=tensor.requires_grad) if is_parameter else there
-        (owner._buffers if leaf in owner._buffers else owner._parameters)[leaf] = moved[id(tensor)]  # type: ignore[assignment]
+        (owner._buffers if leaf in owner._buffers else owner._parameters)[leaf] = moved[id(tensor)]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -47,4 +47,4 @@ def _put(module: nn.Module, name: str, tensor: object) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     # Through the dicts: setattr would refuse a parameter of another class, and register a buffer as a persistent one.
-    (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor  # type: ignore[assignment]
+    (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor

@@ -68,7 +68,7 @@ def submodule(root: torch.nn.Module, target: str) -> torch.nn.Module:
     """
     module: torch.nn.Module = root
     for atom in target.split("."):
-        module = module._modules[atom]  # type: ignore[assignment]
+        module = module._modules[atom]
     return module
 
 

@@ -258,7 +258,7 @@ def set_module_stack(node: Node, stack: Mapping[str, tuple[str, Any]]) -> None:
 def module_path(node: Node) -> str:
     """The path of the innermost module that was being called; "" at the root."""
     stack = module_stack(node)
-    return next(reversed(stack.values()))[0] if stack else ""  # type: ignore[call-overload, no-any-return]
+    return next(reversed(stack.values()))[0] if stack else ""  # type: ignore[call-overload]
 
 
 def made_by(node: Node) -> str:

@@ -10,7 +10,7 @@ both, and what the first writes lies where the second reads it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 import torch.fx
@@ -52,7 +52,7 @@ def _copy(whole: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return LazyGraphModule(whole, graph, class_name=whole.__class__.__name__)
 
 
-def _keep_outputs(module: torch.fx.GraphModule, wanted) -> None:  # type: ignore[no-untyped-def]
+def _keep_outputs(module: torch.fx.GraphModule, wanted: Callable[[str], bool]) -> None:
     output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
     output.args = ({name: value for name, value in output.args[0].items() if wanted(name)},)
 

@@ -42,9 +42,14 @@ def unpack_tuples(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> 
                 second[element] = second[node][i]
                 elements.insert(0, element)
         for user in takers:
-            user.args = map_arg(user.args, lambda n, node=node, e=elements: tuple(e) if n is node else n)
-            user.kwargs = map_arg(user.kwargs, lambda n, node=node, e=elements: tuple(e) if n is node else n)
+            _read_elements(user, node, elements)
     return edit.result(matches)
+
+
+def _read_elements(user: Node, whole: Node, elements: list[Node]) -> None:
+    """Makes `user` read a tuple of `elements` where it reads `whole`."""
+    user.args = map_arg(user.args, lambda n: tuple(elements) if n is whole else n)
+    user.kwargs = map_arg(user.kwargs, lambda n: tuple(elements) if n is whole else n)
 
 
 def _describe(element: Node, whole: Node, like: Node, number: int) -> None:
@@ -70,5 +75,4 @@ def _unpack_slice(graph: torch.fx.Graph, node: Node, part: Node, second: dict[No
         if op_name(user) == "getitem" and isinstance(user.args[1], int):
             user.replace_all_uses_with(elements[user.args[1]])
         else:
-            user.args = map_arg(user.args, lambda n: tuple(elements) if n is part else n)
-            user.kwargs = map_arg(user.kwargs, lambda n: tuple(elements) if n is part else n)
+            _read_elements(user, part, elements)

@@ -71,20 +71,20 @@ def current() -> Communicator:
 
 def all_reduce(x: torch.Tensor, axis: str) -> torch.Tensor:
     if _has_gradient(x):
-        return AllReduce.apply(x, axis, current())  # type: ignore[no-any-return]
+        return AllReduce.apply(x, axis, current())
     return current().all_reduce(x, axis)
 
 
 def all_gather(x: torch.Tensor, axis: str, dim: int, parts: Parts) -> torch.Tensor:
     if _has_gradient(x):
-        return AllGather.apply(x, axis, dim, parts, current())  # type: ignore[no-any-return]
+        return AllGather.apply(x, axis, dim, parts, current())
     return current().all_gather(x, axis, dim, parts)
 
 
 def copy_to_tp(x: torch.Tensor, axis: str) -> torch.Tensor:
     """`x` itself, for readers of whose gradients each rank has a term: backward they are added up (Megatron's f)."""
     if _has_gradient(x):
-        return CopyToTp.apply(x, axis, current())  # type: ignore[no-any-return]
+        return CopyToTp.apply(x, axis, current())
     return x
 
 

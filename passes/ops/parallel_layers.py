@@ -124,12 +124,12 @@ def partial_mean(
 def one_term(x: torch.Tensor, tp_rank: int) -> torch.Tensor:
     """A whole tensor as a sum that is owed over ranks: rank 0 has it, the others have zeros. Nobody is asked."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return OneTerm.apply(x, tp_rank)  # type: ignore[no-any-return]
+        return OneTerm.apply(x, tp_rank)
     return x if tp_rank == 0 else torch.zeros_like(x)
 
 
 def one_gradient(x: torch.Tensor, tp_rank: int) -> torch.Tensor:
     """`x` itself, for readers that know its whole gradient where each rank is to have a term: rank 0 has it all."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return OneGradient.apply(x, tp_rank)  # type: ignore[no-any-return]
+        return OneGradient.apply(x, tp_rank)
     return x

@@ -73,7 +73,7 @@ def _is_number(value: object) -> bool:
 
 
 def _rms_norm_chain(rsqrt: Node) -> _RmsNormChain | None:
-    add = rsqrt.args[0]
+    add: Node = rsqrt.args[0]
     if op_name(add) != "add" or len(add.args) != 2 or _only_user(add) is not rsqrt:
         return None
     mean, eps = add.args if isinstance(add.args[0], Node) else reversed(add.args)
@@ -87,7 +87,7 @@ def _rms_norm_chain(rsqrt: Node) -> _RmsNormChain | None:
     else:
         return None
     scaled = _only_user(rsqrt)
-    if _only_user(square) is not mean or scaled is None or op_name(scaled) != "mul" or set(scaled.args) != {x, rsqrt}:
+    if scaled is None or _only_user(square) is not mean or op_name(scaled) != "mul" or set(scaled.args) != {x, rsqrt}:
         return None
     value = node_meta.val(x)
     chain: list[Node] = [scaled, rsqrt, add, mean, square]

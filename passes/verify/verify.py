@@ -68,8 +68,9 @@ def _output_names(whole: torch.fx.GraphModule, graph: OpGraph) -> dict[str, Tens
     found: dict[str, TensorRef] = {}
     output = next(node for node in reversed(whole.graph.nodes) if node.op == "output")
     for name, value in output.args[0].items():
-        tensors: list[torch.fx.Node] = []
-        torch.fx.node.map_arg(value, lambda n, tensors=tensors: tensors.append(n) if node_meta.is_tensor(n) else None)
+        nodes: list[torch.fx.Node] = []
+        torch.fx.node.map_arg(value, nodes.append)
+        tensors = [node for node in nodes if node_meta.is_tensor(node)]
         for position, node in enumerate(tensors):
             own = fetch(whole, str(node.target)) if node.op == "get_attr" else None
             ref = TensorRef(*tensor_source(node)) if own is None else TensorRef(sources[id(own)])

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
 
 from autodist_fx.runtime.comm.watchdog import EXIT_CODE as LOST_ANOTHER_RANK
 
@@ -119,13 +120,13 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm():  # type: ignore[no-untyped-def]
+def _ended_by_sigterm() -> Iterator[None]:
     """SIGTERM ends us as Ctrl-C does: through the code that ends the ranks."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def interrupt(number, frame):  # type: ignore[no-untyped-def]
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)

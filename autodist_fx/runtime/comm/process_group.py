@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from types import TracebackType
 from typing import NoReturn, TypeVar
 
 import torch
@@ -292,7 +293,7 @@ def _tell_of_uncaught_errors() -> None:
     """A rank that ends with a traceback takes the others with it, and they say why."""
     before = sys.excepthook
 
-    def hook(kind, error, traceback):  # type: ignore[no-untyped-def]
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         before(kind, error, traceback)
         if not hasattr(sys, "ps1"):  # at a prompt the process goes on
             leave("; ".join([f"{kind.__name__}: {error}", *getattr(error, "__notes__", ())]))

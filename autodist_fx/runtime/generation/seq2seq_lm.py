@@ -89,7 +89,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         return self._encoder
 
     @collective
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         *others: Any,

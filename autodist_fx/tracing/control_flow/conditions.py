@@ -213,7 +213,7 @@ def _computed(node: Node, tracer: Any, position: int, done: dict[Node, Any]) -> 
         if node.op == "call_method":
             value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
-            value = node.target(*args, **kwargs)  # type: ignore[operator]
+            value = node.target(*args, **kwargs)
     done[node] = value
     return value
 

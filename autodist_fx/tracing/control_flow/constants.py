@@ -72,7 +72,7 @@ class OtherExample:
             return torch.func.functional_call(module, buffers, args, kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
 
 
 def constant(proxy: SymbolicProxy) -> int | float:

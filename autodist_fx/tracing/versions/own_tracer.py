@@ -62,7 +62,7 @@ class SymbolicProxy(Proxy):
 
     def __contains__(self, item: Any) -> bool:
         known = self.__dict__.get("_metadata")
-        return super().__contains__(item) if known is None else item in known
+        return any(item is value or item == value for value in self) if known is None else item in known
 
 
 class AttributeProxy(SymbolicProxy):
@@ -76,7 +76,7 @@ class AttributeProxy(SymbolicProxy):
             self.install_metadata(getattr(known, attr))
 
     @property
-    def node(self) -> Node:
+    def node(self) -> Node:  # type: ignore[override]  # as torch.fx.proxy.Attribute does
         if self._node is None:
             self._node = self.tracer.create_proxy("call_function", builtins.getattr, (self.root, self.attr), {}).node
         return self._node

@@ -12,7 +12,7 @@ try:
         patch_base,
     )
 except ImportError:  # transformers 5 has no utils.fx
-    from autodist_fx.tracing.versions.own_tracer import (  # type: ignore[assignment]
+    from autodist_fx.tracing.versions.own_tracer import (
         AttributeProxy,
         DeviceAttribute,
         SymbolicProxy,

@@ -21,7 +21,7 @@ _ALIKE = (
 )  # fmt: skip
 
 
-class Tensor(tuple):  # type: ignore[type-arg]
+class Tensor(tuple):
     """(shape, dtype) of a tensor, to be told from a plain tuple."""
 
     __slots__ = ()

@@ -167,7 +167,7 @@ class _Reader:
             elif node in computed:
                 self._op(node)
             elif _is_element(self.facts, node):
-                self.kinds[node] = self.kinds[node.args[0]]  # type: ignore[index]
+                self.kinds[node] = self.kinds[node.args[0]]
             else:
                 self._piece(node)
 
@@ -197,7 +197,7 @@ class _Reader:
         key = message(self.facts.program, node)
         if node.target is send:
             value = node.args[0]
-            self.sent[key] = self.kinds[value] if value in self.needs else None  # type: ignore[index]
+            self.sent[key] = self.kinds[value] if value in self.needs else None
         flag = argument(node, 4 if node.target is send else 5, "gradient", False)
         if flag is not (self.sent[key] is not None):
             self._fail(
@@ -216,7 +216,7 @@ class _Reader:
         wants, gives = {
             all_reduce: (PARTIAL, WHOLE), all_gather: (TERMS, WHOLE), copy_to_tp: (WHOLE, TERMS),
             one_gradient: (TERMS, WHOLE), one_term: (WHOLE, PARTIAL),
-        }[node.target]  # type: ignore[index]  # fmt: skip
+        }[node.target]  # fmt: skip
         if self._is_parameter(value) and kind == WHOLE:
             self._note(str(value.target), wants == TERMS, node)
         elif self._is_parameter(value):

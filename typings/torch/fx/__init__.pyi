@@ -1,0 +1,9 @@
+from torch.fx._symbolic_trace import Tracer as Tracer
+from torch.fx._symbolic_trace import symbolic_trace as symbolic_trace
+from torch.fx._symbolic_trace import wrap as wrap
+from torch.fx.graph import Graph as Graph
+from torch.fx.graph_module import GraphModule as GraphModule
+from torch.fx.interpreter import Interpreter as Interpreter
+from torch.fx.node import Node as Node
+from torch.fx.node import map_arg as map_arg
+from torch.fx.proxy import Proxy as Proxy

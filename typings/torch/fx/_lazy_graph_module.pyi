@@ -1,0 +1,3 @@
+from torch.fx.graph_module import GraphModule
+
+class _LazyGraphModule(GraphModule): ...
