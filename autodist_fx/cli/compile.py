@@ -17,6 +17,7 @@ from autodist_fx.errors import CheckpointError
 from autodist_fx.weights.checkpoint import load_tokenizer, open_source
 from autodist_fx.weights.load_program import load_program
 from autodist_fx.weights.resolve import resolve
+from autodist_fx.weights.versions import named_as_in
 from passes.program.rank_program import RankProgram
 
 
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(checkpoint)
     except CheckpointError:
         tokenizer = None  # not every model reads text
-    source, model = open_source(checkpoint), compiled.source.shape
+    model = compiled.source.shape
+    source = named_as_in(model, open_source(checkpoint))
 
     def load(variant: Variant, program: RankProgram) -> None:
         buffers = dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))

@@ -26,6 +26,8 @@ from autodist_fx.weights.checkpoint_source import CheckpointSource
 from autodist_fx.weights.dtype import wanted_dtype
 from autodist_fx.weights.resolve import resolve
 from autodist_fx.weights.sources.module_source import ModuleSource
+from autodist_fx.weights.sources.source import WeightSource
+from autodist_fx.weights.versions import named_as_in
 from cost_model.partition_plan import PartitionPlan
 from cost_model.request.plan_request import PlanRequest
 
@@ -52,7 +54,11 @@ def open_checkpoint(
     """What makes this rank's programs of a checkpoint, and how the checkpoint generates. Raises CheckpointError."""
     checkpoint = resolve(source)
     model = empty_model(checkpoint.config, wanted_dtype(dtype, checkpoint.config))
-    startup = RankStartup(model, lambda: open_source(checkpoint), joined, request, options, progress)
+
+    def open_weights() -> WeightSource:
+        return named_as_in(model, open_source(checkpoint))
+
+    startup = RankStartup(model, open_weights, joined, request, options, progress)
     return startup, checkpoint.generation_config
 
 

@@ -12,6 +12,7 @@ from autodist_fx.weights.load import LoadReport, load_rank
 from autodist_fx.weights.names import resolve_names
 from autodist_fx.weights.share import share_weights
 from autodist_fx.weights.sources.source import WeightSource
+from autodist_fx.weights.versions import name_rules, tied_names
 from passes.program.rank_program import RankProgram
 
 
@@ -33,9 +34,8 @@ def load_program(
         source,
         device=device,
         buffers=_missing_buffers(buffers, model, source),
-        base_model_prefix=model.base_model_prefix,
-        tied=_tied(model),
-        key_mapping=getattr(model, "_checkpoint_conversion_mapping", None),
+        tied=tied_names(model),
+        **name_rules(model),
         requires_grad=False,
         progress=progress,
     )
@@ -66,13 +66,5 @@ def _missing_buffers(
     """Return the real values, by name, of tensors that the checkpoint
     lacks: non-persistent buffers, and constants of the graph."""
     saved = set(values) & model.state_dict().keys()
-    found = resolve_names(saved, source.names(), base_model_prefix=model.base_model_prefix) if saved else {}
+    found = resolve_names(saved, source.names(), **name_rules(model)) if saved else {}
     return {name: value for name, value in values.items() if name not in found and not value.is_meta}
-
-
-def _tied(model: PreTrainedModel) -> list[list[str]]:
-    """List the names of each parameter that has several, in the order of modules: the input embedding comes first."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [group for group in names.values() if len(group) > 1]
