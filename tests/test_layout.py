@@ -14,6 +14,12 @@ import networkx as nx
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("autodist_fx", "passes", "cost_model")
 MOST_FILES, MOST_LINES = 15, 400
+OTHERS_PRIVATE_MEMBERS = {  # which tests may use: ours have a public way, or are tested by what comes of them
+    *("_exit", "_replace", "_asdict", "_fields", "_repr_html_"),  # Python, IPython
+    *("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_ConvNd"),  # torch
+    *("_attn_implementation", "_model_mapping", "_TORCH_METHODS_TO_PATCH"),  # transformers
+    *("_prepare_attention_mask_for_generation", "_update_model_kwargs_for_generation"),
+}
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -69,6 +75,23 @@ def long_files() -> list[str]:
     return [f"{path.relative_to(ROOT)}: {n} lines" for path, n in lengths.items() if n > MOST_LINES]
 
 
+def private_members(path: Path) -> Iterator[str]:
+    """The private members of other objects and modules that a file reads, sets or imports; `self._x` is its own."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[object] = []
+        if isinstance(node, ast.Attribute):
+            names = [] if getattr(node.value, "id", "") in ("self", "cls") else [node.attr]
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call):  # setattr(module, "_name", ...), monkeypatch's too
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("setattr", "getattr", "delattr"):
+                names = [arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant)]
+        for name in names:
+            if isinstance(name, str) and name.startswith("_") and not name.startswith("__"):
+                yield f"{path.relative_to(ROOT)}:{node.lineno}: {name}"
+
+
 def test_no_folder_has_too_many_files() -> None:
     assert full_folders() == []
 
@@ -84,6 +107,11 @@ def test_no_file_imports_itself_in_a_circle() -> None:
 def test_imports_between_folders_run_one_way() -> None:
     rooms = between_folders(import_graph())
     assert circles(rooms) == []
+
+
+def test_tests_read_no_private_members() -> None:
+    found = [line for path in python_files("tests", "benchmarks") for line in private_members(path)]
+    assert [line for line in found if line.rpartition(" ")[2] not in OTHERS_PRIVATE_MEMBERS] == []
 
 
 def test_tests_change_no_path() -> None:

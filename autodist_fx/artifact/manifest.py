@@ -56,7 +56,7 @@ class Manifest:
     def to_text(self) -> str:
         """Serialize to JSON, with a digest of all other fields at the end."""
         fields = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-        return json.dumps({**fields, "manifest_sha256": _digest_of(fields)}, indent=1, allow_nan=False) + "\n"
+        return json.dumps({**fields, "manifest_sha256": digest_of(fields)}, indent=1, allow_nan=False) + "\n"
 
 
 def library_versions() -> dict[str, str]:
@@ -83,7 +83,7 @@ def read_manifest(directory: Path) -> Manifest:
             f"{FORMAT_VERSION}: make the artifact again, or use the autodist_fx that made it"
         )
     digest = fields.pop("manifest_sha256", None)
-    if digest != _digest_of(fields):
+    if digest != digest_of(fields):
         raise ArtifactError(f"{path} was changed after it was written: make the artifact again")
     try:
         return _manifest(fields)
@@ -91,7 +91,8 @@ def read_manifest(directory: Path) -> Manifest:
         raise ArtifactError(f"{path} is malformed ({error}): make the artifact again") from error
 
 
-def _digest_of(fields: Mapping[str, Any]) -> str:
+def digest_of(fields: Mapping[str, Any]) -> str:
+    """Return the SHA-256, in hex, of a manifest's fields but for the digest itself."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

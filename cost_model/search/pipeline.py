@@ -313,9 +313,10 @@ class PipelineSearch:
 
     def stage(self, k: int, start: int, stop: int) -> Stage:
         """Returns ops [start, stop) as stage k, with what crosses into it. Valid only after `solve`."""
-        return self._stage(start, stop, self.times[k])
+        return self.stage_of_ops(start, stop, self.times[k])
 
-    def _stage(self, start: int, stop: int, seconds: Mapping[str, float] | None = None) -> Stage:
+    def stage_of_ops(self, start: int, stop: int, seconds: Mapping[str, float] | None = None) -> Stage:
+        """Returns ops [start, stop) as a stage; `seconds` by op on its device, None: as `costs` has them."""
         needed = [
             ref
             for name in self.sequence[start:stop]

@@ -4,8 +4,7 @@ import sys
 
 import torch
 
-from autodist_fx.runtime.comm import dist_communicator
-from autodist_fx.runtime.comm.dist_communicator import EXCHANGE_BYTES
+from autodist_fx.runtime.comm.dist_communicator import CHUNK_BYTES, CHUNKED_BYTES, EXCHANGE_BYTES
 from autodist_fx.runtime.comm.join_options import JoinOptions
 from autodist_fx.runtime.comm.process_group import join, leave
 from cost_model.mesh import Mesh
@@ -30,15 +29,15 @@ def check_all_reduce(shape, dtype):
     assert torch.allclose(comm.all_reduce(mine, "tp"), expected, atol=5e-2 if dtype is torch.bfloat16 else 1e-5)
 
 
-shared = comm._shared
-slot_bytes = shared and shared._slot_bytes
+shared = comm.shared
+slot_bytes = shared and shared.slot_bytes
 assert (shared is None) == (mesh.tp == 1)
 # Through shared memory, in one piece and in several; by exchange over sockets; by Gloo's ring.
 for way in ("shared", "pieces", "exchange", "ring"):
-    comm._shared = shared if way in ("shared", "pieces") else None
+    comm.shared = shared if way in ("shared", "pieces") else None
     if shared is not None:
-        shared._slot_bytes = 1000 if way == "pieces" else slot_bytes
-    comm._exchange_bytes = 0 if way == "ring" else EXCHANGE_BYTES
+        shared.slot_bytes = 1000 if way == "pieces" else slot_bytes
+    comm.exchange_bytes = 0 if way == "ring" else EXCHANGE_BYTES
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for shape in ((1, 1, 768), (3, 5), (0, 4), (300, 1000)):
             check_all_reduce(shape, dtype)
@@ -56,23 +55,21 @@ splits = {
     "every one holds all": (((0, size),),) * mesh.tp,
     "woven": tuple(tuple((i, i + 1) for i in range(r, size, mesh.tp)) for r in range(mesh.tp)),
 }
-chunked_bytes, chunk_bytes = dist_communicator.CHUNKED_BYTES, dist_communicator._CHUNK_BYTES
 # Through shared memory, in one piece and in several; small and large ones over sockets, and as over NCCL.
 for way in ("shared", "pieces", "rows", "whole", "chunks", "padded"):
-    comm._shared = shared if way in ("shared", "pieces", "rows") else None
+    comm.shared = shared if way in ("shared", "pieces", "rows") else None
     if shared is not None:
-        shared._slot_bytes = {"pieces": 40, "rows": 1000}.get(way, slot_bytes)
-    comm._exchanges = way != "padded"
-    dist_communicator.CHUNKED_BYTES = 1 if way == "chunks" else chunked_bytes
-    dist_communicator._CHUNK_BYTES = 300 if way == "chunks" else chunk_bytes
+        shared.slot_bytes = {"pieces": 40, "rows": 1000}.get(way, slot_bytes)
+    comm.exchanges = way != "padded"
+    comm.chunked_bytes, comm.chunk_bytes = (1, 300) if way == "chunks" else (CHUNKED_BYTES, CHUNK_BYTES)
     for name, parts in splits.items():
         for dim in (0, 1, -1):
             whole = of_rank(0, size, size, size)
             held = torch.cat([torch.arange(start, stop) for start, stop in parts[tp_rank]] or [torch.empty(0)]).long()
             result = comm.all_gather(whole.index_select(dim, held), "tp", dim, parts)
             assert torch.equal(result, whole), (name, dim)
-comm._exchanges = True
-comm._shared = shared
+comm.exchanges = True
+comm.shared = shared
 
 # Around the ring of all ranks, many at once: nobody may block in send, whoever receives first.
 to, source = (rank + 1) % mesh.size, (rank - 1) % mesh.size
@@ -86,7 +83,7 @@ for channel in (4, 3):
         assert (x == source * 1000 + channel * 100 + i).all()
 assert comm.recv((0, 3), torch.float32, "cpu", source, 5).shape == (0, 3)
 comm.finish_sends()
-assert not comm._unfinished_sends
+assert comm.unfinished_sends == 0
 leave()
 if rank == 0:
     print("all well")

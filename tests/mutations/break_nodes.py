@@ -23,11 +23,11 @@ from tests.support.graphs.broken_programs import Programs, calls, with_argument
 _CALLS = ("call_function", "call_method", "call_module")
 
 
-def _is_call(node: Node) -> bool:
+def is_call(node: Node) -> bool:
     return node.op in _CALLS and node.target not in COMM_OPS and bool(tensor_arguments(node))
 
 
-def _set(node: Node, args: Any, kwargs: Any) -> None:
+def set_arguments(node: Node, args: Any, kwargs: Any) -> None:
     node.args, node.kwargs = tuple(args), dict(kwargs)
 
 
@@ -49,7 +49,7 @@ def _alike(node: Node, of: Node) -> list[Node]:
 @mutation
 def operand_of_another_place(programs: Programs, rng: random.Random) -> str:
     """A tensor of the same shape: the residual before the block, say."""
-    program, node = pick_node(programs, rng, _is_call)
+    program, node = pick_node(programs, rng, is_call)
     given = tensor_arguments(node)
     slot = rng.randrange(len(given))
     source = pick(rng, _alike(node, given[slot]))
@@ -63,7 +63,7 @@ def operand_of_another_place(programs: Programs, rng: random.Random) -> str:
 
 @mutation
 def operands_swapped(programs: Programs, rng: random.Random) -> str:
-    program, node = pick_node(programs, rng, lambda n: _is_call(n) and len(set(tensor_arguments(n))) > 1)
+    program, node = pick_node(programs, rng, lambda n: is_call(n) and len(set(tensor_arguments(n))) > 1)
     given = tensor_arguments(node)
     i, j = rng.sample(range(len(given)), 2)
     if given[i] is given[j]:
@@ -80,7 +80,7 @@ def op_left_out(programs: Programs, rng: random.Random) -> str:
     """Its users read one of its operands that looks like its result: a residual lost, a rotation not made."""
 
     def fits(n: Node) -> bool:
-        return _is_call(n) and node_meta.is_tensor(n) and any(
+        return is_call(n) and node_meta.is_tensor(n) and any(
             node_meta.tensor(a).shape == node_meta.tensor(n).shape for a in tensor_arguments(n)
         )  # fmt: skip
 

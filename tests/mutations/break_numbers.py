@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from passes.fx import node_meta
 from passes.fx.nodes import op_name
-from tests.mutations.break_nodes import _is_call, _set
+from tests.mutations.break_nodes import is_call, set_arguments
 from tests.mutations.mutation import NotHere, mutation, on_ranks, pick, pick_node, said
 from tests.support.graphs.broken_programs import Programs, add_after, with_argument
 
@@ -62,7 +62,7 @@ def _change_number(
     places = on_ranks(programs, program, node, rng)
     for _program, n in places:
         if dict(numbers(n)).get(path) == old:
-            _set(n, *_with((n.args, n.kwargs), path, new))
+            set_arguments(n, *_with((n.args, n.kwargs), path, new))
     return f"{said(places)}: {new} for {old}"
 
 
@@ -70,14 +70,14 @@ def _change_number(
 def number_changed(programs: Programs, rng: random.Random) -> str:
     """The scale of a softmax, an eps, an exponent."""
     return _change_number(
-        programs, rng, _is_call, float, lambda old: old * rng.choice([2.0, 0.5, 1e3, -1.0]) if old else 0.25
+        programs, rng, is_call, float, lambda old: old * rng.choice([2.0, 0.5, 1e3, -1.0]) if old else 0.25
     )  # fmt: skip
 
 
 @mutation
 def flag_turned(programs: Programs, rng: random.Random) -> str:
     """is_causal, enable_gqa, keepdim."""
-    return _change_number(programs, rng, _is_call, bool, lambda old: not old)
+    return _change_number(programs, rng, is_call, bool, lambda old: not old)
 
 
 _SHAPED = ("reshape", "broadcast_to")
@@ -175,7 +175,7 @@ def wrong_dtype_of_a_cast(programs: Programs, rng: random.Random) -> str:
     new = pick(rng, [d for d in (torch.float16, torch.bfloat16, torch.int64, torch.bool) if d != old])
     places = on_ranks(programs, program, node, rng)
     for _program, n in places:
-        _set(n, *_with((n.args, n.kwargs), path, new))
+        set_arguments(n, *_with((n.args, n.kwargs), path, new))
     return f"{said(places)}: {new}"
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import autodist_fx as adx
 from autodist_fx.api.artifact import Artifact
-from autodist_fx.artifact.manifest import ArtifactError, _digest_of
+from autodist_fx.artifact.manifest import ArtifactError, digest_of
 from tests.support.models import padded_batch
 
 WEIGHTS = "weights/rank1.safetensors"
@@ -47,7 +47,7 @@ def renew_digests(directory: Path) -> None:
 
 def write_manifest(directory: Path, fields: dict[str, Any]) -> None:
     fields.pop("manifest_sha256", None)
-    (directory / "manifest.json").write_text(json.dumps({**fields, "manifest_sha256": _digest_of(fields)}))
+    (directory / "manifest.json").write_text(json.dumps({**fields, "manifest_sha256": digest_of(fields)}))
 
 
 def edit_manifest(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -35,7 +35,7 @@ EXCHANGE_BYTES = 512 * 1024
 # and the buffer they arrive in stays in cache. Measured with 2 ranks, the logits of 4 x 128 tokens (32 MB each): 68 ms
 # in chunks of 2 MB, 88 in one piece.
 CHUNKED_BYTES = 4 * 1024 * 1024
-_CHUNK_BYTES = 2 * 1024 * 1024
+CHUNK_BYTES = 2 * 1024 * 1024
 
 
 class DistCommunicator:
@@ -44,6 +44,10 @@ class DistCommunicator:
     `timeout` bounds every wait. `watchdog` tells of ranks that died, and of incidents: an error of a call that a rank
     raised while others may wait for it. Those waits end with CallBroken, on all ranks, and `begin` makes new groups.
     What is between two repairs is an epoch; `scope`, alike on all ranks, tells this communicator's from another's.
+
+    How tensors travel in the tp group may be set between calls, alike on all ranks: through memory that they share
+    (`shared`; None: not), by sends to each (`exchanges`, of an all_reduce up to `exchange_bytes`), and in chunks of
+    `chunk_bytes` where a rank's shard has `chunked_bytes` or more.
     """
 
     def __init__(
@@ -64,8 +68,9 @@ class DistCommunicator:
         self._alone = mesh.tp == 1
         self._sum = dist.AllreduceOptions()
         self._sum.timeout = timeout
-        self._exchanges = device.type == "cpu"  # NCCL knows better itself
-        self._exchange_bytes = EXCHANGE_BYTES // max(1, mesh.tp - 1)
+        self.exchanges = device.type == "cpu"  # NCCL knows better itself
+        self.exchange_bytes = EXCHANGE_BYTES // max(1, mesh.tp - 1)
+        self.chunked_bytes, self.chunk_bytes = CHUNKED_BYTES, CHUNK_BYTES
         self._last_exchange: list[Any] = []
         self._unfinished_sends: deque[tuple[Any, str]] = deque()  # and the kind of device that each was on
         self._world: dict[str, Any] = {}  # by the kind of device
@@ -92,7 +97,7 @@ class DistCommunicator:
             self._broken = True
             raise self._failure("connecting", range(self.mesh.size), error) from None
         self._watchdog.watch(self._epoch_name, self._break)
-        self._shared = self._share_memory() if self._exchanges and not self._alone else None
+        self.shared = self._share_memory() if self.exchanges and not self._alone else None
 
     def _group(self, store: dist.Store, name: str, rank: int, size: int, kind: str) -> Any:
         store = dist.PrefixStore(name, store)
@@ -174,9 +179,9 @@ class DistCommunicator:
             x = x.contiguous()
         nbytes = x.nbytes
         try:
-            if self._shared is not None:
-                return self._shared.all_reduce(x) if nbytes else x
-            if self._exchanges and nbytes <= self._exchange_bytes:
+            if self.shared is not None:
+                return self.shared.all_reduce(x) if nbytes else x
+            if self.exchanges and nbytes <= self.exchange_bytes:
                 return self._sum_of_exchange(x) if nbytes else x
             self._tp.allreduce([x], self._sum).wait()
         except (RuntimeError, OSError) as error:
@@ -209,12 +214,12 @@ class DistCommunicator:
         if not x.is_contiguous():
             x = x.contiguous()
         try:
-            if self._shared is not None:
-                return self._shared.all_gather(x, dim, layout)
+            if self.shared is not None:
+                return self.shared.all_gather(x, dim, layout)
             largest = math.prod(_with_size(x.shape, dim, max(layout.local_sizes))) * x.element_size()
-            if self._exchanges and layout.in_rank_order and largest >= CHUNKED_BYTES:  # the same answer on all ranks
+            if self.exchanges and layout.in_rank_order and largest >= self.chunked_bytes:  # on all
                 return self._exchange_in_chunks(x, dim, layout)
-            shards = self._exchange(x, dim, layout) if self._exchanges else self._gather_padded(x, dim, layout)
+            shards = self._exchange(x, dim, layout) if self.exchanges else self._gather_padded(x, dim, layout)
         except (RuntimeError, OSError) as error:
             raise self._failure(f"all_gather of {_describe(x)} along dim {dim}", self._ranks, error) from None
         return glue(shards, dim, layout)
@@ -243,7 +248,7 @@ class DistCommunicator:
         rows, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
         whole = x.new_empty(_with_size(x.shape, dim, sum(sizes)))
         wide, mine = whole.view(rows, -1), x.view(rows, -1)
-        step = max(1, _CHUNK_BYTES // (max(sizes) * inner * x.element_size()))  # the same on all ranks
+        step = max(1, self.chunk_bytes // (max(sizes) * inner * x.element_size()))  # the same on all ranks
         chunks = [(start, min(start + step, rows)) for start in range(0, rows, step)]
         for send in self._last_exchange:
             send.wait()
@@ -320,6 +325,11 @@ class DistCommunicator:
                 raise self._failure(what, (source,), error) from None
         return x
 
+    @property
+    def unfinished_sends(self) -> int:
+        """The number of sends that are not known to be received."""
+        return len(self._unfinished_sends)
+
     def finish_sends(self, timeout: timedelta | None = None) -> None:
         """Let go of what was sent, waiting for it where needed.
 
@@ -351,7 +361,7 @@ class DistCommunicator:
         self._release()
 
     def _release(self) -> None:
-        self._shared = None
+        self.shared = None
         self._last_exchange.clear()
         self._unfinished_sends.clear()
         self._tp = None

@@ -16,12 +16,12 @@ class SharedCollectives:
     the next is written."""
 
     def __init__(self, memory: SharedMemory, rank: int, ranks: int, slot_bytes: int = SLOT_BYTES) -> None:
-        self._memory, self._rank, self._ranks, self._slot_bytes = memory, rank, ranks, slot_bytes
+        self._memory, self._rank, self._ranks, self.slot_bytes = memory, rank, ranks, slot_bytes
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum, added up in rank order: every rank gets the same bits. x: contiguous; may be written to."""
         x = x.detach()
-        length, step = x.numel(), self._slot_bytes // x.element_size()
+        length, step = x.numel(), self.slot_bytes // x.element_size()
         if length <= step:
             parts = self._memory.exchange(x, (length,) * self._ranks)
             total = torch.add(parts[0], parts[1])
@@ -43,15 +43,15 @@ class SharedCollectives:
         rows, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
         widths = [size * inner for size in layout.local_sizes]
         row_bytes = max(widths) * x.element_size()
-        if rows * row_bytes > self._slot_bytes and layout.in_rank_order and row_bytes <= self._slot_bytes:
-            return self._gather_rows(x, dim, layout, rows, widths, self._slot_bytes // row_bytes)
+        if rows * row_bytes > self.slot_bytes and layout.in_rank_order and row_bytes <= self.slot_bytes:
+            return self._gather_rows(x, dim, layout, rows, widths, self.slot_bytes // row_bytes)
         shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in layout.local_sizes]
         shards = self._shards(x, [rows * width for width in widths])
         return glue([shard.view(shape) for shard, shape in zip(shards, shapes)], dim, layout)
 
     def _shards(self, x: torch.Tensor, lengths: Sequence[int]) -> Sequence[torch.Tensor]:
         """Every rank's shard, flat."""
-        flat, longest, step = x.view(-1), max(lengths), self._slot_bytes // x.element_size()
+        flat, longest, step = x.view(-1), max(lengths), self.slot_bytes // x.element_size()
         if longest <= step:
             return self._memory.exchange(x, lengths)
         shards = [x.new_empty(length) for length in lengths]

@@ -128,13 +128,13 @@ def open_shared_memory(
     nothing is left of it, however and whenever the processes end.
     """
     token, memory, file = secrets.token_bytes(_TOKEN_BYTES), None, -1
-    if rank == 0 and _possible(ranks):
+    if rank == 0 and possible(ranks):
         memory, file = _create(token, ranks)
     place = struct.pack("<qq", os.getpid(), file)
     told = gather(_as_tensor(_machine() + place + (token if memory is not None else bytes(_TOKEN_BYTES))))
     first = bytes(told[0].tolist())
     machines, token = {bytes(t[:32].tolist()) for t in told}, first[48:]
-    if rank > 0 and len(machines) == 1 and any(token) and _possible(ranks):
+    if rank > 0 and len(machines) == 1 and any(token) and possible(ranks):
         pid, theirs = struct.unpack("<qq", first[32:48])
         memory = _attach(pid, theirs, token, ranks)
     try:
@@ -151,7 +151,7 @@ def _never() -> bool:
     return False
 
 
-def _possible(ranks: int = 2) -> bool:
+def possible(ranks: int = 2) -> bool:
     fits = ranks * _LINE <= _TOKEN_START
     return fits and hasattr(os, "memfd_create") and platform.machine().lower() in _ORDERED_STORES
 

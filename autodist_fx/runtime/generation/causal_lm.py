@@ -183,7 +183,7 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
         variant = self._choose(step)
         if self._leader is not None:
             self._leader.announce_step(step, cache_kept=past_key_values is not None or use_cache is not False)
-        logits = self._run(step, variant)
+        logits = self.run_variant(step, variant)
         if self._leader is not None:
             logits = None if logits is None else logits[:, -1:, :]
         elif self.logits_on_every_rank:

@@ -101,7 +101,7 @@ class DistributedOwnCacheLM(DistributedCausalLM):
             )
         return super()._choose(step), self._after_step
 
-    def _run(self, step: Step, variant: Prompt) -> torch.Tensor | None:
+    def run_variant(self, step: Step, variant: Prompt) -> torch.Tensor | None:
         program, after = variant
         cache = step.cache
         assert isinstance(cache, StatesCache)
@@ -131,5 +131,5 @@ class DistributedOwnCacheLM(DistributedCausalLM):
                 shape = self.communicator.recv((example.dim(),), torch.long, "cpu", peer, Channel.STATES).tolist()
                 cache.states[name] = self.communicator.recv(shape, example.dtype, self.device, peer, Channel.STATES)
 
-    def _empty_cache(self) -> StatesCache:
+    def empty_cache(self) -> StatesCache:
         return StatesCache()

@@ -214,13 +214,13 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
 
     # -------------------------------------------------------------------------------------------- on every rank
 
-    def _run(self, step: Step, variant: tuple[RankProgram, RankProgram]) -> torch.Tensor | None:
+    def run_variant(self, step: Step, variant: tuple[RankProgram, RankProgram]) -> torch.Tensor | None:
         _, decoder = variant
         assert isinstance(step.cache, CrossCache) and step.encoded is not None
         step.cache.attach(step.encoded, step.input_ids.shape[0])
         return self._run_program(decoder, step, step.cache.inputs)
 
-    def _empty_cache(self) -> SplitCache:
+    def empty_cache(self) -> SplitCache:
         cache = local_cache(self.config, self.program, CrossCache)
         cache.kinds, cache.numbers, cache.inputs = self.program.cache_kinds, self.program.cache_layers, {}
         return cache
@@ -282,7 +282,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
     ) -> Encoded:
         self._encoded_count = number
         given = {name: value.to(self.device) for name, value in given.items()}
-        scratch = self._empty_cache()
+        scratch = self.empty_cache()
         view = encoder_view(scratch, self.program, encoder)
         inputs = {**given, "past_key_values": view}
         self._call(encoder, {name: inputs[name] for name in encoder.input_names})

@@ -2,7 +2,7 @@
 
 `DistributedCausalLM` and its subclasses are StepRunners. `forward` (causal_lm.py) chooses a program by the guards,
 announces the step and runs it; a Follower calls `run_step`, which chooses and runs. The guards of a step are evaluated
-once on each rank, in `_choose`, and the variant that they choose is handed on to `_run`.
+once on each rank, in `_choose`, and the variant that they choose is handed on to `run_variant`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class StepRunner(nn.Module):
 
     def run_step(self, step: Step) -> torch.Tensor | None:
         """This rank's program for `step`, chosen by its guards; the logits where the rank has them."""
-        return self._run(step, self._choose(step))
+        return self.run_variant(step, self._choose(step))
 
     def prepare(self, lengths: Lengths) -> None:
         """Make the program for these lengths, together with all ranks. Raises AutodistError where there can be none."""
@@ -113,7 +113,7 @@ class StepRunner(nn.Module):
     def _programs_for(self, lengths: Lengths) -> GuardedPrograms[Any]:
         return self._programs
 
-    def _run(self, step: Step, variant: Any) -> torch.Tensor | None:
+    def run_variant(self, step: Step, variant: Any) -> torch.Tensor | None:
         """`variant`, chosen for `step`, on this rank; the logits where it has them."""
         return self._run_program(variant, step, {})
 
@@ -165,11 +165,12 @@ class StepRunner(nn.Module):
         """Receive what the encoder reads, and run it."""
         raise AutodistError("there is no encoder in this model")
 
-    def _empty_cache(self) -> SplitCache:
+    def empty_cache(self) -> SplitCache:
+        """A cache of this rank's layers, whose changes nobody is told of."""
         return local_cache(self.config, self.program, SplitCache)
 
     def _announced_cache(self) -> SplitCache:
-        cache = self._empty_cache()
+        cache = self.empty_cache()
         if self.is_driver:
             cache.announce = self._announce_cache_change
         return cache

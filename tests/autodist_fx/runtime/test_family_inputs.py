@@ -85,13 +85,13 @@ def test_the_cache_is_dropped_once_where_the_frequencies_change() -> None:
 
     def work(split: Any) -> list[int]:
         seen: list[int] = []
-        run = split._run
+        run = split.run_variant
 
         def noted(step: Any, variant: Any) -> Any:
             seen.append(step.input_ids.shape[1])
             return run(step, variant)
 
-        split._run = noted
+        split.run_variant = noted
         split.generate(_ids(10), attention_mask=torch.ones_like(_ids(10)), **GREEDY)
         return seen
 

@@ -76,7 +76,8 @@ def test_a_damaged_entry_is_named_and_made_again(name: str, llama: Path, tmp_pat
 
 
 def test_a_disk_that_is_full_is_a_warning(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type(usage)(1, 1, 1000))
     with pytest.warns(UserWarning, match=r"has 0 MiB left, and the split takes 0 MiB: make room, or let ADX_CACHE be"):
         _start(llama, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

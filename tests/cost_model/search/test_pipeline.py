@@ -268,9 +268,9 @@ def test_recomputing_equals_trying_every_subset(drawn: tuple[PipelineSearch, int
     least = min(border_cost(search, set(subset), start) for subset in subsets)
     if least == math.inf:
         with pytest.raises(MeshError, match=r"neither be sent there .* nor computed again"):
-            search._stage(start, len(search.sequence))
+            search.stage_of_ops(start, len(search.sequence))
         return
-    stage: Stage = search._stage(start, len(search.sequence))
+    stage: Stage = search.stage_of_ops(start, len(search.sequence))
     assert border_cost(search, set(stage.recomputed), start) == least
     needed = {
         ref
@@ -291,7 +291,7 @@ def test_numbers_are_never_sent() -> None:
         Op("user", "mul", (TensorRef("x"), TensorRef("length")), tensor),
     ]
     costs = {"dear": OpCost(5.0, 0, True), "length": OpCost(0.1, 0, True), "user": OpCost(1.0, 0, False)}
-    stage = PipelineSearch(OpGraph(ops, [TensorRef("user")]), costs, {TensorRef("dear"): 3.0}, {})._stage(2, 3)
+    stage = PipelineSearch(OpGraph(ops, [TensorRef("user")]), costs, {TensorRef("dear"): 3.0}, {}).stage_of_ops(2, 3)
     assert (stage.recomputed, stage.received) == (("length",), (TensorRef("dear"),))
 
 

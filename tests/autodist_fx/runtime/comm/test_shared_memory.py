@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,13 @@ from autodist_fx.runtime.comm import shared_memory
 from autodist_fx.runtime.comm.shared_collectives import SharedCollectives
 from autodist_fx.runtime.comm.shared_memory import open_shared_memory
 
-pytestmark = pytest.mark.skipif(not shared_memory._possible(), reason="no shared memory on this machine")
+pytestmark = pytest.mark.skipif(not shared_memory.possible(), reason="no shared memory on this machine")
 
 
-def on_ranks(ranks: int, work: Callable[[int, shared_memory.SharedMemory | None], object], seconds: float = 20) -> list:
+Work = Callable[[int, shared_memory.SharedMemory | None], object]
+
+
+def on_ranks(ranks: int, work: Work, seconds: float = 20, stopped: Callable[[], bool] | None = None) -> list:
     """`work(rank, memory)` on each rank."""
     barrier, slots = threading.Barrier(ranks), [torch.empty(0)] * ranks
 
@@ -31,7 +35,7 @@ def on_ranks(ranks: int, work: Callable[[int, shared_memory.SharedMemory | None]
             barrier.wait(10)
             return told
 
-        return work(rank, open_shared_memory(rank, ranks, gather, timedelta(seconds=seconds)))
+        return work(rank, open_shared_memory(rank, ranks, gather, timedelta(seconds=seconds), stopped=stopped))
 
     with ThreadPoolExecutor(ranks) as pool:
         return list(pool.map(run, range(ranks)))
@@ -41,6 +45,16 @@ def left_behind() -> set[str]:
     """Files of ours that any process could find, and this process's own open ones."""
     held = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
     return {str(p) for p in Path("/dev/shm").glob("autodist_fx*")} | {name for name in held if "autodist_fx" in name}
+
+
+def opening_of_rank_0s(monkeypatch: pytest.MonkeyPatch, instead: Callable[[str], int]) -> None:
+    """Opening another process's file by its number is `instead`."""
+    open_file = os.open
+
+    def opened(path: str, *args: int, **keywords: int) -> int:
+        return instead(path) if str(path).startswith("/proc/") else open_file(path, *args, **keywords)
+
+    monkeypatch.setattr(os, "open", opened)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -64,15 +78,18 @@ def test_many_sums_one_after_the_other(ranks: int) -> None:
 
 
 def test_all_ranks_do_without_when_one_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    machines = iter((b"a" * 32, b"b" * 32))
-    monkeypatch.setattr(shared_memory, "_machine", lambda: next(machines))
+    hosts = iter(("a", "b"))
+    monkeypatch.setattr(socket, "gethostname", lambda: next(hosts))
     before = left_behind()
     assert on_ranks(2, lambda rank, memory: memory) == [None, None]
     assert left_behind() <= before
 
 
 def test_all_ranks_do_without_when_one_cannot_map_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "_attach", lambda *_: None)
+    def not_there(path: str) -> int:
+        raise FileNotFoundError(path)
+
+    opening_of_rank_0s(monkeypatch, not_there)
     before = left_behind()
     assert on_ranks(3, lambda rank, memory: memory) == [None] * 3
     assert left_behind() <= before
@@ -101,9 +118,8 @@ def test_nothing_is_left_of_a_rank_that_is_killed_before_the_others_came() -> No
 def test_another_process_of_that_number_is_not_taken_for_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a container of its own a rank finds another file under rank 0's numbers: the token is not in it."""
     other = os.memfd_create("other")
-    os.truncate(other, shared_memory._size(2))
-    attach = shared_memory._attach
-    monkeypatch.setattr(shared_memory, "_attach", lambda pid, file, token, ranks: attach(pid, other, token, ranks))
+    os.truncate(other, 64 * 1024 * 1024)
+    opening_of_rank_0s(monkeypatch, lambda path: os.dup(other))
     assert on_ranks(2, lambda rank, memory: memory) == [None, None]
     os.close(other)
 
@@ -113,12 +129,11 @@ def test_a_wait_can_be_ended() -> None:
         assert memory is not None
         if rank == 1:
             return None
-        memory._stopped = lambda: True
         with pytest.raises(InterruptedError) as caught:
             memory.exchange(torch.ones(3), (3, 3))
         return caught.value.args
 
-    assert on_ranks(2, work) == [(1,), None]
+    assert on_ranks(2, work, stopped=lambda: True) == [(1,), None]
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:

@@ -36,17 +36,17 @@ def raising(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 def without_room(model: Any, on_this_rank: bool) -> Any:
     """A call in which the rank's memory does not suffice for its cache."""
-    make = model._empty_cache
+    make = model.empty_cache
 
     def no_room() -> Any:
         raise torch.OutOfMemoryError("no room for the cache")
 
     try:
         if on_this_rank:
-            model._empty_cache = no_room
+            model.empty_cache = no_room
         return model.generate(IDS, **OPTIONS)
     finally:
-        model._empty_cache = make
+        model.empty_cache = make
 
 
 Call = Callable[[Any, int, int], Any]  # of a model, on a rank, of which that is the last
