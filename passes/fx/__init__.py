@@ -1,1 +1,1 @@
-"""What any pass may ask of, or do to, a torch.fx graph."""
+"""Helpers over torch.fx graphs that every pass may use."""

@@ -1,4 +1,4 @@
-"""Helpers of several passes: an op's tensor arguments in the order in which the OpGraph counts them."""
+"""Arguments of nodes, and attributes of modules by dotted path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from passes.fx import node_meta
 
 
 def tensor_arguments(node: Node) -> list[Node]:
-    """Every tensor-valued argument in order; one used twice stands twice. Same order as `Op.inputs`."""
+    """Returns every tensor-valued argument of a node, in the order of `Op.inputs`; one used twice stands twice."""
     found: list[Node] = []
 
     def visit(n: Node) -> Node:
@@ -27,7 +27,7 @@ def tensor_arguments(node: Node) -> list[Node]:
 
 
 def map_tensor_arguments(node: Node, change: Callable[[int, Node], Node]) -> None:
-    """Replace the i-th tensor argument by change(i, argument)."""
+    """Replaces the i-th tensor argument by change(i, argument)."""
     slot = -1
 
     def visit(n: Node) -> Node:
@@ -42,8 +42,8 @@ def map_tensor_arguments(node: Node, change: Callable[[int, Node], Node]) -> Non
 
 
 def tensor_source(node: Node) -> tuple[str, int]:
-    """(op name, output index) of the tensor that a node stands for: getitem on a tuple is no op of its own, and the
-    last term that a rank adds to a sum stands for the whole sum (own_experts)."""
+    """Returns (op name, output index) of the tensor that a node stands for. getitem on a tuple is no op of its own, and
+    the last term that a rank adds to a sum stands for the whole sum (own_experts)."""
     instead = node_meta.stands_for(node)
     if instead is not None:
         return instead, 0
@@ -55,14 +55,14 @@ def tensor_source(node: Node) -> tuple[str, int]:
 
 
 def fetch(module: torch.nn.Module, target: str) -> Any:
-    """The attribute at a dotted path."""
+    """Returns the attribute at a dotted path."""
     for atom in target.split("."):
         module = getattr(module, atom)
     return module
 
 
 def submodule(root: torch.nn.Module, target: str) -> torch.nn.Module:
-    """As root.get_submodule(target), which asks each module on the way whether it has what it then asks it for.
+    """Returns the module at a dotted path, as `root.get_submodule(target)`, which checks each name twice and is slower.
 
     Raises KeyError.
     """
@@ -73,7 +73,7 @@ def submodule(root: torch.nn.Module, target: str) -> torch.nn.Module:
 
 
 def place(module: torch.nn.Module, target: str, value: Any) -> None:
-    """Set the attribute at a dotted path, making plain modules on the way."""
+    """Sets the attribute at a dotted path, making plain modules on the way."""
     *path, name = target.split(".")
     for atom in path:
         if not hasattr(module, atom):
@@ -88,5 +88,5 @@ def place(module: torch.nn.Module, target: str, value: Any) -> None:
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument given by position or by name."""
+    """Returns an argument given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

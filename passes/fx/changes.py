@@ -23,7 +23,8 @@ from passes.fx.text import node_kind, node_text
 
 @dataclass(frozen=True, slots=True)
 class GraphChanges:
-    """(kind, how many), most first. A kind is an op's name or a module's class; "A -> B" of what was replaced."""
+    """Counts of what passes did to a graph: (kind, how many), most first. A kind is an op's name or a module's class,
+    "A -> B" where one replaced another."""
 
     inserted: tuple[tuple[str, int], ...]
     replaced: tuple[tuple[str, int], ...]  # other kind
@@ -35,12 +36,12 @@ class GraphChanges:
         return any(found for _, found in self._parts())
 
     def __str__(self) -> str:
-        """A line for each of the five that happened; "" where the graphs are the same."""
+        """Formats a line for each of the five that happened; "" where the graphs are the same."""
         lines = [(name, ", ".join(f"{kind}: {n}" for kind, n in found)) for name, found in self._parts() if found]
         return "\n".join(f"{name:9} {text}" for name, text in lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """For json.dumps."""
+        """Returns the counts for json.dumps."""
         return {name: dict(found) for name, found in self._parts()}
 
     def _parts(self) -> list[tuple[str, tuple[tuple[str, int], ...]]]:
@@ -48,7 +49,7 @@ class GraphChanges:
 
 
 def graph_changes(before: torch.fx.GraphModule, after: torch.fx.GraphModule) -> GraphChanges:
-    """Every node of either graph is counted at most once."""
+    """Compares two graphs by the names of their nodes; every node of either is counted at most once."""
     old, new = ({node.name: node for node in module.graph.nodes} for module in (before, after))
     found: dict[str, list[str]] = {part: [] for part in ("inserted", "replaced", "removed", "changed", "rewired")}
     for name, node in old.items():

@@ -1,4 +1,4 @@
-"""Through which nodes of a graph a gradient reaches a parameter."""
+"""Finds the nodes of a graph through which a gradient reaches a parameter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _CONSTANT = (
 
 
 def differentiable(module: torch.fx.GraphModule, is_needed: Callable[[Node], bool] | None = None) -> set[Node]:
-    """Nodes of floating-point values that depend on a parameter which wants a gradient, and such parameters.
+    """Returns the nodes of floating-point values that depend on a parameter with requires_grad, and those parameters'
+    nodes.
 
     `is_needed` says it of nodes that the graph itself cannot tell of: what is received from another rank.
     """
@@ -41,7 +42,7 @@ def differentiable(module: torch.fx.GraphModule, is_needed: Callable[[Node], boo
 
 
 def own_parameters(module: torch.fx.GraphModule, node: Node) -> list[str]:
-    """Paths of the parameters that a call of a module reads, and that want a gradient."""
+    """Returns the paths of the parameters with requires_grad that a call_module node reads; [] for other nodes."""
     if node.op != "call_module":
         return []
     target = str(node.target)
@@ -50,6 +51,7 @@ def own_parameters(module: torch.fx.GraphModule, node: Node) -> list[str]:
 
 
 def wants_gradient(value: Any) -> bool:
+    """Returns whether a value is a parameter with requires_grad."""
     return isinstance(value, torch.nn.Parameter) and value.requires_grad
 
 

@@ -1,4 +1,4 @@
-"""guards."""
+"""Guards: conditions on input sizes that the model's Python asked while it was traced, as a graph to be asked again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _ANY_LENGTH = 2  # stands for one that is not known, in computing others
 
 @dataclass(frozen=True)
 class Guards:
-    """Of the lengths of a traced graph's inputs; `asked` gives one value a condition, in order."""
+    """The guards of a traced graph: a GraphModule that maps size symbols to one bool per guard, and what each came to.
+    """
 
     asked: torch.fx.GraphModule
     letters: tuple[str, ...]  # of the lengths that `asked` takes
@@ -27,7 +28,7 @@ class Guards:
 
     @functools.cached_property
     def needs(self) -> tuple[frozenset[str], ...]:
-        """The letters that each condition depends on."""
+        """Returns, for each guard, the size symbols that it depends on."""
         of: dict[Node, frozenset[str]] = {}
         for node in self.asked.graph.nodes:
             own = [str(node.target)] if node.op == "placeholder" else []
@@ -37,11 +38,11 @@ class Guards:
 
     @functools.cached_property
     def numbers(self) -> frozenset[int]:
-        """That lengths are compared with or divided by."""
+        """Returns the integer constants that sizes are compared with or divided by."""
         return frozenset(a for n in self.asked.graph.nodes for a in n.args if type(a) is int and a > 1)
 
     def answers(self, lengths: Mapping[str, int]) -> tuple[bool | None, ...]:
-        """What each comes to; None where it depends on a length that is not among `lengths`."""
+        """Evaluates each guard at these sizes; None where one depends on a size that is not given."""
         found = self.asked.forward(*(lengths.get(letter, _ANY_LENGTH) for letter in self.letters))
         if all(letter in lengths for letter in self.letters):
             return tuple(bool(answer) for answer in found)
@@ -65,7 +66,7 @@ class Guards:
 
 
 def with_fixed(conditions: Guards | None, fixed: Mapping[str, int]) -> Guards | None:
-    """The same, and that each length in `fixed` is what is said there: such a graph holds it as a number."""
+    """Adds the guard `symbol == n` for each size in `fixed`, which the graph holds as a number."""
     if not fixed:
         return conditions
     graph, copies = torch.fx.Graph(), dict[Node, Node]()

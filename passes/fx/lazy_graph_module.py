@@ -1,4 +1,4 @@
-"""A GraphModule whose Python is written when it is first run: each pass rewrites the graph, and none reads the code.
+"""A GraphModule whose Python is generated when it is first run: each pass rewrites the graph, and none reads the code.
 
 fx pickles a GraphModule as its Python, and runs that under a tracer to have the graph again, which our functions
 (all_reduce, recv) do not bear. Here the graph itself is pickled, node by node, with what is known of each.
@@ -26,7 +26,8 @@ _STATE = ("training", "_parameters", "_buffers", "_modules", "_non_persistent_bu
 
 
 class LazyGraphModule(_LazyGraphModule):
-    """`pickle`, `torch.save` and `copy.deepcopy` keep names, order and `meta` of all nodes, and what weights there are.
+    """A GraphModule that `pickle`, `torch.save` and `copy.deepcopy` copy by its graph: names, order and `meta` of all
+    nodes stay, and the weights that there are.
 
     Pickling raises pickle.PicklingError for a graph with a function that has no name.
     """
@@ -48,14 +49,14 @@ class LazyGraphModule(_LazyGraphModule):
 
 @dataclass(frozen=True, slots=True)
 class _NodeNamed:
-    """In pickled arguments, a node."""
+    """A node, in pickled arguments."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class _OpNamed:
-    """Of a pickled node, an operator of torch.ops: "aten.sym_size.int"."""
+    """An operator of torch.ops, in a pickled node: "aten.sym_size.int"."""
 
     name: str
 

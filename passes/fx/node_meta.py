@@ -41,7 +41,7 @@ class Phase(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """Which passes a node is the work of, by their files within passes/: "partition/insert_collectives"."""
+    """The passes that a node is the work of, by their files within passes/: "partition/insert_collectives"."""
 
     made_by: str  # made the node, or was the last to change its target or a number in its arguments; "" a front end
     wired_by: str  # was the last to change which nodes it reads
@@ -138,7 +138,8 @@ def _refuse(owner: str, meta: Mapping[str, Any], keys: tuple[Key, ...], phase: P
 
 
 def _needs_val(node: Node) -> bool:
-    """Whether a node without `val` may give a tensor: all but the output and what Python computes from numbers."""
+    """Returns whether a node without `val` may give a tensor: all but the output and what Python computes from numbers.
+    """
     if node.op in ("output", "placeholder"):
         return node.op == "placeholder"
     if node.op != "call_function":
@@ -166,37 +167,39 @@ def copy(source: Node, target: Node, *, only: Collection[str] | None = None, wit
 
 
 def everything(node: Node) -> dict[str, Any]:
-    """Every key that the node has, and its value: for a copy of a whole graph."""
+    """Returns every key that the node has, and its value: for a copy of a whole graph."""
     return dict(node.meta)
 
 
 def set_everything(node: Node, found: Mapping[str, Any]) -> None:
-    """What `everything` gave of another node."""
+    """Sets what `everything` gave of another node."""
     node.meta.clear()
     node.meta.update(found)
 
 
 def val(node: Node) -> Any:
-    """The node's value at the first example: a meta tensor, a number, or a tuple; None where nobody has said."""
+    """Returns the node's value at the first example: a meta tensor, a number, or a tuple; None where nobody has said.
+    """
     return node.meta.get("val")
 
 
 def set_val(node: Node, value: Any) -> None:
+    """Sets the node's value at the first example."""
     node.meta["val"] = value
 
 
 def has_val(node: Node) -> bool:
-    """Whether anybody has said what the node gives, None included."""
+    """Returns whether anybody has said what the node gives, None included."""
     return "val" in node.meta
 
 
 def is_tensor(node: Node) -> bool:
-    """Whether the node is known to give a tensor."""
+    """Returns whether the node is known to give a tensor."""
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def tensor(node: Node) -> torch.Tensor:
-    """The node's value at the first example, a meta tensor. Raises MetaError where it gives none."""
+    """Returns the node's value at the first example, a meta tensor. Raises MetaError where it gives none."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         raise MetaError(f"node {node.name} gives no tensor ({type(value).__name__})")
@@ -204,27 +207,29 @@ def tensor(node: Node) -> torch.Tensor:
 
 
 def symbols(node: Node) -> tuple[str, ...]:
-    """The size symbol of each dim of a tensor ("" where constant); () where none are known."""
+    """Returns the size symbol of each dim of a tensor ("" where constant); () where none are known."""
     return shape_symbols(node) or ()
 
 
 def shape_symbols(node: Node) -> tuple[Any, ...] | None:
-    """The size symbols of a tensor or of a tuple of tensors, as they stand there; None where none are known."""
+    """Returns the size symbols of a tensor or of a tuple of tensors, as they stand there; None where none are known."""
     found = node.meta.get("symbols")
     return found if isinstance(found, tuple) else None
 
 
 def set_symbols(node: Node, value: tuple[str, ...] | tuple[tuple[str, ...] | None, ...] | str) -> None:
+    """Sets the size symbols: of a tensor a tuple, of a tuple a tuple of such, of an int its symbol."""
     node.meta["symbols"] = value
 
 
 def element_symbols(node: Node) -> tuple[tuple[str, ...] | None, ...]:
-    """Of a node that gives a tuple: the size symbols of each element, None of what is no tensor; () if not known."""
+    """Returns the size symbols of each element of a node that gives a tuple: None for what is no tensor; () if not
+    known."""
     return shape_symbols(node) or ()
 
 
 def size_symbol(node: Node) -> str | None:
-    """Of a node that gives an int: its size symbol, "" for a constant; None where none is known."""
+    """Returns the size symbol of a node that gives an int, "" for a constant; None where none is known."""
     found = node.meta.get("symbols")
     return found if isinstance(found, str) else None
 
@@ -233,56 +238,61 @@ def size_symbol(node: Node) -> str | None:
 
 
 def source(node: Node) -> str:
-    """The model's line that a node was recorded at, "modeling_llama.py:241"; "" where none is known."""
+    """Returns the model's line that a node was recorded at, "modeling_llama.py:241"; "" where none is known."""
     return node.meta.get("source") or ""
 
 
 def where(node: Node) -> str:
-    """`source`, for a message: "no source line" where none is known."""
+    """Returns `source` for a message: "no source line" where none is known."""
     return source(node) or "no source line"
 
 
 def set_source(node: Node, line: str | None) -> None:
+    """Sets the model's line."""
     node.meta["source"] = line
 
 
 def module_stack(node: Node) -> Mapping[str, tuple[str, Any]]:
-    """The modules that were being called, outermost first: {key: (path, class)}, as torch.fx's tracer writes it."""
+    """Returns the modules that were being called, outermost first: {key: (path, class)}, as torch.fx's tracer writes
+    it."""
     return node.meta.get("nn_module_stack") or {}
 
 
 def set_module_stack(node: Node, stack: Mapping[str, tuple[str, Any]]) -> None:
+    """Sets the modules that were being called."""
     node.meta["nn_module_stack"] = stack
 
 
 def module_path(node: Node) -> str:
-    """The path of the innermost module that was being called; "" at the root."""
+    """Returns the path of the innermost module that was being called; "" at the root."""
     stack = module_stack(node)
     return next(reversed(stack.values()))[0] if stack else ""  # type: ignore[call-overload]
 
 
 def made_by(node: Node) -> str:
-    """The pass that made the node or last changed its target or literals; "" where none has."""
+    """Returns the pass that made the node or last changed its target or literals; "" where none has."""
     stamp: Stamp | None = node.meta.get("stamp")
     return stamp.made_by if stamp is not None else ""
 
 
 def wired_by(node: Node) -> str:
-    """The pass that last changed which nodes it reads; "" where none has."""
+    """Returns the pass that last changed which nodes it reads; "" where none has."""
     stamp: Stamp | None = node.meta.get("stamp")
     return stamp.wired_by if stamp is not None else ""
 
 
 def set_stamp(node: Node, stamp: Stamp) -> None:
+    """Sets the stamp of the passes that made and wired the node."""
     node.meta["stamp"] = stamp
 
 
 def history(graph_module: torch.fx.GraphModule) -> tuple[PassRecord, ...]:
-    """The passes that ran on this graph, in order; () of one that no pipeline has finished."""
+    """Returns the records of the passes that ran on this graph, in order; () of one that no pipeline has finished."""
     return graph_module.meta.get("history", ())
 
 
 def set_history(graph_module: torch.fx.GraphModule, records: Collection[PassRecord]) -> None:
+    """Sets the records of the passes that ran on this graph."""
     graph_module.meta["history"] = tuple(records)
 
 
@@ -290,43 +300,47 @@ def set_history(graph_module: torch.fx.GraphModule, records: Collection[PassReco
 
 
 def traced_as_tensor(node: Node, default: bool) -> bool:
-    """Whether the value was a tensor while tracing; `default` where the front end did not say."""
+    """Returns whether the value was a tensor while tracing; `default` where the front end did not say."""
     return bool(node.meta.get("is_tensor", default))
 
 
 def set_traced_as_tensor(node: Node, value: bool) -> None:
+    """Sets whether the value was a tensor while tracing."""
     node.meta["is_tensor"] = value
 
 
 def is_guard(node: Node) -> bool:
-    """Whether the model's code asked this node in an `if` on sizes."""
+    """Returns whether the model's code asked this node in an `if` on sizes."""
     return "guard" in node.meta
 
 
 def guard_outcome(node: Node) -> bool:
-    """How that `if` came out while tracing."""
+    """Returns how that `if` came out while tracing."""
     return bool(node.meta["guard"])
 
 
 def set_guard_outcome(node: Node, outcome: bool) -> None:
+    """Marks the node as a guard that came out so while tracing."""
     node.meta["guard"] = outcome
 
 
 def drop_guard(node: Node) -> None:
+    """Removes the mark of a guard."""
     node.meta.pop("guard", None)
 
 
 def is_normalized(graph_module: torch.fx.GraphModule) -> bool:
-    """Whether normalize has done its work on this graph."""
+    """Returns whether normalize has done its work on this graph."""
     return "guards" in graph_module.meta
 
 
 def guards(graph_module: torch.fx.GraphModule) -> Guards | None:
-    """The guards on sizes of a normalised graph; None where it has none, or is not normalised yet."""
+    """Returns the guards on sizes of a normalised graph; None where it has none, or is not normalised yet."""
     return graph_module.meta.get("guards")
 
 
 def set_guards(graph_module: torch.fx.GraphModule, value: Guards | None) -> None:
+    """Sets the guards; None where the graph has none. Marks it as normalised."""
     graph_module.meta["guards"] = value
 
 
@@ -334,46 +348,50 @@ def set_guards(graph_module: torch.fx.GraphModule, value: Guards | None) -> None
 
 
 def stands_for(node: Node) -> str | None:
-    """The op whose result this node takes the place of on this rank; None of all other nodes."""
+    """Returns the op whose result this node takes the place of on this rank; None for all other nodes."""
     return node.meta.get("stands_for")
 
 
 def set_stands_for(node: Node, op: str) -> None:
+    """Sets the op whose result this node takes the place of."""
     node.meta["stands_for"] = op
 
 
 def is_constant(node: Node) -> bool:
-    """Whether the node reads a constant that a pass made (which heads a rank's query heads read)."""
+    """Returns whether the node reads a constant that a pass made (which heads a rank's query heads read)."""
     return bool(node.meta.get("constant"))
 
 
 def set_constant(node: Node) -> None:
+    """Marks the node as reading a constant that a pass made."""
     node.meta["constant"] = True
 
 
 def has_hop(node: Node) -> bool:
-    """Whether the node is what a transfer between stages sends or receives."""
+    """Returns whether the node is what a transfer between stages sends or receives."""
     return "hop" in node.meta
 
 
 def hop(node: Node) -> Hop:
-    """The transfer between stages that a placeholder, recv or send is of."""
+    """Returns the hop, a transfer between stages, that a placeholder, recv or send is of."""
     return node.meta["hop"]
 
 
 def set_hop(node: Node, value: Hop) -> None:
+    """Sets the hop that a placeholder, recv or send is of."""
     node.meta["hop"] = value
 
 
 def has_reads_for(node: Node) -> bool:
-    """Whether the node picks elements before an input of an op."""
+    """Returns whether the node picks elements before an input of an op."""
     return "reads_for" in node.meta
 
 
 def reads_for(node: Node) -> tuple[OpPlan, int]:
-    """(op, slot): the node picks elements before input `slot` of `op`."""
+    """Returns (op, slot): the node picks elements before input `slot` of `op`."""
     return node.meta["reads_for"]
 
 
 def set_reads_for(node: Node, op: OpPlan, slot: int) -> None:
+    """Sets (op, slot): the node picks elements before input `slot` of `op`."""
     node.meta["reads_for"] = (op, slot)

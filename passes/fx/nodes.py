@@ -1,4 +1,4 @@
-"""What a node calls, and whether it may be called twice."""
+"""Reads off a node what it calls, and whether the call may be repeated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RANDOM = frozenset({
 
 
 def op_name(node: Node) -> str:
-    """The plain name of what a node calls: "add" for operator.add, torch.add and Tensor.add alike."""
+    """Returns the plain name of what a node calls: "add" for operator.add, torch.add and Tensor.add alike."""
     if node.op in ("call_method",):
         return str(node.target)
     if node.op == "call_function":
@@ -28,7 +28,8 @@ def op_name(node: Node) -> str:
 
 
 def is_pure(node: Node) -> bool:
-    """False for what writes a cache or a buffer, or draws random numbers: never merged, never computed twice."""
+    """Returns False for a node that writes a cache or a buffer, or draws random numbers: it is never merged, nor
+    computed twice."""
     if node_meta.is_guard(node):
         return False
     name = op_name(node)
@@ -39,5 +40,5 @@ def is_pure(node: Node) -> bool:
 
 
 def writes(node: Node) -> bool:
-    """Whether it changes a cache or a buffer."""
+    """Returns whether a node changes a cache or a buffer."""
     return node.op.startswith("call") and op_name(node) in _WRITES

@@ -1,4 +1,5 @@
-"""Which ops of a normalised graph draw random numbers: ranks that each draw their own compute different things."""
+"""Finds the ops of a normalised graph that draw random numbers: ranks that each draw their own compute different
+things."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from passes.fx.nodes import is_pure, op_name, writes
 
 
 def random_nodes(graph_module: torch.fx.GraphModule) -> list[Node]:
-    """In the graph's order. Dropout that does nothing (in eval mode, or of none) is none of them."""
+    """Returns the nodes that draw random numbers, in the graph's order. Dropout that does nothing (in eval mode, or
+    with p = 0) draws none."""
     return [node for node in graph_module.graph.nodes if _draws(node)]
 
 

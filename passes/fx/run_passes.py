@@ -53,6 +53,7 @@ class GraphEdit:
         self._before = set(graph_module.graph.nodes)
 
     def result(self, matches: int) -> PassResult:
+        """Counts the nodes that were inserted and removed since this edit began."""
         kept = inserted = 0
         for node in self._graph_module.graph.nodes:
             if node in self._before:
@@ -68,7 +69,8 @@ def run_passes(
     ctx: C,
     after: Callable[[str, torch.fx.GraphModule], None] | None = None,
 ) -> torch.fx.GraphModule:
-    """The graph that the last pass leaves. `after` gets each pass's name and the graph that it left.
+    """Runs the passes in order and returns the graph that the last one leaves. `after` gets each pass's name and the
+    graph that it left.
 
     Nodes that a pass made or changed get its stamp, and `ctx.history` its counts. Raises MetaError for a node whose
     keys are not those of `ctx.phase`.
@@ -86,17 +88,18 @@ def run_passes(
 
 
 def pass_file(one: Pass[Any]) -> str:
-    """ "partition/insert_collectives": the file that a pass is in, within passes/."""
+    """Returns the file that a pass is in, within passes/: "partition/insert_collectives"."""
     function = one.func if isinstance(one, functools.partial) else one
     return str(function.__module__).removeprefix("passes.").replace(".", "/")
 
 
 def pass_name(one: Pass[Any]) -> str:
+    """Returns the name of a pass, which is its function's, also where settings are bound."""
     return pass_file(one).rpartition("/")[2]
 
 
 def history_text(history: Iterable[PassRecord]) -> str:
-    """A table, one pass a line, in the order in which they ran."""
+    """Formats a table, one pass a line, in the order in which they ran."""
     rows = [(r.name, str(r.matches), str(r.inserted), str(r.removed)) for r in history]
     return "\n".join(table([("pass", "matches", "inserted", "removed"), *rows], left=(0,)))
 
@@ -116,6 +119,7 @@ class _Stamper:
         self._stamps: dict[tuple[str, str], Stamp] = {}
 
     def stamp(self, graph_module: torch.fx.GraphModule, name: str) -> None:
+        """Stamps the nodes that the pass `name` made, changed or rewired since the last call."""
         seen, new = self._seen, self._made(name, name)  # seen: also nodes that are gone
         for node in graph_module.graph.nodes:
             was = seen.get(node)
@@ -136,7 +140,7 @@ class _Stamper:
 
 
 def _differ_by_nodes(a: Any, b: Any) -> bool:
-    """Whether two nodes' arguments are the same but for which nodes stand in them."""
+    """Returns whether two nodes' arguments are the same but for which nodes stand in them."""
     if isinstance(a, Node) or isinstance(b, Node):
         return isinstance(a, Node) and isinstance(b, Node)
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):

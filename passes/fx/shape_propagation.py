@@ -18,7 +18,7 @@ from passes.ops.data_dependent import expectation
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Inputs by name at one choice of sizes, and what the sizes are called: {"B": 11, "S": 23, "T": 52}."""
+    """The inputs by name at one choice of sizes, and what the sizes are called: {"B": 11, "S": 23, "T": 52}."""
 
     inputs: Mapping[str, Any]
     symbols: Mapping[str, int]
@@ -33,6 +33,7 @@ class ShapeInterpreter(torch.fx.Interpreter):
         self._meta: dict[str, torch.Tensor] = {}
 
     def values(self, example: Example) -> dict[torch.fx.Node, Any]:
+        """Returns the value of every node for the inputs of `example`, as meta tensors and Python values."""
         names = [n.target for n in self.module.graph.nodes if n.op == "placeholder"]
         with torch.no_grad(), torch.device("meta"):  # also what is made of numbers alone, on no device by name
             self.run(*(example.inputs[name] for name in names), initial_env=dict(example.known))
@@ -54,7 +55,7 @@ class ShapeInterpreter(torch.fx.Interpreter):
 
 
 class Sizes:
-    """Names lengths: which are constant, which are a symbol of the inputs, at two examples at once."""
+    """Gives integers their size symbols, by their values at two examples."""
 
     def __init__(self, a: Mapping[str, int], b: Mapping[str, int]) -> None:
         self._names: dict[tuple[int, int], str] = {}
@@ -66,8 +67,8 @@ class Sizes:
             self._names[a[x], b[x]] = x
 
     def symbol(self, first: int, second: int) -> str:
-        """ "" for a constant, "B" for a known length, "B*16" for a multiple of one, "?5|8" for one that follows the
-        inputs in an unknown way, "?5~B*S/8" where it can at least be said what to expect."""
+        """Returns "" for a constant, "B" for an input's size, "B*16" for a multiple of one, "?5|8" for one that follows
+        the inputs in an unknown way, "?5~B*S/8" where an expected value can be said."""
         if first == second:
             return ""
         for (a, b), name in {(first, second): self._names.get((first, second)), **self._names}.items():
@@ -82,6 +83,7 @@ class Sizes:
         return f"?{first}|{second}"
 
     def of_shape(self, first: torch.Size, second: torch.Size) -> tuple[str, ...]:
+        """Returns the size symbol of each dim; those of a rank that differs between the examples are unknown."""
         if len(first) != len(second):
             return tuple(f"?{n}" for n in first)
         return tuple(self.symbol(x, y) for x, y in zip(first, second, strict=True))
@@ -93,7 +95,8 @@ _BENDING = ("mod", "floordiv", "max", "min")
 def bending_points(
     graph_module: torch.fx.GraphModule, examples: tuple[Example, Example]
 ) -> tuple[set[int], tuple[Example, Example]]:
-    """Numbers that lengths are divided by or compared with: the chunk size that a sequence is padded to multiples of.
+    """Returns the numbers that sizes are divided by or compared with, such as the chunk that a sequence is padded to
+    multiples of, and the examples with the values that were computed on the way.
 
     What comes of such an op may be equal for two lengths without being constant, so that examples have to be chosen on
     both sides of these numbers, and with different remainders. The second result is `examples` with what is known of
@@ -119,7 +122,7 @@ def bending_points(
 
 @dataclass
 class NormalizeContext(PassContext):
-    """What the passes over the whole graph know: its inputs at two example sizes, and what they come to."""
+    """What the passes over the whole graph know: its inputs at two example sizes, and every node's value there."""
 
     examples: tuple[Example, Example]
     # every node's value at the second example, set by shape_propagation; passes add those of the nodes that they make
@@ -127,14 +130,13 @@ class NormalizeContext(PassContext):
 
     @classmethod
     def of(cls, examples: tuple[Example, Example]) -> NormalizeContext:
-        """For a graph as a front end made it."""
+        """Returns the context of a graph as a front end made it."""
         return cls(Phase.TRACED, examples)
 
 
 def shape_propagation(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> PassResult:
-    """Write `meta["val"]` (a meta tensor, a number, or a tuple of them; at the first example) and, for tensors,
-    `meta["symbols"]` (one name a dim, "" where constant; a tuple of such for a tuple) on every node; for an integer
-    `meta["symbol"]`, its name.
+    """Writes `val`, a node's value at the first example (a meta tensor, a number, or a tuple of them), and its size
+    symbols: for a tensor one a dim ("" where constant), for a tuple a tuple of such, for an int its own.
 
     `ctx.second` is then every node's value at the second example.
     """

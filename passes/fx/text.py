@@ -20,12 +20,12 @@ _SHORT = {
 
 
 def graph_text(module: torch.fx.GraphModule) -> str:
-    """Every node with its type, target and arguments. Shapes are those of the whole tensors."""
+    """Formats every node with its type, target and arguments. Shapes are those of the whole tensors."""
     return "\n".join(node_text(module, node) for node in module.graph.nodes)
 
 
 def graph_diff(before: torch.fx.GraphModule, after: torch.fx.GraphModule, *, context: int = 3) -> str:
-    """Unified diff between two graphs' texts; empty when they are the same."""
+    """Returns the unified diff between two graphs' texts; empty when they are the same."""
     lines = difflib.unified_diff(
         graph_text(before).splitlines(),
         graph_text(after).splitlines(),
@@ -38,7 +38,7 @@ def graph_diff(before: torch.fx.GraphModule, after: torch.fx.GraphModule, *, con
 
 
 def node_text(module: torch.fx.GraphModule, node: torch.fx.Node, named: bool = True) -> str:
-    """One node's line. Without `named`, the nodes that it reads are all called "_"."""
+    """Formats one node's line. Without `named`, the nodes that it reads are all called "_"."""
 
     def text(value: Any) -> str:
         return _value(value) if named else _value(torch.fx.node.map_arg(value, lambda read: _ANY))
@@ -59,7 +59,8 @@ def node_text(module: torch.fx.GraphModule, node: torch.fx.Node, named: bool = T
 
 
 def node_kind(module: torch.fx.GraphModule, node: torch.fx.Node) -> str:
-    """The name of its op, or the class of the module that it calls; "input", "get_attr" and "return" of the others."""
+    """Returns the name of a node's op, or the class of the module that it calls; "input", "get_attr" and "return" for
+    the others."""
     if node.op == "call_module":
         return type(module.get_submodule(str(node.target))).__name__
     if node.op in ("call_function", "call_method"):

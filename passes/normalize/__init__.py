@@ -1,1 +1,1 @@
-"""Passes over the whole traced graph: one way to write each thing."""
+"""Passes over the whole traced graph, which leave one way to write each thing."""

@@ -1,16 +1,16 @@
-"""canonicalize_calls: one way to call what the later passes rewrite.
+"""canonicalize_calls: leaves one way to call each function that later passes rewrite.
 
-    before  linear(%x, bias=%b, weight=%w)              getattr(%max, "values")
-    after   linear(%x, %w, %b)                          getitem(%max, 0)
+before  linear(%x, bias=%b, weight=%w)              getattr(%max, "values")
+after   linear(%x, %w, %b)                          getitem(%max, 0)
 
-    before  matmul(%x, getattr(%w, "T"))                with a parameter w of two dims
-    after   linear(%x, %w)
+before  matmul(%x, getattr(%w, "T"))                with a parameter w of two dims
+after   linear(%x, %w)
 
-    before  %x.mean(axis=-1, keepdims=True)             as numpy calls them
-    after   %x.mean(dim=-1, keepdim=True)
+before  %x.mean(axis=-1, keepdims=True)             as numpy calls them
+after   %x.mean(dim=-1, keepdim=True)
 
-    before  %past.update(%k, %v, 0, {"sin": %s, "cos": %c, "cache_position": %p})
-    after   %past.update(%k, %v, 0, {"cache_position": %p})
+before  %past.update(%k, %v, 0, {"sin": %s, "cos": %c, "cache_position": %p})
+after   %past.update(%k, %v, 0, {"cache_position": %p})
 """
 
 from __future__ import annotations
@@ -83,13 +83,14 @@ def _is_product_with_transposed_weight(node: Node) -> bool:
 
 
 def _dims(node: Any) -> int:
-    """-1 for what is no tensor."""
+    """Returns a tensor's number of dims, -1 for what is no tensor."""
     value = node_meta.val(node) if isinstance(node, Node) else None
     return value.dim() if isinstance(value, torch.Tensor) else -1
 
 
 def _drop_rotary_tables(node: Node) -> None:
-    """Cache.update is handed them for kinds of caches that left transformers; only positions are read."""
+    """Drops the rotary tables that models hand to Cache.update for kinds of caches that left transformers; only
+    positions are read."""
     if isinstance(node.args[4], dict):
         kept = {k: v for k, v in node.args[4].items() if k == "cache_position"}
         node.args = (*node.args[:4], kept)
@@ -104,7 +105,7 @@ def _by_position(node: Node, defaults: dict[str, Any]) -> None:
 
 
 def _by_number(node: Node) -> None:
-    """x.max(1).values: torch's named tuples are plain ones to everything else."""
+    """Rewrites an attribute of torch's named tuples, x.max(1).values, as an item of a plain one."""
     fields = getattr(type(node_meta.val(node.args[0])), "__match_args__", ())
     if isinstance(node_meta.val(node.args[0]), tuple) and node.args[1] in fields:
         node.target, node.args = operator.getitem, (node.args[0], fields.index(node.args[1]))

@@ -1,4 +1,4 @@
-"""decompose_modules: modules whose weights are cut together with their numbers become functions.
+"""decompose_modules: turns modules into function calls whose numbers are cut together with their weights.
 
     before  %y = call_module[conv](%x)                  # Conv2d(8, 8, groups=8)
     after   %y = conv2d(%x, %conv.weight, %conv.bias, (1, 1), (0, 0), (1, 1), 8)

@@ -1,7 +1,7 @@
-"""eliminate_common_subexpressions: equal computations become one: masks and tables that every layer derives again.
+"""eliminate_common_subexpressions: merges equal computations, such as masks and tables that every layer derives again.
 
-    before  cos = freqs.cos(); q = q * cos; cos_1 = freqs.cos(); k = k * cos_1
-    after   cos = freqs.cos(); q = q * cos; k = k * cos
+before  cos = freqs.cos(); q = q * cos; cos_1 = freqs.cos(); k = k * cos_1
+after   cos = freqs.cos(); q = q * cos; k = k * cos
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""eliminate_dead_code: what nothing reads, and what has no effect of its own, goes.
+"""eliminate_dead_code: removes nodes that nothing reads and that have no effect of their own.
 
     before  %size = %x.size(); %length = sym_size(%x, 0); use(%length)
     after   %length = sym_size(%x, 0); use(%length)

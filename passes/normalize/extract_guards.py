@@ -1,14 +1,12 @@
-"""extract_guards: `if`s on lengths that the model's Python took while it was traced, kept to be asked at every call.
+"""extract_guards: moves `if`s on input sizes, which the model's Python took while it was traced, into the graph's
+guards.
 
-    before  %gt = %seq > 24                      (guard_outcome False: so it was for the traced lengths)
-    after   nothing in the graph; Guards.otherwise({"S": 30, ...}) computes `S > 24` for the lengths at hand
+    before  %gt = %seq > 24                      (guard_outcome False: so it was for the traced sizes)
+    after   nothing in the graph; Guards.violated({"S": 30, ...}) computes `S > 24` for the sizes at hand
 
-A graph has one way through. A call whose lengths would have taken the model another way needs another graph, which
-whoever calls has made. But not for comparisons with 1: that a single token needs no causal mask is the shortcut which
+A graph has one way through. A call whose sizes would have taken the model another way needs another graph, which
+whoever calls has made. Comparisons with 1 are no guards: that a single token needs no causal mask is the shortcut which
 nearly every model takes, and it computes the same.
-
-Lengths go by letters: "B" sequences, "S" tokens, "P" tokens cached before, "T" both, "E" what an encoder reads, "K"
-positions that logits are wanted of.
 """
 
 from __future__ import annotations
@@ -75,7 +73,7 @@ def _taken(module: torch.fx.GraphModule) -> Guards | None:
 
 
 def _is_sure(node: Node) -> bool:
-    """A length compared with itself."""
+    """Returns whether a node compares a size with itself."""
     return node.target in NEVER_OTHERWISE and len(node.args) == 2 and node.args[0] == node.args[1]
 
 
@@ -84,7 +82,7 @@ class _NotOfLengthsError(Exception):
 
 
 class _Asked:
-    """The graph of conditions, in the making."""
+    """The graph of guards, in the making."""
 
     def __init__(self) -> None:
         self.graph = torch.fx.Graph()
@@ -93,7 +91,8 @@ class _Asked:
         self._equal: dict[Any, Node] = {}
 
     def copied(self, node: Node) -> Any:
-        """The node there, made of lengths; a number where it is one. Raises _NotOfLengthsError."""
+        """Returns the node's copy in this graph, made of sizes; a number where it is constant. Raises
+        _NotOfLengthsError."""
         pending = [node]
         while pending:
             one = pending[-1]
@@ -122,7 +121,7 @@ class _Asked:
             return self.graph.create_node(op, target, args, kwargs)
 
     def _length(self, node: Node) -> Any:
-        """What a node that asks an input comes to; None for any other node."""
+        """Returns the size that a node reads off an input; None for any other node."""
         if node.op == "call_method" and node.target == "get_seq_length":  # before the step is cached, or after
             symbol = node_meta.size_symbol(node)
             return self._size("?" if symbol is None else symbol, node_meta.val(node))
@@ -152,7 +151,7 @@ class _Asked:
         return self._made("call_function", operator.mul, (a, b), {})
 
     def _letter(self, letter: str) -> Node:
-        """An argument, in front of everything else."""
+        """Returns the placeholder of a size symbol, made in front of everything else."""
         if letter not in self._letters:
             first = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
             if first is None:

@@ -1,7 +1,8 @@
-"""fold_lengths: numbers that follow the inputs come from a few nodes at the top of the graph; all others are literals.
+"""fold_lengths: computes sizes that follow the inputs in a few nodes at the top of the graph, and makes literals of all
+others.
 
-    before  size = x.size(); getitem = size[0]; add = getitem + 0; view = q.view((add, getitem_1, -1, 64))
-    after   batch = sym_size(input_ids, 0); view = q.view((batch, seq, -1, 64))
+before  size = x.size(); getitem = size[0]; add = getitem + 0; view = q.view((add, getitem_1, -1, 64))
+after   batch = sym_size(input_ids, 0); view = q.view((batch, seq, -1, 64))
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from passes.fx.shape_propagation import NormalizeContext
 
 
 def fold_lengths(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> PassResult:
-    """Replace every number, size, dtype and device by a literal or by one of a few nodes at the top, in place.
+    """Replaces every number, size, dtype and device by a literal or by one of a few nodes at the top, in place.
 
     What is the same at both examples is constant. The new nodes' values go to `ctx.second`; nodes that nothing reads
     any more are left to eliminate_dead_code.
@@ -84,7 +85,7 @@ def _position(graph: torch.fx.Graph) -> Callable[[Node], int]:
 
 
 def _length_nodes(graph: torch.fx.Graph, second: dict[Node, Any]) -> dict[tuple[int, int], Node]:
-    """A node for each distinct length among the graph inputs' dims, right behind the placeholders."""
+    """Makes a node for each distinct size among the graph inputs' dims, right behind the placeholders."""
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     sources: dict[tuple[int, int], tuple[Node, int]] = {}
     for node in inputs:
@@ -106,7 +107,8 @@ def _length_nodes(graph: torch.fx.Graph, second: dict[Node, Any]) -> dict[tuple[
 
 
 class _WithChunks(dict[tuple[int, int], Node]):
-    """Lengths by their values at both examples; also the number of chunks that a length of the inputs makes.
+    """A table of sizes by their values at both examples, which also finds the number of chunks that an input's size
+    makes.
 
     ceil(S / 64), that and one more, and that times 64, are computed from S at the top of the graph, where the model
     may read them off a tensor that not every stage has. The examples tell them from floor(S / 64) and from
@@ -150,8 +152,8 @@ class _WithChunks(dict[tuple[int, int], Node]):
 
 
 def _product(graph: torch.fx.Graph, inputs: dict[tuple[int, int], Node], a: int, b: int) -> Node | None:
-    """A node for what is `a` and `b` at the two examples, at the top of the graph: lengths of the inputs times each
-    other or a number ("B*S", "B*S*2"). So no stage has to know a tensor of another stage for its size."""
+    """Makes a node at the top of the graph for a product of input sizes and a number ("B*S", "B*S*2") that is `a`
+    and `b` at the two examples. So no stage has to know a tensor of another stage for its size."""
     for (x, y), length in inputs.items():
         if not x or not y or a % x or b % y:
             continue
@@ -167,7 +169,7 @@ def _product(graph: torch.fx.Graph, inputs: dict[tuple[int, int], Node], a: int,
 
 
 def _replace_everywhere(node: Node, value: Any) -> None:
-    """Like replace_all_uses_with, for a value that may be a literal or a tuple holding nodes."""
+    """Replaces all uses of a node, like replace_all_uses_with, by a literal or a tuple holding nodes."""
     for user in list(node.users):
         user.args = map_arg(user.args, lambda n: value if n is node else n)
         user.kwargs = map_arg(user.kwargs, lambda n: value if n is node else n)

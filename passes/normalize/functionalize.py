@@ -1,4 +1,4 @@
-"""functionalize: writes into tensors become new tensors, so that a graph's edges say all there is to say.
+"""functionalize: turns writes into tensors into new tensors, so that a graph's edges say all there is to say.
 
     before  %mask = full(...);  %mask[:, :, :, :n] = %padded;  use(%mask)
     after   %mask = full(...);  %set = with_item(%mask, (:, :, :, :n), %padded);  use(%set)
@@ -49,7 +49,7 @@ def functionalize(graph_module: torch.fx.GraphModule, ctx: PassContext | None = 
 
 
 def _latest(became: dict[Node, Node], node: Node) -> Node:
-    """Of a long chain of writes the end; each that it leads through then points there."""
+    """Returns the end of a chain of writes; each node that it leads through then points there."""
     chain = []
     while node in became:
         chain.append(node)
@@ -59,7 +59,7 @@ def _latest(became: dict[Node, Node], node: Node) -> Node:
 
 
 def _write_through(graph: torch.fx.Graph, written: Node, changed: Node) -> tuple[Node | None, Node]:
-    """(what `written` is a part of, that with the part changed); None where it is a tensor of its own.
+    """Returns (what `written` is a part of, that with the part changed); None where it is a tensor of its own.
 
     A part is what indexing with numbers and slices gives; indexing with a tensor copies, and an item of a tuple is no
     part. The tracer says which values are tensors (node_meta.traced_as_tensor).
@@ -78,7 +78,8 @@ def _write_through(graph: torch.fx.Graph, written: Node, changed: Node) -> tuple
 
 
 def _make_functional(node: Node) -> bool:
-    """Turn a node that writes into its first argument into one that returns the result; False if it is none."""
+    """Turns a node that writes into its first argument into one that returns the result; returns False if it is
+    none."""
     if node.op == "call_function" and node.target is operator.setitem:
         node.target = with_item
     elif node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:

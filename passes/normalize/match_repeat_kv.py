@@ -1,7 +1,7 @@
-"""match_repeat_kv: KV heads that are repeated for their query heads, in one op.
+"""match_repeat_kv: matches KV heads that are repeated for their query heads, and makes one op of it.
 
-    before  reshape(broadcast_to(x[:, :, None], (b, g, r, t, d)), (b, g * r, t, d))
-    after   repeat_interleave(x, r, 1)
+before  reshape(broadcast_to(x[:, :, None], (b, g, r, t, d)), (b, g * r, t, d))
+after   repeat_interleave(x, r, 1)
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""normalize: one spelling for everything that the later passes read, and nothing left in the graph that is constant.
+"""normalize: runs the passes that leave one spelling for everything that later passes read, and nothing constant to
+compute.
 
     before  size = x.size(); getitem = size[0]; view = q.view((getitem, getitem_1, -1, 64))
     after   batch = getitem(input_ids.shape, 0); reshape = torch.reshape(q, (batch, seq, 8, 64))
@@ -55,7 +56,7 @@ PASSES: tuple[Pass[NormalizeContext], ...] = (
 
 
 def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Example]) -> torch.fx.GraphModule:
-    """Rewrite `graph_module` in place and return it. Afterwards every value has its `val` and every tensor `symbols`.
+    """Rewrites `graph_module` in place and returns it. Afterwards every value has its `val` and every tensor `symbols`.
 
     `examples` are two sets of meta inputs of different sizes; what is equal in both is constant. Guards on lengths that
     were decided while tracing are `node_meta.guards(graph_module)`, None without any; what each pass did is
@@ -73,7 +74,8 @@ def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Examp
 
 
 def _refuse_choices_among_constants(graph: torch.fx.Graph) -> None:
-    """How much is selected of what is equally long for all inputs looks constant at two sizes, and is not."""
+    """Raises PlanError for a selection among elements of constant number: it looks constant at two sizes, and is
+    not."""
     for node in graph.nodes:
         if node.op == "call_function" and node.target in (selected, split_rows) and not any(
             node_meta.symbols(node.args[0])

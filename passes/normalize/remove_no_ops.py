@@ -1,7 +1,7 @@
-"""remove_no_ops: what gives back the tensor that it was given goes.
+"""remove_no_ops: removes ops that give back the tensor that they were given.
 
-    before  x = dropout(x, training=False); x = x.contiguous(); x = x.to(torch.float32); y = x + 1
-    after   y = x + 1
+before  x = dropout(x, training=False); x = x.contiguous(); x = x.to(torch.float32); y = x + 1
+after   y = x + 1
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def _is_whole_slice(index: Any, size: int | None) -> bool:
 
 
 def remove_no_ops(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> PassResult:
-    """Rewrites `graph_module` in place. Shapes are spelled out by now, so that a view of the same shape is one, too."""
+    """Rewrites `graph_module` in place. Shapes are written out by now, so that a view of the same shape is removed,
+    too."""
     graph, edit, matches = graph_module.graph, GraphEdit(graph_module), 0
     for node in list(graph.nodes):
         if _is_no_op(node):
@@ -80,7 +81,8 @@ def remove_no_ops(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> 
 
 
 def _drop_empty(node: Node) -> bool:
-    """torch.cat passes over tensors of shape [0], whatever the others are: the keys of a cache that is empty yet.
+    """Drops from a torch.cat the tensors of shape [0], which it passes over whatever the others are: the keys of a
+    cache that is empty yet.
 
     True if there was one.
     """
@@ -96,7 +98,7 @@ def _drop_empty(node: Node) -> bool:
 
 
 def _drop_all_true(node: Node) -> bool:
-    """`mask & ones` is the mask, when the ones don't widen it (masking_utils starts every mask that way).
+    """Replaces `mask & ones` by the mask, when the ones don't widen it (masking_utils starts every mask that way).
 
     True if it was.
     """

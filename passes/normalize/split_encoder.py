@@ -1,4 +1,4 @@
-"""split_encoder: a model whose decoder reads an encoder's output through a cache, as two graphs.
+"""split_encoder: makes two graphs of a model whose decoder reads an encoder's output through a cache.
 
     before  %e = encoder(%input_ids); %kv = %past.update(k(%e), v(%e), 1);  %x = attention(q(%d), %kv[0], %kv[1])
     after   %e = encoder(%input_ids); %kv = %past.update(k(%e), v(%e), 1);  return {}
@@ -26,7 +26,8 @@ _ENCODED = ("encoder_last_hidden_state",)  # outputs that the first graph has
 def split_encoder(
     whole: torch.fx.GraphModule, layers: Collection[int]
 ) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
-    """(what writes the cache `layers`, everything else); `whole`, a normalised graph, is left as it is."""
+    """Returns (the graph that writes the cache `layers`, the graph of everything else); `whole`, a normalised graph,
+    is left as it is."""
     encoder, step = _copy(whole), _copy(whole)
     _keep_outputs(encoder, lambda name: name in (*_ENCODED, "past_key_values"))
     _clean(encoder, {n for n in encoder.graph.nodes if _writes(n, layers)})
@@ -43,7 +44,7 @@ def _writes(node: Node, layers: Collection[int]) -> bool:
 
 
 def _copy(whole: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """With nodes of its own under the same names, and the same parameters."""
+    """Copies a graph with nodes of its own under the same names, and the same parameters."""
     graph = torch.fx.Graph()
     env: dict[Node, Node] = {}
     for node in whole.graph.nodes:
@@ -58,7 +59,7 @@ def _keep_outputs(module: torch.fx.GraphModule, wanted: Callable[[str], bool]) -
 
 
 def _clean(module: torch.fx.GraphModule, roots: Collection[Node]) -> None:
-    """Drop what neither an output nor one of `roots` needs, inputs too; lengths are read off inputs that stay."""
+    """Drops what neither an output nor one of `roots` needs, inputs too; sizes are read off inputs that stay."""
     graph = module.graph
     graph.eliminate_dead_code(is_impure_node=lambda n: n in roots or n.op in ("placeholder", "output"))
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
@@ -79,14 +80,14 @@ def _is_cache(node: Node) -> bool:
 
 
 def _asks_for_size(node: Node) -> bool:
-    """sym_size and device: the same of any input that has such a dim."""
+    """Returns whether a node asks for a size or device, which is the same of any input that has such a dim."""
     return node.op == "call_function" and (
         node.target is torch.ops.aten.sym_size.int or (node.target is getattr and node.args[1] == "device")
     )
 
 
 def _ask_another(node: Node, inputs: Collection[Node]) -> None:
-    """Put the question to one of `inputs`, where one knows the answer."""
+    """Puts a node's question to one of `inputs` that knows the answer."""
     if node.target is getattr:
         other = next((n for n in inputs if not _is_cache(n)), None)
         if other is not None:

@@ -1,7 +1,7 @@
-"""static_view_sizes: reshapes and expands with every size written: a literal where constant, a length's node where not.
+"""static_view_sizes: writes out every size of reshapes and expands, as a literal where constant, else as a size's node.
 
-    before  view = q.view((batch, seq, -1, 64))
-    after   reshape = torch.reshape(q, (batch, seq, 8, 64))
+before  view = q.view((batch, seq, -1, 64))
+after   reshape = torch.reshape(q, (batch, seq, 8, 64))
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""unmerge_batch: heads that a model folds into the batch get their own dim back, so that they can be sharded; so do
+"""unmerge_batch: gives heads that a model folds into the batch their own dim back, so that they can be sharded, and
 experts that it folds into the tokens.
 
     before  q = reshape(q, (batch * 4, seq, 8));  s = baddbmm(bias, q, k);  s = reshape(s, (batch, 4, seq, seq))
@@ -38,8 +38,8 @@ _MADE = (torch.zeros, torch.ones, torch.empty, torch.full)
 
 
 class _Folded(NamedTuple):
-    """Dim `dim` is of two lengths, outer before inner: one of them a number, of the other the symbol; as arguments of
-    a reshape (-1: what is left)."""
+    """A dim that is the product of two sizes, outer before inner: one a number, the other a size symbol; as
+    arguments of a reshape (-1: what is left)."""
 
     dim: int
     lengths: tuple[Node | int, Node | int]
@@ -47,6 +47,7 @@ class _Folded(NamedTuple):
 
     @property
     def times(self) -> int:
+        """Returns the number among the two sizes."""
         return next(n for n, symbol in zip(self.lengths, self.symbols) if isinstance(n, int) and not symbol)
 
 
@@ -71,8 +72,8 @@ def _ties(folded: dict[Node, _Folded]) -> nx.Graph[Node]:
 
 
 def _folded(node: Node) -> _Folded | None:
-    """Which dim of a tensor is a length of the inputs times a number: told by the sizes of a reshape, a repetition or a
-    new tensor, or by the symbols of what is computed from one."""
+    """Finds the dim of a tensor that is an input's size times a number: told by the sizes of a reshape, a repetition
+    or a new tensor, or by the symbols of what is computed from one."""
     if not node_meta.is_tensor(node):
         return None
     symbols = [symbol.rpartition("*") for symbol in node_meta.symbols(node)]
@@ -97,7 +98,7 @@ def _folded(node: Node) -> _Folded | None:
 
 
 def _puts_in_front(node: Node, dim: int, count: int) -> bool:
-    """All rows `count` times, or reshaped from [count, rows]."""
+    """Returns whether a node repeats all rows `count` times, or reshapes them from [count, rows]."""
     if _repeats(node) is not None:
         return all(n == (count if d == dim else 1) for d, n in enumerate(_repeats(node) or ()))
     source = node.args[0] if node.op == "call_function" and node.target is torch.reshape else None
@@ -113,7 +114,7 @@ def _puts_in_front(node: Node, dim: int, count: int) -> bool:
 
 
 def _repeats(node: Node) -> tuple[Any, ...] | None:
-    """Of x.repeat(...), as many as x has dims."""
+    """Returns the repetitions of x.repeat(...), one a dim of x; None for other calls."""
     if node.op != "call_method" or node.target != "repeat":
         return None
     given = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
@@ -198,7 +199,8 @@ def _broadcast(node: Node, dim: int, count: int) -> None:
 
 
 def _transpose(node: Node, dim: int, rank: int) -> None:
-    """`dim` is the folded one of what comes out."""
+    """Rewrites a transpose in place, over the two dims that the folded one becomes; `dim` is the folded one of what
+    comes out."""
     one, other = (int(a) % rank for a in node.args[1:])
     if dim not in (one, other):
         node.args = (node.args[0], one + (one > dim), other + (other > dim))
@@ -211,7 +213,7 @@ def _transpose(node: Node, dim: int, rank: int) -> None:
 
 
 def _multiply_and_add(node: Node) -> None:
-    """beta * input + alpha * (batch1 @ batch2)."""
+    """Writes baddbmm out: beta * input + alpha * (batch1 @ batch2)."""
     names = ("input", "batch1", "batch2")
     added, one, other = (node.args[i] if i < len(node.args) else node.kwargs[name] for i, name in enumerate(names))
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)

@@ -1,7 +1,7 @@
-"""unpack_tuples: each tensor of a tuple that an op takes is an argument of its own.
+"""unpack_tuples: passes each tensor of a tuple to the op that takes it as an argument of its own.
 
-    before  chunk = x.chunk(2); cat = torch.cat(chunk)
-    after   chunk = x.chunk(2); cat = torch.cat((chunk[0], chunk[1]))
+before  chunk = x.chunk(2); cat = torch.cat(chunk)
+after   chunk = x.chunk(2); cat = torch.cat((chunk[0], chunk[1]))
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def _read_elements(user: Node, whole: Node, elements: list[Node]) -> None:
 
 
 def _describe(element: Node, whole: Node, like: Node, number: int) -> None:
-    """`element` is tensor `number` of the tuple that `whole` gives; all else about it is as of `like`."""
+    """Sets what is known of `element`, tensor `number` of the tuple that `whole` gives; all but value and symbols as
+    of `like`."""
     node_meta.copy(like, element)
     node_meta.set_val(element, node_meta.val(whole)[number])
     symbols = node_meta.element_symbols(whole)[number]
@@ -62,7 +63,7 @@ def _describe(element: Node, whole: Node, like: Node, number: int) -> None:
 
 
 def _unpack_slice(graph: torch.fx.Graph, node: Node, part: Node, second: dict[Node, Any]) -> None:
-    """chunk(x)[1:][0] becomes chunk(x)[1]."""
+    """Rewrites chunk(x)[1:][0] as chunk(x)[1]."""
     numbers = range(len(node_meta.val(node)))[part.args[1]]
     elements = []
     with graph.inserting_before(part):

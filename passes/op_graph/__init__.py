@@ -1,1 +1,1 @@
-"""From a normalised fx graph to the cost model's op graph."""
+"""Translates a normalised fx graph into the cost model's op graph."""

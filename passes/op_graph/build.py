@@ -1,4 +1,4 @@
-"""op_graph: the normalised fx graph in the cost model's words.
+"""Builds the op graph: the normalised fx graph as ops of kinds that op rules name, with attributes; no torch.
 
     before  %reshape = torch.reshape(%q_proj, (%batch, %seq, 8, 64))
     after   Op("reshape", "view", inputs=(q_proj,), outputs=([B, S, 8, 64],))
@@ -30,7 +30,7 @@ _READS_THROUGH = ("slice", "view", "permute", "split", "unbind", "to", "identity
 def build_op_graph(
     graph_module: torch.fx.GraphModule, names: dict[int, str] | None = None, fused: Collection[str] = ()
 ) -> OpGraph:
-    """The OpGraph of a normalised graph. Op names are node names; parameters and buffers go by their path.
+    """Returns the OpGraph of a normalised graph. Op names are node names; parameters and buffers go by their path.
 
     `names`: `parameter_names` of the model, where the graph is a part of it. `fused`: nodes that fuse_ops will remove.
     """
@@ -38,7 +38,8 @@ def build_op_graph(
 
 
 def fingerprint(graph: OpGraph) -> str:
-    """sha256 over every op's kind, inputs, shapes, dtypes and attributes: equal for equal graphs only."""
+    """Returns the SHA-256, in hex, of every op's kind, inputs, shapes, dtypes and attributes: equal for equal graphs
+    only."""
     digest = hashlib.sha256()
     for op in graph:
         shapes = [([s or n for n, s in zip(o.shape, o.symbols or o.shape, strict=True)], o.dtype) for o in op.outputs]
@@ -49,7 +50,7 @@ def fingerprint(graph: OpGraph) -> str:
 
 
 def parameter_names(graph_module: torch.fx.GraphModule) -> dict[int, str]:
-    """id of each parameter and buffer -> its first path: tied parameters have one name."""
+    """Returns {id of a parameter or buffer: its first path}: tied parameters have one name."""
     names: dict[int, str] = {}
     for named in (graph_module.named_parameters(remove_duplicate=False), graph_module.named_buffers()):
         for name, tensor in named:
@@ -143,7 +144,7 @@ class _Builder:
         self.refs[node] = TensorRef(node.name)
 
     def _tensor_inputs(self, node: Node) -> list[TensorRef]:
-        """Every tensor among the arguments, in order; a tensor used twice stands twice."""
+        """Returns every tensor among the arguments, in order; a tensor used twice stands twice."""
         found: list[TensorRef] = []
 
         def visit(n: Node) -> Node:
@@ -155,7 +156,7 @@ class _Builder:
         return found
 
     def _classify(self, node: Node, specs: tuple[TensorSpec, ...]) -> tuple[str, list[TensorRef], Attributes]:
-        """(kind, tensor inputs, attributes); kind "opaque.<name>" where no rule is known."""
+        """Returns (kind, tensor inputs, attributes) of a node; kind "opaque.<name>" where no rule is known."""
         name = op_name(node)
         inputs = self._tensor_inputs(node)
         if node.op == "call_module":
@@ -178,7 +179,7 @@ class _Builder:
 
 
 def _module_handler(module: torch.nn.Module) -> ModuleHandler | None:
-    """That of its class, or of the class whose `forward` it inherits."""
+    """Returns the handler of a module's class, or of the class whose `forward` it inherits."""
     forward = type(module).forward
     for known in type(module).__mro__:
         if known.__name__ in MODULES and getattr(known, "forward", None) is forward:
@@ -197,7 +198,8 @@ def _module_path(node: Node) -> str:
 
 
 class Classifier:
-    """(kind, attributes) of single nodes of a graph whose tensors are known: `refs` says what nodes stand for."""
+    """Classifies single nodes of a graph whose tensors are known, as (kind, attributes): `refs` says what nodes
+    stand for."""
 
     def __init__(self, graph_module: torch.fx.GraphModule, refs: dict[Node, TensorRef]) -> None:
         self._builder = _Builder(graph_module)

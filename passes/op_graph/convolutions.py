@@ -1,4 +1,5 @@
-"""op_graph's words for what works on images: convolutions, norms over channels, pooling, padding, resizing."""
+"""Translates image ops into op-graph kinds and attributes: convolutions, norms over channels, pooling, padding,
+resizing."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def _conv(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
-    """Arguments are by position (canonicalize_calls): x, weight, bias, stride, padding, ..., groups."""
+    """Translates a convolution; arguments are by position (canonicalize_calls): x, weight, bias, stride, padding,
+    ..., groups."""
     transposed = node.target in _TRANSPOSED
     if not transposed and node.target not in _CONVOLUTIONS:
         return None
@@ -27,8 +29,8 @@ def _conv(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
 
 
 def _batch_norm(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
-    """x, mean, variance, weight, bias, training, ...: each channel for itself, whether its statistics are given or not;
-    but in training given ones are written."""
+    """Translates batch_norm(x, mean, variance, weight, bias, training, ...): each channel for itself, whether its
+    statistics are given or not; but in training given ones are written."""
     if node.target is not F.batch_norm:
         return None
     given, training = argument(node, 1, "running_mean") is not None, bool(argument(node, 5, "training", False))
@@ -45,12 +47,12 @@ def _pool(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
 
 
 def _interpolate(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
-    """[b, c, ...]: weighted sums of the positions of one channel."""
+    """Translates interpolate of x [b, c, ...]: each output is a weighted sum of the positions of one channel."""
     return "pool", inputs, {"spatial": len(shape_of(node)) - 2, "linear": True}
 
 
 def _pad(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
-    """The last len(pad) / 2 dims grow, on both sides."""
+    """Translates pad: the last len(pad) / 2 dims grow, on both sides."""
     pad, value = argument(node, 1, "pad"), argument(node, 3, "value")
     if not isinstance(pad, (tuple, list)):
         return None
@@ -59,7 +61,7 @@ def _pad(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
 
 
 def _pool_module(spatial: int, linear: bool) -> ModuleHandler:
-    """Of a module that works on each channel of an image for itself."""
+    """Makes the handler of a module that works on each channel of an image for itself."""
 
     def handler(
         builder: Builder, module: torch.nn.Module, inputs: list[TensorRef], state: Mapping[str, TensorRef]

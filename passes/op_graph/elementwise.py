@@ -1,4 +1,4 @@
-"""op_graph's words for elementwise ops, functions and modules alike."""
+"""Translates elementwise functions and modules into op-graph kinds and attributes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _elementwise(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found
 
 
 def _is_divided(builder: Builder, node: Node, tensor: TensorRef) -> bool:
-    """Whether it is the tensor that is divided, and not a number, or a length, that is divided by it."""
+    """Returns whether `tensor` is what is divided, and the divisor a number or a size."""
     divided = node.args[0]
     return isinstance(divided, Node) and builder.refs.get(divided) == tensor
 

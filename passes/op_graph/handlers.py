@@ -1,4 +1,4 @@
-"""What a handler is: a function that says a call of torch in the cost model's words."""
+"""Handlers: functions that translate a call of torch into an op-graph kind, inputs and attributes."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ ModuleHandler = Callable[[Builder, torch.nn.Module, list[TensorRef], Mapping[str
 
 
 def shape_of(node: Node) -> torch.Size:
+    """Returns the shape of a node's tensor. Raises PlanError for what is no tensor."""
     value = node_meta.val(node)
     if not isinstance(value, torch.Tensor):
         raise PlanError(

@@ -1,4 +1,4 @@
-"""op_graph's words for ops that pick elements by integers: x[index], index_add, gather, scatter, rows by counts."""
+"""Translates ops that pick elements by integers: x[index], index_add, gather, scatter, rows by counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from passes.op_graph.handlers import Builder, Found, Handler, shape_of
 
 
 def index_by_tensors(node: Node) -> tuple[tuple[int, int], ...] | None:
-    """(input dim, output dim) of every dim that x[...] takes whole, where some of the index are tensors of integers.
+    """Returns (input dim, output dim) of every dim that x[...] takes whole, where some of the index are tensors of
+    integers; None for masks as an index.
 
     As torch does it: integers and None first, then all tensors at once, whose common shape stands where they stand,
     or in front where something is between them. None for masks as an index.
@@ -85,7 +86,7 @@ def _join_rows(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
 
 
 def _with_item(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
-    """x[rows] = source: as index_add, but that what was there goes."""
+    """Translates x[rows] = source: as index_add, but that what was there goes."""
     rows = node_meta.val(node.args[1]) if isinstance(node.args[1], Node) else None
     if not isinstance(rows, torch.Tensor) or rows.dim() != 1 or rows.dtype != torch.long or len(inputs) != 3:
         return None
@@ -104,8 +105,8 @@ def _getitem(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
 
 
 def basic_index(node: Node) -> tuple[tuple[int, int, int, int], ...] | None:
-    """(input dim, output dim, start, step) of every dim that x[...] keeps; None for anything but slices, integers,
-    None and Ellipsis. A start that follows the inputs counts as 0: such dims are never sharded."""
+    """Returns (input dim, output dim, start, step) of every dim that x[...] keeps; None for anything but slices,
+    integers, None and Ellipsis. A start that follows the inputs counts as 0: such dims are never sharded."""
     shape, index = shape_of(node.args[0]), spelled_index(node)
     if any(not (i is None or isinstance(i, slice) or type(i) is int) for i in index):
         return None
@@ -123,7 +124,7 @@ def basic_index(node: Node) -> tuple[tuple[int, int, int, int], ...] | None:
 
 
 def picked_elements(node: Node) -> tuple[tuple[int, int], ...]:
-    """(input dim, element) of every dim of constant length that x[...] takes one element of."""
+    """Returns (input dim, element) of every dim of constant size that x[...] takes one element of."""
     shape, symbols = shape_of(node.args[0]), node_meta.symbols(node.args[0])
     items = [item for item in spelled_index(node) if item is not None]
     return tuple(
@@ -132,7 +133,7 @@ def picked_elements(node: Node) -> tuple[tuple[int, int], ...]:
 
 
 def spelled_index(node: Node) -> list[Any]:
-    """The index of x[...], an item for each dim of x (and None for each new one): without an Ellipsis."""
+    """Returns the index of x[...] without an Ellipsis: an item for each dim of x, and None for each new one."""
     rank = len(shape_of(node.args[0]))
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     kept = sum(1 for i in index if i is not None and i is not Ellipsis)

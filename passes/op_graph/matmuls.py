@@ -1,4 +1,4 @@
-"""op_graph's words for products, and for the KV cache that attention reads."""
+"""Translates products, and the KV cache that attention reads, into op-graph kinds and attributes."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def _sdpa(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
 
 
 def _cache_update(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
-    """Cache.update(key, value, layer, ...)."""
+    """Translates Cache.update(key, value, layer, ...)."""
     if node.op != "call_method" or not isinstance(node.args[3], int):
         return None
     return "cache_update", inputs, {"layer": node.args[3]}
 
 
 def _cache_read(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
-    """What an update of another graph left in a layer of the cache."""
+    """Translates the read of what another graph's update left in a layer of the cache."""
     if node.op != "call_method" or not isinstance(node.args[1], int):
         return None
     return "cache_read", [], {"layer": node.args[1]}
 
 
 def _weights(state: Mapping[str, TensorRef]) -> list[TensorRef]:
-    """The parameters of a layer, weight first."""
+    """Returns the parameters of a layer, weight first."""
     return [state[name] for name in ("weight", "bias") if name in state]
 
 
@@ -69,7 +69,7 @@ def _linear_module(
 def _conv1d_module(
     builder: Builder, module: torch.nn.Module, inputs: list[TensorRef], state: Mapping[str, TensorRef]
 ) -> Found:
-    """transformers' own: y = x @ weight + bias, weight [i, o]."""
+    """Translates transformers' Conv1D: y = x @ weight + bias, weight [i, o]."""
     weight = getattr(module, "weight", None)
     if len(inputs) != 1 or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
         return None

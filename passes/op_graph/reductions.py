@@ -1,4 +1,4 @@
-"""op_graph's words for norms, reductions and scans."""
+"""Translates norms, reductions and scans into op-graph kinds and attributes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _roll(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
 
 
 def _max(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
-    """Of two tensors; of all of one; or along a dim, (values, indices)."""
+    """Translates max and min: of two tensors; of all elements of one; or along a dim, as (values, indices)."""
     if len(inputs) == 2:
         return f"{op_name(node)}imum", inputs, {}
     return _reduce(builder, node, inputs)
@@ -52,7 +52,7 @@ def _reduce(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
 
 
 def reduced_dims(node: Node) -> tuple[int, ...]:
-    """What a reduction goes over: every dim where it names none."""
+    """Returns the dims that a reduction goes over: every dim where it names none."""
     dims = argument(node, 2 if op_name(node) == "norm" else 1, "dim")  # norm takes p first
     if isinstance(dims, int) and not isinstance(dims, bool):  # x.var(False) is about bias
         return (dims,)

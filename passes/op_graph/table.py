@@ -1,4 +1,4 @@
-"""The tables of op_graph: who says a call in the cost model's words, and which kinds of op may come out.
+"""The tables of handlers by the name of a call, and the kinds of op that they may emit.
 
 A kind that a handler can emit and that no rule names would be replicated without a word: that is an error at import.
 """
@@ -40,8 +40,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 
 def check_kinds(kinds: Mapping[str, Collection[str]], rules: Collection[str], replicated: Collection[str]) -> None:
-    """Raises ImportError naming every kind, by the file that emits it, which has no rule and is not replicated on
-    purpose either."""
+    """Raises ImportError naming every kind, by the file that emits it, which has neither a rule nor a place among
+    the kinds that are replicated on purpose."""
     lost = {file: [kind for kind in own if kind not in rules and kind not in replicated] for file, own in kinds.items()}
     if any(lost.values()):
         named = "; ".join(f"passes/op_graph/{file}.py emits {', '.join(own)}" for file, own in lost.items() if own)

@@ -1,4 +1,4 @@
-"""op_graph's words for views, and for what moves elements or puts tensors together."""
+"""Translates view, permute, cat, stack and the like into op-graph kinds and attributes."""
 
 from __future__ import annotations
 

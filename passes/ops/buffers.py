@@ -1,4 +1,4 @@
-"""Buffers that a graph writes: what a model keeps from one call to the next."""
+"""Writes buffers from a graph: what a model keeps from one call to the next."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.fx
 
 
 def write_buffers(values: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Write each of `values` into the buffer at its position, of the same shape, and return `values`.
+    """Writes each of `values` into the buffer at its position, of the same shape, and returns `values`.
 
     One op for all that a call leaves, so that whatever reads a new value comes after the writes. The graph reads the
     buffers before it, and nowhere else.
@@ -21,7 +21,7 @@ def write_buffers(values: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor
 
 
 def written_buffers(graph_module: torch.fx.GraphModule) -> tuple[str, ...]:
-    """The paths of the buffers that a graph writes."""
+    """Returns the paths of the buffers that a graph writes."""
     return tuple(
         str(buffer.target)
         for node in graph_module.graph.nodes

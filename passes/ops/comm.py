@@ -1,4 +1,4 @@
-"""What a rank's graph says to other ranks: plain functions of tensors, names and integers.
+"""Collectives, send and recv as a rank's graph calls them: plain functions of tensors, names and integers.
 
 The graph never holds a process group: it prints, diffs and serialises, and runs on whichever communicator is current
 in the calling thread (`using(communicator)`), be it threads of one process or torch.distributed.
@@ -24,22 +24,23 @@ class Communicator(Protocol):
     tp_rank: int  # of the rank that it speaks for
 
     def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
-        """The sum of every rank's `x` (same shape everywhere); may reuse `x`'s memory."""
+        """Returns the sum of every rank's `x` (same shape everywhere); may reuse `x`'s memory."""
 
     def all_gather(self, x: torch.Tensor, axis: str, dim: int, parts: Parts) -> torch.Tensor:
-        """The whole tensor of which each rank holds `parts[rank]` along `dim` (uneven, even empty, parts allowed)."""
+        """Returns the whole tensor of which each rank holds `parts[rank]` along `dim` (uneven, even empty, parts
+        allowed)."""
 
     def send(self, x: torch.Tensor, to: int, channel: int) -> None:
-        """Start sending; `x` is not changed afterwards. Returns before the bytes have left."""
+        """Starts sending `x`, which is not changed afterwards; returns before the bytes have left."""
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int) -> torch.Tensor:
-        """The next tensor from `source` on `channel`; waits for it."""
+        """Returns the next tensor from `source` on `channel`, for which it waits."""
 
 
 @dataclass
 class Tape:
-    """What a graph has sent and received that gradients come back of, in order; each with the other's global rank and
-    the channel. What was received is a leaf to autograd."""
+    """A list of what a graph has sent and received that gradients come back of, in order; each with the other's
+    global rank and the channel. What was received is a leaf to autograd."""
 
     sent: list[tuple[torch.Tensor, int, int]] = field(default_factory=list)
     received: list[tuple[torch.Tensor, int, int]] = field(default_factory=list)
@@ -50,7 +51,7 @@ _local = threading.local()
 
 @contextlib.contextmanager
 def using(communicator: Communicator, tape: Tape | None = None) -> Iterator[None]:
-    """Make `communicator` the one that this thread's graphs speak through, and note on `tape` what they say."""
+    """Makes `communicator` the one that this thread's graphs speak through, and notes on `tape` what they say."""
     before = getattr(_local, "communicator", None), getattr(_local, "tape", None)
     _local.communicator, _local.tape = communicator, tape
     try:
@@ -60,6 +61,7 @@ def using(communicator: Communicator, tape: Tape | None = None) -> Iterator[None
 
 
 def current() -> Communicator:
+    """Returns this thread's communicator. Raises RuntimeError outside of `using`."""
     communicator = getattr(_local, "communicator", None)
     if communicator is None:
         raise RuntimeError(
@@ -70,19 +72,22 @@ def current() -> Communicator:
 
 
 def all_reduce(x: torch.Tensor, axis: str) -> torch.Tensor:
+    """Returns the sum of `x` over the ranks of `axis`, in the shape of `x`, on each of them."""
     if _has_gradient(x):
         return AllReduce.apply(x, axis, current())
     return current().all_reduce(x, axis)
 
 
 def all_gather(x: torch.Tensor, axis: str, dim: int, parts: Parts) -> torch.Tensor:
+    """Returns the whole tensor of which each rank of `axis` holds `parts[rank]`, index intervals along `dim`."""
     if _has_gradient(x):
         return AllGather.apply(x, axis, dim, parts, current())
     return current().all_gather(x, axis, dim, parts)
 
 
 def copy_to_tp(x: torch.Tensor, axis: str) -> torch.Tensor:
-    """`x` itself, for readers of whose gradients each rank has a term: backward they are added up (Megatron's f)."""
+    """Returns `x` itself, for readers of whose gradients each rank has a term: backward they are added up
+    (Megatron's f)."""
     if _has_gradient(x):
         return CopyToTp.apply(x, axis, current())
     return x
@@ -93,8 +98,8 @@ def _has_gradient(x: torch.Tensor) -> bool:
 
 
 def send(x: torch.Tensor, to: int, channel: int, sized: bool = False, gradient: bool = False) -> None:
-    """`sized`: its shape goes ahead, which the receiver cannot tell from the model's inputs. `gradient`: on a tape, its
-    gradient is waited for on the way back."""
+    """Sends `x` to the global rank `to`. `sized`: its shape goes ahead, which the receiver cannot tell from the
+    model's inputs. `gradient`: on a tape, its gradient is waited for on the way back."""
     tape = getattr(_local, "tape", None)
     if tape is not None:
         if gradient:
@@ -108,7 +113,8 @@ def send(x: torch.Tensor, to: int, channel: int, sized: bool = False, gradient: 
 def recv(
     shape: Sequence[int | None], dtype: torch.dtype, device: Any, source: int, channel: int, gradient: bool = False
 ) -> torch.Tensor:
-    """A dim None is of the length that the sender says. `gradient`: on a tape, its gradient is sent back."""
+    """Returns a tensor of this shape from the global rank `source`; a dim None is of the size that the sender says.
+    `gradient`: on a tape, its gradient is sent back."""
     if None in shape:
         shape = current().recv((len(shape),), torch.long, device, source, channel).tolist()
     x = current().recv(shape, dtype, device, source, channel)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
-"""How a gradient goes back through what the ranks of a tp group say to each other, as Megatron-LM's f and g do
-(Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, figure 3).
+"""Backward passes of what the ranks of a tp group say to each other, as Megatron-LM's f and g (Shoeybi et al. 2019,
+https://arxiv.org/abs/1909.08053, figure 3).
 
     all_reduce     backward nothing is said: the gradient of a sum is that of each of its terms (g)
     all_gather     backward each rank takes what belongs to its own part
@@ -22,7 +22,7 @@ Parts = Sequence[Sequence[tuple[int, int]]]
 
 
 class Group(Protocol):
-    """What of a Communicator is used here."""
+    """The collectives of a Communicator that backward passes use."""
 
     tp_rank: int
 
@@ -85,8 +85,8 @@ class OneGradient(Function):
 
 
 def _first_owned(gradient: torch.Tensor, dim: int, parts: Parts, tp_rank: int) -> torch.Tensor:
-    """The rank's part of a whole tensor's gradient. What several ranks hold came from the first of them, so that its
-    gradient is all there, and zero on the others."""
+    """Returns this rank's part of a whole tensor's gradient. What several ranks hold came from the first of them, so
+    that its gradient is all there, and zero on the others."""
     own = parts[tp_rank]
     pieces = [gradient.narrow(dim, start, stop - start) for start, stop in own]
     part = torch.cat(pieces, dim) if pieces else gradient.narrow(dim, 0, 0)

@@ -1,4 +1,4 @@
-"""Ops whose result's length depends on values: which elements of a mask are set, rows dealt out by counts.
+"""Ops whose result's size depends on values: which elements of a mask are set, rows dealt out by counts.
 
 The front end writes these in place of torch's own (`nonzero`, `split` by a list of counts), which cannot be run on
 meta tensors. Here they can: on meta their lengths are made up, each call its own (`made_up_length`), different at
@@ -18,7 +18,7 @@ _STRIDE, _SHARES, _ROUNDINGS = 100_003, 1024, 512
 
 
 def made_up_length(numel: int, number: int, share: int, multiple_of: int = 1) -> int:
-    """A length that says what it was made of: of `numel` elements, one in `share` is expected to be chosen.
+    """Returns a size that says what it was made of: of `numel` elements, one in `share` is expected to be chosen.
 
     `multiple_of`: what is selected may be as much in each of so many rows, and models view it so.
     """
@@ -27,14 +27,15 @@ def made_up_length(numel: int, number: int, share: int, multiple_of: int = 1) ->
 
 
 def expectation(length: int) -> tuple[int, int] | None:
-    """(numel, share) of a made-up length; None for any other."""
+    """Returns (numel, share) of a made-up size; None for any other."""
     rest, share = divmod(length // _ROUNDINGS, _SHARES)
     numel = rest // _STRIDE
     return (numel, share) if numel > 0 and share > 0 else None
 
 
 def selected(mask: torch.Tensor, number: int, share: int) -> tuple[torch.Tensor, ...]:
-    """torch.where(mask): for each dim of `mask` the coordinates of the elements that are not zero, [count] each.
+    """Returns torch.where(mask): for each dim of `mask` the coordinates [count], int64, of the elements that are not
+    zero.
 
     `number` is this call's own in its graph; one element in `share` is expected to be chosen.
     """
@@ -45,21 +46,21 @@ def selected(mask: torch.Tensor, number: int, share: int) -> tuple[torch.Tensor,
 
 
 def split_rows(x: torch.Tensor, counts: torch.Tensor, pieces: int, number: int) -> tuple[torch.Tensor, ...]:
-    """The rows of `x` [rows, ...] in `pieces` runs: `counts` [pieces] says how many rows each has."""
+    """Splits `x` [rows, ...] into `pieces` runs of rows: `counts` [pieces], integers, says how many rows each has."""
     if x.device.type != "meta":
         return x.split(counts.tolist())
     return tuple(x.new_empty(made_up_length(len(x), number + i, pieces), *x.shape[1:]) for i in range(pieces))
 
 
 def join_rows(pieces: Sequence[torch.Tensor], rows: int, counts: torch.Tensor) -> torch.Tensor:
-    """torch.cat of pieces that have `rows` rows together; `counts` [pieces] says how many each has."""
+    """Concatenates pieces [count, ...] that have `rows` rows together; `counts` [pieces] says how many each has."""
     if pieces[0].device.type != "meta":
         return torch.cat(list(pieces))
     return pieces[0].new_empty(rows, *pieces[0].shape[1:])
 
 
 def join_own_rows(pieces: Sequence[torch.Tensor], rows: int, counts: torch.Tensor, first: int) -> torch.Tensor:
-    """join_rows where only the pieces from number `first` on are there, as many as are given: zeros for the others."""
+    """Joins rows where only the pieces from number `first` on are there, as many as are given: zeros for the others."""
     joined = pieces[0].new_zeros(rows, *pieces[0].shape[1:])
     if joined.device.type != "meta":
         own = torch.cat(list(pieces))
@@ -68,7 +69,7 @@ def join_own_rows(pieces: Sequence[torch.Tensor], rows: int, counts: torch.Tenso
 
 
 def bincount(x: torch.Tensor, bins: int) -> torch.Tensor:
-    """How often each of 0 to bins - 1 is in `x`; no other number may be."""
+    """Returns how often each of 0 to bins - 1 is in `x`, int64 [bins]; no other number may be."""
     if x.device.type != "meta":
         return torch.bincount(x, minlength=bins)
     return torch.empty(bins, dtype=torch.long, device="meta")

@@ -1,4 +1,4 @@
-"""A loop over a length as graphs of its own: what a saved model has in place of a function made while it was traced.
+"""A loop over a size as graphs of its own: what a saved model has in place of a function made while it was traced.
 
     for t in range(x.shape[1]):         bounds   (x) -> (x.shape[1],)
         state = a * state + x[:, t]     body     (t, x, a, state) -> {"set": {"state": ...}, "append": {"outs": [...]}}
@@ -33,7 +33,8 @@ class LoopError(AutodistError):
 
 @dataclass(frozen=True, eq=False)
 class LoopGraphs:
-    """`inputs`: the names of the function's arguments; `own`: those it writes into, which are copied first."""
+    """A loop as graphs. `inputs`: the names of the function's arguments; `own`: those it writes into, which are
+    copied first."""
 
     name: str
     inputs: tuple[str, ...]
@@ -57,7 +58,7 @@ class LoopGraphs:
         return _called(self.results, values)
 
     def is_sound(self) -> bool:
-        """Whether each body gives variables anew, and items for lists."""
+        """Returns whether each body gives variables anew, and items for lists."""
         for body in self.bodies:
             found = next(reversed(body.graph.nodes)).args[0]
             if not isinstance(found, dict) or found.keys() != {"set", "append"}:
@@ -70,7 +71,7 @@ class LoopGraphs:
         return True
 
     def function(self) -> Callable[..., Any]:
-        """To be called by a graph's node."""
+        """Makes the function that a graph's node calls."""
 
         def run(*args: Any) -> Any:
             return self(*args)
@@ -82,7 +83,7 @@ class LoopGraphs:
 
 @dataclass(frozen=True)
 class LoopSource:
-    """The same as Python: `body(counter, *variables)` gives the variables anew, `bounds` and `results` take them."""
+    """A loop as Python: `body(counter, *variables)` gives the variables anew, `bounds` and `results` take them."""
 
     name: str
     inputs: tuple[str, ...]
@@ -95,7 +96,7 @@ class LoopSource:
     results: Callable[..., Any]
 
     def graphs(self, args: Sequence[Any]) -> LoopGraphs:
-        """For a node with these arguments. Raises LoopError.
+        """Traces the loop's graphs for a node with these arguments. Raises LoopError.
 
         Numbers among them are inputs, too, unless the loop's Python asks for them.
         """
@@ -129,7 +130,7 @@ class LoopSource:
         return LoopGraphs(self.name, self.inputs, self.own, self.counter, bounds, tuple(bodies), results)
 
     def _body(self, kinds: dict[str, Any]) -> tuple[GraphModule, dict[str, Any]]:
-        """The graph of one iteration, and what the variables are after it."""
+        """Returns the graph of one iteration, and what the variables are after it."""
         after = dict(kinds)
 
         def run(values: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +148,7 @@ class LoopSource:
 
 
 def own_copy(value: Any) -> Any:
-    """Of what a loop writes into."""
+    """Copies a tensor, or a list, that a loop writes into."""
     if isinstance(value, (list, tuple)):
         return list(value)
     return value.clone() if isinstance(value, torch.Tensor) else value
@@ -169,7 +170,7 @@ def _kind(value: Any, is_list: bool) -> Any:
 
 
 class _Value(Proxy):
-    """As a tensor it may be written into."""
+    """A proxy that may be written into, as a tensor may."""
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})

@@ -1,4 +1,4 @@
-"""The layers that hold a tp rank's share of a weight. Collectives are not theirs: they stand in the graph.
+"""Layers that hold a tp rank's share of a weight. They call no collectives, which stand in the graph.
 
 Shapes: b batch, s sequence, i and o the whole layer's inputs and outputs, i/tp and o/tp this rank's share (uneven
 shares allowed, also empty ones).
@@ -17,7 +17,7 @@ from passes.ops.comm_autograd import OneGradient, OneTerm
 
 
 class _ParallelLinear(nn.Module):
-    """y = x @ weight.T + bias on this rank's share of the weight; [o, i], or [i, o] when `transposed`."""
+    """Computes y = x @ weight.T + bias with this rank's share of the weight, [o, i], or [i, o] when `transposed`."""
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, transposed: bool = False
@@ -36,18 +36,20 @@ class _ParallelLinear(nn.Module):
 
 
 class ColumnParallelLinear(_ParallelLinear):
-    """A rank's slice of the outputs: x [b, s, i] -> y [b, s, o/tp]. The bias is sliced with the weight."""
+    """A linear with a rank's slice of the outputs: x [b, s, i] -> y [b, s, o/tp]. The bias is sliced with the
+    weight."""
 
 
 class RowParallelLinear(_ParallelLinear):
-    """A rank's slice of the inputs: x [b, s, i/tp] -> y [b, s, o], a sum over ranks still owed.
+    """A linear with a rank's slice of the inputs: x [b, s, i/tp] -> y [b, s, o], a sum over ranks still owed.
 
     Only tp rank 0 has the bias, so that the sum adds it once.
     """
 
 
 class VocabParallelEmbedding(nn.Module):
-    """A rank's rows of the table: ids [b, s] -> [b, s, d], zero for rows of other ranks; a sum is still owed.
+    """An embedding with a rank's rows of the table: ids [b, s] -> [b, s, d], zero for rows of other ranks; a sum is
+    still owed.
 
     `intervals` are the rows [start, stop) held, in the order in which they lie in `weight`, of `rows` in the whole
     table. An id outside the whole table is an error, as in nn.Embedding: IndexError on every rank alike, whichever rows
@@ -99,7 +101,7 @@ class VocabParallelEmbedding(nn.Module):
         return found.masked_fill(elsewhere.unsqueeze(-1), 0.0)
 
     def _local_padding(self) -> int | None:
-        """Where the row of padding lies in `weight`."""
+        """Returns the index of the row of padding in `weight`; None where the rank has it not."""
         before = 0
         for start, stop in self.intervals:
             if self.padding_idx is not None and start <= self.padding_idx < stop:
@@ -115,21 +117,23 @@ class VocabParallelEmbedding(nn.Module):
 def partial_mean(
     x: torch.Tensor, dims: Sequence[int], keepdim: bool, cut: int, length: int, *, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """This rank's part of a mean over `dims`, of which `cut` is sharded and `length` long in the whole tensor: its
-    elements' sum over the number of all ranks' elements. Nothing is cut out of the other dims."""
+    """Returns this rank's term of a mean over `dims`, of which `cut` is sharded and `length` long in the whole
+    tensor: the sum of its elements over the number of all ranks' elements. Nothing is cut out of the other dims."""
     count = length * math.prod(x.shape[dim] for dim in dims if dim % x.dim() != cut)
     return x.sum(tuple(dims), keepdim=keepdim, dtype=dtype) / count
 
 
 def one_term(x: torch.Tensor, tp_rank: int) -> torch.Tensor:
-    """A whole tensor as a sum that is owed over ranks: rank 0 has it, the others have zeros. Nobody is asked."""
+    """Returns a whole tensor as a sum that is owed over ranks: rank 0 has it, the others have zeros. Nobody is
+    asked."""
     if torch.is_grad_enabled() and x.requires_grad:
         return OneTerm.apply(x, tp_rank)
     return x if tp_rank == 0 else torch.zeros_like(x)
 
 
 def one_gradient(x: torch.Tensor, tp_rank: int) -> torch.Tensor:
-    """`x` itself, for readers that know its whole gradient where each rank is to have a term: rank 0 has it all."""
+    """Returns `x` itself, for readers that know its whole gradient where each rank is to have a term: rank 0 has it
+    all."""
     if torch.is_grad_enabled() and x.requires_grad:
         return OneGradient.apply(x, tp_rank)
     return x

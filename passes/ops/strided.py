@@ -1,4 +1,4 @@
-"""as_strided as a function of values: of a contiguous tensor, however the one it is called on lies in memory.
+"""as_strided as a function of values, as if the tensor were contiguous, however it lies in memory.
 
 A rank's tensors are laid out in memory as its own ops happen to leave them (gathered, received, cut), so strides of the
 whole model's tensors say nothing about them. The front end writes this in place of `x.as_strided`, and a contiguous
@@ -13,4 +13,5 @@ import torch
 
 
 def strided(x: torch.Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int = 0) -> torch.Tensor:
+    """Returns `x.contiguous().as_strided(size, stride, storage_offset)`."""
     return x.contiguous().as_strided(size, stride, storage_offset)

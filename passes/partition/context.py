@@ -1,4 +1,5 @@
-"""What a pass knows about the rank it works for, and what it leaves for the next: plain values, no process groups."""
+"""The context of a rank's passes: what they know about the rank, and what each leaves for the next; no process
+groups."""
 
 from __future__ import annotations
 
@@ -31,12 +32,15 @@ class RankContext(PassContext):
 
     @property
     def mesh(self) -> Mesh:
+        """Returns the plan's mesh."""
         return self.plan.mesh
 
     @property
     def stage(self) -> int:
+        """Returns the pipeline stage of the rank, from 0."""
         return self.mesh.coordinates(self.rank)[0]
 
     @property
     def tp_rank(self) -> int:
+        """Returns the place of the rank in its stage's tp group, from 0."""
         return self.mesh.coordinates(self.rank)[1]

@@ -1,4 +1,4 @@
-"""extract_stage: from the whole model's graph, the part that one pipeline stage runs.
+"""extract_stage: takes the part that one pipeline stage runs from the whole model's graph.
 
     before  %a = layer_0(%x); %b = layer_1(%a, %mask); return {"logits": %b}
     after   (stage 1)  %incoming = placeholder[hop 0]; %mask = ...; %b = layer_1(%incoming, %mask)
@@ -29,7 +29,7 @@ from passes.partition.own_experts import copy_own
 
 
 def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> PassResult:
-    """A new GraphModule with this stage's nodes; `whole`, the normalised graph of the model, is left as it is.
+    """Returns a new GraphModule with this stage's nodes; `whole`, the normalised graph of the model, is left as it is.
 
     Matches are the nodes of `whole` that the stage has, by name; the others are removed.
 
@@ -87,7 +87,8 @@ def extract_stage(whole: torch.fx.GraphModule, ctx: RankContext) -> PassResult:
 
 
 def _numbers(whole: torch.fx.GraphModule, ctx: RankContext) -> set[Node]:
-    """Lengths, the device and the like that this stage's ops use, wherever the plan has them: they are computed again.
+    """Returns the sizes, devices and the like that this stage's ops use, wherever the plan has them: they are computed
+    again.
 
     At their own place among the others, since a cache asked for its length after an update gives another answer.
     """
@@ -107,7 +108,8 @@ def _numbers(whole: torch.fx.GraphModule, ctx: RankContext) -> set[Node]:
 
 
 def _read_off(number: Node, env: dict[Node, Node], graph: torch.fx.Graph) -> Node:
-    """A length that another stage reads off a tensor of its own: off one that this stage has.
+    """Returns a node for a size that another stage reads off a tensor of its own, read off a tensor that this stage
+    has.
 
     Raises PlanError where it has none of that length.
     """
@@ -139,7 +141,7 @@ def _incoming(graph: torch.fx.Graph, node: Node, hop: Hop) -> Node:
 
 
 def _own_outputs(whole: torch.fx.GraphModule, env: dict[Node, Node], stage: int, ctx: RankContext) -> dict[str, Any]:
-    """The entries of the model's output dict that are made in this stage; the cache is on every stage."""
+    """Returns the entries of the model's output dict that are made in this stage; the cache is on every stage."""
     output = next(n for n in reversed(whole.graph.nodes) if n.op == "output")
     found: dict[str, Any] = {}
     for key, value in output.args[0].items():

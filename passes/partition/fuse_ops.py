@@ -1,4 +1,5 @@
-"""fuse_ops: chains that torch has one op for. Fewer nodes a step is what a decode step on small tensors is made of.
+"""fuse_ops: replaces chains that torch has one op for. A decode step on small tensors takes the longer the more nodes
+it has.
 
     before  %p = %x.pow(2); %m = %p.mean(-1, keepdim=True); %a = %m + 1e-06; %r = torch.rsqrt(%a)
             %n = %x * %r; %y = %weight * %n
@@ -42,7 +43,7 @@ def fuse_ops(module: torch.fx.GraphModule, ctx: RankContext) -> PassResult:
 
 
 def removed_by_fusing(module: torch.fx.GraphModule) -> frozenset[str]:
-    """Names of the nodes of `module` that fuse_ops would do away with: as ops of their own they cost nothing."""
+    """Returns the names of the nodes of `module` that fuse_ops would remove: as ops of their own they cost nothing."""
     removed: set[str] = set()
     attentions: set[Node] = set()
     for node in module.graph.nodes:
@@ -120,7 +121,7 @@ def _fuse_rms_norm(graph: torch.fx.Graph, chain: _RmsNormChain) -> None:
 
 
 def _repeated_heads(attention: Node) -> tuple[Node, ...]:
-    """The repetitions of keys and of values that attention itself can do; none where it cannot."""
+    """Returns the repetitions of keys and of values that attention itself can do; none where it cannot."""
     if len(attention.args) != 3 or "enable_gqa" in attention.kwargs:
         return ()
     q, k, v = attention.args

@@ -1,4 +1,5 @@
-"""insert_collectives: where a consumer wants a tensor otherwise than its producer leaves it, the op that makes it so.
+"""insert_collectives: inserts a collective where a consumer wants a tensor in another placement than its producer
+leaves it.
 
     before  %o = call_module[o_proj](%x)                        # a sum over ranks is owed (P)
             %h = %residual + %o
@@ -75,11 +76,13 @@ class _Inserter:
         return self._as(node, op.inputs[slot], op.input_layouts[slot])
 
     def _wanted_at(self, op: OpPlan, slot: int, _: int, node: Node) -> Node:
-        """For a node that stands before input `slot` of `op`, and picks from it by an index."""
+        """Returns the placement that a node wants which stands before input `slot` of `op`, and picks from it by an
+        index."""
         return self._wanted(op, slot, node)
 
     def _lies(self, node: Node) -> tuple[Placement, Layout | None, bool]:
-        """(placement, layout of the sharded dim, whether the plan has it made whole) of a tensor of this rank."""
+        """Returns (placement, layout of the sharded dim, whether the plan has it made whole) of a tensor of this
+        rank."""
         name, index = tensor_source(node)
         if node.op == "get_attr":
             shard = self.ctx.param_shards.get(str(node.target))
@@ -108,7 +111,7 @@ class _Inserter:
         self.whole[node] = made
 
     def _as(self, node: Node, wanted: Placement, layout_index: int) -> Node:
-        """The node that holds `node`'s value as `wanted`."""
+        """Returns the node that holds `node`'s value in the placement `wanted`, inserted where there is none yet."""
         if node_meta.is_constant(node) or node_meta.has_reads_for(node):
             return node
         source = tensor_source(node)
@@ -132,7 +135,7 @@ class _Inserter:
         return self._term(whole) if wanted.is_partial else self._piece(whole, wanted, layout_index)
 
     def _term(self, node: Node) -> Node:
-        """A whole tensor as rank 0's term of a sum over ranks (a bias behind a row-parallel product)."""
+        """Makes a whole tensor rank 0's term of a sum over ranks (a bias behind a row-parallel product)."""
         if node not in self.terms:
             with self.graph.inserting_after(node):
                 term = self.graph.call_function(one_term, (node, self.ctx.tp_rank))
@@ -163,7 +166,7 @@ class _Inserter:
         return self.pieces[key]
 
     def _outputs(self, node: Node) -> None:
-        """What leaves the model is whole; what another stage gets is as the hop says."""
+        """Makes what leaves the model whole; what another stage gets is as the hop says."""
         outputs, owed = node.args[0]
         outputs = map_arg(outputs, lambda n: self._as(n, REPLICATE, -1) if node_meta.is_tensor(n) else n)
         hops = [h for h in self.ctx.plan.hops if h.source == self.ctx.stage]

@@ -1,4 +1,4 @@
-"""insert_gradient_sums: what a backward pass owes to other ranks, for a program that is to be trained.
+"""insert_gradient_sums: inserts what a backward pass owes to other ranks, for a program that is to be trained.
 
     before  %n = rms_norm(%h); %q = q_proj(%n); %k = k_proj(%n)                  # q_proj, k_proj are cut by columns
     after   %n = rms_norm(%h); %c = copy_to_tp(%n, axis="tp"); %q = q_proj(%c); %k = k_proj(%c)
@@ -76,7 +76,7 @@ class _Inserter:
         return node.op.startswith("call") and self.ctx.plan.has_op(node.name)
 
     def _in_parts(self, node: Node) -> bool:
-        """Does a rank compute a part, or a term, of what this op of the model computes?"""
+        """Returns whether a rank computes a part, or a term, of what this op of the model computes."""
         op = self.ctx.plan.op(node.name)
         return any(not p.is_replicate for p in (*op.inputs, *op.outputs))
 
@@ -84,7 +84,7 @@ class _Inserter:
         return node.op == "get_attr" and node in self.needs
 
     def _readers(self, node: Node) -> Iterator[Node]:
-        """Of the tensor, or of any tensor of the tuple, as far as gradients come from them."""
+        """Returns the readers of a tensor, or of any tensor of a tuple, as far as gradients come from them."""
         for user in node.users:
             if not node_meta.is_tensor(node) and user in self.needs and tensor_source(user)[0] == node.name:
                 yield from self._readers(user)
@@ -92,8 +92,8 @@ class _Inserter:
                 yield user
 
     def _early(self) -> set[Node]:
-        """Ops that all ranks do alike, and that are nevertheless to be done behind copy_to_tp: all that reads them
-        computes in parts, and fewer elements are then added up (the tokens, rather than each expert's)."""
+        """Returns the ops that all ranks do alike, and that are nevertheless to be done behind copy_to_tp: all that
+        reads them computes in parts, and fewer elements are then added up (the tokens, rather than each expert's)."""
         found: set[Node] = set()
 
         def wants_terms(reader: Node) -> bool:
@@ -170,7 +170,7 @@ class _Inserter:
             self.alone.update(dict.fromkeys(biases or [f"{node.target}.bias"], 0))
 
     def _read(self, node: Node, value: Node, wants: str) -> None:
-        """Let `node` read `value` so that the gradient which comes back is of the kind that `value` has."""
+        """Lets `node` read `value` so that the gradient which comes back is of the kind that `value` has."""
         if value not in self.needs:
             return
         if self._is_parameter(value):
@@ -193,7 +193,7 @@ class _Inserter:
         self.uses.setdefault(path, []).append((term, value, reader))
 
     def _tensors(self) -> dict[str, list[str]]:
-        """Paths at which there is one and the same tensor, by the first of them."""
+        """Groups the paths at which there is one and the same tensor, by the first of them."""
         first: dict[tuple[object, ...], str] = {}
         found: dict[str, list[str]] = {}
         for path, shard in self.ctx.param_shards.items():
@@ -202,7 +202,8 @@ class _Inserter:
         return found
 
     def _settle_parameters(self) -> None:
-        """One tensor's gradient is of one kind: where some uses give all of it and others a term, these are copies."""
+        """Makes one tensor's gradient one of one kind: where some uses give all of it and others a term, these are
+        copies."""
         for paths in self._tensors().values():
             uses = [use for path in paths for use in self.uses[path]]
             if self.ctx.param_layouts[paths[0]] is not None or len({term for term, _, _ in uses}) < 2:
@@ -221,6 +222,7 @@ class _Inserter:
                 self.uses[path] = [(False, value, reader) for _, value, reader in self.uses[path]]
 
     def param_uses(self) -> tuple[ParamUse, ...]:
+        """Returns, for each parameter, what of its gradient this rank's graph leaves, and whether it is a term."""
         found = []
         tp_ranks = tuple(range(self.ctx.mesh.tp))
         owners = {p.name: p.placement.dim for p in self.ctx.plan.params if p.placement.is_owned}  # of experts' weights

@@ -1,4 +1,4 @@
-"""insert_send_recv: what crosses a stage's border becomes a recv at its first layer and a send at its last.
+"""insert_send_recv: turns what crosses a stage's border into a recv at its first layer and a send at its last.
 
     before  %incoming_h = placeholder;  ...;  return ({"logits": ...}, (%h2,))
     after   %incoming_h = recv((%batch, %seq, 64), torch.float32, %device, source=0, channel=0);  ...
@@ -63,7 +63,7 @@ def insert_send_recv(module: torch.fx.GraphModule, ctx: RankContext) -> PassResu
 
 
 def _shape(node: Node, hop: Hop, ctx: RankContext, lengths: _Lengths) -> tuple[Any, ...]:
-    """The shape in which the tensor arrives: literals, and lengths that this rank reads off its own inputs."""
+    """Returns the shape in which the tensor arrives: literals, and sizes that this rank reads off its own inputs."""
     sizes = list(node_meta.tensor(node).shape)
     op = ctx.plan.op(hop.op)
     placement, layout = op.outputs[hop.index], ctx.plan.layout(op.output_layouts[hop.index])
@@ -80,7 +80,8 @@ def _is_unknown(symbol: str) -> bool:
 
 
 class _Lengths:
-    """Nodes for the lengths ("B", "S", "B*S", "B*16") and the device of the graph's inputs, made where missing."""
+    """Makes nodes for the sizes ("B", "S", "B*S", "B*16") and the device of the graph's inputs, where there are none
+    yet."""
 
     def __init__(self, graph: torch.fx.Graph) -> None:
         self.graph = graph
@@ -98,15 +99,16 @@ class _Lengths:
                 self._hoist(node)
 
     def _hoist(self, node: Node) -> None:
-        """Lengths of inputs can be read before anything else, hence before a recv needs them."""
+        """Moves a node that reads an input's size before anything that is computed, hence before a recv needs it."""
         self.inputs[-1].append(node)
 
     def first_computed(self) -> Node:
-        """The first node that is neither an input nor one of these."""
+        """Returns the first node that is neither an input nor one of these."""
         mine = {*self.known.values(), self._device}
         return next(n for n in self.graph.nodes if n.op != "placeholder" and n not in mine and n.target is not recv)
 
     def node(self, symbol: str, hop: Hop) -> Node:
+        """Returns the node of a size symbol, or product of such; `hop` is what an error names."""
         if symbol not in self.known:
             self.known[symbol] = self._make(symbol, hop)
         return self.known[symbol]
@@ -129,6 +131,7 @@ class _Lengths:
         )
 
     def device(self) -> Node:
+        """Returns the node of the device that the graph's inputs are on."""
         if self._device is None:
             node = next(n for n in self.inputs if node_meta.is_tensor(n))
             self._device = self.graph.call_function(getattr, (node, "device"))

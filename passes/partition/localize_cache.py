@@ -1,7 +1,7 @@
-"""localize_cache: a stage's cache has only its own layers, counted from 0.
+"""localize_cache: renumbers the cache layers of a stage, whose cache has only its own, from 0.
 
-    before  (stage 1 of 2 layers)  %kv = %past_key_values.update(%k, %v, 1)
-    after                          %kv = %past_key_values.update(%k, %v, 0)
+before  (stage 1 of 2 layers)  %kv = %past_key_values.update(%k, %v, 1)
+after                          %kv = %past_key_values.update(%k, %v, 0)
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def localize_cache(module: torch.fx.GraphModule, ctx: RankContext, *, layer_kind
 
 
 def _answers_for(node: torch.fx.Node, kind: str, asked: str) -> bool:
-    """Whether a layer of `kind` gives the answer of one of kind `asked`.
+    """Returns whether a layer of `kind` gives the answer of one of kind `asked`.
 
     All layers of keys and values have seen as many tokens, however many of them they hold; only those of
     cross-attention are filled with an encoder's output.
@@ -64,7 +64,8 @@ def _answers_for(node: torch.fx.Node, kind: str, asked: str) -> bool:
 
 
 def _erased(node: torch.fx.Node) -> bool:
-    """Takes a question, and all that follows from it, out of the graph, if nothing that is left uses any of it.
+    """Takes a length query, and all that follows from it, out of the graph, if nothing that is left uses any of it;
+    returns whether it did.
 
     Such is the mask for layers that run on later stages, which make it themselves.
     """

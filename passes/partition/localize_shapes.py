@@ -1,4 +1,4 @@
-"""localize_shapes: sizes that the model wrote for whole tensors become the rank's.
+"""localize_shapes: makes sizes that the model wrote for whole tensors the rank's.
 
     before  torch.reshape(%q, (%batch, %seq, 9, 64));   torch.repeat_interleave(%k, 3, 1)
     after   torch.reshape(%q, (%batch, %seq, 6, 64));   torch.repeat_interleave(%k, 3, 1)     # 2 of 3 KV heads
@@ -49,7 +49,7 @@ def _layout(ctx: RankContext, index: int) -> Layout:
 
 
 def _view(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
-    """reshape and broadcast_to: the sharded dim's size is the rank's."""
+    """Makes the sharded dim's size in a reshape or broadcast_to the rank's."""
     if not op.outputs[0].is_shard:
         return
     if not isinstance(node.args[1], tuple):
@@ -61,7 +61,7 @@ def _view(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan
 
 
 def _split(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
-    """split and chunk along the sharded dim: the rank's share of each piece."""
+    """Makes the sizes of a split or chunk along the sharded dim the rank's share of each piece."""
     dim = argument(node, 2, "dim", 0) % node_meta.tensor(node.args[0]).dim()
     if not op.inputs[0].is_shard or op.inputs[0].dim != dim:
         return
@@ -76,7 +76,8 @@ def _split(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPla
 
 
 def _slice(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
-    """x[..., a:b] along the sharded dim: where a and b lie among the elements that the rank holds."""
+    """Moves the bounds of x[..., a:b] along the sharded dim to where they lie among the elements that the rank
+    holds."""
     if not op.inputs[0].is_shard:
         return
     rank, dim = node_meta.tensor(node.args[0]).dim(), op.inputs[0].dim
@@ -105,7 +106,7 @@ def _slice(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPla
 
 
 def _every(layout: Layout, tp_rank: int, start: int, stop: int, step: int) -> slice:
-    """Where the elements start, start + step, ... below stop that the rank holds lie in its share.
+    """Returns where, in the rank's share, the elements start, start + step, ... below stop that it holds lie.
 
     What the rank holds of them lies equally far apart there (pairs of gate and up, say), since a letter ties them.
     """
@@ -118,7 +119,8 @@ def _every(layout: Layout, tp_rank: int, start: int, stop: int, step: int) -> sl
 
 
 def _mean(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
-    """A mean over a sharded dim is the sum of its elements wherever they are, over the number of all of them."""
+    """Replaces a mean over a sharded dim by the sum of its elements wherever they are, over the number of all of
+    them."""
     if not (op.outputs[0].is_partial and op.inputs[0].is_shard and op_name(node) == "mean"):
         return
     x, out = node_meta.val(node.args[0]), node_meta.val(node)
@@ -129,7 +131,7 @@ def _mean(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan
 
 
 def _repeat(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
-    """repeat_interleave of KV heads to query heads."""
+    """Makes a repeat_interleave of KV heads to query heads the rank's, or an index_select where groups are cut."""
     dim = op.outputs[0].dim
     if not op.outputs[0].is_shard or dim != argument(node, 2, "dim") % node_meta.tensor(node).dim():
         return  # cut along a dim that is not repeated: each element as often as ever
@@ -146,7 +148,7 @@ def _repeat(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPl
 
 
 def _sdpa(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
-    """Grouped attention in one op: where groups are cut, keys and values are picked for each query head."""
+    """Picks keys and values for each query head in grouped attention whose groups are cut."""
     if not argument(node, 7, "enable_gqa", False) or op.letter != "heads":
         return
     q, k = tensor_arguments(node)[:2]
@@ -173,7 +175,8 @@ def _sdpa(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan
 
 
 def _groups(position: int) -> Callable[[torch.fx.GraphModule, RankContext, Node, OpPlan], None]:
-    """Convolutions and norms in groups of channels: the groups that the rank has, whole ones."""
+    """Makes the handler of convolutions and norms in groups of channels: the number of groups becomes the rank's,
+    which are whole ones."""
 
     def rewrite(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
         if op.letter != "groups":
@@ -191,7 +194,7 @@ def _held(ctx: RankContext, layout_index: int, size: int) -> int:
 
 
 def _kv_heads(ctx: RankContext, q_layout: int, kv_layout: int, kv_heads: int) -> list[int]:
-    """For each query head that the rank holds, the place of its KV head among those that the rank holds."""
+    """Returns, for each query head that the rank holds, the place of its KV head among those that the rank holds."""
     queries = _layout(ctx, q_layout)
     keys = ctx.plan.layout(kv_layout)
     each = queries.size // kv_heads

@@ -1,4 +1,4 @@
-"""Of experts that the plan deals whole to tp ranks, a rank's graph has its own only.
+"""Expert parallelism: drops the experts of other ranks from a rank's graph; what is left of their sum is Partial.
 
     before  %s_0 = index_add(%zeros, 0, %rows_0, %expert_0); %s_1 = index_add(%s_0, 0, %rows_1, %expert_1); use(%s_1)
     after   (expert 1 is another rank's)  %s_0 = index_add(%zeros, 0, %rows_0, %expert_0); use(%s_0)
@@ -24,7 +24,7 @@ from passes.partition.context import RankContext
 
 
 def copy_own(graph: Graph, node: Node, ctx: RankContext, here: Callable[[Node], Node]) -> Node | None:
-    """What stands in `graph` for a node of the whole model: its copy; the sum that other ranks add to; or nothing.
+    """Copies a node of the whole model into `graph` for this rank: itself; the sum that other ranks add to; or nothing.
 
     `here` gives the node that stands for one before it.
     """

@@ -1,4 +1,4 @@
-"""Runs the passes for one rank, in order, and checks the graph after each."""
+"""The pipeline of passes that emits one rank's program: a literal list, checked and dumped after each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from passes.program.rank_program import RankProgram
 def rank_passes(
     whole: torch.fx.GraphModule, sources: Mapping[int, str], layer_kinds: Sequence[str], train: bool
 ) -> tuple[Pass[RankContext], ...]:
-    """The passes that make one rank's program of `whole`, in order."""
+    """Returns the passes that make one rank's program of `whole`, in order, each with its settings bound."""
     return (
         extract_stage,  # first, so that all others see this rank's nodes only
         partial(shard_parameters, sources=sources),  # before shapes: it says which bias and which rows a rank has
@@ -55,7 +55,8 @@ def emit_rank(
     train: bool = False,
     stage_uses: Mapping[int, tuple[ParamUse, ...]] | None = None,
 ) -> RankProgram:
-    """The program of global rank `rank`. `whole` is the normalised graph that `plan` was made for; it is not changed.
+    """Emits the program of global rank `rank`. `whole` is the normalised graph that `plan` was made for; it is not
+    changed.
 
     `dump_dir` gets the graph after each pass, as "02_localize_shapes.rank1.txt", and what each pass came to, as
     "passes.rank1.txt". `sources` may hold `parameter_names(whole)`, where many ranks are emitted. `train`: with all
@@ -92,7 +93,7 @@ def emit_rank(
 def _run(
     whole: torch.fx.GraphModule, passes: tuple[Pass[RankContext], ...], ctx: RankContext, dump_dir: str | Path | None
 ) -> torch.fx.GraphModule:
-    """The rank's graph. `dump_dir` as of emit_rank."""
+    """Runs the passes and returns the rank's graph. `dump_dir` as for emit_rank."""
     folder = None if dump_dir is None else Path(dump_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,5 +115,5 @@ def _run(
 
 
 def _stages_with_the_same(plan: PlanData, stage: int) -> set[int]:
-    """`stage`, and those that hold a parameter which it holds too."""
+    """Returns `stage`, and the stages that hold a parameter which it holds too."""
     return {stage, *(other for p in plan.params if stage in p.stages for other in p.stages)}

@@ -1,4 +1,4 @@
-"""shard_parameters: every parameter of the stage becomes the rank's share of it, on meta until it is loaded.
+"""shard_parameters: makes every parameter of the stage the rank's share of it, on meta until it is loaded.
 
     before  %q = call_module[self_attn.q_proj](%x)        # Linear(64 -> 64)
     after   %q = call_module[self_attn.q_proj](%x)        # ColumnParallelLinear(64 -> 32)
@@ -60,7 +60,7 @@ class _Sharder:
     # -- one share ---------------------------------------------------------------------------------------------------
 
     def _share(self, tensor: torch.Tensor, name: str, placement: Placement, layout_index: int) -> nn.Parameter:
-        """The rank's meta parameter for `tensor`, to stand at path `name`; notes where it comes from."""
+        """Returns the rank's meta parameter for `tensor`, to stand at path `name`, and notes where it comes from."""
         layout = self.ctx.plan.layout(layout_index)
         dim: int | None = None
         intervals: tuple[Interval, ...] = ()
@@ -137,7 +137,7 @@ class _Sharder:
         return new
 
     def _copied(self, original: nn.Module, target: str, op: OpPlan, slots: int) -> nn.Module:
-        """A module of the same class whose parameters are the rank's own."""
+        """Returns a module of the same class whose parameters are the rank's own."""
         clone = copy.copy(original)
         clone._parameters, clone._buffers = dict(original._parameters), dict(original._buffers)
         clone._modules = {
@@ -159,7 +159,7 @@ class _Sharder:
         return clone
 
     def _function(self, node: Node, op: OpPlan) -> None:
-        """F.linear and F.embedding on a sharded weight."""
+        """Rewrites F.linear and F.embedding on a sharded weight."""
         if op.role == "row" and self.ctx.tp_rank > 0 and len(op.inputs) > 2:
             # the sum over ranks adds the bias once: rank 0's
             after = (None, *node.args[3:]) if op.kind == "conv" else ()
@@ -194,6 +194,6 @@ class _Sharder:
 
 
 def op_slot(module: nn.Module, name: str, slots: int) -> int | None:
-    """Which input of the op a module's parameter is: weight, then bias, behind the tensor arguments."""
+    """Returns which input of the op a module's parameter is: weight, then bias, behind the tensor arguments."""
     order = [n for n in ("weight", "bias") if module._parameters.get(n) is not None]
     return slots + order.index(name) if name in order else None

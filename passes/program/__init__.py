@@ -1,1 +1,1 @@
-"""A rank's program: its graph, its slices of parameters, the gradients it owes."""
+"""A rank's program: its graph, its slices of parameters, the gradient sums it owes."""

@@ -1,4 +1,4 @@
-"""Which gradients of parameters are sums over ranks, piece by piece.
+"""Computes which gradients of parameters are sums over ranks, box by box of their elements.
 
 A backward pass leaves on each rank a gradient of each tensor that the rank holds. Where all ranks of a stage did the
 same with a whole parameter, each has the whole gradient. Where each did its own (the scale of a norm over the heads
@@ -21,7 +21,8 @@ Holder = tuple[int, str]  # global rank, path of a parameter in its module
 
 @dataclass(frozen=True, slots=True)
 class GradSum:
-    """After a backward pass, the sum of what `terms` have of the gradient of `box` is to be what all `holders` have.
+    """A sum that is owed after a backward pass: what `terms` have of the gradient of `box`, added up, is what all
+    `holders` are to have.
 
     `source` is the parameter's name in the model; `box` [start, stop) of each of its dims, in the whole parameter.
     A holder that is no term has, before, the same as one of the terms.
@@ -34,12 +35,14 @@ class GradSum:
 
     @property
     def ranks(self) -> tuple[int, ...]:
+        """Returns the global ranks that take part, each once."""
         return tuple(dict.fromkeys(rank for rank, _ in self.holders))
 
 
 @dataclass(frozen=True, slots=True)
 class ParamUse:
-    """One tensor of a stage's ranks, at one path. `parts[t]`: what of `dim` tp rank t has; `dim` None for the whole.
+    """The use of one tensor by a stage's ranks, at one path. `parts[t]`: the elements of `dim` that tp rank t has;
+    `dim` None for the whole.
 
     `owed`: each rank has a term of its gradient, and not all of it. `holders`: the tp ranks that have the tensor.
     """
@@ -53,6 +56,7 @@ class ParamUse:
     holders: tuple[int, ...]
 
     def boxes(self, tp_rank: int) -> list[Box]:
+        """Returns the boxes of the parameter that a tp rank has."""
         whole = tuple((0, n) for n in self.shape)
         if self.dim is None:
             return [whole]
@@ -60,7 +64,7 @@ class ParamUse:
 
 
 def grad_sums(mesh: Mesh, uses: Mapping[int, Sequence[ParamUse]]) -> tuple[GradSum, ...]:
-    """All sums that are owed, of all ranks, given what each stage does with its parameters."""
+    """Returns all sums that are owed, of all ranks, given what each stage does with its parameters."""
     by_source: dict[str, list[tuple[int, ParamUse]]] = {}
     for stage in sorted(uses):
         for use in uses[stage]:
@@ -84,22 +88,24 @@ def grad_sums(mesh: Mesh, uses: Mapping[int, Sequence[ParamUse]]) -> tuple[GradS
 
 
 def of_rank(sums: Iterable[GradSum], rank: int) -> tuple[GradSum, ...]:
-    """Those that a rank takes part in."""
+    """Returns the sums that a rank takes part in."""
     return tuple(s for s in sums if rank in s.ranks)
 
 
 def cells(boxes: Sequence[Box]) -> list[Box]:
-    """The boxes that the edges of `boxes` (all of one parameter) cut it into: each is wholly in or outside of any."""
+    """Cuts a parameter along the edges of `boxes`: each of the boxes returned is wholly in or outside of any of
+    them."""
     edges = [sorted({edge for box in boxes for edge in box[d]}) for d in range(len(boxes[0]))]
     return list(itertools.product(*(itertools.pairwise(e) for e in edges)))
 
 
 def contains(box: Box, cell: Box) -> bool:
+    """Returns whether `cell` lies in `box`."""
     return all(a <= c and d <= b for (a, b), (c, d) in zip(box, cell, strict=True))
 
 
 def _add(sums: list[GradSum], new: GradSum) -> None:
-    """As one with the last where that is the same sum of the elements just before."""
+    """Appends a sum, joined with the last one where that is the same sum of the elements just before."""
     if sums and (sums[-1].terms, sums[-1].holders) == (new.terms, new.holders):
         differing = [d for d, (a, b) in enumerate(zip(sums[-1].box, new.box, strict=True)) if a != b]
         if len(differing) == 1 and sums[-1].box[differing[0]][1] == new.box[differing[0]][0]:

@@ -1,4 +1,4 @@
-"""The result of the passes for one rank."""
+"""RankProgram: what the passes return for one rank."""
 
 from __future__ import annotations
 
@@ -34,14 +34,16 @@ class RankProgram:
 
     @property
     def stage(self) -> int:
+        """Returns the rank's pipeline stage, from 0."""
         return self.mesh.coordinates(self.rank)[0]
 
     @property
     def tp_rank(self) -> int:
+        """Returns the rank's place in its stage's tp group, from 0."""
         return self.mesh.coordinates(self.rank)[1]
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of this rank's parameters and buffers."""
+        """Returns the bytes of this rank's parameters and buffers."""
         state = self.graph_module.state_dict()
         return sum(t.numel() * t.element_size() for t in state.values())

@@ -1,1 +1,1 @@
-"""Graphs as JSON, and back."""
+"""Writes graphs as JSON, and reads them back."""

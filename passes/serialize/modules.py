@@ -1,4 +1,4 @@
-"""Leaf modules of a graph as plain data: class by name, and the numbers that its forward reads.
+"""Writes leaf modules of a graph as plain data: class by name, and the numbers that its forward reads.
 
     {"class": "RowParallelLinear", "in_features": 32, "out_features": 64, "transposed": false}
 
@@ -50,7 +50,7 @@ KINDS: Kinds = _OURS | {
 
 
 def described(module: nn.Module, kinds: Kinds) -> dict[str, Any] | None:
-    """A leaf module's class and numbers, None where its class is not in the table or it has modules inside."""
+    """Returns a leaf module's class and numbers; None where its class is not in the table or it has modules inside."""
     if any(child is not None for child in module._modules.values()):
         return None
     for name, (cls, attributes) in kinds.items():
@@ -60,8 +60,8 @@ def described(module: nn.Module, kinds: Kinds) -> dict[str, Any] | None:
 
 
 def made(description: Mapping[str, Any], kinds: Kinds) -> nn.Module:
-    """The module, in eval mode, with every parameter and buffer None. KeyError for a class or attribute that the table
-    does not have."""
+    """Makes the module, in eval mode, with every parameter and buffer None. Raises KeyError for a class or attribute
+    that the table does not have."""
     cls, attributes = kinds[description["class"]]
     module: nn.Module = object.__new__(cls)
     nn.Module.__init__(module)

@@ -1,4 +1,4 @@
-"""Reading a graph that graph_json wrote: every name in it is checked before torch.fx makes Python of it."""
+"""Reads a graph that write_graph.py wrote; every name in it is checked before torch.fx makes Python of it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _OPS = ("placeholder", "get_attr", "call_function", "call_method", "call_module"
 def graph_from_json(
     data: Any, tensors: Callable[[str, str, tuple[int, ...], torch.dtype], torch.Tensor], kinds: Kinds = KINDS
 ) -> torch.fx.GraphModule:
-    """Inverse of `graph_to_json`, in eval mode.
+    """Inverts `graph_to_json`; the graph is in eval mode.
 
     `tensors(name, kind, shape, dtype)` gives each parameter and buffer, on meta or with its values. GraphFormatError,
     which names the node or the field, for all that is not a graph which `graph_to_json` could have written.
@@ -111,7 +111,7 @@ def _tensors_from_json(
 
 
 def _owner(root: nn.Module, name: str) -> nn.Module:
-    """The module that a tensor of that path belongs to; made on the way where no layer is called there."""
+    """Returns the module that a tensor of that path belongs to; made on the way where no layer is called there."""
     owner = root
     for atom in name.split(".")[:-1]:
         child = owner._modules.get(atom)
@@ -183,7 +183,8 @@ def _target(
 
 @functools.lru_cache(maxsize=256)
 def _loop(text: str, name: str) -> Any:
-    """What `_loop_to_json` wrote: one function for one text, so that graphs which call the same loop are seen to."""
+    """Reads what `_loop_to_json` wrote: one function for one text, so that graphs which call the same loop are seen
+    to."""
     where, target = f"the loop of {name}", json.loads(text)
     keys = ("name", "inputs", "own", "counter", "bounds", "bodies", "results")
     fields = object_of(object_of(target, where, ("loop",))["loop"], where, keys)
@@ -221,7 +222,7 @@ def _is_module(root: nn.Module, target: str) -> bool:
 
 
 def check_named(target: str, args: Any, kwargs: Any, name: str) -> None:
-    """`getattr` and its like: an attribute of the list, written out."""
+    """Refuses a call by name (`getattr` and its like) of anything but an attribute of the list, written out."""
     if target in NAMED and (len(args) < 2 or not isinstance(args[1], str) or args[1] not in NAMED[target] or kwargs):
         refuse(f"node {name} asks {target} for {shown(args[1] if len(args) > 1 else None)}, which is not on its list")
     if target == "builtins.getattr" and len(args) != 2:

@@ -1,4 +1,4 @@
-"""What a saved graph may call, by name: nothing else is ever looked up, and a name from a file is never imported.
+"""The allow-list of functions that a saved graph may call, by name; a name from a file is never imported.
 
     "torch.reshape"  "F.silu"  "operator.add"  "aten.sym_size.int"  "comm.all_reduce"  "ours.with_item"  methods: "view"
 
@@ -95,7 +95,7 @@ NAMED: dict[str, frozenset[str]] = {
 
 @cache
 def functions() -> dict[str, Callable[..., Any]]:
-    """The allow-list: what a saved name stands for. Names that this torch does not have are left out."""
+    """Returns {saved name: function}, the allow-list. Names that this torch does not have are left out."""
     found: dict[str, Callable[..., Any]] = {"aten.sym_size.int": torch.ops.aten.sym_size.int}
     spaces = (("operator", operator, _OPERATOR), ("builtins", builtins, _BUILTINS), ("math", math, _MATH))
     ours = tuple(("comm" if m is comm_ops else "ours", m, names) for m, names in _OURS.items())
@@ -111,7 +111,7 @@ def functions() -> dict[str, Callable[..., Any]]:
 
 @cache
 def names() -> dict[Callable[..., Any], str]:
-    """The inverse; a function that torch has under several names goes by the first."""
+    """Returns {function: saved name}; a function that torch has under several names goes by the first."""
     found: dict[Callable[..., Any], str] = {}
     for name, function in functions().items():
         found.setdefault(function, name)

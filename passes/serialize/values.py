@@ -1,4 +1,4 @@
-"""Values of a graph as JSON and back (see passes/serialize/write_graph.py), and the checks of what was read."""
+"""Writes and reads values of a graph as JSON (see write_graph.py), and checks what was read."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _LAYOUTS = {"contiguous_format": torch.contiguous_format, "preserve_format": tor
 
 
 class GraphFormatError(AutodistError):
-    """A graph cannot be saved, or what was read is no saved graph; the message names the node."""
+    """A graph that cannot be saved, or what was read and is no saved graph; the message names the node."""
 
 
 def encoded_example(value: Any) -> tuple[Any] | None:
-    """An example value in a tuple of one; None for what none is kept of (a cache)."""
+    """Returns an example value in a tuple of one; None for what none is kept of (a cache)."""
     if isinstance(value, torch.Tensor):
         return ({"tensor": [str(value.dtype).removeprefix("torch."), list(value.shape)]},)
     if isinstance(value, (tuple, list)):
@@ -46,6 +46,7 @@ def encoded_example(value: Any) -> tuple[Any] | None:
 
 
 def encoded(value: Any, node: Node | None) -> Any:
+    """Returns a value as plain data for json.dumps; `node` is whom an error names. Raises GraphFormatError."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, int):
@@ -75,7 +76,8 @@ def encoded(value: Any, node: Node | None) -> Any:
 
 
 def decoded(value: Any, nodes: Mapping[str, Node] | None, where: str, depth: int = 0) -> Any:
-    """`nodes` are those that may be referred to; None where an example is read, which may be of meta tensors."""
+    """Inverts `encoded`. `nodes` are those that may be referred to; None where an example is read, which may be of
+    meta tensors."""
     if depth > _DEEPEST:
         refuse(f"{where}: values in values, more than {_DEEPEST} deep")
     if value is None or isinstance(value, bool):
@@ -133,39 +135,46 @@ def _example(inner: Any, where: str) -> torch.Tensor:
 
 
 def refuse(message: str) -> NoReturn:
+    """Raises GraphFormatError with a message."""
     raise GraphFormatError(message)
 
 
 def shown(value: Any) -> str:
+    """Formats a value for a message, cut to a few characters."""
     text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def object_of(value: Any, what: str, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Returns a JSON object that has at least these keys. Raises GraphFormatError."""
     if not isinstance(value, dict) or any(key not in value for key in keys):
         refuse(f"{what} is no object{' of ' + ', '.join(keys) if keys else ''}")
     return value
 
 
 def list_of(value: Any, what: str) -> list[Any]:
+    """Returns a JSON list. Raises GraphFormatError."""
     if not isinstance(value, list):
         refuse(f"{what}: {shown(value)} is no list")
     return value
 
 
 def whole(value: Any, what: str, low: int = 0) -> int:
+    """Returns an int of at least `low`. Raises GraphFormatError."""
     if type(value) is not int or not low <= value <= LARGEST:
         refuse(f"{what}: {shown(value)} is no whole number of the kind that stands there")
     return value
 
 
 def matching(value: Any, pattern: re.Pattern[str], what: str) -> str:
+    """Returns a text that matches `pattern` in full. Raises GraphFormatError."""
     if not isinstance(value, str) or not pattern.match(value):
         refuse(f"{what}: {shown(value)} is no name")
     return value
 
 
 def identifier(value: Any, what: str, taken: frozenset[str] = frozenset()) -> str:
+    """Returns a Python identifier that is not taken yet. Raises GraphFormatError."""
     name = matching(value, NAME, what)
     if keyword.iskeyword(name) or name in taken or name.startswith("__"):
         refuse(f"{what}: {shown(value)} may not be a name there")
@@ -173,6 +182,7 @@ def identifier(value: Any, what: str, taken: frozenset[str] = frozenset()) -> st
 
 
 def printable(value: Any, what: str) -> str:
+    """Returns a text of printable characters. Raises GraphFormatError."""
     if not isinstance(value, str) or len(value) > _LONGEST_TEXT or not value.isprintable():
         refuse(f"{what}: {shown(value)} is no text that can be printed")
     return value

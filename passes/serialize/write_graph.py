@@ -1,4 +1,4 @@
-"""graph_json: a graph as JSON and back, over an allow-list of what it may call. Nothing in a file is imported or run.
+"""graph_to_json: writes a graph as JSON over an allow-list of what it may call. Nothing in a file is imported or run.
 
     {"class": "LlamaForCausalLM",
      "modules": {"lm_head": {"class": "ColumnParallelLinear", "in_features": 64, "out_features": 48, ...}},
@@ -31,7 +31,7 @@ from passes.serialize.values import GraphFormatError, encoded, encoded_example
 
 
 def graph_to_json(module: torch.fx.GraphModule, kinds: Kinds = KINDS) -> dict[str, Any]:
-    """Plain data for json.dumps; tensors are described, their values are not in it.
+    """Returns plain data for json.dumps; tensors are described, their values are not in it.
 
     GraphFormatError names the first op or module that is not on the allow-list: one made for this model while it was
     traced (a loop over a length), or a class of its own.
@@ -56,7 +56,7 @@ def graph_to_json(module: torch.fx.GraphModule, kinds: Kinds = KINDS) -> dict[st
 
 
 def _tensors_to_json(module: torch.fx.GraphModule) -> list[dict[str, Any]]:
-    """Those that the graph reads, or a layer that it calls has."""
+    """Describes the tensors that the graph reads, or that a layer which it calls has."""
     used, first = used_tensors(module), dict[int, str]()
     found = []
     for kind, named in (
@@ -77,7 +77,7 @@ def _tensors_to_json(module: torch.fx.GraphModule) -> list[dict[str, Any]]:
 
 
 def used_tensors(module: torch.fx.GraphModule) -> dict[str, torch.Tensor]:
-    """By path, what a graph reads and what the layers that it calls have."""
+    """Returns, by path, the tensors that a graph reads and those that the layers which it calls have."""
     found: dict[str, torch.Tensor] = {}
     for node in module.graph.nodes:
         target = str(node.target)
@@ -129,7 +129,7 @@ def _node_to_json(node: Node) -> dict[str, Any]:
 
 
 def _loop_to_json(node: Node) -> dict[str, Any]:
-    """A loop over a length, in place of the name of a function."""
+    """Writes a loop over a size, in place of the name of a function."""
     target: Any = node.target
     try:
         graphs: LoopGraphs = target.graphs if hasattr(target, "graphs") else target.source.graphs(node.args)
