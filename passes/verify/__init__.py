@@ -1,1 +1,1 @@
-"""Proof, before anything runs, that the ranks' programs together compute what the model computes."""
+"""Proves, before anything runs, that the ranks' programs together compute what the model computes."""

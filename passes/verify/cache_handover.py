@@ -1,4 +1,4 @@
-"""What one program leaves in the cache is what another reads there: the same pieces, on the same ranks."""
+"""Checks that what one program leaves in the cache is what another reads there: the same pieces, on the same ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def verify_handover(
     readers: Sequence[RankProgram],
     read: tuple[PlanData, OpGraph],
 ) -> None:
-    """`writers` and `readers` are programs of ranks 0, 1, ..., each verified for its own plan and graph.
+    """Checks that `readers` find in the cache what `writers` leave there; each are the programs of ranks 0, 1, ...,
+    verified for their own plan and graph.
 
     Raises VerificationError.
     """
@@ -36,7 +37,7 @@ def verify_handover(
 
 
 def _layers(plan: PlanData, graph: OpGraph, kind: str) -> dict[int, tuple[object, ...]]:
-    """Cache layer -> how its keys and values lie, as values to compare."""
+    """Returns, for each cache layer, how its keys and values lie, as values to compare."""
     found: dict[int, tuple[object, ...]] = {}
     for op in graph:
         if op.kind == kind:

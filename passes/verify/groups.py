@@ -1,4 +1,4 @@
-"""Checks of what the ranks of a stage owe to each other, and of what the stages together give back."""
+"""Checks what the ranks of a stage owe to each other, and what the stages together give back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from passes.verify.core.state import RankFacts
 
 
 def check_group(group: Sequence[RankFacts]) -> None:
-    """Sums have each term once, collectives are of one tensor, outputs are the same on every rank of a stage."""
+    """Checks that sums have each term once, collectives are of one tensor, and outputs are the same on every rank of
+    a stage."""
     _check_sums(group)
     _check_biases(group)
     first = group[0]
@@ -34,7 +35,7 @@ def check_group(group: Sequence[RankFacts]) -> None:
 
 
 def _check_sums(group: Sequence[RankFacts]) -> None:
-    """An op that owes a sum has, over all ranks, each element of what it sums over once."""
+    """Checks that an op that owes a sum has, over all ranks, each element of what it sums over once."""
     for op in dict.fromkeys(op for facts in group for op in facts.sums):
         lost = [facts for facts in group if op not in facts.sums]
         node, size, _ = next(facts.sums[op] for facts in group if op in facts.sums)
@@ -59,7 +60,7 @@ def _check_sums(group: Sequence[RankFacts]) -> None:
 
 
 def _check_biases(group: Sequence[RankFacts]) -> None:
-    """The sum over ranks adds a bias once."""
+    """Checks that the sum over ranks adds a bias once."""
     for op in dict.fromkeys(op for facts in group for op in facts.biases):
         adding = [facts for facts in group if op in facts.biases and facts.biases[op][1]]
         if len(adding) != 1:
@@ -76,7 +77,8 @@ def _check_biases(group: Sequence[RankFacts]) -> None:
 def check_outputs(
     facts: Sequence[RankFacts], plan: PlanData, graph: OpGraph, names: Mapping[str, TensorRef] | None = None
 ) -> None:
-    """Every output of the model comes out of exactly one stage, and under its name where `names` are given."""
+    """Checks that every output of the model comes out of exactly one stage, and under its name where `names` are
+    given."""
     stages: dict[TensorRef, set[int]] = {}
     for of_rank in facts:
         for name, ref in of_rank.outputs.items():
@@ -104,7 +106,8 @@ _CACHED = ("cache_update", "cache_read")
 
 
 def check_caches(facts: Sequence[RankFacts], plan: PlanData, graph: OpGraph) -> None:
-    """Each cache layer is on one stage, whose layers count from 0 in the order in which they are written."""
+    """Checks that each cache layer is on one stage, whose layers count from 0 in the order in which they are
+    written."""
     owners: dict[int, int] = {}
     for stage in range(plan.mesh.pp):
         group = [facts[r] for r in plan.mesh.tp_group(stage)]

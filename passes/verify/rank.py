@@ -1,4 +1,4 @@
-"""One rank's graph, interpreted: for every node which tensor of the model it stands for, and what of it the rank has.
+"""Interprets one rank's graph: for every node which tensor of the model it stands for, and what of it the rank has.
 
     q_proj : S(2) 0:32 of q_proj       since the rank holds rows 0:32 of its weight, and the whole of its input
     view   : S(2) 0:4 of view          since these are whole heads; and reshape(..., (batch, seq, 4, 8)) says so too
@@ -7,7 +7,7 @@
 
 Nothing is taken from the plan: a node's arguments have to be what the model's op reads, its rule has to allow how they
 lie, and its own arguments have to give the local shape that follows; what follows is then held against the plan. Every
-step speaks of this rank alone. What all ranks of a group owe to each other is noted here and checked in verify_groups.
+step speaks of this rank alone. What all ranks of a group owe to each other is noted here and checked in groups.py.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ _LAYER_ARGUMENT = {"update": 3, "get_seq_length": 1, "get_mask_sizes": 2}
 
 
 def interpret(program: RankProgram, tools: Tools) -> RankFacts:
-    """Raises VerificationError at the first node that is wrong. Senders must be interpreted before receivers."""
+    """Interprets a program and returns what concerns its group. Senders must be interpreted before receivers. Raises
+    VerificationError at the first node that is wrong."""
     state = RankState(program, tools)
     for node in program.graph_module.graph.nodes:
         try:
@@ -228,7 +229,7 @@ def _op(state: RankState, node: Node, op: Op) -> None:
 
 
 def _given(state: RankState, node: Node, op: Op) -> list[Value]:
-    """The tensors that the node takes, in the order of the op's inputs; a module's own come last."""
+    """Returns the tensors that the node takes, in the order of the op's inputs; a module's own come last."""
     given = []
     for a in node.all_input_nodes:
         values = state.values.get(a)
@@ -254,7 +255,7 @@ def _given(state: RankState, node: Node, op: Op) -> list[Value]:
 
 
 def _types(state: RankState, node: Node, op: Op, given: list[Value]) -> tuple[Held, ...]:
-    """How the inputs lie, after making sure that they are the tensors that the model's op reads."""
+    """Returns how the inputs lie, after making sure that they are the tensors that the model's op reads."""
     types = []
     for slot, value in enumerate(given):
         if value.ref == op.inputs[slot] or (value.held.partial and passed_over(state, value.ref, op.inputs[slot])):
@@ -270,7 +271,7 @@ def _types(state: RankState, node: Node, op: Op, given: list[Value]) -> tuple[He
 
 
 def _finish(state: RankState, node: Node, op: Op, outputs: tuple[Held, ...]) -> None:
-    """Note what came out, after making sure that the node's own arguments give these local shapes."""
+    """Notes what came out, after making sure that the node's own arguments give these local shapes."""
     values = tuple(Value(TensorRef(op.name, j), h) for j, h in enumerate(outputs))
     if node_meta.is_tensor(node):
         expected: Any = state.local(values[0])
@@ -294,7 +295,8 @@ def _is_object(value: Any) -> bool:
 
 
 def _same_number(a: Any, b: Any) -> bool:
-    """Two lengths, dtypes, devices, or tuples of such. What cannot be compared counts as equal."""
+    """Returns whether two sizes, dtypes, devices, or tuples of such are the same. What cannot be compared counts as
+    equal."""
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(_same_number(x, y) for x, y in zip(a, b, strict=True))
     return a == b if isinstance(a, _PLAIN) and isinstance(b, _PLAIN) else True

@@ -2,18 +2,16 @@
 
 What is checked is what will run, the emitted graphs; the plan and the model's op graph are what they are held against.
 
-    verify_comm       every send meets its recv, every collective its peers, nobody waits for ever
-    verify_weights    every element is where the plan says, ties are kept
-    verify_rank       each node is the model's tensor, or a known share of it, or a sum still owed that an all_reduce
-                      pays before anything takes it for the whole; local shapes fit
-    verify_groups     sums have each term once, outputs come out once, cache layers too
-    verify_gradients  of programs to be trained: backward, each value's gradient is whole, or a term of a sum that is
-                      added up once (verify_grad_sums: those of parameters)
-
-    verify_experts    experts that ranks have whole: each adds its term once, on the rank that has it
-
-    verify_literals   numbers and settings that the op graph does not have (the scale of a softmax, an eps, which
-                      element an index takes), where the model's own graph is given to compare with
+    core/messages.py            every send meets its recv, every collective its peers, nobody waits for ever
+    weights.py                  every element is where the plan says, ties are kept
+    rank.py                     each node is the model's tensor, or a known share of it, or a sum still owed that an
+                                all_reduce pays before anything takes it for the whole; local shapes fit
+    groups.py                   sums have each term once, outputs come out once, cache layers too
+    gradients/contributions.py  in programs to be trained: backward, each value's gradient is whole, or a term of a sum
+                                that is added up once (gradients/sums.py: those of parameters)
+    nodes/experts.py            experts that ranks have whole: each adds its term once, on the rank that has it
+    nodes/literals.py           numbers and settings that the op graph does not have (the scale of a softmax, an eps,
+                                which element an index takes), where the model's own graph is given to compare with
 """
 
 from __future__ import annotations
@@ -45,8 +43,8 @@ def verify(
     graph: OpGraph,
     whole: torch.fx.GraphModule | None = None,
 ) -> None:
-    """`programs` are those of ranks 0, 1, ... of the plan's mesh; `graph` is the one that the plan was made for, and
-    `whole` the normalised graph that this was made of.
+    """Proves the programs of ranks 0, 1, ... of the plan's mesh against the model. `graph` is the op graph that the
+    plan was made for, and `whole` the normalised graph that this was made of.
 
     Raises VerificationError, which names the rank, the node and the user's source line.
     """
@@ -63,7 +61,7 @@ def verify(
 
 
 def _output_names(whole: torch.fx.GraphModule, graph: OpGraph) -> dict[str, TensorRef]:
-    """By the name that it has in what the model returns, as RankFacts.outputs."""
+    """Returns the model's outputs by their names in what it returns, as RankFacts.outputs."""
     sources = parameter_names(whole)
     found: dict[str, TensorRef] = {}
     output = next(node for node in reversed(whole.graph.nodes) if node.op == "output")

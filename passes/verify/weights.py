@@ -1,4 +1,4 @@
-"""Checks of parameters: each element on the ranks that the plan gives it to, in the right shape, ties kept."""
+"""Checks parameters: each element on the ranks that the plan gives it to, in the right shape, ties kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ Parts = tuple[tuple[Interval, ...], ...]
 
 
 def check_weights(programs: Sequence[RankProgram], plan: PlanData, graph: OpGraph) -> None:
-    """Raises VerificationError. Which slice an op needs is verify_rank's to prove."""
+    """Checks the parameters of all programs. Raises VerificationError. Which slice an op needs is rank.py's to
+    prove."""
     params = {p.name: p for p in plan.params}
     lost = [op.name for op in graph if op.kind == "param" and op.name not in params]
     if lost:
@@ -44,7 +45,7 @@ def check_weights(programs: Sequence[RankProgram], plan: PlanData, graph: OpGrap
 
 
 def _check_tensors(program: RankProgram) -> None:
-    """Every parameter says where it comes from, and has the shape of its share."""
+    """Checks that every parameter says where it comes from, and has the shape of its share."""
     module = program.graph_module
     parameters = dict(module.named_parameters(remove_duplicate=False))
     tensors = {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
@@ -103,7 +104,7 @@ def _check_shards(program: RankProgram, params: Mapping[str, ParamPlan]) -> None
 
 
 def _check_ties(program: RankProgram) -> None:
-    """One slice of one source is one Parameter."""
+    """Checks that one slice of one source is one Parameter."""
     parameters = dict(program.graph_module.named_parameters(remove_duplicate=False))
     first: dict[tuple[object, ...], str] = {}
     for name, shard in program.param_shards.items():
@@ -122,7 +123,7 @@ def _check_ties(program: RankProgram) -> None:
 
 
 def _planned_layouts(plan: PlanData, graph: OpGraph) -> dict[str, set[tuple[int, Parts]]]:
-    """For each parameter the (dim, parts) in which the plan lays it, or an op takes it."""
+    """Returns, for each parameter, the (dim, parts) in which the plan lays it, or an op takes it."""
     found: dict[str, set[tuple[int, Parts]]] = {}
 
     def note(name: str, dim: int, index: int) -> None:
@@ -150,7 +151,7 @@ def _check_dealt(
     layouts: Mapping[str, set[tuple[int, Parts]]],
     row_biases: set[str],
 ) -> None:
-    """What the ranks hold at one path is, together, the parameter."""
+    """Checks that what the ranks hold at one path is, together, the parameter."""
     shards: dict[int, ParamShard] = {p.rank: p.param_shards[path] for p in group if path in p.param_shards}
     first = next(iter(shards.values()))
     source, stage = first.source, group[0].stage
@@ -171,7 +172,7 @@ def _check_dealt(
             )
         return
     if first.dim is None:
-        # one rank alone may hold a bias that a sum over ranks adds (verify_groups: exactly one adds it)
+        # one rank alone may hold a bias that a sum over ranks adds (groups.py: exactly one adds it)
         if without and not (source in row_biases and len(shards) == 1):
             fail_plainly(f"{source} ({path}) is whole on ranks {sorted(shards)} and missing on {without}", Duty.WEIGHTS)
         return

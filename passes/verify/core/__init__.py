@@ -1,1 +1,1 @@
-"""What verify knows of values: as they lie on ranks, and what was found out."""
+"""What verify knows of values: where they lie on ranks, and which messages the ranks exchange."""

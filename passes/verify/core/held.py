@@ -1,9 +1,9 @@
-"""What a rank has of a tensor, and the op rules read as typing rules.
+"""Held: what a rank has of a tensor; and op rules read as typing rules over it.
 
 `Held` claims: this rank's tensor is the whole tensor, with the elements `runs` picked along `dim`, in that order. Such
 a claim speaks of one rank only. An op keeps it when some factor of its rule runs through all dims that are picked from,
 and the same coordinates of the factor are there in all of them: a rank that has rows 0..15 of a weight computes columns
-0..15 of the product, whatever other ranks do. Only of a Partial must all ranks be asked (verify_groups).
+0..15 of the product, whatever other ranks do. Only of a Partial must all ranks be asked (groups.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """`dim` is -1 for a whole tensor and for a Partial: then its shape is the whole tensor's. Make with `held`.
+    """One rank's claim on a tensor: which elements of which dim it has. `dim` is -1 for a whole tensor and for a
+    Partial: then its shape is the whole tensor's. Make with `held`.
 
     `owner` is the tp rank that alone is said to have it, whole; -1 where all ranks have something.
     """
@@ -34,9 +35,11 @@ class Held:
 
     @property
     def is_sharded(self) -> bool:
+        """Returns whether the rank has some elements of a dim only."""
         return self.dim >= 0
 
     def local_shape(self, shape: Shape) -> Shape:
+        """Returns the shape that a tensor of this whole shape has on the rank."""
         if self.dim < 0:
             return shape
         return (*shape[: self.dim], sum(b - a for a, b in self.runs), *shape[self.dim + 1 :])
@@ -56,7 +59,8 @@ PARTIAL = Held(partial=True)
 
 
 def held(dim: int, runs: Sequence[Interval], size: int) -> Held:
-    """In one form: runs that follow each other are one, empty ones go, and all elements in order are WHOLE."""
+    """Makes a Held in one normal form: runs that follow each other are one, empty ones go, and all elements in order
+    are WHOLE."""
     joined: list[Interval] = []
     for start, stop in runs:
         if start == stop:
@@ -71,7 +75,7 @@ def held(dim: int, runs: Sequence[Interval], size: int) -> Held:
 
 
 def held_sequence(dim: int, sequence: IntArray, size: int) -> Held:
-    """The same, of elements in any order, repetitions allowed."""
+    """Makes a Held of elements in any order, repetitions allowed."""
     breaks = np.flatnonzero(np.diff(sequence) != 1) + 1
     bounds = [0, *breaks.tolist(), len(sequence)]
     runs = [(int(sequence[a]), int(sequence[b - 1]) + 1) for a, b in pairwise(bounds) if b > a]
@@ -79,7 +83,7 @@ def held_sequence(dim: int, sequence: IntArray, size: int) -> Held:
 
 
 def as_planned(placement: Placement, layout: Layout | None, tp_rank: int) -> Held:
-    """What a placement of the plan says that a rank has."""
+    """Returns the Held that a placement of the plan claims for a rank."""
     if placement.is_partial:
         return PARTIAL
     if placement.is_owned:
@@ -90,7 +94,7 @@ def as_planned(placement: Placement, layout: Layout | None, tp_rank: int) -> Hel
 
 
 def elements(value: Held, size: int) -> IntArray:
-    """The elements held along `value.dim`, or all `size` of a dim that is not picked from."""
+    """Returns the elements held along `value.dim`, or all `size` of a dim that is not picked from."""
     if value.dim < 0:
         return np.arange(size, dtype=np.int64)
     if not value.runs:
@@ -100,7 +104,7 @@ def elements(value: Held, size: int) -> IntArray:
 
 @dataclass(frozen=True, slots=True)
 class Derivation:
-    """What comes out of an op. `factor` is the one that is sharded (None: none), `part` this rank's piece of it."""
+    """How an op's outputs lie. `factor` is the one that is sharded (None: none), `part` this rank's piece of it."""
 
     outputs: tuple[Held, ...]
     factor: Factor | None = None
@@ -116,7 +120,8 @@ class Judgement:
 
 
 class Judge:
-    """Rules as typing rules; remembers every judgement, since the layers and ranks of a model ask the same."""
+    """Applies op rules as typing rules; remembers every judgement, since the layers and ranks of a model ask the
+    same."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], Judgement] = {}
@@ -125,7 +130,7 @@ class Judge:
     def __call__(
         self, rule: OpRule, inputs: Sequence[Shape], outputs: Sequence[Shape], types: tuple[Held, ...]
     ) -> Judgement:
-        """`inputs` and `outputs` are the shapes of the whole tensors."""
+        """Judges an op: `inputs` and `outputs` are the shapes of the whole tensors, `types` how its inputs lie."""
         key = (id(rule), types)
         found = self._known.get(key)
         if found is None:
@@ -161,7 +166,7 @@ def _judge(rule: OpRule, inputs: Sequence[Shape], outputs: Sequence[Shape], type
 def _follow(
     factor: Factor, inputs: Sequence[Shape], outputs: Sequence[Shape], types: tuple[Held, ...]
 ) -> Derivation | str:
-    """The op sharded along `factor`, or why it cannot be."""
+    """Returns how the outputs of an op lie that is sharded along `factor`, or why it cannot be."""
     links = {link.slot: link for link in factor.inputs}
     for slot, value in enumerate(types):
         if value.is_sharded and (slot not in links or links[slot].dim != value.dim):
@@ -206,7 +211,7 @@ def _elements_of(link: DimLink, part: IntArray) -> IntArray:
 
 
 def reads_right(own: IntArray, link: DimLink, part: IntArray) -> bool:
-    """Do the elements `own`, each repeated equally often, give what each coordinate in `part` reads?"""
+    """Returns whether the elements `own`, each repeated equally often, give what each coordinate in `part` reads."""
     if len(part) == 0:
         return True
     if len(own) == 0 or len(part) % len(own):

@@ -1,5 +1,4 @@
-"""Checks of what ranks say to each other: every send meets its recv, every collective its peers', and nobody waits for
-ever.
+"""Checks what ranks send each other: every send meets its recv, every collective its peers', and nobody waits for ever.
 
 A recv and a collective wait; a send does not. One vertex a send or recv, one for all calls of a collective, an edge
 from each to the next on its rank and from each send to its recv: ranks hang exactly when this graph has a cycle.
@@ -26,12 +25,12 @@ Message = tuple[int, int, int]  # (from rank, to rank, channel)
 
 
 def comm_nodes(program: RankProgram) -> list[Node]:
-    """In the order in which the rank comes to them."""
+    """Returns the comm nodes of a program, in the order in which the rank comes to them."""
     return [n for n in program.graph_module.graph.nodes if n.op == "call_function" and n.target in COMM_OPS]
 
 
 def message(program: RankProgram, node: Node) -> Message:
-    """What a send or recv names its message."""
+    """Returns what a send or recv names its message: (source, target, channel), global ranks."""
     peer = argument(node, 1, "to") if node.target is send else argument(node, 3, "source")
     channel = argument(node, 2, "channel") if node.target is send else argument(node, 4, "channel")
     if type(peer) is not int or not 0 <= peer < program.mesh.size or peer == program.rank:
@@ -40,7 +39,8 @@ def message(program: RankProgram, node: Node) -> Message:
 
 
 def check_communication(programs: Sequence[RankProgram], plan: PlanData) -> None:
-    """Raises VerificationError. Local shapes of what is said are checked where they are known (verify_rank)."""
+    """Checks sends, recvs and collectives of all ranks. Raises VerificationError. Local shapes of what is sent are
+    checked where they are known (rank.py)."""
     nodes = {program.rank: comm_nodes(program) for program in programs}
     sends, recvs = check_messages(programs, nodes)
     for stage in range(plan.mesh.pp):
@@ -55,7 +55,8 @@ def check_communication(programs: Sequence[RankProgram], plan: PlanData) -> None
 def check_messages(
     programs: Sequence[RankProgram], nodes: dict[int, list[Node]]
 ) -> tuple[dict[Message, Node], dict[Message, Node]]:
-    """Every send has one recv, the other way round too; two ranks agree on the order of what they exchange."""
+    """Checks that every send has one recv, and the other way round, and that two ranks agree on the order of what
+    they exchange."""
     sends: dict[Message, Node] = {}
     recvs: dict[Message, Node] = {}
     for program in programs:
@@ -107,7 +108,7 @@ def _dtype_sent(node: Node) -> Any:
 
 
 def _nearest(key: Message, table: dict[Message, Node]) -> str:
-    """What the peer does instead, in words."""
+    """Formats what the peer does instead."""
     source, target, channel = key
     same_pair = [k[2] for k in table if k[:2] == (source, target)]
     if same_pair:
@@ -120,7 +121,7 @@ def _nearest(key: Message, table: dict[Message, Node]) -> str:
 
 
 def _check_hops(programs: Sequence[RankProgram], plan: PlanData, sends: dict[Message, Node]) -> None:
-    """Messages are the plan's hops, between ranks of the same place in their stages."""
+    """Checks that messages are the plan's hops, between ranks of the same place in their stages."""
     mesh = plan.mesh
     planned = {
         (mesh.rank(h.source, t), mesh.rank(h.target, t), h.channel): h for h in plan.hops for t in range(mesh.tp)
@@ -144,7 +145,7 @@ def _check_hops(programs: Sequence[RankProgram], plan: PlanData, sends: dict[Mes
 
 
 def collective_words(node: Node) -> tuple[Any, ...]:
-    """All that the ranks of a group must agree on, but for the tensor itself."""
+    """Returns all that the ranks of a group must agree on, but for the tensor itself."""
     value = node_meta.val(node.args[0])
     of_value = (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else (None, None)
     name = node.target.__name__
@@ -158,7 +159,7 @@ _WORDS = ("op", "axis", "dim", "parts", "shape", "dtype")
 
 
 def check_collectives(group: Sequence[RankProgram], nodes: dict[int, list[Node]]) -> None:
-    """Every rank of a tp group comes to the same collectives in the same order."""
+    """Checks that every rank of a tp group comes to the same collectives in the same order."""
     ranks = [[n for n in nodes[p.rank] if n.target in COLLECTIVES] for p in group]
     first = ranks[0]
     for node in first:
@@ -190,7 +191,7 @@ def check_order(
     sends: dict[Message, Node],
     recvs: dict[Message, Node],
 ) -> None:
-    """No cycle in what happens before what, over all ranks."""
+    """Checks that what happens before what, over all ranks, has no cycle."""
     graph: nx.DiGraph[Any] = nx.DiGraph()
     vertex: dict[Node, Any] = {}
     for program in programs:

@@ -1,4 +1,4 @@
-"""Runs one node of a rank's graph on meta tensors of the rank's own shapes: do its arguments fit them?"""
+"""Runs one node of a rank's graph on meta tensors of the rank's own shapes, to see whether its arguments fit them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ALIKE = (
 
 
 class Tensor(tuple):
-    """(shape, dtype) of a tensor, to be told from a plain tuple."""
+    """The (shape, dtype) of a tensor, to be told from a plain tuple."""
 
     __slots__ = ()
 
@@ -32,14 +32,14 @@ class Tensor(tuple):
 
 
 class MetaRunner:
-    """`run` gives a node's result on the meta device; equal calls (the layers of a model, its ranks) run once."""
+    """Runs nodes on the meta device; equal calls (the layers of a model, its ranks) run once."""
 
     def __init__(self) -> None:
         self._results: dict[Any, Any] = {}
         self._modules: dict[int, nn.Module] = {}  # keeps them alive: their ids are keys
 
     def run(self, program: RankProgram, node: Node, known: Known) -> Any:
-        """Raises what the op raises. Tensors come as `Tensor`."""
+        """Returns a node's result as `Tensor`s and numbers; raises what the op raises."""
         module = submodule(program.graph_module, str(node.target)) if node.op == "call_module" else None
         called = node.target if module is None else self._module_key(program, str(node.target), module)
         key = (node.op, called, _key(node.args, known), _key(node.kwargs, known))
@@ -69,7 +69,7 @@ class MetaRunner:
 
 
 def _meta_state(program: RankProgram, target: str, module: nn.Module) -> dict[str, torch.Tensor]:
-    """The module's tensors on meta, in the dtypes that they were traced in."""
+    """Returns the module's tensors on meta, in the dtypes that they were traced in."""
     state = {}
     for named in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
         for name, tensor in named:
@@ -80,7 +80,7 @@ def _meta_state(program: RankProgram, target: str, module: nn.Module) -> dict[st
 
 
 def _key(value: Any, known: Known) -> Any:
-    """Hashable, and equal for arguments that give equal results."""
+    """Returns a key that is hashable, and equal for arguments that give equal results."""
     if isinstance(value, Node):
         own = known[value]
         return own if isinstance(own, Tensor) else _key(own, known)

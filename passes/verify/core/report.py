@@ -1,4 +1,4 @@
-"""How a check says what is wrong: the rank, the node with its shape, the user's source line, and the way out.
+"""Formats what a check finds wrong: the rank, the node with its shape, the user's source line, and the way out.
 
 Which pass is to blame is read off the node: each pass's work has its stamp (passes/fx/run_passes.py). Where a node is
 missing, or is still as the model has it, no stamp can say so, and the check names the duty that was not done.
@@ -26,7 +26,7 @@ LINES_AROUND = 10
 
 
 class Duty(enum.Enum):
-    """What has to be done to make a rank's program of the model's graph, and the file whose duty it is."""
+    """A step in making a rank's program of the model's graph, and the file whose duty it is."""
 
     NODES = "passes/partition/extract_stage.py"  # the nodes of a stage, copied as the model has them; what it returns
     WEIGHTS = "passes/partition/shard_parameters.py"
@@ -41,12 +41,13 @@ class Duty(enum.Enum):
 
 
 def on_rank(program: RankProgram) -> str:
-    """ "rank 3 (stage 1, tp rank 1)"."""
+    """Formats a program's place: "rank 3 (stage 1, tp rank 1)"."""
     return f"rank {program.rank} (stage {program.stage}, tp rank {program.tp_rank})"
 
 
 def described(node: Node) -> str:
-    """ "o_proj (RowParallelLinear, float32[B, S, 48], modeling_x.py:241)"; shapes are the whole tensor's."""
+    """Formats a node: "o_proj (RowParallelLinear, float32[B, S, 48], modeling_x.py:241)"; shapes are the whole
+    tensor's."""
     words = [_target(node)]
     value, symbols = node_meta.val(node), node_meta.symbols(node)
     if isinstance(value, torch.Tensor):
@@ -99,7 +100,7 @@ def _to_blame(node: Node, missing: Duty | None, untouched: Duty | None, inputs: 
 
 
 def _duty_of_kind(node: Node) -> Duty:
-    """Whose work such nodes are, where no stamp says: a program that was read from a file has none."""
+    """Returns whose work such nodes are, where no stamp says: a program that was read from a file has none."""
     if node.target in COLLECTIVES:
         return Duty.COLLECTIVES
     if node.target in (send, recv):

@@ -1,4 +1,4 @@
-"""What verify_rank knows while it walks through one rank's graph, and what it finds out for the checks of groups."""
+"""The state of interpreting one rank's graph, and what it notes for the checks of groups."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Value(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """What a send puts on its way."""
+    """A tensor that a send puts on its way."""
 
     value: Value
     local: Tensor
@@ -41,7 +41,7 @@ class Sent(NamedTuple):
 
 @dataclass
 class Tools:
-    """What the ranks of one verification share: rules, judgements and shapes that all of them ask for."""
+    """The op rules, judgements and shapes that all ranks of one verification share."""
 
     plan: PlanData
     graph: OpGraph
@@ -53,7 +53,7 @@ class Tools:
     _rules: dict[str, tuple[OpRule, tuple[Shape, ...], tuple[Shape, ...]]] = field(default_factory=dict)
 
     def rule(self, op: Op) -> tuple[OpRule, tuple[Shape, ...], tuple[Shape, ...]]:
-        """(rule, shapes of the whole inputs, of the whole outputs)."""
+        """Returns (rule, shapes of the whole inputs, of the whole outputs) of an op."""
         found = self._rules.get(op.name)
         if found is None:
             specs = self.graph.input_specs(op)
@@ -62,6 +62,7 @@ class Tools:
         return found
 
     def hop(self, channel: int) -> Hop:
+        """Returns the plan's hop of a channel."""
         return next(h for h in self.plan.hops if h.channel == channel)
 
 
@@ -80,7 +81,7 @@ class RankFacts:
 
 
 class RankState:
-    """For each node met so far: which tensor of the model it is, how it lies, its local shape."""
+    """The values of the nodes met so far: which tensor of the model each is, how it lies, its local shape."""
 
     def __init__(self, program: RankProgram, tools: Tools) -> None:
         self.program, self.tools = program, tools
@@ -94,18 +95,19 @@ class RankState:
         self._locals: dict[Value, Tensor] = {}
 
     def set(self, node: Node, value: Value) -> None:
+        """Sets the value of a node that gives one tensor."""
         self.values[node] = value
         self._refs[node] = value.ref
         self.known[node] = self.local(value)
 
     def set_all(self, node: Node, values: tuple[Value, ...]) -> None:
-        """Outputs of an op that returns a tuple."""
+        """Sets the values of an op that returns a tuple."""
         self.values[node] = values
         self._refs[node] = TensorRef(values[0].ref.op)
         self.known[node] = tuple(self.local(v) for v in values)
 
     def local(self, value: Value) -> Tensor:
-        """The shape and dtype that it has on this rank, at the example sizes."""
+        """Returns the shape and dtype that a value has on this rank, at the example sizes."""
         found = self._locals.get(value)
         if found is None:
             spec = self.graph.spec(value.ref)
@@ -114,7 +116,7 @@ class RankState:
         return found
 
     def value(self, node: Node, of: Any) -> Value:
-        """What `of`, an argument of `node`, is."""
+        """Returns the value of `of`, an argument of `node`."""
         value = self.values.get(of) if isinstance(of, Node) else None
         if not isinstance(value, Value):
             said = f"takes {of}, which is no tensor of the model"
@@ -124,19 +126,21 @@ class RankState:
         return value
 
     def has_whole(self, held: Held) -> bool:
-        """Whether this rank has the whole tensor, alone or not."""
+        """Returns whether this rank has the whole tensor, alone or not."""
         return held == WHOLE or held.owner == self.program.tp_rank
 
     def may_count_as(self, found: Held, planned: Held) -> bool:
-        """What a rank has whole may count as what it alone has; what another has is nothing that this one may use."""
+        """Returns whether `found` may count as `planned`: what a rank has whole may count as what it alone has; what
+        another has is nothing that this one may use."""
         return found == planned or (planned.owner >= 0 and (planned.owner != self.program.tp_rank or found == WHOLE))
 
     def shard_value(self, shard: ParamShard) -> Value:
+        """Returns the value of a parameter or buffer that the rank holds."""
         lies = WHOLE if shard.dim is None else held(shard.dim, shard.intervals, shard.shape[shard.dim])
         return Value(TensorRef(shard.source), lies)
 
     def planned(self, op: Op) -> tuple[Held, ...]:
-        """How the plan says that the op's outputs lie on this rank."""
+        """Returns how the plan says that the op's outputs lie on this rank."""
         plan = self.plan.op(op.name)
         return tuple(
             as_planned(p, self.plan.layout(i), self.program.tp_rank)
@@ -145,5 +149,5 @@ class RankState:
 
 
 def named(ref: TensorRef) -> str:
-    """ "split" or, of its later outputs, "split[1]"."""
+    """Formats a tensor of the model: "split" or, of its later outputs, "split[1]"."""
     return ref.op if ref.index == 0 else f"{ref.op}[{ref.index}]"

@@ -1,1 +1,1 @@
-"""What backward passes owe, and which ranks add it up."""
+"""Checks what backward passes owe, and which ranks add it up."""

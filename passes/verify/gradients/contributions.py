@@ -1,6 +1,6 @@
-"""Checks of what a backward pass owes to other ranks, for programs that are to be trained.
+"""Checks what a backward pass owes to other ranks, for programs that are to be trained.
 
-Each rank's graph is read once more, with what verify_rank found each node to hold, and every value that a gradient goes
+Each rank's graph is read once more, with what rank.py found each node to hold, and every value that a gradient goes
 through is given a kind. The invariant:
 
     "whole"    its gradient is the whole one, the same on each rank of the group
@@ -47,7 +47,7 @@ _EXCHANGES = (all_reduce, all_gather, copy_to_tp, send, recv, one_gradient, one_
 
 
 def check_gradients(facts: Sequence[RankFacts], pp: int) -> None:
-    """`facts` of ranks 0, 1, ... of a mesh of `pp` stages, whose graphs verify_rank accepted.
+    """Checks the programs of ranks 0, 1, ... of a mesh of `pp` stages, whose graphs `interpret` accepted.
 
     Programs for inference (`grad_sums` None, of all ranks) owe nothing. Raises VerificationError.
     """
@@ -96,14 +96,14 @@ def _is_element(facts: RankFacts, node: Node) -> bool:
 
 
 def _is_piece(node: Node, ref: TensorRef) -> bool:
-    """Cut out of a tensor, and no op of the model."""
+    """Returns whether a node is cut out of a tensor, and no op of the model."""
     return node.op == "call_function" and node.name != ref.op and (
         node.target in (torch.narrow, torch.cat, torch.index_select)
     )
 
 
 def _ops(facts: RankFacts) -> Iterator[tuple[Node, tuple[Value, ...]]]:
-    """Nodes that compute an op of the model (or a chain of them), with what comes out."""
+    """Returns the nodes that compute an op of the model (or a chain of them), with what comes out."""
     for node in facts.program.graph_module.graph.nodes:
         if not node.op.startswith("call") or node not in facts.values or node.target in _EXCHANGES:
             continue
@@ -113,7 +113,7 @@ def _ops(facts: RankFacts) -> Iterator[tuple[Node, tuple[Value, ...]]]:
 
 
 def _run_in_parts(facts: RankFacts) -> Iterator[str]:
-    """Ops of which this rank computes a part, or a term of a sum."""
+    """Returns the ops of which this rank computes a part, or a term of a sum."""
     for node, values in _ops(facts):
         given = [v for a in node.all_input_nodes if a in facts.values for v in _each(facts.values[a])]
         own = [_held(facts.program, path) for path in own_parameters(facts.program.graph_module, node)]
@@ -122,7 +122,7 @@ def _run_in_parts(facts: RankFacts) -> Iterator[str]:
 
 
 def _leading_out(graph: torch.fx.Graph, needs: set[Node]) -> set[Node]:
-    """What gradients come back to: all that something which leaves the rank is made of."""
+    """Returns the nodes that gradients come back to: all that something which leaves the rank is made of."""
     found: set[Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "output" or node.target is send or (node in found and node in needs):
@@ -175,7 +175,7 @@ class _Reader:
         fail(self.facts.program, node, what, missing=Duty.GRADIENTS)
 
     def _named(self, node: Node) -> str:
-        """ "mul_3", or where the node has a name of its own "mul_3 (fused_mul_3)"."""
+        """Formats a node, "mul_3", or where it has a name of its own "mul_3 (fused_mul_3)"."""
         value = self.facts.values.get(node)
         own = named(value.ref) if isinstance(value, Value) else node.name
         return own if own == node.name else f"{own} ({node.name})"
@@ -276,8 +276,8 @@ class _Reader:
         self.kinds[node] = TERMS
 
     def tensors(self) -> Tensors:
-        """Parameters that gradients come to, by the first of their paths -> is it a term that comes. One tensor is of
-        one kind."""
+        """Returns {first path of a parameter that gradients come to: whether a term comes}. One tensor is of one
+        kind."""
         program = self.facts.program
         found: Tensors = {}
         first: dict[int, str] = {}
@@ -305,7 +305,7 @@ _CONSEQUENCE = {
 
 
 def _check_copies(readers: Sequence[_Reader]) -> None:
-    """Backward, the ranks of a stage come to the same sums, in the same order: the reverse of this one."""
+    """Checks that the ranks of a stage come to the same sums backward, in the same order: the reverse of this one."""
     first = readers[0]
     for reader in readers[1:]:
         for (theirs, a), (mine, b) in zip(first.copies, reader.copies, strict=False):

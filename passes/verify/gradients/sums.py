@@ -1,5 +1,5 @@
-"""Checks of the sums that are owed of parameters' gradients: with them, each rank has the whole gradient of every
-element that it holds, and every rank that takes part in a sum says so.
+"""Checks the sums that are owed of parameters' gradients: with them, each rank has the whole gradient of every element
+that it holds, and every rank that takes part in a sum says so.
 
 Followed for each element: what a rank has of its gradient is a sum of contributions, one by each rank that computes a
 part (of a tensor that is cut, or that is used in parts), one by each stage where all ranks do alike. In the end every
@@ -24,7 +24,7 @@ Contributions = Counter[tuple[str, int, str]]  # ("rank" or "stage", its number,
 
 
 def check_grad_sums(programs: Sequence[RankProgram], held: Sequence[Tensors]) -> None:
-    """`held[r]`: what gradients come to on rank r. Raises VerificationError."""
+    """Checks the sums of all programs; `held[r]`: what gradients come to on rank r. Raises VerificationError."""
     sums = _agreed(programs)
     by_source: dict[str, list[Holder]] = {}
     for program, tensors in zip(programs, held, strict=True):
@@ -44,7 +44,8 @@ def check_grad_sums(programs: Sequence[RankProgram], held: Sequence[Tensors]) ->
 
 
 def _agreed(programs: Sequence[RankProgram]) -> list[GradSum]:
-    """All sums, once each; each in the program of each rank that takes part, and of no other, in one order."""
+    """Returns all sums, once each; each is in the program of each rank that takes part, and of no other, in one
+    order."""
     sums = list(dict.fromkeys(s for p in programs for s in p.grad_sums or ()))
     for one in sums:
         if not set(one.terms) <= set(one.holders):

@@ -1,1 +1,1 @@
-"""One file for each kind of node that verify reads."""
+"""Checks of single nodes, one file for each kind that verify reads."""

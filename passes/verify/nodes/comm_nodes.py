@@ -1,4 +1,4 @@
-"""Comm nodes: what they take must be what they are for, and what they give is known from what was sent."""
+"""Checks comm nodes: what they take must be what they are for, and what they give is known from what was sent."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _recv(state: RankState, node: Node) -> None:
     for dim, (size, comes) in enumerate(zip(shape, sent.local[0], strict=True)):
         symbol = symbols[dim] if symbols else ""
         if size is None and symbol.startswith("?"):
-            continue  # the sender says it: verify_comm has checked that
+            continue  # the sender says it: messages.py has checked that
         if isinstance(size, Node) != bool(symbol):
             fail(
                 state.program, node,
@@ -102,7 +102,8 @@ def _recv(state: RankState, node: Node) -> None:
 
 
 def _same(state: RankState, node: Node) -> None:
-    """Forward nothing is done; verify_gradients says whether anything is right backward."""
+    """Passes the value on: forward nothing is done; gradients/contributions.py says whether anything is right
+    backward."""
     value = state.value(node, node.args[0])
     if value.held != WHOLE:
         fail(state.program, node, f"takes what is {value.held}, and is for whole tensors")

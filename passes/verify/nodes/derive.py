@@ -17,7 +17,7 @@ from passes.verify.core.state import RankState, named
 
 
 def derived(state: RankState, node: Node, op: Op, types: tuple[Held, ...], expected: tuple[Held, ...]) -> Derivation:
-    """How the outputs lie, by the op's rule; the plan must say the same."""
+    """Returns how the outputs lie, by the op's rule; the plan must say the same."""
     rule, ins, outs = state.tools.rule(op)
     judged = state.tools.judge(rule, ins, outs, types)
     for derivation in judged.derivations:
@@ -37,7 +37,7 @@ def derived(state: RankState, node: Node, op: Op, types: tuple[Held, ...], expec
 
 
 def check_shape(state: RankState, node: Node, expected: Any) -> None:
-    """Run `node` on meta tensors of this rank's shapes; `expected` is what must come out."""
+    """Runs `node` on meta tensors of this rank's shapes; `expected` is what must come out."""
     if node.target in (torch.reshape, torch.broadcast_to):
         _check_lengths(state, node)
     try:
@@ -50,7 +50,7 @@ def check_shape(state: RankState, node: Node, expected: Any) -> None:
 
 
 def _check_lengths(state: RankState, node: Node) -> None:
-    """A length that follows the inputs is not written as a number."""
+    """Checks that a size which follows the inputs is not written as a number."""
     shape, symbols = argument(node, 1, "shape", argument(node, 1, "size")), node_meta.symbols(node)
     for size, symbol in zip(shape, symbols, strict=False):
         if symbol and type(size) is int and size >= 0:

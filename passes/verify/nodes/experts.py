@@ -1,4 +1,4 @@
-"""Experts dealt whole to ranks: every term of a sum is added by one rank, the one that has what it is made of.
+"""Checks experts dealt whole to ranks: every term of a sum is added by one rank, the one that has what it is made of.
 
 A rank's sum may leave out what the plan has on another rank, and nothing else: its next term, or what takes the sum,
 has to read the model's sum before it but for such terms. So, over all ranks, each term is added once.
@@ -21,7 +21,7 @@ _ADDS = ("index_add",)  # their result is their first input and something added 
 
 
 def check_owner(state: RankState, node: Node, op: Op) -> None:
-    """An op of another rank's expert has no node here."""
+    """Checks that an op of another rank's expert has no node here."""
     owner = state.plan.op(op.name).owner
     if owner not in (None, state.program.tp_rank):
         fail(state.program, node, f"is computed here, and belongs to tp rank {owner} alone")
@@ -31,7 +31,7 @@ def check_owner(state: RankState, node: Node, op: Op) -> None:
 
 
 def passed_over(state: RankState, found: TensorRef, wanted: TensorRef) -> bool:
-    """Whether, of what makes `wanted` out of `found`, everything is other ranks' terms."""
+    """Returns whether all ops that make `wanted` out of `found` are other ranks' terms."""
     while wanted != found:
         op = state.graph.ops[wanted.op]
         if not _is_elsewhere(state, op.name):
@@ -41,7 +41,7 @@ def passed_over(state: RankState, found: TensorRef, wanted: TensorRef) -> bool:
 
 
 def with_terms_elsewhere(state: RankState, ref: TensorRef) -> TensorRef:
-    """What a sum that is still owed stands for when the terms that other ranks add next are counted in."""
+    """Returns the sum that a sum still owed stands for when the terms that other ranks add next are counted in."""
     while True:
         users = state.graph.users.get(ref, ())
         if len(users) != 1 or users[0][1] != 0 or not _is_elsewhere(state, users[0][0]):
@@ -55,11 +55,13 @@ def _is_elsewhere(state: RankState, op: str) -> bool:
 
 
 def is_term(state: RankState, op: Op) -> bool:
+    """Returns whether an op adds an expert's term to a sum."""
     return op.kind in _ADDS and state.plan.op(op.name).is_term
 
 
 def term(state: RankState, node: Node, op: Op, types: tuple[Held, ...]) -> None:
-    """x is a sum owed by all; what is added to it is here, whole, and so is nothing of it on another rank."""
+    """Checks x + term: x is a sum owed by all; what is added to it is here, whole, and so is nothing of it on
+    another rank."""
     here = all(map(state.has_whole, types[1:]))
     if types[0] != PARTIAL or not here or state.planned(op) != (PARTIAL,):
         lie = ", ".join(f"{named(r)} is {t}" for r, t in zip(op.inputs, types, strict=True))
@@ -67,7 +69,7 @@ def term(state: RankState, node: Node, op: Op, types: tuple[Held, ...]) -> None:
 
 
 def joined(state: RankState, node: Node, op: Op) -> None:
-    """join_own_rows: the pieces that are this rank's, at their place; all others are other ranks'."""
+    """Checks join_own_rows: the pieces that are this rank's, at their place; all others are other ranks'."""
     pieces, _, counts, first = node.args
     plan, rank = state.plan.op(op.name), state.program.tp_rank
     own = [i for i, placement in enumerate(plan.inputs) if placement.is_owned and placement.dim == rank]
@@ -86,6 +88,7 @@ def joined(state: RankState, node: Node, op: Op) -> None:
 
 
 def is_joined(node: Node) -> bool:
+    """Returns whether a node is join_own_rows."""
     return node.op == "call_function" and node.target is join_own_rows
 
 
@@ -93,13 +96,14 @@ def is_joined(node: Node) -> bool:
 
 
 def picks_own(state: RankState, op: Op, types: tuple[Held, ...]) -> bool:
-    """x[3] of a weight whose elements are dealt out: one rank has element 3, and takes it."""
+    """Returns whether x[3] takes an element of a weight whose elements are dealt out: one rank has element 3, and
+    takes it."""
     picks: tuple[tuple[int, int], ...] = op.attrs.get("picks", ()) if op.kind == "slice" else ()
     return len(picks) == 1 and types[0].is_sharded and types[0].dim == picks[0][0]
 
 
 def part_elsewhere(state: RankState, op: Op, part: Value) -> Tensor | None:
-    """The shape here of a part of a split that is another rank's: no elements."""
+    """Returns the shape here of a part of a split that is another rank's: no elements."""
     if op.kind != "split" or part.held.owner in (-1, state.program.tp_rank):
         return None
     whole, dim = state.graph.spec(part.ref), op.attrs["dim"]
@@ -107,7 +111,7 @@ def part_elsewhere(state: RankState, op: Op, part: Value) -> Tensor | None:
 
 
 def check_pick(state: RankState, node: Node, op: Op, lies: Held, picks: tuple[tuple[int, int], ...]) -> None:
-    """The number of the element among those that the rank has."""
+    """Checks the number of the element that x[3] takes, among those that the rank has."""
     (dim, index), (own_dim, at) = op.attrs["picks"][0], picks[0]
     own = elements(lies, state.graph.spec(op.inputs[0]).shape[dim])
     if own_dim != dim or at >= len(own) or own[at] != index:

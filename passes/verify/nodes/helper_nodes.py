@@ -1,4 +1,4 @@
-"""Nodes that stand for no op of the model: pieces of whole tensors, picked heads, chains that fuse_ops made one."""
+"""Checks nodes that our passes inserted: slices of whole tensors, selected heads, chains that fuse_ops made one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from passes.verify.nodes.literals import check_eps
 
 
 def helper(state: RankState, node: Node) -> None:
-    """A node that the model has not: a piece of a whole tensor, picked heads, or a fused chain."""
+    """Checks a node that stands for no op of the model, a slice of a whole tensor, selected heads, or a fused chain,
+    and sets its value. Raises VerificationError for all others."""
     if node.op == "call_function" and node.target is torch.narrow:
         value = state.value(node, node.args[0])
         _, dim, start, length = node.args
@@ -55,7 +56,8 @@ def helper(state: RankState, node: Node) -> None:
 
 
 def _one_term(state: RankState, node: Node) -> Value:
-    """All ranks must do so with this tensor: that they do follows from no rank's having a sum owed for it otherwise."""
+    """Checks one_term. All ranks must do so with this tensor: that they do follows from no rank's having a sum owed
+    for it otherwise."""
     value = state.value(node, node.args[0])
     op = state.graph.ops.get(value.ref.op)
     owed = op is not None and op.kind not in SOURCES and PARTIAL in state.planned(op)
@@ -91,7 +93,8 @@ def _fused_norm(state: RankState, node: Node) -> Value:
 
 
 def _norm_of(graph: OpGraph, x: TensorRef, weight: TensorRef | None) -> tuple[Op, Op] | None:
-    """The last op of x * rsqrt(mean(x**2, -1) + eps), or of its product with `weight`; and the op that adds eps."""
+    """Returns the last op of x * rsqrt(mean(x**2, -1) + eps), or of its product with `weight`; and the op that adds
+    eps."""
     last = len(graph.spec(x).shape) - 1
     for square in _users(graph, x, "pow", "square"):
         for mean in _users(graph, TensorRef(square.name), "reduce"):

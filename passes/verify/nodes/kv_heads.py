@@ -1,4 +1,4 @@
-"""KV heads that several query heads read: repeated by an op, picked one by one, or repeated inside attention.
+"""Checks KV heads that several query heads read: repeated by an op, picked one by one, or repeated inside attention.
 
 Copies of a head are equal, so that the same numbers may stand for different elements of the whole. Here it is checked
 that each is a copy of the right one.
@@ -22,7 +22,7 @@ from passes.verify.nodes.derive import derived
 
 
 def picked(state: RankState, node: Node, lies: Held, size: int, dim: int) -> IntArray:
-    """The elements of the whole tensor that an index_select takes from this rank's share of it."""
+    """Returns the elements of the whole tensor that an index_select takes from this rank's share of it."""
     index = argument(node, 2, "index")
     constant = fetch(state.module, str(index.target)) if isinstance(index, Node) and index.op == "get_attr" else None
     own = elements(lies, size)
@@ -35,8 +35,8 @@ def picked(state: RankState, node: Node, lies: Held, size: int, dim: int) -> Int
 
 
 def repeated(state: RankState, node: Node, op: Op, lies: Held, expected: Held) -> Derivation:
-    """repeat_interleave of what the rank holds. Its copies are equal, so that the same numbers may stand for other
-    elements of the whole: the plan says for which, and it is checked that each is the right one's copy."""
+    """Checks repeat_interleave of what the rank holds. Its copies are equal, so that the same numbers may stand for
+    other elements of the whole: the plan says for which, and it is checked that each is the right one's copy."""
     _, (shape,), (out,) = state.tools.rule(op)
     dim = int(op.attrs["dim"])
     if lies.partial or (lies.is_sharded and lies.dim != dim):
@@ -62,7 +62,7 @@ def repeated(state: RankState, node: Node, op: Op, lies: Held, expected: Held) -
 
 
 def repeated_in_attention(state: RankState, node: Node, op: Op, slot: int, value: Value, query: Value) -> Held:
-    """Keys or values that attention itself repeats (fuse_ops): as if they had been repeated before."""
+    """Checks keys or values that attention itself repeats (fuse_ops): as if they had been repeated before."""
     wanted = op.inputs[slot]
     repeat = state.graph[wanted.op]
     size = state.graph.spec(value.ref).shape[-3] if len(state.graph.spec(value.ref).shape) > 2 else 0

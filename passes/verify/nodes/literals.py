@@ -1,5 +1,5 @@
-"""Are the numbers in an emitted node's arguments those that the model has there? The op graph does not know them all
-(the scale of a softmax, an eps, which element an index takes), so they are compared with the model's own graph."""
+"""Compares the numbers in an emitted node's arguments with the model's own graph. The op graph does not know them
+all (the scale of a softmax, an eps, which element an index takes)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ _REWRITTEN = (
 
 
 def nodes_by_name(whole: torch.fx.GraphModule) -> dict[str, Node]:
+    """Returns the nodes of the model's graph by name."""
     return {node.name: node for node in whole.graph.nodes}
 
 
 def check_literals(state: RankState, node: Node, op: Op, types: tuple[Held, ...]) -> None:
+    """Checks the numbers among a node's arguments, and the settings of its module, against the model's."""
     theirs = state.tools.whole.get(op.name)
     if theirs is None or node.target is partial_mean:
         return
@@ -52,7 +54,7 @@ def check_literals(state: RankState, node: Node, op: Op, types: tuple[Held, ...]
 
 
 def _check_index(state: RankState, node: Node, theirs: Node, lies: Held) -> None:
-    """x[...]: what is taken of each dim but the sharded one, which verify_same_op looks at."""
+    """Checks x[...]: what is taken of each dim but the sharded one, which same_op.py looks at."""
     shape = node_meta.tensor(theirs.args[0]).shape
     mine, wanted = (_taken(spelled_index(n), shape, s) for n, s in ((node, state), (theirs, None)))
     differing = [d for d in range(len(shape)) if d != lies.dim and mine[d] != wanted[d]]
@@ -64,7 +66,7 @@ def _check_index(state: RankState, node: Node, theirs: Node, lies: Held) -> None
 
 
 def _taken(index: list[Any], shape: torch.Size, state: RankState | None) -> list[Any]:
-    """Of each dim: the element, or (first, end, step)."""
+    """Returns what an index takes of each dim: the element, or (first, end, step)."""
     found: list[Any] = []
     for item in (i for i in index if i is not None):
         size = shape[len(found)]
@@ -77,7 +79,7 @@ def _taken(index: list[Any], shape: torch.Size, state: RankState | None) -> list
 
 
 def _check_settings(state: RankState, node: Node, theirs: Node) -> None:
-    """A module computes by its settings, too: the eps of a norm, the approximation of a gelu."""
+    """Checks the settings that a module computes by: the eps of a norm, the approximation of a gelu."""
     module = submodule(state.module, str(node.target))
     model = submodule(theirs.graph.owning_module, str(theirs.target))
     mine, wanted = _settings(module), _settings(model)
@@ -91,7 +93,7 @@ def _check_settings(state: RankState, node: Node, theirs: Node) -> None:
 
 
 def _settings(module: torch.nn.Module, prefix: str = "") -> dict[str, Any]:
-    """The plain values among its attributes, and those of the modules in it."""
+    """Returns the plain values among a module's attributes, and those of the modules in it."""
     plain = (int, float, str, bool, tuple, torch.dtype, type(None))
     found = {
         prefix + name: value for name, value in vars(module).items()
@@ -103,7 +105,7 @@ def _settings(module: torch.nn.Module, prefix: str = "") -> dict[str, Any]:
 
 
 def check_eps(state: RankState, node: Node, add: Op) -> None:
-    """`node` is a norm that fuse_ops made; `add` the op of the model that adds its eps."""
+    """Checks the eps of `node`, a norm that fuse_ops made; `add` is the op of the model that adds it."""
     theirs = state.tools.whole.get(add.name)
     if theirs is None:
         return
@@ -113,19 +115,20 @@ def check_eps(state: RankState, node: Node, add: Op) -> None:
 
 
 def _by_position(node: Node, op: Op) -> tuple[Any, ...]:
-    """But for the bias and groups of a convolution, the groups of a norm: a rank has its own (verify_same_op)."""
+    """Returns the arguments by position, but for the bias and groups of a convolution, the groups of a norm: a rank
+    has its own (same_op.py)."""
     left_out = {"conv": (2, 6), "group_norm": (1,)}.get(op.kind, ())
     return tuple(a for i, a in enumerate(node.args) if i not in left_out)
 
 
 def _named(node: Node, op: Op) -> dict[str, Any]:
-    """Keyword arguments; whether attention repeats heads is looked at with the heads."""
+    """Returns the keyword arguments; whether attention repeats heads is looked at with the heads."""
     return {k: v for k, v in node.kwargs.items() if not (op.kind == "sdpa" and k == "enable_gqa")}
 
 
 def _pattern(value: Any, state: RankState | None = None) -> Any:
-    """`value` with a mark for each tensor, and lengths as they are at the example sizes. 1, 1.0 and True are different
-    to torch. `state`: of the rank whose node it is, None for the model's."""
+    """Returns `value` with a mark for each tensor, and sizes as they are at the example. 1, 1.0 and True are
+    different to torch. `state`: of the rank whose node it is, None for the model's."""
     if isinstance(value, Node):
         number = _number(value, state)
         return Node if number is value else ("number", number)
@@ -139,7 +142,7 @@ def _pattern(value: Any, state: RankState | None = None) -> Any:
 
 
 def _number(value: Any, state: RankState | None) -> Any:
-    """What a node gives that gives a number; anything else as it is."""
+    """Returns what a node gives that gives a number; anything else as it is."""
     if not isinstance(value, Node):
         return value
     known = node_meta.val(value) if state is None else state.known.get(value)

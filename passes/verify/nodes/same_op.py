@@ -1,4 +1,4 @@
-"""Is an emitted node the op that the model has there? Seen through what passes write in an op's place."""
+"""Checks that an emitted node is the op that the model has there, seen through what passes write in an op's place."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from passes.verify.nodes.experts import check_pick, picks_own
 
 
 def check_same_op(state: RankState, node: Node, op: Op, types: tuple[Held, ...]) -> None:
+    """Checks a node's kind and attributes against the op that it stands for. Raises VerificationError."""
     kind, attrs = _classified(state, node, op)
     if kind != op.kind:
         fail(state.program, node, f"does {kind} where the model does {op.kind}", untouched=Duty.SIZES)
@@ -51,7 +52,7 @@ def check_same_op(state: RankState, node: Node, op: Op, types: tuple[Held, ...])
 
 
 def _classified(state: RankState, node: Node, op: Op) -> tuple[str, Any]:
-    """Kind and attributes, seen through what passes write in a node's place."""
+    """Returns kind and attributes, seen through what passes write in a node's place."""
     if node.op == "call_module":
         module = submodule(state.module, str(node.target))
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
@@ -66,7 +67,7 @@ def _classified(state: RankState, node: Node, op: Op) -> tuple[str, Any]:
 
 
 def _check_slice(state: RankState, node: Node, op: Op, lies: Held, given: Any) -> None:
-    """Where the slice starts along the sharded dim, among the elements that the rank holds."""
+    """Checks where the slice starts along the sharded dim, among the elements that the rank holds."""
     _, (shape,), (out,) = state.tools.rule(op)
     own = elements(lies, shape[lies.dim])
     wanted = []
@@ -89,7 +90,7 @@ def _check_slice(state: RankState, node: Node, op: Op, lies: Held, given: Any) -
 
 
 def _check_groups(state: RankState, node: Node, op: Op, lies: Held, given: Any) -> None:
-    """As many groups of channels as the rank has; the rule has seen to it that none is cut."""
+    """Checks that there are as many groups of channels as the rank has; the rule has seen to it that none is cut."""
     groups, (_, (shape, *_), _) = op.attrs["groups"], state.tools.rule(op)
     if lies.is_sharded and groups > 1 and len(shape) > 2 and lies.dim == 1:
         groups = groups * len(elements(lies, shape[1])) // shape[1]
@@ -104,7 +105,8 @@ def _check_groups(state: RankState, node: Node, op: Op, lies: Held, given: Any) 
 
 
 def _embedding(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
-    """Rows of other ranks must come out as zeros; the row of padding, and no other, gets no gradient."""
+    """Checks that rows of other ranks come out as zeros, and that the row of padding, and no other, gets no
+    gradient."""
     module = submodule(state.module, str(node.target)) if node.op == "call_module" else None
     rows = state.graph.spec(op.inputs[1]).shape[0]
     if isinstance(module, VocabParallelEmbedding):
@@ -131,7 +133,7 @@ def _padding(node: Node, rows: int) -> int | None:
 
 
 def _mean(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
-    """A part of a mean divides by the number of all elements."""
+    """Checks that a part of a mean divides by the number of all elements."""
     owes = done.factor is not None and PARTIAL in done.outputs and op.attrs["op"] == "mean"
     if owes != (node.target is partial_mean):
         fail(
