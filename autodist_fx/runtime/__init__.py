@@ -1,1 +1,1 @@
-"""Runs rank programs: all of them in this process (`simulate`), or one per process over torch.distributed."""
+"""Runs a rank's programs over torch.distributed: what a running rank needs, and nothing else."""

@@ -1,4 +1,4 @@
-"""What plans are predicted for where nobody names any hardware."""
+"""Chooses the hardware that plans are predicted for where nobody names any."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def default_hardware() -> str:
-    """The name of a preset: "generic" where CUDA is there, "cpu-gloo" where not."""
+    """Return the name of a preset: "generic" where CUDA is there, "cpu-gloo" where not."""
     return "generic" if torch.cuda.is_available() else "cpu-gloo"

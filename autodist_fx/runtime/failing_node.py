@@ -1,4 +1,4 @@
-"""Which node of a rank's graph raised, and what it was given: fx's own traceback ends in generated code."""
+"""Names the node of a rank's graph that raised, and what it was given: fx's own traceback ends in generated code."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from passes.fx.text import node_text
 
 
 def name_failing_node(error: Exception, graph_module: fx.GraphModule, rank: int) -> None:
-    """Adds a note to what a run of `graph_module` raised: rank, node, and the dtype and shape (of whole numbers on the
-    CPU also the range) of each tensor that the node was given."""
+    """Add a note to what a run of `graph_module` raised: rank, node, and the dtype and shape (of whole numbers on
+    the CPU also the range) of each tensor that the node was given."""
     node, values = _failing(error.__traceback__, graph_module)
     if node is not None:
         given = ", ".join(_described(values[arg.name]) for arg in node.all_input_nodes if arg.name in values)
@@ -25,7 +25,7 @@ def name_failing_node(error: Exception, graph_module: fx.GraphModule, rank: int)
 def _failing(
     traceback: TracebackType | None, graph_module: fx.GraphModule
 ) -> tuple[fx.Node | None, Mapping[str, Any]]:
-    """The node that the graph's own code was at, and the values at hand there, by the names of their nodes."""
+    """Return the node that the graph's own code was at, and the values at hand there, by the names of their nodes."""
     nodes = {node.name: node for node in graph_module.graph.nodes}
     code = getattr(type(graph_module).forward, "__code__", None)
     while traceback is not None:

@@ -1,4 +1,5 @@
-"""What a family's own `prepare_inputs_for_generation` makes of a step: asked of it at each step, never guessed.
+"""Calls a family's own `prepare_inputs_for_generation` for the inputs of a step: it is asked at each step, never
+guessed.
 
 Most families leave that to transformers. Others count positions in their own way (from padding_idx + 1), or drop the
 cache where their rotary frequencies change (LongRoPE), and take the whole sequence anew.
@@ -24,8 +25,9 @@ def family_inputs(
     cache_position: torch.Tensor,
     others: dict[str, Any],
 ) -> dict[str, Any]:
-    """The arguments of the next forward, by name. `model` is one of the family, without weights; the rest is what
-    `generate` has: input_ids [batch, all tokens so far], attention_mask likewise, cache_position [tokens of the step].
+    """Return the arguments of the next forward, by name. `model` is one of the family, without weights; the rest is
+    what `generate` has: input_ids [batch, all tokens so far], attention_mask likewise, cache_position [tokens of the
+    step].
 
     Raises AutodistError where the family gives its model an input that the ranks' graphs do not take.
     """

@@ -19,8 +19,8 @@ _MOST_BYTES = 2**24  # of a list of outputs
 def share_outputs(
     communicator: Communicator, mesh: Mesh, rank: int, outputs: Mapping[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """The flat outputs of all stages, on all ranks; called on all, each with its own: tensors, on `device`, or what
-    JSON has. Of an output that several stages give, the first one's.
+    """Return the flat outputs of all stages, on all ranks; called on all, each with its own: tensors, on `device`, or
+    what JSON has. Of an output that several stages give, the first one's.
 
     The ranks of one tp group have the same, so each sends to its namesakes alone, and all links carry as much. Raises
     CommunicationError where what arrives is no list of outputs.

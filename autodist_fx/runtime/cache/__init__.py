@@ -1,1 +1,1 @@
-"""KV caches on a rank."""
+"""KV caches of one rank."""

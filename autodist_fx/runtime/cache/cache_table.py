@@ -9,7 +9,7 @@ from autodist_fx.runtime.cache.kv_cache import SplitCache
 
 
 class CacheTable:
-    """Hands out caches that `make`, a method of a model, makes. Holds neither these alive nor the model."""
+    """Hands out caches that `make`, a method of a model, makes. Keeps neither these nor the model alive."""
 
     def __init__(self, make: Callable[[], SplitCache]) -> None:
         self._make: weakref.WeakMethod[Callable[[], SplitCache]] = weakref.WeakMethod(make)
@@ -17,11 +17,11 @@ class CacheTable:
         self._highest = 0
 
     def new(self) -> SplitCache:
-        """An empty one, with the next number."""
+        """Return an empty cache with the next number."""
         return self.numbered(self._highest + 1)
 
     def numbered(self, number: int) -> SplitCache:
-        """The one of that number; an empty one at first."""
+        """Return the cache of that number; an empty one at first."""
         cache = self._caches.get(number)
         if cache is None:
             make = self._make()
@@ -33,5 +33,5 @@ class CacheTable:
         return cache
 
     def get(self, number: int) -> SplitCache | None:
-        """The one of that number, where somebody holds it."""
+        """Return the cache of that number, where somebody holds it; else None."""
         return self._caches.get(number)

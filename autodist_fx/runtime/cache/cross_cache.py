@@ -23,7 +23,8 @@ class Encoded:
 
 
 class CrossCache(SplitCache):
-    """`kinds` and `numbers` are of its layers (RankProgram.cache_kinds and .cache_layers)."""
+    """A cache of a decoder that reads an encoder. `kinds` and `numbers` are of its layers (RankProgram.cache_kinds
+    and .cache_layers)."""
 
     kinds: tuple[str, ...] = ()
     numbers: tuple[int, ...] = ()

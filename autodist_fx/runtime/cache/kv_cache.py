@@ -18,13 +18,14 @@ class ReadableCache(DynamicCache):
     """A cache whose layers can be read without writing them."""
 
     def read(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of every token in that layer."""
+        """Return the keys and values [batch, heads, tokens, head size] of every token in that layer."""
         layer = self.layers[layer_idx]
         return layer.keys, layer.values
 
 
 def local_cache(config: PretrainedConfig, program: RankProgram, cache_class: type[C] = ReadableCache) -> C:
-    """An empty cache for `program`, whose layer i is the model's layer `program.cache_layers[i]`, of that layer's kind.
+    """Return an empty cache for `program`, whose layer i is the model's layer `program.cache_layers[i]`, of that
+    layer's kind.
 
     The shapes come with the first tokens, so that the rank's own heads are all it ever holds.
     """
@@ -37,7 +38,8 @@ def local_cache(config: PretrainedConfig, program: RankProgram, cache_class: typ
 
 
 def encoder_view(cache: DynamicCache, step: RankProgram, encoder: RankProgram) -> DynamicCache:
-    """Those layers of `cache`, made for `step`, that the program of the encoder writes: writing them writes `cache`."""
+    """Return a cache of those layers of `cache`, made for `step`, that the encoder's program writes: writing them
+    writes `cache`."""
     view = ReadableCache()
     view.layers = [cache.layers[step.cache_layers.index(layer)] for layer in encoder.cache_layers]
     return view
@@ -60,7 +62,7 @@ class SplitCache(ReadableCache):
         return super().get_seq_length(layer_idx) if self.layers else self.tokens
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """`beam_idx` [batch]: the row that each row continues."""
+        """Reorder the rows for beam search: `beam_idx` [batch], int64, has the row that each row continues."""
         if self.announce is not None:
             self.announce("reorder", self, beam_idx)
         super().reorder_cache(beam_idx)

@@ -1,1 +1,1 @@
-"""Processes, and what they send each other."""
+"""Processes, process groups, and the messages that ranks send each other."""

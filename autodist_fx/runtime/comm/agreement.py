@@ -1,4 +1,4 @@
-"""All ranks say what they are about to do and compare: a wrong start is one error on every rank, not a hang."""
+"""Compares what all ranks are about to do: a wrong start is one error on every rank, not a hang."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SAME = (
 
 
 def digest(text: str | bytes) -> str:
-    """A fact's value for what is too long to be shown."""
+    """Return a short digest of a text, as a fact's value where the text is too long to be shown."""
     data = text.encode() if isinstance(text, str) else text
     return f"sha256 {hashlib.sha256(data).hexdigest()[:16]}"
 
@@ -41,7 +41,7 @@ def agree(
     check: Callable[[], None] | None = None,
     way_out: str = _SAME,
 ) -> None:
-    """Returns when all ranks hold the same `facts`, none has a `failure`, and `check`, run on rank 0, raised nothing.
+    """Return when all ranks hold the same `facts`, none has a `failure`, and `check`, run on rank 0, raised nothing.
 
     Otherwise raises on every rank: DisagreementError, which names each fact that differs with every rank's value, else
     the failure of the first rank that has one (of the same class and text), else what `check` raised. A fact is
@@ -68,7 +68,8 @@ def together(
     *,
     check: Callable[[T], None] | None = None,
 ) -> T:
-    """What `work` returns, when it has succeeded on all ranks with the same facts; see `agree` for what is raised.
+    """Return what `work` returns, when it has succeeded on all ranks with the same facts; see `agree` for what is
+    raised.
 
     `check(value)` runs on rank 0.
     """
@@ -82,7 +83,7 @@ def together(
 
 
 def statement(rank: int, facts: Facts, failure: Exception | None = None) -> str:
-    """What a rank tells the others, as JSON."""
+    """Return what a rank tells the others, as JSON."""
     told = None if failure is None else ErrorReport.of(rank, failure).to_text()
     return json.dumps({"facts": dict(facts), "failure": told})
 
@@ -90,7 +91,7 @@ def statement(rank: int, facts: Facts, failure: Exception | None = None) -> str:
 def raise_difference(
     rank: int, answers: Mapping[int, Mapping[str, Any]], failure: Exception | None, way_out: str = _SAME
 ) -> None:
-    """Raises as `agree` does where the ranks' statements (parsed, by rank) fail or differ; `failure` is our own."""
+    """Raise as `agree` does where the ranks' statements (parsed, by rank) fail or differ; `failure` is our own."""
     found = differences({r: answer["facts"] for r, answer in answers.items()})
     if found:
         more = f" (and {len(found) - _MOST_SHOWN} more)" if len(found) > _MOST_SHOWN else ""
@@ -103,7 +104,7 @@ def raise_difference(
 
 
 def differences(facts: Mapping[int, Facts]) -> list[str]:
-    """Lines such as "dtype is float32 on rank 0, and bfloat16 on ranks 1, 2": a line for each fact that differs."""
+    """Return a line for each fact that differs, such as "dtype is float32 on rank 0, and bfloat16 on ranks 1, 2"."""
     lines = []
     for name in dict.fromkeys(name for of_rank in facts.values() for name in of_rank):
         ranks: dict[str, list[int]] = {}
@@ -117,11 +118,12 @@ def differences(facts: Mapping[int, Facts]) -> list[str]:
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
+    """Format ranks for a message: "rank 0", "ranks 1, 2"."""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def over(communicator: Communicator, rank: int, world_size: int) -> Everyone:
-    """Everyone's texts by way of rank 0, in bytes of plain messages."""
+    """Return a function that gathers every rank's text by way of rank 0, as bytes in messages of the communicator."""
 
     def everyone(text: str) -> list[str]:
         if rank != 0:

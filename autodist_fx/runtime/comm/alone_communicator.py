@@ -14,7 +14,7 @@ from passes.ops.comm import Parts
 
 
 class AloneCommunicator:
-    """Has nobody to talk to: collectives give back what they were given."""
+    """A communicator with nobody to talk to: collectives give back what they were given."""
 
     rank = tp_rank = 0
 

@@ -14,7 +14,7 @@ from cost_model.plan.data import HOP_CHANNELS
 
 @unique
 class Channel(IntEnum):
-    """Reserved channels, all of 31 bits: a tag of Gloo's is an int32."""
+    """The reserved channels, all of 31 bits: a tag of Gloo's is an int32."""
 
     GRADIENTS = HOP_CHANNELS  # and as many above it: plus the channel of the hop whose tensor's gradient goes back
     GRADIENT_SUMS = 2 * HOP_CHANNELS  # terms of a gradient that several ranks owe
@@ -32,7 +32,7 @@ _NAMES = {int(channel): channel.name for channel in Channel}
 
 
 def channel_text(channel: int) -> str:
-    """A channel as errors name it: "3" for a hop's, "2130706434 (STEPS)" for one of ours."""
+    """Format a channel as errors name it: "3" for a hop's, "2130706434 (STEPS)" for one of ours."""
     if Channel.GRADIENTS <= channel < Channel.GRADIENTS + HOP_CHANNELS:
         return f"{channel:d} (GRADIENTS of hop {channel - Channel.GRADIENTS:d})"
     name = _NAMES.get(channel)

@@ -39,7 +39,7 @@ CHUNK_BYTES = 2 * 1024 * 1024
 
 
 class DistCommunicator:
-    """Speaks for `rank` of `mesh`, over process groups of its own, which the ranks of the mesh make by way of `store`.
+    """The communicator of `rank` of `mesh`, over process groups that the ranks of the mesh make by way of `store`.
 
     `timeout` bounds every wait. `watchdog` tells of ranks that died, and of incidents: an error of a call that a rank
     raised while others may wait for it. Those waits end with CallBroken, on all ranks, and `begin` makes new groups.
@@ -83,8 +83,7 @@ class DistCommunicator:
         return f"{self._scope}/{self._epoch}"
 
     def _connect(self) -> None:
-        """Process groups for the mesh and for this rank's tp group, as backends: going through the dispatcher costs
-        some 20 us more per call."""
+        """Make process groups as backends: going through the dispatcher costs some 20 us more per call."""
         store = dist.PrefixStore(f"epoch{self._epoch}", self._store)
         kind = self.device.type
         try:
@@ -110,7 +109,7 @@ class DistCommunicator:
     # ------------------------------------------------------------------------------------------------- incidents
 
     def begin(self) -> None:
-        """Before a call of all ranks: repairs what an incident broke off, for which it waits for the other ranks.
+        """Repair, before a call of all ranks, what an incident broke off; waits for the other ranks.
 
         Raises CallBroken for an incident that this rank has not raised yet: the call that failed elsewhere is this one.
         """
@@ -128,7 +127,7 @@ class DistCommunicator:
         return CallBroken(report)
 
     def break_off(self, error: BaseException, call: int = 0) -> ErrorReport:
-        """Ends what all ranks are doing, since `error` was raised here; the error that counts: the first one."""
+        """End what all ranks are doing, since `error` was raised here; return the first error, which counts."""
         mine, self._noticed = ErrorReport.of(self.rank, error, call), True
         counts = self._watchdog.report(self._epoch_name, mine)
         if not self._broken:
@@ -136,7 +135,7 @@ class DistCommunicator:
         return counts
 
     def _break(self, report: ErrorReport) -> None:
-        """In the watchdog's thread, or before a wait: no wait of this epoch, in any thread, is answered any more.
+        """End every wait of this epoch, in any thread; called in the watchdog's thread, or before a wait.
 
         Gloo closes all connections of a group when a wait of it times out: so we wait, for a millisecond, for what
         nobody sends. It has no other way to do that while another thread waits.
@@ -156,7 +155,7 @@ class DistCommunicator:
         return self._broken
 
     def _share_memory(self) -> SharedCollectives | None:
-        """Where all ranks of the tp group are on this machine: a hundred times faster than a socket for small ones."""
+        """Open shared memory where all of the tp group are on this machine; else None."""
         tp = self.mesh.tp
 
         def gather(x: torch.Tensor) -> list[torch.Tensor]:
@@ -173,6 +172,7 @@ class DistCommunicator:
         return None if memory is None else SharedCollectives(memory, self.tp_rank, tp)
 
     def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
+        """Return the sum of `x` over this rank's tp group, in the memory of `x` or in new memory."""
         if self._alone:
             return x
         if not x.is_contiguous():
@@ -207,6 +207,7 @@ class DistCommunicator:
         return total
 
     def all_gather(self, x: torch.Tensor, axis: str, dim: int, parts: Parts) -> torch.Tensor:
+        """Return the whole tensor of which `x` is this rank's part along `dim`; `parts`: each tp rank's intervals."""
         layout = gather_layout(frozen_parts(parts))
         check_shard(x, dim, layout, self.tp_rank)
         if self._alone:
@@ -225,7 +226,7 @@ class DistCommunicator:
         return glue(shards, dim, layout)
 
     def _exchange(self, x: torch.Tensor, dim: int, layout: GatherLayout) -> list[torch.Tensor]:
-        """Every rank's shard, of whatever size, in one hop."""
+        """Return every rank's shard, of whatever size, in one hop."""
         tp = self._tp
         sends = [tp.send([x], peer, Channel.TP_EXCHANGE) for peer in self._peers] if x.numel() else []
         for send in self._last_exchange:
@@ -243,7 +244,7 @@ class DistCommunicator:
         return shards
 
     def _exchange_in_chunks(self, x: torch.Tensor, dim: int, layout: GatherLayout) -> torch.Tensor:
-        """The whole tensor, a few rows (elements of the dims before `dim`) at a time."""
+        """Return the whole tensor, gathered a few rows (elements of the dims before `dim`) at a time."""
         tp, sizes, dim = self._tp, layout.local_sizes, dim % x.dim()
         rows, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
         whole = x.new_empty(_with_size(x.shape, dim, sum(sizes)))
@@ -279,7 +280,7 @@ class DistCommunicator:
         return whole
 
     def _wait(self, receives: Sequence[tuple[int, Any]]) -> None:
-        """For each (tp rank, what it sends)."""
+        """Wait for receives, each with the tp rank that sends."""
         for peer, receive in receives:
             try:
                 receive.wait(self._timeout)
@@ -288,7 +289,7 @@ class DistCommunicator:
                 raise
 
     def _gather_padded(self, x: torch.Tensor, dim: int, layout: GatherLayout) -> list[torch.Tensor]:
-        """Every rank's shard by one all_gather, which wants one size: shorter shards travel with padding."""
+        """Return every rank's shard by one all_gather, which wants one size: shorter shards travel with padding."""
         shapes = [_with_size(x.shape, dim, size) for size in layout.local_sizes]
         lengths = [math.prod(shape) for shape in shapes]
         longest = max(lengths)
@@ -303,7 +304,7 @@ class DistCommunicator:
         return [rows[rank, :length].view(shape) for rank, (length, shape) in enumerate(zip(lengths, shapes))]
 
     def send(self, x: torch.Tensor, to: int, channel: int) -> None:
-        """NCCL knows no channels: there, two ranks must receive in the order in which they send."""
+        """Start sending. NCCL knows no channels: there, two ranks must receive in the order of the sends."""
         if not x.numel():
             return
         x = x.contiguous()
@@ -314,7 +315,7 @@ class DistCommunicator:
             raise self._failure(f"send of {_describe(x)} on channel {channel_text(channel)}", (to,), error) from None
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int) -> torch.Tensor:
-        """`device` None means the rank's own."""
+        """Return a tensor from the global rank `source`; `device` None means the rank's own."""
         x = torch.empty(tuple(shape), dtype=dtype, device=self.device if device is None else device)
         if x.numel():
             try:
@@ -327,7 +328,7 @@ class DistCommunicator:
 
     @property
     def unfinished_sends(self) -> int:
-        """The number of sends that are not known to be received."""
+        """Return the number of sends that are not known to be received."""
         return len(self._unfinished_sends)
 
     def finish_sends(self, timeout: timedelta | None = None) -> None:
@@ -349,14 +350,14 @@ class DistCommunicator:
 
     @staticmethod
     def _finish(work: Any, kind: str, timeout: timedelta) -> None:
-        """With a time-out, NCCL would stop this thread; without, the stream waits, within the group's own time-out."""
+        """Wait. With a time-out, NCCL would stop this thread; without, the stream waits, within the group's own."""
         if kind == "cpu":
             work.wait(timeout)
         else:
             work.wait()
 
     def close(self) -> None:
-        """Lets go of the process groups. What was sent and is not received by then is lost."""
+        """Let go of the process groups. What was sent and is not received by then is lost."""
         self._broken = True
         self._release()
 

@@ -1,4 +1,4 @@
-"""Gluing the shards of one dim back together: what both communicators do with the tensors of an all_gather."""
+"""Glues the shards of one dim back together: what both communicators do with the tensors of an all_gather."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FrozenParts = tuple[tuple[tuple[int, int], ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class GatherLayout:
-    """What `parts` means for the bytes."""
+    """What `parts` means for the bytes: the sizes of the shards, and where each element of the whole comes from."""
 
     local_sizes: tuple[int, ...]  # elements that each rank holds along the dim
     in_rank_order: bool  # the shards, one after the other, are the whole
@@ -27,7 +27,7 @@ class GatherLayout:
 
 @functools.lru_cache(maxsize=4096)
 def gather_layout(parts: FrozenParts) -> GatherLayout:
-    """Where each element of the whole comes from; of an element that several ranks hold, from the first of them.
+    """Return where each element of the whole comes from; of an element that several ranks hold, from the first of them.
 
     Raises CommunicationError where no rank holds an element.
     """
@@ -52,7 +52,7 @@ def gather_layout(parts: FrozenParts) -> GatherLayout:
 
 
 def _first_holder(parts: FrozenParts, index: int) -> tuple[int, int]:
-    """(rank, index in its shard) of an element of the whole."""
+    """Return (rank, index in its shard) of an element of the whole."""
     for rank, part in enumerate(parts):
         before = 0
         for start, stop in part:
@@ -63,7 +63,7 @@ def _first_holder(parts: FrozenParts, index: int) -> tuple[int, int]:
 
 
 def frozen_parts(parts: Parts) -> FrozenParts:
-    """`parts` as tuples: what fx hands over may be lists of its own."""
+    """Return `parts` as tuples: what fx hands over may be lists of its own."""
     try:
         hash(parts)
     except TypeError:
@@ -72,14 +72,14 @@ def frozen_parts(parts: Parts) -> FrozenParts:
 
 
 def glue(shards: Sequence[torch.Tensor], dim: int, layout: GatherLayout) -> torch.Tensor:
-    """The whole tensor, from each rank's shard of it."""
+    """Return the whole tensor, from each rank's shard of it."""
     if layout.in_rank_order:
         return torch.cat(list(shards), dim)
     return torch.cat([shards[rank].narrow(dim, start, length) for rank, start, length in layout.pieces], dim)
 
 
 def check_shard(x: torch.Tensor, dim: int, layout: GatherLayout, tp_rank: int) -> None:
-    """Raises CommunicationError when `x` is not the rank's part."""
+    """Raise CommunicationError when `x` does not have the size of the rank's part."""
     if x.shape[dim] != layout.local_sizes[tp_rank]:
         raise CommunicationError(
             f"all_gather along dim {dim}: tp rank {tp_rank} holds {layout.local_sizes[tp_rank]} elements by its parts, "

@@ -1,4 +1,4 @@
-"""Starting the ranks of this machine: what torchrun does, for our command line, without elasticity."""
+"""Starts the ranks of this machine: what torchrun does, for our command line, without elasticity."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def launch_local(
     output_rank: int = 0,
     keep_open: Sequence[int] = (),
 ) -> int:
-    """Run `argv` once per rank, as processes of this machine, until all have ended; the exit code.
+    """Run `argv` once per rank, as processes of this machine, until all have ended; return the exit code.
 
     Each finds its rank where torchrun puts it, in RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
     MASTER_PORT; `env` adds to this process's environment. The cores are shared out by OMP_NUM_THREADS unless that is
@@ -76,7 +76,7 @@ def launch_local(
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Until all have ended well, or one has not: then names it, and gives the others time to say what they saw."""
+    """Wait until all have ended well, or one has not: then name it, and give the others time to say what they saw."""
     while True:
         codes = [process.poll() for process in ranks]
         if any(codes):
@@ -107,7 +107,7 @@ def _report(codes: Sequence[int | None]) -> int:
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask, then insist."""
+    """End the ranks by SIGTERM, and by SIGKILL those that have not ended in time."""
     for signal_number in (signal.SIGTERM, signal.SIGKILL):
         living = [process for process in ranks if process.poll() is None]
         for process in living:
@@ -121,7 +121,7 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends us as Ctrl-C does: through the code that ends the ranks."""
+    """Let SIGTERM end us as Ctrl-C does: through the code that ends the ranks."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -144,7 +144,7 @@ def _forward(process: subprocess.Popen[bytes], rank: int) -> None:
 
 
 def _die_with_parent() -> None:
-    """In the child: the kernel kills it when the launcher is gone, however that went (Linux)."""
+    """Ask the kernel, in the child, to kill it when the launcher is gone, however that went (Linux)."""
     if _libc is not None:
         _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 

@@ -1,4 +1,4 @@
-"""The TCP connections between rank 0 and every other rank, which no tensor takes: who lives, who failed, and why.
+"""TCP connections between rank 0 and every other rank, which no tensor takes: they carry deaths and errors.
 
 Rank 0 listens, and lets in who knows the job's token, which is in the store where the ranks met. Strangers (port
 scanners, connections that say nothing) cost nobody a wait: all connections are read at once, each for a bounded time
@@ -28,14 +28,14 @@ _MOST_LINE_BYTES = 1 << 18
 
 
 class Store(Protocol):
-    """What we use of torch.distributed's key-value store."""
+    """The methods of torch.distributed's key-value store that we use."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
 
 
 def accept_all(store: Store, world_size: int, master_addr: str, timeout_seconds: float) -> dict[int, socket.socket]:
-    """On rank 0: connections to the ranks 1 to `world_size` - 1, by rank.
+    """Accept, on rank 0, the connections of ranks 1 to `world_size` - 1; return them by rank.
 
     Raises RuntimeSetupError for ranks that do not come within `timeout_seconds`, whoever else does.
     """
@@ -82,7 +82,7 @@ def accept_all(store: Store, world_size: int, master_addr: str, timeout_seconds:
 
 
 def connect(store: Store, rank: int, timeout_seconds: float) -> socket.socket:
-    """On any other rank: the connection to rank 0. Raises OSError."""
+    """Connect to rank 0, on any other rank. Raises OSError."""
     address, port, token = store.get(_KEY).decode().split()
     hub = socket.create_connection((address, int(port)), timeout=timeout_seconds)
     say(hub, f"{rank} {token}")
@@ -98,7 +98,7 @@ class _Stranger:
         self.deadline = time.monotonic() + _HELLO_SECONDS
 
     def read(self) -> bytes | None:
-        """Its first line; b"" for one that hung up or says too much; None: not there yet."""
+        """Return its first line; b"" for one that hung up or says too much; None: not there yet."""
         try:
             # not a byte beyond the line, which is the watchdog's to read
             data = self.peer.recv(_HELLO_BYTES, socket.MSG_PEEK)
@@ -151,12 +151,13 @@ def _rank_of(line: bytes, token: str, world_size: int) -> int | None:
 
 
 def say(peer: socket.socket, line: str) -> None:
+    """Send a line, as far as the other side still listens."""
     with contextlib.suppress(OSError):  # who is not there any more need not be told
         peer.sendall(f"{line}\n".encode())
 
 
 def read_line(peer: socket.socket) -> str:
-    """The next line, "" when the other side hung up or says too much. Not a byte beyond the line is taken."""
+    """Return the next line, "" when the other side hung up or says too much. Not a byte beyond the line is taken."""
     line = bytearray()
     try:
         while len(line) <= _MOST_LINE_BYTES and (data := peer.recv(4096, socket.MSG_PEEK)):
@@ -170,7 +171,7 @@ def read_line(peer: socket.socket) -> str:
 
 
 def _own_address(master_addr: str) -> str:
-    """The address under which the other ranks reach this machine: the one it would use to reach the master."""
+    """Return the address under which the other ranks reach this machine: the one it would use to reach the master."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((master_addr, 9))  # sends nothing

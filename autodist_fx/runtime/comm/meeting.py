@@ -1,4 +1,5 @@
-"""The ranks meet in one store: who comes, what each was asked for; what differs is said on all of them, in seconds.
+"""Lets the ranks meet in one store and compare what each was asked for; what differs is said on all of them, in
+seconds.
 
 The store is torchrun's own, one that rank 0 keeps, or that of a process group which exists already. Nothing else is
 connected before all ranks have said there what they are about to do, so that nothing waits for a rank that does another
@@ -25,7 +26,7 @@ _WAY_OUT = "start all ranks with the same arguments and versions"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where this process stands among the ranks."""
+    """This process's place among the ranks."""
 
     rank: int
     world_size: int
@@ -35,6 +36,7 @@ class Place:
 
     @property
     def where(self) -> str:
+        """Return the address and port of the meeting, for messages."""
         return f"{self.master_addr}:{self.master_port}"
 
 
@@ -47,7 +49,7 @@ class MeetingPlace:
         self._meetings = 0
 
     def meet(self, facts: Facts, timeout_seconds: float, failure: Exception | None = None) -> str:
-        """Returns when all ranks have come with the same `facts` and none with a `failure`; the meeting's name.
+        """Return the meeting's name when all ranks have come with the same `facts` and none with a `failure`.
 
         Raises what `agreement.agree` does, and RuntimeSetupError for ranks that did not come within `timeout_seconds`.
         The nth meeting of a rank is the nth of all.
@@ -91,7 +93,8 @@ class MeetingPlace:
         return name
 
     def _stay(self, key: str, ranks: int) -> None:
-        """The store is gone when rank 0 is, where rank 0 keeps it: the others read what was said first."""
+        """Keep the store open until all have read what was said first: it is gone when rank 0 is, where rank 0 keeps
+        it."""
         if self.place.rank == 0:
             deadline = time.monotonic() + _GRACE_SECONDS
             while self.store.add(key, 0) < ranks and time.monotonic() < deadline:
@@ -107,7 +110,7 @@ def _is_wrong(answers: dict[int, dict]) -> bool:
 
 
 def open_meeting_place(place: Place, timeout: timedelta) -> MeetingPlace:
-    """Where the ranks tell each other who they are: torchrun's own store, or one that rank 0 keeps.
+    """Open the store where the ranks tell each other who they are: torchrun's own, or one that rank 0 keeps.
 
     Raises RuntimeSetupError for a rank that has come already: it would be waited for in vain.
     """
@@ -134,7 +137,7 @@ def open_meeting_place(place: Place, timeout: timedelta) -> MeetingPlace:
 
 
 def _is_environment(place: Place) -> bool:
-    """Whether there is a store of torchrun's, and its variables say the same: it outlives rank 0."""
+    """Return whether there is a store of torchrun's, and its variables say the same: it outlives rank 0."""
     env = os.environ
     said = (env.get("RANK"), env.get("WORLD_SIZE"), env.get("MASTER_ADDR"), env.get("MASTER_PORT"))
     same = said == (str(place.rank), str(place.world_size), place.master_addr, str(place.master_port))

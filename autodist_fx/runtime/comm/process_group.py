@@ -1,4 +1,4 @@
-"""Joining the other ranks: who am I, on which device, and a communicator to the rest of the mesh."""
+"""Joins the other ranks: which rank this process is, on which device, and a communicator to the rest of the mesh."""
 
 from __future__ import annotations
 
@@ -42,17 +42,18 @@ class JoinedRank:
     communicator: DistCommunicator | AloneCommunicator
 
     def everyone(self, text: str) -> list[str]:
-        """Every rank's text, by rank; called on every rank."""
+        """Return every rank's text, by rank; called on every rank."""
         return over(self.communicator, self.rank, self.mesh.size)(text)
 
     def together(
         self, work: Callable[[], tuple[T, Facts]], *, check: Callable[[T], None] | None = None
     ) -> T:
-        """What `work` returns beside its facts, when it has succeeded on all ranks alike; see `agreement.together`."""
+        """Return what `work` returns beside its facts, when it has succeeded on all ranks alike; see
+        `agreement.together`."""
         return together(self.everyone, self.rank, work, check=check)
 
     def close(self) -> None:
-        """Lets go of this mesh's communicator; the process group stays, for another mesh, until the process ends."""
+        """Let go of this mesh's communicator; the process group stays, for another mesh, until the process ends."""
         self.communicator.close()
 
 
@@ -66,7 +67,7 @@ class _World:
         self.communicators: list[DistCommunicator] = []
 
     def start(self, place: Place, store: dist.Store, device: torch.device, timeout_seconds: float) -> Watchdog:
-        """The process group, where there is none yet, and the watchdog."""
+        """Start the process group, where there is none yet, and the watchdog."""
         if self.watchdog is None:
             self.owns_group = not dist.is_initialized()
             if self.owns_group:
@@ -79,6 +80,7 @@ class _World:
         return self.watchdog
 
     def leave(self, failure: str | None = None) -> None:
+        """Close communicators, watchdog and process group; with `failure`, the other ranks end, too."""
         for communicator in self.communicators:
             if failure is None:  # what we sent last may still be on its way; a rank that fails too is not waited for
                 with contextlib.suppress(CommunicationError):
@@ -135,7 +137,7 @@ def join(mesh: Mesh, options: JoinOptions, facts: Facts | None = None) -> Joined
 
 
 def fail_to_join(error: Exception, options: JoinOptions) -> NoReturn:
-    """Raises `error`, which keeps this process from knowing its mesh, after the other ranks were told of it."""
+    """Raise `error`, which keeps this process from knowing its mesh, after the other ranks were told of it."""
     place = None
     with contextlib.suppress(RuntimeSetupError):
         place = _place(None, options)
@@ -156,7 +158,7 @@ def leave(failure: str | None = None) -> None:
 
 
 def started_by_torchrun() -> bool:
-    """Whether the environment says which rank this process is."""
+    """Return whether the environment says which rank this process is."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -191,7 +193,7 @@ def _place(mesh: Mesh | None, options: JoinOptions) -> Place:
 
 
 def _meeting_place(place: Place, timeout_seconds: float) -> MeetingPlace:
-    """Where the ranks meet; opened once, since meetings are counted. Raises RuntimeSetupError."""
+    """Return where the ranks meet; opened once, since meetings are counted. Raises RuntimeSetupError."""
     if place not in _meeting_places:
         try:
             if _world is None and dist.is_initialized():
@@ -204,7 +206,7 @@ def _meeting_place(place: Place, timeout_seconds: float) -> MeetingPlace:
 
 
 def _versions() -> dict[str, str]:
-    """Of what decides the numbers that a graph gives."""
+    """Return the versions of what decides the numbers that a graph gives."""
     found = {"torch": torch.__version__, "transformers": transformers.__version__}
     found["autodist_fx"] = importlib.metadata.version("autodist-fx")
     return {f"version of {name}": str(version) for name, version in found.items()}
@@ -218,7 +220,7 @@ def _own_device(options: JoinOptions, place: Place) -> torch.device:
 
 
 def _ranks_here(place: Place) -> int:
-    """How many ranks share this machine's devices, as far as is known."""
+    """Return how many ranks share this machine's devices, as far as is known."""
     return _number("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_WORLD_SIZE")) or place.local_rank + 1
 
 
@@ -239,7 +241,7 @@ def _wrong_world_size(mesh: Mesh, world_size: int) -> str:
 
 
 def choose_device(device: str | torch.device | None, local_rank: int, ranks_here: int) -> torch.device:
-    """This rank's own device. CUDA devices are those that CUDA_VISIBLE_DEVICES leaves visible, one per rank."""
+    """Return this rank's own device. CUDA devices are those that CUDA_VISIBLE_DEVICES leaves visible, one per rank."""
     wanted = torch.device(device) if device is not None else None
     if wanted is None:
         wanted = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -264,7 +266,7 @@ def choose_device(device: str | torch.device | None, local_rank: int, ranks_here
 
 
 def _start_group(place: Place, store: dist.Store, device: torch.device, timeout_seconds: float) -> None:
-    """torch.distributed's default group, for whoever asks it for ranks; our own traffic has groups of its own."""
+    """Start torch.distributed's default group, for whoever asks it for ranks; our own traffic has groups of its own."""
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -290,7 +292,7 @@ def _not_met(place: Place, timeout_seconds: float, error: Exception) -> RuntimeS
 
 
 def _tell_of_uncaught_errors() -> None:
-    """A rank that ends with a traceback takes the others with it, and they say why."""
+    """Set sys.excepthook, so that a rank that ends with a traceback takes the others with it, and they say why."""
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

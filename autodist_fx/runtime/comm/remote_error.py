@@ -1,4 +1,4 @@
-"""An exception as text, so that all ranks raise what one of them raised: same class, same message, no pickle."""
+"""Writes an exception as text, so that all ranks raise what one of them raised: same class, same message, no pickle."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _MOST_TEXT, _MOST_NOTES = 4000, 3  # characters of a message or note, and notes,
 
 @dataclass(frozen=True, slots=True)
 class ErrorReport:
-    """What was raised on `rank`, in its `call`th call of all ranks: its class by module and name, its arguments where
-    they are plain, its text."""
+    """What was raised on `rank`, in its `call`th call of all ranks: its class by module and name, its arguments
+    where they are plain, its text."""
 
     rank: int
     call: int
@@ -26,6 +26,7 @@ class ErrorReport:
 
     @classmethod
     def of(cls, rank: int, error: BaseException, call: int = 0) -> ErrorReport:
+        """Return the report of an exception."""
         text = str(error)[:_MOST_TEXT]
         plain = all(isinstance(a, (str, int)) and len(str(a)) <= _MOST_TEXT for a in error.args)
         arguments = tuple(error.args) if plain and error.args else (text,)
@@ -33,18 +34,19 @@ class ErrorReport:
         return cls(rank, call, type(error).__module__, type(error).__qualname__, arguments, text, notes)
 
     def to_text(self) -> str:
+        """Return the report as JSON of one line."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_text(cls, text: str) -> ErrorReport:
-        """Raises ValueError, KeyError or TypeError for text that is none."""
+        """Invert `to_text`. Raises ValueError, KeyError or TypeError for text that is none."""
         fields = json.loads(text)
         arguments, notes = tuple(fields["arguments"]), tuple(fields["notes"])
         rank, call, module, name = (fields[key] for key in ("rank", "call", "module", "name"))
         return cls(rank, call, module, name, arguments, fields["text"], notes)
 
     def error(self) -> Exception:
-        """An exception of the same class and text, with a note that names the rank.
+        """Return an exception of the same class and text, with a note that names the rank.
 
         A class that this process has not imported, that takes other arguments or says something else with them comes
         out as RemoteRankError, whose text begins with the class's name.

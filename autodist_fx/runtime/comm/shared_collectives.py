@@ -12,14 +12,14 @@ from autodist_fx.runtime.comm.shared_memory import SLOT_BYTES, SharedMemory
 
 
 class SharedCollectives:
-    """The collectives of tp rank `rank` among `ranks`. Tensors larger than a slot go in pieces, and while one is read
-    the next is written."""
+    """The collectives of tp rank `rank` among `ranks`. Tensors larger than a slot go in pieces of `slot_bytes`, and
+    while one is read the next is written."""
 
     def __init__(self, memory: SharedMemory, rank: int, ranks: int, slot_bytes: int = SLOT_BYTES) -> None:
         self._memory, self._rank, self._ranks, self.slot_bytes = memory, rank, ranks, slot_bytes
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum, added up in rank order: every rank gets the same bits. x: contiguous; may be written to."""
+        """Return the sum, added up in rank order: every rank gets the same bits. x: contiguous; may be written to."""
         x = x.detach()
         length, step = x.numel(), self.slot_bytes // x.element_size()
         if length <= step:
@@ -38,7 +38,7 @@ class SharedCollectives:
         return x
 
     def all_gather(self, x: torch.Tensor, dim: int, layout: GatherLayout) -> torch.Tensor:
-        """The whole tensor, of which `x` (contiguous) is this rank's shard along `dim`."""
+        """Return the whole tensor, of which `x` (contiguous) is this rank's shard along `dim`."""
         x, dim = x.detach(), dim % x.dim()
         rows, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
         widths = [size * inner for size in layout.local_sizes]
@@ -50,7 +50,7 @@ class SharedCollectives:
         return glue([shard.view(shape) for shard, shape in zip(shards, shapes)], dim, layout)
 
     def _shards(self, x: torch.Tensor, lengths: Sequence[int]) -> Sequence[torch.Tensor]:
-        """Every rank's shard, flat."""
+        """Return every rank's shard, flat."""
         flat, longest, step = x.view(-1), max(lengths), self.slot_bytes // x.element_size()
         if longest <= step:
             return self._memory.exchange(x, lengths)
@@ -66,7 +66,8 @@ class SharedCollectives:
     def _gather_rows(
         self, x: torch.Tensor, dim: int, layout: GatherLayout, rows: int, widths: Sequence[int], step: int
     ) -> torch.Tensor:
-        """A few rows (elements of the dims before `dim`) at a time, each piece put straight into its place."""
+        """Return the whole tensor, gathered `step` rows (elements of the dims before `dim`) at a time, each piece
+        put straight into its place."""
         whole = x.new_empty(*x.shape[:dim], sum(layout.local_sizes), *x.shape[dim + 1 :])
         wide, mine = whole.view(rows, -1), x.view(rows, -1)
         for start in range(0, rows, step):

@@ -1,4 +1,4 @@
-"""Exchanging tensors between the ranks of one machine through memory that they share.
+"""Exchanges tensors between the ranks of one machine through memory that they share.
 
 A rank writes its tensor into a slot of its own and then the number of the exchange into its counter; the others wait
 for the counter and read the slot. Two slots a rank, taken in turns: who begins exchange n + 1 has read all of n, so
@@ -62,7 +62,7 @@ class SharedMemory:
         self._spins = 0 if patient else _SPINS
 
     def exchange(self, x: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
-        """Every rank's tensor, flat, in rank order; `lengths` are their numbers of elements.
+        """Return every rank's tensor, flat, in rank order; `lengths` are their numbers of elements.
 
         x: contiguous, at most SLOT_BYTES. All are views of shared memory that hold until this rank's next exchange.
         Raises TimeoutError, whose argument is the rank that did not come, or InterruptedError, with the same argument,
@@ -117,7 +117,8 @@ def open_shared_memory(
     patient: bool = False,
     stopped: Callable[[], bool] | None = None,
 ) -> SharedMemory | None:
-    """Shared memory of the `ranks` of a group, of which we are `rank`; None, for all of them, if it cannot be had.
+    """Open the memory that the `ranks` of a group share, of which we are `rank`; None, for all of them, if it cannot be
+    had.
 
     That is so when they are not on one machine, in containers that do not see each other's processes, short of memory,
     or on a processor that reorders stores. `gather` returns every rank's bytes (equally many from each), in rank order;
@@ -152,12 +153,13 @@ def _never() -> bool:
 
 
 def possible(ranks: int = 2) -> bool:
+    """Return whether this machine has such memory, for so many ranks."""
     fits = ranks * _LINE <= _TOKEN_START
     return fits and hasattr(os, "memfd_create") and platform.machine().lower() in _ORDERED_STORES
 
 
 def _machine() -> bytes:
-    """32 bytes that are equal on ranks of one machine, since its last start."""
+    """Return 32 bytes that are equal on ranks of one machine, since its last start."""
     boot = _BOOT.read_text() if _BOOT.exists() else secrets.token_hex()
     return hashlib.sha256(f"{socket.gethostname()} {boot}".encode()).digest()
 
@@ -167,7 +169,8 @@ def _size(ranks: int) -> int:
 
 
 def _create(token: bytes, ranks: int) -> tuple[mmap.mmap | None, int]:
-    """The memory, with `token` in it, and the file descriptor that it can be mapped by; (None, -1) without room."""
+    """Return the memory, with `token` in it, and the file descriptor that it can be mapped by; (None, -1) without
+    room."""
     file = -1
     try:
         file = os.memfd_create("autodist_fx", os.MFD_CLOEXEC)
@@ -182,7 +185,8 @@ def _create(token: bytes, ranks: int) -> tuple[mmap.mmap | None, int]:
 
 
 def _attach(pid: int, file: int, token: bytes, ranks: int) -> mmap.mmap | None:
-    """None where that process has no such file: in another container its number is another process's, or nobody's."""
+    """Map the memory of rank 0's process; None where that process has no such file: in another container its number
+    is another process's, or nobody's."""
     try:
         mine = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:

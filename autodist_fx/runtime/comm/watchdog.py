@@ -1,4 +1,4 @@
-"""A rank that dies takes the others with it, with a message that names it; an error of a call is told to all of them.
+"""Watches the other ranks: one that dies ends all, with a message that names it; an error of a call is told to all.
 
 Every rank holds a TCP connection to rank 0 (links.py). The kernel closes a dead process's connections at once, so rank
 0 sees any rank's death, and everyone sees rank 0's; rank 0 tells the others. A thread listens, and ends the process
@@ -29,7 +29,7 @@ _EXPLAIN_SECONDS = 5.0  # how long a failed wait gives us to find out who died o
 
 
 class Watchdog:
-    """Watches from `start` until `close`. One per process.
+    """Watches the other ranks from `start` until `close`. One per process.
 
     `fatal`: the death of another rank ends this process. Where the process group is the user's own, it is not.
     """
@@ -64,7 +64,7 @@ class Watchdog:
     # ------------------------------------------------------------------------------------------------- incidents
 
     def watch(self, epoch: str, break_off: Callable[[ErrorReport], None]) -> None:
-        """`break_off(report)` is called, in another thread, when a rank reports an incident of `epoch`: at once, if one
+        """Call `break_off(report)`, in another thread, when a rank reports an incident of `epoch`: at once, if one
         has already. No other epoch is watched from now on of those that the same communicator had before."""
         with self._told:
             scope = epoch.partition("/")[0]
@@ -77,7 +77,7 @@ class Watchdog:
             break_off(known)
 
     def report(self, epoch: str, report: ErrorReport) -> ErrorReport:
-        """Tells all ranks of an error; the incident that counts for `epoch`, which may be another rank's."""
+        """Tell all ranks of an error; return the incident that counts for `epoch`, which may be another rank's."""
         if self.rank == 0:
             self._incident(epoch, report)
         elif self._peers:
@@ -85,20 +85,20 @@ class Watchdog:
         return self.incident(epoch, _EXPLAIN_SECONDS) or report
 
     def incident(self, epoch: str, seconds: float = 0.0) -> ErrorReport | None:
-        """What failed in `epoch`, given `seconds` to hear of it."""
+        """Return what failed in `epoch`, given `seconds` to hear of it; None: nothing."""
         with self._told:
             self._told.wait_for(lambda: epoch in self._incidents or not self._peers, seconds)
             return self._incidents.get(epoch)
 
     def explain(self, epoch: str) -> ErrorReport | None:
-        """To be called when talking to a peer failed: gives a death, which ends this process, or an incident the time
-        to be noticed."""
+        """Give a death, which ends this process, or an incident the time to be noticed; called when talking to a
+        peer failed."""
         if not self._peers or self._closing:
             return None
         return self.incident(epoch, _EXPLAIN_SECONDS)
 
     def _incident(self, epoch: str, report: ErrorReport) -> None:
-        """On rank 0, whose word decides which is the first."""
+        """Return, on rank 0, whose word decides, the first incident of an epoch."""
         with self._told:
             first = self._incidents.setdefault(epoch, report) is report
         if first:
@@ -137,7 +137,7 @@ class Watchdog:
         self._drop()
 
     def _watch_all(self) -> None:
-        """Rank 0: whoever hangs up without a goodbye is dead."""
+        """Watch all connections, on rank 0: whoever hangs up without a goodbye is dead."""
         with selectors.DefaultSelector() as selector:
             for rank, peer in self._peers.items():
                 selector.register(peer, selectors.EVENT_READ, rank)
@@ -183,7 +183,7 @@ class Watchdog:
 
 
 def _parse_death(line: str, sender: int) -> tuple[int, str]:
-    """(rank, what happened to it) from "dead <rank> <what>", or from a hang-up of `sender`."""
+    """Return (rank, what happened to it) from "dead <rank> <what>", or from a hang-up of `sender`."""
     words = line.split(" ", 2)
     if len(words) == 3 and words[0] == "dead" and words[1].isdecimal():
         return int(words[1]), words[2]

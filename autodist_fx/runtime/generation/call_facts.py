@@ -1,4 +1,5 @@
-"""What a rank was called with, as short texts that tell its call from any other: shapes, dtypes and digests."""
+"""Describes what a rank was called with by short texts that tell its call from any other: shapes, dtypes and
+digests."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ _MOST_DEEP = 3
 
 
 def arguments_of(signature: inspect.Signature, model: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict:
-    """The arguments that are not None, by name, however they were passed. Raises TypeError as the call would."""
+    """Return the arguments that are not None, by name, however they were passed. Raises TypeError as the call would."""
     given: dict[str, Any] = {}
     bound = signature.bind(model, *args, **kwargs)
     for name, value in list(bound.arguments.items())[1:]:
@@ -32,7 +33,7 @@ def arguments_of(signature: inspect.Signature, model: object, args: Sequence[Any
 
 
 def facts_of_call(arguments: Mapping[str, Any]) -> dict[str, str]:
-    """A text for each argument, and their names."""
+    """Return a text for each argument, and one for their names."""
     facts = {"the list of arguments": ", ".join(sorted(arguments)) or "empty"}
     for name in sorted(arguments):
         facts |= dict(_facts(name, arguments[name], 0))

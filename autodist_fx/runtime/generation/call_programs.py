@@ -24,10 +24,11 @@ class CallPrograms(Protocol):
 
     @property
     def signature(self) -> ModelSignature:
-        """The model as a call sees it."""
+        """Return the signature of the model's forward."""
 
     def program_for(self, call: Call) -> CallProgram:
-        """The program that was made for just this call, with its weights; made at first use, by all ranks together.
+        """Return the program that was made for just this call, with its weights; made at first use, by all ranks
+        together.
 
         Called on all ranks alike, and raises AutodistError on all ranks alike where there can be none.
         """

@@ -40,9 +40,9 @@ _AS_GENERATING = (("logits_to_keep", 1),)  # arguments that the programs which f
 
 
 class DistributedCausalLM(StepRunner, GenerationMixin):
-    """What `adx.from_pretrained` and `adx.compile(...).to_distributed()` return, on every rank. See StepRunner for what
-    it is made of. `family`: a model without weights, where its class prepares its own inputs for generating
-    (family_inputs.py)."""
+    """The model that `adx.from_pretrained` and `adx.compile(...).to_distributed()` return, on every rank. See
+    StepRunner for what it is made of. `family`: a model without weights, where its class prepares its own inputs for
+    generating (family_inputs.py)."""
 
     main_input_name = "input_ids"
     _outputs: tuple[type, type] = (GenerateDecoderOnlyOutput, GenerateBeamDecoderOnlyOutput)
@@ -60,10 +60,11 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
         return self.positions_follow_mask and "position_ids" in self._inputs
 
     def can_generate(self) -> bool:
+        """Return True, which transformers asks."""
         return True
 
     def new_cache(self) -> SplitCache:
-        """An empty cache for `past_key_values=`; to be made on every rank."""
+        """Return an empty cache for `past_key_values=`; to be called on every rank."""
         return self.caches.new()
 
     @collective
@@ -81,7 +82,7 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
         return_dict: bool | None = None,
         **keywords: Any,
     ) -> Any:
-        """One forward pass; called on every rank with the same arguments.
+        """Run one forward pass; called on every rank with the same arguments.
 
         Takes what the model's own forward takes (`others`: by position) and returns what that returns, on every rank:
         `.logits` [batch, tokens, vocabulary], with `labels` its `.loss`. A call unlike those before is compiled first.
@@ -121,7 +122,8 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
         return found.to_tuple() if return_dict is False else found
 
     def _given(self, others: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call that are not None, by name; `others` follow the first in the model's own order."""
+        """Return the arguments of a call that are not None, by name; `others` follow the first in the model's own
+        order."""
         assert self._call_programs is not None
         names = self._call_programs.signature.argument_names[1:]
         if len(others) > len(names):
@@ -136,7 +138,7 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
         return given
 
     def _refuse_with_cache(self, call: Call, takes: Sequence[str]) -> None:
-        """Raises AutodistError for what the programs that fill a cache are not made for."""
+        """Raise AutodistError for what the programs that fill a cache are not made for."""
         refused = [name for name in call.tensors if name not in takes]
         refused += [name for name, value in call.fixed.items() if (name, value) not in _AS_GENERATING]
         if refused:
@@ -162,7 +164,7 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
         use_cache: bool | None,
         encoded: Encoded | None = None,
     ) -> CausalLMOutputWithPast:
-        """`forward`, of a step that reads `encoded` in a model with an encoder."""
+        """Run a step, which reads `encoded` in a model with an encoder."""
         if past_key_values is not None and not isinstance(past_key_values, SplitCache):
             raise AutodistError(
                 f"past_key_values is a {type(past_key_values).__name__} of one process: use model.new_cache(), or the "
@@ -193,7 +195,8 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
     @functools.partial(collective, takes=GenerationMixin.generate)
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`: called on every rank with the same arguments, gives every rank the same tokens.
+        """Generate as transformers does: called on every rank with the same arguments, gives every rank the same
+        tokens.
 
         A `streamer` may be passed on any of the ranks. Logits processors and stopping criteria are called on the driver
         alone. With `return_dict_in_generate`, scores and logits are the driver's, the sequences everyone's. What any
@@ -217,7 +220,7 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
 
     @staticmethod
     def _drive(generate: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, of what ranks can be given."""
+        """Run transformers' `generate` on the driver, with what ranks can be given."""
         if kwargs.get("inputs_embeds") is not None:
             raise AutodistError("generating over ranks starts from input_ids, which the ranks' graphs embed themselves")
         if kwargs.get("token_type_ids") is not None:
@@ -232,7 +235,7 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
 
     @staticmethod
     def _prompt(given: Mapping[str, Any]) -> torch.Tensor | None:
-        """What a streamer is handed first, of generate's arguments; None: what the first step is given."""
+        """Return what a streamer is handed first, of generate's arguments; None: what the first step is given."""
         return given.get("inputs", given.get("input_ids"))
 
     # --------------------------------------------------------------- called by transformers' generate, on the driver
@@ -245,8 +248,8 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
         cache_position: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in GenerationMixin, which spends 0.2 ms a token on cases that do not occur here; where the family has a
-        method of its own for that, what it says."""
+        """Return a step's inputs, as GenerationMixin does, which spends 0.2 ms a token on cases that do not occur
+        here; where the family has a method of its own for that, what it says."""
         assert cache_position is not None
         if self.family is not None:
             others = {k: v for k, v in kwargs.items() if not k.endswith("tokenizer")}
@@ -281,7 +284,8 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Every rank caches its own layers and heads; what the config says of static caches is about compiling."""
+        """Make a cache of this rank's own layers and heads; what the config says of static caches is about
+        compiling."""
         if generation_config.cache_implementation == "quantized":
             raise AutodistError("a quantized cache is not supported over ranks: leave cache_implementation out")
         generation_config.cache_implementation = None
@@ -296,13 +300,13 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
 
 
 def refuse_keywords(keywords: Mapping[str, Any]) -> None:
-    """Raises AutodistError on an argument, beside those that steps have, that generating programs are not made for."""
+    """Raise AutodistError on an argument, beside those that steps have, that generating programs are not made for."""
     if refused := [n for n, v in keywords.items() if v is not None and (n, v) not in _AS_GENERATING]:
         raise AutodistError(f"the ranks' graphs for generating take no {', '.join(refused)}: generate without")
 
 
 def refuse_inner_outputs(output_attentions: bool | None, output_hidden_states: bool | None) -> None:
-    """Raises AutodistError on a wish for what no rank's graph gives."""
+    """Raise AutodistError on a wish for attentions or hidden states, which no rank's generating graph gives."""
     if output_attentions or output_hidden_states:
         raise AutodistError(
             "the ranks' graphs give logits and the cache: output_attentions and output_hidden_states need the model "

@@ -1,4 +1,4 @@
-"""A call of all ranks: they compare what they were called with, and what one of them raises, all of them raise.
+"""Makes a call one of all ranks: they compare their arguments, and what one of them raises, all of them raise.
 
 Without this a rank that raises leaves the others waiting for it, and ranks that were given other inputs compute an
 answer to neither. Both cost two short exchanges a call, never one a token.
@@ -32,14 +32,14 @@ class CallCommunicator(Communicator, Protocol):
     """A communicator that can end what all ranks wait for, and be used again afterwards."""
 
     def begin(self) -> None:
-        """Before a call: repairs what was broken off. Raises CallBroken where this is the call that was."""
+        """Repair, before a call, what was broken off. Raises CallBroken where this is the call that was."""
 
     def break_off(self, error: BaseException, call: int) -> ErrorReport:
-        """Ends what all ranks are doing; the error that counts, which may be another rank's."""
+        """End what all ranks are doing; return the error that counts, which may be another rank's."""
 
 
 class CollectiveCalls:
-    """The calls of one rank's model. Those within a call are parts of it."""
+    """The calls of one rank's model. Calls within a call are parts of it."""
 
     def __init__(self, communicator: CallCommunicator, mesh: Mesh, rank: int, device: torch.device) -> None:
         self._communicator, self._mesh, self._rank = communicator, mesh, rank
@@ -50,7 +50,7 @@ class CollectiveCalls:
         self._owed: ErrorReport | None = None  # what ended the next call, elsewhere
 
     def run(self, name: str, arguments: Callable[[], Mapping[str, Any]], call: Callable[[], T]) -> T:
-        """`call()`, when every rank was called with the same; what it raises on any rank is raised on all.
+        """Return `call()`, when every rank was called with the same; what it raises on any rank is raised on all.
 
         Raises DisagreementError, on all ranks, for arguments that differ; AutodistError under torch.autocast.
         """
@@ -87,7 +87,7 @@ class CollectiveCalls:
         self._communicator.begin()
 
     def _end(self) -> None:
-        """Waits for all ranks: from here on the call cannot fail any more."""
+        """Wait for all ranks: from here on the call cannot fail any more."""
         try:
             self._exchange(bytes(24))
         except CallBroken as broken:
@@ -105,7 +105,7 @@ class CollectiveCalls:
             raise _Differ(error) from None
 
     def _exchange(self, digest: bytes) -> bool:
-        """Whether all ranks have the same digest; returns when all have come."""
+        """Return whether all ranks have the same digest, when all have come."""
         mine = torch.tensor([*memoryview(digest).cast("q"), 1])
         if self._gathers:
             rows = self._communicator.all_gather(mine, "tp", 0, self._parts).view(-1, _WORDS)
@@ -132,7 +132,8 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def collective(method: Method, takes: Callable[..., Any] | None = None) -> Method:
-    """A method of a model with `calls`, to be called on every rank with the same arguments: those of `takes`."""
+    """Make a method of a model with `calls` one that is called on every rank with the same arguments: those of
+    `takes`."""
     signature = inspect.signature(takes or method)
 
     @functools.wraps(method)

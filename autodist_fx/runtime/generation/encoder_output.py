@@ -19,12 +19,13 @@ from autodist_fx.runtime.cache.cross_cache import Encoded
 
 
 class EncoderOutput(BaseModelOutput):
-    """Says where the ranks have what the encoder gave; its own tensor is [rows, tokens, 0]."""
+    """An encoder output that says where the ranks have what the encoder gave; its own tensor is [rows, tokens, 0]."""
 
     encoded: Encoded
 
     @classmethod
     def of(cls, encoded: Encoded, rows: int, length: int, device: torch.device) -> EncoderOutput:
+        """Return the output that stands for `encoded`, with so many rows of so many tokens."""
         output = cls(last_hidden_state=torch.empty(rows, length, 0, device=device))
         output.encoded = encoded
         return output
@@ -48,6 +49,7 @@ class EncoderStandIn(nn.Module):
 
     @property
     def main_input_name(self) -> str:
+        """Return the name of what the encoder reads."""
         return self._model.main_input_name
 
     @property
@@ -57,6 +59,7 @@ class EncoderStandIn(nn.Module):
         return model
 
     def forward(self, **kwargs: Any) -> EncoderOutput:  # under this name generate hands on all that it has
+        """Run the encoder on all ranks, and return the stand-in for its output."""
         if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
             raise AutodistError("the ranks' graphs give neither attentions nor hidden states: ask the model itself")
         return self._model.encode(kwargs)

@@ -32,7 +32,7 @@ from autodist_fx.runtime.generation.step_messages import (
 
 
 class FollowingModel(Protocol):
-    """What a follower needs of its rank's share of the model."""
+    """The methods of a rank's model that a follower calls."""
 
     caches: CacheTable
 
@@ -46,12 +46,12 @@ class FollowingModel(Protocol):
         """Receive what the encoder reads, and run it."""
 
     def encoded_of(self, number: int) -> Encoded | None:
-        """What the encoder gave under that number; None of 0."""
+        """Return what the encoder gave under that number; None for 0."""
 
 
 class Follower:
-    """Does what the leader says, for one generation. `outputs` are transformers' classes of an output of sampling and
-    of beam search; `prompt` is what a streamer gets first (None: the input_ids of the first step)."""
+    """Does what the leader says, for one generation. `outputs` are transformers' classes of an output of sampling
+    and of beam search; `prompt` is what a streamer gets first (None: the input_ids of the first step)."""
 
     def __init__(
         self,
@@ -68,8 +68,8 @@ class Follower:
         self._encoded: Encoded | None = None  # alive as long as the leader's
 
     def follow(self, finish_sends: Callable[[], None]) -> Any:
-        """Do what the leader says until it says that this is the end; the same result as on the driver. `finish_sends`
-        lets go of what was sent. What the leader raises, ends the waits here (collective_call.py)."""
+        """Do what the leader says until it says that this is the end; return the same result as on the driver.
+        `finish_sends` lets go of what was sent. What the leader raises, ends the waits here (collective_call.py)."""
         while True:
             finish_sends()
             match self._channel.hear():

@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 @dataclass
 class GuardedPrograms(Generic[T]):
-    """`found`: (guards, the variant that is run where they hold), the usual one first. No guards hold for all lengths.
+    """A rank's programs by the guards that must hold for them. `found`: (guards, variant), the usual one first; guards
+    None hold for all sizes.
 
     `make(lengths)` makes a variant where none of them is for these lengths. It is called on all ranks alike, and raises
     AutodistError on all ranks alike where there can be none. `forms`: of the inputs, which tell what their lengths are
@@ -28,9 +29,9 @@ class GuardedPrograms(Generic[T]):
     forms: Mapping[str, InputSpec] = field(default_factory=dict)
 
     def get(self, lengths: Lengths, before_making: Callable[[Lengths], None] | None = None) -> T:
-        """The variant for these lengths; guards on lengths that are not given are not asked. Evaluates each variant's
-        guards once, up to those that hold. `before_making(lengths)` is called where there is none yet, so that other
-        ranks can be told to make it, too."""
+        """Return the variant whose guards hold at these sizes; guards on sizes that are not given are not asked.
+        Each variant's guards are evaluated once, up to those that hold. `before_making(lengths)` is called where
+        there is none yet, so that other ranks can be told to make it, too."""
         for guards, variant in self.found:
             if guards is None or not guards.otherwise(lengths):
                 return variant
@@ -42,12 +43,13 @@ class GuardedPrograms(Generic[T]):
 
 
 def only(variant: T) -> GuardedPrograms[T]:
-    """The same for all lengths."""
+    """Return the programs of a model without guards: one variant for all sizes."""
     return GuardedPrograms([(None, variant)])
 
 
 def one_way(guards: Guards | None, variant: T, other: Callable[[Lengths], str]) -> GuardedPrograms[T]:
-    """For lengths that meet the guards; for any other AutodistError, of the words that `other` has for them."""
+    """Return the programs of one variant for sizes that meet the guards; for any other AutodistError, of the words
+    that `other` has for them."""
 
     def refuse(lengths: Lengths) -> tuple[Guards | None, T]:
         raise AutodistError(other(lengths))

@@ -41,16 +41,16 @@ class GrowingMask:
         self._next_positions: torch.Tensor | None = None  # int64 [batch, 1]: tokens that the last step's mask shows
 
     def grow(self, mask: torch.Tensor | None) -> None:
-        """`mask` [batch, tokens] is the last step's with a column of ones."""
+        """Take note of `mask` [batch, tokens], the last step's with a column of ones."""
         self._grown = mask
 
     def is_grown(self, mask: torch.Tensor) -> bool:
-        """Is this very tensor the one that grew?"""
+        """Return whether this very tensor is the one that grew."""
         return mask is self._grown
 
     def positions(self, mask: torch.Tensor, *, cached: bool) -> torch.Tensor:
-        """position_ids of a step with this mask: each row counted from its first token that is no padding. int64
-        [batch, tokens of the mask], or [batch, 1] where the earlier ones are `cached` and known."""
+        """Return the position_ids of a step with this mask: each row counted from its first token that is no
+        padding. int64 [batch, tokens of the mask], or [batch, 1] where the earlier ones are `cached` and known."""
         if cached and self.is_grown(mask) and self._next_positions is not None:
             positions, self._next_positions = self._next_positions, self._next_positions + 1
             return positions
@@ -72,7 +72,7 @@ class Leader:
         self.encoded: Encoded | None = None  # what the encoder gave last, held until the end
 
     def lead(self, generate: Callable[[], Any]) -> Any:
-        """What transformers' `generate` returns, which then all ranks have."""
+        """Return what transformers' `generate` returns, which then all ranks have."""
         result = generate()
         self._say(self._end(result))
         self._finish_sends()
@@ -87,7 +87,7 @@ class Leader:
         return EndMessage(kind, result["sequences"], 0 if cache is None else cache.number)
 
     def announce_step(self, step: Step, *, cache_kept: bool) -> None:
-        """Before the driver runs it. Raises AutodistError on a mask that is not [batch, tokens]."""
+        """Announce a step before the driver runs it. Raises AutodistError on a mask that is not [batch, tokens]."""
         if self._channel is None:
             return
         mask, cache, grown = step.attention_mask, step.cache, False
@@ -113,13 +113,13 @@ class Leader:
         )
 
     def announce_preparing(self, lengths: Lengths) -> None:
-        """Before a program is made for these lengths, which all ranks do together."""
+        """Announce that all ranks are to make a program for these sizes, which they do together."""
         self._finish_sends()
         self._say(PrepareMessage(lengths))
 
     def announce_encoding(self, encoded: int, inputs: Sequence[torch.Tensor | None]) -> None:
-        """Before the encoder runs on `inputs`, None for what it is not given; they are sent, too. `encoded` is the
-        number of what it will give."""
+        """Announce that the encoder runs on `inputs`, None for what it is not given; they are sent, too. `encoded`
+        is the number of what it will give."""
         if self._channel is None:
             return
         self._finish_sends()
@@ -130,7 +130,7 @@ class Leader:
                 self._channel.send(value, Channel.ENCODER_INPUTS)
 
     def announce_cache_change(self, what: str, cache: SplitCache, numbers: torch.Tensor) -> None:
-        """`what` is "reorder", with rows, or "crop", with one length."""
+        """Announce a change of a cache: `what` is "reorder", with rows, or "crop", with one length."""
         if what == "reorder":
             self._say(ReorderMessage(cache.number, numbers.long()))
         else:

@@ -1,4 +1,4 @@
-"""`DistributedOwnCacheLM`: generating with a model whose states are in a cache of its own (Mamba, hybrids, RWKV ...).
+"""`DistributedOwnCacheLM`: generates with a model whose states are in a cache of its own (Mamba, hybrids, RWKV ...).
 
 Two programs a rank: one for the prompt, one for each token after it. States are plain tensors, inputs and outputs of
 the programs; each stays on the rank that made it. The two programs are cut into stages each by itself, so that one may
@@ -28,19 +28,20 @@ Prompt = tuple[RankProgram, tuple[Handover, ...]]
 
 
 def states_made(program: RankProgram) -> set[str]:
-    """Names of the states that a program gives back."""
+    """Return the names of the states that a program gives back."""
     output = next(n for n in reversed(program.graph_module.graph.nodes) if n.op == "output")
     return {name for name in output.args[0] if name.startswith(STATE_PREFIX)}
 
 
 def states_read(program: RankProgram) -> set[str]:
-    """Names of the states that a program reads."""
+    """Return the names of the states that a program reads."""
     inputs = (n for n in program.graph_module.graph.nodes if n.op == "placeholder" and n.users)
     return {n.target for n in inputs if n.target.startswith(STATE_PREFIX)}
 
 
 def handovers(makers: Sequence[RankProgram], readers: Sequence[RankProgram]) -> tuple[Handover, ...]:
-    """What has to change hands when `readers` run after `makers`; both have a program for each stage, in order."""
+    """Return which states are sent from stage to stage when `readers` run after `makers`; both have a program for
+    each stage, in order."""
     made = [states_made(program) for program in makers]
     found = []
     for target, reader in enumerate(readers):
@@ -59,6 +60,7 @@ class StatesCache(SplitCache):
         self.states: dict[str, torch.Tensor] = {}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Reorder the rows for beam search: `beam_idx` [batch], int64, has the row that each row continues."""
         super().reorder_cache(beam_idx)
         self.states = {name: x.index_select(0, beam_idx.to(x.device)) for name, x in self.states.items()}
 
@@ -67,8 +69,9 @@ class StatesCache(SplitCache):
 
 
 class DistributedOwnCacheLM(DistributedCausalLM):
-    """`program` is the step's. `prompts` has the prompt's programs, one for each outcome of the guards on a prompt's
-    length, and what changes hands after each; `steps` has the step's, after which `after_step` changes hands."""
+    """One rank's share of a model with a cache of its own. `program` is the step's. `prompts` has the prompt's
+    programs, one for each outcome of the guards on a prompt's length, and what is handed over after each; `steps`
+    has the step's, after which `after_step` is handed over."""
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class DistributedOwnCacheLM(DistributedCausalLM):
         return self._programs if lengths["P"] else self._prompts
 
     def _choose(self, step: Step) -> Prompt:
-        """(program, what changes hands after it)."""
+        """Return (program, what is handed over after it)."""
         tokens = step.input_ids.shape[1]
         if not step.cache.tokens:
             prompt: Prompt = super()._choose(step)
@@ -102,6 +105,7 @@ class DistributedOwnCacheLM(DistributedCausalLM):
         return super()._choose(step), self._after_step
 
     def run_variant(self, step: Step, variant: Prompt) -> torch.Tensor | None:
+        """Run the program on this rank's states, and hand over what the next step reads elsewhere."""
         program, after = variant
         cache = step.cache
         assert isinstance(cache, StatesCache)
@@ -132,4 +136,5 @@ class DistributedOwnCacheLM(DistributedCausalLM):
                 cache.states[name] = self.communicator.recv(shape, example.dtype, self.device, peer, Channel.STATES)
 
     def empty_cache(self) -> StatesCache:
+        """Return a cache without states."""
         return StatesCache()

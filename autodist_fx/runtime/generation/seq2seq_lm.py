@@ -37,7 +37,7 @@ from passes.program.rank_program import RankProgram
 
 
 class DistributedSeq2SeqLM(DistributedCausalLM):
-    """What `adx.from_pretrained` gives for a model with an encoder and a decoder, on every rank.
+    """The model that `adx.from_pretrained` gives for an encoder and a decoder, on every rank.
 
     `encoder` is this rank's program for the encoder, with its parameters loaded; `programs` has both for other
     lengths, too; `main_input_name` is what the encoder reads.
@@ -86,6 +86,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
             return getattr(skeleton, name)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Return the stand-in that runs the encoder on all ranks."""
         return self._encoder
 
     @collective
@@ -108,7 +109,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         return_dict: bool | None = None,
         **keywords: Any,
     ) -> Any:
-        """One forward pass; called on every rank with the same arguments.
+        """Run one forward pass; called on every rank with the same arguments.
 
         Takes what the model's own forward takes (`others`: by position) and returns what that returns, on every rank. A
         call unlike those before is compiled first.
@@ -186,7 +187,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         return None  # generate's inputs are the encoder's
 
     def _prepare_decoder_input_ids_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """With a mask, which then grows with the tokens, a column a step."""
+        """Return the decoder's first tokens, with a mask, which then grows with the tokens, a column a step."""
         ids, model_kwargs = super()._prepare_decoder_input_ids_for_generation(*args, **kwargs)
         if model_kwargs.get("decoder_attention_mask") is None:
             model_kwargs["decoder_attention_mask"] = torch.ones_like(ids)
@@ -202,7 +203,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         cache_position: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The encoder's mask needs not be handed on: it is noted with what the encoder gave."""
+        """Return a step's inputs. The encoder's mask needs not be handed on: it is noted with what the encoder gave."""
         if "decoder_position_ids" in kwargs:
             kwargs["position_ids"] = kwargs.pop("decoder_position_ids")
         found = super().prepare_inputs_for_generation(
@@ -215,12 +216,14 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
     # -------------------------------------------------------------------------------------------- on every rank
 
     def run_variant(self, step: Step, variant: tuple[RankProgram, RankProgram]) -> torch.Tensor | None:
+        """Run the decoder's program of a (encoder, decoder) pair for a step."""
         _, decoder = variant
         assert isinstance(step.cache, CrossCache) and step.encoded is not None
         step.cache.attach(step.encoded, step.input_ids.shape[0])
         return self._run_program(decoder, step, step.cache.inputs)
 
     def empty_cache(self) -> SplitCache:
+        """Return a cache of this rank's layers, the decoder's own and those that the encoder fills."""
         cache = local_cache(self.config, self.program, CrossCache)
         cache.kinds, cache.numbers, cache.inputs = self.program.cache_kinds, self.program.cache_layers, {}
         return cache
@@ -244,7 +247,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         return EncoderOutput.of(encoded, rows, length, self.device)
 
     def _read(self, given: Mapping[str, torch.Tensor]) -> Lengths:
-        """The lengths of what the encoder reads."""
+        """Return the sizes of what the encoder reads."""
         return {k: n for k, n in lengths_of(self._programs.forms, given, 0).items() if k != "P"}
 
     def _main_input(self, inputs: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
@@ -271,7 +274,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         return self._encode(message.encoded, given, lengths, encoder)
 
     def encoded_of(self, number: int) -> Encoded | None:
-        """What the encoder gave under that number. Raises CommunicationError where this rank has it no more."""
+        """Return what the encoder gave under that number. Raises CommunicationError where this rank has it no more."""
         encoded = self._encoded.get(number)
         if encoded is None:
             raise CommunicationError(f"a step reads what encoder run {number} gave, and rank {self.rank} has it not")
@@ -295,7 +298,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
 
 
 def seq2seq_class(model_class: type[nn.Module]) -> type[DistributedSeq2SeqLM]:
-    """DistributedSeq2SeqLM, with the generate of a model class that has its own (of long recordings, say)."""
+    """Return DistributedSeq2SeqLM, with the generate of a model class that has its own (of long recordings, say)."""
     own = next(cls for cls in model_class.__mro__ if "generate" in cls.__dict__)
     if own is GenerationMixin:
         return DistributedSeq2SeqLM

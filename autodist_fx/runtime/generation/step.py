@@ -13,7 +13,7 @@ from autodist_fx.runtime.cache.kv_cache import SplitCache
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """What a rank's program of a step is given. Tensors the graph takes none of may be None."""
+    """The inputs of one forward pass on a rank. Tensors the graph takes none of may be None."""
 
     cache: SplitCache
     input_ids: torch.Tensor  # int64 [batch, tokens]
@@ -24,7 +24,7 @@ class Step:
 
     @property
     def lengths(self) -> Lengths:
-        """Those that guards ask for, as they are before the step runs."""
+        """Return the sizes that guards ask for, as they are before the step runs."""
         batch, tokens = self.input_ids.shape
         past = self.cache.tokens
         lengths = {"B": batch, "S": tokens, "P": past, "T": past + tokens}

@@ -12,8 +12,8 @@ from passes.ops.comm import Communicator
 
 
 class StepChannel:
-    """From `leader` to `followers`, global ranks; each rank of the mesh has one, and gets messages' tensors on its
-    `device`. Integers cross on the CPU, without pickle.
+    """A channel from `leader` to `followers`, global ranks; each rank of the mesh has one, and gets messages' tensors
+    on its `device`. Integers cross on the CPU, without pickle.
 
     A message is one tensor of BLOCK integers and, where it is longer, a second one of the rest: so the other side knows
     what to receive.
@@ -26,7 +26,7 @@ class StepChannel:
         self._device = device
 
     def say(self, message: Message) -> None:
-        """Start sending to every follower; called on the leader."""
+        """Start sending a message to every follower; called on the leader."""
         packed = message.pack()
         pieces = (packed,) if packed.shape[0] == BLOCK else (packed[:BLOCK], packed[BLOCK:])
         for rank in self._followers:
@@ -34,17 +34,17 @@ class StepChannel:
                 self._communicator.send(piece, rank, Channel.STEPS)
 
     def hear(self) -> Message:
-        """The leader's next message; waits for it. Raises CommunicationError where it is damaged."""
+        """Return the leader's next message; waits for it. Raises CommunicationError where it is damaged."""
         return Message.unpack(self._receive(BLOCK), self._device, self._receive)
 
     def _receive(self, integers: int) -> torch.Tensor:
         return self._communicator.recv((integers,), torch.long, "cpu", self._leader, Channel.STEPS)
 
     def send(self, tensor: torch.Tensor, channel: Channel) -> None:
-        """A tensor that a message announced, to every follower."""
+        """Send a tensor that a message announced, to every follower."""
         for rank in self._followers:
             self._communicator.send(tensor.contiguous(), rank, channel)
 
     def receive(self, spec: TensorSpec, channel: Channel) -> torch.Tensor:
-        """A tensor that a message of the leader's announced."""
+        """Return a tensor that a message of the leader's announced."""
         return self._communicator.recv(spec.shape, spec.dtype, self._device, self._leader, channel)

@@ -56,13 +56,13 @@ class OutputKind(IntEnum):
 
 
 class Message:
-    """Any message: `pack` on the rank that leads, `unpack` on the others."""
+    """A message: `pack` on the rank that leads, `unpack` on the others."""
 
     __slots__ = ()
     command: ClassVar[Command]
 
     def pack(self) -> torch.Tensor:
-        """int64 [BLOCK or more]."""
+        """Return the message as int64 [BLOCK or more]."""
         numbers, payload = self._content()
         count = sum(tensor.numel() for tensor in payload)
         header = _HEADER.pack(FORMAT, self.command, count, *numbers, *[0] * (_NUMBERS - len(numbers)))
@@ -78,9 +78,9 @@ class Message:
         device: torch.device | str = "cpu",
         receive: Callable[[int], torch.Tensor] | None = None,
     ) -> M:
-        """The message that was packed, its tensors on `device`. `packed` is all of it, or its first BLOCK and
-        `receive(n)` gives the n integers left, where there are more. Raises CommunicationError where it is damaged, or
-        not of this class."""
+        """Return the message that was packed, its tensors on `device`. `packed` is all of it, or its first BLOCK and
+        `receive(n)` gives the n integers left, where there are more. Raises CommunicationError where it is damaged,
+        or not of this class."""
         command, count, *numbers = _header(packed)
         left = max(BLOCK, _HEADER_INTEGERS + count) - packed.shape[0]
         if left > 0 and receive is not None:
@@ -94,17 +94,17 @@ class Message:
         return kind._from_content(numbers, packed[_HEADER_INTEGERS : _HEADER_INTEGERS + count].to(device))
 
     def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
-        """(up to 12 numbers, payload: int64 tensors of any dims)."""
+        """Return (up to 12 numbers, payload: int64 tensors of any dims)."""
         raise NotImplementedError
 
     @classmethod
     def _from_content(cls: type[M], numbers: Sequence[int], payload: torch.Tensor) -> M:
-        """The inverse of `_content`: of 12 numbers and a payload of one dim, both yet to be checked."""
+        """Invert `_content`, of 12 numbers and a payload of one dim, both yet to be checked."""
         raise NotImplementedError
 
 
 def _header(start: torch.Tensor) -> tuple[int, ...]:
-    """(command, integers of payload, 12 numbers)."""
+    """Return (command, integers of payload, 12 numbers)."""
     if start.dtype != torch.long or start.dim() != 1 or start.shape[0] < BLOCK:
         raise CommunicationError(f"a message begins with {BLOCK} int64s, not with {start.dtype}{list(start.shape)}")
     written, *header = _HEADER.unpack_from(start.numpy())
@@ -253,7 +253,7 @@ class EncodeMessage(Message):
 
     @staticmethod
     def _row(spec: TensorSpec) -> Sequence[int]:
-        """[number of the dtype, sizes], padded with -1."""
+        """Return [number of the dtype, sizes], padded with -1."""
         if spec.dtype not in _DTYPES or len(spec.shape) > _MOST_DIMS:
             raise CommunicationError(f"an encoder over ranks reads no {spec.dtype}{list(spec.shape)}")
         return [_DTYPES.index(spec.dtype), *spec.shape, *[-1] * (_MOST_DIMS - len(spec.shape))]
@@ -282,7 +282,7 @@ class EncodeMessage(Message):
 
 @dataclass(frozen=True, slots=True)
 class PrepareMessage(Message):
-    """A step of these lengths comes next, for which there is no program yet: all ranks make one together."""
+    """A step of these sizes comes next, for which there is no program yet: all ranks make one together."""
 
     command: ClassVar[Command] = Command.PREPARE
 
@@ -308,7 +308,7 @@ _KINDS: dict[int, type[Message]] = {
 
 
 def _check(message: type[Message], lowest: int, highest: int, /, **numbers: int) -> None:
-    """Raises CommunicationError that names the first number which is out of bounds."""
+    """Raise CommunicationError that names the first number which is out of bounds."""
     for name, number in numbers.items():
         if not lowest <= number <= highest:
             raise CommunicationError(f"a {message.__name__} came with {name}={number}")

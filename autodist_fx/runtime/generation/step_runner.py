@@ -37,12 +37,12 @@ from passes.program.rank_program import RankProgram
 
 
 class StepRunner(nn.Module):
-    """`program`'s parameters are loaded, on `device`; `programs` has those for other lengths, too, where the model has
-    guards on them. `logits_on_every_rank` sends what `model(...)` gives from the last stage to all ranks; `generate`
-    never does. `positions_follow_mask`: generate counts the tokens that the mask shows, and tells the model its
-    positions. `call_programs` are for calls without a cache; without them a call always fills one. `plan` and
-    `load_report` (a LoadReport) are for whoever asks.
-    Joins a class that has transformers' generate.
+    """One rank's model, as a class that has transformers' generate joins it. `program`'s parameters are loaded, on
+    `device`; `programs` has those for other sizes, too, where the model has guards on them. `logits_on_every_rank`
+    sends what `model(...)` gives from the last stage to all ranks; `generate` never does. `positions_follow_mask`:
+    generate counts the tokens that the mask shows, and tells the model its positions. `call_programs` are for calls
+    without a cache; without them a call always fills one. `plan` and `load_report` (a LoadReport) are for whoever
+    asks.
     """
 
     _names: Mapping[str, str] = {}  # what the graph calls an input of the decoder, where it is not the plain name
@@ -86,23 +86,25 @@ class StepRunner(nn.Module):
 
     @property
     def mesh(self) -> Mesh:
+        """Return the mesh of all ranks."""
         return self.program.mesh
 
     @property
     def rank(self) -> int:
+        """Return this process's global rank."""
         return self.program.rank
 
     def run_step(self, step: Step) -> torch.Tensor | None:
-        """This rank's program for `step`, chosen by its guards; the logits where the rank has them."""
+        """Run this rank's program for `step`, chosen by its guards; return the logits where the rank has them."""
         return self.run_variant(step, self._choose(step))
 
     def prepare(self, lengths: Lengths) -> None:
-        """Make the program for these lengths, together with all ranks. Raises AutodistError where there can be none."""
+        """Make the program for these sizes, together with all ranks. Raises AutodistError where there can be none."""
         self._programs_for(lengths).get(lengths)
 
     def _choose(self, step: Step) -> Any:
-        """The variant that is to run: this is where a step's guards are evaluated, on each rank. Makes it, on all ranks
-        and before any runs, where there is none. Raises AutodistError."""
+        """Return the variant that is to run: this is where a step's guards are evaluated, on each rank. Makes it, on
+        all ranks and before any runs, where there is none. Raises AutodistError."""
         lengths = step.lengths
         return self._programs_for(lengths).get(lengths, self._announce_preparing)
 
@@ -114,11 +116,11 @@ class StepRunner(nn.Module):
         return self._programs
 
     def run_variant(self, step: Step, variant: Any) -> torch.Tensor | None:
-        """`variant`, chosen for `step`, on this rank; the logits where it has them."""
+        """Run `variant`, chosen for `step`, on this rank; return the logits where it has them."""
         return self._run_program(variant, step, {})
 
     def _run_program(self, program: RankProgram, step: Step, further: Mapping[str, Any]) -> torch.Tensor | None:
-        """`further`: what the program takes besides, by its own names."""
+        """Run a program with a step's inputs; `further`: what it takes besides, by its own names."""
         given = {
             "input_ids": step.input_ids,
             "attention_mask": step.attention_mask,
@@ -132,7 +134,7 @@ class StepRunner(nn.Module):
         return outputs.get("logits")
 
     def _call(self, program: RankProgram, inputs: dict[str, Any]) -> dict[str, Any]:
-        """One of this rank's programs, on its device; what it gives back, by name."""
+        """Run one of this rank's programs, on its device; return what it gives back, by name."""
         if self.device.type != "cpu":
             inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         try:
@@ -145,18 +147,18 @@ class StepRunner(nn.Module):
         return outputs
 
     def _share(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The flat outputs of all ranks, on all ranks; called on all, with what each has."""
+        """Return the flat outputs of all ranks, on all ranks; called on all, with what each has."""
         self._finish_sends()
         return share_outputs(self.communicator, self.mesh, self.rank, outputs, self.device)
 
     def _run_call(self, programs: CallPrograms, call: Call) -> CallOutput | tuple[Any, ...]:
-        """A call without a cache; what the model returns, on all ranks. Called on all."""
+        """Run a call without a cache; return what the model returns, on all ranks. Called on all."""
         made = programs.program_for(call)
         outputs = self._call(made.program, {name: call.tensors[name] for name in made.program.input_names})
         return returned(call, self._share(outputs), made.output_order)
 
     def encoded_of(self, number: int) -> Encoded | None:
-        """What the encoder gave under that number; None of 0, as in a model without one."""
+        """Return what the encoder gave under that number; None for 0, as in a model without one."""
         if number:
             raise AutodistError("there is no encoder in this model")
         return None
@@ -166,7 +168,7 @@ class StepRunner(nn.Module):
         raise AutodistError("there is no encoder in this model")
 
     def empty_cache(self) -> SplitCache:
-        """A cache of this rank's layers, whose changes nobody is told of."""
+        """Return a cache of this rank's layers, whose changes nobody is told of."""
         return local_cache(self.config, self.program, SplitCache)
 
     def _announced_cache(self) -> SplitCache:
