@@ -1,1 +1,1 @@
-"""All ranks in this process."""
+"""Runs all ranks in this process."""

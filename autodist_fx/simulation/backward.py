@@ -1,4 +1,4 @@
-"""A forward and a backward pass of a rank's program, and the gradients of its parameters.
+"""Runs a forward and a backward pass of a rank's program, and returns the gradients of its parameters.
 
 A stage is one piece to autograd: what it receives are leaves, what it sends are roots beside the loss. After its
 forward pass a rank waits for the gradients of all that it has sent, goes back through its graph once, and sends each
@@ -28,7 +28,8 @@ Gradients = dict[str, torch.Tensor]  # by the parameter's path in a rank's modul
 def go_back(
     tape: Tape, communicator: Communicator, loss: torch.Tensor | None, parameters: Sequence[torch.Tensor]
 ) -> list[torch.Tensor | None]:
-    """A rank's backward pass: the gradient that it has of each parameter, None where nothing of the loss depends on it.
+    """Run a rank's backward pass; return the gradient that it has of each parameter, None where nothing of the loss
+    depends on it.
 
     `tape` is of its forward pass; `loss`, of one element, is None on a rank that has none.
     """
@@ -52,7 +53,8 @@ def go_back(
 
 
 def pay_sums(program: RankProgram, gradients: Gradients, communicator: Communicator) -> None:
-    """Pays, in place, what the program's `grad_sums` say: the rank then has the whole gradient of all that it holds.
+    """Add up, in place, the gradients that the program's `grad_sums` name: the rank then has the whole gradient of all
+    that it holds.
 
     Called on all ranks alike. Terms are added in one order, so that every rank has the same bits.
     """
@@ -82,7 +84,7 @@ def pay_sums(program: RankProgram, gradients: Gradients, communicator: Communica
 
 
 def _one_name(program: RankProgram) -> dict[str, str]:
-    """Every path of a parameter -> the first path of the same tensor."""
+    """Return {path of a parameter: the first path of the same tensor}."""
     first = {id(p): name for name, p in program.graph_module.named_parameters()}
     return {name: first[id(p)] for name, p in program.graph_module.named_parameters(remove_duplicate=False)}
 
@@ -90,7 +92,7 @@ def _one_name(program: RankProgram) -> dict[str, str]:
 def rank_gradients(
     program: RankProgram, inputs: Mapping[str, Any], communicator: Communicator, root: str = "loss"
 ) -> tuple[torch.Tensor | None, Gradients]:
-    """(the output `root`, or None on a rank that does not return it; the rank's gradients of it, sums paid).
+    """Return (the output `root`, or None on a rank that does not return it; the rank's gradients of it, sums paid).
 
     Called on all ranks of the mesh alike, with a program to be trained (`grad_sums`). Raises AutodistError where
     `root` has more than one element, or depends on no parameter.
@@ -113,7 +115,8 @@ def rank_gradients(
 def run_backward(
     programs: Sequence[RankProgram], inputs: Mapping[str, Any], root: str = "loss"
 ) -> tuple[torch.Tensor, list[Gradients]]:
-    """All ranks in this process: (the output `root`, each rank's gradients). The programs are of ranks 0, 1, ...
+    """Run all ranks in this process: return (the output `root`, each rank's gradients). The programs are of ranks 0, 1,
+    ...
 
     Raises what rank_gradients raises, and AutodistError where no rank returns such an output.
     """
@@ -129,8 +132,9 @@ def run_backward(
 
 
 def glued(programs: Sequence[RankProgram], gradients: Sequence[Gradients]) -> Gradients:
-    """Whole gradients, by the parameters' names in the model. Raises CommunicationError, which names the parameter,
-    where two ranks that hold the same elements of one have different gradients of them, or nobody has some."""
+    """Return whole gradients, by the parameters' names in the model. Raises CommunicationError, which names the
+    parameter, where two ranks that hold the same elements of one have different gradients of them, or nobody has
+    some."""
     found: Gradients = {}
     owners: dict[str, torch.Tensor] = {}  # of each element the first rank that has it
     for program, own in zip(programs, gradients, strict=True):
@@ -157,13 +161,13 @@ def glued(programs: Sequence[RankProgram], gradients: Sequence[Gradients]) -> Gr
 
 
 def _tolerance(x: torch.Tensor) -> float:
-    """How far two sums of the same terms may be apart."""
+    """Return how far two sums of the same terms may be apart."""
     largest = float(x.abs().max()) if x.numel() else 0.0
     return 1e3 * torch.finfo(x.dtype).eps * largest
 
 
 def _place(shard: ParamShard, box: Box) -> tuple[slice, ...]:
-    """Where a box of the whole parameter, all of which the shard has, lies in it."""
+    """Return where a box of the whole parameter, all of which the shard has, lies in it."""
     return tuple(slice(*_local(shard, dim, interval)) for dim, interval in enumerate(box))
 
 
@@ -179,7 +183,7 @@ def _local(shard: ParamShard, dim: int, interval: Interval) -> Interval:
 
 
 def _pieces(shard: ParamShard, gradient: torch.Tensor) -> list[tuple[tuple[slice, ...], torch.Tensor]]:
-    """(where in the whole parameter, what) of each run that the shard has."""
+    """Return (where in the whole parameter, what) of each run that the shard has."""
     if shard.dim is None:
         return [(tuple(slice(None) for _ in shard.shape), gradient)]
     found, before, lead = [], 0, tuple(slice(None) for _ in range(shard.dim))

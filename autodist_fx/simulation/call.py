@@ -1,4 +1,4 @@
-"""All ranks' programs run in this process on one call: what goes in, what comes out, and the cache between calls."""
+"""Runs all ranks' programs in this process on one call: what goes in, what comes out, and the cache between calls."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class SimulatedCache:
     encoder_inputs: dict[str, Any] = field(default_factory=dict)  # what the encoder was given, where there is one
 
     def get_seq_length(self) -> int:
+        """Return the number of tokens that it holds."""
         return self.length
 
     def go_on_with(self, variant: Variant) -> None:
@@ -38,7 +39,7 @@ class SimulatedCache:
             self.variant = variant
 
     def check_structure(self, structure: Hashable) -> None:
-        """Raises AutodistError where it was written by the model in another structure than it has now."""
+        """Raise AutodistError where it was written by the model in another structure than it has now."""
         if structure != self.structure:
             raise AutodistError(
                 f"{self.variant.traced.model_class} is not as it was when it wrote this cache (its adapters, layers, "
@@ -47,17 +48,19 @@ class SimulatedCache:
 
 
 def tokens_of(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Of the step: a decoder's, where an encoder has its own. [batch, tokens, ...]"""
+    """Return the step's tokens [batch, tokens, ...]: a decoder's, where an encoder has its own."""
     names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
     return next(inputs[name] for name in names if name in inputs)
 
 
 def step_length(inputs: Mapping[str, Any]) -> int:
+    """Return the number of tokens of the step."""
     return int(tokens_of(inputs).shape[1])
 
 
 def run(variant: Variant, per_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The flat outputs of all ranks together. AutodistError that names an id outside the table it is for."""
+    """Return the flat outputs of all ranks together. Raises AutodistError that names an id outside the table it is
+    for."""
     try:
         return merged(simulate(list(variant.programs.values()), per_rank))
     except IndexError as error:
@@ -70,7 +73,7 @@ def run(variant: Variant, per_rank: Sequence[Mapping[str, Any]]) -> dict[str, An
 def run_with_states(
     variant: Variant, filled: Mapping[str, Any], states: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """As `run`, for a model with a cache of its own: each rank's states, by name, are read and changed."""
+    """Run a call of a model with a cache of its own: each rank's states, by name, are read and changed."""
     everywhere = {name: value for own in reversed(states) for name, value in own.items()}
     per_rank = []
     for program, own in zip(variant.programs.values(), states, strict=True):
@@ -86,7 +89,7 @@ def run_with_states(
 
 
 def encode(variant: Variant, given: Mapping[str, Any], cache: SimulatedCache) -> dict[str, Any]:
-    """Fill those layers of `cache` that hold what the encoder gives, and note what it was given; its outputs."""
+    """Fill those layers of `cache` that hold what the encoder gives, and note what it was given; return its outputs."""
     assert variant.encoder is not None
     encoder = variant.encoder
     cache.encoder_inputs = {name: given[name] for name in encoder.traced.input_names if name in given}
@@ -99,7 +102,7 @@ def encode(variant: Variant, given: Mapping[str, Any], cache: SimulatedCache) ->
 
 
 def with_positions(variant: Variant, given: Mapping[str, Any], past: int) -> dict[str, Any]:
-    """Positions that the graph takes and the caller left to the model, as transformers' generate sets them."""
+    """Add the positions that the graph takes and the caller left to the model, as transformers' generate sets them."""
     ids = tokens_of(given)
     batch, seq = ids.shape[:2]
     filled = dict(given)

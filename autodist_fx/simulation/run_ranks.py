@@ -1,4 +1,4 @@
-"""`simulate`: every rank's program, in this process."""
+"""Runs every rank's program, in this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from passes.program.rank_program import RankProgram
 
 
 def simulate(programs: Sequence[RankProgram], inputs_per_rank: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Run the programs of a whole mesh against each other; each rank's outputs, by rank.
+    """Run the programs of a whole mesh against each other; return each rank's outputs, by rank.
 
     `inputs_per_rank[r]` are rank r's inputs by name: the same tensors for all, but a cache of its own for each; an
     input that a graph does not take is left out. Runs under the caller's grad mode. Raises what a rank raised, with a

@@ -1,4 +1,4 @@
-"""All ranks of a compiled model in this process: forward, generating, gradients."""
+"""Runs a compiled model with all ranks in this process: forward, generating, gradients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Simulator(Compilation):
     """A compilation of a model that has weights, run here, a thread a rank."""
 
     def simulate(self, **inputs: Any) -> Any:
-        """All ranks in this process, a thread each; the outputs that `model(**inputs)` would have.
+        """Run all ranks in this process, a thread each; return the outputs that `model(**inputs)` would have.
 
         With `use_cache` or a cache among the inputs, `past_key_values` in the output is a `SimulatedCache`, to be
         passed to the next call; None starts an empty one. What an encoder reads is given in the first call, in which
@@ -75,8 +75,9 @@ class Simulator(Compilation):
         return returned(call, {**encoded, **outputs, "past_key_values": cache}, variant.output_order)
 
     def gradients(self, **inputs: Any) -> dict[str, torch.Tensor]:
-        """Run forward and backward on all ranks in this process: the gradients that `model(**inputs).loss.backward()`
-        leaves in `model`, by the names of its `named_parameters()`, each whole; those it leaves at None are left out.
+        """Run forward and backward on all ranks in this process: return the gradients that
+        `model(**inputs).loss.backward()` leaves in `model`, by the names of its `named_parameters()`, each whole; those
+        it leaves at None are left out.
 
         Needs `compile(..., train=True)`, a model with weights, and inputs that it computes a loss from (`labels=...`).
         Hooks of parameters (`register_hook`) get the whole gradients. The model stays as it is, and so do its own
@@ -101,7 +102,7 @@ class Simulator(Compilation):
         return self.source.hooked({n: whole[n] for n in dict.fromkeys(first_names.values()) if n in whole})
 
     def _simulate_own_cache(self, inputs: dict[str, Any], call: Call) -> Any:
-        """One call of a model whose cache is its own: the prompt's graph first, then the step's."""
+        """Run one call of a model whose cache is its own: the prompt's graph first, then the step's."""
         cache = inputs.pop("past_key_values", None)
         if cache is not None and not isinstance(cache, SimulatedCache):
             raise AutodistError("simulate goes on with the cache of its own last output: start with None")
@@ -127,8 +128,8 @@ class Simulator(Compilation):
         return returned(call, {**found, "past_key_values": new}, variant.output_order)
 
     def _fill(self, variant: Variant) -> None:
-        """Give every rank's program of `variant`, and of its encoder, the model's weights, and what calls before left
-        in buffers."""
+        """Give every rank's program of `variant`, and of its encoder, the model's weights, and what calls before
+        left in buffers."""
         for part in (variant.encoder, variant):
             if part is not None:
                 programs = self.all_programs(part)

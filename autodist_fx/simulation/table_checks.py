@@ -1,4 +1,4 @@
-"""What an IndexError was about: the input that holds an id outside the table (or the classes) it is looked up in."""
+"""Turns an IndexError from a lookup into an error that names the graph input with the id outside the table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from passes.fx.nodes import op_name
 
 
 def outside_a_table(whole: torch.fx.GraphModule, inputs: Mapping[str, Any]) -> str | None:
-    """A sentence about the first lookup of the model's graph that these inputs make fail; None if none is found.
+    """Return a sentence about the first lookup of the model's graph that these inputs make fail; None if none is found.
 
     Only numbers that follow from the inputs without any weight are looked at: token ids, positions, labels.
     """
@@ -42,7 +42,7 @@ def outside_a_table(whole: torch.fx.GraphModule, inputs: Mapping[str, Any]) -> s
 
 
 def lookups(whole: torch.fx.GraphModule) -> dict[str, int]:
-    """By input: how many ids it may hold, where it is looked up in tables (the smallest) or names classes."""
+    """Return, by input, how many ids it may hold, where it is looked up in tables (the smallest) or names classes."""
     found: dict[str, int] = {}
     for node in whole.graph.nodes:
         lookup = _lookup(whole, node)
@@ -59,7 +59,7 @@ _KEEP_VALUES = ("to", "long", "view", "reshape", "contiguous", "clone", "getitem
 
 
 def _lookup(whole: torch.fx.GraphModule, node: Node) -> tuple[Node, int, int] | None:
-    """(what is looked up, number of rows, a number that is allowed besides) of an embedding or a loss."""
+    """Return (what is looked up, number of rows, a number that is allowed besides) of an embedding or a loss."""
     if node.op == "call_module":
         module = whole.get_submodule(str(node.target))
         return (node.args[0], module.num_embeddings, 0) if isinstance(module, nn.Embedding) else None
@@ -76,7 +76,7 @@ def _lookup(whole: torch.fx.GraphModule, node: Node) -> tuple[Node, int, int] | 
 
 
 def _value(whole: torch.fx.GraphModule, node: Node, known: dict[Node, Any]) -> Any:
-    """The node's value; None where it takes weights, a cache, or an input that was not given."""
+    """Return the node's value; None where it takes weights, a cache, or an input that was not given."""
     if node in known:
         return known[node]
     value = None

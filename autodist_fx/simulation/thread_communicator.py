@@ -1,4 +1,4 @@
-"""All ranks of a mesh in one process, a thread each, for `simulate`.
+"""Runs all ranks of a mesh in one process, a thread each, for `simulate`.
 
 Only one thread runs at a time: a rank that must wait hands its turn to the next rank that can go on. So a simulation
 does the same thing in the same order every time, a deadlock is seen at once (no rank can go on), and the ranks do not
@@ -40,7 +40,7 @@ class _Meeting:
 
 
 class ThreadWorld:
-    """The ranks of a mesh: their turns, and what is on its way between them. For one `run`."""
+    """The ranks of a mesh: their turns, and the tensors on their way between them. For one `run`."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -57,7 +57,7 @@ class ThreadWorld:
         self.meetings: dict[tuple[int, int], _Meeting] = {}  # by (stage, how many before it)
 
     def run(self, work: Callable[[int, ThreadCommunicator], T]) -> list[T]:
-        """`work(rank, communicator)` of every rank; what they return, by rank.
+        """Run `work(rank, communicator)` of every rank; return what they return, by rank.
 
         What a rank raises ends all of them and is raised here, with a note that names the rank. Raises DeadlockError
         when no rank can go on, CommunicationError for a tensor that was sent and never received.
@@ -109,14 +109,14 @@ class ThreadWorld:
             raise CallBroken(self._incident)
 
     def break_off(self, report: ErrorReport) -> ErrorReport:
-        """Ends every wait; the error that counts: the first one."""
+        """End every wait; return the error that counts, which is the first one."""
         self._incident = self._incident or report
         self._noticed.add(report.rank)
         return self._incident
 
     def begin(self, rank: int) -> bool:
-        """Waits, after an incident, for all ranks to begin anew; whether there was one. Raises CallBroken for one that
-        this rank has not raised yet."""
+        """Wait, after an incident, for all ranks to begin anew; return whether there was one. Raises CallBroken for
+        one that this rank has not raised yet."""
         if self._incident is None:
             return False
         if rank not in self._noticed:
@@ -201,12 +201,13 @@ class ThreadCommunicator:
         self._meetings_held = 0
 
     def begin(self) -> None:
-        """Before a call of all ranks: what an incident broke off is forgotten."""
+        """Forget, before a call of all ranks, what an incident broke off."""
         if self._world.begin(self.rank):
             self._meetings_held = 0
 
     def break_off(self, error: BaseException, call: int = 0) -> ErrorReport:
-        """Ends what all ranks are doing, since `error` was raised here; the error that counts: the first one."""
+        """End what all ranks are doing, since `error` was raised here; return the error that counts, which is the
+        first one."""
         return self._world.break_off(ErrorReport.of(self.rank, error, call))
 
     def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
@@ -276,7 +277,7 @@ class ThreadCommunicator:
 
 
 def describe(x: torch.Tensor) -> str:
-    """Such as float32[2, 8]."""
+    """Format a tensor as dtype and shape: float32[2, 8]."""
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
 
 

@@ -1,1 +1,1 @@
-"""A process becomes a rank: from a checkpoint, an artifact or the cache of splits."""
+"""Turns a process into a rank: from a checkpoint, an artifact or the cache of splits."""

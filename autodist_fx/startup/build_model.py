@@ -1,4 +1,4 @@
-"""The one choice of runtime class: a rank's programs and what else it has become the model that generates.
+"""Builds a rank's model of its programs: the one place that chooses its runtime class.
 
 Programs come from a compilation (from_checkpoint.py) or from an artifact's files (from_artifact.py). Both say by a
 `RankPrograms` which variants there are, and by `RankParts` what a model is made of besides.
@@ -31,42 +31,46 @@ T = TypeVar("T")
 
 
 class RankPrograms(Protocol[V]):
-    """One rank's programs, by variant: a traced form of the model, compiled (Variant) or on the disk (Form)."""
+    """One rank's programs, by variant: a traced graph of the model, compiled (Variant) or on the disk
+    (SavedVariant)."""
 
     @property
     def step(self) -> V:
-        """The variant that generates tokens."""
+        """Return the variant that generates tokens."""
 
     @property
     def prompt(self) -> V | None:
-        """The variant that runs before the steps, in a model with a cache of its own; None for all others."""
+        """Return the variant that runs before the steps, in a model with a cache of its own; None for all others."""
 
     def encoder_of(self, variant: V) -> V | None:
-        """The variant that fills the cache which `variant` reads, in a model with an encoder and a decoder."""
+        """Return the variant that fills the cache which `variant` reads, in a model with an encoder and a decoder;
+        else None."""
 
     def program(self, variant: V) -> RankProgram:
-        """This rank's program, with its weights."""
+        """Return this rank's program, with its weights."""
 
     def of_column(self, variant: V) -> list[RankProgram]:
-        """The programs of the ranks at this one's place in the tp groups of all stages, in order; without weights."""
+        """Return the programs of the ranks at this one's place in the tp groups of all stages, in order; without
+        weights."""
 
     def guarded(self, first: V, run: Callable[[V], T]) -> GuardedPrograms[T]:
-        """What `run` makes of `first` and, where the model's code goes another way, of its like for other sizes."""
+        """Return what `run` makes of `first` and, where its guards do not hold, of its like for other sizes."""
 
     def fixed(self, variant: V) -> GuardedPrograms[RankProgram]:
-        """The variant's program; AutodistError for sizes at which the model's code goes another way."""
+        """Return the variant's program for sizes at which its guards hold; for others AutodistError."""
 
     @property
     def signature(self) -> ModelSignature:
-        """See CallPrograms."""
+        """Return the signature of calls; see CallPrograms."""
 
     def program_for(self, call: Call) -> CallProgram:
-        """See CallPrograms: with the weights of the step's program, where both hold them alike."""
+        """Return the program for a call, with the weights of the step's program, where both hold them alike; see
+        CallPrograms."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankParts:
-    """What one rank's model is made of.
+    """The parts that one rank's model is made of.
 
     `main_input_name`: what the encoder reads, in a model that has one. `skeleton`: the model on meta, where its family
     has a generate of its own, which asks it for sizes, or prepares the inputs of a decoder's steps by itself; None
@@ -86,7 +90,7 @@ class RankParts:
 
 
 def build_model(parts: RankParts) -> DistributedCausalLM:
-    """The model of one rank, ready to generate: with an encoder, with a cache of its own, or with a KV cache."""
+    """Return the model of one rank, ready to generate: with an encoder, with a cache of its own, or with a KV cache."""
     programs, step = parts.programs, parts.programs.step
     of_all: dict[str, Any] = {
         "program": programs.program(step),

@@ -1,4 +1,5 @@
-"""What ranks must hold alike: what they were asked for, the model and its weights, and the slices that several hold."""
+"""States what ranks must hold alike: what they were asked for, the model and its weights, and the slices that
+several hold."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ Piece = tuple[int | None, Interval]  # elements of a dim; (None, ...): the whole
 def request_facts(
     entry: str, request: PlanRequest, plan: PartitionPlan | None, *, verify: bool, **more: object
 ) -> dict[str, str]:
-    """What a rank was asked for: `entry` is the public function that was called, `more` its other arguments."""
+    """Return the facts of what a rank was asked for: `entry` is the public function that was called, `more` its
+    other arguments."""
     facts = {
         "the function called": entry,
         "objective": request.objective,
@@ -47,7 +49,7 @@ def request_facts(
 def model_facts(
     model: PreTrainedModel, generation_config: GenerationConfig | None, open_weights: Callable[[], WeightSource]
 ) -> dict[str, str]:
-    """The model that a rank has found, and a fingerprint of its weights. Raises CheckpointError."""
+    """Return the facts of the model that a rank has found, and a fingerprint of its weights. Raises CheckpointError."""
     source = open_weights()
     try:
         weights = source.fingerprint()
@@ -63,7 +65,7 @@ def model_facts(
 
 
 def shared_weight_facts(plan: PlanData, program: RankProgram) -> dict[str, str]:
-    """A digest of each piece of a weight that this rank holds and others do, too. `program` is loaded."""
+    """Return a digest of each piece of a weight that this rank holds and others do, too. `program` is loaded."""
     shared, facts = pieces_of_several(plan, program.rank), {}
     state = dict(program.graph_module.named_parameters(remove_duplicate=False))
     for name, shard in program.param_shards.items():
@@ -78,7 +80,8 @@ def shared_weight_facts(plan: PlanData, program: RankProgram) -> dict[str, str]:
 
 
 def pieces_of_several(plan: PlanData, rank: int) -> Mapping[str, list[Piece]]:
-    """By parameter, the largest pieces that this rank and the same others hold, of those that others hold at all."""
+    """Return, by parameter, the largest pieces that this rank and the same others hold, of those that others hold at
+    all."""
     stage, tp_rank = plan.mesh.coordinates(rank)
     found = {}
     for param in plan.params:
@@ -105,7 +108,7 @@ def _held_by(parts: tuple[tuple[Interval, ...], ...], tp_rank: int, stages: int)
 def _place(
     shard_dim: int | None, intervals: tuple[Interval, ...], dim: int | None, start: int, stop: int
 ) -> int | None:
-    """Where the piece begins in a shard of those intervals; None where the shard has not all of it."""
+    """Return where the piece begins in a shard of those intervals; None where the shard has not all of it."""
     if dim is None:
         return 0 if shard_dim is None else None
     before = 0

@@ -1,4 +1,4 @@
-"""A process becomes a rank of an artifact: its program, weights, and what generates with them."""
+"""Starts a rank from an artifact: its programs, weights, and what generates with them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 def start_from_artifact(artifact: ArtifactReader, options: JoinOptions) -> DistributedCausalLM:
-    """This process joins the ranks that the artifact is for, all of the same artifact, and takes its share."""
+    """Join the ranks that the artifact is for, all with the same artifact, and return this process's model."""
     asked = {"the function called": "load", "the artifact": digest(artifact.manifest.to_text())}
     joined = join(artifact.mesh, options, asked)
     return joined.together(lambda: (share(artifact, joined), {}))
@@ -42,7 +42,8 @@ def start_from_artifact(artifact: ArtifactReader, options: JoinOptions) -> Distr
 def share(
     artifact: ArtifactReader, joined: JoinedRank, maker: Callable[[], ProgramMaker] | None = None
 ) -> DistributedCausalLM:
-    """The share of `joined`, with its weights. `maker()` makes what the artifact lacks; without it that is refused."""
+    """Return the model of `joined`, with its weights. `maker()` makes what the artifact lacks; without it that is
+    refused."""
     began, rss_before = time.perf_counter(), rss_bytes()
     programs = ArtifactPrograms(artifact, joined, maker)
     weights = artifact.weights_of(joined.rank, joined.device)
@@ -79,24 +80,24 @@ def _skeleton(artifact: ArtifactReader) -> PreTrainedModel:
 
 
 class MadePrograms(Protocol):
-    """Programs that an artifact lacks."""
+    """Programs that an artifact lacks, made of the model."""
 
     def program_for(self, call: Call) -> CallProgram:
-        """See CallPrograms."""
+        """Return the program for a call; see CallPrograms."""
 
     def at_lengths(self, lengths: Lengths) -> tuple[Guards | None, Any]:
-        """What generates at these lengths, and its guards."""
+        """Return (guards, the programs that generate at these sizes)."""
 
 
 class ProgramMaker(Protocol):
-    """The model of an artifact."""
+    """The model of an artifact, where it is at hand."""
 
     def programs_beside(self, plan: PartitionPlan, loaded: Sequence[RankProgram]) -> MadePrograms:
-        """Programs of a rank that generates by `plan`, with the weights of those that are `loaded`."""
+        """Return programs of a rank that generates by `plan`, with the weights of those that are `loaded`."""
 
 
 class ArtifactPrograms:
-    """The RankPrograms of an artifact's files: each is read once."""
+    """The RankPrograms of an artifact's files, each of which is read once."""
 
     def __init__(
         self, artifact: ArtifactReader, joined: JoinedRank, maker: Callable[[], ProgramMaker] | None
@@ -137,7 +138,8 @@ class ArtifactPrograms:
         return self._artifact.signature
 
     def program_for(self, call: Call) -> CallProgram:
-        """See CallPrograms; of the model, where it is at hand: an entry of the cache of splits keeps no such forms."""
+        """Return the program for a call, of the model where it is at hand: an entry of the cache of splits keeps no
+        such variants."""
         if self._maker is not None:
             return self._made.program_for(call)
         forms = self._artifact.forms_for(call)
@@ -158,7 +160,8 @@ class ArtifactPrograms:
     def _guarded(
         self, first: Form, run: Callable[[Form], T], make: Callable[[Lengths], tuple[Guards | None, Any]]
     ) -> GuardedPrograms[T]:
-        """What `run` makes of a form, and of those for the same call with other lengths; `make` makes others."""
+        """Return what `run` makes of a variant, and of those for the same call with other sizes; `make` makes
+        others."""
         same = [form for form in self._artifact.forms.values() if form.same_call(first) and form is not first]
         found = [(self._artifact.conditions_of(form), run(form)) for form in (first, *same)]
         return GuardedPrograms(found, make, first.made_for.forms)

@@ -1,4 +1,4 @@
-"""A process becomes a rank of a model: compiled, agreed upon with the other ranks, loaded, ready to generate."""
+"""Starts a rank from a model: compiled, agreed upon with the other ranks, loaded, ready to generate."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from cost_model.request.plan_request import PlanRequest
 def distribute(
     model: PreTrainedModel, joined: JoinedRank, request: PlanRequest, options: CompileOptions
 ) -> DistributedCausalLM:
-    """The share of `joined` in a model that every rank has in memory; see CompiledModel.to_distributed."""
+    """Return this rank's share of a model that every rank has in memory; see CompiledModel.to_distributed."""
     snapshot = ModelSnapshot.of(model)
     startup = RankStartup(model, lambda: ModuleSource(model), joined, request, options, snapshot=snapshot)
     generation_config = getattr(model, "generation_config", None)
@@ -51,7 +51,7 @@ def open_checkpoint(
     options: CompileOptions,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[RankStartup, GenerationConfig]:
-    """What makes this rank's programs of a checkpoint, and how the checkpoint generates. Raises CheckpointError."""
+    """Open a checkpoint: return what makes this rank's programs of it, and how it generates. Raises CheckpointError."""
     checkpoint = resolve(source)
     model = empty_model(checkpoint.config, wanted_dtype(dtype, checkpoint.config))
 
@@ -68,8 +68,8 @@ def start(
     plan: PartitionPlan | None = None,
     entry: CacheEntry | None = None,
 ) -> DistributedCausalLM:
-    """A rank's share: compiled (by `plan`, if there is one), agreed upon and loaded; kept in the cache where there is
-    an entry for it."""
+    """Return this rank's model: compiled (by `plan`, if there is one), agreed upon and loaded; kept in the cache
+    where there is an entry for it."""
     model, joined = startup.model, startup.joined
     if not model.can_generate():
         raise AutodistError(

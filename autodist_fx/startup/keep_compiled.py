@@ -1,4 +1,4 @@
-"""What a start from a checkpoint has compiled and loaded goes into the cache of splits."""
+"""Writes what a start from a checkpoint has compiled and loaded into the cache of splits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def keep_compiled(
     model: PreTrainedModel,
     generation_config: GenerationConfig | None,
 ) -> None:
-    """What this rank has, loaded, goes into the cache; a model with an op that no file can hold does not."""
+    """Write what this rank has, loaded, into the cache; a model with an op that no file can hold is left out."""
     parts = named_parts(main.variants)
     programs = [(part, part.variant.programs[joined.rank]) for part in parts]
 

@@ -1,4 +1,5 @@
-"""A model in memory as it was when its weights were loaded: what is made of it later goes with these weights."""
+"""Remembers a model in memory as it was when its weights were loaded: what is made of it later goes with these
+weights."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class ModelSnapshot:
         return cls(structure_of(model), tuple(contents_of(buffer) for buffer in model.buffers()))
 
     def change(self, model: PreTrainedModel, loaded: Sequence[RankProgram]) -> AutodistError | None:
-        """An error that says what has changed in `model` since the rank's programs `loaded` got its weights."""
+        """Return an error that says what has changed in `model` since the rank's programs `loaded` got its weights;
+        None: nothing."""
         if structure_of(model) != self.structure:
             return _changed(model, "its adapters, layers, mode or config")
         if tuple(contents_of(buffer) for buffer in model.buffers()) != self.buffers:

@@ -1,4 +1,4 @@
-"""What makes the programs of one rank: the model, its weights, the mesh it joined, and what was asked for."""
+"""Makes the programs of one rank of the model, its weights, the mesh it joined, and what was asked for."""
 
 from __future__ import annotations
 
@@ -57,11 +57,12 @@ class RankStartup:
 
     @property
     def unverified(self) -> CompileOptions:
-        """Options to compile with: to emit other ranks' programs and prove them is rank 0's work alone (`agreed`)."""
+        """Return options to compile with: to emit other ranks' programs and prove them is rank 0's work alone
+        (`agreed`)."""
         return replace(self.options, verify=False)
 
     def agreed(self, compile: Callable[[], Compilation]) -> tuple[Compilation, RankProgram]:
-        """What `compile()` makes, and this rank's program of it, when all ranks have made the same."""
+        """Return what `compile()` makes, and this rank's program of it, when all ranks have made the same."""
 
         began = time.perf_counter()
 
@@ -82,8 +83,8 @@ class RankStartup:
         return agreed
 
     def loaded(self, compiled: Compilation, program: RankProgram, beside: RankProgram | None) -> LoadReport:
-        """The weights of `program`, and of what runs `beside` it, when every rank has its own, and those that several
-        ranks hold are the same on all of them."""
+        """Load the weights of `program`, and of what runs `beside` it, when every rank has its own, and those that
+        several ranks hold are the same on all of them."""
 
         def read() -> tuple[LoadReport, Facts]:
             report = replace(self.load(compiled, program), start_seconds=dict(self.spent))
@@ -94,7 +95,7 @@ class RankStartup:
         return self.joined.together(read)
 
     def _keep_state(self, variant: Variant) -> None:
-        """Raises AutodistError where this form keeps a buffer that calls write on another stage than those before."""
+        """Raise AutodistError where this variant keeps a buffer that calls write on another stage than those before."""
         for part in filter(None, (variant.encoder, variant)):
             for buffer, users in part.graph.state.items():
                 stage = part.plan.op(users[0]).home
@@ -108,8 +109,9 @@ class RankStartup:
     def made_alike(
         self, compiled: Compilation, make: Callable[[], Variant], held: Sequence[RankProgram]
     ) -> Variant:
-        """What `make` makes of `compiled`, when all ranks have made the same; this rank's programs of it are loaded,
-        with the weights of the programs `held` wherever they are the same. Raises, on all ranks, what any raises."""
+        """Return what `make` makes of `compiled`, when all ranks have made the same; this rank's programs of it are
+        loaded, with the weights of the programs `held` wherever they are the same. Raises, on all ranks, what any
+        raises."""
         variant, failure = None, None
         self.refuse_changes(held)
         try:
@@ -132,13 +134,13 @@ class RankStartup:
         return variant
 
     def refuse_changes(self, loaded: Sequence[RankProgram]) -> None:
-        """Raises AutodistError on every rank where a model in memory, on any rank, is no longer what `loaded`, this
+        """Raise AutodistError on every rank where a model in memory, on any rank, is no longer what `loaded`, this
         rank's programs, were loaded from: a graph that is made now would mix its weights with theirs."""
         if self.snapshot is not None:
             agree(self.joined.everyone, self.joined.rank, {}, failure=self.snapshot.change(self.model, loaded))
 
     def load(self, compiled: Compilation, program: RankProgram, variant: Variant | None = None) -> LoadReport:
-        """The weights of a program of `compiled`; of one of its other variants, where one is given."""
+        """Load the weights of a program of `compiled`, or of one of its other variants, where one is given."""
         buffers = compiled.buffers
         if variant is not None:
             buffers |= dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))
@@ -151,7 +153,7 @@ class RankStartup:
             source.close()
 
     def programs_beside(self, plan: PartitionPlan, loaded: Sequence[RankProgram]) -> CompiledPrograms:
-        """The programs of a rank that generates by `plan`, with the weights of those that are `loaded`."""
+        """Return the programs of a rank that generates by `plan`, with the weights of those that are `loaded`."""
         compiled = compile_for_generation(self.model, Compilation, self.request, self.unverified, plan)
         return CompiledPrograms(self, compiled, list(loaded))
 
@@ -196,13 +198,13 @@ class CompiledPrograms:
         return one_way(variant.conditions, self.program(variant), variant.other_way)
 
     def at_lengths(self, lengths: Lengths) -> tuple[Guards | None, Any]:
-        """What generates at lengths that there is no program for yet, and its guards."""
+        """Return (guards, programs that generate) for sizes that there is no program for yet."""
         make = generating_programs(self).make
         assert make is not None, "programs of a model that is at hand are made when they are asked for"
         return make(lengths)
 
     def program_for(self, call: Call) -> CallProgram:
-        """See CallPrograms."""
+        """Return the program for a call; see CallPrograms."""
         compiled = self._compiled
         variant = compiled.known_for(call, 0)
         if variant is None or not any(variant is known for known in self._calls):

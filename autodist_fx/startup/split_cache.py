@@ -1,6 +1,6 @@
-"""The cache of splits: what a second start of the same model on the same mesh reads instead of tracing and slicing.
+"""The cache of splits, which a second start of the same model on the same mesh reads instead of tracing and slicing.
 
-    HF_HOME/autodist_fx/<key>/     an artifact; the key is a digest of all that it depends on
+HF_HOME/autodist_fx/<key>/     an artifact; the key is a digest of all that it depends on
 """
 
 from __future__ import annotations
@@ -43,18 +43,19 @@ _SPARE = 1.05  # of the disk, beyond the weights
 
 @dataclass(frozen=True, slots=True)
 class CacheEntry:
-    """Where an artifact is kept, or will be; the directory's name is its key. `tokenizer` goes along."""
+    """The place where an artifact is kept, or will be; the directory's name is its key. `tokenizer` goes along."""
 
     path: Path
     tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
     def key(self) -> str:
+        """Return the digest of all that the split depends on, in hex."""
         return self.path.name
 
     @property
     def is_there(self) -> bool:
-        """Whether there is one, as far as its manifest says."""
+        """Return whether there is an artifact, as far as its manifest says."""
         try:
             return read_manifest(self.path).key == self.key
         except (AutodistError, OSError):
@@ -62,7 +63,8 @@ class CacheEntry:
 
 
 def cache_directory(cache: bool | str | Path | None) -> Path | None:
-    """Where splits are kept, None for nowhere. None asks ADX_CACHE, which is a directory, 1, or 0 (the default)."""
+    """Return where splits are kept, None for nowhere. None asks ADX_CACHE, which is a directory, 1, or 0 (the
+    default)."""
     said = os.environ.get(ENVIRONMENT, "")
     if cache is None:
         cache = said not in ("", "0")
@@ -74,7 +76,7 @@ def cache_directory(cache: bool | str | Path | None) -> Path | None:
 
 
 def is_kept(cache: bool | str | Path | CacheEntry | None) -> bool:
-    """Whether splits are kept at all."""
+    """Return whether splits are kept at all."""
     return isinstance(cache, CacheEntry) or cache_directory(cache) is not None
 
 
@@ -85,7 +87,7 @@ def cache_entry(
     request: PlanRequest,
     plan: PartitionPlan | None,
 ) -> CacheEntry | None:
-    """The entry for a checkpoint that is split like this; None where splits are not kept.
+    """Return the entry for a checkpoint that is split like this; None where splits are not kept.
 
     Its key is a digest of all that the split depends on. A file's name, size and time of change stand for its content.
     """
@@ -112,7 +114,7 @@ def cache_entry(
 def from_cache(
     entry: CacheEntry, joined: JoinedRank, make_share: Callable[[ArtifactReader], DistributedCausalLM]
 ) -> DistributedCausalLM | None:
-    """This rank's share, if every rank finds its own in the same entry; else None, on every rank.
+    """Return this rank's share, if every rank finds its own in the same entry; else None, on every rank.
 
     Called on every rank. Rank 0 takes a damaged entry away, and a warning names the file.
     """
@@ -205,7 +207,7 @@ def _no_room(directory: Path, weight_bytes: int) -> str:
 
 
 def _drop_stale(entry: Path) -> None:
-    """What a process that was killed has left half filled."""
+    """Remove what a process that was killed has left half filled."""
     for path in entry.parent.glob(".*.tmp"):
         if path.is_dir() and time.time() - path.stat().st_mtime > _STALE_SECONDS:
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A process becomes a rank of a checkpoint's model: out of the cache of splits, or compiled and loaded."""
+"""Starts a rank of a checkpoint's model: out of the cache of splits, or compiled and loaded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def start_rank(
     progress: Callable[[int, int], None] | None = None,
     cache: bool | str | Path | CacheEntry | None = None,
 ) -> DistributedCausalLM:
-    """This process's share of a checkpoint's model; see autodist_fx.from_pretrained."""
+    """Return this process's share of a checkpoint's model; see autodist_fx.from_pretrained."""
     try:
         request, plan = wanted.resolve(default_hardware()), wanted.plan
         keeps = options.dump_dir is None and is_kept(cache)
