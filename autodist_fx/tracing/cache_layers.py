@@ -1,4 +1,5 @@
-"""What a model writes into its KV cache: kinds of the layers from the config, shapes by asking the model itself."""
+"""Finds what a model writes into its KV cache: kinds of the layers from the config, shapes by asking the model
+itself."""
 
 from __future__ import annotations
 
@@ -23,18 +24,19 @@ class CacheLayer:
     dtype: torch.dtype
 
     def make(self, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of that many tokens, on meta."""
+        """Return keys and values of that many tokens, on meta."""
         key = torch.empty(batch, self.heads, tokens, self.key_dim, dtype=self.dtype, device="meta")
         return key, key.new_empty(batch, self.heads, tokens, self.value_dim)
 
 
 def new_cache(config: PretrainedConfig) -> DynamicCache:
-    """The empty cache that transformers' generate makes for this config."""
+    """Return the empty cache that transformers' generate makes for this config."""
     return DynamicCache(config=config)
 
 
 def layer_kinds(config: PretrainedConfig) -> tuple[str, ...]:
-    """Per cache layer: "full", "sliding:<window>" or "chunked:<size>", the window and the size in tokens."""
+    """Return the kind of each cache layer: "full", "sliding:<window>" or "chunked:<size>", the window and the size
+    in tokens."""
     decoder = config.get_text_config(decoder=True)
     layer_types = getattr(decoder, "layer_types", None) or ()
     kinds = []
@@ -49,7 +51,7 @@ def layer_kinds(config: PretrainedConfig) -> tuple[str, ...]:
 
 
 def cache_layers(model: PreTrainedModel) -> tuple[CacheLayer | None, ...]:
-    """What each cache layer receives from the model, None for a layer that it never writes.
+    """Return what each cache layer receives from the model, None for a layer that it never writes.
 
     `model` has its parameters on meta and is called within `traceable`. Runs its forward once on meta tensors, so that
     grouped heads, latent attention and layers that share their keys need no knowledge of config names; a model that
@@ -72,7 +74,8 @@ def cache_layers(model: PreTrainedModel) -> tuple[CacheLayer | None, ...]:
 
 
 def _cache_after_one_call(model: PreTrainedModel) -> tuple[DynamicCache, bool]:
-    """The cache, and whether the call came to its end: one that looks at values stops in the first layer that does."""
+    """Return the cache, and whether the call came to its end: one that looks at values stops in the first layer that
+    does."""
     cache = new_cache(model.config)
     ids = torch.empty(_PROBE_BATCH, _PROBE_SEQ, dtype=torch.long, device="meta")
     inputs = {

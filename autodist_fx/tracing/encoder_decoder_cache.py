@@ -1,4 +1,5 @@
-"""The two caches of an encoder-decoder model, of what the decoder wrote and of the encoder's output, as one.
+"""Joins the two caches of an encoder-decoder model, what the decoder wrote and what reads the encoder's output, into
+one.
 
     before  %cross = getattr(%past_key_values, "cross_attention_cache");  %kv = %cross.update(%k, %v, 3)
     after   %kv = %past_key_values.update(%k, %v, 7)
@@ -28,7 +29,8 @@ _LAYER_ARGUMENT = {"update": 3, "get_seq_length": 1, "get_mask_sizes": 2}
 def model_cache(
     config: PretrainedConfig, layers: Sequence[CacheLayer | None], batch: int, past: int
 ) -> EncoderDecoderCache:
-    """The cache as the model takes it: `past` tokens of its own in each decoder layer, nothing of the encoder yet."""
+    """Return the cache as the model takes it: `past` tokens of its own in each decoder layer, nothing of the encoder
+    yet."""
     own = DynamicCache(config=config) if any(":" in kind for kind in _own_kinds(config)) else DynamicCache()
     for index, layer in enumerate(layers[::2]):
         if layer is not None and past:
@@ -37,7 +39,7 @@ def model_cache(
 
 
 def written_layers(model: PreTrainedModel, inputs: Mapping[str, object]) -> tuple[CacheLayer | None, ...]:
-    """What the model writes into each layer of the one cache when it is called with these meta tensors."""
+    """Return what the model writes into each layer of the one cache when it is called with these meta tensors."""
     cache = model_cache(model.config, (), 0, 0)
     meta_buffers = {name: buffer.to("meta") for name, buffer in model.named_buffers()}
     # Without masks: some are looked at, unless traced. They change no shape.
@@ -56,7 +58,7 @@ def written_layers(model: PreTrainedModel, inputs: Mapping[str, object]) -> tupl
 
 
 def both_kinds(config: PretrainedConfig, count: int) -> tuple[str, ...]:
-    """Kinds of the `count` layers of the one cache, as in cache_layers.layer_kinds."""
+    """Return the kinds of the `count` layers of the one cache, as in cache_layers.layer_kinds."""
     own = _own_kinds(config)
     of_window = any(":" in kind for kind in own)
     return tuple(CROSS if i % 2 else own[i // 2] if of_window else "full" for i in range(count))
@@ -76,7 +78,7 @@ def merge_caches(graph: torch.fx.Graph) -> None:
 
 
 def _part(value: object) -> str | None:
-    """Which cache a node stands for, None if it is none; the pair of both answers for the decoder's own."""
+    """Return which cache a node stands for, None if it is none; the pair of both answers for the decoder's own."""
     if not isinstance(value, Node):
         return None
     if value.op == "placeholder":

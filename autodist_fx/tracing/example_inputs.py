@@ -28,8 +28,8 @@ _USUAL_IMAGE_SIZE = 224  # of ImageNet's classifiers; what transformers' image p
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Concrete sizes of one call: sequences, tokens per sequence, tokens per sequence already in the cache, and what an
-    encoder reads per sequence where there is one before the decoder."""
+    """The concrete sizes of one call: sequences, tokens per sequence, tokens per sequence already in the cache, and
+    what an encoder reads per sequence where there is one before the decoder."""
 
     batch: int
     seq: int
@@ -75,7 +75,7 @@ class ExampleInputs:
         return InputSpec(dims, self.dtype if is_floating else torch.long)
 
     def make(self, sizes: Sizes) -> dict[str, object]:
-        """Meta tensors (and one DynamicCache of meta tensors) by input name, new ones on each call."""
+        """Return meta tensors (and one DynamicCache of meta tensors) by input name, new ones on each call."""
         return {name: self._make_one(name, sizes) for name in self.input_names}
 
     def _make_one(self, name: str, sizes: Sizes) -> torch.Tensor | DynamicCache:
@@ -91,7 +91,8 @@ class ExampleInputs:
         return torch.empty(shape, dtype=form.dtype, device="meta")
 
     def for_model(self, sizes: Sizes) -> dict[str, object]:
-        """The same as the model itself takes it: a decoder's own cache and that of the encoder's output are two."""
+        """Return the same as the model itself takes it: a decoder's own cache and that of the encoder's output are
+        two."""
         inputs = self.make(sizes)
         if self.has_encoder and "past_key_values" in inputs:
             inputs["past_key_values"] = model_cache(self.config, self.cache_layers, sizes.batch, sizes.past)
@@ -114,7 +115,7 @@ class ExampleInputs:
 
 
 def default_inputs(model: PreTrainedModel, use_cache: bool) -> tuple[str, ...]:
-    """The arguments of the model's forward that people give, in its order: these become inputs of the graph.
+    """Return the arguments of the model's forward that people give, in its order: these become inputs of the graph.
 
     Token ids, their mask and the segments that a tokenizer adds to them; pixels; both for a model with two towers. With
     `use_cache` positions and the cache instead of segments. What an encoder reads (spectrograms, say) and a decoder's
@@ -138,12 +139,12 @@ def default_inputs(model: PreTrainedModel, use_cache: bool) -> tuple[str, ...]:
 
 
 def has_encoder(model: PreTrainedModel) -> bool:
-    """Whether its forward runs an encoder on the main input, and a decoder after it."""
+    """Return whether its forward runs an encoder on the main input, and a decoder after it."""
     return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
 def embedding_dim(model: PreTrainedModel) -> int:
-    """Of a token's embedding, for `inputs_embeds`; 0 for a model that embeds no tokens."""
+    """Return the width of a token's embedding, for `inputs_embeds`; 0 for a model that embeds no tokens."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except (NotImplementedError, AttributeError):  # some models of images have the method, and nothing to return
@@ -152,8 +153,8 @@ def embedding_dim(model: PreTrainedModel) -> int:
 
 
 def image_shape(config: PretrainedConfig) -> tuple[int, ...]:
-    """[channels, height, width] of the images that a config is for; 224 x 224 where it doesn't say. [patches, numbers]
-    where they come in patches of any aspect ratio."""
+    """Return [channels, height, width] of the images that a config is for; 224 x 224 where it doesn't say. [patches,
+    numbers] where they come in patches of any aspect ratio."""
     vision = getattr(config, "vision_config", config)
     channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
     if (patches := patches_demanded(config)) is not None:
@@ -165,7 +166,7 @@ def image_shape(config: PretrainedConfig) -> tuple[int, ...]:
 
 
 def unmistakable_sizes(model: PreTrainedModel, other_than: Sizes | None = None) -> Sizes:
-    """Sizes to trace with that cannot be taken for a dimension of the model, nor for a part of one.
+    """Return sizes to trace with that cannot be taken for a dimension of the model, nor for a part of one.
 
     Primes that divide no dim of a parameter or buffer and no number in the config: then neither do they equal a head
     size, a number of heads or any other factor of a dimension. Kept small, since some shapes are found on CPU tensors.
@@ -199,8 +200,8 @@ _FRAMES = 47  # that an example of sound should have left; more than any other e
 
 
 def fewest_frames(model: PreTrainedModel) -> int:
-    """How many samples or frames the model's convolutions over time make _FRAMES of, at least; 0 without any that
-    leaves fewer than it gets."""
+    """Return how many samples or frames the model's convolutions over time make _FRAMES of, at least; 0 without any
+    that leaves fewer than it gets."""
     needed = _FRAMES
     for module in reversed(list(model.modules())):
         if isinstance(module, nn.Conv1d) and isinstance(module.padding, tuple):
@@ -212,7 +213,7 @@ def fewest_frames(model: PreTrainedModel) -> int:
 
 
 def _integers(value: object) -> Iterator[int]:
-    """The integers anywhere in a config's dict, but booleans."""
+    """Return the integers anywhere in a config's dict, but booleans."""
     if isinstance(value, int) and not isinstance(value, bool):
         yield abs(value)
     elif isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Forward hooks, forward pre-hooks and replaced forwards: Python of the caller's that hangs on single modules.
+"""Traces forward hooks, forward pre-hooks and replaced forwards: Python of the caller's that hangs on single modules.
 
 What they compute with tensors is traced, and part of the graph as if it stood in the model. One that keeps what it is
 given, or changes something that outlives its call, does what no graph can, and is refused by name.
@@ -49,8 +49,8 @@ class Attached:
 
 
 def attached_to(model: nn.Module) -> list[Attached]:
-    """Every forward hook, forward pre-hook and replaced forward of the model's modules, but those that only move
-    tensors between devices (accelerate's, of a model that was loaded with `device_map`)."""
+    """Return every forward hook, forward pre-hook and replaced forward of the model's modules, but those that only
+    move tensors between devices (accelerate's, of a model that was loaded with `device_map`)."""
     found = []
     for path, module in model.named_modules():
         forward = own_forward(module)
@@ -62,7 +62,8 @@ def attached_to(model: nn.Module) -> list[Attached]:
 
 
 def backward_hooks_of(model: nn.Module) -> list[Attached]:
-    """Every backward hook of the model's modules; of its parameters, those that run when a gradient has been added."""
+    """Return every backward hook of the model's modules, and the hooks of its parameters that run when a gradient
+    has been added."""
     found = [
         Attached(kind, path, function)
         for path, module in model.named_modules()
@@ -76,7 +77,7 @@ def backward_hooks_of(model: nn.Module) -> list[Attached]:
 
 
 def refuse_global_hooks() -> None:
-    """Raises AutodistError where a hook is there for all modules: it would see a rank's pieces, and not the model's."""
+    """Raise AutodistError where a hook is there for all modules: it would see a rank's pieces, and not the model's."""
     for attribute, kind in _GLOBAL.items():
         for function in getattr(nn_module, attribute).values():
             raise AutodistError(
@@ -86,7 +87,7 @@ def refuse_global_hooks() -> None:
 
 
 def refuse_autocast() -> None:
-    """Raises TracingError: torch.autocast is on in the forward that is being traced."""
+    """Raise TracingError: torch.autocast is on in the forward that is being traced."""
     raise TracingError(
         "torch.autocast is on in a part of the model, and a graph computes in the dtypes that tensors have: take it "
         "out, and convert with .to(dtype)"
@@ -94,7 +95,7 @@ def refuse_autocast() -> None:
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """The forward that this module has instead of its class's; None where it has none."""
+    """Return the forward that this module has instead of its class's; None where it has none."""
     forward = vars(module).get(_FORWARD)
     if forward is not None and _only_moves(vars(module).get("_hf_hook")):
         forward = vars(module).get("_old_forward", forward)
@@ -106,16 +107,18 @@ def own_forward(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def has_attached(module: nn.Module) -> bool:
-    """Whether a call of this module, or of one inside it, is more or something else than its class's forward."""
+    """Return whether a call of this module, or of one inside it, is more or something else than its class's forward."""
     return any(has_attached_itself(each) for each in module.modules())
 
 
 def has_attached_itself(module: nn.Module) -> bool:
+    """Return whether a call of this module is, leaving aside those inside it."""
     return bool(module._forward_hooks or module._forward_pre_hooks or _FORWARD in vars(module))
 
 
 def of_another_class(module: nn.Module) -> bool:
-    """Whether the forward of this module's class is not the one that was written there (nn.Linear.forward = ...)."""
+    """Return whether the forward of this module's class is not the one that was written there (nn.Linear.forward =
+    ...)."""
     cls = next(cls for cls in type(module).__mro__ if _FORWARD in vars(cls))
     code = getattr(vars(cls)[_FORWARD], "__code__", None)
     return code is None or code.co_filename != inspect.getfile(cls)
@@ -125,7 +128,7 @@ def of_another_class(module: nn.Module) -> bool:
 
 
 def left_as_they_are(model: nn.Module, memo: dict[int, object]) -> None:
-    """Notes for copy.deepcopy of the model that hooks are not copied: they may hold anything."""
+    """Note for copy.deepcopy of the model that hooks are not copied: they may hold anything."""
     for module in model.modules():
         memo.update({id(hook): hook for hook in (vars(module).get("_hf_hook"),) if hook is not None})
         for attribute in (*_KINDS, *_BACKWARD_KINDS):
@@ -134,7 +137,7 @@ def left_as_they_are(model: nn.Module, memo: dict[int, object]) -> None:
 
 
 def watch(copied: nn.Module, model: nn.Module) -> None:
-    """Gives `copied`, a copy of `model`, the same hooks and forwards, each watched for what no graph can hold."""
+    """Give `copied`, a copy of `model`, the same hooks and forwards, each watched for what no graph can hold."""
     own = {each.path: each for each in attached_to(model) if each.kind == _FORWARD}
     copies = {module: copied.get_submodule(path) for path, module in model.named_modules()} if own else {}
     for path, module in copied.named_modules():
@@ -150,7 +153,7 @@ def watch(copied: nn.Module, model: nn.Module) -> None:
 
 
 def traced_for(copied: nn.Module) -> nn.Module | None:
-    """The caller's model, of which `copied` has watched hooks, None without any: they may read its modules."""
+    """Return the caller's model, of which `copied` has watched hooks, None without any: they may read its modules."""
     for module in copied.modules():
         for each in (vars(module).get(_FORWARD), *module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             if isinstance(each, Watched):
@@ -193,7 +196,8 @@ class Watched:
         return found
 
     def _note_replaced(self, module: nn.Module, before: Mapping[str, Any]) -> None:
-        """What a pre-hook gives forward to read (weight_norm: `weight`) is part of its computation; else refused."""
+        """Note what a pre-hook gives forward to read (weight_norm: `weight`), which is part of its computation; else
+        refuse it."""
         now = _attributes(module)
         changed = [name for name in now if name not in before or now[name] is not before[name]]
         comes_before = self.attached.kind == _KINDS["_forward_pre_hooks"]
@@ -210,7 +214,7 @@ class Watched:
 
 
 def restore_attributes(module: nn.Module) -> None:
-    """After a call: attributes that pre-hooks gave other values have those from before again."""
+    """Give attributes that pre-hooks set in a call their values from before."""
     for each in reversed(module._forward_pre_hooks.values()):
         if isinstance(each, Watched):
             vars(module).update(each.replaced)
@@ -218,8 +222,8 @@ def restore_attributes(module: nn.Module) -> None:
 
 
 def calls_attached(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """For fx, which calls the forward of the root's class: what `model(...)` would call, with its hooks. They get, as
-    keywords, the arguments that differ from the defaults of `plain`, which is that forward."""
+    """Return the forward for fx, which calls that of the root's class: what `model(...)` would call, with its hooks.
+    They get, as keywords, the arguments that differ from the defaults of `plain`, which is that forward."""
     usual = {name: p.default for name, p in inspect.signature(plain).parameters.items()}
 
     def forward(self: nn.Module, **kwargs: Any) -> Any:
@@ -233,7 +237,7 @@ def calls_attached(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Parametrizations(list[nn.Module]):
-    """Of one parameter; as torch's ParametrizationList, with `original`."""
+    """The parametrizations of one parameter; as torch's ParametrizationList, with `original`."""
 
     original: Any
 
@@ -241,7 +245,7 @@ class _Parametrizations(list[nn.Module]):
 def register_parametrization(
     module: nn.Module, tensor_name: str, parametrization: nn.Module, *, unsafe: bool = False
 ) -> nn.Module:
-    """For torch.nn.utils.parametrize.register_parametrization, whose checks look into tensors."""
+    """Stand for torch.nn.utils.parametrize.register_parametrization, whose checks look into tensors."""
     attributes = vars(module)
     chain = attributes.setdefault("parametrizations", {}).setdefault(tensor_name, _Parametrizations())
     if not chain:
@@ -252,7 +256,7 @@ def register_parametrization(
 
 
 def remove_parametrizations(module: nn.Module, tensor_name: str, leave_parametrized: bool = True) -> nn.Module:
-    """For torch.nn.utils.parametrize.remove_parametrizations, of those that the other put there."""
+    """Stand for torch.nn.utils.parametrize.remove_parametrizations, of those that the other put there."""
     attributes = vars(module)
     del attributes["parametrizations"][tensor_name], attributes[tensor_name]
     if not attributes["parametrizations"]:
@@ -264,13 +268,15 @@ def remove_parametrizations(module: nn.Module, tensor_name: str, leave_parametri
 
 
 def state_of(attached: Attached) -> tuple[object, ...]:
-    """What decides what it computes, as far as it can be seen: equal before and after a call that leaves nothing."""
+    """Return what decides what a hook computes, as far as it can be seen: equal before and after a call that leaves
+    nothing."""
     return tuple(reached(attached.function))
 
 
 def reached(start: object, *, modules: bool = True) -> Iterator[object]:
-    """The values that a function reaches: in its closure, its defaults, the globals that it names, its object. Numbers
-    and text by value, all else by identity; tensors also by how often they were written. `modules`: with attributes."""
+    """Return the values that a function reaches: in its closure, its defaults, the globals that it names, its
+    object. Numbers and text by value, all else by identity; tensors also by how often they were written. `modules`:
+    with attributes."""
     seen: set[int] = set()
     left = [start]
     while left and len(seen) < _MOST_VALUES:
@@ -292,7 +298,7 @@ def reached(start: object, *, modules: bool = True) -> Iterator[object]:
 
 
 def _inside(value: object) -> list[object]:
-    """What a value holds. Nothing of what is not the caller's: classes, and objects of libraries."""
+    """Return what a value holds, but nothing of what is not the caller's: classes, and objects of libraries."""
     if isinstance(value, (list, tuple, set, frozenset)):
         return list(value)
     if isinstance(value, Mapping):
@@ -327,7 +333,7 @@ def _is_filled(cell: types.CellType) -> bool:
 
 
 def _names_in(function: Callable[..., Any], operation: str) -> set[str]:
-    """The names that a function's code, and that of functions inside it, load: "LOAD_GLOBAL", "LOAD_ATTR"."""
+    """Return the names that a function's code, and that of functions inside it, load: "LOAD_GLOBAL", "LOAD_ATTR"."""
     code = getattr(function, "__code__", None)
     found: set[str] = set()
     left = [code] if code is not None else []
@@ -339,7 +345,7 @@ def _names_in(function: Callable[..., Any], operation: str) -> set[str]:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Plain ones, which are no parameters, buffers, modules and hooks."""
+    """Return the plain attributes, which are no parameters, buffers, modules and hooks."""
     return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
 
 
@@ -347,7 +353,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _rebound(function: Callable[..., Any], copies: Mapping[nn.Module, nn.Module]) -> Callable[..., Any]:
-    """A bound method or partial, of the copies of its modules."""
+    """Return a bound method or partial, of the copies of its modules."""
     if isinstance(function, types.MethodType):
         owner = function.__self__
         return types.MethodType(function.__func__, copies.get(owner, owner) if isinstance(owner, nn.Module) else owner)
@@ -358,7 +364,7 @@ def _rebound(function: Callable[..., Any], copies: Mapping[nn.Module, nn.Module]
 
 
 def _only_moves(hook: object) -> bool:
-    """Whether a hook of accelerate's does nothing but move tensors between devices."""
+    """Return whether a hook of accelerate's does nothing but move tensors between devices."""
     hooks = getattr(hook, "hooks", None) or (hook,)
     return all(type(h).__module__ == "accelerate.hooks" and type(h).__name__ in _DEVICE_HOOKS for h in hooks)
 

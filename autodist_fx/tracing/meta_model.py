@@ -1,4 +1,4 @@
-"""Models without weights: parameters on the meta device, buffers real (they are small, and some hold tables)."""
+"""Makes models without weights: parameters on the meta device, buffers real (they are small, and some hold tables)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LEFT_BY_CALLS: WeakKeyDictionary[type[nn.Module], frozenset[str]] = WeakKeyDict
 
 
 def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model's structure with every parameter on meta; no weight bytes are read or copied.
+    """Copy the model's structure with every parameter on meta; no weight bytes are read or copied.
 
     Buffers, config and mode (train or eval) are copied, and hooks and replaced forwards for tracing (hooks.py). A
     parameter that several modules share (tied embeddings) is one parameter in the copy, too.
@@ -66,8 +66,8 @@ def _forget_calls(module: nn.Module) -> None:
 
 
 def names_left_by_calls(cls: type[nn.Module]) -> frozenset[str]:
-    """The attributes in which modules of a class keep tensors of a call: a recurrent state, which the next sequence
-    starts without.
+    """Return the attributes in which modules of a class keep tensors of a call: a recurrent state, which the next
+    sequence starts without.
 
     They are plain attributes, neither parameters nor buffers, which a method writes, and which the constructor leaves
     empty: a table that it makes stays, though a method may move it to another device.
@@ -90,12 +90,12 @@ def _written_by_methods(cls: type[nn.Module]) -> set[str]:
 
 
 def holds_tensors(value: object) -> bool:
-    """Whether this is a tensor, or a tuple or list with some in it."""
+    """Return whether this is a tensor, or a tuple or list with some in it."""
     return next(_tensors(value), None) is not None
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
-    """A tensor, or those in a tuple or list."""
+    """Return a tensor, or those in a tuple or list, as a list."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -104,7 +104,7 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 
 
 def _made_by_constructor(cls: type[nn.Module]) -> set[str]:
-    """The attributes that constructors write anything but None to."""
+    """Return the attributes that constructors write anything but None to."""
     made = set()
     for base in cls.__mro__:
         if inspect.isfunction(constructor := vars(base).get("__init__")):
@@ -116,7 +116,7 @@ def _made_by_constructor(cls: type[nn.Module]) -> set[str]:
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model that `config` describes, in eval mode, with parameters on meta, ties tied, and buffers real.
+    """Return the model that `config` describes, in eval mode, with parameters on meta, ties tied, and buffers real.
 
     `dtype` None means what the config says (float32 where it says nothing); parameters that transformers keeps in
     float32 when it loads such a model are in float32. The config is copied, never changed.
@@ -145,8 +145,8 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
 
 
 def _keep_in_float32(model: PreTrainedModel) -> None:
-    """What from_pretrained does at its end: parameters of modules whose values leave the range of float16 (T5's `wo`),
-    or lose too much in bfloat16, are in float32 beside the others."""
+    """Do what from_pretrained does at its end: parameters of modules whose values leave the range of float16 (T5's
+    `wo`), or lose too much in bfloat16, are in float32 beside the others."""
     half = model.dtype
     kept = list(model._keep_in_fp32_modules or ()) if half == torch.float16 else []
     kept += list(model._keep_in_fp32_modules_strict or ()) if half in (torch.float16, torch.bfloat16) else []
@@ -158,6 +158,7 @@ def _keep_in_float32(model: PreTrainedModel) -> None:
 
 
 def class_for(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """Return the model class of transformers for a config. Raises TracingError without one."""
     for name in getattr(config, "architectures", None) or ():
         model_class = getattr(transformers, name, None)
         if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
@@ -180,7 +181,7 @@ _DECODERS_FIRST = (AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, AutoModelFor
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Each parameter is swapped for a meta one as a module registers it, before anything has touched its memory.
+    """Swap each parameter for a meta one as a module registers it, before anything has touched its memory.
 
     transformers' `init_empty_weights` does the same, but makes a new parameter of one that is on meta already, which
     unties what a constructor ties.

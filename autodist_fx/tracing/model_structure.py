@@ -1,4 +1,4 @@
-"""`structure_of`: all that a trace of a model depends on, without the values of its parameters and buffers.
+"""`structure_of`: reads all that a trace of a model depends on, without the values of its parameters and buffers.
 
 Two structures of one model are equal as long as a new trace would give the same graph. It differs after what changes
 modules, names, shapes, dtypes, ties or `requires_grad`, the mode (train or eval), the config, an attribute of a module
@@ -72,6 +72,7 @@ class _Reader:
         self._numbers: dict[int, int] = {}
 
     def value(self, value: Any) -> Hashable:
+        """Return a value as plain data that can be compared."""
         if type(value) in _PLAIN or isinstance(value, (Enum, type)):
             return type(value), value  # with the type, for 1 == True
         if isinstance(value, float):
@@ -135,7 +136,7 @@ class _Reader:
 
 
 def contents_of(tensor: torch.Tensor) -> Hashable:
-    """Shape, dtype and values of a tensor; on meta there are no values."""
+    """Return shape, dtype and values of a tensor; on meta there are no values."""
     facts = type(tensor), tuple(tensor.shape), tensor.dtype, tensor.requires_grad
     if tensor.is_meta:
         return facts

@@ -9,7 +9,7 @@ from transformers import DynamicCache, PretrainedConfig
 
 
 class PassingCache(DynamicCache):
-    """Gives back what it gets: a forward pass with it is one over the whole sequence at once.
+    """A cache that gives back what it gets: a forward pass with it is one over the whole sequence at once.
 
     Where later layers attend to the keys and values of earlier ones, the cache carries them, even in a call that wants
     no cache back; called without one, such a model falls back to projections that it never uses otherwise, and computes
@@ -19,15 +19,18 @@ class PassingCache(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *more: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values that it is given."""
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return 0: nothing is cached."""
         return 0
 
     def get_mask_sizes(self, tokens: torch.Tensor | int, layer_idx: int) -> tuple[int, int]:
-        """(tokens to attend to, the first one's position). `tokens`: their number, or (4.57) their positions."""
+        """Return (tokens to attend to, the first one's position). `tokens`: their number, or (4.57) their positions."""
         return (tokens.shape[0] if hasattr(tokens, "shape") else tokens), 0
 
 
 def shares_keys_between_layers(config: PretrainedConfig) -> bool:
+    """Return whether later layers of the model attend to the keys and values of earlier ones."""
     return bool(getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0))

@@ -1,4 +1,4 @@
-"""Everything of torch and transformers that has to be different while a model is traced, in one context manager.
+"""Patches all of torch and transformers that has to be different while a model is traced, in one context manager.
 
 The patches are process-global: a lock keeps two traces apart, but a model that runs in another thread meanwhile sees
 them too.
@@ -51,7 +51,8 @@ def traceable(
     keeps_states: bool = False,
     keywords: Sequence[str] = (),
 ) -> Iterator[None]:
-    """While it lasts, `model` can be run on meta tensors and traced; everything is put back in the end, on error too.
+    """Let `model` be run on meta tensors and traced while the context lasts; everything is put back in the end, on
+    error too.
 
     The flags of the model's configs are set to what a traced forward needs (`use_cache` as given, outputs as a
     `ModelOutput`, no attention maps, no hidden states but where the call asks for them), and restored with the rest.
@@ -142,7 +143,8 @@ def traceable(
 
 
 def _without_wrappers(forward: Any) -> Any:
-    """`forward` without what transformers and torch.no_grad wrap around it. What others put there is of the model."""
+    """Return `forward` without what transformers and torch.no_grad wrap around it. What others put there is of the
+    model."""
     while hasattr(forward, "__wrapped__") and forward.__globals__["__name__"].startswith(("transformers.", "torch.")):
         forward = forward.__wrapped__
     return forward
@@ -151,8 +153,8 @@ def _without_wrappers(forward: Any) -> Any:
 def _with_signature_of(
     plain: Callable[..., Any], wrapper: Callable[..., Any], keywords: Sequence[str] = ()
 ) -> Callable[..., Any]:
-    """`wrapper`, as a function with the argument names of `plain` in its own code, which is where fx reads them;
-    `keywords` are more of them."""
+    """Return `wrapper`, as a function with the argument names of `plain` in its own code, which is where fx reads
+    them; `keywords` are more of them."""
     parameters = list(inspect.signature(plain).parameters.values())
     starred = [p for p in parameters if p.kind is p.VAR_KEYWORD]
     more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in keywords]
@@ -172,7 +174,7 @@ class _Nobody:
 
 
 class _TorchThatTracesUnseen(types.ModuleType):
-    """torch, where nothing is a torch.fx.Proxy: for a model's file that computes something else when it is traced."""
+    """A torch where nothing is a torch.fx.Proxy: for a model's file that computes something else when it is traced."""
 
     fx = types.SimpleNamespace(Proxy=_Nobody)
 
@@ -195,7 +197,7 @@ def _source(module: str) -> str:
 def _shadow_builtin(
     module: types.ModuleType, builtin: Callable[..., Any], traced: Callable[..., Any], undo: contextlib.ExitStack
 ) -> None:
-    """In this module, `traced` stands for the builtin; where it has a global of that name already, that one stays."""
+    """Let `traced` stand for a builtin in this module; where it has a global of that name already, that one stays."""
     name = builtin.__name__
     if name not in vars(module):
         undo.callback(vars(module).pop, name)
@@ -203,19 +205,19 @@ def _shadow_builtin(
 
 
 def _dims(proxy: SymbolicProxy) -> Any:
-    """How many dims a traced tensor has: the same for all inputs."""
+    """Return how many dims a traced tensor has: the same for all inputs."""
     known = getattr(proxy, "_metadata", None)
     return known.dim() if isinstance(known, torch.Tensor) else AttributeProxy(proxy, "ndim")
 
 
 def _defining_modules(model: PreTrainedModel) -> list[str]:
-    """The Python modules that define the model's own classes."""
+    """Return the Python modules that define the model's own classes."""
     names = dict.fromkeys(cls.__module__ for module in model.modules() for cls in type(module).__mro__)
     return [name for name in names if not name.startswith("torch.") and name not in ("builtins", "torch")]
 
 
 def _helping_modules(defining: Sequence[str]) -> set[str]:
-    """The Python modules of functions that these import from their own package, transformers' excepted."""
+    """Return the Python modules of functions that these import from their own package, transformers' excepted."""
     return {
         value.__module__
         for name in defining
@@ -227,13 +229,13 @@ def _helping_modules(defining: Sequence[str]) -> set[str]:
 
 
 def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
-    """Each config object that some module of the model holds, once."""
+    """Return each config object that some module of the model holds, once."""
     held = (getattr(module, "config", None) for module in model.modules())
     return list({id(config): config for config in held if isinstance(config, PretrainedConfig)}.values())
 
 
 def _is_of_encoder(config: PretrainedConfig, of_model: PretrainedConfig) -> bool:
-    """Whether this is the config of an encoder before a decoder, and of nothing else."""
+    """Return whether this is the config of an encoder before a decoder, and of nothing else."""
     return of_model.is_encoder_decoder and config is not of_model and not config.is_decoder
 
 
@@ -244,8 +246,8 @@ def _restore_attributes(owner: Any, attributes: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def kept_tensors(model: torch.nn.Module) -> Iterator[None]:
-    """Tensors that modules keep as plain attributes (tables, moved to a call's device or grown with its length) are
-    afterwards those from before: neither a meta tensor nor a traced one stays behind."""
+    """Restore, in the end, tensors that modules keep as plain attributes (tables, moved to a call's device or grown
+    with its length): neither a meta tensor nor a traced one stays behind."""
     before = {module: dict(vars(module)) for module in model.modules()}
     try:
         yield
@@ -269,13 +271,13 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _isinstance(value: Any, kinds: Any) -> bool:
-    """As Python's own, but a proxy that stands for a tensor is one."""
+    """Return what Python's own does, but a proxy that stands for a tensor is one."""
     example = getattr(value, "_metadata", None) if isinstance(value, SymbolicProxy) else None
     return isinstance(value, kinds) or (isinstance(example, torch.Tensor) and isinstance(example, kinds))
 
 
 def _parameter_of(new: Callable[..., Any]) -> Callable[..., Any]:
-    """nn.Parameter's `__new__`, to which a parameter made of a traced value is that value."""
+    """Return nn.Parameter's `__new__`, to which a parameter made of a traced value is that value."""
 
     def make(cls: type, data: Any = None, *args: Any, **kwargs: Any) -> Any:
         return data if isinstance(data, torch.fx.Proxy) else new(cls, data, *args, **kwargs)

@@ -1,4 +1,5 @@
-"""`trace_phases`: the two graphs of a model with a cache of its own, one for a prompt and one for a step after it."""
+"""`trace_phases`: traces the two graphs of a model with a cache of its own, one for a prompt and one for a step
+after it."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def trace_phases(
     concrete_args: Mapping[str, object] | None = None,
     sizes: tuple[Sizes, Sizes] | None = None,
 ) -> tuple[TracedModel, TracedModel]:
-    """(prompt, step) of a model that `states.has_own_cache`; see autodist_fx.tracing.trace.
+    """Return (prompt, step) of a model that `states.has_own_cache`; see autodist_fx.tracing.trace.
 
     Errors: TracingError, also where the model keeps no state between calls.
     """
@@ -194,7 +195,7 @@ def _set_module_states(
 
 
 def state_input(name: str) -> None:
-    """Stands for an input of the graph until the trace is over: HFTracer removes inputs that forward does not name."""
+    """Stand for an input of the graph until the trace is over: HFTracer removes inputs that forward does not name."""
 
 
 def _state_input(tracer: Tracer, name: str, example: torch.Tensor) -> Proxy:
@@ -205,7 +206,7 @@ def _state_input(tracer: Tracer, name: str, example: torch.Tensor) -> Proxy:
 
 
 def _zeros(tracer: Tracer, path: str, tensor: torch.Tensor, batch: int) -> Any:
-    """What a new cache holds, for any batch."""
+    """Return what a new cache holds, for any batch."""
     if not tensor.numel():
         return tensor
     if not tensor.is_meta and tensor.any():  # on meta where the model asks its parameters for a device
@@ -220,7 +221,7 @@ def _zeros(tracer: Tracer, path: str, tensor: torch.Tensor, batch: int) -> Any:
 def _outputs(
     graph: Graph, tracer: Tracer, given: Any, model: nn.Module
 ) -> tuple[Node, dict[str, Any]]:
-    """The output node, and what is in the cache and on the modules at the end, by state name."""
+    """Return the output node, and what is in the cache and on the modules at the end, by state name."""
     cache = tracer.final_cache if tracer.final_cache is not None else given
     kept = {} if cache is None else {states.state_name(path): value for path, value in states.tensors_of(cache)}
     on_modules = states.module_states(model, tracer.left_by_calls)
@@ -244,7 +245,7 @@ def _before(graph: Graph, node: Node) -> list[Node]:
 
 
 def _make_placeholders(graph: Graph) -> None:
-    """The nodes that stand for states become inputs, behind the others."""
+    """Make inputs, behind the others, of the nodes that stand for states."""
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is state_input:
             last = next(n for n in reversed(graph.nodes) if n.op == "placeholder")

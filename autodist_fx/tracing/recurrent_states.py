@@ -1,4 +1,4 @@
-"""Models with a cache class of their own: their states become inputs and outputs, in two graphs.
+"""Traces models with a cache class of their own: their states become inputs and outputs, in two graphs.
 
     prompt  (input_ids, attention_mask)                       -> logits, state_conv_states_0, state_key_cache_1, ...
     step    (input_ids of one token, ..., state_conv_states_0, ...) -> logits, state_conv_states_0, ...
@@ -36,13 +36,13 @@ class StateTensor:
     dtype: torch.dtype
 
     def make(self, batch: int, past: int) -> torch.Tensor:
-        """An example, on meta."""
+        """Return an example, on meta."""
         sizes = {"B": batch, "P": past}
         return torch.empty([sizes[d] if isinstance(d, str) else d for d in self.dims], dtype=self.dtype, device="meta")
 
 
 def has_own_cache(model_class: type[PreTrainedModel], config: PretrainedConfig) -> bool:
-    """Whether the model decodes with something else than keys and values in transformers' DynamicCache."""
+    """Return whether the model decodes with something else than keys and values in transformers' DynamicCache."""
     if not getattr(model_class, "can_generate", lambda: False)():
         return False
     return not model_class._supports_default_dynamic_cache() or not takes_cache(model_class) or keeps_states(config)
@@ -58,13 +58,13 @@ class Prepared:
 
 
 def prepared_prompt(model: PreTrainedModel, batch: int, accepted: list[str]) -> Prepared:
-    """For a prompt of `batch` rows, without a cache."""
+    """Return what it says for a prompt of `batch` rows, without a cache."""
     ids = torch.ones(batch, _TOKENS, dtype=torch.long)
     return _prepared(model, accepted, ids, torch.arange(_TOKENS), {})
 
 
 def prepared_step(model: PreTrainedModel, batch: int, accepted: list[str], cache_name: str, cache: Any) -> Prepared:
-    """For one token more, with a cache."""
+    """Return what it says for one token more, with a cache."""
     ids = torch.ones(batch, _TOKENS + 1, dtype=torch.long)
     return _prepared(model, accepted, ids, torch.tensor([_TOKENS]), {cache_name: cache} if cache_name else {})
 
@@ -92,6 +92,7 @@ def _prepared(
 
 
 def is_container(value: Any) -> bool:
+    """Return whether a value is a cache, list, tuple or dict that tensors may be in."""
     if isinstance(value, (list, tuple, dict)):
         return True
     plain = isinstance(value, (torch.Tensor, Proxy, nn.Module, PretrainedConfig, type, str, torch.device, torch.dtype))
@@ -108,14 +109,14 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def is_tensor(value: Any) -> bool:
-    """A tensor, or a proxy of one."""
+    """Return whether a value is a tensor, or a proxy of one."""
     return isinstance(value, torch.Tensor) or (
         isinstance(value, Proxy) and isinstance(getattr(value, "_metadata", None), torch.Tensor)
     )
 
 
 def tensors_of(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, tensor or proxy) of everything in a cache, in order."""
+    """Return (path, tensor or proxy) of everything in a cache, in order."""
     if is_tensor(value):
         yield path, value
     elif is_container(value):
@@ -124,7 +125,7 @@ def tensors_of(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def with_tensors(value: Any, change: Callable[[str, Any], Any], path: str = "") -> Any:
-    """A copy of a cache in which each tensor is change(path, tensor); its other contents are shared.
+    """Return a copy of a cache in which each tensor is change(path, tensor); its other contents are shared.
 
     A proxy of anything else (the dtype that the cache was made with) becomes what it stands for.
     """
@@ -145,8 +146,8 @@ def with_tensors(value: Any, change: Callable[[str, Any], Any], path: str = "") 
 
 
 def module_states(model: nn.Module, left_by_calls: Collection[str]) -> dict[tuple[str, str], Proxy]:
-    """What modules keep as plain attributes, by (module, attribute): proxies that a trace has left there. Those in
-    `left_by_calls`, paths, are of no sequence: all calls have them (value_branches.py)."""
+    """Return what modules keep as plain attributes, by (module, attribute): proxies that a trace has left there.
+    Those in `left_by_calls`, paths, are of no sequence: all calls have them (value_branches.py)."""
     return {
         (path, name): value
         for path, module in model.named_modules()
@@ -156,13 +157,15 @@ def module_states(model: nn.Module, left_by_calls: Collection[str]) -> dict[tupl
 
 
 def state_name(path: str) -> str:
+    """Return the name of the graph input of a state, from its path in the cache."""
     return PREFIX + path.replace(".", "_")
 
 
 def state_tensor(
     name: str, examples: tuple[torch.Tensor, torch.Tensor], sizes: Mapping[str, tuple[int, int]]
 ) -> StateTensor:
-    """`examples`: the tensor at two choices of the lengths "B" and "P" in `sizes`, which tell them from numbers."""
+    """Return the StateTensor of `examples`, the tensor at two choices of the sizes "B" and "P" in `sizes`, which
+    tell them from numbers."""
     letters = {pair: letter for letter, pair in sizes.items() if pair[0] != pair[1]}
     dims = tuple(letters.get(pair, pair[0]) for pair in zip(examples[0].shape, examples[1].shape, strict=True))
     return StateTensor(name, dims, examples[0].dtype)

@@ -1,4 +1,4 @@
-"""`trace`: one graph of a whole model, for any batch size, sequence length and number of cached tokens."""
+"""`trace`: traces one graph of a whole model, for any batch size, sequence length and number of cached tokens."""
 
 from __future__ import annotations
 
@@ -56,16 +56,17 @@ class TracedModel:
 
     @property
     def has_encoder(self) -> bool:
-        """An encoder reads the main input (length "E"), and a decoder the decoder_... inputs (length "S")."""
+        """Return whether an encoder reads the main input (size "E"), and a decoder the decoder_... inputs (size
+        "S")."""
         return self._examples.has_encoder
 
     @property
     def fewest_frames(self) -> int:
-        """Of sound, that its convolutions over time leave something of; 0 for a model without."""
+        """Return how many frames of sound its convolutions over time leave something of; 0 for a model without."""
         return self._examples.fewest_frames
 
     def check_images(self, inputs: Mapping[str, Any]) -> None:
-        """Raises AutodistError where images are of another size than those that the graph was made for."""
+        """Raise AutodistError where images are of another size than those that the graph was made for."""
         for name in IMAGE_INPUTS:
             shape, wanted = tuple(getattr(inputs.get(name), "shape", ()))[1:], self._examples.image_shape
             if shape and wanted and shape != wanted:
@@ -76,7 +77,7 @@ class TracedModel:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Of one image, [channels, height, width]; () for a model without."""
+        """Return [channels, height, width] of one image; () for a model without."""
         return self._examples.image_shape
 
     def forms(self) -> dict[str, InputSpec]:
@@ -86,13 +87,14 @@ class TracedModel:
 
     @property
     def facts(self) -> ModelFacts:
-        """What the forms of inputs depend on."""
+        """Return what the specs of inputs depend on."""
         examples = self._examples
         choices = is_multiple_choice(self.model_class)
         return ModelFacts(self.config, examples.has_encoder, examples.embedding_dim, examples.dtype, choices)
 
     def example_inputs(self, sizes: Sizes) -> dict[str, object]:
-        """Inputs of these sizes by name: meta tensors, and a DynamicCache of meta tensors that holds `past` tokens."""
+        """Return inputs of these sizes by name: meta tensors, and a DynamicCache of meta tensors that holds `past`
+        tokens."""
         return self._examples.make(sizes)
 
 
@@ -149,7 +151,7 @@ def _trace(
     sizes: tuple[Sizes, Sizes] | None,
     passing_cache: bool,
 ) -> tuple[TracedModel, bool]:
-    """The model, and whether each value in its graph could be computed on the example inputs."""
+    """Return the traced model, and whether each value in its graph could be computed on the example inputs."""
     meta_model = empty_model(model) if isinstance(model, PretrainedConfig) else meta_copy(model)
     choose_attention(meta_model)
     parameters = inspect.signature(meta_model.forward).parameters
@@ -210,7 +212,7 @@ def _trace(
 
 
 def _other_labels(traced: TracedModel) -> list[InputSpec]:
-    """The forms of labels of a model that tells classes of sequences: a number, or one for each class."""
+    """Return the specs of labels of a model that tells classes of sequences: a number, or one for each class."""
     dtype, classes = traced.facts.dtype, getattr(traced.config, "num_labels", 1)
     return [InputSpec(("B",), torch.long), InputSpec(("B",), dtype), InputSpec(("B", classes), dtype)]
 
@@ -229,7 +231,7 @@ def _layer_kinds(examples: ExampleInputs) -> tuple[str, ...]:
 
 
 def choose_attention(model: PreTrainedModel) -> None:
-    """Attention that is plain torch: the others (flash, flex) call kernels that a graph cannot hold."""
+    """Choose attention that is plain torch: the others (flash, flex) call kernels that a graph cannot hold."""
     if model.config._attn_implementation not in ("sdpa", "eager"):
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 
@@ -237,7 +239,7 @@ def choose_attention(model: PreTrainedModel) -> None:
 def _input_names(
     model: PreTrainedModel, accepted: Sequence[str], input_names: Sequence[str] | None, use_cache: bool
 ) -> tuple[str, ...]:
-    """The names to trace with, in the order of the model's signature."""
+    """Return the names to trace with, in the order of the model's signature."""
     if input_names is None:
         chosen = set(default_inputs(model, use_cache))
     else:
@@ -262,7 +264,8 @@ def _fixed_arguments(
     use_cache: bool,
     concrete_args: Mapping[str, object],
 ) -> tuple[dict[str, object], dict[str, object]]:
-    """The value of every argument of forward that is not an input of the graph; what goes into its **keywords."""
+    """Return the value of every argument of forward that is not an input of the graph, and what goes into its
+    **keywords."""
     keywords = {name: value for name, value in concrete_args.items() if name not in accepted}
     takes_keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
     if unknown := sorted(set(keywords) - (set(OUTPUT_FLAGS) if takes_keywords else set())):
@@ -278,7 +281,8 @@ def _fixed_arguments(
 
 
 def graph_module_of(model: PreTrainedModel, graph: torch.fx.Graph) -> torch.fx.GraphModule:
-    """The graph with those modules, parameters and buffers of the model that it uses, under the model's names."""
+    """Return the graph with those modules, parameters and buffers of the model that it uses, under the model's
+    names."""
     for node in graph.nodes:
         if node.op == "placeholder":
             node.type = None  # HFTracer writes torch.Tensor, also on a cache
@@ -298,7 +302,8 @@ def graph_module_of(model: PreTrainedModel, graph: torch.fx.Graph) -> torch.fx.G
 
 
 def _name_by_content(model: PreTrainedModel, node: torch.fx.Node) -> None:
-    """fx numbers constants from 0 in each trace, and graphs of one model share what goes by one name."""
+    """Name a constant by its content: fx numbers constants from 0 in each trace, and graphs of one model share what
+    goes by one name."""
     constant = getattr(model, str(node.target))
     if isinstance(constant, torch.Tensor) and not constant.is_meta:
         plain = constant.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -308,6 +313,7 @@ def _name_by_content(model: PreTrainedModel, node: torch.fx.Node) -> None:
 
 
 def tracing_error(model: PreTrainedModel, error: Exception, tracer: Tracer | None) -> TracingError:
+    """Return the TracingError for what a trace raised: the model class, the line of its source, and the way out."""
     files = model_source_files(model)
     where, traceback = "", error.__traceback__
     while traceback is not None:

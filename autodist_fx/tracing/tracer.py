@@ -1,4 +1,5 @@
-"""transformers' HFTracer, mended for current models and made linear in the number of layers."""
+"""Traces a model's Python: the version's symbolic tracer, mended for current models and linear in the number of
+layers."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ class _OneArgument(list[Any]):
 
 
 class CacheProxy(SymbolicProxy):
-    """Stands for the KV cache that the graph takes as an input; `isinstance(proxy, Cache)` holds."""
+    """A proxy of the KV cache that the graph takes as an input; `isinstance(proxy, Cache)` holds."""
 
     # The layout of the cache is the model's, not the call's: known now, and no business of the graph. So is whether a
     # cross-attention has written its layer yet: it has not.
@@ -54,7 +55,7 @@ class CacheProxy(SymbolicProxy):
 
     @property  # type: ignore[misc]  # object's can be written; nobody writes a proxy's
     def __class__(self) -> type:
-        """What isinstance asks for."""
+        """Return the class that isinstance asks for."""
         return type(self._metadata) if "_metadata" in self.__dict__ else CacheProxy
 
     def __getattr__(self, name: str) -> Any:
@@ -231,7 +232,7 @@ class Tracer(SymbolicTracer):
         return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """A proxy for a parameter or buffer, the same one at each access; anything else as it is."""
+        """Return a proxy for a parameter or buffer, the same one at each access; anything else as it is."""
         if not isinstance(attr_val, torch.Tensor) or getattr(self, "_disable_module_getattr", False):
             return attr_val
         if threading.get_ident() != self._thread:
@@ -261,13 +262,14 @@ class Tracer(SymbolicTracer):
 
 
 def _with_meta_buffers(module: nn.Module) -> Callable[..., Any]:
-    """The module's forward for meta inputs: buffers are real, and torch does not mix the two."""
+    """Return the module's forward for meta inputs: buffers are real, and torch does not mix the two."""
     buffers = {name: buffer.to("meta") for name, buffer in module.named_buffers()}
     return lambda *args, **kwargs: torch.func.functional_call(module, buffers, args, kwargs)
 
 
 def model_source_files(model: nn.Module) -> dict[str, str]:
-    """Path -> file name of the files that define the model's modules, but torch's and transformers' common ones."""
+    """Return {path: file name} of the files that define the model's modules, but torch's and transformers' common
+    ones."""
     files = {}
     for module in {type(module).__module__ for module in model.modules()}:
         common = module.startswith("transformers.") and not module.startswith("transformers.models.")

@@ -1,1 +1,1 @@
-"""Python's ifs, loops and numbers while tracing."""
+"""Traces Python's ifs, loops and numbers."""

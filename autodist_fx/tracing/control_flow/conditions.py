@@ -1,4 +1,4 @@
-"""`if`, sizes and `max` of traced values: what can be said without knowing the data.
+"""Decides `if`s, sizes and `max` of traced values, as far as can be said without knowing the data.
 
 fx has one graph for all inputs, so that a condition must come out the same for all. These do, and are common:
 
@@ -33,7 +33,7 @@ from passes.fx import node_meta
 
 
 def decide(proxy: SymbolicProxy) -> bool:
-    """What `bool(proxy)` is for every input. Raises TypeError where that depends on the data."""
+    """Return what `bool(proxy)` is for every input. Raises TypeError where that depends on the data."""
     known = getattr(proxy, "_metadata", None)
     frame = sys._getframe(1)
     asserted = _is_asserted(frame)
@@ -73,8 +73,9 @@ _COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
 
 
 def _of_lengths(proxy: SymbolicProxy, frame: types.FrameType) -> bool:
-    """As it is for the example's, and may be otherwise at another call: what the model's own code asks is kept. What
-    transformers' common code asks (is one token enough to be causal?) comes to the same."""
+    """Decide a comparison of sizes as it is for the example's; another call may need it otherwise, so that what the
+    model's own code asks is kept. What transformers' common code asks (is one token enough to be causal?) comes to
+    the same."""
     known = bool(proxy._metadata)
     if frame.f_code.co_filename in proxy.tracer.source_files:
         node_meta.set_guard_outcome(proxy.node, known)
@@ -82,9 +83,8 @@ def _of_lengths(proxy: SymbolicProxy, frame: types.FrameType) -> bool:
 
 
 def _compared_lengths(node: Node, tracer: Any) -> Any:
-    """A comparison of 0-dim tensors that hold lengths, or the truth of one, as that of the lengths themselves; None
-    for any other node, and where there are positions in a cache: a model may ask whether anything is in it yet.
-    """
+    """Return a comparison of 0-dim tensors that hold sizes, or the truth of one, as that of the sizes themselves;
+    None for any other node, and where there are positions in a cache: a model may ask whether anything is in it yet."""
     if any(n.op == "placeholder" and n.target == "cache_position" for n in tracer.graph.nodes):
         return None
     name = getattr(node.target, "__name__", node.target)
@@ -95,7 +95,7 @@ def _compared_lengths(node: Node, tracer: Any) -> Any:
 
 
 def _is_asserted(frame: types.FrameType) -> bool:
-    """Whether the frame stands at `assert condition`: at the jump over the raising of an AssertionError."""
+    """Return whether the frame stands at `assert condition`: at the jump over the raising of an AssertionError."""
     instructions = iter(dis.get_instructions(frame.f_code))
     if not any(instruction.offset == frame.f_lasti for instruction in instructions):
         return False
@@ -108,7 +108,8 @@ class _DependsOnDataError(Exception):
 
 
 def lengths_for_tensors(value: Any) -> Any:
-    """`value`, an argument of torch.full or of rotary embeddings, with lengths in place of 0-dim tensors that hold one.
+    """Return `value`, an argument of torch.full or of rotary embeddings, with sizes in place of 0-dim tensors that hold
+    one.
 
     Models write `cache_position[-1] + 1` for the number of tokens; it is a number only once there is data, while the
     end of the range that the positions were made from is one now.
@@ -125,7 +126,7 @@ def _as_length(proxy: Proxy) -> Any:
 
 
 def _length_of(node: Node, tracer: Any) -> Any:
-    """A number (or a proxy of one) that is always what the node holds; None where there is none to be found."""
+    """Return a number (or a proxy of one) that is always what the node holds; None where there is none to be found."""
     name = getattr(node.target, "__name__", node.target)
     if name in ("add", "sub", "mul") and len(node.args) == 2:
         parts = [_length_of(a, tracer) if isinstance(a, Node) else a for a in node.args]
@@ -145,7 +146,7 @@ def _length_of(node: Node, tracer: Any) -> Any:
 
 
 def _tokens_so_far(tracer: Any) -> Any:
-    """The position of the last token: the mask has one column for each token up to it."""
+    """Return the position of the last token: the mask has one column for each token up to it."""
     inputs = {node.target: node for node in tracer.graph.nodes if node.op == "placeholder"}
     node = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
     if node is None:
@@ -156,7 +157,7 @@ def _tokens_so_far(tracer: Any) -> Any:
 
 
 def _number(value: Any, tracer: Any) -> Any:
-    """A proxy of a node, with its example; a number as it is."""
+    """Return a proxy of a node, with its example; a number as it is."""
     if not isinstance(value, Node):
         return value
     proxy = tracer.proxy(value)
@@ -165,7 +166,7 @@ def _number(value: Any, tracer: Any) -> Any:
 
 
 def longest(function: Any) -> Any:
-    """`max` or `min` that can be traced: which of two lengths is larger may differ from call to call."""
+    """Make a `max` or `min` that can be traced: which of two sizes is larger may differ from call to call."""
 
     def compared(*args: Any, **kwargs: Any) -> Any:
         tracer = next((a.tracer for a in args if isinstance(a, Proxy)), None)
@@ -175,13 +176,15 @@ def longest(function: Any) -> Any:
 
 
 def is_instance(value: Any, classes: Any) -> bool:
-    """`isinstance`, to which a traced tensor is one: `mask.shape[-1] if isinstance(mask, torch.Tensor) else ...`."""
+    """Return what `isinstance` does, where a traced tensor is a tensor: `mask.shape[-1] if isinstance(mask,
+    torch.Tensor) else ...`."""
     known = getattr(value, "_metadata", None) if isinstance(value, Proxy) else None
     return isinstance(value, classes) or (isinstance(known, torch.Tensor) and isinstance(known, classes))
 
 
 def _asks_for_padding(node: Node) -> bool | None:
-    """The answer to all(x == 1) and to any(x == number), where x is an input of the model or a part of one."""
+    """Return the answer to all(x == 1) and to any(x == number), where x is an input of the model or a part of one;
+    None for other nodes."""
     name = getattr(node.target, "__name__", node.target)
     if name not in ("all", "any") or len(node.args) != 1:
         return None
@@ -197,7 +200,7 @@ def _asks_for_padding(node: Node) -> bool | None:
 
 
 def _computed(node: Node, tracer: Any, position: int, done: dict[Node, Any]) -> Any:
-    """The node's value, on the CPU, made of numbers and lengths alone; cache positions start at `position`."""
+    """Compute the node's value, on the CPU, made of numbers and sizes alone; cache positions start at `position`."""
     if node in done:
         return done[node]
     known = tracer.examples_of.get(node)

@@ -1,4 +1,4 @@
-"""Numbers of a traced model that are the same for all inputs, as Python numbers: `int(features.shape[-2])`.
+"""Finds numbers of a traced model that are the same for all inputs, as Python numbers: `int(features.shape[-2])`.
 
 A proxy's example alone does not tell a constant from a length. So the number is computed once more, for inputs of other
 sizes: what comes out equal is constant, and Python may look at it; what differs follows the inputs, and may not.
@@ -21,7 +21,8 @@ from autodist_fx.tracing.versions.tracer_base import SymbolicProxy, SymbolicTrac
 
 
 class OtherExample:
-    """Values of a graph's nodes, while it is being traced, for another set of example inputs; computed when asked for.
+    """The values of a graph's nodes, while it is being traced, for another set of example inputs; computed when asked
+    for.
 
     Tensors are on meta. Raises what an op raises.
     """
@@ -31,6 +32,7 @@ class OtherExample:
         self._values: dict[Node, Any] = {}
 
     def value(self, node: Node) -> Any:
+        """Return the node's value; tensors are on meta."""
         needed, pending = set[Node](), [node]
         while pending:
             one = pending.pop()
@@ -76,7 +78,7 @@ class OtherExample:
 
 
 def constant(proxy: SymbolicProxy) -> int | float:
-    """The number that the proxy is for all inputs. Raises TypeError where it is none, or follows the inputs."""
+    """Return the number that the proxy is for all inputs. Raises TypeError where it is none, or follows the inputs."""
     known = getattr(proxy, "_metadata", None)
     if not isinstance(known, (int, float)):
         raise TypeError(f"{proxy.node} is a traced value, which is known only when the graph runs")
@@ -115,7 +117,8 @@ _OPERATORS = {
 
 
 def numpy_ufunc(proxy: SymbolicProxy, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
-    """`np.sqrt(q.shape[-1])`, `np.int64(8) - x.shape[1]`: what numpy calls where one of a ufunc's arguments is traced.
+    """Return what a ufunc gives where one of its arguments is traced, for `np.sqrt(q.shape[-1])`, `np.int64(8) -
+    x.shape[1]`.
 
     Arithmetic is the graph's; anything else is computed of numbers that are the same for all inputs.
     """
@@ -128,7 +131,8 @@ def numpy_ufunc(proxy: SymbolicProxy, ufunc: np.ufunc, method: str, *inputs: Any
 
 
 def within_range(args: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
-    """Arguments of torch.full whose value is infinite where the dtype has none such: `full(n, finfo(float64).min)`.
+    """Return arguments of torch.full whose value is infinite where the dtype has none such: `full(n,
+    finfo(float64).min)`.
 
     torch makes float32 of a number without a dtype, and refuses what overflows. A model does that for masks which a
     trace has always, and the model itself only where something is masked.

@@ -1,4 +1,4 @@
-"""Python that runs as often as tensor values say, as graphs: loops over what a mask selects, and its early exits.
+"""Traces Python that runs as often as tensor values say: loops over what a mask selects, and its early exits.
 
     for expert in (mask.sum((-1, -2)) > 0).nonzero():      every expert has its nodes; one that no token was sent to
         rows = torch.where(mask[expert].squeeze(0))        selects no rows, computes nothing and adds nothing
@@ -51,17 +51,20 @@ class UnrolledIndex:
         return hash(self.index)
 
     def item(self) -> int:
+        """Return the index."""
         return self.index
 
     def squeeze(self, *dims: int) -> int:
+        """Return the index as a number, which has no dims."""
         return self.index
 
     def tolist(self) -> list[int]:
+        """Return the index in a list."""
         return [self.index]
 
 
 class Counts(list[Any]):
-    """counts.tolist(): a list whose length alone is known while tracing. `proxy` is the tensor."""
+    """The list counts.tolist(), whose length alone is known while tracing. `proxy` is the tensor."""
 
     def __init__(self, proxy: SymbolicProxy, length: int) -> None:
         super().__init__(proxy[i] for i in range(length))
@@ -69,14 +72,15 @@ class Counts(list[Any]):
 
 
 class Lengths(list[Any]):
-    """Lengths where a model has a tensor of counts."""
+    """A list of sizes where a model has a tensor of counts."""
 
     def tolist(self) -> Lengths:
+        """Return the sizes."""
         return self
 
 
 class Offset:
-    """Where the run of rows numbered `index` begins: the sum of the counts before it."""
+    """The place where the run of rows numbered `index` begins: the sum of the counts before it."""
 
     def __init__(self, counts: SymbolicProxy, index: int) -> None:
         self.counts, self.index = counts, index
@@ -108,7 +112,7 @@ class RunLength:
 
 
 def rewritten(tracer: SymbolicTracer, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What stands in the graph for a call that depends on values; None for any other call."""
+    """Return what stands in the graph for a call that depends on values; None for any other call."""
     if kind not in ("call_function", "call_method"):
         return None
     name = target if kind == "call_method" else getattr(target, "__name__", "")
@@ -174,13 +178,13 @@ def rewritten(tracer: SymbolicTracer, kind: str, target: Any, args: tuple[Any, .
 
 
 def _coordinates(tracer: SymbolicTracer, mask: SymbolicProxy) -> list[SymbolicProxy]:
-    """Of the elements that are set, one tensor a dim."""
+    """Return the coordinates of the elements that are set, one tensor a dim."""
     indices = _selected(tracer, mask)
     return [indices[d] for d in _dims(indices)]
 
 
 def _contiguous_strides(x: SymbolicProxy, dim: int | None = None) -> Any:
-    """What `strided` goes by."""
+    """Return the strides that `strided` goes by, those of a contiguous tensor."""
     strides: list[Any] = [1]
     for size in range(x.dim() - 1, 0, -1):
         strides.insert(0, strides[0] * x.shape[size])
@@ -188,13 +192,14 @@ def _contiguous_strides(x: SymbolicProxy, dim: int | None = None) -> Any:
 
 
 def _ends_before_the_end(index: Any) -> bool:
-    """x[:-n], where n is a length."""
+    """Return whether an index is x[:-n], where n is a size."""
     known = getattr(index.stop, "_metadata", None) if isinstance(index, slice) else None
     return type(known) is int and known < 0
 
 
 def _from_the_start(x: SymbolicProxy, dim: int, index: Any) -> Any:
-    """x[: len(x) - n] for x[:-n]: also where n is 0, of which the model asks (`if padding: x = x[:-padding]`)."""
+    """Return x[: len(x) - n] for x[:-n]: also where n is 0, of which the model asks (`if padding: x =
+    x[:-padding]`)."""
     return slice(index.start, x.shape[dim] + index.stop, index.step) if _ends_before_the_end(index) else index
 
 
@@ -213,7 +218,7 @@ def _is_mask(index: Any) -> bool:
 
 
 def _runs(tracer: SymbolicTracer, rows: SymbolicProxy, run: Offset) -> SymbolicProxy:
-    """The runs of `rows`, split once for all of them."""
+    """Return the runs of `rows`, split once for all of them."""
     key = (rows.node, run.counts.node)
     if key not in tracer.runs:
         count = (_shape(run.counts) or (0,))[0]
@@ -224,11 +229,12 @@ def _runs(tracer: SymbolicTracer, rows: SymbolicProxy, run: Offset) -> SymbolicP
 
 
 def len_of(tracer: SymbolicTracer, rows: SymbolicProxy) -> SymbolicProxy:
+    """Return the number of rows of a proxy."""
     return tracer.create_proxy("call_method", "size", (rows, 0), {})
 
 
 def _run(index: slice) -> Offset | None:
-    """The end of the run that a slice takes: from one cumulative count to the next."""
+    """Return the end of the run that a slice takes: from one cumulative count to the next."""
     start, stop = _offset(index.start), _offset(index.stop)
     if stop is None or index.step is not None:
         return None
@@ -238,7 +244,7 @@ def _run(index: slice) -> Offset | None:
 
 
 def _offset(value: Any) -> Offset | None:
-    """Also where it is an element of cat((zeros(1), cumsum(counts, 0)))."""
+    """Return the offset that a value is, also where it is an element of cat((zeros(1), cumsum(counts, 0)))."""
     if isinstance(value, Offset):
         return value
     node = value.node if isinstance(value, SymbolicProxy) else None
@@ -256,8 +262,8 @@ def _offset(value: Any) -> Offset | None:
 
 
 def unrolled(tracer: SymbolicTracer, proxy: Any) -> Iterator[UnrolledIndex | RunLength] | None:
-    """The elements that a loop over `proxy` runs over, if these are the classes that a one_hot counts at all, or
-    counts of rows, as many for all inputs."""
+    """Return the elements that a loop over `proxy` runs over, if these are the classes that a one_hot counts at all,
+    or counts of rows, as many for all inputs."""
     known = getattr(proxy, "_metadata", None)
     if isinstance(known, torch.Tensor) and known.dim() == 1 and not known.is_floating_point():
         count = int(constant(tracer.create_proxy("call_method", "size", (proxy, 0), {})))
@@ -289,13 +295,13 @@ def _selected(tracer: SymbolicTracer, mask: SymbolicProxy) -> SymbolicProxy:
 
 
 def _number(tracer: SymbolicTracer, count: int) -> int:
-    """The first of `count` numbers that no other call has."""
+    """Return the first of `count` numbers that no other call has."""
     tracer.data_dependent_calls += count
     return tracer.data_dependent_calls - count
 
 
 def _one_hot_classes(node: Any, through: tuple[str, ...]) -> int | None:
-    """The number of classes of the one_hot that `node` is a part of."""
+    """Return the number of classes of the one_hot that `node` is a part of."""
     while isinstance(node, Node):
         if node.target is F.one_hot:
             classes = node.kwargs.get("num_classes", node.args[1] if len(node.args) > 1 else None)
@@ -320,7 +326,8 @@ def _shape(proxy: Any) -> tuple[int, ...] | None:
 
 
 def _one_split_of(pieces: Any) -> Node | None:
-    """What split rows into runs that `pieces`, one for each, are computed from in order; None for anything else."""
+    """Return what split rows into runs that `pieces`, one for each, are computed from in order; None for anything
+    else."""
     split = None
     for i, piece in enumerate(pieces):
         node: Any = piece.node if isinstance(piece, SymbolicProxy) else None
@@ -346,7 +353,8 @@ def _has_unrolled(index: Any) -> bool:
 
 
 def _as_index(index: Any) -> Any:
-    """By itself an index tensor [1] picks what a slice does; beside other index tensors it is broadcast."""
+    """Return what an index tensor [1] is in an index: by itself it picks what a slice does; beside other index
+    tensors it is broadcast."""
     if isinstance(index, UnrolledIndex):
         return slice(index.index, index.index + 1)
     return tuple([i.index] if isinstance(i, UnrolledIndex) else i for i in index)

@@ -10,7 +10,7 @@ _IN_PLACE = ("append", "extend", "insert")
 
 
 def is_counting(statement: ast.stmt) -> bool:
-    """`for i in range(...)` that only ends by itself."""
+    """Return whether a statement is a `for i in range(...)` that only ends by itself."""
     return (
         isinstance(statement, ast.For)
         and not statement.orelse
@@ -24,23 +24,26 @@ def is_counting(statement: ast.stmt) -> bool:
 
 
 def names_in(statements: Sequence[ast.AST], context: type[ast.expr_context]) -> set[str]:
+    """Return the names that statements read, or write, by the context."""
     return {
         n.id for s in statements for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, context)
     }  # fmt: skip
 
 
 def stored_names(statements: Sequence[ast.AST]) -> set[str]:
+    """Return the names that statements write."""
     return names_in(statements, ast.Store)
 
 
 def root_name(node: ast.expr) -> str | None:
+    """Return the name that an expression's attributes and items start from; None without."""
     while isinstance(node, (ast.Subscript, ast.Attribute)):
         node = node.value
     return node.id if isinstance(node, ast.Name) else None
 
 
 def changed_names(statements: Sequence[ast.AST]) -> set[str]:
-    """Names of objects that are written into: x[i] = ..., x += ..., x.append(...), x.copy_(...)."""
+    """Return the names of objects that are written into: x[i] = ..., x += ..., x.append(...), x.copy_(...)."""
     found = set()
     for node in (n for s in statements for n in ast.walk(s)):
         if isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, ast.Store):
@@ -55,7 +58,7 @@ def changed_names(statements: Sequence[ast.AST]) -> set[str]:
 
 
 def filled_lists(loop: ast.stmt) -> set[str]:
-    """Names that a loop appends to."""
+    """Return the names that a loop appends to."""
     return {
         root
         for n in ast.walk(loop)
@@ -65,7 +68,7 @@ def filled_lists(loop: ast.stmt) -> set[str]:
 
 
 def uses_of_lists(loop: ast.stmt, following: Sequence[ast.stmt]) -> list[ast.stmt]:
-    """The statements right behind the loop, up to the last that reads a list which the loop fills."""
+    """Return the statements right behind the loop, up to the last that reads a list which the loop fills."""
     lists, last = filled_lists(loop), 0
     for position, statement in enumerate(following, start=1):
         if lists & names_in([statement], ast.Load):
@@ -75,7 +78,7 @@ def uses_of_lists(loop: ast.stmt, following: Sequence[ast.stmt]) -> list[ast.stm
 
 
 def sink_uses_of_lists(body: list[ast.stmt]) -> list[ast.stmt]:
-    """Where branches end with a loop that fills a list, what uses the list up moves into the branches."""
+    """Move what uses a list up into the branches that end with a loop which fills it."""
     for position, statement in enumerate(body):
         if not isinstance(statement, ast.If):
             continue
@@ -90,7 +93,7 @@ def sink_uses_of_lists(body: list[ast.stmt]) -> list[ast.stmt]:
 
 
 def exposed_names(statements: Sequence[ast.stmt]) -> set[str]:
-    """Names that are read before the statements have surely written them."""
+    """Return the names that are read before the statements have surely written them."""
     exposed: set[str] = set()
     known: set[str] = set()
 

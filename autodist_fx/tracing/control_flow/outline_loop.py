@@ -95,7 +95,7 @@ class LoopOutliner:
         return [ast.fix_missing_locations(choice)]
 
     def _counters(self, line: int) -> set[int]:
-        """Ids of the names behind `line` that are read as the counter of the loop around them."""
+        """Return the ids of the names behind `line` that are read as the counter of the loop around them."""
         return {
             id(n)
             for loop in ast.walk(self.function)
@@ -113,7 +113,8 @@ class LoopOutliner:
         outputs: list[str],
         loop: ast.For,
     ) -> types.FunctionType:
-        """The loop as a function of `inputs` that returns `outputs`; what it writes into (`own`) it copies first."""
+        """Return the loop as a function of `inputs` that returns `outputs`; what it writes into (`own`) it copies
+        first."""
         copies = [ast.Assign([ast.Name(o, ast.Store())], _call(_OWN, [ast.Name(o, ast.Load())])) for o in own]
         leaf = self._function(name, inputs, [*copies, *body, _returning(outputs)], loop)
         leaf.source = self._source(name, inputs, own, body, outputs, loop)  # type: ignore[attr-defined]
@@ -128,7 +129,7 @@ class LoopOutliner:
         outputs: list[str],
         loop: ast.For,
     ) -> LoopSource:
-        """The same in the parts that can be made graphs of, for a model that is to be saved."""
+        """Return the same in the parts that can be made graphs of, for a model that is to be saved."""
         inner, *behind = copy.deepcopy(body)
         assert isinstance(inner, ast.For) and isinstance(inner.iter, ast.Call) and isinstance(inner.target, ast.Name)
         variables = sorted(set(inputs) | stored_names([inner]) | stored_names(behind))
@@ -174,12 +175,13 @@ def _returning(names: Sequence[str], always_tuple: bool = False) -> ast.Return:
 
 
 class _Chains(ast.NodeTransformer):
-    """`self.a.b`, wherever it is read, becomes an argument of the function: an object has no place in a graph."""
+    """Makes `self.a.b`, wherever it is read, an argument of the function: an object has no place in a graph."""
 
     def __init__(self) -> None:
         self.names: dict[str, ast.expr] = {}
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        """Replace a chain of attributes by the argument."""
         parts, at = [], node
         while isinstance(at, ast.Attribute):
             parts.append(at.attr)
@@ -196,5 +198,5 @@ def _call(name: str, arguments: Sequence[ast.expr]) -> ast.expr:
 
 
 def _value_of(name: str) -> ast.expr:
-    """A local variable's value; None where it has none yet (one that a first iteration sets for the next)."""
+    """Return a local variable's value; None where it has none yet (one that a first iteration sets for the next)."""
     return ast.Call(ast.Attribute(_call("locals", []), "get", ast.Load()), [ast.Constant(name)], [])

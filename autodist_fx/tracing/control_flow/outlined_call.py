@@ -16,7 +16,7 @@ _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
 
 def is_outlined(*counts: Any) -> bool:
-    """Whether a loop over range(*counts) would become a node: one of a length, or one of many steps."""
+    """Return whether a loop over range(*counts) would become a node: one of a size, or one of many steps."""
     try:
         numbers = [constant(c) if isinstance(c, Proxy) else c for c in counts]
     except TypeError:
@@ -25,7 +25,7 @@ def is_outlined(*counts: Any) -> bool:
 
 
 def fit_a_node(values: tuple[Any, ...]) -> bool:
-    """Whether the loop's inputs can be arguments of a node."""
+    """Return whether the loop's inputs can be arguments of a node."""
     return next(_proxies(values), None) is not None and all(_fits_a_graph(v) for v in values)
 
 
@@ -36,8 +36,8 @@ def _fits_a_graph(value: Any) -> bool:
 
 
 def as_large_as_before(leaf: Callable[..., Any], written: Sequence[int]) -> Callable[..., Any]:
-    """A loop that only writes into tensors which are there before it (arguments number `written`), also for meta ones:
-    where it looks at values, as for where to write, these leave their shapes."""
+    """Make a function of a loop that only writes into tensors which are there before it (arguments number
+    `written`), also for meta ones: where it looks at values, as for where to write, these leave their shapes."""
 
     @functools.wraps(leaf)
     def run(*args: Any) -> Any:
@@ -53,7 +53,7 @@ def as_large_as_before(leaf: Callable[..., Any], written: Sequence[int]) -> Call
 
 
 class OutlinedCall:
-    """What the rewritten code calls instead of a loop: one node, and an item of it for each output."""
+    """The call that the rewritten code makes instead of a loop: one node, and an item of it for each output."""
 
     def __init__(self, leaf: Callable[..., Any], outputs: int) -> None:
         self.leaf, self.outputs = leaf, outputs

@@ -1,5 +1,5 @@
-"""`if condition: raise ...`: the answer that raises nothing, found where a frame stands in its source. So for an `if`
-that only says something to the user: a graph says nothing."""
+"""Resolves an `if` that only guards a raise, or only says something to the user: reads the caller's source and
+returns the bool that avoids it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 
 def answer_without_error(frame: types.FrameType) -> bool | None:
-    """What a value must be, which is asked for its truth where `frame` stands, so that no error is raised (or warning
-    logged) by an `if` whose body does nothing else; None where it is not asked by such an `if`."""
+    """Return what a value must be, which is asked for its truth where `frame` stands, so that no error is raised (or
+    warning logged) by an `if` whose body does nothing else; None where it is not asked by such an `if`."""
     asked = _asked(frame)
     if asked is None:
         return None
@@ -26,7 +26,7 @@ def answer_without_error(frame: types.FrameType) -> bool | None:
 
 
 def _asked(frame: types.FrameType) -> dis.Positions | None:
-    """Where the expression is whose truth the frame is about to branch on, or gives to `bool`."""
+    """Return the place of the expression whose truth the frame is about to branch on, or gives to `bool`."""
     before = None
     for instruction in dis.get_instructions(frame.f_code):
         if instruction.offset == frame.f_lasti:
@@ -62,14 +62,14 @@ def _tests_before_errors(path: str) -> tuple[ast.expr, ...]:
 
 
 def _logs(statement: ast.stmt) -> bool:
-    """logger.warning_once(...), warnings.warn(...)"""
+    """Return whether a statement only logs: logger.warning_once(...), warnings.warn(...)."""
     called = statement.value.func if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call) else None
     by = called.value if isinstance(called, ast.Attribute) else None
     return isinstance(by, ast.Name) and by.id in ("logger", "logging", "warnings")
 
 
 def _parts(test: ast.expr, negated: bool) -> Iterator[tuple[ast.expr, bool]]:
-    """The expressions whose truth decides about `test`, and whether it needs them true to be false."""
+    """Return the expressions whose truth decides about `test`, and whether it needs them true to be false."""
     yield test, negated
     if isinstance(test, ast.BoolOp):
         for value in test.values:

@@ -1,4 +1,4 @@
-"""Loops over a length become one node: the loop statement alone, outlined into a function that the graph calls.
+"""Makes one node of a loop over a size: the loop statement alone, outlined into a function that the graph calls.
 
     before  for t in range(x.shape[1]):              # fx: a proxy is no integer
                 state = a[:, t] * state + x[:, t]
@@ -32,7 +32,8 @@ from autodist_fx.tracing.control_flow.outlined_call import fit_a_node, is_outlin
 
 @contextlib.contextmanager
 def outlined_loops(modules: Sequence[str]) -> Iterator[None]:
-    """While it lasts, loops over proxies in the functions and methods of these Python modules can be traced."""
+    """Let loops over proxies in the functions and methods of these Python modules be traced, while the context
+    lasts."""
     with contextlib.ExitStack() as undo:
         for name in modules:
             module = sys.modules.get(name)
@@ -52,7 +53,7 @@ def outlined_loops(modules: Sequence[str]) -> Iterator[None]:
 
 
 def _functions(module: types.ModuleType) -> Iterator[types.FunctionType]:
-    """The functions and methods that a module defines, without what decorates them."""
+    """Return the functions and methods that a module defines, without what decorates them."""
     for value in list(vars(module).values()):
         if getattr(value, "__module__", None) != module.__name__:
             continue
@@ -67,7 +68,8 @@ def _functions(module: types.ModuleType) -> Iterator[types.FunctionType]:
 
 @functools.cache
 def _rewritten(name: str) -> tuple[dict[str, types.CodeType], dict[str, Any]]:
-    """The code of every function of a module that has an outlined loop, by qualified name, and the globals it calls."""
+    """Return the code of every function of a module that has an outlined loop, by qualified name, and the globals it
+    calls."""
     module = sys.modules[name]
     path = inspect.getsourcefile(module)
     try:
@@ -99,7 +101,8 @@ def _definitions(body: Sequence[ast.stmt], prefix: str) -> Iterator[tuple[str, a
 
 
 def _code_of(function: ast.FunctionDef, path: str) -> types.CodeType | None:
-    """The code object of a definition alone; its defaults, annotations and decorators stay those of the function."""
+    """Return the code object of a definition alone; its defaults, annotations and decorators stay those of the
+    function."""
     function = copy.deepcopy(function)
     function.decorator_list, function.returns = [], None
     arguments = function.args

@@ -1,4 +1,4 @@
-"""Rotary embeddings whose frequencies change with the length of a sequence ("dynamic", "longrope").
+"""Traces rotary embeddings whose frequencies change with the length of a sequence ("dynamic", "longrope").
 
 transformers' `dynamic_rope_update` is a decorator of their forward: it sets `inv_freq` by the largest position, then
 forward computes the table. Only the first part asks for values; it is traced by itself (value_branches.py), so that
@@ -21,13 +21,13 @@ from autodist_fx.tracing.control_flow.value_branches import trace_both_ways
 
 
 def updating_frequencies(forward: Callable[..., Any]) -> Callable[..., Any] | None:
-    """A forward that the decorator decorates, as it can be traced; None for any other."""
+    """Return a forward that the decorator decorates, as it can be traced; None for any other."""
     decorated = _decorated(forward)
     return None if decorated is None else _with_update(_without_forward(decorated), inspect.unwrap(decorated))
 
 
 def _decorated(forward: Any) -> Any:
-    """The function that the decorator made, under what transformers and torch wrap around it; None without.
+    """Return the function that the decorator made, under what transformers and torch wrap around it; None without.
 
     What others wrap around it is of the model: then the whole is traced as any module is.
     """

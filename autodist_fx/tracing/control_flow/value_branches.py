@@ -1,4 +1,4 @@
-"""`if` over the values of a tensor, in a module without parameters: both branches are traced, and the graph selects.
+"""Traces both branches of an `if` over the values of a tensor, in a module without parameters; the graph selects.
 
     model   if position_ids.max() + 1 > 4096: self.inv_freq = self.long_inv_freq
     graph   where(max(position_ids) + 1 > 4096, long_inv_freq, inv_freq)
@@ -30,7 +30,7 @@ _Attribute = tuple[nn.Module, str]
 
 
 class Answers:
-    """What the conditions come out as in one run of a module's code: as `given`, and True beyond."""
+    """The answers to conditions in one run of a module's code: as `given`, and True beyond."""
 
     def __init__(self, given: tuple[bool, ...]) -> None:
         self.given = given
@@ -41,7 +41,7 @@ class Answers:
         return len(self.conditions)
 
     def answer(self, condition: SymbolicProxy) -> bool:
-        """The answer to a condition; one that is asked again has the same."""
+        """Return the answer to a condition; one that is asked again has the same."""
         node = condition.node
         question = (node.target, node.args, tuple(node.kwargs.items())) if _is_comparison(node) else node
         if question not in self._known:
@@ -52,7 +52,7 @@ class Answers:
 
 
 def trace_both_ways(tracer: Any, module: nn.Module, run: Callable[[], Any]) -> Any:
-    """What `run()`, code of `module`, returns for either outcome of the conditions on values that it asks.
+    """Return what `run()`, code of `module`, returns for either outcome of the conditions on values that it asks.
 
     A module with parameters is traced one way only; a condition on values in it is refused as ever. Raises TypeError
     where `run` returns, or leaves on the module, what no tensor can say which of it is.
@@ -80,8 +80,8 @@ def trace_both_ways(tracer: Any, module: nn.Module, run: Callable[[], Any]) -> A
 
 
 def _explored(tracer: Any, module: nn.Module, run: Callable[[], Any]) -> tuple[Any, Mapping[_Attribute, Any], bool]:
-    """(result, attributes left, whether there is one way only) of all ways that `run` can go, joined; the module has
-    these attributes then."""
+    """Return (result, attributes left, whether there is one way only) of all ways that `run` can go, joined; the
+    module has these attributes then."""
     start, before, writes = _Attributes(module), tracer.answers, tracer.buffer_writes
     paths = 0
 
@@ -118,7 +118,7 @@ def _explored(tracer: Any, module: nn.Module, run: Callable[[], Any]) -> tuple[A
 
 
 def _select(condition: SymbolicProxy, if_true: Any, if_false: Any) -> Any:
-    """`if_true` or `if_false`, as the condition comes out when the graph runs."""
+    """Return `if_true` or `if_false`, as the condition comes out when the graph runs."""
     if if_true is if_false or _are_equal(if_true, if_false):
         return if_true
     if isinstance(if_true, (tuple, list)) and type(if_true) is type(if_false) and len(if_true) == len(if_false):
@@ -154,6 +154,7 @@ class _Attributes:
         }
 
     def restore(self) -> None:
+        """Set all attributes to what they were."""
         for part, own, buffers in self._parts:
             for name in _public(part):
                 vars(part).pop(name)
@@ -172,12 +173,12 @@ def _set(attributes: Mapping[_Attribute, Any]) -> None:
 
 
 def hide_buffer(module: nn.Module, name: str, tensor: Any, persistent: bool = True) -> None:
-    """Stands for nn.Module.register_buffer where a module replaces a buffer in the course of a call."""
+    """Set a buffer that a module replaces in the course of a call; stands for nn.Module.register_buffer meanwhile."""
     vars(module)[name] = tensor
 
 
 def _kept_buffer(tracer: Any, key: _Attribute, left: SymbolicProxy, start: Any) -> Any:
-    """What stands for an attribute at the start of a call: its buffer, which has the value that it has now."""
+    """Return what stands for an attribute at the start of a call: its buffer, which has the value that it has now."""
     if isinstance(start, Proxy):  # left there by an earlier use of the module in this call
         return start
     if key not in tracer.kept_buffers:
@@ -197,6 +198,6 @@ def _path(tracer: Any, key: _Attribute) -> str:
 
 
 def _is_read(tracer: Any, key: _Attribute) -> bool:
-    """Whether a call depends on what the one before left there."""
+    """Return whether a call depends on what the one before left there."""
     kept = tracer.kept_buffers.get(key)
     return kept is not None and bool(kept.node.users)

@@ -1,9 +1,9 @@
-"""Between which numbers the values of a traced tensor lie: enough to see that no token is marked as something special.
+"""Bounds the values of a traced tensor: enough to see that no token is marked as something special.
 
-    attention_mask                 0 to 1: transformers' masks hold zeros and ones
-    (1 - attention_mask) * min     min to 0
-    (that > 0).any()               False, whatever the mask
-    cache_position[-1] + 1         1 or more: positions count from 0
+attention_mask                 0 to 1: transformers' masks hold zeros and ones
+(1 - attention_mask) * min     min to 0
+(that > 0).any()               False, whatever the mask
+cache_position[-1] + 1         1 or more: positions count from 0
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _COMPARED = {
 
 
 def certain(node: Node, tracer: Any) -> bool | None:
-    """What a condition is for every input; None where that depends on them."""
+    """Return what a condition is for every input; None where that depends on them."""
     found = value_range(node, tracer)
     return None if found is None or bool(found[0]) != bool(found[1]) or found[0] * found[1] < 0 else bool(found[0])
 
 
 def value_range(value: Any, tracer: Any) -> Range | None:
-    """(least, greatest) of the elements of a node, or of a number; None where nothing is known."""
+    """Return (least, greatest) of the elements of a node, or of a number; None where nothing is known."""
     if not isinstance(value, Node):
         return (float(value), float(value)) if isinstance(value, (bool, int, float)) else None
     if _is_written(value):
@@ -92,7 +92,7 @@ def value_range(value: Any, tracer: Any) -> Range | None:
 
 
 def _is_written(node: Node) -> bool:
-    """Whether something is written into the tensor, or into a view of it: then it is not what made it."""
+    """Return whether something is written into the tensor, or into a view of it: then it is not what made it."""
     for user in node.users:
         if not user.args or user.args[0] is not node:
             continue
@@ -110,6 +110,6 @@ def _truth(found: Range) -> Range:
 
 
 def _is_not_zero(mask: Any, x: Any) -> bool:
-    """Whether the mask says where `x` is not zero."""
+    """Return whether the mask says where `x` is not zero."""
     name = getattr(mask.target, "__name__", mask.target) if isinstance(mask, Node) else ""
     return name in ("bool", "to") and mask.args[0] is x and (name == "bool" or torch.bool in mask.args)

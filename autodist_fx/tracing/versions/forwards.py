@@ -1,9 +1,9 @@
-"""Models of transformers 5 under the names of 4.57, which all of this package speaks.
+"""Gives models of transformers 5 the names of 4.57, which all of this package speaks.
 
-    past_key_values (4.57)     cache (5)                argument of forward, field of its output
-    cache_position             -                        5 asks the cache: get_query_offset()
-    get_mask_sizes(positions)  get_mask_sizes(number)
-    update(k, v, i, dict)      update(k, v, i, kwargs=dict)
+past_key_values (4.57)     cache (5)                argument of forward, field of its output
+cache_position             -                        5 asks the cache: get_query_offset()
+get_mask_sizes(positions)  get_mask_sizes(number)
+update(k, v, i, dict)      update(k, v, i, kwargs=dict)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Output(dict[str, Any]):
 
 
 def with_cache_named_as_before(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, of a subclass of the same name whose forward calls its cache `past_key_values`."""
+    """Return the same model, of a subclass of the same name whose forward calls its cache `past_key_values`."""
     cls = type(model)
     parameters = list(inspect.signature(cls.forward).parameters.values())
     names = {p.name for p in parameters}
@@ -66,12 +66,13 @@ def _renamed(output: Any) -> Any:
 
 
 def takes_cache(model_class: type[PreTrainedModel]) -> bool:
-    """Whether forward takes a cache of keys and values, under any of its names."""
+    """Return whether forward takes a cache of keys and values, under any of its names."""
     return bool({"past_key_values", _CACHE} & set(inspect.signature(model_class.forward).parameters))
 
 
 def keeps_states(config: Any) -> bool:
-    """Whether the config's DynamicCache has layers that keep something else than keys and values (5's hybrids)."""
+    """Return whether the config's DynamicCache has layers that keep something else than keys and values (5's
+    hybrids)."""
     try:
         layers = DynamicCache(config=config).layers
     except Exception:  # a config that describes no decoder
@@ -80,7 +81,8 @@ def keeps_states(config: Any) -> bool:
 
 
 def without_return_dict(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """`plain` without the `return_dict` that 5's capture_outputs takes away, and that would be handed on twice."""
+    """Return `plain` without the `return_dict` that 5's capture_outputs takes away, and that would be handed on
+    twice."""
     names = inspect.signature(plain).parameters
     if not _CAPTURES_OUTPUTS or "return_dict" in names or not any(p.kind is p.VAR_KEYWORD for p in names.values()):
         return plain

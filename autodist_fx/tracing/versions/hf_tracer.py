@@ -1,4 +1,4 @@
-"""transformers' HFTracer (`utils.fx`, which 4.57 ships), and what is mended of how it finds the examples of values."""
+"""Mends transformers' HFTracer (`utils.fx`, which 4.57 ships): how it finds the examples of values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def patch_base(patch: Patch) -> None:
 
 
 class _MetaKernelsFirst(dict[Any, Callable[..., Any]]):
-    """HFTracer's table of shape functions, consulted only where torch cannot run an op on meta tensors.
+    """Is HFTracer's table of shape functions, consulted only where torch cannot run an op on meta tensors.
 
     The table ignores dtypes (a bfloat16 linear comes out float32) and computes some shapes on CPU tensors.
     """
@@ -52,7 +52,7 @@ class _MetaKernelsFirst(dict[Any, Callable[..., Any]]):
 
 
 def _to_metas(proxies_to_metas: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Constant tensors too go to meta: torch refuses to mix meta with another device."""
+    """Move constant tensors to meta, too: torch refuses to mix meta with another device."""
 
     def to_metas(value: Any) -> Any:
         if isinstance(value, torch.Tensor):

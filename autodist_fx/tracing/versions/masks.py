@@ -39,7 +39,8 @@ def _never(*args: Any, **kwargs: Any) -> bool:
 
 
 def _broadcast_for_bhqkv(mask_function: Callable[..., Any], bh_indices: bool = True) -> Callable[..., Any]:
-    """What `masking_utils._vmap_for_bhqkv` returns, by broadcasting index tensors instead of mapping over them."""
+    """Return what `masking_utils._vmap_for_bhqkv` returns, by broadcasting index tensors instead of mapping over
+    them."""
 
     def mask_BHQK(batch_B: Any, head_H: Any, query_Q: Any, key_K: Any) -> Any:
         if not bh_indices:
@@ -56,5 +57,5 @@ def _broadcast_for_bhqkv(mask_function: Callable[..., Any], bh_indices: bool = T
 
 
 def _known_shape(value: Any) -> tuple[int, ...]:
-    """The shape of a tensor; of a proxy, the one that its example has."""
+    """Return the shape of a tensor; of a proxy, the one that its example has."""
     return tuple((value._metadata if isinstance(value, SymbolicProxy) else value).shape)

@@ -66,7 +66,8 @@ class SymbolicProxy(Proxy):
 
 
 class AttributeProxy(SymbolicProxy):
-    """`x.name`: a method that is about to be called, or an attribute, whose node is made when something reads it."""
+    """A proxy of `x.name`: a method that is about to be called, or an attribute, whose node is made when something
+    reads it."""
 
     def __init__(self, root: Any, attr: str) -> None:
         self.root, self.attr, self.tracer = root, attr, root.tracer
@@ -90,7 +91,7 @@ class DeviceAttribute(AttributeProxy):
 
 
 def _to_meta(value: Any) -> Any:
-    """An argument of a node as it is run for its example."""
+    """Return an argument of a node as it is run for its example."""
     if isinstance(value, torch.Tensor):
         return value.to("meta")  # a constant; torch mixes meta with no other device
     if isinstance(value, DeviceAttribute):
@@ -115,7 +116,7 @@ def _repeat_interleave(
 
 
 def _masked_item(x: Any, index: Any) -> Any:
-    """x[mask], all of which is taken: the example of a length that depends on values."""
+    """Return x[mask], all of which is taken: the example of a size that depends on values."""
 
     def on_cpu(value: Any) -> Any:
         return torch.ones_like(value, device="cpu") if isinstance(value, torch.Tensor) else value
@@ -146,7 +147,8 @@ def _run(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _traced_where_proxied(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.arange(n, device=d) and the like take no proxies for numbers; where they get one, a node is made."""
+    """Make a node of torch.arange(n, device=d) and the like where they get a proxy for a number, which they do not
+    take."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -220,7 +222,7 @@ class SymbolicTracer(Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def path_of_module(self, mod: nn.Module) -> str:
-        """The module's path; a module that forward makes for itself (an activation) is added to the root."""
+        """Return the module's path; a module that forward makes for itself (an activation) is added to the root."""
         try:
             return super().path_of_module(mod)
         except NameError:
@@ -239,7 +241,7 @@ class SymbolicTracer(Tracer):
         return not _holds_proxies(m) and super().is_leaf_module(m, module_qualified_name)
 
     def keys(self, obj: Proxy) -> Any:
-        """`f(**proxy)`: of forward's own **kwargs, there are none."""
+        """Return the names in `f(**proxy)`: of forward's own **kwargs, there are none."""
         found = AttributeProxy(obj, "keys")()
         return found._metadata if str(obj.node.target).startswith("**") else found
 
@@ -259,8 +261,8 @@ class SymbolicTracer(Tracer):
         self, root: nn.Module, concrete_args: dict[str, Any] | None = None, dummy_inputs: dict[str, Any] | None = None,
         complete_concrete_args_with_inputs_not_in_dummy_inputs: bool = False,
     ) -> Graph:  # fmt: skip
-        """A graph of `root` with `dummy_inputs` as examples. `concrete_args` are no inputs of it. (The last argument is
-        HFTracer's: all that has no example has to be in `concrete_args` here.)"""
+        """Trace a graph of `root` with `dummy_inputs` as examples. `concrete_args` are no inputs of it. (The last
+        argument is HFTracer's: all that has no example has to be in `concrete_args` here.)"""
         global _current
         parameters = inspect.signature(root.forward).parameters
         concrete_args = dict(concrete_args or {})
@@ -298,7 +300,7 @@ def _holds_proxies(module: nn.Module) -> bool:
 
 
 def get_concrete_args(model: nn.Module, input_names: list[str]) -> dict[str, Any]:
-    """The defaults of all arguments of forward that are no inputs, by name."""
+    """Return the defaults of all arguments of forward that are no inputs, by name."""
     parameters = inspect.signature(model.forward).parameters.values()
     return {p.name: p.default for p in parameters if p.name not in input_names}
 

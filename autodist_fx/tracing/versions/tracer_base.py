@@ -1,4 +1,5 @@
-"""The symbolic tracer that ours is built on: transformers' own where it ships one (4.57), else own_tracer.py (5)."""
+"""Chooses the symbolic tracer that ours is built on: transformers' own where it ships one (4.57), else own_tracer.py
+(5)."""
 
 from __future__ import annotations
 
