@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from autodist_fx.calls.cache_names import cache_argument
 from autodist_fx.calls.model_signature import ModelSignature
 from autodist_fx.errors import AutodistError
 
@@ -31,7 +32,7 @@ class Call:
     tensors: dict[str, torch.Tensor]
     fixed: dict[str, object]  # Python arguments that differ from the defaults of forward's signature and the config
     use_cache: bool
-    cache: Any  # the object passed as past_key_values, or None
+    cache: Any  # the object passed as past_key_values (or cache), or None
     return_dict: bool
 
 
@@ -43,8 +44,9 @@ def read_call(model: ModelSignature, inputs: Mapping[str, Any], always: Mapping[
     Raises AutodistError that names an argument which forward does not take, or which has no use here.
     """
     arguments = dict(inputs)
-    use_cache = bool(arguments.pop("use_cache", False)) or "past_key_values" in arguments
-    cache = arguments.pop("past_key_values", None)
+    cache_name = cache_argument(arguments)
+    use_cache = bool(arguments.pop("use_cache", False)) or cache_name is not None
+    cache = arguments.pop(cache_name) if cache_name is not None else None
     return_dict = arguments.pop("return_dict", None)
     accepted = (*model.argument_names, *((*OUTPUT_FLAGS, *KEYWORD_INPUTS) if model.takes_keywords else ()))
     if unknown := sorted(name for name, value in arguments.items() if name not in accepted and value is not None):

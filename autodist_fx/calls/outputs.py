@@ -12,21 +12,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from autodist_fx.calls.cache_names import CACHE_FIELD
 from autodist_fx.calls.call import Call
 
 
 @dataclass
-class CallOutput(ModelOutput):
-    """What a call of a model returns. These attributes are None where the call has no such output, as in transformers'
-    own classes; others, as `aux_loss`, are there where the model gives them."""
-
-    loss: Any = None
-    logits: Any = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
+class CallOutput(CausalLMOutputWithPast):
+    """What a call of a model returns. The attributes of CausalLMOutputWithPast are None where the call has no such
+    output, as in transformers' own classes; others, as `aux_loss`, are there where the model gives them."""
 
 
 def flat(outputs: Any) -> dict[str, Any]:
@@ -47,7 +43,7 @@ def nested(outputs: Mapping[str, Any], order: Iterable[str]) -> CallOutput:
     """Invert `flat`, in the order of the flat names `order`; numeric names become tuples, all others ModelOutputs."""
     found = CallOutput()
     for name, value in _nested({name: outputs[name] for name in order if name in outputs}).items():
-        found[name] = value
+        found[CACHE_FIELD if name == "past_key_values" else name] = value
     return found
 
 

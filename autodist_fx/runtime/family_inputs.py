@@ -11,36 +11,25 @@ from typing import Any
 
 import torch
 
+from autodist_fx.calls.cache_names import CACHE_FIELD
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.cache.kv_cache import SplitCache
 
 _TAKEN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position")
 
 
-def family_inputs(
-    model: Any,
-    input_ids: torch.Tensor,
-    past_key_values: SplitCache | None,
-    attention_mask: torch.Tensor | None,
-    cache_position: torch.Tensor,
-    others: dict[str, Any],
-) -> dict[str, Any]:
-    """Return the arguments of the next forward, by name. `model` is one of the family, without weights; the rest is
-    what `generate` has: input_ids [batch, all tokens so far], attention_mask likewise, cache_position [tokens of the
-    step].
+def family_inputs(model: Any, input_ids: torch.Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the next forward, by name. `model` is one of the family, without weights; `input_ids`
+    [batch, all tokens so far], and `given` is what else `generate` hands to its `prepare_inputs_for_generation`.
 
     Raises AutodistError where the family gives its model an input that the ranks' graphs do not take.
     """
-    found = model.prepare_inputs_for_generation(
-        input_ids,
-        past_key_values=past_key_values,
-        attention_mask=attention_mask,
-        cache_position=cache_position,
-        **others,
-    )
+    given = {name: value for name, value in given.items() if not name.endswith("tokenizer")}
+    found = model.prepare_inputs_for_generation(input_ids, **given)
     found = {name: value for name, value in found.items() if value is not None}
+    if CACHE_FIELD in found:
+        found["past_key_values"] = found.pop(CACHE_FIELD)
     if own := sorted(name for name, value in found.items() if isinstance(value, torch.Tensor) and name not in _TAKEN
-                     and value is not others.get(name)):  # fmt: skip
+                     and value is not given.get(name)):  # fmt: skip
         raise AutodistError(
             f"generating, {type(model).__name__} gives itself {', '.join(own)}, which the ranks' graphs do not take: "
             "generate with the model itself"

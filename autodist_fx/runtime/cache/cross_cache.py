@@ -54,10 +54,14 @@ class CrossCache(SplitCache):
         super().reorder_cache(beam_idx)
         self.inputs = {name: value.index_select(0, beam_idx.to(value.device)) for name, value in self.inputs.items()}
 
-    def _crop_layers(self, max_length: int) -> None:
+    def _crop_layers(self, argument: int) -> None:
         for layer, kind in zip(self.layers, self.kinds, strict=True):
             if kind != CROSS:
-                layer.crop(max_length)
+                layer.crop(argument)
+
+    def reset(self) -> None:
+        super().reset()
+        self.encoded, self.rows, self.inputs = None, 0, {}
 
 
 def _rows(value: torch.Tensor, times: int) -> torch.Tensor:

@@ -22,16 +22,17 @@ from transformers import GenerationConfig
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from autodist_fx.calls.cache_names import CACHE_FIELD, cache_argument
 from autodist_fx.calls.call import Call, read_call
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.cross_cache import Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache
-from autodist_fx.runtime.family_inputs import family_inputs
 from autodist_fx.runtime.generation.collective_call import collective
 from autodist_fx.runtime.generation.follower import Follower
-from autodist_fx.runtime.generation.leader import GrowingMask, Leader
+from autodist_fx.runtime.generation.leader import Leader
 from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.step_runner import StepRunner
+from autodist_fx.runtime.generation.versions import GenerationHooks
 from passes.program.rank_program import RankProgram
 
 _GENERATE = inspect.signature(GenerationMixin.generate)
@@ -39,7 +40,7 @@ _SYNCED_GPUS = [*_GENERATE.parameters].index("synced_gpus") - 1  # its position,
 _AS_GENERATING = (("logits_to_keep", 1),)  # arguments that the programs which fill a cache are made for
 
 
-class DistributedCausalLM(StepRunner, GenerationMixin):
+class DistributedCausalLM(StepRunner, GenerationHooks):
     """The model that `adx.from_pretrained` and `adx.compile(...).to_distributed()` return, on every rank. See
     StepRunner for what it is made of. `family`: a model without weights, where its class prepares its own inputs for
     generating (family_inputs.py)."""
@@ -64,7 +65,7 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
         return True
 
     def new_cache(self) -> SplitCache:
-        """Return an empty cache for `past_key_values=`; to be called on every rank."""
+        """Return an empty cache for `cache=` or `past_key_values=`; to be called on every rank."""
         return self.caches.new()
 
     @collective
@@ -75,6 +76,7 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: SplitCache | None = None,
+        cache: SplitCache | None = None,
         cache_position: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
@@ -87,13 +89,15 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
         Takes what the model's own forward takes (`others`: by position) and returns what that returns, on every rank:
         `.logits` [batch, tokens, vocabulary], with `labels` its `.loss`. A call unlike those before is compiled first.
 
-        With `use_cache` or `past_key_values` the cache is filled, and `.logits` are those of the last position, [batch,
-        1, vocabulary], on the ranks of the last stage (elsewhere None, but for `logits_on_every_rank`). Then there are
-        `input_ids` [batch, tokens], `attention_mask` [batch, cached + tokens] (ones when None), `position_ids` [batch,
-        tokens] (counted from the start of the row, padding included, when None) and no others.
+        With `use_cache` or a cache (`cache` and `past_key_values` are the same) the cache is filled, and `.logits` are
+        those of the last position, [batch, 1, vocabulary], on the ranks of the last stage (elsewhere None, but for
+        `logits_on_every_rank`). Then there are `input_ids` [batch, tokens], `attention_mask` [batch, cached + tokens]
+        (ones when None), `position_ids` [batch, tokens] (counted from the start of the row, padding included, when
+        None) and no others.
 
         Raises AutodistError, which names the argument, where there is no such program.
         """
+        past_key_values = either_cache(past_key_values, cache)
         if self._leader is None and self._call_programs is not None:
             named = {
                 "input_ids": input_ids,
@@ -167,8 +171,8 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
         """Run a step, which reads `encoded` in a model with an encoder."""
         if past_key_values is not None and not isinstance(past_key_values, SplitCache):
             raise AutodistError(
-                f"past_key_values is a {type(past_key_values).__name__} of one process: use model.new_cache(), or the "
-                "past_key_values of an earlier output of this model"
+                f"the cache is a {type(past_key_values).__name__} of one process: use model.new_cache(), or the cache "
+                "of an earlier output of this model"
             )
         cache = self.caches.new() if past_key_values is None else past_key_values
         batch, tokens = input_ids.shape
@@ -179,9 +183,10 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
             position_ids = cache_position[None]
         if position_ids.shape[0] != batch:
             position_ids = position_ids.expand(batch, tokens)
+        shows_all = attention_mask is None
         if attention_mask is None:
             attention_mask = torch.ones(batch, cache.get_seq_length() + tokens, dtype=torch.long)
-        step = Step(cache, input_ids, attention_mask, position_ids, cache_position, encoded)
+        step = Step(cache, input_ids, attention_mask, position_ids, cache_position, encoded, shows_all)
         variant = self._choose(step)
         if self._leader is not None:
             self._leader.announce_step(step, cache_kept=past_key_values is not None or use_cache is not False)
@@ -190,7 +195,7 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
             logits = None if logits is None else logits[:, -1:, :]
         elif self.logits_on_every_rank:
             logits = self._share({} if logits is None else {"logits": logits})["logits"]
-        return CausalLMOutputWithPast(logits=logits, past_key_values=None if use_cache is False else cache)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE_FIELD: None if use_cache is False else cache})
 
     @functools.partial(collective, takes=GenerationMixin.generate)
     @torch.no_grad()
@@ -231,6 +236,8 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
             args = (*args[:_SYNCED_GPUS], False, *args[_SYNCED_GPUS + 1 :])
         elif kwargs.get("synced_gpus"):
             kwargs["synced_gpus"] = False
+        if name := cache_argument(kwargs):
+            kwargs[CACHE_FIELD] = kwargs.pop(name)
         return generate(*args, **kwargs)
 
     @staticmethod
@@ -240,45 +247,10 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
 
     # --------------------------------------------------------------- called by transformers' generate, on the driver
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        past_key_values: SplitCache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        cache_position: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Return a step's inputs, as GenerationMixin does, which spends 0.2 ms a token on cases that do not occur
-        here; where the family has a method of its own for that, what it says."""
-        assert cache_position is not None
-        if self.family is not None:
-            others = {k: v for k, v in kwargs.items() if not k.endswith("tokenizer")}
-            return family_inputs(
-                self.family, input_ids, past_key_values, attention_mask, cache_position, others
-            )
-        tokens = cache_position.shape[0]
-        if past_key_values is not None and input_ids.shape[1] != tokens:
-            input_ids = input_ids[:, -tokens:]
-        position_ids = kwargs.pop("position_ids", None)
-        if position_ids is None and attention_mask is not None and self._told_positions:
-            mask = GrowingMask() if self._leader is None else self._leader.mask
-            position_ids = mask.positions(attention_mask, cached=past_key_values is not None)
-        if position_ids is not None and past_key_values is not None:
-            position_ids = position_ids[:, -input_ids.shape[1] :]
-        return {
-            "input_ids": input_ids.contiguous(),
-            "attention_mask": attention_mask,
-            "position_ids": position_ids.contiguous() if position_ids is not None else None,
-            "past_key_values": past_key_values,
-            "cache_position": cache_position,
-            # generate hands on all that it was given; tokenizers are for its stop strings
-            **{k: v for k, v in kwargs.items() if v is not None and not k.endswith("tokenizer")},
-        }
-
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if self._leader is not None:
-            self._leader.mask.grow(model_kwargs.get(self._mask_name))
+            self._leader.choose_tokens(model_kwargs.get(self._mask_name))
         return model_kwargs
 
     def _prepare_cache_for_generation(
@@ -289,14 +261,31 @@ class DistributedCausalLM(StepRunner, GenerationMixin):
         if generation_config.cache_implementation == "quantized":
             raise AutodistError("a quantized cache is not supported over ranks: leave cache_implementation out")
         generation_config.cache_implementation = None
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.caches.new()
+        if model_kwargs.get(CACHE_FIELD) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE_FIELD] = self.caches.new()
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         raise AutodistError(
             "assisted generation (assistant_model, prompt_lookup_num_tokens) needs the logits of several positions, "
             "and the ranks' graphs give those of the last one: generate without it"
         )
+
+    # ------------------------------------------------------------ transformers' other ways to generate, which differ
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise AutodistError: continuous batching (`generate_batch`, "paged" caches too) is for one process."""
+        raise AutodistError(
+            "continuous batching keeps keys and values in pages of one process: call generate on every rank instead"
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
+
+
+def either_cache(past_key_values: Any, cache: Any) -> Any:
+    """Return the one of the two that is given. Raises AutodistError where both are."""
+    if past_key_values is not None and cache is not None:
+        raise AutodistError("the call has both past_key_values and cache: pass one of them")
+    return cache if past_key_values is None else past_key_values
 
 
 def refuse_keywords(keywords: Mapping[str, Any]) -> None:

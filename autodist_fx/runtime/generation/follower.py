@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from autodist_fx.calls.cache_names import CACHE_FIELD
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.errors import AutodistError, CommunicationError
 from autodist_fx.runtime.cache.cache_table import CacheTable
@@ -78,7 +79,7 @@ class Follower:
                 case ReorderMessage() as message:
                     self._model.caches.numbered(message.cache).reorder_cache(message.rows)
                 case CropMessage() as message:
-                    self._model.caches.numbered(message.cache).crop(message.max_length)
+                    self._model.caches.numbered(message.cache).crop(message.argument)
                 case EncodeMessage() as message:
                     self._encoded = self._model.follow_encoding(message)
                 case PrepareMessage() as message:
@@ -93,13 +94,15 @@ class Follower:
         cache = self._model.caches.numbered(message.cache)
         if message.cache_kept:
             self._kept[cache.number] = cache
+        first, (batch, tokens) = message.first_position, message.input_ids.shape
         if message.attention_mask is not None:
             cache.mask = message.attention_mask
+        elif message.mask_of_ones:
+            cache.mask = message.input_ids.new_ones(batch, cache.tokens + tokens)
         elif message.mask_grown:
             if cache.mask is None:
                 raise CommunicationError(f"the mask of cache {cache.number} grows, and was never sent")
             cache.mask = torch.cat([cache.mask, cache.mask.new_ones(cache.mask.shape[0], 1)], dim=-1)
-        first, tokens = message.first_position, message.input_ids.shape[1]
         step = Step(
             cache=cache,
             input_ids=message.input_ids,
@@ -128,4 +131,4 @@ class Follower:
         if message.kind is OutputKind.SEQUENCES:
             return sequences
         output = self._outputs[message.kind - OutputKind.SAMPLE]
-        return output(sequences=sequences, past_key_values=self._model.caches.get(message.cache))
+        return output(sequences=sequences, **{CACHE_FIELD: self._model.caches.get(message.cache)})

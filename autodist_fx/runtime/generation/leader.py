@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from autodist_fx.calls.cache_names import cache_of
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.cross_cache import Encoded
@@ -69,6 +70,8 @@ class Leader:
         self._channel, self._finish_sends = channel, finish_sends
         self._takes_positions, self._takes_mask = "position_ids" in inputs, "attention_mask" in inputs
         self.mask = GrowingMask()
+        self._chosen = False  # tokens, since the last step of transformers' loop
+        self._new_tokens = False  # the step that comes has them
         self.encoded: Encoded | None = None  # what the encoder gave last, held until the end
 
     def lead(self, generate: Callable[[], Any]) -> Any:
@@ -83,8 +86,17 @@ class Leader:
         if isinstance(result, torch.Tensor):
             return EndMessage(OutputKind.SEQUENCES, result)
         kind = OutputKind.BEAMS if "Beam" in type(result).__name__ else OutputKind.SAMPLE
-        cache = getattr(result, "past_key_values", None)
+        cache = cache_of(result)
         return EndMessage(kind, result["sequences"], 0 if cache is None else cache.number)
+
+    def choose_tokens(self, mask: torch.Tensor | None) -> None:
+        """After a step of transformers' loop, which chooses tokens of its logits next. `mask`: see GrowingMask.grow."""
+        self.mask.grow(mask)
+        self._chosen = True
+
+    def prepare_step(self) -> None:
+        """Before a step of transformers' loop: other calls of the model, a logits processor's say, go by without."""
+        self._new_tokens, self._chosen = self._chosen, False
 
     def announce_step(self, step: Step, *, cache_kept: bool) -> None:
         """Announce a step before the driver runs it. Raises AutodistError on a mask that is not [batch, tokens]."""
@@ -97,6 +109,8 @@ class Leader:
                 raise AutodistError(f"attention_mask must be [batch, tokens]; got {list(mask.shape)}")
             grown = self.mask.is_grown(mask) and cache.mask_tokens == mask.shape[1] - 1
             cache.mask_tokens = mask.shape[1]
+        told = self._takes_mask and not grown and not step.shows_all
+        new_tokens, self._new_tokens = self._new_tokens, False
         self._finish_sends()
         self._say(
             StepMessage(
@@ -104,9 +118,10 @@ class Leader:
                 first_position=int(step.cache_position[0]),
                 input_ids=step.input_ids,
                 position_ids=step.position_ids if self._takes_positions else None,
-                attention_mask=mask.long() if self._takes_mask and not grown else None,
+                attention_mask=mask.long() if told else None,
                 mask_grown=grown,
-                new_tokens=self.mask.is_grown(mask),
+                mask_of_ones=self._takes_mask and step.shows_all,
+                new_tokens=new_tokens,
                 cache_kept=cache_kept,
                 encoded=0 if step.encoded is None else step.encoded.number,
             )

@@ -64,8 +64,11 @@ class StatesCache(SplitCache):
         super().reorder_cache(beam_idx)
         self.states = {name: x.index_select(0, beam_idx.to(x.device)) for name, x in self.states.items()}
 
-    def _crop_layers(self, max_length: int) -> None:
+    def crop(self, argument: int) -> None:
         raise AutodistError("the states of a recurrence cannot be cropped to fewer tokens: leave that option out")
+
+    def reset(self) -> None:
+        self.states, self.tokens, self.mask, self.mask_tokens = {}, 0, None, 0
 
 
 class DistributedOwnCacheLM(DistributedCausalLM):
@@ -119,7 +122,7 @@ class DistributedOwnCacheLM(DistributedCausalLM):
         outputs = self._call(program, {name: given.get(name) for name in program.input_names})
         cache.states |= {name: x for name, x in outputs.items() if name.startswith(STATE_PREFIX)}
         self._hand_over(cache, after)
-        cache.tokens += step.input_ids.shape[1]
+        cache.note(step.input_ids)
         return outputs.get("logits")
 
     def _hand_over(self, cache: StatesCache, states: Sequence[Handover]) -> None:

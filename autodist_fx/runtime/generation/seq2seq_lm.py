@@ -17,6 +17,7 @@ from torch import nn
 from transformers.generation import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput, GenerationMixin
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
+from autodist_fx.calls.cache_names import CACHE_FIELD, cache_of
 from autodist_fx.calls.call import read_call
 from autodist_fx.calls.lengths import Lengths, lengths_of
 from autodist_fx.errors import AutodistError, CommunicationError
@@ -25,6 +26,7 @@ from autodist_fx.runtime.cache.kv_cache import SplitCache, encoder_view, local_c
 from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.runtime.generation.causal_lm import (
     DistributedCausalLM,
+    either_cache,
     refuse_inner_outputs,
     refuse_keywords,
 )
@@ -100,6 +102,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         decoder_position_ids: torch.Tensor | None = None,
         encoder_outputs: Any = None,
         past_key_values: SplitCache | None = None,
+        cache: SplitCache | None = None,
         cache_position: torch.Tensor | None = None,
         use_cache: bool | None = None,
         input_features: torch.Tensor | None = None,
@@ -120,6 +123,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
 
         Raises AutodistError, which names the argument, where there is no such program.
         """
+        past_key_values = either_cache(past_key_values, cache)
         if self._leader is None and self._call_programs is not None:
             named = {
                 "input_ids": input_ids,
@@ -177,7 +181,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
             use_cache,
             encoded,
         )
-        output = Seq2SeqLMOutput(logits=found.logits, past_key_values=found.past_key_values)
+        output = Seq2SeqLMOutput(logits=found.logits, **{CACHE_FIELD: cache_of(found)})
         return output.to_tuple() if return_dict is False else output
 
     # ------------------------------------------------------------------------------------------- in generate
@@ -194,21 +198,13 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         return ids, model_kwargs
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: torch.Tensor,
-        past_key_values: SplitCache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: Any = None,
-        cache_position: torch.Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: torch.Tensor, *, encoder_outputs: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Return a step's inputs. The encoder's mask needs not be handed on: it is noted with what the encoder gave."""
+        kwargs["attention_mask"] = kwargs.pop("decoder_attention_mask", None)
         if "decoder_position_ids" in kwargs:
             kwargs["position_ids"] = kwargs.pop("decoder_position_ids")
-        found = super().prepare_inputs_for_generation(
-            input_ids, past_key_values, decoder_attention_mask, cache_position, **kwargs
-        )
+        found = super().prepare_inputs_for_generation(input_ids, **kwargs)
         named = {self._names.get(name, name): value for name, value in found.items()}
         taken = inspect.signature(self.forward).parameters
         return {name: v for name, v in named.items() if name in taken} | {"encoder_outputs": encoder_outputs}

@@ -21,6 +21,7 @@ class Step:
     position_ids: torch.Tensor | None  # int64 [batch, tokens]
     cache_position: torch.Tensor  # int64 [tokens]: places in the cache
     encoded: Encoded | None = None  # what the encoder gave, in a model with one
+    shows_all: bool = False  # the mask is ones, since the call gave none
 
     @property
     def lengths(self) -> Lengths:

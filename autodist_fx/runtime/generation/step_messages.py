@@ -21,7 +21,7 @@ import torch
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.errors import CommunicationError
 
-FORMAT = 0x41445802  # "ADX", and the version of this layout
+FORMAT = 0x41445803  # "ADX", and the version of this layout
 BLOCK = 128  # integers of the first piece of a message: 1 KiB, which a socket takes at once
 _NUMBERS = 12
 _HEADER_INTEGERS = 3 + _NUMBERS
@@ -129,7 +129,8 @@ class StepMessage(Message):
     input_ids: torch.Tensor  # int64 [batch, tokens]
     position_ids: torch.Tensor | None = None  # int64 [batch, tokens]; None where the graphs take none
     attention_mask: torch.Tensor | None = None  # int64 [batch, cached + tokens]; None where the graphs take none,
-    mask_grown: bool = False  # or where it is that of this cache's last step and a column of ones
+    mask_grown: bool = False  # or where it is that of this cache's last step and a column of ones,
+    mask_of_ones: bool = False  # or ones for all tokens
     new_tokens: bool = False  # the last of input_ids were chosen since the step before: a streamer has not seen them
     cache_kept: bool = False  # the leader holds the cache until the end
     encoded: int = 0  # number of what the encoder gave, which the step reads; 0: nothing
@@ -141,17 +142,18 @@ class StepMessage(Message):
         if self.attention_mask is not None:
             payload.append(self.attention_mask)
             mask_tokens = self.attention_mask.shape[1]
-        told = self.mask_grown, self.new_tokens, self.cache_kept
+        told = self.mask_grown, self.mask_of_ones, self.new_tokens, self.cache_kept
         sizes = (*self.input_ids.shape, self.position_ids is not None, mask_tokens)
         return (self.cache, self.first_position, self.encoded, *sizes, *told), payload
 
     @classmethod
     def _from_content(cls, numbers: Sequence[int], payload: torch.Tensor) -> StepMessage:
-        cache, first_position, encoded, batch, tokens, has_positions, mask_tokens, grown, new, kept, *_ = numbers
+        cache, first_position, encoded, batch, tokens, has_positions, mask_tokens, grown, ones, new, kept, *_ = numbers
         _check(cls, 1, _MOST, cache=cache, batch=batch, tokens=tokens)
         _check(cls, 0, _MOST, first_position=first_position, encoded=encoded, mask_tokens=mask_tokens)
-        _check(cls, 0, 1, position_ids=has_positions, mask_grown=grown, new_tokens=new, cache_kept=kept)
-        _check(cls, 0, 0 if mask_tokens else 1, mask_grown=grown)
+        _check(cls, 0, 1, position_ids=has_positions, mask_of_ones=ones, new_tokens=new, cache_kept=kept)
+        _check(cls, 0, 0 if mask_tokens or ones else 1, mask_grown=grown)
+        _check(cls, 0, 0 if mask_tokens else 1, mask_of_ones=ones)
         used = batch * tokens * (1 + has_positions)
         _check_payload(cls, payload, used + batch * mask_tokens)
         mask = payload[used:].view(batch, mask_tokens) if mask_tokens else None
@@ -164,6 +166,7 @@ class StepMessage(Message):
             position_ids=positions[0] if positions else None,
             attention_mask=mask,
             mask_grown=bool(grown),
+            mask_of_ones=bool(ones),
             new_tokens=bool(new),
             cache_kept=bool(kept),
             encoded=encoded,
@@ -190,20 +193,20 @@ class ReorderMessage(Message):
 
 @dataclass(frozen=True, slots=True)
 class CropMessage(Message):
-    """A cache keeps its first `max_length` tokens, or loses its last ones where that is negative."""
+    """A cache forgets tokens, as transformers' `crop` does of its argument."""
 
     command: ClassVar[Command] = Command.CROP
 
     cache: int
-    max_length: int
+    argument: int
 
     def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
-        return (self.cache, self.max_length), ()
+        return (self.cache, self.argument), ()
 
     @classmethod
     def _from_content(cls, numbers: Sequence[int], payload: torch.Tensor) -> CropMessage:
         _check(cls, 1, _MOST, cache=numbers[0])
-        _check(cls, -_MOST, _MOST, max_length=numbers[1])
+        _check(cls, -_MOST, _MOST, argument=numbers[1])
         _check_payload(cls, payload, 0)
         return cls(*numbers[:2])
 

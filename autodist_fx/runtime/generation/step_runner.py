@@ -20,7 +20,7 @@ from autodist_fx.calls.outputs import CallOutput, returned
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.cache_table import CacheTable
 from autodist_fx.runtime.cache.cross_cache import Encoded
-from autodist_fx.runtime.cache.kv_cache import SplitCache, local_cache
+from autodist_fx.runtime.cache.kv_cache import SplitCache, local_cache, one_of_each_kind
 from autodist_fx.runtime.failing_node import name_failing_node
 from autodist_fx.runtime.generation.call_programs import CallPrograms
 from autodist_fx.runtime.generation.collective_call import CallCommunicator, CollectiveCalls
@@ -130,7 +130,7 @@ class StepRunner(nn.Module):
         }
         given = {self._names.get(name, name): value for name, value in given.items()} | dict(further)
         outputs = self._call(program, {name: given[name] for name in program.input_names})
-        step.cache.tokens += step.input_ids.shape[1]
+        step.cache.note(step.input_ids)
         return outputs.get("logits")
 
     def _call(self, program: RankProgram, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -173,6 +173,7 @@ class StepRunner(nn.Module):
 
     def _announced_cache(self) -> SplitCache:
         cache = self.empty_cache()
+        cache.kinds_of_all = one_of_each_kind(self.config)
         if self.is_driver:
             cache.announce = self._announce_cache_change
         return cache

@@ -55,7 +55,7 @@ def _with_update(update: Callable[..., None], plain: Callable[..., Any]) -> Call
 def _without_forward(wrapper: types.FunctionType) -> Callable[..., None]:
     cells = zip(wrapper.__code__.co_freevars, wrapper.__closure__ or (), strict=True)
     closure = tuple(types.CellType(_nothing) if name == "rope_forward" else cell for name, cell in cells)
-    update = types.FunctionType(wrapper.__code__, wrapper.__globals__, closure=closure)
+    update = types.FunctionType(wrapper.__code__, wrapper.__globals__, argdefs=wrapper.__defaults__, closure=closure)
 
     def updated(self: nn.Module, x: Any, *given: Any, **named: Any) -> None:
         # The frequencies that do not follow the positions are constants of the graph, where the module's own are.
@@ -68,5 +68,5 @@ def _device(module: nn.Module) -> torch.device:
     return next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
 
 
-def _nothing(*args: Any) -> None:
+def _nothing(*args: Any, **kwargs: Any) -> None:
     pass

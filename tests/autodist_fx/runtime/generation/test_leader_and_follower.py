@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import autodist_fx as adx
+from autodist_fx.calls.cache_names import CACHE_FIELD
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.errors import AutodistError, CommunicationError
 from autodist_fx.runtime.cache.cache_table import CacheTable
@@ -118,6 +119,13 @@ def step(cache: int = 1, at: int = 0, ids: torch.Tensor = IDS, **fields: Any) ->
     return StepMessage(cache, at, ids, cache_kept=True, **fields)
 
 
+def test_a_mask_of_ones_is_not_sent() -> None:
+    model = Ran()
+    model.caches.numbered(1)
+    follow(model, step(mask_of_ones=True), step(at=3, ids=IDS[:, :1], mask_grown=True), END)
+    assert [s.attention_mask.tolist() for s in model.steps] == [[[1] * n] * 2 for n in (3, 4)]  # type: ignore[union-attr]
+
+
 def test_a_mask_is_sent_once_and_grows() -> None:
     model, mask, one = Ran(), torch.tensor([[0, 1, 1], [1, 1, 1]]), IDS[:, :1]
     grown = step(at=3, ids=one, position_ids=one + 1, mask_grown=True)
@@ -157,7 +165,7 @@ def test_it_ends_as_the_leader_does() -> None:
     for kind in (OutputKind.SAMPLE, OutputKind.BEAMS):
         output = follow(model, step(), EndMessage(kind, END.sequences, cache=1))
         assert output["sequences"].tolist() == END.sequences.tolist()
-        assert output["past_key_values"] is not None and output["past_key_values"].number == 1
+        assert output[CACHE_FIELD] is not None and output[CACHE_FIELD].number == 1
 
 
 def test_what_cannot_be_prepared_is_for_the_leader_to_say() -> None:

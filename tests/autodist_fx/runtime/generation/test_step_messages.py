@@ -45,7 +45,7 @@ def integers(draw: Any, *shape: int) -> torch.Tensor:
 @st.composite
 def steps(draw: Any) -> StepMessage:
     batch, tokens = draw(st.integers(1, 9)), draw(st.sampled_from([1, 1, 2, 30]))
-    has_positions, mask = draw(st.booleans()), draw(st.sampled_from(["none", "sent", "grown"]))
+    has_positions, mask = draw(st.booleans()), draw(st.sampled_from(["none", "sent", "grown", "ones"]))
     return StepMessage(
         cache=draw(NUMBERS),
         first_position=draw(st.integers(0, 1 << 40)),
@@ -53,6 +53,7 @@ def steps(draw: Any) -> StepMessage:
         position_ids=draw(integers(batch, tokens)) if has_positions else None,
         attention_mask=draw(integers(batch, tokens + draw(st.integers(0, 40)))) if mask == "sent" else None,
         mask_grown=mask == "grown",
+        mask_of_ones=mask == "ones",
         new_tokens=draw(st.booleans()),
         cache_kept=draw(st.booleans()),
         encoded=draw(st.integers(0, 1 << 40)),
@@ -119,7 +120,7 @@ CROP, PREPARE = CropMessage(3, 5), PrepareMessage({"B": 2, "S": 3})
 END = EndMessage(OutputKind.BEAMS, torch.arange(8).view(2, 4))
 ENCODE = EncodeMessage(1, (TensorSpec(torch.long, (2, 3)), None))
 DAMAGED = {
-    "of format 0x41445801 came, and this rank reads 0x41445802": damaged(0, FORMAT - 1),
+    "of format 0x41445802 came, and this rank reads 0x41445803": damaged(0, FORMAT - 1),
     "is a command 0, where a Message": damaged(1, 0),
     "is a command 8, where a Message": damaged(1, 8),
     "a payload of -1 integers": damaged(2, -1),
@@ -136,10 +137,11 @@ DAMAGED = {
     "StepMessage came with position_ids=2": damaged(8, 2),
     "StepMessage came with mask_tokens=-10": damaged(9, -10),
     "StepMessage came with mask_grown=1": damaged(10, 1),
-    "StepMessage came with new_tokens=4": damaged(11, 4),
-    "StepMessage came with cache_kept=-1": damaged(12, -1),
+    "StepMessage came with mask_of_ones=1": damaged(11, 1),
+    "StepMessage came with new_tokens=4": damaged(12, 4),
+    "StepMessage came with cache_kept=-1": damaged(13, -1),
     "ReorderMessage came with cache=0": damaged(3, 0, ReorderMessage(1, torch.zeros(3, dtype=torch.long))),
-    "CropMessage came with max_length=-9223372036854775808": damaged(4, -(1 << 63), CROP),
+    "CropMessage came with argument=-9223372036854775808": damaged(4, -(1 << 63), CROP),
     "CropMessage came with a payload of 1 integers, not 0": damaged(2, 1, CROP),
     "EndMessage came with kind=3": damaged(3, 3, END),
     "EndMessage came with a payload of 8 integers, not 12": damaged(4, 3, END),
