@@ -6,7 +6,7 @@ import inspect
 
 from transformers import GenerationMixin, PreTrainedModel
 
-from autodist_fx.tracing import has_own_cache
+from autodist_fx.tracing import has_own_cache, takes_cache
 
 
 def follow_mask(model_class: type[PreTrainedModel]) -> bool:
@@ -44,8 +44,8 @@ def is_asked(model: PreTrainedModel, *, with_encoder: bool) -> bool:
 
 
 def keeps_cache(model: PreTrainedModel) -> bool:
-    """True if forward takes a cache: past_key_values, or a recurrent cache of the model's own."""
-    return "past_key_values" in inspect.signature(model.forward).parameters or has_own_cache(type(model), model.config)
+    """True if forward takes a cache: of keys and values, or a recurrent cache of the model's own."""
+    return takes_cache(type(model)) or has_own_cache(type(model), model.config)
 
 
 def last_logits_only(model: PreTrainedModel) -> dict[str, object]:

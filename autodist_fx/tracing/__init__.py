@@ -8,6 +8,7 @@ from autodist_fx.tracing.prompt_and_step import trace_phases
 from autodist_fx.tracing.recurrent_states import PREFIX as STATE_PREFIX
 from autodist_fx.tracing.recurrent_states import has_own_cache
 from autodist_fx.tracing.traced_model import TracedModel, trace
+from autodist_fx.tracing.versions.forwards import takes_cache
 
 __all__ = [
     "OUTPUT_FLAGS",
@@ -19,6 +20,7 @@ __all__ = [
     "empty_model",
     "has_own_cache",
     "meta_copy",
+    "takes_cache",
     "trace",
     "trace_phases",
 ]
