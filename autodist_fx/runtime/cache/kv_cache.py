@@ -40,7 +40,7 @@ def local_cache(config: PretrainedConfig, program: RankProgram, cache_class: typ
 
 
 def one_of_each_kind(config: PretrainedConfig) -> tuple[Any, ...]:
-    """Empty layers of the cache of the whole model, one of each class and window."""
+    """Return empty layers of the cache of the whole model, one of each class and window."""
     try:
         layers = DynamicCache(config=config).layers
     except AttributeError:  # it names its layers otherwise
@@ -83,12 +83,12 @@ class SplitCache(ReadableCache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """For each kind of layer, whether it keeps states alone, and no keys."""
+        """True, for each kind of layer, where it keeps states alone, and no keys."""
         return [hasattr(layer, "conv_states") and not isinstance(layer, CacheLayerMixin) for layer in self.kinds_of_all]
 
     @property
     def is_croppable(self) -> bool:
-        """Whether every layer of the model can forget tokens whenever it is asked to (transformers 5)."""
+        """True if every layer of the model can forget tokens whenever it is asked to (transformers 5)."""
         return all(layer.is_croppable for layer in self.kinds_of_all)
 
     def activate_past_recording(self) -> None:
@@ -114,7 +114,7 @@ class SplitCache(ReadableCache):
 
     def crop(self, argument: int) -> None:
         """Forget the last tokens. `argument` is what the installed transformers takes: minus their number, or with 4.57
-        the number that stays, too. Raises what its layers raise where one of the model's cannot, on any rank."""
+        the number that stays, too. Raises, on every rank, what one of the model's layers raises that cannot."""
         left = self._length_after("crop", argument)
         if self.announce is not None:
             self.announce("crop", self, torch.tensor([argument]))
@@ -132,8 +132,8 @@ class SplitCache(ReadableCache):
         self.tokens, self.mask, self.mask_tokens = left, None, 0
 
     def _length_after(self, method: str, *args: Any) -> int:
-        """Tokens left when `method` was called: tried on a layer of each kind, of the same length and without numbers,
-        so that all ranks come to the same answer, or error."""
+        """Return the tokens left when `method` was called: tried on a layer of each kind, of the same length and
+        without numbers, so that all ranks come to the same answer, or error."""
         left = self.tokens
         for layer in copy.deepcopy(self.kinds_of_all):
             if isinstance(layer, CacheLayerMixin):

@@ -90,12 +90,12 @@ class Leader:
         return EndMessage(kind, result["sequences"], 0 if cache is None else cache.number)
 
     def choose_tokens(self, mask: torch.Tensor | None) -> None:
-        """After a step of transformers' loop, which chooses tokens of its logits next. `mask`: see GrowingMask.grow."""
+        """Take note that transformers' loop chooses tokens of a step's logits next. `mask`: see GrowingMask.grow."""
         self.mask.grow(mask)
         self._chosen = True
 
     def prepare_step(self) -> None:
-        """Before a step of transformers' loop: other calls of the model, a logits processor's say, go by without."""
+        """Take note that a step of transformers' loop comes next; other calls (a processor's, say) choose none."""
         self._new_tokens, self._chosen = self._chosen, False
 
     def announce_step(self, step: Step, *, cache_kept: bool) -> None:

@@ -1,4 +1,4 @@
-"""What differs between the versions of transformers while a model generates, a module per version's generate.
+"""The differences between versions of transformers while a model generates, a module per version's generate.
 
 `GenerationHooks` is chosen by what GenerationMixin has, not by a version number:
 

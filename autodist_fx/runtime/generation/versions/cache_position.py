@@ -1,4 +1,4 @@
-"""What transformers 4.57's generate asks of a model, where a step is the tokens at `cache_position`."""
+"""The methods that transformers 4.57's generate asks of a model, where a step is the tokens at `cache_position`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autodist_fx.runtime.generation.leader import GrowingMask, Leader
 
 
 class GenerationHooks(GenerationMixin):
-    """Joins DistributedCausalLM, whose attributes these are."""
+    """Takes part in DistributedCausalLM, whose attributes these are."""
 
     family: Any
     _leader: Leader | None

@@ -1,4 +1,4 @@
-"""What transformers 5's generate asks of a model, where a step is the last `next_sequence_length` tokens."""
+"""The methods that transformers 5's generate asks of a model: a step is the last `next_sequence_length` tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autodist_fx.runtime.generation.leader import Leader
 
 
 class GenerationHooks(GenerationMixin):
-    """Joins DistributedCausalLM, whose attributes these are."""
+    """Takes part in DistributedCausalLM, whose attributes these are."""
 
     family: Any
     _leader: Leader | None
