@@ -37,10 +37,10 @@ class Artifact(ArtifactReader):
 
         return load_whole(self, self._files)
 
-    def simulate(self, **inputs: Any) -> Any:
+    def simulate(self, *args: Any, **inputs: Any) -> Any:
         """Run all ranks in this process; see CompiledModel.simulate.
         Raises AutodistError for a call that no saved variant takes."""
-        return self.whole.simulate(**inputs)
+        return self.whole.simulate(*args, **inputs)
 
     def verify(self, *, numeric: bool = False) -> None:
         """Prove the saved programs against the model's graph that is saved beside them; with `numeric`, also run both

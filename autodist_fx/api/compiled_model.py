@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.fx
@@ -41,6 +42,20 @@ class CompiledModel(Simulator):
         super().verify()
         if numeric:
             self.verify_numeric()
+
+    def __call__(self, *args: Any, **inputs: Any) -> NoReturn:
+        """Refuse to be called as a model. Raises AutodistError, which says what runs all ranks."""
+        raise AutodistError(
+            "a CompiledModel is the programs of all ranks: compiled.simulate(...) runs them in this process, and "
+            "compiled.to_distributed()(...) over processes"
+        )
+
+    def generate(self, *args: Any, **options: Any) -> NoReturn:
+        """Refuse to generate in one process. Raises AutodistError, which says what generates."""
+        raise AutodistError(
+            "generating is done over processes: compiled.to_distributed().generate(...) under torchrun, or "
+            "adx.from_pretrained(...).generate(...); in this process run the steps by compiled.simulate(use_cache=True)"
+        )
 
     def _repr_html_(self) -> str:
         """Return the plan as HTML, for notebooks."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from autodist_fx.api.habits import one_dtype, placed, refuse_habits
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
@@ -27,19 +30,22 @@ def from_pretrained(
     tp: int | None = None,
     pp: int | None = None,
     dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     hardware: str | Hardware | None = None,
     objective: str = "shard",
     pin: Mapping[str, str] | None = None,
     cuts: Sequence[int | str] | None = None,
     max_memory: Memory | None = None,
-    device_map: DeviceMap | None = None,
+    device_map: DeviceMap | str | torch.device | None = None,
     plan: PartitionPlan | str | Path | None = None,
     strict: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
     verify: bool = True,
     dump_dir: str | Path | None = None,
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
@@ -49,16 +55,23 @@ def from_pretrained(
     master_port: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache: bool | str | Path | CacheEntry | None = None,
+    **others: Any,
 ) -> DistributedCausalLM:
     """Load this process's rank of a checkpoint's model, split over `tp * pp` processes. Every process calls it alike.
 
     name: a directory with safetensors, a .gguf file, an id on the Hugging Face hub, or "smollm2".
     tp, pp: as in `compile` (1 where not given). Global rank = stage * tp + tp_rank.
     dtype: dtype of the weights ("bfloat16", torch.bfloat16, ...); None or "auto": the checkpoint's, float32 for GGUF.
+        transformers' older name for it, torch_dtype, is taken, too.
     device: "cpu", or "cuda" (one device per rank, of those that CUDA_VISIBLE_DEVICES shows); None: CUDA if available.
-    hardware, objective, pin, cuts, max_memory, device_map, plan, strict: as in `compile`; `plan` may be a file.
+    hardware, objective, pin, cuts, max_memory, device_map, plan, strict: as in `compile`; `plan` may be a file. A
+        device_map of "auto" says nothing: each rank has a device. One that names a device ("cpu") is `device`.
     dump_dir: directory into which each rank's graph is written after each pass, as text.
     revision, token, cache_dir, local_files_only: as in transformers' from_pretrained.
+    trust_remote_code: run the Python files of a checkpoint whose model transformers does not have (auto_map). Read them
+        first. Splits of such a model are not kept in the cache.
+    attn_implementation: "sdpa" or "eager", the attention that is traced; None: the config's, or sdpa where it has it.
+    others: whatever else transformers' from_pretrained takes is refused with the way out.
     verify: rank 0 proves the programs of all ranks before any runs.
     timeout: seconds to wait for another rank, at the start and in every later wait.
     rank, world_size, master_addr, master_port: this process's place; torchrun sets it in environment variables.
@@ -72,17 +85,23 @@ def from_pretrained(
     rank.
 
     """
-    source = CheckpointSource(name, revision, token, cache_dir, local_files_only)
+    source = CheckpointSource(
+        name, revision, token, cache_dir, local_files_only, bool(trust_remote_code), attn_implementation
+    )
     joining = JoinOptions(
         device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,
         timeout=timeout,
     )  # fmt: skip
     try:
+        refuse_habits(others)
+        dtype = one_dtype(dtype, torch_dtype)
+        device_map, device = placed(device_map, device)
+        joining = replace(joining, device=device)
         wanted = PlanOptions.from_keywords(
             tp=tp, pp=pp, hardware=hardware, objective=objective, pin=pin, cuts=cuts, max_memory=max_memory,
             device_map=device_map, plan=plan, strict=strict,
         )  # fmt: skip
-    except AutodistError as error:
+    except (AutodistError, TypeError) as error:
         fail_to_join(error, joining)
     options = CompileOptions(verify=verify, dump_dir=dump_dir)
     return start_rank(source, dtype, wanted, joining, options, progress=progress, cache=cache)

@@ -4,7 +4,7 @@ and Python arguments (each combination has its own graph)."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,21 @@ def read_call(model: ModelSignature, inputs: Mapping[str, Any], always: Mapping[
     return Call(tensors, unusual(model.parameters, fixed), use_cache, cache, bool(return_dict))
 
 
+def by_name(names: Sequence[str], positional: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name; `names` are those of the positional ones, of which None is as if left
+    out. Raises TypeError, as Python does, for too many, or one that is given twice."""
+    if len(positional) > len(names):
+        raise TypeError(f"forward takes {len(names)} positional arguments, and got {len(positional)}")
+    given = dict(keywords)
+    for name, value in zip(names, positional):
+        if value is None:
+            continue
+        if given.get(name) is not None:
+            raise TypeError(f"forward got {name} by position and by name")
+        given[name] = value
+    return given
+
+
 def unusual(parameters: Iterable[inspect.Parameter], fixed: Mapping[str, object]) -> dict[str, object]:
     """Return the entries of `fixed` that differ from the defaults of forward's `parameters`."""
     defaults = {p.name: p.default for p in parameters}
@@ -102,4 +117,4 @@ def _refuse_gaps(
                 raise AutodistError(f"{name} got neither {ids} nor {embeds}: pass one of them")
 
 
-__all__ = ["Call", "read_call", "unusual"]
+__all__ = ["Call", "by_name", "read_call", "unusual"]

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.default_hardware import default_hardware
-from autodist_fx.weights.checkpoint_source import CheckpointSource
+from autodist_fx.weights.checkpoint_source import ATTENTION, CheckpointSource
 from cost_model.request.plan_options import PlanOptions
 from cost_model.request.plan_request import OBJECTIVES
 
@@ -89,6 +89,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     model.add_argument("--dtype", default="auto", help="of the weights: auto (the checkpoint's), float32, bfloat16 ...")
     model.add_argument("--revision", help="of a model on the hub: a branch, a tag or a commit")
     model.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept")
+    model.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python files of a model that transformers has not"
+    )
+    model.add_argument("--attn-implementation", choices=ATTENTION, help="attention to trace (the config's, or sdpa)")
 
 
 def _pin(text: str) -> tuple[str, str]:
@@ -133,7 +137,13 @@ def plan_options(args: argparse.Namespace) -> PlanOptions:
 
 def checkpoint_source(args: argparse.Namespace) -> CheckpointSource:
     """Return the checkpoint that --model names."""
-    return CheckpointSource(args.model, revision=args.revision, cache_dir=args.cache_dir)
+    return CheckpointSource(
+        args.model,
+        revision=args.revision,
+        cache_dir=args.cache_dir,
+        trust_remote_code=args.trust_remote_code,
+        attn_implementation=args.attn_implementation,
+    )
 
 
 def compile_config(args: argparse.Namespace, wanted: PlanOptions) -> CompiledModel:

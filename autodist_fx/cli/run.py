@@ -52,7 +52,7 @@ _DAY = 86400.0  # seconds: the timeout with --rank, where somebody may sit at a 
 # Options that an artifact has settled.
 _DECIDED = (
     "model", "plan", "hardware", "objective", "pin", "cut", "max_memory", "device_map", "strict", "revision",
-    "cache_dir", "dump_dir",
+    "cache_dir", "dump_dir", "trust_remote_code", "attn_implementation",
 )  # fmt: skip
 
 # Options of transformers' GenerationConfig, by their own names.
@@ -187,7 +187,7 @@ class _Checkpoint:
         self.entry: CacheEntry | None = None
         if args.cache_entry:
             self.entry = CacheEntry(Path(args.cache_entry))
-        elif not (args.no_cache or args.dump_dir or os.environ.get(ENVIRONMENT) == "0"):
+        elif not (args.no_cache or args.dump_dir or args.trust_remote_code or os.environ.get(ENVIRONMENT) == "0"):
             request = self.wanted.resolve(default_hardware())
             self.entry = cache_entry(True, self.source, args.dtype, request, self.wanted.plan)
 

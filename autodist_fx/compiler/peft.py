@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -21,7 +22,7 @@ def without_wrapper(model: Any) -> PreTrainedModel | PretrainedConfig:
     inside = get_base_model() if callable(get_base_model) else None
     if not isinstance(inside, PreTrainedModel):
         raise AutodistError(
-            f"compile takes a transformers PreTrainedModel, a config, or a PeftModel, and got a {type(model).__name__}"
+            f"compile takes a transformers PreTrainedModel, a config, or a PeftModel, and got {_instead(model)}"
         )
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise AutodistError(
@@ -29,3 +30,17 @@ def without_wrapper(model: Any) -> PreTrainedModel | PretrainedConfig:
             "of the model has them: adapters in layers (LoRA and its like) can be compiled"
         )
     return inside
+
+
+def _instead(given: Any) -> str:
+    """Say what was given instead of a model, and how to come to one."""
+    if isinstance(given, (str, os.PathLike)):
+        return (
+            f"{str(given)!r}: load it with AutoModelForCausalLM.from_pretrained, or AutoConfig.from_pretrained for a "
+            "plan alone; over processes, adx.from_pretrained reads the checkpoint itself"
+        )
+    if isinstance(given, type):
+        return f"the class {given.__name__}: give one of its models, or its config"
+    if isinstance(getattr(given, "model", None), PreTrainedModel):
+        return f"a {type(given).__name__}: give its .model"
+    return f"a {type(given).__name__}"

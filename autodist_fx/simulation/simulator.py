@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from autodist_fx.calls.call import Call, read_call
+from autodist_fx.calls.call import Call, by_name, read_call
 from autodist_fx.calls.lengths import lengths_of
 from autodist_fx.calls.outputs import returned
 from autodist_fx.compiler.compilation import Compilation
@@ -30,8 +30,8 @@ from autodist_fx.weights.share import share_state
 class Simulator(Compilation):
     """A compilation of a model that has weights, run here, a thread a rank."""
 
-    def simulate(self, **inputs: Any) -> Any:
-        """Run all ranks in this process, a thread each; return the outputs that `model(**inputs)` would have.
+    def simulate(self, *args: Any, **inputs: Any) -> Any:
+        """Run all ranks in this process, a thread each; return what `model(*args, **inputs)` returns.
 
         With `use_cache` or a cache among the inputs, `past_key_values` in the output is a `SimulatedCache`, to be
         passed to the next call; None starts an empty one. What an encoder reads is given in the first call, in which
@@ -41,7 +41,7 @@ class Simulator(Compilation):
         self.source.check_weights("simulate")
         refuse_ambient("simulate")
         self.follow()
-        call = read_call(self.source.signature, inputs, self.source.always)
+        call = self._read_call(args, inputs)
         if call.use_cache and self.source.has_own_cache:
             return self._simulate_own_cache({**call.tensors, "past_key_values": call.cache}, call)
         given, cache = call.tensors, call.cache
@@ -74,10 +74,10 @@ class Simulator(Compilation):
         cache.length += step_length(given)
         return returned(call, {**encoded, **outputs, "past_key_values": cache}, variant.output_order)
 
-    def gradients(self, **inputs: Any) -> dict[str, torch.Tensor]:
-        """Run forward and backward on all ranks in this process: return the gradients that
-        `model(**inputs).loss.backward()` leaves in `model`, by the names of its `named_parameters()`, each whole; those
-        it leaves at None are left out.
+    def gradients(self, *args: Any, **inputs: Any) -> dict[str, torch.Tensor]:
+        """Run forward and backward on all ranks in this process: return the gradients that `loss.backward()` of
+        `model(*args, **inputs)` leaves in `model`, by the names of its `named_parameters()`, each whole; those it
+        leaves at None are left out.
 
         Needs `compile(..., train=True)`, a model with weights, and inputs that it computes a loss from (`labels=...`).
         Hooks of parameters (`register_hook`) get the whole gradients. The model stays as it is, and so do its own
@@ -90,7 +90,7 @@ class Simulator(Compilation):
         self.source.check_weights("gradients")
         refuse_ambient("gradients")
         self.follow()
-        call = read_call(self.source.signature, inputs, self.source.always)
+        call = self._read_call(args, inputs)
         if call.use_cache:
             raise AutodistError("gradients are of a whole sequence: leave past_key_values and use_cache out")
         variant = self.variant_for(call, 0)
@@ -100,6 +100,10 @@ class Simulator(Compilation):
         first_names = self.source.trained_parameters()
         whole = {first_names[name]: gradient for name, gradient in found.items() if name in first_names}
         return self.source.hooked({n: whole[n] for n in dict.fromkeys(first_names.values()) if n in whole})
+
+    def _read_call(self, args: tuple[Any, ...], inputs: dict[str, Any]) -> Call:
+        signature = self.source.signature
+        return read_call(signature, by_name(signature.argument_names, args, inputs), self.source.always)
 
     def _simulate_own_cache(self, inputs: dict[str, Any], call: Call) -> Any:
         """Run one call of a model whose cache is its own: the prompt's graph first, then the step's."""

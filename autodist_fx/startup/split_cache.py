@@ -104,6 +104,7 @@ def cache_entry(
         "checkpoint": str(checkpoint),
         "files": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files],
         "dtype": str(dtype),
+        "attention": source.attn_implementation,
         "request": repr(request),
         "plan": "" if plan is None else plan_to_text(plan),
         "versions": library_versions(),

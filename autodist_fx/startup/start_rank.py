@@ -41,10 +41,16 @@ def start_rank(
     """Return this process's share of a checkpoint's model; see autodist_fx.from_pretrained."""
     try:
         request, plan = wanted.resolve(default_hardware()), wanted.plan
-        keeps = options.dump_dir is None and is_kept(cache)
+        keeps = options.dump_dir is None and not source.trust_remote_code and is_kept(cache)
     except AutodistError as error:
         fail_to_join(error, joining)
-    more = {"dtype": dtype or "auto", "revision": source.revision, "cache": "in use" if keeps else "not in use"}
+    more = {
+        "dtype": dtype or "auto",
+        "revision": source.revision,
+        "attn_implementation": source.attn_implementation,
+        "trust_remote_code": source.trust_remote_code,
+        "cache": "in use" if keeps else "not in use",
+    }
     asked = request_facts("from_pretrained", request, plan, verify=options.verify, **more)
     joined = join(request.mesh, joining, asked)
 

@@ -158,21 +158,31 @@ def _keep_in_float32(model: PreTrainedModel) -> None:
 
 
 def class_for(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """Return the model class of transformers for a config. Raises TracingError without one."""
-    for name in getattr(config, "architectures", None) or ():
-        model_class = getattr(transformers, name, None)
-        if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
-            return model_class
-    mappings = _DECODERS_FIRST if not getattr(config, "is_encoder_decoder", False) else _DECODERS_FIRST[::-1]
-    for auto_class in mappings:
-        model_class = auto_class._model_mapping.get(type(config), None)
-        if model_class is not None:
-            return model_class
+    """Return the model class of a config. Raises TracingError where transformers has none."""
+    named, mapped = _named_class(config), _mapped_class(config)
+    # A config that is not transformers' may call its model's class as transformers calls one of its own.
+    found = (named or mapped) if type(config).__module__.startswith("transformers.") else (mapped or named)
+    if found is not None:
+        return found
     raise TracingError(
         f"no causal or sequence-to-sequence language model of transformers {transformers.__version__} goes with "
         f"{type(config).__name__} (architectures={getattr(config, 'architectures', None)}): pass a model instead of a "
         f"config"
     )
+
+
+def _named_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    for name in getattr(config, "architectures", None) or ():
+        model_class = getattr(transformers, name, None)
+        if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+            return model_class
+    return None
+
+
+def _mapped_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    mappings = _DECODERS_FIRST if not getattr(config, "is_encoder_decoder", False) else _DECODERS_FIRST[::-1]
+    found = (auto_class._model_mapping.get(type(config), None) for auto_class in mappings)
+    return next((model_class for model_class in found if model_class is not None), None)
 
 
 # Some configs go with several: the decoder of an encoder-decoder model is a causal language model, too.

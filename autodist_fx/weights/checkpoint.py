@@ -25,6 +25,7 @@ class Checkpoint:
     directory: Path
     paths: tuple[Path, ...]
     generation_config: GenerationConfig
+    trust_remote_code: bool = False
 
 
 def open_source(checkpoint: Checkpoint) -> WeightSource:
@@ -44,7 +45,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         tokenizer = gguf_tokenizer(checkpoint.paths[0], checkpoint.config)
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.directory), trust_remote_code=False)
+            trusted = checkpoint.trust_remote_code
+            tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.directory), trust_remote_code=trusted)
         except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise CheckpointError(

@@ -28,11 +28,15 @@ _PATTERNS = (
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"),  # config, generation config, tokenizer
 )
 _SUBFOLDERS = ("*/*",)  # onnx/, original/, ...
+_CODE = "*.py"  # for trust_remote_code alone
 
 
 def download_config(source: CheckpointSource) -> Path:
-    """Download a repository's config.json and return its path in the hub's cache. Raises CheckpointError."""
+    """Download a repository's config.json, with trust_remote_code its code, too,
+    and return the config's path in the hub's cache. Raises CheckpointError."""
     repo_id, offline = str(source.name), _files(source) is None
+    if source.trust_remote_code:
+        return _snapshot(source, offline, ["*.json", _CODE]) / "config.json"
     return Path(
         _ask(
             repo_id,
@@ -57,6 +61,12 @@ def download_checkpoint(source: CheckpointSource) -> Path:
     offline = files is None
     if files is not None:
         _refuse_without_safetensors(repo_id, files)
+    return _snapshot(source, offline, [*_PATTERNS, *([_CODE] if source.trust_remote_code else [])])
+
+
+def _snapshot(source: CheckpointSource, offline: bool, patterns: list[str]) -> Path:
+    """Download the files of a repository whose names match, and return their directory."""
+    repo_id = str(source.name)
     return Path(
         _ask(
             repo_id,
@@ -66,7 +76,7 @@ def download_checkpoint(source: CheckpointSource) -> Path:
                 token=source.token,
                 cache_dir=source.cache_dir,
                 local_files_only=offline,
-                allow_patterns=list(_PATTERNS),
+                allow_patterns=patterns,
                 ignore_patterns=list(_SUBFOLDERS),
             ),
         )

@@ -1,6 +1,7 @@
 """Resolves what a user types as a model (a directory, a .gguf file, a hub id, "smollm2") to a checkpoint or a config.
 
-It only opens formats that cannot run code: safetensors, GGUF, JSON, tokenizer files. It never opens a pickle.
+It only opens formats that cannot run code: safetensors, GGUF, JSON, tokenizer files. It never opens a pickle, and
+runs the Python files of a checkpoint only with trust_remote_code.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
-from autodist_fx.errors import CheckpointError
+from autodist_fx.errors import AutodistError, CheckpointError
 from autodist_fx.weights.checkpoint import Checkpoint
-from autodist_fx.weights.checkpoint_source import CheckpointSource
+from autodist_fx.weights.checkpoint_source import ATTENTION, CheckpointSource
 from autodist_fx.weights.hub import download_checkpoint, download_config
+from autodist_fx.weights.remote_code import config_with_code, needs_code, refuse_code
 from autodist_fx.weights.sources.gguf_file import gguf_config
 from autodist_fx.weights.sources.safetensors_source import weight_files
 
@@ -33,16 +35,16 @@ def resolve(source: CheckpointSource) -> Checkpoint:
     """
     path, name = locate(source), str(source.name)
     if path.suffix == ".gguf" and not path.is_dir():
-        return _gguf_checkpoint(name, path)
+        return _gguf_checkpoint(source, path)
     files = weight_files(path)
     if files:
-        config = _config_of(path)
-        return Checkpoint(name, config, "safetensors", path, files, _generation_config(path, config))
+        config, trusted = _config_of(source, path), source.trust_remote_code
+        return Checkpoint(name, config, "safetensors", path, files, _generation_config(path, config), trusted)
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) > 1:
         raise CheckpointError(f"{path} holds {len(ggufs)} GGUF files: name one, for example {ggufs[0]}")
     if ggufs:
-        return _gguf_checkpoint(name, ggufs[0])
+        return _gguf_checkpoint(source, ggufs[0])
     raise _no_weights(path)
 
 
@@ -62,9 +64,9 @@ def resolve_config(source: CheckpointSource) -> PretrainedConfig:
     if path is None:
         path = download_config(source)
     if path.suffix == ".gguf" and not path.is_dir():
-        return gguf_config(path)
+        return _with_attention(gguf_config(path), source)
     ggufs = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
-    return gguf_config(ggufs[0]) if ggufs else _config_of(path)
+    return _with_attention(gguf_config(ggufs[0]), source) if ggufs else _config_of(source, path)
 
 
 def _local(name: str | Path) -> Path | None:
@@ -93,19 +95,37 @@ def _smollm2_file() -> Path:
     )
 
 
-def _gguf_checkpoint(name: str, path: Path) -> Checkpoint:
-    config = gguf_config(path)
-    return Checkpoint(name, config, "gguf", path.parent, (path,), GenerationConfig.from_model_config(config))
+def _gguf_checkpoint(source: CheckpointSource, path: Path) -> Checkpoint:
+    config = _with_attention(gguf_config(path), source)
+    generation_config = GenerationConfig.from_model_config(config)
+    return Checkpoint(str(source.name), config, "gguf", path.parent, (path,), generation_config)
 
 
-def _config_of(path: Path) -> PretrainedConfig:
+def _with_attention(config: PretrainedConfig, source: CheckpointSource) -> PretrainedConfig:
+    """Let the config say which attention is asked for. Raises AutodistError for one that no graph can hold."""
+    asked = source.attn_implementation
+    if asked not in (None, *ATTENTION):
+        raise AutodistError(
+            f"attn_implementation is {asked!r}, whose kernels no graph can hold: choose {' or '.join(ATTENTION)}"
+        )
+    if asked is not None:
+        config._attn_implementation = asked
+    return config
+
+
+def _config_of(source: CheckpointSource, path: Path) -> PretrainedConfig:
     """Read the config of a directory, or from a config.json. Raises CheckpointError, also for quantized checkpoints."""
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{path} has no config.json: save the model there with save_pretrained")
     try:
         fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(str(file), trust_remote_code=False)
+        if needs_code(fields, source.trust_remote_code):
+            if not source.trust_remote_code:
+                raise refuse_code(file.parent, fields)
+            config = config_with_code(file.parent)
+        else:
+            config = AutoConfig.from_pretrained(str(file), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{file} is not the config of a model that transformers knows: {reason}") from error
@@ -113,7 +133,7 @@ def _config_of(path: Path) -> PretrainedConfig:
     if method is not None:
         # Its weights come with scales under other names, so plain slices of them would load and be wrong.
         raise CheckpointError(f"{path} is quantized ({method}), which is not supported: use the unquantized checkpoint")
-    return config
+    return _with_attention(config, source)
 
 
 def _generation_config(directory: Path, config: PretrainedConfig) -> GenerationConfig:

@@ -62,7 +62,10 @@ def devices_of_stages(given: DeviceMap | None, mesh: Mesh) -> tuple[Hardware, ..
     if given is None:
         return ()
     if isinstance(given, str) or not isinstance(given, Sequence | Mapping):
-        raise PlanError(f"device_map is {given!r}: give a list with a device for each stage")
+        raise PlanError(
+            f'device_map is {given!r}: it says the hardware of each stage, as in ["a100", "h100"]; leave it out where '
+            "all devices are alike"
+        )
     if isinstance(given, Sequence) and mesh.tp > 1 and len(given) == mesh.size:
         ranks = [_device(x, f"device_map[{r}]") for r, x in enumerate(given)]
         for stage in range(mesh.pp):

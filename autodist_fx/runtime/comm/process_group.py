@@ -245,7 +245,9 @@ def choose_device(device: str | torch.device | None, local_rank: int, ranks_here
     wanted = torch.device(device) if device is not None else None
     if wanted is None:
         wanted = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted.type != "cuda":
+    if wanted.type not in ("cpu", "cuda"):
+        raise RuntimeSetupError(f"device {wanted} was asked for: ranks run on cpu or cuda")
+    if wanted.type == "cpu":
         return wanted
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -23,7 +23,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from autodist_fx.calls.cache_names import CACHE_FIELD, cache_argument
-from autodist_fx.calls.call import Call, read_call
+from autodist_fx.calls.call import Call, by_name, read_call
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.cross_cache import Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache
@@ -129,17 +129,8 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
         """Return the arguments of a call that are not None, by name; `others` follow the first in the model's own
         order."""
         assert self._call_programs is not None
-        names = self._call_programs.signature.argument_names[1:]
-        if len(others) > len(names):
-            raise TypeError(f"forward takes {len(names) + 1} positional arguments, and got {len(others) + 1}")
         given = {name: value for name, value in keywords.items() if value is not None}
-        for name, value in zip(names, others):
-            if value is None:
-                continue
-            if name in given:
-                raise TypeError(f"forward got {name} by position and by name")
-            given[name] = value
-        return given
+        return by_name(self._call_programs.signature.argument_names, [None, *others], given)
 
     def _refuse_with_cache(self, call: Call, takes: Sequence[str]) -> None:
         """Raise AutodistError for what the programs that fill a cache are not made for."""

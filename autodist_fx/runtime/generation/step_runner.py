@@ -83,6 +83,15 @@ class StepRunner(nn.Module):
         self._leader: Leader | None = None  # on the driver, while it generates
         self.caches = CacheTable(self._announced_cache)
         self.calls = CollectiveCalls(communicator, mesh, program.rank, self.device)
+        self.eval()
+
+    def train(self, mode: bool = True) -> StepRunner:
+        """As of any module, but that ranks run in eval mode. Raises AutodistError for training mode."""
+        if mode:
+            raise AutodistError(
+                "ranks run a model in eval mode: for gradients, adx.compile(model, train=True).gradients(...)"
+            )
+        return super().train(False)
 
     @property
     def mesh(self) -> Mesh:
