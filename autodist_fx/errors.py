@@ -8,6 +8,7 @@ __all__ = [
     "CommunicationError",
     "DeadlockError",
     "DisagreementError",
+    "OutOfTableError",
     "RemoteRankError",
     "RuntimeSetupError",
     "TracingError",
@@ -36,6 +37,10 @@ class CommunicationError(AutodistError):
 
 class DeadlockError(CommunicationError):
     """Every rank waits for another one; the message says for what."""
+
+
+class OutOfTableError(AutodistError, IndexError):
+    """An input holds an id (of a token, a position, a class) that the table which it is looked up in does not have."""
 
 
 class RemoteRankError(AutodistError):

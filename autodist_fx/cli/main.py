@@ -24,7 +24,8 @@ _COMMANDS = {
     "verify": "prove every rank's program of a split",
     "graph-diff": "what the passes changed in one rank's graph",
 }
-USER_ERROR = 2
+USER_ERROR, LOST_ANOTHER_RANK = 2, 70  # 70: as of the watchdog
+_RUNTIME = "autodist_fx.runtime.comm.process_group"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,10 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         return code
     except AutodistError as error:
+        if _is_said_elsewhere(error):
+            return LOST_ANOTHER_RANK
         line = " ".join(str(error).split())
         notes = [f"    {part}" for note in getattr(error, "__notes__", ()) for part in note.splitlines()]
         print("\n".join([f"autodist-fx: error: {line}", *notes]), file=sys.stderr, flush=True)
-        _leave(line)
+        _leave(line, is_said=True)
         return USER_ERROR
     except BrokenPipeError:  # `autodist-fx plan ... | head`
         sys.stderr.close()
@@ -54,12 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _leave(failure: str) -> None:
+def _leave(failure: str, *, is_said: bool = False) -> None:
     """Tell the other ranks why this one ends, so that they end,
     too. Does nothing where the runtime was never imported."""
-    runtime = sys.modules.get("autodist_fx.runtime.comm.process_group")
+    runtime = sys.modules.get(_RUNTIME)
     if runtime is not None:
-        runtime.leave(failure)
+        runtime.leave(failure, is_said=is_said)
+
+
+def _is_said_elsewhere(error: AutodistError) -> bool:
+    """Return whether another of the ranks that this command started says the error."""
+    runtime = sys.modules.get(_RUNTIME)
+    return runtime is not None and bool(runtime.is_said_elsewhere(error))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ import torch
 import torch.fx
 
 from autodist_fx.calls.input_specs import InputSpec
-from autodist_fx.simulation.table_checks import lookups
+from autodist_fx.runtime.table_checks import lookups
 
 Lengths = Mapping[str, int]  # by size symbol: "B", "S", "T", "E", "K" (docs/glossary.md)
 

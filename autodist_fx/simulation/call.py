@@ -12,8 +12,8 @@ from autodist_fx.calls.outputs import merged
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.kv_cache import encoder_view
+from autodist_fx.runtime.table_checks import lookups_checked
 from autodist_fx.simulation.run_ranks import simulate
-from autodist_fx.simulation.table_checks import outside_a_table
 from autodist_fx.tracing import STATE_PREFIX
 
 
@@ -59,15 +59,9 @@ def step_length(inputs: Mapping[str, Any]) -> int:
 
 
 def run(variant: Variant, per_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the flat outputs of all ranks together. Raises AutodistError that names an id outside the table it is
-    for."""
-    try:
+    """Return the flat outputs of all ranks together. Raises OutOfTableError for an id outside the table it is for."""
+    with lookups_checked(variant.traced.graph_module, per_rank[0]):
         return merged(simulate(list(variant.programs.values()), per_rank))
-    except IndexError as error:
-        message = outside_a_table(variant.traced.graph_module, per_rank[0])
-        if message is None:
-            raise
-        raise AutodistError(message) from error
 
 
 def run_with_states(
@@ -79,7 +73,8 @@ def run_with_states(
     for program, own in zip(variant.programs.values(), states, strict=True):
         mine = {name: own.get(name, everywhere.get(name)) for name in program.input_names if name in everywhere}
         per_rank.append({name: filled.get(name, mine.get(name)) for name in program.input_names})
-    outputs = simulate(list(variant.programs.values()), per_rank)
+    with lookups_checked(variant.traced.graph_module, filled):
+        outputs = simulate(list(variant.programs.values()), per_rank)
     new = {name for of_rank in outputs for name in of_rank if name.startswith(STATE_PREFIX)}
     for own, of_rank in zip(states, outputs, strict=True):
         for name in new:  # a rank that does not make it any more has an old one

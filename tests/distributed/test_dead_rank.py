@@ -136,6 +136,6 @@ def test_ctrl_c_ends_the_ranks():
     [launcher] = launched(2, "talk")
     ranks = pids([launcher], 2)
     launcher.send_signal(signal.SIGINT)
-    launcher.communicate(timeout=SECONDS)
-    assert launcher.returncode == 130
+    _, said = launcher.communicate(timeout=SECONDS)
+    assert launcher.returncode == 130 and said == "interrupted; all ranks ended\n"
     assert not any(alive(pid) for pid in ranks.values())

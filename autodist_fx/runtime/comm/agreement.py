@@ -12,7 +12,7 @@ import torch
 
 from autodist_fx.errors import AutodistError, DisagreementError
 from autodist_fx.runtime.comm.channels import Channel
-from autodist_fx.runtime.comm.remote_error import ErrorReport
+from autodist_fx.runtime.comm.remote_error import ErrorReport, said_by
 from passes.ops.comm import Communicator
 
 T = TypeVar("T")
@@ -95,7 +95,9 @@ def raise_difference(
     found = differences({r: answer["facts"] for r, answer in answers.items()})
     if found:
         more = f" (and {len(found) - _MOST_SHOWN} more)" if len(found) > _MOST_SHOWN else ""
-        raise DisagreementError(f"the ranks do not agree: {'; '.join(found[:_MOST_SHOWN])}{more}: {way_out}")
+        error = DisagreementError(f"the ranks do not agree: {'; '.join(found[:_MOST_SHOWN])}{more}: {way_out}")
+        said_by(error, min(answers))
+        raise error
     failed = next((r for r in sorted(answers) if answers[r]["failure"] is not None), None)
     if failed is not None:
         if failed == rank and failure is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import signal
 import socket
@@ -15,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 
 from autodist_fx.runtime.comm.watchdog import EXIT_CODE as LOST_ANOTHER_RANK
+
+ONE_STDERR = "ADX_ONE_STDERR"  # in the environment of ranks whose lines all come out of this process
 
 _GRACE_SECONDS = 3.0  # to say what is wrong, before being ended; and to end, before being killed
 _CAUSE_SECONDS = 15.0  # for the rank that failed to end, when others have, because of it: else the wrong one is named
@@ -45,6 +48,7 @@ def launch_local(
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
+        ONE_STDERR: "1",
     }
     ranks: list[subprocess.Popen[bytes]] = []
     readers: list[threading.Thread] = []
@@ -68,6 +72,7 @@ def launch_local(
                     readers[-1].start()
             return _wait(ranks)
     except KeyboardInterrupt:
+        print("interrupted; all ranks ended", file=sys.stderr)
         return 130
     finally:
         _end(ranks)
@@ -107,10 +112,11 @@ def _report(codes: Sequence[int | None]) -> int:
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End the ranks by SIGTERM, and by SIGKILL those that have not ended in time."""
-    for signal_number in (signal.SIGTERM, signal.SIGKILL):
+    """End the ranks by SIGTERM, and by SIGKILL those that have not ended in time. They are stopped while they are
+    asked: none sees another end, and says that it did."""
+    for asked in ((signal.SIGSTOP, signal.SIGTERM, signal.SIGCONT), (signal.SIGKILL,)):
         living = [process for process in ranks if process.poll() is None]
-        for process in living:
+        for signal_number, process in itertools.product(asked, living):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal_number)
         deadline = time.monotonic() + _GRACE_SECONDS

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from autodist_fx.errors import RuntimeSetupError
 from autodist_fx.runtime.comm.agreement import Facts, name_ranks, raise_difference, statement
+from autodist_fx.runtime.comm.remote_error import said_by
 
 _PAUSE_SECONDS = 0.02  # between two looks for who has come
 _GRACE_SECONDS = 2.0  # for the others to come too, once something is wrong: so that all ranks name all of them
@@ -79,10 +80,12 @@ class MeetingPlace:
             if len(answers) == size or (wrong_since is not None and now - wrong_since > _GRACE_SECONDS):
                 break
             if now - began > timeout_seconds:
-                raise RuntimeSetupError(
+                missing = RuntimeSetupError(
                     f"{name_ranks([r for r in range(size) if r not in answers])} did not come to {self.place.where} "
                     f"within {timeout_seconds:g} s: start every rank from 0 to {size - 1}"
                 )
+                said_by(missing, min(answers))
+                raise missing
             time.sleep(_PAUSE_SECONDS)
         self.store.add(f"{name}/read", 1)
         try:

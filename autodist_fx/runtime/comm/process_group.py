@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,12 +25,15 @@ from autodist_fx.runtime.comm.agreement import Facts, over, together
 from autodist_fx.runtime.comm.alone_communicator import AloneCommunicator
 from autodist_fx.runtime.comm.dist_communicator import DistCommunicator
 from autodist_fx.runtime.comm.join_options import JoinOptions
+from autodist_fx.runtime.comm.launch import ONE_STDERR
 from autodist_fx.runtime.comm.meeting import MeetingPlace, Place, open_meeting_place
+from autodist_fx.runtime.comm.remote_error import speaker
 from autodist_fx.runtime.comm.watchdog import Watchdog
 from cost_model.mesh import Mesh
 
 T = TypeVar("T")
 _LAST_SENDS = timedelta(seconds=30)
+_LAST_WORDS_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +83,14 @@ class _World:
             atexit.register(leave)
         return self.watchdog
 
-    def leave(self, failure: str | None = None) -> None:
+    def leave(self, failure: str | None = None, *, is_said: bool = False) -> None:
         """Close communicators, watchdog and process group; with `failure`, the other ranks end, too."""
         for communicator in self.communicators:
             if failure is None:  # what we sent last may still be on its way; a rank that fails too is not waited for
                 with contextlib.suppress(CommunicationError):
                     communicator.finish_sends(_LAST_SENDS)
         if self.watchdog is not None:
-            self.watchdog.close(failure)
+            self.watchdog.close(failure, is_said=is_said)
         for communicator in self.communicators:
             communicator.close()
         if self.owns_group and dist.is_initialized():
@@ -146,15 +150,27 @@ def fail_to_join(error: Exception, options: JoinOptions) -> NoReturn:
     raise error
 
 
-def leave(failure: str | None = None) -> None:
+def leave(failure: str | None = None, *, is_said: bool = False) -> None:
     """Leave the process group that `join` started; happens by itself when the process ends.
 
-    With `failure`, the other ranks end too, with that message.
+    With `failure`, the other ranks end too, with that message; without one where this rank's stderr, on which it
+    `is_said` already, is theirs, too.
     """
     global _world
     if _world is not None:
         world, _world = _world, None
-        world.leave(failure)
+        world.leave(failure, is_said=is_said and ONE_STDERR in os.environ)
+
+
+def is_said_elsewhere(error: BaseException) -> bool:
+    """Return whether another rank says this error on the stderr that `launch_local` gives them all. Waits for that rank to
+    leave, which ends this process, too; what comes afterwards is for ranks that have not met."""
+    rank = speaker(error)
+    if ONE_STDERR not in os.environ or rank is None or str(rank) == os.environ.get("RANK"):
+        return False
+    if _world is not None:
+        time.sleep(_LAST_WORDS_SECONDS)
+    return True
 
 
 def started_by_torchrun() -> bool:

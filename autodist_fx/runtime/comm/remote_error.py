@@ -8,7 +8,20 @@ from dataclasses import asdict, dataclass
 
 from autodist_fx.errors import CommunicationError, RemoteRankError
 
+_SPEAKER = "rank_that_says_it"
 _MOST_TEXT, _MOST_NOTES = 4000, 3  # characters of a message or note, and notes, that cross ranks
+
+
+def said_by(error: BaseException, rank: int) -> None:
+    """Note which rank says an error that several ranks raise, where one stderr is of them all."""
+    setattr(error, _SPEAKER, rank)
+
+
+def speaker(error: BaseException | None) -> int | None:
+    """Return the rank that says an error, or the error it was made from; None where each says its own."""
+    while error is not None and not hasattr(error, _SPEAKER):
+        error = error.__cause__
+    return getattr(error, _SPEAKER, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +76,7 @@ class ErrorReport:
         for note in self.notes:
             found.add_note(note)
         found.add_note(f"raised on rank {self.rank}")
+        said_by(found, self.rank)
         return found
 
     def _class(self) -> type[Exception] | None:

@@ -25,6 +25,7 @@ from autodist_fx.runtime.comm.remote_error import ErrorReport
 
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 
+_SAID = "has-said-why"  # in place of a reason
 _EXPLAIN_SECONDS = 5.0  # how long a failed wait gives us to find out who died or failed
 
 
@@ -125,13 +126,15 @@ class Watchdog:
 
     # ---------------------------------------------------------------------------------------------------- deaths
 
-    def close(self, failure: str | None = None) -> None:
-        """Say goodbye, or, with `failure`, that this rank failed and why, which ends the others."""
+    def close(self, failure: str | None = None, *, is_said: bool = False) -> None:
+        """Say goodbye, or, with `failure`, that this rank failed and why, which ends the others: without a word where
+        it `is_said` already on a stderr that is theirs, too."""
         with self._lock:
             if self._closing:
                 return
             self._closing = True
         word = "bye" if failure is None else f"dead {self.rank} failed: {_one_line(failure)}"
+        word = f"dead {self.rank} {_SAID}" if failure is not None and is_said else word
         for peer in self._peers.values():
             self._say(peer, word)
         self._drop()
@@ -171,15 +174,13 @@ class Watchdog:
     def _die(self, dead: int, reason: str) -> NoReturn:
         message = f"autodist_fx: rank {dead} {reason}; rank {self.rank} ends with it\n"
         with contextlib.suppress(OSError):  # not print: the main thread may hold stderr's lock
-            os.write(2, message.encode())
+            os.write(2, message.encode() if reason != _SAID else b"")
         os._exit(EXIT_CODE)
 
     def _drop(self) -> None:
         for peer in self._peers.values():
             with contextlib.suppress(OSError):
                 peer.close()
-
-
 
 
 def _parse_death(line: str, sender: int) -> tuple[int, str]:

@@ -30,6 +30,7 @@ from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.step_channel import StepChannel
 from autodist_fx.runtime.generation.step_messages import EncodeMessage
 from autodist_fx.runtime.share_outputs import share_outputs
+from autodist_fx.runtime.table_checks import lookups_checked
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
 from passes.ops.comm import using
@@ -147,7 +148,7 @@ class StepRunner(nn.Module):
         if self.device.type != "cpu":
             inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         try:
-            with using(self.communicator):
+            with using(self.communicator), lookups_checked(program.graph_module, inputs):
                 outputs: dict[str, Any] = program.graph_module(**inputs)
         except Exception as error:
             if not isinstance(error, AutodistError):

@@ -104,7 +104,7 @@ def test_a_value_out_of_its_range_is_one_line(capsys, option, value, said):
 def test_ctrl_c_is_told_to_the_other_ranks(monkeypatch):
     told = []
     monkeypatch.setattr("autodist_fx.cli.run.run", lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
-    monkeypatch.setattr("autodist_fx.runtime.comm.process_group.leave", told.append)
+    monkeypatch.setattr("autodist_fx.runtime.comm.process_group.leave", lambda failure, is_said: told.append(failure))
     assert main(["run", "--model", "x", "--prompt", "x"]) == 130
     assert told == ["ended by Ctrl-C"]
 
@@ -125,7 +125,7 @@ def test_errors_of_the_models_own_code_are_one_line(capsys, tmp_path):
     gpt2 = save_tiny(tmp_path / "gpt2", "gpt2")  # with a table of 64 positions
     long = " ".join(["w5"] * 70)
     error = fails(capsys, "run", "--model", gpt2, "--prompt", long, "--max-new-tokens", 2, "--device", "cpu")
-    assert "IndexError: index out of range in self; on rank 0, in transformer_wpe" in error
+    assert "holds 64, and transformer.wpe has 64 rows: 0 to 63 are allowed" in error
 
 
 def test_plan_from_a_config_alone(capsys, config_only, tmp_path):

@@ -338,15 +338,27 @@ def test_what_is_refused_is_refused_on_every_rank(llama, kwargs, message):
     llama.each(work)
 
 
+def test_a_position_that_the_table_has_not_is_named():
+    def work(rank, model):
+        with pytest.raises(AutodistError, match=r"holds 128, and transformer.wpe has 128 rows: 0 to 127 are allowed"):
+            model.generate(input_ids=prompts(1, 130), max_new_tokens=2)
+
+    Ranks(tiny_gpt2(), 1, 1).each(work)
+
+
 def test_what_a_graph_raises_names_the_node_and_what_it_was_given():
-    ranks = Ranks(tiny_gpt2(), 1, 1)  # a table of 128 positions
-    [notes] = ranks.each(lambda rank, model: _notes(model, prompts(1, 130)))
+    ranks = Ranks(tiny_gpt2(), 1, 1)
+    [notes] = ranks.each(lambda rank, model: _notes(model, prompts(1, 8)))
     [note] = notes
     assert "on rank 0, in transformer_wpe : f64[B, S, 32] = transformer.wpe(" in note
-    assert "which was given int64[1, 130] from 0 to 129" in note
+    assert "which was given int64[1, 8] from 0 to 7" in note
 
 
 def _notes(model, ids):
-    with pytest.raises(IndexError) as raised:
+    def forward(positions):
+        raise ValueError("of a module's own")
+
+    model.graph_module.get_submodule("transformer.wpe").forward = forward
+    with pytest.raises(ValueError, match="of a module's own") as raised:
         model.generate(input_ids=ids, max_new_tokens=2)
     return raised.value.__notes__

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,13 +12,30 @@ from torch import nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from autodist_fx.errors import OutOfTableError
 from passes.fx import node_meta
 from passes.fx.arguments import argument
 from passes.fx.nodes import op_name
+from passes.ops.parallel_layers import VocabParallelEmbedding
+
+
+@contextlib.contextmanager
+def lookups_checked(graph_module: torch.fx.GraphModule, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Run code that runs this graph, of a whole model or of a rank. Raises OutOfTableError for an IndexError of it that
+    comes of ids outside the table that they are looked up in: it names the input, the id and the table."""
+    try:
+        yield
+    except OutOfTableError:
+        raise
+    except IndexError as error:
+        message = outside_a_table(graph_module, inputs)
+        if message is None:
+            raise
+        raise OutOfTableError(message) from error
 
 
 def outside_a_table(whole: torch.fx.GraphModule, inputs: Mapping[str, Any]) -> str | None:
-    """Return a sentence about the first lookup of the model's graph that these inputs make fail; None if none is found.
+    """Return a sentence about the first lookup of a graph that these inputs make fail; None if none is found.
 
     Only numbers that follow from the inputs without any weight are looked at: token ids, positions, labels.
     """
@@ -62,6 +80,8 @@ def _lookup(whole: torch.fx.GraphModule, node: Node) -> tuple[Node, int, int] | 
     """Return (what is looked up, number of rows, a number that is allowed besides) of an embedding or a loss."""
     if node.op == "call_module":
         module = whole.get_submodule(str(node.target))
+        if isinstance(module, VocabParallelEmbedding):
+            return node.args[0], module.rows, 0
         return (node.args[0], module.num_embeddings, 0) if isinstance(module, nn.Embedding) else None
     if node.op != "call_function":
         return None
