@@ -48,7 +48,7 @@ def test_devices_of_stages() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("a100", "device_map is 'a100': give a list"),
+        ("a100", "device_map is 'a100': it says the hardware of each stage"),
         (["a100"], "device_map has 1 entries for tp=2 x pp=2: give one for each of 2 stages"),
         ({"0": "a100"}, "device_map says nothing of stage 1"),
         ({"0": "a100", "2": "a100"}, "device_map names stage '2', and there are stages 0 to 1"),
