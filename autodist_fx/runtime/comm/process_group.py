@@ -163,8 +163,9 @@ def leave(failure: str | None = None, *, is_said: bool = False) -> None:
 
 
 def is_said_elsewhere(error: BaseException) -> bool:
-    """Return whether another rank says this error on the stderr that `launch_local` gives them all. Waits for that rank to
-    leave, which ends this process, too; what comes afterwards is for ranks that have not met."""
+    """Return whether another rank says this error on the stderr that `launch_local` gives them all.
+
+    Waits for that rank to leave, which ends this process, too; it returns where the ranks have not met."""
     rank = speaker(error)
     if ONE_STDERR not in os.environ or rank is None or str(rank) == os.environ.get("RANK"):
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from autodist_fx.cli import main as command
+from autodist_fx.cli.main import main
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.join_options import JoinOptions
 from autodist_fx.runtime.comm.launch import ONE_STDERR
@@ -48,10 +47,9 @@ def test_an_error_of_several_ranks(
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         with open(2, "w", closefd=False) as stream:
             monkeypatch.setattr("sys.stderr", stream)
-            monkeypatch.setattr(command, "_parser", lambda arguments: parser)
-            parser = argparse.ArgumentParser()
-            parser.set_defaults(run=lambda args: work(join(Mesh(tp=3), JoinOptions(device="cpu", timeout=30))))
-            return command.main([])
+            joining = JoinOptions(device="cpu", timeout=30)
+            monkeypatch.setattr("autodist_fx.cli.show.run", lambda args: work(join(Mesh(tp=3), joining)))
+            return main(["show", "a plan"])
 
     codes = on_processes(3, rank, seconds=30)
     lines = said.read_text().splitlines()
