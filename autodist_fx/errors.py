@@ -32,7 +32,7 @@ class DisagreementError(RuntimeSetupError):
 
 
 class CommunicationError(AutodistError):
-    """What two ranks say to each other does not fit together."""
+    """Two ranks' messages do not fit together."""
 
 
 class DeadlockError(CommunicationError):

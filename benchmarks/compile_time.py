@@ -72,7 +72,7 @@ def run(large: bool = False) -> list[dict[str, Any]]:
 
 
 def last_line(text: str) -> str:
-    """Of a traceback, the line that says what went wrong."""
+    """Returns the line of a traceback that says what went wrong."""
     return (text.strip().splitlines() or ["no message"])[-1]
 
 

@@ -53,7 +53,7 @@ def load(side: str, path: str) -> dict[str, Any]:
 
 
 def local_weights(model: Any) -> Iterator[Any]:
-    """What this rank holds of the parameters: of a DTensor its own part."""
+    """Returns what this rank holds of the parameters: of a DTensor its own part."""
     for parameter in model.parameters():
         parameter = parameter.detach()
         yield parameter.to_local() if hasattr(parameter, "to_local") else parameter

@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def rank_environment(rank: int, world_size: int, port: int, threads: int) -> dict[str, str]:
-    """What torchrun would set, on loopback, with the given number of threads for each rank."""
+    """Returns what torchrun would set, on loopback, with the given number of threads for each rank."""
     return {
         **os.environ,
         "RANK": str(rank),

@@ -55,7 +55,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def speed_table(results: Sequence[Result]) -> str:
-    """What each contender takes."""
+    """Formats what each contender takes."""
     rows = []
     for result in results:
         title = ENTRIES[result.name].title

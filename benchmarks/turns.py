@@ -21,7 +21,7 @@ MAX_LOGIT_ERROR = 1e-4  # float32 sums in another order; 3e-6 seen
 
 @dataclass
 class Result:
-    """Of one contender: seconds of each round, or why there are none."""
+    """One contender's result: seconds of each round, or why there are none."""
 
     name: str
     error: str | None = None
@@ -132,7 +132,7 @@ def brief(result: Result) -> str:
 
 
 def explain(error: RankError) -> str:
-    """What the table says of a contender that gave no figures."""
+    """Returns what the table says of a contender that gave no figures."""
     text = str(error)
     missing = "No module named 'autodist_fx" in text or "module 'autodist_fx" in text
     return f"not available: {text}" if missing else f"failed: {text}"

@@ -14,6 +14,7 @@ import networkx as nx
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("autodist_fx", "passes", "cost_model")
 MOST_FILES, MOST_LINES = 15, 400
+NO_SUBJECTS = ("Of", "What", "Whose", "But")  # a docstring begins with its subject or its verb
 OTHERS_PRIVATE_MEMBERS = {  # which tests may use: ours have a public way, or are tested by what comes of them
     *("_exit", "_replace", "_asdict", "_fields", "_repr_html_"),  # Python, IPython
     *("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_ConvNd"),  # torch
@@ -92,6 +93,14 @@ def private_members(path: Path) -> Iterator[str]:
                 yield f"{path.relative_to(ROOT)}:{node.lineno}: {name}"
 
 
+def docstrings_without_subject(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = (ast.get_docstring(node) or "").partition(" ")[0]
+            if first in NO_SUBJECTS:
+                yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}: {first} ..."
+
+
 def test_no_folder_has_too_many_files() -> None:
     assert full_folders() == []
 
@@ -112,6 +121,11 @@ def test_imports_between_folders_run_one_way() -> None:
 def test_tests_read_no_private_members() -> None:
     found = [line for path in python_files("tests", "benchmarks") for line in private_members(path)]
     assert [line for line in found if line.rpartition(" ")[2] not in OTHERS_PRIVATE_MEMBERS] == []
+
+
+def test_docstrings_begin_with_subject_or_verb() -> None:
+    files = python_files(*PACKAGES, "tests", "benchmarks")
+    assert [line for path in files for line in docstrings_without_subject(path)] == []
 
 
 def test_tests_change_no_path() -> None:

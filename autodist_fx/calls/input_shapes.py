@@ -71,7 +71,8 @@ _CHOICES = 2  # an example of how many answers there are to choose among
 
 
 def is_multiple_choice(model_class: str) -> bool:
-    """Whether a model of this class reads several sequences, [B, choices, S], and tells which is the right one."""
+    """Return whether a model of this class reads several sequences, [B, choices, S], and tells which is the right
+    one."""
     # Not at the top: a rank that starts from an artifact needs no list of models.
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
@@ -79,7 +80,7 @@ def is_multiple_choice(model_class: str) -> bool:
 
 
 def choice_forms(names: Collection[str]) -> dict[str, InputSpec]:
-    """Of the inputs of such a model: how many choices there are is a constant of its graph."""
+    """Return the specs of such a model's inputs: how many choices there are is a constant of its graph."""
     tokens = (name for name in names if TOKENS.get(name) in (("B", "S"), ("B", "T")) and name != "labels")
     return {
         **{name: InputSpec(("B", _CHOICES, "S"), torch.long) for name in tokens},
@@ -88,7 +89,8 @@ def choice_forms(names: Collection[str]) -> dict[str, InputSpec]:
 
 
 def _input_features(config: PretrainedConfig) -> Dims | None:
-    """Of spectrograms: [B, bins, frames] where the number of frames is fixed, else [B, frames, bins]."""
+    """Return the shape of spectrograms: [B, bins, frames] where the number of frames is fixed, else [B, frames,
+    bins]."""
     frames = frames_demanded(config)
     if frames is not None:
         return ("B", config.num_mel_bins, frames)

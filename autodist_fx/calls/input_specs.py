@@ -66,7 +66,7 @@ def forms_of(inputs: Mapping[str, Any], model: ModelFacts, past: int) -> dict[st
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the forms of its inputs depend on."""
+    """The facts of a model that the specs of its inputs depend on."""
 
     config: Any
     has_encoder: bool

@@ -18,8 +18,7 @@ class MadeFor:
     forms: Mapping[str, InputSpec]
 
     def takes(self, call: Call, forms: Mapping[str, InputSpec]) -> bool:
-        """Whether a call, whose tensors have these forms, is one of them: with a cache, what the call leaves out is
-        filled in; without one nothing is."""
+        """Return whether a call, whose tensors have these specs, is one that the graph was made for:"""
         if self.use_cache != call.use_cache or self.fixed != call.fixed:
             return False
         return forms.items() <= self.forms.items() if call.use_cache else forms == self.forms

@@ -21,7 +21,7 @@ from autodist_fx.calls.call import Call
 
 @dataclass
 class CallOutput(CausalLMOutputWithPast):
-    """What a call of a model returns. The attributes of CausalLMOutputWithPast are None where the call has no such
+    """The output of a call of a model. The attributes of CausalLMOutputWithPast are None where the call has no such
     output, as in transformers' own classes; others, as `aux_loss`, are there where the model gives them."""
 
 
@@ -48,7 +48,7 @@ def nested(outputs: Mapping[str, Any], order: Iterable[str]) -> CallOutput:
 
 
 def returned(call: Call, outputs: Mapping[str, Any], order: Iterable[str]) -> CallOutput | tuple[Any, ...]:
-    """What the model returns of flat `outputs`, in that order: a tuple where the call asks for one."""
+    """Return what the model returns of flat `outputs`, in that order:"""
     kept = {name: value for name, value in outputs.items() if call.use_cache or name != "past_key_values"}
     found = nested(kept, dict.fromkeys((*order, *outputs)))
     return found if call.return_dict else found.to_tuple()

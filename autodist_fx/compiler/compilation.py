@@ -182,7 +182,7 @@ class Compilation:
         return forms_of(call.tensors, self.main.traced.facts, past)
 
     def _alike(self, call: Call, forms: Mapping[str, InputSpec]) -> list[Variant]:
-        """Those made for this call, each for lengths of its own."""
+        """Return the variants made for this call, each for sizes of its own."""
         return [variant for variant in self._set.of_calls if variant.made_for.takes(call, forms)]
 
     @compiler_state()

@@ -30,14 +30,14 @@ def has_own_generate(model_class: type[PreTrainedModel]) -> bool:
 
 
 def prepares_own_inputs(model_class: type[PreTrainedModel]) -> bool:
-    """Whether the family itself says what its model is given at a step of generating, and not transformers."""
+    """Return whether the family itself says what its model is given at a step of generating, and not transformers."""
     prepare = getattr(model_class, "prepare_inputs_for_generation", GenerationMixin.prepare_inputs_for_generation)
     return prepare is not GenerationMixin.prepare_inputs_for_generation
 
 
 def is_asked(model: PreTrainedModel, *, with_encoder: bool) -> bool:
-    """Whether ranks that generate ask the model's own code how: a model with an encoder, where it has a generate of its
-    own; one without, where it prepares the inputs of steps with a KV cache."""
+    """Return whether ranks that generate ask the model's own code how: a model with an encoder, where it has a
+    generate of its own; one without, where it prepares the inputs of steps with a KV cache."""
     if with_encoder:
         return has_own_generate(type(model))
     return prepares_own_inputs(type(model)) and not has_own_cache(type(model), model.config)

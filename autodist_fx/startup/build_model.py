@@ -125,8 +125,8 @@ def build_model(parts: RankParts) -> DistributedCausalLM:
 
 
 def generating_programs(programs: RankPrograms[V]) -> GuardedPrograms[Any]:
-    """What a rank runs to generate, by sizes: the programs of encoder and decoder; that of a prompt, and what changes
-    hands after it, in a model with a cache of its own; or that of a step."""
+    """Return the programs that a rank runs to generate, by sizes: those of encoder and decoder; that of a prompt,
+    and what is handed over after it, in a model with a cache of its own; or that of a step."""
     step, prompt = programs.step, programs.prompt
     if programs.encoder_of(step) is not None:
         return programs.guarded(step, lambda variant: _with_encoder(programs, variant))

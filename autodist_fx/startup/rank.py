@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RankStartup:
-    """What makes this process's programs: the model, its weights, the mesh it joined, and what was asked for.
+    """Makes this process's programs, of the model, its weights, the mesh it joined, and what was asked for.
 
     `model` says how names are tied and called, and holds the buffers that no checkpoint has; it may be on meta.
     `options.verify`: rank 0 proves the programs of all ranks before any runs. `progress` is called with (bytes loaded,

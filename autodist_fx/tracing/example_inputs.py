@@ -40,7 +40,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class ExampleInputs:
-    """What it takes to make up inputs for a model once the model itself is gone."""
+    """Makes up inputs for a model, also once the model itself is gone."""
 
     input_names: tuple[str, ...]
     config: PretrainedConfig

@@ -29,7 +29,8 @@ from passes.normalize.functionalize import functionalize
 
 @dataclass
 class _Left:
-    """What a traced prompt leaves for the step: the cache with proxies in it, and the states that modules keep."""
+    """The state that a traced prompt leaves for the step: the cache with proxies in it, and the states that modules
+    keep."""
 
     cache_name: str
     cache: Any

@@ -50,7 +50,7 @@ def has_own_cache(model_class: type[PreTrainedModel], config: PretrainedConfig) 
 
 @dataclass
 class Prepared:
-    """What the model's own `prepare_inputs_for_generation` says: names of tensor inputs, and the cache it made."""
+    """The answer of the model's own `prepare_inputs_for_generation`: names of tensor inputs, and the cache it made."""
 
     tensors: tuple[str, ...]
     cache_name: str = ""

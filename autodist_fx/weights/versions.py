@@ -1,4 +1,4 @@
-"""What differs between the versions of transformers, and of the huggingface_hub under them, where weights are read.
+"""Differences between the versions of transformers, and of the huggingface_hub under them, where weights are read.
 
 Which of two ways is taken follows from what is there, never from a version number.
 """

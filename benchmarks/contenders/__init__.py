@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Contender(Protocol):
-    """What the benchmark asks of a model, however it is split."""
+    """The methods of a model that the benchmark calls, however it is split."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Full logits, on every rank, without a KV cache."""

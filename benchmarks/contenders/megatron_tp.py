@@ -1,4 +1,4 @@
-"""What an expert writes by hand: the transformers model with its linears sliced as Megatron does.
+"""A split as an expert writes it by hand: the transformers model with its linears sliced as Megatron does.
 
 Every layer costs two all_reduce, in place on the row-parallel outputs. Embedding and head are split over the
 vocabulary; greedy decoding never gathers logits, only each rank's best (value, token).

@@ -25,8 +25,8 @@ class OursContender:
         )
 
     def count_collectives(self, work: Callable[[], object]) -> Counter[str]:
-        """What the rank's graph and its runtime ask of the communicator: small ones go over Gloo's send and recv, where
-        the profiler sees no collective."""
+        """Counts what the rank's graph and its runtime ask of the communicator: small ones go over Gloo's send and
+        recv, where the profiler sees no collective."""
         counts: Counter[str] = Counter()
         communicator = self.model.communicator
         for name in ("all_reduce", "all_gather", "send", "recv"):

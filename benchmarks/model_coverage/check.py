@@ -160,7 +160,7 @@ _SLIGHTLY = 1e-4  # an error that float32 may be the reason of, within a model o
 
 
 def _why_wrong(subject: Subject, compiled: CompiledModel, got: dict[str, torch.Tensor], error: float) -> str:
-    """What the model itself does, where that explains it: it is wrong all the same."""
+    """Returns what the model itself does, where that explains it: it is wrong all the same."""
     if "use_cache" in inspect.signature(subject.model.forward).parameters:
         without = tensors(subject.model(**subject.inputs, use_cache=False))
         if _compare(got, without, TOLERANCE[subject.dtype])["verdict"] == "right":
@@ -206,7 +206,8 @@ def _check_decoding_on(subject: Subject, mesh: Mesh, expected: Sequence[Parts]) 
 
 
 def _guarded(check: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """What the check says; of an error on purpose its message as a refusal, of any other one where it came from."""
+    """Returns what the check says; of an error on purpose its message as a refusal, of any other one where it came
+    from."""
     started = time.perf_counter()
     try:
         with _time_limit(seconds):

@@ -17,7 +17,7 @@ Inputs = dict[str, torch.Tensor]
 
 
 def inputs_for(model: PreTrainedModel, task: str, *, padded: bool = True) -> Inputs:
-    """What forward is called with, by name; only what its signature takes."""
+    """Returns what forward is called with, by name; only what its signature takes."""
     accepted = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(7)
     made: Inputs = {}

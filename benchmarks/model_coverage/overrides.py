@@ -1,4 +1,4 @@
-"""What the shrinking by names cannot know of a type: benchmark input, with the reason where it is odd."""
+"""Settings that the shrinking by names cannot know of a type: benchmark input, with the reason where it is odd."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def run_jobs(
 
 
 def _unfinished(job: Job, partial: dict[str, Any], reason: str) -> dict[str, Any]:
-    """What was found out before the worker went; the meshes it did not get to are crashed."""
+    """Returns what was found out before the worker went; the meshes it did not get to are crashed."""
     entry = {"verdict": "crashed", "error_class": "WorkerGone", "reason": reason}
     result = {"task": job["task"], "type": job["type"], "class": job["class"], "built": True, "seconds": 0.0, **partial}
     known = result.get("meshes", {})

@@ -49,7 +49,7 @@ class Stamp:
 
 @dataclass(frozen=True, slots=True)
 class PassRecord:
-    """What one run of a pass came to: places it worked on, nodes that it inserted and removed."""
+    """The result of one run of a pass: places it worked on, nodes that it inserted and removed."""
 
     name: str
     matches: int

@@ -35,7 +35,7 @@ class PassResult:
 
 @dataclass
 class PassContext:
-    """What all passes of a pipeline may know: how far the graph has come, and what the passes before did."""
+    """The knowledge that all passes of a pipeline share: how far the graph has come, and what the passes before did."""
 
     phase: Phase
     history: list[PassRecord] = field(default_factory=list, kw_only=True)

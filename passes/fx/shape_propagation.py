@@ -122,7 +122,8 @@ def bending_points(
 
 @dataclass
 class NormalizeContext(PassContext):
-    """What the passes over the whole graph know: its inputs at two example sizes, and every node's value there."""
+    """The knowledge of the passes over the whole graph: its inputs at two example sizes, and every node's value
+    there."""
 
     examples: tuple[Example, Example]
     # every node's value at the second example, set by shape_propagation; passes add those of the nodes that they make

@@ -21,7 +21,7 @@ Found = tuple[str, list[TensorRef], Attributes] | None
 
 
 class Builder(Protocol):
-    """What a handler may ask the builder, and tell it beside its answer."""
+    """The part of the builder that a handler may ask, and tell it beside its answer."""
 
     refs: dict[Node, TensorRef]  # what the nodes before this one stand for
     matmul_weights: set[str]  # ops whose output is a matmul's weight

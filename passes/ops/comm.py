@@ -19,7 +19,7 @@ from passes.ops.comm_autograd import AllGather, AllReduce, CopyToTp, Parts
 
 
 class Communicator(Protocol):
-    """What carries the bytes. `axis` is a mesh axis ("tp"); `to` and `source` are global ranks."""
+    """The carrier of bytes between ranks. `axis` is a mesh axis ("tp"); `to` and `source` are global ranks."""
 
     tp_rank: int  # of the rank that it speaks for
 

@@ -1,4 +1,4 @@
-"""What benchmarks/coverage.py is made of: tiny configs, results that are kept, the page."""
+"""The parts of benchmarks/coverage.py: tiny configs, results that are kept, the page."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ EXACT = 1e-9
 
 
 def _factors(dims: int, first: float, last: float) -> list[float]:
-    """Of LongRoPE, one a frequency, growing as published ones do."""
+    """Returns factors of LongRoPE, one a frequency, growing as published ones do."""
     return [round(first * (last / first) ** (k / (dims - 1)), 4) for k in range(dims)]
 
 

@@ -1,4 +1,5 @@
-"""What a backward pass owes: copies whose gradients are added up, sums of parameters' gradients, what is sent back."""
+"""Mutations of what a backward pass owes: copies whose gradients are added up, sums of parameters' gradients, what
+is sent back."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def copy_to_tp_that_one_reader_passes_by(programs: Programs, rng: random.Random)
 
 @mutation
 def copy_to_tp_where_none_is_owed(programs: Programs, rng: random.Random) -> str:
-    """Of a value whose gradient is whole, or a term already: before a norm, a residual."""
+    """Copies a value whose gradient is whole, or a term already: before a norm, a residual."""
     if programs[0].mesh.tp == 1 or programs[0].grad_sums is None:
         pick(rng, [])
     program = pick(rng, programs)

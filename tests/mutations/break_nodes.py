@@ -1,4 +1,4 @@
-"""What the ranks compute: of another tensor, with other numbers, in other shapes, at another time."""
+"""Mutations of what the ranks compute: of another tensor, with other numbers, in other shapes, at another time."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def used_before_it_is_made(programs: Programs, rng: random.Random) -> str:
 
 @mutation
 def value_that_the_stage_has_not(programs: Programs, rng: random.Random) -> str:
-    """What another stage computes, in place of what this one does: an input of that name, which nobody gives."""
+    """Reads what another stage computes, in place of what this one does: an input of that name, which nobody gives."""
     if programs[0].mesh.pp == 1:
         raise NotHere
     program, node = pick_node(programs, rng, lambda n: node_meta.is_tensor(n) and n.op == "call_module")

@@ -134,7 +134,7 @@ def bounds_of_a_slice_or_split(programs: Programs, rng: random.Random) -> str:
 
 @mutation
 def slice_shifted(programs: Programs, rng: random.Random) -> str:
-    """Of the same length, elsewhere."""
+    """Moves a slice of the same length elsewhere."""
 
     def slices(n: Node) -> list[int]:
         if op_name(n) != "getitem" or not node_meta.is_tensor(n) or not isinstance(n.args[1], tuple):
@@ -162,7 +162,7 @@ _WITH_DIMS = (
 
 @mutation
 def dims_of_an_op(programs: Programs, rng: random.Random) -> str:
-    """Of a transpose, a cat, a softmax, a mean."""
+    """Changes the dims of a transpose, a cat, a softmax, a mean."""
     return _change_number(
         programs, rng, lambda n: op_name(n) in _WITH_DIMS, int, lambda old: rng.choice([old - 1, old + 1, -old])
     )  # fmt: skip

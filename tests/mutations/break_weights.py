@@ -121,7 +121,7 @@ def segments_of_a_fused_weight_in_another_order(programs: Programs, rng: random.
 
 @mutation
 def parameter_of_another_place(programs: Programs, rng: random.Random) -> str:
-    """Of the same shape: another layer's, say. On one rank, or on all that hold it."""
+    """Takes a parameter of the same shape: another layer's, say. On one rank, or on all that hold it."""
     program = pick(rng, programs)
     shards = list(program.param_shards.values())
     shard = pick(rng, shards)

@@ -35,7 +35,7 @@ def correct_programs(count: int) -> tuple[int, list[str]]:
 
 
 def _random_module(seed: int) -> str:
-    """What verify says of a random module by a random plan, statically and in numbers."""
+    """Returns what verify says of a random module by a random plan, statically and in numbers."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     module = RandomModule(seed, steps=rng.choice([8, 12, 20])).double().eval()

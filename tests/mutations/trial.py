@@ -51,7 +51,7 @@ def run_mutant(kind: str, subject: Subject, seed: int) -> Outcome | None:
 
 
 def static_verdict(subject: Subject, programs: Programs) -> str:
-    """What the proof says, "" where it says yes."""
+    """Returns what the proof says, "" where it says yes."""
     made = subject.compiled
     try:
         verify(programs, made.plan, made.op_graph, made.graph)
@@ -63,7 +63,7 @@ def static_verdict(subject: Subject, programs: Programs) -> str:
 
 
 def numeric_verdict(subject: Subject, programs: Programs) -> str:
-    """What running in float64 says, "" where all is equal."""
+    """Returns what running in float64 says, "" where all is equal."""
     made = subject.compiled
     try:
         with contextlib.redirect_stderr(io.StringIO()):

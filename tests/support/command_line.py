@@ -4,7 +4,7 @@ from autodist_fx.cli.main import main
 
 
 def fails(capsys, *argv):
-    """What stderr says, which must be one line."""
+    """Returns stderr, which must be one line."""
     assert main([str(a) for a in argv]) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -13,7 +13,7 @@ def fails(capsys, *argv):
 
 
 def refuses(capsys, *argv):
-    """What stderr says of a rank's program: one line; the ten of its graph around the node follow, indented."""
+    """Returns what stderr says of a rank's program: one line; the ten of its graph around the node follow, indented."""
     assert main([str(a) for a in argv]) == 2
     said = capsys.readouterr()
     first, around, *lines = said.err.splitlines()

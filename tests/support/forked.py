@@ -21,7 +21,7 @@ def free_port() -> int:
 
 
 def on_processes(ranks: int, work: Callable[[int], Any], seconds: float = 60.0) -> list[Any]:
-    """What `work(rank)` returns, by rank, each in a process whose environment says which rank it is.
+    """Returns what `work(rank)` returns, by rank, each in a process whose environment says which rank it is.
 
     A string that begins with "raised" stands for a rank that raised; None for one that ended without a word. Raises
     AssertionError, with what is known, when not all have ended within `seconds`.

@@ -27,7 +27,7 @@ _TINY = {
 
 
 def relative_tolerance(family: str) -> float:
-    """Of float64: 1e-9, or 1e-6 where the model itself casts to float32."""
+    """Returns the tolerance in float64: 1e-9, or 1e-6 where the model itself casts to float32."""
     return 1e-6 if CASTS_TO_FLOAT32[family] else 1e-9
 
 

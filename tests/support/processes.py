@@ -1,4 +1,4 @@
-"""What tests that start real processes share: the environment, the command line, where workers lie."""
+"""Shared by tests that start real processes: the environment, the command line, where workers lie."""
 
 from __future__ import annotations
 

@@ -57,7 +57,8 @@ def tiny_seq2seq(family: str, dtype: torch.dtype = torch.float64, layers: int = 
 
 
 def seq2seq_inputs(model: PreTrainedModel, batch: int = 2, source: int = 9, target: int = 7) -> dict[str, torch.Tensor]:
-    """What the encoder reads, with a mask (the first sequence ends in two paddings), and what the decoder reads.
+    """Returns what the encoder reads, with a mask (the first sequence ends in two paddings), and what the decoder
+    reads.
 
     Spectrograms have the length that the model demands, and no mask.
     """

@@ -13,7 +13,7 @@ from autodist_fx.runtime.cache.kv_cache import SplitCache
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """What the encoder gave for one batch, on one rank. It has one number on all ranks."""
+    """An encoder's outputs for one batch, on one rank. It has one number on all ranks."""
 
     number: int
     batch: int

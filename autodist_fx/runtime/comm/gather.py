@@ -17,7 +17,7 @@ FrozenParts = tuple[tuple[tuple[int, int], ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class GatherLayout:
-    """What `parts` means for the bytes: the sizes of the shards, and where each element of the whole comes from."""
+    """The meaning of `parts` for the bytes: the sizes of the shards, and where each element of the whole comes from."""
 
     local_sizes: tuple[int, ...]  # elements that each rank holds along the dim
     in_rank_order: bool  # the shards, one after the other, are the whole

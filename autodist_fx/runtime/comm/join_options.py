@@ -11,7 +11,8 @@ DEFAULT_TIMEOUT_SECONDS = 600.0
 
 @dataclass(frozen=True, slots=True)
 class JoinOptions:
-    """What `join` is told of this process; None where torchrun's environment variables say it.
+    """The options of `join`: this process's rank, device and meeting point; None where torchrun's environment variables
+    say it.
 
     device: "cpu", "cuda" (a device a rank), or None for CUDA where there is some.
     timeout: seconds to wait for another rank, at the start and ever after.

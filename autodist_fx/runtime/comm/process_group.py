@@ -62,8 +62,8 @@ class JoinedRank:
 
 
 class _World:
-    """What this process has with the other ranks, once: the process group if we started it, the watchdog, and a
-    communicator for each mesh that was joined."""
+    """This process's connections to the other ranks, made once: the process group if we started it, the watchdog,
+    and a communicator for each mesh that was joined."""
 
     def __init__(self) -> None:
         self.watchdog: Watchdog | None = None

@@ -26,7 +26,7 @@ def speaker(error: BaseException | None) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class ErrorReport:
-    """What was raised on `rank`, in its `call`th call of all ranks: its class by module and name, its arguments
+    """An exception that `rank` raised in its `call`th call of all ranks: its class by module and name, its arguments
     where they are plain, its text."""
 
     rank: int

@@ -48,7 +48,7 @@ class Command(IntEnum):
 
 
 class OutputKind(IntEnum):
-    """What transformers' generate returned."""
+    """The kinds of output that transformers' generate returns."""
 
     SEQUENCES = 0  # a tensor
     SAMPLE = 1  # an output with return_dict_in_generate, of greedy search or sampling

@@ -1,4 +1,4 @@
-"""What differs between the versions of transformers while a model is traced, a module per concern.
+"""Differences between the versions of transformers while a model is traced, a module per concern.
 
 Each is chosen by what transformers has, not by its version number:
 

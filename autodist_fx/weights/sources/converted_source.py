@@ -134,7 +134,7 @@ class _Conversion:
         self.operands: dict[str, list[Stored]] = {}
 
     def results(self) -> dict[str, Expression]:
-        """What the converter makes of its operands, by name. Raises CheckpointError."""
+        """Return what the converter makes of its operands, by name. Raises CheckpointError."""
         try:
             return {name: x.expression for name, x in self._run(lambda x: Promised(x, self._dtype)).items()}
         except NotFollowedError:

@@ -135,7 +135,7 @@ class Reshaped:
             self._base.fill(out.view(held), there)
 
     def _followed(self, cuts: Cuts) -> dict[int, tuple[int, Sequence[Interval]]]:
-        """By dim that is cut: the dim of the base that holds the same elements, and its intervals.
+        """Return, by dim that is cut, the dim of the base that holds the same elements, and its intervals.
 
         Dims that are split or merged fall into groups of equal products. The first dim of a group on one side runs
         through whole blocks of the first dim on the other: a head's rows are so many rows of the projection.

@@ -1,1 +1,1 @@
-"""What verify knows of values: where they lie on ranks, and which messages the ranks exchange."""
+"""Values as verify knows them: where they lie on ranks, and which messages the ranks exchange."""

@@ -68,7 +68,7 @@ class Tools:
 
 @dataclass
 class RankFacts:
-    """What a rank's graph was found to do that concerns its group."""
+    """The findings in a rank's graph that concern its group."""
 
     program: RankProgram
     values: dict[Node, Value | tuple[Value, ...]] = field(default_factory=dict)  # what each node stands for

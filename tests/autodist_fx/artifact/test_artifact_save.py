@@ -1,4 +1,4 @@
-"""What is saved and loaded computes, bit for bit, what it did before: every family, with and without a cache."""
+"""A saved and loaded model computes, bit for bit, what it did before: every family, with and without a cache."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def test_run_streams_and_samples(capsys, llama):
 
 
 def agreed(facts, checks):
-    """What `agree` raises on each rank, in threads that hear each other's texts."""
+    """Returns what `agree` raises on each rank, in threads that hear each other's texts."""
     texts, barrier = {}, threading.Barrier(len(facts))
 
     def on_rank(rank):

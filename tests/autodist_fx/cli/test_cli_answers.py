@@ -1,4 +1,4 @@
-"""What the command line prints of generate's output."""
+"""The command line prints generate's output."""
 
 from __future__ import annotations
 

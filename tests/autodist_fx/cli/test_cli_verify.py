@@ -51,7 +51,7 @@ def trusting(monkeypatch):
 
 
 def damaged(directory):
-    """Of the saved rank 1: the sum behind its first row-parallel product is left out, digests made anew."""
+    """Leaves out the sum behind the first row-parallel product of the saved rank 1, with digests made anew."""
 
     def change(graph):
         graph = graph["graph"]

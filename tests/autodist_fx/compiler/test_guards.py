@@ -251,7 +251,7 @@ USUAL = ({"B": 11, "S": 23, "P": 29}, {"B": 13, "S": 31, "P": 43})
 
 
 def asked(*questions: str) -> Guards:
-    """Of Python expressions over S and P."""
+    """Makes Guards of Python expressions over S and P."""
     graph = torch.fx.Graph()
     s, p = (graph.placeholder(letter) for letter in "SP")
     graph.output(tuple(eval(question, {"S": torch.fx.Proxy(s), "P": torch.fx.Proxy(p)}).node for question in questions))

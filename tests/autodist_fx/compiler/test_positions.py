@@ -24,7 +24,7 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
 def git() -> PreTrainedModel:
-    """Whose own prepare_inputs_for_generation names no positions."""
+    """Returns a GIT, whose own prepare_inputs_for_generation names no positions."""
     config = GitConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
         max_position_embeddings=64, vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,

@@ -1,4 +1,4 @@
-"""What is set for a computation, and other threads, leave a compilation as it is."""
+"""Settings for a computation, and other threads, leave a compilation as it is."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def rendered(page, tmp_path, width=1400, dark=False):
 
 
 def look_at(page, tmp_path, **options):
-    """What page_checks.js finds on a page."""
+    """Returns what page_checks.js finds on a page."""
     script = Path(__file__).with_name("page_checks.js").read_text(encoding="utf-8")
     # The page's policy lets no script but its own run; that it does is the last test's matter.
     page, n = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', CATCH, page)

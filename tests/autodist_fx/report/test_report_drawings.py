@@ -1,4 +1,4 @@
-"""What is drawn of a plan is to scale: splits of weights, memory of ranks, what crosses borders, the timeline."""
+"""Drawings of a plan are to scale: splits of weights, memory of ranks, what crosses borders, the timeline."""
 
 import re
 from dataclasses import replace

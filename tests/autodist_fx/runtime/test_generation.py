@@ -109,7 +109,7 @@ class Ranks:
         return ThreadWorld(self.mesh).run(run)
 
     def same(self, **kwargs):
-        """What generate gives, which must be the same on the model and on every rank."""
+        """Returns what generate gives, which must be the same on the model and on every rank."""
         torch.manual_seed(7)
         expected = self.model.generate(**kwargs)
 

@@ -61,7 +61,7 @@ class Ranks:
         return ThreadWorld(self.mesh).run(run)
 
     def same(self, **kwargs: Any) -> torch.Tensor:
-        """What generate gives, which must be the same on the model and on every rank."""
+        """Returns what generate gives, which must be the same on the model and on every rank."""
         torch.manual_seed(7)
         expected = self.model.generate(**kwargs)
 
@@ -76,7 +76,7 @@ class Ranks:
 
 
 def prompt(model: Any) -> dict[str, torch.Tensor]:
-    """What the encoder reads: three sequences, one with padding."""
+    """Returns what the encoder reads: three sequences, one with padding."""
     inputs = seq2seq_inputs(model, batch=3)
     return {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
 

@@ -1,4 +1,4 @@
-"""What is compiled follows its model: weights, layers, adapters, dtype, mode and config as they are at each call."""
+"""A compilation follows its model: weights, layers, adapters, dtype, mode and config as they are at each call."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def address() -> dict[str, Any]:
 
 
 def told(work: Callable[[], Any]) -> tuple[str, float]:
-    """What came of it, and the seconds until then."""
+    """Returns what came of it, and the seconds until then."""
     began = time.monotonic()
     try:
         work()

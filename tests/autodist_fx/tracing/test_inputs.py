@@ -1,4 +1,4 @@
-"""What people pass to a model: embeddings, positions, masks of every kind, labels, flags; and what they get wrong.
+"""Inputs that people pass to a model: embeddings, positions, masks of every kind, labels, flags; and mistakes in them.
 
 The truth is the model itself, run with the very same arguments.
 """

@@ -1,4 +1,4 @@
-"""What `trace` takes: inputs, sizes, concrete_args; and what it refuses."""
+"""Arguments of `trace`: inputs, sizes, concrete_args; and what it refuses."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_python_may_look_at_sizes_that_are_the_same_for_all_inputs(monkeypatch: 
 
 
 def test_a_condition_on_the_ids_is_not_decided_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asserted passes: XLM's classes, in families/test_encoders."""
+    """An assertion passes: XLM's classes, in families/test_encoders."""
 
     def forward(self: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, object]:
         return {"y": self.model.embed_tokens(input_ids)} if input_ids.max().item() < 64 else {}

@@ -31,7 +31,7 @@ def model_with(module: nn.Module) -> Any:
 
 
 def errors(module: nn.Module, batches: list[torch.Tensor], **mesh: int) -> list[float]:
-    """Of the split against the model, call by call."""
+    """Returns the errors of the split against the model, call by call."""
     model = model_with(module)
     compiled = adx.compile(model, input_names=("input_ids",), **mesh)
     found = []
@@ -143,7 +143,7 @@ def test_checking_in_float64_changes_no_state() -> None:
 
 
 class Kinds(nn.Module):
-    """What no tensor can say which of it is: a tensor, or nothing."""
+    """A module that returns a tensor or nothing: no tensor can say which of it it is."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         more = x * 2 if x.sum() > 0 else None
@@ -152,7 +152,7 @@ class Kinds(nn.Module):
 
 
 class Shapes(nn.Module):
-    """What it leaves for the next call has another shape than before."""
+    """A module that leaves an attribute of another shape than before for the next call."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a model's Python asks of traced values, or does with them, and has one graph all the same, which is right."""
+"""Questions that a model's Python asks of traced values, and that one graph answers for all inputs."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_masks_hold_zeros_and_ones_and_padding_may_be_there() -> None:
 
 
 class Scaled(nn.Module):
-    """Of modules with parameters one branch is traced alone."""
+    """A module with parameters, of which one branch is traced alone."""
 
     def __init__(self) -> None:
         super().__init__()

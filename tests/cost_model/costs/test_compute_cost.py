@@ -26,7 +26,7 @@ def flops(kind, inputs, *outputs, **attrs):
 
 
 def torch_flops(function, *inputs):
-    """What torch's own counter says, on tensors without memory."""
+    """Returns what torch's own counter says, on tensors without memory."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:

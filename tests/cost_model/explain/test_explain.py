@@ -1,4 +1,4 @@
-"""What a plan prints: the numbers that are in it, in 120 columns, with 80 layers as short as four."""
+"""A printed plan has the numbers that are in it, in 120 columns, with 80 layers as short as four."""
 
 from dataclasses import replace
 

@@ -184,7 +184,7 @@ def test_cuts_by_number():
 
 
 def test_the_chosen_place_has_the_seconds_of_the_stages():
-    """Of a plan by the searches: what the cut says of its two stages is what the stages say, receiving among it."""
+    """The cut of a searched plan says of its two stages what the stages say, receiving among it."""
     whole = normalized(Stack([layer for _ in range(4) for layer in (Attention(), Mlp(12, 24))]), x=("B", "S", 12))
     plan = plan_for(whole, tp=2, pp=3)
     assert all(stage.comm_seconds > 1e-4 for stage in plan.stages[1:])  # a hop is as long as some layers

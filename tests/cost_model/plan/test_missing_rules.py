@@ -1,4 +1,4 @@
-"""What a plan says of ops without a sharding rule, and what strict refuses."""
+"""A plan names ops without a sharding rule, and strict refuses it."""
 
 from __future__ import annotations
 

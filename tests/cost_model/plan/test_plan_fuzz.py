@@ -23,7 +23,7 @@ from tests.support.plans.mutations import mutated
 
 @functools.cache
 def searched_plan():
-    """Of the searches, with everything that plans have: uneven layouts, hops, cuts, alternatives."""
+    """Returns a plan by the searches, with everything that plans have: uneven layouts, hops, cuts, alternatives."""
     layers = [layer for _ in range(2) for layer in (Attention(12, 3, 3, 4), Mlp(12, 24))]
     return plan_for(normalized(Stack(layers), x=("B", "S", 12)), tp=2, pp=2)
 

@@ -1,4 +1,4 @@
-"""What users write of devices and memory, and what is wrong with it."""
+"""Devices and memory as users write them, and mistakes in them."""
 
 from __future__ import annotations
 

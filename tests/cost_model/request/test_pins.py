@@ -1,4 +1,4 @@
-"""What a user fixes holds in the plan, the rest is searched around it, and contradictions are named."""
+"""Roles and cuts that a user fixes hold in the plan, the rest is searched around them, and contradictions are named."""
 
 from __future__ import annotations
 

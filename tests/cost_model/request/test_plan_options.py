@@ -1,4 +1,5 @@
-"""What users ask of a split is one value, whichever way they say it, and what contradicts itself is refused by name."""
+"""A user's request for a split is one value, whichever way they say it; one that contradicts itself is refused by
+name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the plan says of roles that it did not choose: equal to trying everything, and in words where there is none."""
+"""Costs of roles that a plan did not choose: equal to trying everything, and in words where there is none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Restricted(TensorParallelSearch):
 
 
 def seconds_of(search: TensorParallelSearch, strategies: dict[str, Strategy]) -> float:
-    """Of all ops and of what they read, by the formulas of the other test."""
+    """Returns the seconds of all ops and of what they read, by the formulas of the other test."""
     total = 0.0
     for op in search.graph:
         s = strategies[op.name]

@@ -159,7 +159,7 @@ def test_unequal_devices_equal_trying_all_cuts(
 
 
 def test_candidates_are_where_fewest_tensors_cross() -> None:
-    """Of x + mlp(x): between two layers only x crosses; inside one, x and the branch."""
+    """Cuts x + mlp(x): between two layers only x crosses; inside one, x and the branch."""
     graph = op_graph_of(Stack([Mlp(), Mlp(), Mlp()]), x=("B", "S", 8))
     costs = {op.name: OpCost(1.0, 0, False) for op in graph if op.kind not in ("input", "param", "buffer")}
     search = PipelineSearch(graph, costs, {}, {})

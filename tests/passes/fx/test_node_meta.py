@@ -115,7 +115,7 @@ def test_every_key_is_declared_once_with_a_writer_and_a_meaning() -> None:
 
 
 def test_nothing_but_node_meta_reads_or_writes_a_meta_dict() -> None:
-    """But for this test, which has to write what nobody may."""
+    """Leaves out this test, which has to write what nobody may."""
     own = {ROOT / "passes/fx/node_meta.py", Path(__file__)}
     found = [
         f"{path.relative_to(ROOT)}:{at.lineno}"

@@ -1,4 +1,4 @@
-"""What passes return, and what a pipeline does around each: stamps, checks, counts."""
+"""Passes return counts, and a pipeline stamps, checks and counts around each."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def _tensor(graph: Graph, target: object, *args: object) -> Node:
 @pytest.mark.parametrize("index", [1, (0, 2), (slice(None), 1), (slice(0, 2), 3)])
 @pytest.mark.parametrize("write", ["copy_", "zero_", "add_", "setitem"])
 def test_a_write_into_a_part_changes_the_whole(index: object, write: str) -> None:
-    """What was read before keeps the old value; what is read after has the new one, the part and the whole alike."""
+    """Reads before the write keep the old value; reads after it have the new one, the part and the whole alike."""
     graph = Graph()
     x = graph.placeholder("x")
     node_meta.set_traced_as_tensor(x, True)

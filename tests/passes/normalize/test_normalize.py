@@ -127,7 +127,7 @@ class Twice(nn.Module):
 
 
 def test_equal_computations_become_one() -> None:
-    """But 1 and 1.0 are not equal to torch."""
+    """Equal numbers of other types, 1 and 1.0, are not equal to torch."""
     _, after = normalized(Twice(), ids=Ids("B", "S"))
     assert_expected_inline(graph_text(after), """\
 ids : i64[B, S] = input
@@ -175,7 +175,7 @@ def written() -> torch.fx.GraphModule:
 
 
 def test_writes_become_values() -> None:
-    """What is read before a write keeps its value; what is read after it has the new one."""
+    """Reads before a write keep its value; reads after it have the new one."""
     before = written()
     after = normalize(written(), examples({"x": ("B", "S")}))
     x = torch.randn(2, 5, dtype=torch.float64)

@@ -59,7 +59,7 @@ Emitted = set[tuple[str, str]]  # (file of the handler, kind)
 
 @pytest.fixture
 def emitted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emitted]:
-    """What handlers emit while the test runs."""
+    """Notes what handlers emit while the test runs."""
     found: Emitted = set()
 
     def recording(file: str, handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,7 +147,7 @@ NOT_OF_EXPRESSIONS = {("matmuls", "cache_update"), ("matmuls", "cache_read")}  #
 
 
 def test_expressions_give_every_declared_kind_and_no_other(emitted: Emitted) -> None:
-    """Of elementwise ops the declaration is the table itself."""
+    """Declares elementwise ops by the table itself."""
     for function in EXPRESSIONS:
         build_op_graph(normalized(_Expression(function), x=("B", "S", 6, 4)))
     build_op_graph(normalized(_Modules(), x=("B", "S", 6, 4)))

@@ -14,7 +14,7 @@ from tests.support.moe import tiny_moe_model
 
 
 def calls(**sizes: int) -> int:
-    """Of all functions, while a model is traced, planned, emitted for two ranks, and verified."""
+    """Counts the calls of all functions, while a model is traced, planned, emitted for two ranks, and verified."""
     model = tiny_moe_model("qwen3_moe", **sizes)
     profile = cProfile.Profile()
     profile.runcall(adx.compile, model, tp=2, use_cache=True)

@@ -134,7 +134,7 @@ return ({y: add}, ())""")
 
 
 class Thirds(nn.Module):
-    """Of a fused product a rank holds several pieces. With `all`, the whole is wanted, too."""
+    """A fused product of which a rank holds several pieces. With `all`, the whole is wanted, too."""
 
     def __init__(self, all: bool) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ def programs_of(module: torch.nn.Module, **mesh: int) -> tuple[list[RankProgram]
 def verdict(
     broken: Callable[[Node], bool], change: Callable[[Node], None], module: torch.nn.Module, **mesh: int
 ) -> VerificationError:
-    """What verify says when the first such node of each rank is changed."""
+    """Returns what verify says when the first such node of each rank is changed."""
     programs, plan, whole = programs_of(module, **mesh)
     for program in programs:
         found = next((n for n in program.graph_module.graph.nodes if broken(n)), None)

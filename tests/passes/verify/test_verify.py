@@ -39,7 +39,7 @@ def test_loaded_programs_pass() -> None:
 
 
 def _judged(kind: str, inputs: list[Shape], output: Shape, types: list[Held]) -> tuple[list[Held], str]:
-    """What one rank has of the one output, in all ways that the rule allows; and why there is none."""
+    """Returns what one rank has of the one output, in all ways that the rule allows; and why there is none."""
     judged = Judge()(RULES[kind](inputs, [output], {}), inputs, [output], tuple(types))
     return [d.outputs[0] for d in judged.derivations], judged.reason
 

@@ -55,7 +55,7 @@ def broken(family: str, message: str) -> Callable[[Break], Break]:
 
 
 def _copies(programs: Programs, source: str) -> list[Node]:
-    """Of the value that a node is called, on each rank."""
+    """Returns the copies of the value that a node is called, on each rank."""
     found = [n for p in programs for n in calls(p, copy_to_tp) if n.args[0].name == source]
     assert len(found) == len(programs)
     return found

@@ -151,7 +151,8 @@ def copy_that_nothing_uses_on_one_rank(programs: Programs) -> None:
 
 @broken("phi3-1kv", 2, 1, r"copy_to_tp.*of transpose_3, each rank has a term of its gradient: .* over tp twice")
 def one_kv_head_taken_for_the_whole(programs: Programs) -> None:
-    """Of a head that all ranks have out of one product, each has a term: copied, its gradient is counted twice."""
+    """Takes a head that all ranks have out of one product, of whose gradient each has a term: copied, it is counted
+    twice."""
     for program in programs:
         attention = calls(program, torch.nn.functional.scaled_dot_product_attention)[0]
         value = attention.args[2]
@@ -203,7 +204,7 @@ def padding_gets_a_gradient(programs: Programs) -> None:
 
 
 def _change(programs: Programs, part: str, change: Callable[[GradSum], GradSum | None]) -> None:
-    """Of all sums of sources whose name has `part` in it, on every rank alike."""
+    """Changes all sums of sources whose name has `part` in it, on every rank alike."""
     for program in programs:
         assert program.grad_sums is not None
         changed = [change(s) if part in s.source else s for s in program.grad_sums]

@@ -20,7 +20,7 @@ from tests.support.graphs.small import Attention, Ids, Mlp, Stack
 
 
 def read_seconds(have: Placement, whole: bool, want: Placement, hardware: Hardware) -> float:
-    """What reading a tensor as `want` costs: nothing as it lies, a slice of a whole one, infinity else."""
+    """Returns the cost of reading a tensor as `want`: nothing as it lies, a slice of a whole one, infinity else."""
     if have == want:
         return 0.0
     if want.kind == "P" or not (have.kind == "R" or whole):

@@ -114,7 +114,7 @@ def run_split(
     inputs: Mapping[str, Any],
     emit: Callable[[int], RankProgram] | None = None,
 ) -> dict[str, Any]:
-    """What all ranks together compute from `inputs` (for a cache of its own per rank: a list of them)."""
+    """Returns what all ranks together compute from `inputs` (for a cache of its own per rank: a list of them)."""
     ranks = range(plan.mesh.size)
     programs = [emit(r) if emit is not None else emit_rank(whole, plan, r) for r in ranks]
     for program in programs:

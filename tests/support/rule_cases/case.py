@@ -14,7 +14,7 @@ Outputs = tuple[torch.Tensor, ...]
 
 @dataclass
 class Share:
-    """What a rank has of the op: for each cut dim of each tensor, the elements it holds, ascending."""
+    """A rank's share of an op: for each cut dim of each tensor, the elements it holds, ascending."""
 
     rank: int = 0
     ins: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from cost_model.mesh import Mesh
 
 
 def on_ranks(ranks: int, work: Any) -> list[Any]:
-    """What `work(rank, everyone)` returns or raises, by rank."""
+    """Returns what `work(rank, everyone)` returns or raises, by rank."""
 
     def run(rank: int, communicator: Any) -> Any:
         try:

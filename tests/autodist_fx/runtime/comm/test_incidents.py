@@ -22,7 +22,7 @@ ROUNDS = 4
 
 
 def a_round(communicator: Any, mesh: Mesh, fails: bool) -> float:
-    """What a call does: sums over the tp group, and a message to the next stage."""
+    """Does what a call does: sums over the tp group, and a message to the next stage."""
     rank = communicator.rank
     if fails:
         communicator.send(torch.ones(5), (rank + 1) % mesh.size, 9)  # and nobody will receive it

@@ -17,7 +17,8 @@ def port():
 
 
 def meet(port, *ranks, seconds=20.0, facts=None, failures=None):
-    """What each of the (rank, world size) finds: the meeting's name, or an error; and the seconds that it took."""
+    """Returns what each of the (rank, world size) finds: the meeting's name, or an error; and the seconds that it
+    took."""
 
     stores = []  # until all have read what is there
 

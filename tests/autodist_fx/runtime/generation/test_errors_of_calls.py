@@ -1,4 +1,5 @@
-"""What one rank raises in a call, and arguments that differ by rank, are every rank's error; the next call works."""
+"""An error that one rank raises in a call, and arguments that differ by rank, are every rank's error; the next call
+works."""
 
 from __future__ import annotations
 
