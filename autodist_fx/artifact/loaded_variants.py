@@ -11,7 +11,7 @@ import torch
 from autodist_fx.artifact.files import CheckedFiles
 from autodist_fx.artifact.manifest import ArtifactError
 from autodist_fx.artifact.reader import SAVE_SUCH, ArtifactReader
-from autodist_fx.artifact.variant_format import Form, read_graph
+from autodist_fx.artifact.variant_format import SavedVariant, read_graph
 from autodist_fx.calls.call import Call
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.calls.model_signature import ModelSignature
@@ -47,7 +47,7 @@ class SavedSource:
 
     def phases(self) -> tuple[Variant, Variant]:
         """See VariantSource."""
-        raise AutodistError("this artifact has no form with the model's own cache: compile it with use_cache=True")
+        raise AutodistError("this artifact has no variant with the model's own cache: compile it with use_cache=True")
 
     def for_inputs(
         self, *, use_cache: bool, input_names: Sequence[str] | None, fixed: Mapping[str, object] | None
@@ -80,10 +80,10 @@ class SavedSource:
         return gradients
 
     def _refuse(self, asked: Sequence[str], use_cache: bool, made: Sequence[Variant]) -> NoReturn:
-        have = ["; ".join([*v.forms, *_fixed_texts(v.fixed)]) for v in made]
+        have = ["; ".join([*v.specs, *_fixed_texts(v.fixed)]) for v in made]
         raise AutodistError(
-            f"this artifact has no form for a call with {', '.join([*asked, *(['a cache'] if use_cache else [])])}; it "
-            f"has ({'), ('.join(have)}): save one by calling simulate like this before save"
+            f"this artifact has no variant for a call with {', '.join([*asked, *(['a cache'] if use_cache else [])])}; "
+            f"it has ({'), ('.join(have)}): save one by calling simulate like this before save"
         )
 
 
@@ -95,8 +95,8 @@ def load_whole(artifact: ArtifactReader, files: CheckedFiles) -> Simulator:
     """Read all ranks of an artifact into one process, as a Simulator. Every file is read. Raises ArtifactError."""
     fields = artifact.model_fields
     variants: dict[str, Variant] = {}
-    for form in sorted(artifact.forms.values(), key=lambda f: bool(f.encoder)):
-        variants[form.name] = _variant(artifact, files, form, variants)
+    for saved in sorted(artifact.variants.values(), key=lambda f: bool(f.encoder)):
+        variants[saved.name] = _variant(artifact, files, saved, variants)
     main = variants[fields["main"]]
     main.whole_plan = artifact.plan
     source = SavedSource(
@@ -110,7 +110,7 @@ def load_whole(artifact: ArtifactReader, files: CheckedFiles) -> Simulator:
 
 def _encoders(artifact: ArtifactReader) -> set[str]:
     """Return the names of saved variants that are the encoder of another one."""
-    return {form.encoder for form in artifact.forms.values()}
+    return {saved.encoder for saved in artifact.variants.values()}
 
 
 def _set_of(main: Variant, variants: Sequence[Variant]) -> VariantSet:
@@ -119,13 +119,15 @@ def _set_of(main: Variant, variants: Sequence[Variant]) -> VariantSet:
     return VariantSet((), main, prompts, step, [v for v in variants if not v.traced.phase and v is not main])
 
 
-def _variant(artifact: ArtifactReader, files: CheckedFiles, form: Form, before: Mapping[str, Variant]) -> Variant:
+def _variant(
+    artifact: ArtifactReader, files: CheckedFiles, saved: SavedVariant, before: Mapping[str, Variant]
+) -> Variant:
     """Rebuild one saved variant: its whole graph, plan, op graph,
     guards, and the programs of all ranks. Raises ArtifactError."""
-    folder = artifact.directory / form.folder
+    folder = artifact.directory / saved.folder
     values, _ = (
-        files.read_tensors(f"{form.folder}/graph.safetensors")
-        if files.has(f"{form.folder}/graph.safetensors")
+        files.read_tensors(f"{saved.folder}/graph.safetensors")
+        if files.has(f"{saved.folder}/graph.safetensors")
         else ({}, {})
     )
 
@@ -137,33 +139,34 @@ def _variant(artifact: ArtifactReader, files: CheckedFiles, form: Form, before: 
             raise ArtifactError(f"{folder / 'graph.safetensors'}: {name} is not as the graph has it")
         return saved
 
-    graph = read_graph(files.read_json(f"{form.folder}/graph.json"), tensor, str(folder / "graph.json"))
-    node_meta.set_guards(graph, artifact.conditions_of(form))
-    dtype = _dtype(form.dtype, folder)
+    graph = read_graph(files.read_json(f"{saved.folder}/graph.json"), tensor, str(folder / "graph.json"))
+    node_meta.set_guards(graph, artifact.guards_of(saved))
+    dtype = _dtype(saved.dtype, folder)
     examples = ExampleInputs(
-        input_names=form.inputs,
+        input_names=saved.inputs,
         config=artifact.config,
         cache_layers=(),
-        embedding_dim=form.embedding_dim,
+        embedding_dim=saved.embedding_dim,
         dtype=dtype,
-        image_shape=form.image_shape,
-        has_encoder=form.has_encoder,
+        image_shape=saved.image_shape,
+        has_encoder=saved.has_encoder,
     )
     traced = TracedModel(
         graph_module=graph,
-        input_names=form.inputs,
-        use_cache=form.use_cache,
+        input_names=saved.inputs,
+        use_cache=saved.use_cache,
         config=artifact.config,
         model_class=artifact.model_fields["class"],
-        layer_kinds=form.layer_kinds,
+        layer_kinds=saved.layer_kinds,
         _examples=examples,
-        phase=form.phase,
+        phase=saved.phase,
     )
     named = dict((*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)))
-    if not named.keys() <= form.sources.keys():
-        raise ArtifactError(f"{folder / 'form.json'} does not name all tensors of the graph: make the artifact again")
-    sources = {id(t): form.sources[path] for path, t in named.items()}
-    plan, op_graph = artifact.read_plan(f"{form.folder}/plan.json"), _op_graph(graph, sources, folder)
+    if not named.keys() <= saved.sources.keys():
+        where = folder / "variant.json"
+        raise ArtifactError(f"{where} does not name all tensors of the graph: make the artifact again")
+    sources = {id(t): saved.sources[path] for path, t in named.items()}
+    plan, op_graph = artifact.read_plan(f"{saved.folder}/plan.json"), _op_graph(graph, sources, folder)
     if fingerprint(op_graph) != plan.fingerprint:
         raise ArtifactError(f"{folder / 'graph.json'} is not the graph that the plan beside it is for")
     return Variant(
@@ -171,11 +174,11 @@ def _variant(artifact: ArtifactReader, files: CheckedFiles, form: Form, before: 
         graph=op_graph,
         plan=plan,
         sources=sources,
-        fixed=dict(form.fixed),
-        forms=dict(form.made_for.forms),
-        output_order=form.output_order,
-        programs={rank: artifact.program(rank, form.name) for rank in range(artifact.mesh.size)},
-        encoder=before.get(form.encoder) if form.encoder else None,
+        fixed=dict(saved.fixed),
+        specs=dict(saved.made_for.specs),
+        output_order=saved.output_order,
+        programs={rank: artifact.program(rank, saved.name) for rank in range(artifact.mesh.size)},
+        encoder=before.get(saved.encoder) if saved.encoder else None,
     )
 
 
@@ -189,5 +192,5 @@ def _op_graph(graph: torch.fx.GraphModule, sources: dict[int, str], folder: Any)
 def _dtype(name: str, folder: Any) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise ArtifactError(f"{folder / 'form.json'}: {name!r} is no dtype: make the artifact again")
+        raise ArtifactError(f"{folder / 'variant.json'}: {name!r} is no dtype: make the artifact again")
     return found

@@ -15,7 +15,7 @@ from typing import Any
 
 from autodist_fx.errors import AutodistError
 
-FORMAT, FORMAT_VERSION = "autodist_fx artifact", 2
+FORMAT, FORMAT_VERSION = "autodist_fx artifact", 3
 MANIFEST = "manifest.json"
 _LARGEST_MANIFEST_BYTES = 16 << 20
 _MOST_RANKS = 65536
@@ -44,7 +44,7 @@ class Manifest:
     model: str  # class name, "LlamaForCausalLM"
     tp: int
     pp: int
-    forms: tuple[str, ...]  # names of the saved variants: the folders of forms/
+    variants: tuple[str, ...]  # names of the saved variants: the folders of variants/
     versions: Mapping[str, str]  # library -> its version when the artifact was made
     files: Mapping[str, FileRecord]  # by relative path, without the manifest itself
     key: str = ""  # in an entry of the split cache, the digest of all that the split depends on
@@ -103,14 +103,14 @@ def _manifest(fields: Mapping[str, Any]) -> Manifest:
     if type(tp) is not int or type(pp) is not int or not (tp > 0 and pp > 0 and tp * pp <= _MOST_RANKS):
         raise ValueError(f"a mesh of tp={tp!r} x pp={pp!r}")
     files = {path: _record(path, record) for path, record in fields["files"].items()}
-    texts = (fields["model"], fields["key"], *fields["forms"], *fields["versions"], *fields["versions"].values())
+    texts = (fields["model"], fields["key"], *fields["variants"], *fields["versions"], *fields["versions"].values())
     if not all(isinstance(text, str) and text.isprintable() for text in texts):
         raise ValueError("a name that cannot be printed")
     return Manifest(
         model=fields["model"],
         tp=tp,
         pp=pp,
-        forms=tuple(fields["forms"]),
+        variants=tuple(fields["variants"]),
         versions=dict(fields["versions"]),
         files=files,
         key=fields["key"],

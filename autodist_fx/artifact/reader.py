@@ -22,9 +22,14 @@ from autodist_fx.artifact.manifest import (
     library_versions,
     read_manifest,
 )
-from autodist_fx.artifact.variant_format import Form, conditions_from_dict, form_from_dict, program_from_dict
+from autodist_fx.artifact.variant_format import (
+    SavedVariant,
+    guards_from_dict,
+    program_from_dict,
+    saved_variant_from_dict,
+)
 from autodist_fx.calls.call import Call
-from autodist_fx.calls.input_specs import ModelFacts, forms_of
+from autodist_fx.calls.input_specs import ModelFacts, specs_of
 from autodist_fx.calls.model_signature import ModelSignature
 from autodist_fx.errors import AutodistError
 from cost_model.errors import PlanError
@@ -36,12 +41,12 @@ from passes.program.rank_program import RankProgram
 
 TOKENIZER = "tokenizer"
 _KINDS = {kind.name: kind for kind in inspect._ParameterKind}
-SAVE_SUCH = ", and the artifact has no form for that: save one by calling simulate with such lengths before save"
+SAVE_SUCH = ", and the artifact has no variant for that: save one by calling simulate with such lengths before save"
 MAKE_AGAIN = ": make the artifact again"
 
 
 class ArtifactReader:
-    """The files of an artifact: `plan`, `mesh`, `config`, `forms`, `program(r)`.
+    """The files of an artifact: `plan`, `mesh`, `config`, `variants`, `program(r)`.
 
     Each file is read when it is first needed, and checked against its digest then. Reading raises ArtifactError.
     """
@@ -107,20 +112,20 @@ class ArtifactReader:
         right = all(isinstance(fields.get(text), str) for text in texts)
         if not right or not all(type(fields.get(flag)) is bool for flag in flags):
             raise ArtifactError(f"{self.directory / 'model.json'} is malformed{MAKE_AGAIN}")
-        if fields["main"] not in self.manifest.forms:
-            raise ArtifactError(f"{self.directory / 'model.json'} names a form that is not there{MAKE_AGAIN}")
+        if fields["main"] not in self.manifest.variants:
+            raise ArtifactError(f"{self.directory / 'model.json'} names a variant that is not there{MAKE_AGAIN}")
         return fields
 
     @cached_property
-    def forms(self) -> dict[str, Form]:
-        """The saved variants (form.json of each), by name."""
+    def variants(self) -> dict[str, SavedVariant]:
+        """The saved variants (variant.json of each), by name."""
         found = {}
-        for name in self.manifest.forms:
-            where = f"forms/{name}/form.json"
-            form = form_from_dict(self._files.read_json(where), str(self.directory / where))
-            if form.name != name or (form.encoder and form.encoder not in self.manifest.forms):
-                raise ArtifactError(f"{self.directory / where} is of another form{MAKE_AGAIN}")
-            found[name] = form
+        for name in self.manifest.variants:
+            where = f"variants/{name}/variant.json"
+            saved = saved_variant_from_dict(self._files.read_json(where), str(self.directory / where))
+            if saved.name != name or (saved.encoder and saved.encoder not in self.manifest.variants):
+                raise ArtifactError(f"{self.directory / where} is of another variant{MAKE_AGAIN}")
+            found[name] = saved
         return found
 
     @cached_property
@@ -155,22 +160,22 @@ class ArtifactReader:
 
     # -- programs -----------------------------------------------------------------------------------------------------
 
-    def program(self, rank: int, form: str | None = None, device: torch.device | str = "cpu") -> RankProgram:
+    def program(self, rank: int, variant: str | None = None, device: torch.device | str = "cpu") -> RankProgram:
         """Read the program of global rank `rank` with its weights on
-        `device`; that of the main variant where `form` names none.
+        `device`; that of the main variant where `variant` names none.
 
         Raises AutodistError for a variant that the artifact does not hold, MeshError for a rank that the mesh does not
         have.
         """
         self.mesh.coordinates(rank)  # raises for a rank that the mesh does not have
-        name = form or self.model_fields["main"]
-        if name not in self.forms:
-            raise AutodistError(f"{self.directory} has no form {name!r}: it has {', '.join(self.forms)}")
-        return self.read_program(rank, self.forms[name], self.weights_of(rank, torch.device(device)))
+        name = variant or self.model_fields["main"]
+        if name not in self.variants:
+            raise AutodistError(f"{self.directory} has no variant {name!r}: it has {', '.join(self.variants)}")
+        return self.read_program(rank, self.variants[name], self.weights_of(rank, torch.device(device)))
 
-    def read_program(self, rank: int, form: Form, weights: Mapping[str, torch.Tensor] | None) -> RankProgram:
+    def read_program(self, rank: int, saved: SavedVariant, weights: Mapping[str, torch.Tensor] | None) -> RankProgram:
         """Read the program of one rank for one saved variant; its parameters are on meta where `weights` is None."""
-        name = f"{form.folder}/rank{rank}.json"
+        name = f"{saved.folder}/rank{rank}.json"
         return program_from_dict(self._files.read_json(name), rank, self.mesh, weights, str(self.directory / name))
 
     def rank(self, rank: int) -> torch.fx.GraphModule:
@@ -190,41 +195,41 @@ class ArtifactReader:
             self._weights[rank, device] = tensors
         return self._weights[rank, device]
 
-    def conditions_of(self, form: Form) -> Guards | None:
+    def guards_of(self, saved: SavedVariant) -> Guards | None:
         """Return the guards of a saved variant; None where it has none."""
-        return conditions_from_dict(form.conditions, str(self.directory / form.folder / "form.json"))
+        return guards_from_dict(saved.guards, str(self.directory / saved.folder / "variant.json"))
 
-    def generating_form(self) -> Form:
+    def generating_variant(self) -> SavedVariant:
         """Return the saved variant of a decode step. Raises AutodistError where there is none."""
-        encoders = {form.encoder for form in self.forms.values()}
-        for form in self.forms.values():
-            if form.use_cache and form.phase != "prompt" and form.name not in encoders:
-                return form
+        encoders = {saved.encoder for saved in self.variants.values()}
+        for saved in self.variants.values():
+            if saved.use_cache and saved.phase != "prompt" and saved.name not in encoders:
+                return saved
         raise AutodistError(
-            f"{self.directory} holds {self.manifest.model} in no form that processes generate with: use "
+            f"{self.directory} holds {self.manifest.model} in no variant that processes generate with: use "
             "adx.load(directory).simulate(...) in one process"
         )
 
-    def forms_for(self, call: Call) -> list[Form]:
-        """The forms that were saved for this call, which has no cache: one, or several, for lengths of their own.
+    def variants_for(self, call: Call) -> list[SavedVariant]:
+        """The variants that were saved for this call, which has no cache: one, or several, for lengths of their own.
 
-        Raises AutodistError where there is none, or where an input is of no form that the model takes.
+        Raises AutodistError where there is none, or where an input has a shape or dtype that the model does not take.
         """
-        step = self.generating_form()
+        step = self.generating_variant()
         facts = ModelFacts(self.config, step.has_encoder, step.embedding_dim, getattr(torch, step.dtype))
-        asked = forms_of(call.tensors, facts, 0)
-        found = [form for form in self.forms.values() if form.made_for.takes(call, asked)]
+        asked = specs_of(call.tensors, facts, 0)
+        found = [saved for saved in self.variants.values() if saved.made_for.takes(call, asked)]
         if found:
             return found
         texts = [*asked, *(f"{name}={value!r}" for name, value in call.fixed.items())]
         raise AutodistError(
-            f"{self.directory} has no form for a call with {', '.join(texts)} (it has {self.described_forms()}): save "
-            "one by calling simulate with these first, or use from_pretrained"
+            f"{self.directory} has no variant for a call with {', '.join(texts)} (it has {self.described_variants()}): "
+            "save one by calling simulate with these first, or use from_pretrained"
         )
 
-    def described_forms(self) -> str:
+    def described_variants(self) -> str:
         """List the saved variants and their inputs, for errors."""
-        return "; ".join(f"{form.name}: {', '.join(form.inputs)}" for form in self.forms.values())
+        return "; ".join(f"{saved.name}: {', '.join(saved.inputs)}" for saved in self.variants.values())
 
 
 def _config_of(fields: dict[str, Any]) -> PretrainedConfig:

@@ -1,9 +1,9 @@
 """Files of one saved variant: the call that it serves, its plan, its whole graph, and each rank's program.
 
-    forms/NAME/form.json   inputs, fixed arguments, outputs, kinds of cache layers, guards
-    forms/NAME/plan.json   the plan that its programs follow
-    forms/NAME/graph.json  the whole model's graph, which `verify` compares the programs with
-    forms/NAME/rankR.json  the program of rank R
+    variants/NAME/variant.json  inputs, fixed arguments, outputs, kinds of cache layers, guards
+    variants/NAME/plan.json     the plan that its programs follow
+    variants/NAME/graph.json    the whole model's graph, which `verify` compares the programs with
+    variants/NAME/rankR.json    the program of rank R
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ DECODE, ENCODE, PROMPT, STEP, WHOLE = "decode", "encode", "prompt", "step", "who
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """The contents of form.json. `input_forms` has each input's
-    spec: its dims (size symbols and numbers) and its dtype."""
+class SavedVariant:
+    """A variant as variant.json has it. `input_specs` has each input's spec: its dims (size symbols and numbers) and
+    its dtype."""
 
     name: str
     use_cache: bool
     phase: str
     inputs: tuple[str, ...]
-    input_forms: Mapping[str, tuple[tuple[str | int, ...], str]]
+    input_specs: Mapping[str, tuple[tuple[str | int, ...], str]]
     fixed: Mapping[str, bool | int | float | str | None]
     output_order: tuple[str, ...]
     layer_kinds: tuple[str, ...]
@@ -50,19 +50,20 @@ class Form:
     dtype: str
     image_shape: tuple[int, ...]
     sources: Mapping[str, str]  # path in graph.json -> the model's one name of that parameter or buffer
-    conditions: Mapping[str, Any] | None
+    guards: Mapping[str, Any] | None
 
     @property
     def folder(self) -> str:
-        return f"forms/{self.name}"
+        return f"variants/{self.name}"
 
     @property
     def made_for(self) -> MadeFor:
         """The calls that it is for."""
-        forms = {n: InputSpec(dims, getattr(torch, dtype, torch.long)) for n, (dims, dtype) in self.input_forms.items()}
-        return MadeFor(self.use_cache, self.fixed, forms)
+        specs = self.input_specs.items()
+        made = {n: InputSpec(dims, getattr(torch, dtype, torch.long)) for n, (dims, dtype) in specs}
+        return MadeFor(self.use_cache, self.fixed, made)
 
-    def same_call(self, other: Form) -> bool:
+    def same_call(self, other: SavedVariant) -> bool:
         """True if both serve the same call, so that they differ in
         nothing but the lengths at which their guards hold."""
         own_call, other_call = ((f.made_for, f.phase, bool(f.encoder)) for f in (self, other))
@@ -73,14 +74,14 @@ class Form:
 
 
 _KINDS = {
-    "name": str, "use_cache": bool, "phase": str, "inputs": list, "input_forms": dict, "fixed": dict,
+    "name": str, "use_cache": bool, "phase": str, "inputs": list, "input_specs": dict, "fixed": dict,
     "output_order": list, "layer_kinds": list, "encoder": str, "has_encoder": bool, "embedding_dim": int, "dtype": str,
     "image_shape": list, "sources": dict,
 }  # fmt: skip
 
 
-def form_from_dict(data: Mapping[str, Any], where: str) -> Form:
-    """Invert Form.to_dict. Raises ArtifactError, which names the file and the field."""
+def saved_variant_from_dict(data: Mapping[str, Any], where: str) -> SavedVariant:
+    """Invert SavedVariant.to_dict. Raises ArtifactError, which names the file and the field."""
     for name, kind in _KINDS.items():
         if type(data.get(name)) is not kind:
             raise ArtifactError(f"{where}: {name} is missing or of another kind: make the artifact again")
@@ -89,16 +90,16 @@ def form_from_dict(data: Mapping[str, Any], where: str) -> Form:
     if not all(isinstance(text, str) for text in texts) or not plain:
         raise ArtifactError(f"{where}: names and fixed arguments are texts and numbers: make the artifact again")
     try:
-        forms = {
+        specs = {
             name: (tuple(d if isinstance(d, str) else int(d) for d in dims), str(dtype))
-            for name, (dims, dtype) in data["input_forms"].items()
+            for name, (dims, dtype) in data["input_specs"].items()
         }
         image = tuple(int(n) for n in data["image_shape"])
     except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{where}: the forms of inputs are malformed: make the artifact again") from error
+        raise ArtifactError(f"{where}: the input specs are malformed: make the artifact again") from error
     fields: dict[str, Any] = {name: data[name] for name in _KINDS}
     fields |= {name: tuple(data[name]) for name in ("inputs", "output_order", "layer_kinds")}
-    return Form(**{**fields, "input_forms": forms, "image_shape": image, "conditions": data.get("conditions")})
+    return SavedVariant(**{**fields, "input_specs": specs, "image_shape": image, "guards": data.get("guards")})
 
 
 # -- programs ---------------------------------------------------------------------------------------------------------
@@ -216,35 +217,35 @@ def _texts(values: Any) -> tuple[str, ...]:
 # -- guards -----------------------------------------------------------------------------------------------------------
 
 
-def conditions_to_dict(conditions: Guards | None) -> dict[str, Any] | None:
+def guards_to_dict(guards: Guards | None) -> dict[str, Any] | None:
     """Serialize guards: the graph that computes them, its size
     symbols, and the expected bool and source position of each."""
-    if conditions is None:
+    if guards is None:
         return None
     return {
-        "graph": graph_to_json(conditions.asked, LAYERS),
-        "letters": list(conditions.letters),
-        "expected": list(conditions.expected),
-        "sources": list(conditions.sources),
+        "graph": graph_to_json(guards.graph_module, LAYERS),
+        "symbols": list(guards.symbols),
+        "expected": list(guards.expected),
+        "sources": list(guards.sources),
     }
 
 
-def conditions_from_dict(data: Mapping[str, Any] | None, where: str) -> Guards | None:
-    """Invert conditions_to_dict. Raises ArtifactError, which names the file."""
+def guards_from_dict(data: Mapping[str, Any] | None, where: str) -> Guards | None:
+    """Invert guards_to_dict. Raises ArtifactError, which names the file."""
     if data is None:
         return None
 
     def no_tensor(name: str, *_: Any) -> torch.Tensor:
-        raise ArtifactError(f"{where}: a condition on lengths reads a tensor, {name}: make the artifact again")
+        raise ArtifactError(f"{where}: a guard reads a tensor, {name}: make the artifact again")
 
     try:
         asked = read_graph(data["graph"], no_tensor, where)
         expected = tuple(bool(answer) for answer in data["expected"])
-        conditions = Guards(asked, _texts(data["letters"]), expected, _texts(data["sources"]))
+        guards = Guards(asked, _texts(data["symbols"]), expected, _texts(data["sources"]))
         taken = [str(node.target) for node in asked.graph.nodes if node.op == "placeholder"]
-        counts = {len(conditions.needs), len(expected), len(conditions.sources)}
-        if taken != list(conditions.letters) or len(counts) > 1:
+        counts = {len(guards.needs), len(expected), len(guards.sources)}
+        if taken != list(guards.symbols) or len(counts) > 1:
             raise ValueError("they are not as many as their answers")
-        return conditions
+        return guards
     except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{where}: its conditions are malformed: make the artifact again") from error
+        raise ArtifactError(f"{where}: its guards are malformed: make the artifact again") from error

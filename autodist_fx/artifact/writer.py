@@ -25,8 +25,8 @@ from autodist_fx.artifact.manifest import (
 from autodist_fx.artifact.parts import Part, parts_of
 from autodist_fx.artifact.variant_format import (
     LAYERS,
-    Form,
-    conditions_to_dict,
+    SavedVariant,
+    guards_to_dict,
     program_to_dict,
 )
 from autodist_fx.compiler.generation_traits import follow_mask, is_asked
@@ -118,13 +118,13 @@ def write_common(
     staging.write("plan.json", plan_to_text(plan))
     staging.write_json("model.json", _model_fields(model, parts, always))
     for part in parts:
-        form, graph = _form(part, parts), part.variant.traced.graph_module
-        staging.write_json(f"{form.folder}/form.json", form.to_dict())
-        staging.write(f"{form.folder}/plan.json", plan_to_text(part.variant.plan))
-        staging.write_json(f"{form.folder}/graph.json", graph_to_json(graph, LAYERS))
+        saved, graph = _saved_variant(part, parts), part.variant.traced.graph_module
+        staging.write_json(f"{saved.folder}/variant.json", saved.to_dict())
+        staging.write(f"{saved.folder}/plan.json", plan_to_text(part.variant.plan))
+        staging.write_json(f"{saved.folder}/graph.json", graph_to_json(graph, LAYERS))
         values = {n: t for n, t in used_tensors(graph).items() if not t.is_meta}
         if values:
-            staging.write_tensors(f"{form.folder}/graph.safetensors", values, {"form": part.name})
+            staging.write_tensors(f"{saved.folder}/graph.safetensors", values, {"variant": part.name})
     if tokenizer is not None:
         _write_tokenizer(staging, tokenizer)
 
@@ -149,18 +149,18 @@ def _model_fields(model: PreTrainedModel, parts: Sequence[Part], always: Mapping
     }
 
 
-def _form(part: Part, parts: Sequence[Part]) -> Form:
-    """Collect the facts of one saved variant for its form.json."""
+def _saved_variant(part: Part, parts: Sequence[Part]) -> SavedVariant:
+    """Collect the facts of one saved variant for its variant.json."""
     variant, traced = part.variant, part.variant.traced
     names = {id(p.variant): p.name for p in parts}
     facts = traced.facts
     graph = traced.graph_module
-    return Form(
+    return SavedVariant(
         name=part.name,
         use_cache=traced.use_cache,
         phase=traced.phase,
         inputs=traced.input_names,
-        input_forms={name: (form.dims, _dtype(form.dtype)) for name, form in variant.forms.items()},
+        input_specs={name: (spec.dims, _dtype(spec.dtype)) for name, spec in variant.specs.items()},
         fixed={name: value for name, value in variant.fixed.items()},  # type: ignore[misc]  # plain, as read_call has it
         output_order=variant.output_order,
         layer_kinds=traced.layer_kinds,
@@ -170,7 +170,7 @@ def _form(part: Part, parts: Sequence[Part]) -> Form:
         dtype=_dtype(facts.dtype),
         image_shape=traced.image_shape,
         sources={path: variant.sources[id(t)] for path, t in used_tensors(graph).items() if id(t) in variant.sources},
-        conditions=conditions_to_dict(node_meta.guards(graph)),
+        guards=guards_to_dict(node_meta.guards(graph)),
     )
 
 
@@ -205,7 +205,7 @@ def write_rank(staging: Staging, rank: int, programs: Sequence[tuple[Part, RankP
                     key = f"{plain_key}#{len(weights)}"
                 key_of[slice_], weights[key] = key, tensor
             keys[name] = key_of[slice_]
-        staging.write_json(f"forms/{part.name}/rank{rank}.json", program_to_dict(program, keys))
+        staging.write_json(f"variants/{part.name}/rank{rank}.json", program_to_dict(program, keys))
     staging.write_tensors(f"weights/rank{rank}.safetensors", weights, {"rank": str(rank)})
 
 
@@ -225,7 +225,7 @@ def finish(
         model=plan.model,
         tp=plan.mesh.tp,
         pp=plan.mesh.pp,
-        forms=tuple(part.name for part in parts),
+        variants=tuple(part.name for part in parts),
         versions=library_versions(),
         files=dict(sorted(files.items())),
         key=key,

@@ -79,7 +79,7 @@ def is_multiple_choice(model_class: str) -> bool:
     return model_class in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values()
 
 
-def choice_forms(names: Collection[str]) -> dict[str, InputSpec]:
+def choice_specs(names: Collection[str]) -> dict[str, InputSpec]:
     """Return the specs of such a model's inputs: how many choices there are is a constant of its graph."""
     tokens = (name for name in names if TOKENS.get(name) in (("B", "S"), ("B", "T")) and name != "labels")
     return {

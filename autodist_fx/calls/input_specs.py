@@ -3,7 +3,7 @@
 A graph is traced for the specs of its inputs.
 
 `attention_mask` may be [B, T] or, with a line for each query, [B, 1, S, T]; of booleans, integers or numbers to add:
-each is another graph. Lengths are letters, so that one graph serves any batch and any number of tokens.
+each is another graph. Sizes that may differ are symbols, so that one graph serves any batch and any number of tokens.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ _LENGTHS = {
 }  # fmt: skip
 
 
-def forms_of(inputs: Mapping[str, Any], model: ModelFacts, past: int) -> dict[str, InputSpec]:
-    """The form of each tensor among `inputs`, with `past` tokens in the cache.
+def specs_of(inputs: Mapping[str, Any], model: ModelFacts, past: int) -> dict[str, InputSpec]:
+    """The spec of each tensor among `inputs`, with `past` tokens in the cache.
 
     Errors: AutodistError, which names the input, what it is and what it ought to be.
     """
-    lengths: dict[str, tuple[int, str]] = {}  # letter -> the length, and the input that says so
+    lengths: dict[str, tuple[int, str]] = {}  # symbol -> the length, and the input that says so
     tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
     order = [name for name in _MAIN if name in tensors]
     order += [name for name in tensors if name not in order]
-    forms = {}
+    specs = {}
     for name in order:
         dims, floating = _wanted(name, tensors[name], model)
         if floating and tensors[name].dtype != model.dtype:
@@ -60,8 +60,8 @@ def forms_of(inputs: Mapping[str, Any], model: ModelFacts, past: int) -> dict[st
             )
         if name in ("input_ids", "position_ids", "token_type_ids") and tensors[name].is_floating_point():
             raise AutodistError(f"{name} is {_dtype(tensors[name].dtype)}: it should hold integers")
-        forms[name] = InputSpec(_fitted(name, tuple(tensors[name].shape), dims, lengths, past), tensors[name].dtype)
-    return forms
+        specs[name] = InputSpec(_fitted(name, tuple(tensors[name].shape), dims, lengths, past), tensors[name].dtype)
+    return specs
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,28 +115,28 @@ def _fitted(
                 raise AutodistError(f"{name} is {list(shape)}: dim {position} should be {want}")
             dims.append(want)
             continue
-        one, _, letter = want.rpartition("|")
-        length, source = _length(letter, lengths, past)
+        one, _, symbol = want.rpartition("|")
+        length, source = _length(symbol, lengths, past)
         if length is None:
-            lengths[letter] = (size, name)
+            lengths[symbol] = (size, name)
         elif size != length and one and size == 1:
             dims.append(1)
             continue
         elif size != length:
             raise AutodistError(
-                f"{name} is {list(shape)}: dim {position} should be {length} ({_LENGTHS.get(letter, letter)}), as "
+                f"{name} is {list(shape)}: dim {position} should be {length} ({_LENGTHS.get(symbol, symbol)}), as "
                 f"{source} has it{', or 1' if one else ''}"
             )
-        dims.append(letter)
+        dims.append(symbol)
     return tuple(dims)
 
 
-def _length(letter: str, lengths: Mapping[str, tuple[int, str]], past: int) -> tuple[int | None, str]:
-    """What a letter stands for in this call, and which input says so; None where none has said yet."""
-    if letter == "T" and "S" in lengths:
+def _length(symbol: str, lengths: Mapping[str, tuple[int, str]], past: int) -> tuple[int | None, str]:
+    """Return the size that a symbol stands for in this call, and which input says so; None where none has said yet."""
+    if symbol == "T" and "S" in lengths:
         length, source = lengths["S"]
         return length + past, source if not past else f"{source} with {past} tokens in the cache"
-    return lengths.get(letter, (None, ""))
+    return lengths.get(symbol, (None, ""))
 
 
 def _spelled(dims: Dims) -> str:

@@ -19,16 +19,16 @@ Lengths = dict[str, int]  # by size symbol: "B", "S", "P", "T", "E", "K" (docs/g
 _NAMES = {"B": "sequences", "S": "tokens", "P": "tokens cached", "E": "what the encoder reads", "K": "positions"}
 
 
-def lengths_of(forms: Mapping[str, InputSpec], inputs: Mapping[str, Any], past: int) -> Lengths:
+def lengths_of(specs: Mapping[str, InputSpec], inputs: Mapping[str, Any], past: int) -> Lengths:
     """Return the lengths of a call by size symbol.
 
-    Reads each tensor of `inputs` against its input spec in `forms`; `past` is the number of tokens in the cache.
+    Reads each tensor of `inputs` against its input spec in `specs`; `past` is the number of tokens in the cache.
     """
     found: Lengths = {"P": past}
-    for name, form in forms.items():
+    for name, spec in specs.items():
         value = inputs.get(name)
-        if isinstance(value, torch.Tensor) and value.dim() == len(form.dims):
-            found |= {dim: n for dim, n in zip(form.dims, value.shape, strict=True) if isinstance(dim, str)}
+        if isinstance(value, torch.Tensor) and value.dim() == len(spec.dims):
+            found |= {dim: n for dim, n in zip(spec.dims, value.shape, strict=True) if isinstance(dim, str)}
     return with_total(found)
 
 
@@ -40,7 +40,7 @@ def with_total(lengths: Lengths) -> Lengths:
 def another_way(model: str, lengths: Mapping[str, int], lines: Sequence[str]) -> str:
     """Return the sentence of an error: `model`'s guards at the
     source positions `lines` come out otherwise at `lengths`."""
-    said = ", ".join(f"{_NAMES[letter]}: {n}" for letter, n in lengths.items() if letter in _NAMES)
+    said = ", ".join(f"{_NAMES[symbol]}: {n}" for symbol, n in lengths.items() if symbol in _NAMES)
     where = " and ".join(lines)
     return f"for these lengths ({said}) {model}'s code goes another way at {where} than it was traced with"
 

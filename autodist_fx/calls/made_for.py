@@ -11,14 +11,15 @@ from autodist_fx.calls.input_spec import InputSpec
 
 @dataclass(frozen=True, slots=True)
 class MadeFor:
-    """Calls with or without a cache, with inputs of these `forms`, and these values of the `fixed` arguments."""
+    """Calls with or without a cache, with inputs of these `specs`, and these values of the `fixed` arguments."""
 
     use_cache: bool
     fixed: Mapping[str, object]
-    forms: Mapping[str, InputSpec]
+    specs: Mapping[str, InputSpec]
 
-    def takes(self, call: Call, forms: Mapping[str, InputSpec]) -> bool:
-        """Return whether a call, whose tensors have these specs, is one that the graph was made for:"""
+    def takes(self, call: Call, specs: Mapping[str, InputSpec]) -> bool:
+        """Return whether the graph was made for a call whose tensors have these specs: with a cache, what the call
+        leaves out is filled in; without one nothing is."""
         if self.use_cache != call.use_cache or self.fixed != call.fixed:
             return False
-        return forms.items() <= self.forms.items() if call.use_cache else forms == self.forms
+        return specs.items() <= self.specs.items() if call.use_cache else specs == self.specs

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from autodist_fx.calls.call import Call
 from autodist_fx.calls.input_spec import InputSpec
-from autodist_fx.calls.input_specs import forms_of
+from autodist_fx.calls.input_specs import specs_of
 from autodist_fx.calls.lengths import Lengths, lengths_of
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.pause_gc import garbage_stays
@@ -165,25 +165,25 @@ class Compilation:
         `kept` holds the encoder's inputs of an earlier call, which set the size symbol E. Raises AutodistError where
         there is no variant for the call.
         """
-        forms = self._forms(call, past)
-        alike = self._alike(call, forms)
+        specs = self._specs(call, past)
+        alike = self._alike(call, specs)
         if not alike:
-            alike = [self._checked(self.source.for_call(call, forms, self._set.of_calls))]
+            alike = [self._checked(self.source.for_call(call, specs, self._set.of_calls))]
             self._set.others += alike
         return self._fitting(alike, _lengths(alike[0], call, past, kept), self._set.others)
 
     def known_for(self, call: Call, past: int) -> Variant | None:
         """The variant that `variant_for` gives, None where it is yet to be made."""
-        alike = self._alike(call, self._forms(call, past))
+        alike = self._alike(call, self._specs(call, past))
         return next((v for v in alike if v.fits(_lengths(v, call, past, None))), None)
 
-    def _forms(self, call: Call, past: int) -> dict[str, InputSpec]:
+    def _specs(self, call: Call, past: int) -> dict[str, InputSpec]:
         self.main.traced.check_images(call.tensors)
-        return forms_of(call.tensors, self.main.traced.facts, past)
+        return specs_of(call.tensors, self.main.traced.facts, past)
 
-    def _alike(self, call: Call, forms: Mapping[str, InputSpec]) -> list[Variant]:
+    def _alike(self, call: Call, specs: Mapping[str, InputSpec]) -> list[Variant]:
         """Return the variants made for this call, each for sizes of its own."""
-        return [variant for variant in self._set.of_calls if variant.made_for.takes(call, forms)]
+        return [variant for variant in self._set.of_calls if variant.made_for.takes(call, specs)]
 
     @compiler_state()
     def phases(self) -> tuple[Variant, Variant]:
@@ -210,7 +210,7 @@ class Compilation:
             return self.prompt_for(lengths)
         main = self.main
         alike = [
-            v for v in self._set.of_calls if v.traced.use_cache == main.traced.use_cache and v.forms == main.forms
+            v for v in self._set.of_calls if v.traced.use_cache == main.traced.use_cache and v.specs == main.specs
         ]
         return self._fitting(alike, lengths, self._set.others)
 
@@ -272,4 +272,4 @@ def _passes_text(variant: Variant, rank: int) -> str:
 
 
 def _lengths(variant: Variant, call: Call, past: int, kept: Mapping[str, Any] | None) -> Lengths:
-    return lengths_of(variant.forms, {**(kept or {}), **call.tensors}, past)
+    return lengths_of(variant.specs, {**(kept or {}), **call.tensors}, past)

@@ -74,7 +74,7 @@ def traced_at(
         _normalize(traced, examples)
         guards = with_fixed(node_meta.guards(traced.graph_module), fixed)
         node_meta.set_guards(traced.graph_module, guards)
-        if guards is None or not guards.otherwise(lengths):
+        if guards is None or not guards.violated(lengths):
             return traced
         known_guards.append(guards)
     return None
@@ -82,11 +82,11 @@ def traced_at(
 
 def _letters(traced: TracedModel, sizes: Sizes) -> Lengths:
     """Return the lengths, by size symbol, that the inputs of this graph have."""
-    used = {d for form in traced.forms().values() for d in form.dims if isinstance(d, str)}
+    used = {d for spec in traced.specs().values() for d in spec.dims if isinstance(d, str)}
     used |= {"P"} if traced.use_cache and traced.phase != "prompt" else set()
     used -= {"S"} if traced.phase == "step" else set()
     every = {"B": sizes.batch, "S": sizes.seq, "P": sizes.past, "E": sizes.source, "K": sizes.kept}
-    return {letter: n for letter, n in every.items() if letter in used}
+    return {symbol: n for symbol, n in every.items() if symbol in used}
 
 
 def traced_once(
@@ -94,14 +94,14 @@ def traced_once(
     use_cache: bool,
     input_names: Sequence[str] | None,
     concrete_args: Mapping[str, object] | None,
-    forms: Mapping[str, InputSpec] | None = None,
+    specs: Mapping[str, InputSpec] | None = None,
 ) -> tuple[TracedModel, Trace]:
     """Trace and normalise one variant. Also return the function that
     traces it again at other sizes; see autodist_fx.tracing.trace."""
 
     def again(sizes: tuple[Sizes, Sizes] | None) -> TracedModel:
         return trace(
-            model, use_cache=use_cache, input_names=input_names, concrete_args=concrete_args, forms=forms, sizes=sizes
+            model, use_cache=use_cache, input_names=input_names, concrete_args=concrete_args, specs=specs, sizes=sizes
         )
 
     return _going_one_way(again(None), again), again
@@ -125,12 +125,12 @@ def _going_one_way(traced: TracedModel, again: Trace) -> TracedModel:
     """Normalise `traced`; trace it again where the sizes at which it is normalised make a guard come out otherwise."""
     examples = _examples_for(traced)
     _normalize(traced, examples)
-    conditions: Guards | None = node_meta.guards(traced.graph_module)
+    guards: Guards | None = node_meta.guards(traced.graph_module)
     lengths = [with_total({"P": 0, **example.symbols}) for example in examples]
-    if conditions is None or not any(conditions.otherwise(each, remainders=False) for each in lengths):
+    if guards is None or not any(guards.violated(each, remainders=False) for each in lengths):
         return traced
     try:
-        return traced_at(traced, again, lengths[0], [conditions]) or traced
+        return traced_at(traced, again, lengths[0], [guards]) or traced
     except TracingError:
         return traced
 
@@ -160,7 +160,7 @@ def _naming_refusals(traced: TracedModel) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         line = str(error).strip().partition("\n")[0]
-        inputs = ", ".join(f"{name} [{', '.join(map(str, form.dims))}]" for name, form in traced.forms().items())
+        inputs = ", ".join(f"{name} [{', '.join(map(str, spec.dims))}]" for name, spec in traced.specs().items())
         raise TracingError(f"{traced.model_class} refuses these inputs: {line} ({inputs})") from error
 
 
@@ -218,7 +218,7 @@ def _sizes(
 
 def _sizes_of(lengths: Lengths) -> Sizes:
     """Convert lengths by size symbol to Sizes. A missing symbol is a dim of no input, so its value has no effect."""
-    return Sizes(*(lengths.get(letter, 0 if letter == "P" else 1) for letter in "BSPEK"))
+    return Sizes(*(lengths.get(symbol, 0 if symbol == "P" else 1) for symbol in "BSPEK"))
 
 
 def _example(traced: TracedModel, sizes: Sizes) -> Example:
@@ -228,7 +228,7 @@ def _example(traced: TracedModel, sizes: Sizes) -> Example:
     if not traced.use_cache or traced.phase == "prompt":
         sizes = replace(sizes, past=0)
     symbols = {"B": sizes.batch, "S": sizes.seq}
-    if any("K" in form.dims for form in traced.forms().values()):
+    if any("K" in spec.dims for spec in traced.specs().values()):
         symbols["K"] = sizes.kept
     if traced.has_encoder:
         symbols["E"] = sizes.source

@@ -50,15 +50,15 @@ def examples_like(
             fixed |= numbers
         if _differ(with_total(first), with_total(second), fixed):
             return with_total(first), with_total(second), fixed
-    fixed = {letter: lengths[letter] for group in groups for letter in group}
+    fixed = {symbol: lengths[symbol] for group in groups for symbol in group}
     return with_total({**usual[0], **fixed}), with_total({**usual[1], **fixed}), fixed
 
 
 def tells_apart(first: Mapping[str, int], second: Mapping[str, int], points: frozenset[int]) -> bool:
     """True if the quotients of S and E by each of `points` differ between the two sets, so that none looks constant."""
     return all(
-        first[letter] == second[letter] or first[letter] // p != second[letter] // p
-        for letter in ("S", "E") if letter in first
+        first[symbol] == second[symbol] or first[symbol] // p != second[symbol] // p
+        for symbol in ("S", "E") if symbol in first
         for p in points
     )  # fmt: skip
 
@@ -86,13 +86,13 @@ class _Search:
 
     def choices_for(self, group: Sequence[str]) -> list[_Choice]:
         """List choices for these size symbols, with as few of them fixed as possible."""
-        always = [letter for letter in group if letter in self.fixed_anyway]
-        others = [letter for letter in group if letter not in always]
+        always = [symbol for symbol in group if symbol in self.fixed_anyway]
+        others = [symbol for symbol in group if symbol not in always]
         for count in range(len(others)):
             for some in itertools.combinations(others, count):
-                fixed = {letter: self.lengths[letter] for letter in (*always, *some)}
-                free = [letter for letter in others if letter not in some]
-                candidates = [self._candidates(letter) for letter in free]
+                fixed = {symbol: self.lengths[symbol] for symbol in (*always, *some)}
+                free = [symbol for symbol in others if symbol not in some]
+                candidates = [self._candidates(symbol) for symbol in free]
                 if math.prod(map(len, candidates)) > _MOST_TRIED:
                     continue
                 choices = (dict(zip(free, values, strict=True)) for values in itertools.product(*candidates))
@@ -101,7 +101,7 @@ class _Search:
                 examples = [({**fixed, **first}, {**fixed, **second}, fixed) for first, second in pairs]
                 if examples:
                     return examples
-        fixed = {letter: self.lengths[letter] for letter in group}
+        fixed = {symbol: self.lengths[symbol] for symbol in group}
         return [(fixed, fixed, fixed)]
 
     @functools.cached_property
@@ -118,22 +118,22 @@ class _Search:
             for wanted, answer in zip(wanted_answers, guards.answers(lengths), strict=True)
         )
 
-    def _candidates(self, letter: str) -> list[int]:
+    def _candidates(self, symbol: str) -> list[int]:
         """List lengths to try for one size symbol, in order. None is 1 but for P, since models have shortcuts for 1."""
         in_guards = {n for guards in self.known_guards for n in guards.numbers}
         numbers = in_guards | self.points | {math.lcm(*self.points)} - {1}
-        near = {n + d for n in (*numbers, self.lengths[letter]) for d in range(-3, _NEAR)}
+        near = {n + d for n in (*numbers, self.lengths[symbol]) for d in range(-3, _NEAR)}
         multiples = {n * times for n in numbers for times in range(1, 9)}
-        least = self.smallest.get(letter, 1 if letter == "P" else 2)
+        least = self.smallest.get(symbol, 1 if symbol == "P" else 2)
         return sorted(n for n in {*range(1, _SMALL), *near, *multiples} if least <= n <= _LARGEST)
 
     def _pairs(self, right: Sequence[Lengths], free: Sequence[str]) -> Iterator[tuple[Lengths, Lengths]]:
         """Yield pairs that tell lengths apart; if possible, divisors
         divide all lengths of the second, and none of the first."""
-        divided = [letter for letter in free if letter in ("S", "E")]
+        divided = [symbol for symbol in free if symbol in ("S", "E")]
 
         def remainders(choice: Lengths, are: bool) -> bool:
-            return all((choice[letter] % p != 0) == are for letter in divided for p in self.points)
+            return all((choice[symbol] % p != 0) == are for symbol in divided for p in self.points)
 
         firsts = [c for c in right if remainders(c, True)] or list(right)
         seconds = [c for c in right if remainders(c, False)] or list(right)
@@ -145,8 +145,8 @@ class _Search:
 
 def _differ(first: Lengths, second: Lengths, fixed: Mapping[str, int]) -> bool:
     """True if no free length equals another one plus a constant in both sets."""
-    free = [letter for letter in first if letter not in fixed and letter != "T"]
+    free = [symbol for symbol in first if symbol not in fixed and symbol != "T"]
     if "T" in first and not {"P", "S"} & fixed.keys():
         free.append("T")
-    steps = [second[letter] - first[letter] for letter in free]
+    steps = [second[symbol] - first[symbol] for symbol in free]
     return 0 not in steps and len(set(steps)) == len(steps)

@@ -45,7 +45,7 @@ class Variant:
     plan: PartitionPlan
     sources: dict[int, str]  # id of each parameter and buffer -> its name
     fixed: dict[str, object]  # Python arguments, which are part of the graph
-    forms: dict[str, InputSpec]  # the input spec of each input
+    specs: dict[str, InputSpec]  # the input spec of each input
     output_order: tuple[str, ...]
     programs: dict[int, RankProgram] = field(default_factory=dict)
     # In a model whose decoder reads an encoder's output through a cache, this variant is the decoder's step, `encoder`
@@ -64,10 +64,10 @@ class Variant:
         input_names: Sequence[str] | None,
         concrete_args: Mapping[str, object] | None,
         plan: PartitionPlan | None,
-        forms: Mapping[str, InputSpec] | None = None,
+        specs: Mapping[str, InputSpec] | None = None,
     ) -> Variant:
         """Trace, normalise and plan one variant; `plan`, where given, is used instead of a search."""
-        traced, again = traced_once(model, use_cache, input_names, concrete_args, forms)
+        traced, again = traced_once(model, use_cache, input_names, concrete_args, specs)
         variant = cls.of(traced, request, plan, unusual(_parameters(model), concrete_args or {}))
         variant.trace_again = again
         return variant
@@ -94,7 +94,7 @@ class Variant:
         Its weights and caches lie on the ranks as this one's do. Raises AutodistError where they cannot, TracingError
         where no example sizes are found.
         """
-        guards = [v.conditions for v in (self, *others) if v.conditions is not None]
+        guards = [v.guards for v in (self, *others) if v.guards is not None]
         if self.trace_again is None:
             raise AutodistError(self.other_way(lengths))
         traced = traced_at(self.traced, self.trace_again, lengths, guards)
@@ -165,7 +165,7 @@ class Variant:
             if request.strict:
                 refuse_missing_rules(graph, plan)
         names = parameter_names(traced.graph_module)
-        specs, order = traced.forms(), _output_order(traced.graph_module)
+        specs, order = traced.specs(), _output_order(traced.graph_module)
         if CROSS in traced.layer_kinds:
             return cls._split(traced, plan, names, fixed, specs, order)
         return cls(traced, graph, plan, names, fixed, specs, order)
@@ -177,7 +177,7 @@ class Variant:
         plan: PartitionPlan,
         names: dict[int, str],
         fixed: dict[str, object],
-        forms: dict[str, InputSpec],
+        specs: dict[str, InputSpec],
         order: tuple[str, ...],
     ) -> Variant:
         """Split an encoder-decoder graph into the encoder, which
@@ -190,23 +190,23 @@ class Variant:
             graph = build_op_graph(module, names)
             inputs = tuple(str(n.target) for n in module.graph.nodes if n.op == "placeholder")
             part = replace(traced, graph_module=module, input_names=inputs)
-            parts.append(cls(part, graph, subplan(plan, graph, fingerprint(graph)), names, fixed, forms, order))
+            parts.append(cls(part, graph, subplan(plan, graph, fingerprint(graph)), names, fixed, specs, order))
         encoder, step = parts
         step.encoder, step.whole_plan = encoder, plan
         return step
 
     @property
-    def conditions(self) -> Guards | None:
+    def guards(self) -> Guards | None:
         """The guards on the lengths of this graph; None where it has none."""
         return node_meta.guards(self.traced.graph_module)
 
     def fits(self, lengths: Lengths) -> bool:
         """True if all guards hold at these lengths."""
-        return self.conditions is None or not self.conditions.otherwise(lengths)
+        return self.guards is None or not self.guards.violated(lengths)
 
     def other_way(self, lengths: Lengths) -> str:
         """Return the sentence of an error that names the guards which do not hold at these lengths."""
-        lines = self.conditions.otherwise(lengths) if self.conditions is not None else []
+        lines = self.guards.violated(lengths) if self.guards is not None else []
         return another_way(self.traced.model_class, lengths, lines)
 
     def with_encoder_mask(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,7 +214,7 @@ class Variant:
 
         The mask has the shape (B, E, as a rule) and dtype of its input spec, on the device of the other inputs.
         """
-        specs = self.traced.forms()
+        specs = self.traced.specs()
         if "attention_mask" not in specs or inputs.get("attention_mask") is not None:
             return dict(inputs)
         lengths = {
@@ -231,7 +231,7 @@ class Variant:
     @property
     def made_for(self) -> MadeFor:
         """The calls that it is for."""
-        return MadeFor(self.traced.use_cache, self.fixed, self.forms)
+        return MadeFor(self.traced.use_cache, self.fixed, self.specs)
 
 
 def _parameters(model: PreTrainedModel | PretrainedConfig) -> tuple[inspect.Parameter, ...]:

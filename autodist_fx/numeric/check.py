@@ -27,8 +27,8 @@ TOLERANCE = 1e-8
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """One variant as the check sees it: its whole graph, its plan, and the programs of all ranks."""
+class CheckedVariant:
+    """A variant under a numeric check: the model's graph, its plan, and the programs of all ranks."""
 
     whole: torch.fx.GraphModule
     names: Mapping[int, str]  # passes.op_graph.build.parameter_names of the model
@@ -43,16 +43,16 @@ class Form:
         return RankProgram(0, Mesh(1, 1), self.whole, inputs, {}, tuple(layers), tuple(self.layer_kinds))
 
 
-def drawn_weights(form: Form, buffers: Mapping[str, torch.Tensor], seed: int = 0) -> Weights:
-    """Draw float64 weights for all variants of a model; `form` is one that has all of its parameters. See Weights."""
+def drawn_weights(checked: CheckedVariant, buffers: Mapping[str, torch.Tensor], seed: int = 0) -> Weights:
+    """Draw float64 weights for all variants of a model; `checked` has all of its parameters. See Weights."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, tensor in form.whole.named_parameters(remove_duplicate=False):
-        shapes.setdefault(form.names.get(id(tensor), name), tuple(tensor.shape))
+    for name, tensor in checked.whole.named_parameters(remove_duplicate=False):
+        shapes.setdefault(checked.names.get(id(tensor), name), tuple(tensor.shape))
     return Weights(shapes, buffers, seed)
 
 
 def check_call(
-    form: Form,
+    checked: CheckedVariant,
     weights: Weights,
     inputs: Mapping[str, Any],
     caches: Sequence[Any] | None = None,
@@ -67,18 +67,18 @@ def check_call(
     """
     inputs_of_runs: list[Mapping[str, Any]] = [  # the model's own graph first, then the ranks
         inputs if caches is None else {**inputs, "past_key_values": cache}
-        for cache in (caches if caches is not None else [None] * (1 + len(form.programs)))
+        for cache in (caches if caches is not None else [None] * (1 + len(checked.programs)))
     ]
     with torch.no_grad(), double_by_default():
-        whole = Doubles(form.whole, of_whole(form.whole, form.names, weights), keep=locate)
+        whole = Doubles(checked.whole, of_whole(checked.whole, checked.names, weights), keep=locate)
         try:
             expected = whole.values(inputs_of_runs[0])
         except Exception as error:
-            raise refusal(form, error) from error
-        ranks = [Doubles(p.graph_module, of_rank(p, weights), keep=locate) for p in form.programs]
-        wrong = _run_ranks(form, ranks, inputs_of_runs[1:], expected)
+            raise refusal(checked, error) from error
+        ranks = [Doubles(p.graph_module, of_rank(p, weights), keep=locate) for p in checked.programs]
+        wrong = _run_ranks(checked, ranks, inputs_of_runs[1:], expected)
     if wrong:
-        place = first_difference(form.plan, form.programs, whole, ranks) if locate else None
+        place = first_difference(checked.plan, checked.programs, whole, ranks) if locate else None
         if place is None:
             raise VerificationError(wrong)
         program, node = place
@@ -87,7 +87,7 @@ def check_call(
 
 
 def _run_ranks(
-    form: Form, ranks: Sequence[Doubles], inputs: Sequence[Mapping[str, Any]], expected: Mapping[str, Any]
+    checked: CheckedVariant, ranks: Sequence[Doubles], inputs: Sequence[Mapping[str, Any]], expected: Mapping[str, Any]
 ) -> str:
     """Run all ranks in threads and compare their outputs; return
     the first difference as a sentence, "" where there is none."""
@@ -97,7 +97,7 @@ def _run_ranks(
             return ranks[rank].values(inputs[rank])
 
     try:
-        outputs = ThreadWorld(form.plan.mesh).run(run)
+        outputs = ThreadWorld(checked.plan.mesh).run(run)
     except Exception as error:
         return failure(error)
     missing = set(_tensors(expected))
@@ -121,11 +121,11 @@ def failure(error: Exception) -> str:
     return f"run in float64, the ranks fail: {type(error).__name__}: {' '.join(str(error).split())[:300]} {notes}"
 
 
-def refusal(form: Form, error: Exception) -> AutodistError:
+def refusal(checked: CheckedVariant, error: Exception) -> AutodistError:
     """Return the AutodistError to raise where the model's own graph fails on these inputs."""
     if isinstance(error, AutodistError):
         return error
-    return AutodistError(f"the numeric check could not run {form.plan.model} itself on made-up inputs: {error}")
+    return AutodistError(f"the numeric check could not run {checked.plan.model} itself on made-up inputs: {error}")
 
 
 def _tensors(outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from autodist_fx.errors import AutodistError
-from autodist_fx.numeric.check import TOLERANCE, Form, difference, failure, refusal
+from autodist_fx.numeric.check import TOLERANCE, CheckedVariant, difference, failure, refusal
 from autodist_fx.numeric.factored import sliced
 from autodist_fx.numeric.float64_interpreter import Doubles, Weights, double_by_default, of_rank, of_whole
 from autodist_fx.simulation.backward import Gradients, go_back, pay_sums
@@ -25,23 +25,23 @@ from passes.program.rank_program import RankProgram
 _ROOT = "loss"
 
 
-def check_gradients(form: Form, weights: Weights, inputs: Mapping[str, Any]) -> None:
+def check_gradients(checked: CheckedVariant, weights: Weights, inputs: Mapping[str, Any]) -> None:
     """Compare every rank's gradients with its slices of the whole model's. `weights` must be few (no Factored ones).
 
     Raises VerificationError, which names the rank and the parameter; AutodistError where the model returns no loss for
     these inputs.
     """
     with torch.enable_grad(), double_by_default():
-        wanted = _of_whole(form, weights, inputs)
-        world = ThreadWorld(form.plan.mesh)
+        wanted = _of_whole(checked, weights, inputs)
+        world = ThreadWorld(checked.plan.mesh)
         try:
             of_ranks: list[Gradients] = world.run(
-                lambda rank, communicator: _of_rank(form.programs[rank], weights, inputs, communicator)
+                lambda rank, communicator: _of_rank(checked.programs[rank], weights, inputs, communicator)
             )
         except Exception as error:
             raise VerificationError(f"backward, {failure(error)}") from error
     largest = max((float(g.abs().max()) for g in wanted.values() if g.numel()), default=0.0)
-    for program, gradients in zip(form.programs, of_ranks, strict=True):
+    for program, gradients in zip(checked.programs, of_ranks, strict=True):
         for path, parameter in program.graph_module.named_parameters():
             shard = program.param_shards[path]
             if not wants_gradient(parameter):
@@ -60,21 +60,21 @@ def check_gradients(form: Form, weights: Weights, inputs: Mapping[str, Any]) -> 
                 )
 
 
-def _of_whole(form: Form, weights: Weights, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _of_whole(checked: CheckedVariant, weights: Weights, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return the whole model's gradients by parameter name, without parameters that the loss does not depend on."""
     leaves: dict[str, torch.Tensor] = {}
-    plain = of_whole(form.whole, form.names, weights)
+    plain = of_whole(checked.whole, checked.names, weights)
 
     def tensor_at(path: str) -> torch.Tensor | None:
-        tensor = fetch(form.whole, path)
-        return _leaf(leaves, form.names[id(tensor)], plain(path)) if wants_gradient(tensor) else plain(path)
+        tensor = fetch(checked.whole, path)
+        return _leaf(leaves, checked.names[id(tensor)], plain(path)) if wants_gradient(tensor) else plain(path)
 
     try:
-        loss = Doubles(form.whole, tensor_at).values(inputs).get(_ROOT)
+        loss = Doubles(checked.whole, tensor_at).values(inputs).get(_ROOT)
     except Exception as error:
-        raise refusal(form, error) from error
+        raise refusal(checked, error) from error
     if loss is None or not loss.requires_grad:
-        raise AutodistError(f"{form.plan.model} returns no loss that could be gone back from: no gradients to check")
+        raise AutodistError(f"{checked.plan.model} returns no loss that could be gone back from: no gradients to check")
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
 

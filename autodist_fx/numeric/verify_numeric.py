@@ -19,7 +19,7 @@ import torch
 from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
-from autodist_fx.numeric.check import Form, check_call, drawn_weights
+from autodist_fx.numeric.check import CheckedVariant, check_call, drawn_weights
 from autodist_fx.numeric.example_values import make_inputs
 from autodist_fx.numeric.float64_interpreter import FEW_ELEMENTS, Weights
 from autodist_fx.numeric.gradients import check_gradients
@@ -77,7 +77,7 @@ class _Conversation:
     def run(self, variants: Sequence[Variant]) -> None:
         """Run the calls of one variant, or of (prompt, step). Raises what check_call and check_gradients raise."""
         first = variants[0]
-        weights = drawn_weights(self._form(first), self._buffers, self._seed)
+        weights = drawn_weights(self._checked(first), self._buffers, self._seed)
         self.is_small = weights.are_few
         if len(variants) == 2:
             self._own_cache(variants[0], variants[1], weights)
@@ -92,17 +92,18 @@ class _Conversation:
                         f"the numeric check of gradients takes models of up to {FEW_ELEMENTS} parameters: check a "
                         f"smaller config of the same model (verify without numeric proves gradients of any size)"
                     )
-                check_gradients(self._form(first), weights, inputs)
+                check_gradients(self._checked(first), weights, inputs)
 
     def _cached(self, variant: Variant, weights: Weights) -> None:
         """Run an encoder, where there is one, then a prompt and a step on one cache."""
-        form = self._form(variant)
-        alike = (form.whole_program(), *form.programs)
+        checked = self._checked(variant)
+        alike = (checked.whole_program(), *checked.programs)
         caches: list[Any] = [local_cache(variant.traced.config, program) for program in alike]
         read: dict[str, Any] = {}
         if variant.encoder is not None:
-            encoder = self._form(variant.encoder)
-            views = [encoder_view(c, p, e) for c, p, e in zip(caches[1:], form.programs, encoder.programs, strict=True)]
+            encoder = self._checked(variant.encoder)
+            of_ranks = zip(caches[1:], checked.programs, encoder.programs, strict=True)
+            views = [encoder_view(cache, decoder, program) for cache, decoder, program in of_ranks]
             read = self._inputs(variant.encoder, _PROMPT, 0)
             self._call(variant.encoder, weights, read, [caches[0], *views])
         for tokens, past in ((_PROMPT, 0), (_STEP, _PROMPT)):
@@ -117,13 +118,14 @@ class _Conversation:
     def _call(
         self, variant: Variant, weights: Weights, inputs: Mapping[str, Any], caches: Sequence[Any] | None = None
     ) -> dict[str, Any]:
-        return check_call(self._form(variant), weights, inputs, caches, locate=self._locate)
+        return check_call(self._checked(variant), weights, inputs, caches, locate=self._locate)
 
     def _inputs(self, variant: Variant, tokens: int, past: int) -> dict[str, torch.Tensor]:
         lengths = {"B": _BATCH, "S": tokens, "T": past + tokens, "E": _SOURCE, "K": _KEPT}
         traced = variant.traced
-        return make_inputs(traced.graph_module, traced.forms(), lengths, self._generator)
+        return make_inputs(traced.graph_module, traced.specs(), lengths, self._generator)
 
-    def _form(self, variant: Variant) -> Form:
+    def _checked(self, variant: Variant) -> CheckedVariant:
         traced = variant.traced
-        return Form(traced.graph_module, variant.sources, variant.plan, self._programs(variant), traced.layer_kinds)
+        programs = self._programs(variant)
+        return CheckedVariant(traced.graph_module, variant.sources, variant.plan, programs, traced.layer_kinds)

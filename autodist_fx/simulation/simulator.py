@@ -120,7 +120,7 @@ class Simulator(Compilation):
         prompt, step = self.phases()
         variant = step if past else prompt
         filled = with_positions(variant, given, past)
-        lengths = lengths_of(variant.forms, filled, past)
+        lengths = lengths_of(variant.specs, filled, past)
         if not past:
             variant = self.prompt_for(lengths)
         elif not variant.fits(lengths):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from autodist_fx.artifact.manifest import ArtifactError
 from autodist_fx.artifact.reader import MAKE_AGAIN, SAVE_SUCH, ArtifactReader
-from autodist_fx.artifact.variant_format import Form
+from autodist_fx.artifact.variant_format import SavedVariant
 from autodist_fx.calls.call import Call
 from autodist_fx.calls.lengths import Lengths, another_way, lengths_of
 from autodist_fx.calls.model_signature import ModelSignature
@@ -104,34 +104,34 @@ class ArtifactPrograms:
     ) -> None:
         self._artifact, self._joined, self._maker = artifact, joined, maker
         self._read: dict[str, RankProgram] = {}
-        self.step = artifact.generating_form()
+        self.step = artifact.generating_variant()
 
     @property
-    def prompt(self) -> Form | None:
+    def prompt(self) -> SavedVariant | None:
         if not self.step.phase:
             return None
-        prompt = next((form for form in self._artifact.forms.values() if form.phase == "prompt"), None)
+        prompt = next((saved for saved in self._artifact.variants.values() if saved.phase == "prompt"), None)
         if prompt is None:
             raise ArtifactError(f"{self._artifact.directory} has steps and no prompt{MAKE_AGAIN}")
         return prompt
 
-    def encoder_of(self, form: Form) -> Form | None:
-        return self._artifact.forms[form.encoder] if form.encoder else None
+    def encoder_of(self, saved: SavedVariant) -> SavedVariant | None:
+        return self._artifact.variants[saved.encoder] if saved.encoder else None
 
-    def program(self, form: Form) -> RankProgram:
-        if form.name not in self._read:
-            self._read[form.name] = self._artifact.program(self._joined.rank, form.name, self._joined.device)
-        return self._read[form.name]
+    def program(self, saved: SavedVariant) -> RankProgram:
+        if saved.name not in self._read:
+            self._read[saved.name] = self._artifact.program(self._joined.rank, saved.name, self._joined.device)
+        return self._read[saved.name]
 
-    def of_column(self, form: Form) -> list[RankProgram]:
+    def of_column(self, saved: SavedVariant) -> list[RankProgram]:
         column = self._artifact.mesh.column(self._joined.rank)
-        return [self._artifact.read_program(rank, form, None) for rank in column]
+        return [self._artifact.read_program(rank, saved, None) for rank in column]
 
-    def guarded(self, first: Form, run: Callable[[Form], T]) -> GuardedPrograms[T]:
+    def guarded(self, first: SavedVariant, run: Callable[[SavedVariant], T]) -> GuardedPrograms[T]:
         return self._guarded(first, run, self._refuse(first) if self._maker is None else self._make)
 
-    def fixed(self, form: Form) -> GuardedPrograms[RankProgram]:
-        return self._guarded(form, self.program, self._refuse(form))
+    def fixed(self, saved: SavedVariant) -> GuardedPrograms[RankProgram]:
+        return self._guarded(saved, self.program, self._refuse(saved))
 
     @property
     def signature(self) -> ModelSignature:
@@ -142,13 +142,13 @@ class ArtifactPrograms:
         such variants."""
         if self._maker is not None:
             return self._made.program_for(call)
-        forms = self._artifact.forms_for(call)
-        lengths = lengths_of(forms[0].made_for.forms, call.tensors, 0)
-        for form in forms:
-            guards = self._artifact.conditions_of(form)
-            if guards is None or not guards.otherwise(lengths):
-                return CallProgram(self.program(form), form.output_order)
-        raise self._other_way(forms[0], lengths)
+        variants = self._artifact.variants_for(call)
+        lengths = lengths_of(variants[0].made_for.specs, call.tensors, 0)
+        for saved in variants:
+            guards = self._artifact.guards_of(saved)
+            if guards is None or not guards.violated(lengths):
+                return CallProgram(self.program(saved), saved.output_order)
+        raise self._other_way(variants[0], lengths)
 
     @cached_property
     def _made(self) -> MadePrograms:
@@ -158,24 +158,27 @@ class ArtifactPrograms:
         return self._maker().programs_beside(self._artifact.plan, [self.program(part) for part in parts])
 
     def _guarded(
-        self, first: Form, run: Callable[[Form], T], make: Callable[[Lengths], tuple[Guards | None, Any]]
+        self,
+        first: SavedVariant,
+        run: Callable[[SavedVariant], T],
+        make: Callable[[Lengths], tuple[Guards | None, Any]],
     ) -> GuardedPrograms[T]:
         """Return what `run` makes of a variant, and of those for the same call with other sizes; `make` makes
         others."""
-        same = [form for form in self._artifact.forms.values() if form.same_call(first) and form is not first]
-        found = [(self._artifact.conditions_of(form), run(form)) for form in (first, *same)]
-        return GuardedPrograms(found, make, first.made_for.forms)
+        same = [saved for saved in self._artifact.variants.values() if saved.same_call(first) and saved is not first]
+        found = [(self._artifact.guards_of(saved), run(saved)) for saved in (first, *same)]
+        return GuardedPrograms(found, make, first.made_for.specs)
 
     def _make(self, lengths: Lengths) -> tuple[Guards | None, Any]:
         return self._made.at_lengths(lengths)
 
-    def _refuse(self, form: Form) -> Callable[[Lengths], tuple[Guards | None, Any]]:
+    def _refuse(self, saved: SavedVariant) -> Callable[[Lengths], tuple[Guards | None, Any]]:
         def refuse(lengths: Lengths) -> tuple[Guards | None, Any]:
-            raise self._other_way(form, lengths)
+            raise self._other_way(saved, lengths)
 
         return refuse
 
-    def _other_way(self, form: Form, lengths: Lengths) -> AutodistError:
-        guards = self._artifact.conditions_of(form)
-        lines = guards.otherwise(lengths) if guards is not None else []
+    def _other_way(self, saved: SavedVariant, lengths: Lengths) -> AutodistError:
+        guards = self._artifact.guards_of(saved)
+        lines = guards.violated(lengths) if guards is not None else []
         return AutodistError(another_way(self._artifact.manifest.model, lengths, lines) + SAVE_SUCH)

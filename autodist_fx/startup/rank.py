@@ -190,12 +190,12 @@ class CompiledPrograms:
 
         def make(lengths: Lengths) -> tuple[Guards | None, T]:
             variant = self._startup.made_alike(compiled, lambda: compiled.at_lengths(lengths), self._loaded)
-            return variant.conditions, run(variant)
+            return variant.guards, run(variant)
 
-        return GuardedPrograms([(first.conditions, run(first))], make, first.forms)
+        return GuardedPrograms([(first.guards, run(first))], make, first.specs)
 
     def fixed(self, variant: Variant) -> GuardedPrograms[RankProgram]:
-        return one_way(variant.conditions, self.program(variant), variant.other_way)
+        return one_way(variant.guards, self.program(variant), variant.other_way)
 
     def at_lengths(self, lengths: Lengths) -> tuple[Guards | None, Any]:
         """Return (guards, programs that generate) for sizes that there is no program for yet."""

@@ -52,14 +52,15 @@ class ExampleInputs:
     fewest_frames: int = 0  # of sound, that convolutions over time leave something of
     states: tuple[StateTensor, ...] = ()  # of a cache of the model's own, which are inputs one by one
     counts_past: bool = False  # masks cover `past` tokens, too, whatever the cache is
-    forms: Mapping[str, InputSpec] = field(default_factory=dict)  # of inputs that are not as input_shapes has them
+    specs: Mapping[str, InputSpec] = field(default_factory=dict)  # of inputs that are not as input_shapes has them
 
-    def form(self, name: str) -> InputSpec | None:
-        """Of one input; None for a cache and states. TracingError for a name that nothing is known of."""
+    def spec(self, name: str) -> InputSpec | None:
+        """Return an input's spec; None for a cache and states. Raises TracingError for a name that nothing is known
+        of."""
         if name == "past_key_values" or any(state.name == name for state in self.states):
             return None
-        if name in self.forms:
-            return self.forms[name]
+        if name in self.specs:
+            return self.specs[name]
         if name in IMAGE_INPUTS and self.image_shape:
             return InputSpec(("B", *self.image_shape), self.dtype)
         known = input_dims(name, self.config, self.has_encoder)
@@ -82,13 +83,13 @@ class ExampleInputs:
         for state in self.states:
             if state.name == name:
                 return state.make(sizes.batch, sizes.past)
-        form = self.form(name)
-        if form is None:
+        spec = self.spec(name)
+        if spec is None:
             return self._make_cache(sizes.batch, sizes.past)
         past = sizes.past if "past_key_values" in self.input_names or self.counts_past else 0
         lengths = {"B": sizes.batch, "S": sizes.seq, "T": past + sizes.seq, "E": sizes.source, "K": sizes.kept}
-        shape = [lengths[dim] if isinstance(dim, str) else dim for dim in form.dims]
-        return torch.empty(shape, dtype=form.dtype, device="meta")
+        shape = [lengths[dim] if isinstance(dim, str) else dim for dim in spec.dims]
+        return torch.empty(shape, dtype=spec.dtype, device="meta")
 
     def for_model(self, sizes: Sizes) -> dict[str, object]:
         """Return the same as the model itself takes it: a decoder's own cache and that of the encoder's output are

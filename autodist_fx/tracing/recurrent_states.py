@@ -166,6 +166,6 @@ def state_tensor(
 ) -> StateTensor:
     """Return the StateTensor of `examples`, the tensor at two choices of the sizes "B" and "P" in `sizes`, which
     tell them from numbers."""
-    letters = {pair: letter for letter, pair in sizes.items() if pair[0] != pair[1]}
-    dims = tuple(letters.get(pair, pair[0]) for pair in zip(examples[0].shape, examples[1].shape, strict=True))
+    symbols = {pair: symbol for symbol, pair in sizes.items() if pair[0] != pair[1]}
+    dims = tuple(symbols.get(pair, pair[0]) for pair in zip(examples[0].shape, examples[1].shape, strict=True))
     return StateTensor(name, dims, examples[0].dtype)

@@ -13,7 +13,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.call import KEYWORD_INPUTS, OUTPUT_FLAGS
-from autodist_fx.calls.input_shapes import choice_forms, is_multiple_choice
+from autodist_fx.calls.input_shapes import choice_specs, is_multiple_choice
 from autodist_fx.calls.input_specs import InputSpec, ModelFacts
 from autodist_fx.calls.outputs import flat
 from autodist_fx.errors import AutodistError, TracingError
@@ -80,10 +80,10 @@ class TracedModel:
         """Return [channels, height, width] of one image; () for a model without."""
         return self._examples.image_shape
 
-    def forms(self) -> dict[str, InputSpec]:
-        """Of each input of the graph, but the cache."""
-        found = {name: self._examples.form(name) for name in self.input_names}
-        return {name: form for name, form in found.items() if form is not None}
+    def specs(self) -> dict[str, InputSpec]:
+        """Return the spec of each input of the graph, but the cache."""
+        found = {name: self._examples.spec(name) for name in self.input_names}
+        return {name: spec for name, spec in found.items() if spec is not None}
 
     @property
     def facts(self) -> ModelFacts:
@@ -104,14 +104,14 @@ def trace(
     input_names: Sequence[str] | None = None,
     use_cache: bool = False,
     concrete_args: Mapping[str, object] | None = None,
-    forms: Mapping[str, InputSpec] | None = None,
+    specs: Mapping[str, InputSpec] | None = None,
     sizes: tuple[Sizes, Sizes] | None = None,
 ) -> TracedModel:
     """Trace a model, or the model that a config describes, on the meta device; neither is changed.
 
     `input_names` are the arguments of forward that become inputs of the graph: by default token ids, their mask and
     segments, or pixels, whatever the model is for, and with `use_cache` also positions and the cache. Any other
-    argument has its default, or its value in `concrete_args`. `forms` are those of inputs that differ from the usual
+    argument has its default, or its value in `concrete_args`. `specs` are those of inputs that differ from the usual
     ones (input_shapes): a mask of four dims, int32 token ids. `sizes`: of the inputs that Python sees while it is
     traced, and others that are alike to it; by default some that are like no dim of the model.
     The model is traced as it stands, in training or in eval mode; one made from a config is in eval mode.
@@ -121,13 +121,13 @@ def trace(
     refuse_global_hooks()
     try:
         traced, is_whole = _trace(
-            model, input_names, use_cache, concrete_args or {}, forms or {}, sizes, passing_cache=False
+            model, input_names, use_cache, concrete_args or {}, specs or {}, sizes, passing_cache=False
         )
-        if is_whole or "labels" not in traced.input_names or "labels" in (forms or {}):
+        if is_whole or "labels" not in traced.input_names or "labels" in (specs or {}):
             return traced
         for labels in _other_labels(traced):  # a label for each sequence, and not for each token
             again, is_whole = _trace(
-                model, input_names, use_cache, concrete_args or {}, {**(forms or {}), "labels": labels}, sizes,
+                model, input_names, use_cache, concrete_args or {}, {**(specs or {}), "labels": labels}, sizes,
                 passing_cache=False,
             )  # fmt: skip
             if is_whole:
@@ -137,7 +137,7 @@ def trace(
         if use_cache or "past_key_values" in (*(input_names or ()), *(concrete_args or ())):
             raise
         try:  # some run without a cache only where they make one for themselves
-            return _trace(model, input_names, use_cache, concrete_args or {}, forms or {}, sizes, passing_cache=True)[0]
+            return _trace(model, input_names, use_cache, concrete_args or {}, specs or {}, sizes, passing_cache=True)[0]
         except TracingError:
             raise error from error.__cause__
 
@@ -147,7 +147,7 @@ def _trace(
     input_names: Sequence[str] | None,
     use_cache: bool,
     concrete_args: Mapping[str, object],
-    forms: Mapping[str, InputSpec],
+    specs: Mapping[str, InputSpec],
     sizes: tuple[Sizes, Sizes] | None,
     passing_cache: bool,
 ) -> tuple[TracedModel, bool]:
@@ -163,7 +163,7 @@ def _trace(
     fixed, keywords = _fixed_arguments(meta_model, accepted, names, use_cache, concrete_args)
     if passing_cache and "past_key_values" in fixed and not has_encoder(meta_model):
         fixed["past_key_values"] = PassingCache(config=meta_model.config)
-    forms = {**(choice_forms(names) if is_multiple_choice(type(meta_model).__name__) else {}), **forms}
+    specs = {**(choice_specs(names) if is_multiple_choice(type(meta_model).__name__) else {}), **specs}
     records = any(name.startswith("output_") and value for name, value in concrete_args.items())
     tracer = None
     try:
@@ -177,7 +177,7 @@ def _trace(
                 image_shape=image_shape(meta_model.config),
                 has_encoder=has_encoder(meta_model),
                 fewest_frames=fewest_frames(meta_model),
-                forms=dict(forms),
+                specs=dict(specs),
             )
             if use_cache:
                 examples = replace(examples, cache_layers=_cache_layers(meta_model, examples))

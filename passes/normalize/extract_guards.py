@@ -41,7 +41,7 @@ def extract_guards(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) ->
 
 def _taken(module: torch.fx.GraphModule) -> Guards | None:
     marked = [node for node in module.graph.nodes if node_meta.is_guard(node)]
-    asked = _Asked()
+    asked = _GuardGraph()
     found: dict[Any, tuple[Any, bool, str]] = {}
     for node in marked:
         if any(type(a) is int and a == 1 for a in node.args):
@@ -67,9 +67,9 @@ def _taken(module: torch.fx.GraphModule) -> Guards | None:
     for node in list(graph.nodes):
         if node.op == "placeholder" and not node.users:
             graph.erase_node(node)
-    letters = tuple(str(n.target) for n in graph.nodes if n.op == "placeholder")
+    symbols = tuple(str(n.target) for n in graph.nodes if n.op == "placeholder")
     expected, sources = tuple(e for _, e, _ in found.values()), tuple(s for _, _, s in found.values())
-    return Guards(torch.fx.GraphModule({}, graph), letters, expected, sources)
+    return Guards(torch.fx.GraphModule({}, graph), symbols, expected, sources)
 
 
 def _is_sure(node: Node) -> bool:
@@ -81,12 +81,12 @@ class _NotOfLengthsError(Exception):
     pass
 
 
-class _Asked:
+class _GuardGraph:
     """The graph of guards, in the making."""
 
     def __init__(self) -> None:
         self.graph = torch.fx.Graph()
-        self._letters: dict[str, Node] = {}
+        self._symbols: dict[str, Node] = {}
         self._copies: dict[Node, Any] = {}
         self._equal: dict[Any, Node] = {}
 
@@ -131,7 +131,7 @@ class _Asked:
         value = node_meta.val(source)
         if not isinstance(value, torch.Tensor):
             if node.target is getattr and node.args[1] == "is_initialized":  # of a cache: once it holds something
-                return self._made("call_function", operator.gt, (self._letter(CACHED), 0), {})
+                return self._made("call_function", operator.gt, (self._input(CACHED), 0), {})
             return None
         sizes = [self._size(name, n) for name, n in zip(node_meta.symbols(source), value.shape, strict=True)]
         if node.target is torch.ops.aten.sym_size.int:
@@ -143,23 +143,23 @@ class _Asked:
     def _size(self, symbol: str, number: int) -> Any:
         if not symbol:
             return number
-        return self._letter(symbol) if len(symbol) == 1 else None
+        return self._input(symbol) if len(symbol) == 1 else None
 
     def _product(self, a: Any, b: Any) -> Any:
         if not isinstance(a, Node) and not isinstance(b, Node):
             return math.prod((a, b))
         return self._made("call_function", operator.mul, (a, b), {})
 
-    def _letter(self, letter: str) -> Node:
+    def _input(self, symbol: str) -> Node:
         """Returns the placeholder of a size symbol, made in front of everything else."""
-        if letter not in self._letters:
+        if symbol not in self._symbols:
             first = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
             if first is None:
-                self._letters[letter] = self.graph.placeholder(letter)
+                self._symbols[symbol] = self.graph.placeholder(symbol)
             else:
                 with self.graph.inserting_before(first):
-                    self._letters[letter] = self.graph.placeholder(letter)
-        return self._letters[letter]
+                    self._symbols[symbol] = self.graph.placeholder(symbol)
+        return self._symbols[symbol]
 
 
 def _is_number(value: Any) -> bool:

@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from autodist_fx.numeric.check import Form, check_call, drawn_weights
+from autodist_fx.numeric.check import CheckedVariant, check_call, drawn_weights
 from cost_model.errors import MeshError, VerificationError
 from passes.op_graph.build import build_op_graph, parameter_names
 from passes.partition.pipeline import emit_rank
@@ -48,10 +48,10 @@ def _random_module(seed: int) -> str:
         except MeshError:
             continue
     programs = [emit_rank(whole, plan, rank) for rank in range(plan.mesh.size)]
-    form = Form(whole, parameter_names(whole), plan, programs, ())
+    checked = CheckedVariant(whole, parameter_names(whole), plan, programs, ())
     try:
         verify(programs, plan, build_op_graph(whole), whole)
-        check_call(form, drawn_weights(form, {}), {"x": torch.randn(2, 5, module.width, dtype=torch.float64)})
+        check_call(checked, drawn_weights(checked, {}), {"x": torch.randn(2, 5, module.width, dtype=torch.float64)})
     except VerificationError as error:
         return str(error)
     return ""

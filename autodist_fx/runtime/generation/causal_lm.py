@@ -142,11 +142,11 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
                 "without past_key_values"
             )
         for name, value in call.tensors.items():
-            form = self._programs.forms.get(name)
-            if form is not None and value.dim() > len(form.dims):
+            spec = self._programs.specs.get(name)
+            if spec is not None and value.dim() > len(spec.dims):
                 raise AutodistError(
                     f"{name} is {list(value.shape)}, and with a KV cache a distributed model takes it with "
-                    f"{len(form.dims)} dims: call it with use_cache=False and without past_key_values"
+                    f"{len(spec.dims)} dims: call it with use_cache=False and without past_key_values"
                 )
 
     def _forward(

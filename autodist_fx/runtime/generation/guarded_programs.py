@@ -20,20 +20,20 @@ class GuardedPrograms(Generic[T]):
     None hold for all sizes.
 
     `make(lengths)` makes a variant where none of them is for these lengths. It is called on all ranks alike, and raises
-    AutodistError on all ranks alike where there can be none. `forms`: of the inputs, which tell what their lengths are
+    AutodistError on all ranks alike where there can be none. `specs`: of the inputs, which tell what their lengths are
     called.
     """
 
     found: list[tuple[Guards | None, T]]
     make: Callable[[Lengths], tuple[Guards | None, T]] | None = None
-    forms: Mapping[str, InputSpec] = field(default_factory=dict)
+    specs: Mapping[str, InputSpec] = field(default_factory=dict)
 
     def get(self, lengths: Lengths, before_making: Callable[[Lengths], None] | None = None) -> T:
         """Return the variant whose guards hold at these sizes; guards on sizes that are not given are not asked.
         Each variant's guards are evaluated once, up to those that hold. `before_making(lengths)` is called where
         there is none yet, so that other ranks can be told to make it, too."""
         for guards, variant in self.found:
-            if guards is None or not guards.otherwise(lengths):
+            if guards is None or not guards.violated(lengths):
                 return variant
         assert self.make is not None, "without guards there is one variant, for all lengths"
         if before_making is not None:

@@ -244,7 +244,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
 
     def _read(self, given: Mapping[str, torch.Tensor]) -> Lengths:
         """Return the sizes of what the encoder reads."""
-        return {k: n for k, n in lengths_of(self._programs.forms, given, 0).items() if k != "P"}
+        return {k: n for k, n in lengths_of(self._programs.specs, given, 0).items() if k != "P"}
 
     def _main_input(self, inputs: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         value = inputs.get(self.main_input_name)

@@ -28,7 +28,7 @@ _HEADER_INTEGERS = 3 + _NUMBERS
 _HEADER = struct.Struct(f"={_HEADER_INTEGERS}q")
 _MOST = 1 << 40  # no size, position or number of a cache goes beyond
 _MOST_PAYLOAD = 1 << 32  # integers
-_LETTERS = "BSPTEK"  # of lengths, in the order of their numbers
+_SYMBOLS = "BSPTEK"  # of lengths, in the order of their numbers
 _DTYPES = (torch.long, torch.int32, torch.bool, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOST_DIMS = 4  # of an input of an encoder
 _NOT_GIVEN = (-1,) * (1 + _MOST_DIMS)
@@ -292,14 +292,14 @@ class PrepareMessage(Message):
     lengths: Lengths
 
     def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
-        return [self.lengths.get(letter, -1) for letter in _LETTERS], ()
+        return [self.lengths.get(symbol, -1) for symbol in _SYMBOLS], ()
 
     @classmethod
     def _from_content(cls, numbers: Sequence[int], payload: torch.Tensor) -> PrepareMessage:
-        lengths = dict(zip(_LETTERS, numbers, strict=False))
+        lengths = dict(zip(_SYMBOLS, numbers, strict=False))
         _check(cls, -1, _MOST, **lengths)
         _check_payload(cls, payload, 0)
-        return cls({letter: n for letter, n in lengths.items() if n >= 0})
+        return cls({symbol: n for symbol, n in lengths.items() if n >= 0})
 
 
 _KINDS: dict[int, type[Message]] = {

@@ -29,7 +29,7 @@ from tests.support.artifacts import (
 )
 from tests.support.models import padded_batch, tiny_model
 
-PLAN, GRAPH, FORM = "plan.json", "forms/whole/rank1.json", "forms/decode/form.json"
+PLAN, GRAPH, VARIANT = "plan.json", "variants/whole/rank1.json", "variants/decode/variant.json"
 Damage = Callable[[Path], Any]
 
 
@@ -77,7 +77,7 @@ def test_files_of_two_ranks_that_are_swapped(artifact: Path) -> None:
         (artifact / other).rename(artifact / one)
         (artifact / "x").rename(artifact / other)
 
-    graphs, weights = ("forms/whole/rank0.json", GRAPH), ("weights/rank0.safetensors", WEIGHTS)
+    graphs, weights = ("variants/whole/rank0.json", GRAPH), ("weights/rank0.safetensors", WEIGHTS)
     for pair in (graphs, weights):
         swap(*pair)
         assert_refused(artifact, "rank[01]")
@@ -88,8 +88,8 @@ def test_files_of_two_ranks_that_are_swapped(artifact: Path) -> None:
 
 
 def test_a_file_that_nobody_wrote(artifact: Path) -> None:
-    (artifact / "forms" / "whole" / "rank2.json").write_text("{}")
-    assert_refused(artifact, r"forms/whole/rank2\.json is not in the manifest")
+    (artifact / "variants" / "whole" / "rank2.json").write_text("{}")
+    assert_refused(artifact, r"variants/whole/rank2\.json is not in the manifest")
 
 
 def test_links(artifact: Path) -> None:
@@ -109,8 +109,8 @@ def test_links(artifact: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../outside.json", "/etc/passwd.json", "forms/../../outside.json", "a/b/c/d.json", "weights/rank0.pkl", "x.bin",
-     "./plan.json", "C:\\x.json", ".hidden.json", "forms//x.json", "manifest.json", "we\u0131ghts.json"],
+    ["../outside.json", "/etc/passwd.json", "variants/../../outside.json", "a/b/c/d.json", "weights/rank0.pkl", "x.bin",
+     "./plan.json", "C:\\x.json", ".hidden.json", "variants//x.json", "manifest.json", "we\u0131ghts.json"],
 )  # fmt: skip
 def test_paths_in_the_manifest(name: str, artifact: Path) -> None:
     edit_manifest(artifact, lambda m: m["files"].update({name: {"bytes": 2, "sha256": "0" * 64}}))
@@ -120,7 +120,7 @@ def test_paths_in_the_manifest(name: str, artifact: Path) -> None:
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda m: m.update(format_version=1), "has format version 1, and this autodist_fx reads 2"),
+        (lambda m: m.update(format_version=1), "has format version 1, and this autodist_fx reads 3"),
         (lambda m: m.update(format="zip"), "is no manifest of an artifact"),
         (lambda m: m.update(tp=2**40), "malformed"),
         (lambda m: m.update(tp=2.5), "malformed"),
@@ -128,7 +128,7 @@ def test_paths_in_the_manifest(name: str, artifact: Path) -> None:
         (lambda m: m.update(tp=3), "is for tp=2 x pp=1, and the manifest says tp=3"),
         (lambda m: m.pop("files"), "malformed"),
         (lambda m: m.update(files=[]), "malformed"),
-        (lambda m: m.update(forms=["whole", "decode", "../x"]), r"forms/\.\./x/form\.json is not in the manifest"),
+        (lambda m: m.update(variants=["whole", "decode", "../x"]), r"variants/\.\./x/variant\.json is not in the"),
         (lambda m: m["files"][PLAN].update(bytes=10**30), "malformed"),
         (lambda m: m["files"][PLAN].update(bytes=-1), "malformed"),
         (lambda m: m["files"][PLAN].update(bytes="1"), "malformed"),
@@ -277,25 +277,25 @@ def test_an_edited_graph(kind: str, artifact: Path, monkeypatch: pytest.MonkeyPa
 def test_other_edited_files(artifact: Path, saved: Path) -> None:
     """With digests made anew: what makes no sense is told by the file that says it."""
     changes: list[tuple[str, Callable[[Any], Any]]] = [
-        (FORM, lambda f: f.update(inputs="x")),
-        (FORM, lambda f: f["fixed"].update(x=[1])),
-        (FORM, lambda f: f.update(name="whole")),
-        (FORM, lambda f: f.update(encoder="nobody")),
-        (FORM, lambda f: f.update(dtype="load")),
-        (FORM, lambda f: f.update(conditions={"graph": {}})),
-        ("forms/whole/form.json", lambda f: f["sources"].clear()),
-        ("forms/whole/plan.json", lambda p: p.update(fingerprint="0" * 64)),
+        (VARIANT, lambda f: f.update(inputs="x")),
+        (VARIANT, lambda f: f["fixed"].update(x=[1])),
+        (VARIANT, lambda f: f.update(name="whole")),
+        (VARIANT, lambda f: f.update(encoder="nobody")),
+        (VARIANT, lambda f: f.update(dtype="load")),
+        (VARIANT, lambda f: f.update(guards={"graph": {}})),
+        ("variants/whole/variant.json", lambda f: f["sources"].clear()),
+        ("variants/whole/plan.json", lambda p: p.update(fingerprint="0" * 64)),
         ("plan.json", lambda p: p["ops"][0].update(home=-1)),
         ("plan.json", lambda p: p.update(version=99)),
         ("model.json", lambda m: m.update(main="nobody")),
         ("model.json", lambda m: m.update(forward=[["x y", "KEYWORD_ONLY", True, None]])),
         ("config.json", lambda c: c.update(model_type="nobody")),
-        ("forms/whole/graph.json", lambda g: g["nodes"][0].update(target="a b")),
+        ("variants/whole/graph.json", lambda g: g["nodes"][0].update(target="a b")),
     ]
     for name, change in changes:
         edit_json(artifact, name, change)
         # a plan that is sound, and another graph's, is told by the graph
-        assert_refused(artifact, "forms/whole/graph.json" if name == "forms/whole/plan.json" else name)
+        assert_refused(artifact, "variants/whole/graph.json" if name == "variants/whole/plan.json" else name)
         shutil.copyfile(saved / name, artifact / name)
     renew_digests(artifact)
     read_everything(artifact)

@@ -43,7 +43,7 @@ def test_a_decoder(tmp_path: Path) -> None:
     _same_tokens(model, tmp_path / "saved", {**TEXT, "max_new_tokens": 6, "num_beams": 3})
     for logits in _on_each_rank(tmp_path / "saved", lambda split: split(**TEXT).logits):
         torch.testing.assert_close(logits, model(**TEXT).logits, rtol=1e-4, atol=1e-5)
-    with pytest.raises(adx.AutodistError, match=r"has no form for a call with inputs_embeds .it has .*attention_mask"):
+    with pytest.raises(adx.AutodistError, match=r"no variant for a call with inputs_embeds .it has .*attention_mask"):
         _on_each_rank(tmp_path / "saved", lambda split: split(inputs_embeds=torch.zeros(1, 2, 72)))
 
 
@@ -86,5 +86,5 @@ def test_a_model_without_generation_is_refused(tmp_path: Path) -> None:
     from tests.support.encoders import tiny_encoder
 
     adx.compile(tiny_encoder("BertModel", "bert"), tp=2).save(tmp_path / "saved")
-    with pytest.raises(adx.AutodistError, match="holds BertModel in no form that processes generate with"):
+    with pytest.raises(adx.AutodistError, match="holds BertModel in no variant that processes generate with"):
         _on_each_rank(tmp_path / "saved", lambda split: None)

@@ -22,7 +22,7 @@ from tests.support.decoding import IDS, decoded_artifact
 from tests.support.state_space import state_space_model
 
 ROOT = Path(__file__).resolve().parents[3]
-PROGRAM = "forms/whole/rank1.json"
+PROGRAM = "variants/whole/rank1.json"
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_loaded_graph_serializes_to_the_same_json(saved: Path) -> None:
 
     for name in ("whole", "prompt"):
         program = adx.load(saved).program(0, name)
-        written = json.loads((saved / f"forms/{name}/rank0.json").read_text())["graph"]
+        written = json.loads((saved / f"variants/{name}/rank0.json").read_text())["graph"]
         assert json.loads(json.dumps(graph_to_json(program.graph_module, LAYERS)))["nodes"] == written["nodes"]
 
 

@@ -54,7 +54,7 @@ def test_decoders(family: str, tmp_path: Path) -> None:
     assert torch.equal(artifact.simulate(input_ids=ids, attention_mask=mask).logits, before)
     for after, then in zip(_decoded(artifact, ids, mask), decoded, strict=True):
         assert torch.equal(after, then)
-    assert {form.name for form in artifact.forms.values()} == {"decode", "whole"}
+    assert {saved.name for saved in artifact.variants.values()} == {"decode", "whole"}
     for rank in range(4):
         assert artifact.rank(rank).code == compiled.rank(rank).code
 
@@ -88,7 +88,7 @@ def test_encoder_decoders(family: str, tmp_path: Path) -> None:
 
     before = run(compiled)
     artifact = _reloaded(compiled, tmp_path / "saved")
-    assert {form.name for form in artifact.forms.values()} == {"decode", "encode"}
+    assert {saved.name for saved in artifact.variants.values()} == {"decode", "encode"}
     assert all(torch.equal(a, b) for a, b in zip(run(artifact), before, strict=True))
 
 
@@ -100,7 +100,7 @@ def test_models_with_a_cache_of_their_own(family: str, tmp_path: Path) -> None:
     compiled = adx.compile(model, tp=2, pp=2, use_cache=True)
     before = _decoded(compiled, ids, mask)
     artifact = _reloaded(compiled, tmp_path / "saved")
-    assert {form.name for form in artifact.forms.values()} == {"step", "prompt", "whole"}
+    assert {saved.name for saved in artifact.variants.values()} == {"step", "prompt", "whole"}
     assert all(torch.equal(a, b) for a, b in zip(_decoded(artifact, ids, mask), before, strict=True))
 
 
@@ -156,7 +156,7 @@ def test_used_variants_are_saved_and_other_calls_are_refused(tmp_path: Path) -> 
     before = compiled.simulate(inputs_embeds=embeds, attention_mask=mask).logits
     artifact = _reloaded(compiled, tmp_path / "saved")
     assert torch.equal(artifact.simulate(inputs_embeds=embeds, attention_mask=mask).logits, before)
-    with pytest.raises(adx.AutodistError, match="no form for a call with input_ids, attention_mask, output_hidden_sta"):
+    with pytest.raises(adx.AutodistError, match="no variant for a call with input_ids, attention_mask, output_hidden_"):
         artifact.simulate(input_ids=ids, attention_mask=mask, output_hidden_states=True)
     with pytest.raises(adx.AutodistError, match="takes no colour"):
         artifact.simulate(input_ids=ids, colour=1)

@@ -59,7 +59,7 @@ def damaged(directory):
         text = json.dumps(graph["nodes"]).replace(json.dumps({"node": node["name"]}), json.dumps(node["args"][0]))
         graph["nodes"] = [n for n in json.loads(text) if n["name"] != node["name"]]
 
-    edit_json(directory, "forms/decode/rank1.json", change)
+    edit_json(directory, "variants/decode/rank1.json", change)
 
 
 @pytest.mark.parametrize("options", [(), ("--numeric",), ("--train",), ("--train", "--numeric")], ids="".join)

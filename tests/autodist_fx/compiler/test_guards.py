@@ -230,14 +230,14 @@ def test_an_artifact_holds_the_variants_used_and_refuses_others(tmp_path: Path) 
     artifact = adx.load(tmp_path / "saved")
     for length, wanted in zip((9, 5), expected, strict=True):
         assert torch.equal(artifact.simulate(input_ids=IDS[:, :length]).logits, wanted)
-    with pytest.raises(AutodistError, match=r"tokens: 8.*another way at test_guards.py:\d+.*no form for that"):
+    with pytest.raises(AutodistError, match=r"tokens: 8.*another way at test_guards.py:\d+.*no variant for that"):
         artifact.simulate(input_ids=IDS[:, :8])
 
     def run(rank: int, communicator: Any) -> list[torch.Tensor]:
         split = share(artifact, JoinedRank(artifact.mesh, rank, torch.device("cpu"), communicator))
-        with pytest.raises(AutodistError, match="no form for that"):
+        with pytest.raises(AutodistError, match="no variant for that"):
             split.generate(IDS[:, :8], max_new_tokens=2)
-        with pytest.raises(AutodistError, match="no form for that"):
+        with pytest.raises(AutodistError, match="no variant for that"):
             split(IDS[:, :8])
         return [split(IDS[:, :9]).logits]
 
@@ -264,10 +264,10 @@ def asked(*questions: str) -> Guards:
     "questions", [("P > 0",), ("S > 2048", "S + P > 2048"), ("S % 8 == 0",), ("S * P == 16",), ("(S + 7) // 8 > 2",)]
 )
 def test_examples_answer_as_the_call_does(call: tuple[int, int], questions: tuple[str, ...]) -> None:
-    conditions, lengths = asked(*questions), with_total({"B": 2, "S": call[0], "P": call[1]})
-    first, second, fixed = examples_like([conditions], lengths, USUAL)
+    guards, lengths = asked(*questions), with_total({"B": 2, "S": call[0], "P": call[1]})
+    first, second, fixed = examples_like([guards], lengths, USUAL)
     for example in (first, second):
-        assert conditions.answers(example) == conditions.answers(lengths)
+        assert guards.answers(example) == guards.answers(lengths)
         assert example["T"] == example["S"] + example["P"]
         assert all(example[letter] == number == lengths[letter] for letter, number in fixed.items())
     steps = [second[k] - first[k] for k in "BSP" if k not in fixed]

@@ -63,7 +63,7 @@ def test_what_changes_the_split_changes_the_entry(llama: Path, tmp_path: Path) -
     assert len(list((tmp_path / "cache").iterdir())) == 7
 
 
-@pytest.mark.parametrize("name", ["weights/rank0.safetensors", "manifest.json", "forms/decode/rank0.json"])
+@pytest.mark.parametrize("name", ["weights/rank0.safetensors", "manifest.json", "variants/decode/rank0.json"])
 def test_a_damaged_entry_is_named_and_made_again(name: str, llama: Path, tmp_path: Path) -> None:
     tokens, _ = _start(llama, tmp_path / "cache")
     (entry,) = (tmp_path / "cache").iterdir()

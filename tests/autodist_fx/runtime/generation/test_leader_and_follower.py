@@ -42,7 +42,7 @@ class CountingGuards:
     def __init__(self) -> None:
         self.asked: list[Lengths] = []
 
-    def otherwise(self, lengths: Lengths) -> list[str]:
+    def violated(self, lengths: Lengths) -> list[str]:
         self.asked.append(dict(lengths))
         return []
 
