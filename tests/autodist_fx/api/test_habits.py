@@ -1,4 +1,4 @@
-"""Keywords that people write by habit of transformers mean here what they mean there, or are refused with the way out."""
+"""Keywords that people write by habit of transformers mean what they mean there, or are refused with the way out."""
 
 from __future__ import annotations
 
