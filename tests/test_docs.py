@@ -1,0 +1,61 @@
+"""Documents name files, folders and functions that are there."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("autodist_fx", "passes", "cost_model", "tests", "benchmarks", "docs", "typings", ".github", ".ci")
+ENDINGS = (".py", ".md", ".json", ".txt", ".js", ".css", ".toml")
+TEMPLATE = re.compile(r"[<{A-Z*]")  # NAME, <family>, rankR: no file's own name
+MADE = re.compile(  # what our programs or transformers write or read, beside what is in the repository
+    r"(manifest|plan|model|config|generation_config|variant|graph|rank\d*|index|split)\.json|.*\.index\.json|dump.*|/tmp/.*"
+)
+
+
+@functools.cache
+def paths() -> frozenset[str]:
+    """Every file and folder of the repository, and each of its endings: "comm/links.py", "links.py"."""
+    files = [p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if "__pycache__" not in p.parts]
+    files += [p for p in ROOT.iterdir() if p.is_file()]
+    files += [ROOT / folder for folder in FOLDERS]
+    parts = [PurePosixPath(p.relative_to(ROOT)).parts for p in files]
+    return frozenset("/".join(p[i:]) for p in parts for i in range(len(p)))
+
+
+@functools.cache
+def words() -> frozenset[str]:
+    """Every identifier in the code and in what configures it."""
+    files = [p for folder in FOLDERS[:5] for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".json", ".js")]
+    files += [ROOT / "pyproject.toml", ROOT / "Makefile"]
+    return frozenset(word for p in files for word in re.findall(r"[A-Za-z_]\w*", p.read_text(encoding="utf-8")))
+
+
+def in_code(document: Path) -> list[str]:
+    """What a document has between single backticks."""
+    text = re.sub(r"(?ms)^```.*?^```", "", document.read_text(encoding="utf-8"))
+    return [" ".join(said.split()) for said in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+
+
+def names_no_file(said: str) -> bool:
+    is_path = re.fullmatch(r"[\w./-]+", said) is not None and (said.endswith(ENDINGS) or said.endswith("/"))
+    if not is_path or TEMPLATE.search(said) or MADE.fullmatch(said) or said.startswith(("/", "~", "./")):
+        return False
+    return said.rstrip("/") not in paths()
+
+
+def names_no_code(said: str) -> bool:
+    """An identifier with an underscore, dotted or called, that stands nowhere in the code."""
+    plain = re.fullmatch(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:\(.*\))?", said)
+    return plain is not None and any("_" in name and name not in words() for name in plain[1].split("."))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=[d.name for d in DOCUMENTS])
+def test_named_files_and_functions_exist(document: Path) -> None:
+    assert [said for said in in_code(document) if names_no_file(said)] == []
+    assert [said for said in in_code(document) if names_no_code(said)] == []
