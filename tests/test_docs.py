@@ -37,7 +37,7 @@ def words() -> frozenset[str]:
 
 
 def in_code(document: Path) -> list[str]:
-    """What a document has between single backticks."""
+    """Returns each text of a document between single backticks."""
     text = re.sub(r"(?ms)^```.*?^```", "", document.read_text(encoding="utf-8"))
     return [" ".join(said.split()) for said in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
 
