@@ -5,8 +5,6 @@ Heads that two ranks cannot share evenly wherever the family lets us.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.distributed.families_worker import generated
 from tests.support.models import randomized
-from tests.support.processes import ENV, WORKERS
+from tests.support.processes import WORKERS, run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -69,10 +67,7 @@ def test_same_tokens_on_two_ranks(shapes: dict[str, dict[str, Any]], tp: int, pp
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TOKENS, **shape))
         randomized(model.float().eval()).save_pretrained(checkpoints / family)
         expected[family] = generated(model)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(WORKERS / "families_worker.py"), str(checkpoints), str(tp), str(pp), str(results)]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(2, WORKERS / "families_worker.py", checkpoints, tp, pp, results)
     for rank in range(2):
         found = torch.load(results / f"{rank}.pt")
         assert found.keys() == expected.keys()
