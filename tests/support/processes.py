@@ -21,7 +21,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = ROOT / "tests" / "distributed"
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+PATHS = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(PATHS), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 CLI = [sys.executable, "-m", "autodist_fx.cli.main", "run"]
 
 _context = multiprocessing.get_context("forkserver")

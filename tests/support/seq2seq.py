@@ -53,7 +53,11 @@ def tiny_seq2seq(family: str, dtype: torch.dtype = torch.float64, layers: int = 
     config = tiny_seq2seq_config(family, layers, **changes)
     mapping = AutoModelForSeq2SeqLM._model_mapping
     auto = AutoModelForSeq2SeqLM if type(config) in mapping else AutoModelForSpeechSeq2Seq
-    return randomized(auto.from_config(config).to(dtype).eval())
+    model = auto.from_config(config).to(dtype).eval()
+    for name in ("decoder_start_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(model.generation_config, name) is None:  # transformers 5 takes them from no config
+            setattr(model.generation_config, name, _TINY[name])
+    return randomized(model)
 
 
 def seq2seq_inputs(model: PreTrainedModel, batch: int = 2, source: int = 9, target: int = 7) -> dict[str, torch.Tensor]:
