@@ -116,7 +116,8 @@ def test_a_cache_that_was_reset_is_as_long_on_every_rank_as_transformers_leaves_
 
 
 def test_static_caches_and_continuous_batching(llama: PreTrainedModel) -> None:
-    """What the config says of static caches is about compiling; a cache of one process is refused, and so are pages."""
+    """A static cache that generate would make is one of the ranks' own; one of one process is refused, and so are
+    pages."""
     expected = llama.generate(IDS, **GREEDY).tolist()
 
     def work(split: Any) -> Any:
