@@ -34,6 +34,8 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
+RUN_TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
 .PHONY: help demo test lint bench coverage setup clean check-venv
 
 help:  ## this list
@@ -49,8 +51,7 @@ demo: $(READY)  ## split SmolLM2-135M by tp=2, pp=2 and tp=2 x pp=2, and compare
 
 test: lint  ## lint, types, import contracts, then the tests
 	@echo "==> [4/4] pytest -n $(JOBS): the tests"
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
-	    $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+	@$(RUN_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(READY)  ## ruff, mypy (strict on cost_model) and the import contracts
 	@echo "==> [1/4] ruff check: style, and no process groups in passes/"
@@ -64,7 +65,9 @@ bench: $(READY)  ## measure against transformers' tp_plan, DTensor and a hand-wr
 	@echo "==> bench: writes docs/benchmarks.md"
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/run.py
 
-coverage: $(READY)  ## a tiny model of every type of transformers' mappings on four meshes (under 20 minutes)
+coverage: $(READY)  ## every case of the sampled tests, then each type of transformers' mappings on four meshes (half an hour)
+	@echo "==> coverage: every case of the tests of which \`make test\` runs one for each family"
+	@$(RUN_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --every-case -m one_for_each
 	@echo "==> coverage: writes docs/coverage.md"
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/coverage.py --jobs $(JOBS)
 

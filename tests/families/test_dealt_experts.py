@@ -41,6 +41,7 @@ def _experts(compiled: CompiledModel) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.one_for_each("family")
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[0]}x{m[1]}")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()

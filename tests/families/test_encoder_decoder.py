@@ -28,6 +28,7 @@ def _model(family: str) -> PreTrainedModel:
     return tiny_seq2seq(family)
 
 
+@pytest.mark.one_for_each("family")
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[0]}x{m[1]}")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()

@@ -36,6 +36,7 @@ def _model(class_name: str) -> PreTrainedModel:
     return tiny_encoder(class_name, kind, **changes)
 
 
+@pytest.mark.one_for_each("class_name")
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[0]}x{m[1]}")
 @pytest.mark.parametrize("class_name", ENCODERS)
 @torch.no_grad()

@@ -80,6 +80,7 @@ def _check_plan_and_graphs(compiled: CompiledModel) -> None:
         assert all(compiled.graph_diff(rank) for rank in range(compiled.mesh.size))
 
 
+@pytest.mark.one_for_each("family")
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[0]}x{m[1]}")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
@@ -88,6 +89,7 @@ def test_forward_equals_eager(family: str, mesh: tuple[int, int]) -> None:
     _check_plan_and_graphs(compiled)
 
 
+@pytest.mark.one_for_each("family")
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[0]}x{m[1]}")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()

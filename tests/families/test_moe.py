@@ -44,6 +44,7 @@ def _sharded(compiled: CompiledModel) -> float:
     return sum(math.prod(p.shape) for p in weights if p.placement.is_shard) / sum(math.prod(p.shape) for p in weights)
 
 
+@pytest.mark.one_for_each("family")
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[0]}x{m[1]}")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()

@@ -61,6 +61,7 @@ def _model(family: str, arguments: dict[str, Any], dtype: torch.dtype) -> Any:
     return randomized(AutoModelForCausalLM.from_config(config).to(dtype).eval())
 
 
+@pytest.mark.one_for_each("case")
 @pytest.mark.parametrize("mesh", [(3, 1), (2, 2)], ids=lambda m: f"{m[0]}x{m[1]}")
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()

@@ -33,7 +33,7 @@ from tests.support.graphs.small import FREE
 from tests.support.models import padded_batch, relative_error
 from tests.support.random_configs import FAMILIES, SEPARATE, Case, cases, most_held
 
-EXAMPLES = int(os.environ.get("ADX_PROPERTY_EXAMPLES", "24"))
+EXAMPLES = int(os.environ.get("ADX_PROPERTY_EXAMPLES", "12"))
 # Every example builds a model and its graphs: shrinking one that fails would take minutes.
 _property = settings(
     max_examples=-(-EXAMPLES // len(FAMILIES)),

@@ -17,7 +17,7 @@ from tests.support.graphs.small import FREE
 from tests.support.models import padded_batch, randomized, relative_error
 from tests.support.random_configs import MESHES
 
-EXAMPLES = int(os.environ.get("ADX_PROPERTY_EXAMPLES", "24"))
+EXAMPLES = int(os.environ.get("ADX_PROPERTY_EXAMPLES", "12"))
 # Layers of their own; one layer's weights used by all; positions that count from the padding; two widths.
 FAMILIES = ("bert", "albert", "roberta", "electra")
 

@@ -71,6 +71,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 CHANGE = ("internlm3", "phi-3-128k", "phi-4-mini", "phi-3.5-moe")  # with the length: one of each kind
 
 
+def _rope_type(said: dict[str, Any]) -> str:
+    scaling = said.get("rope_scaling", {})
+    return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+
 @pytest.fixture(autouse=True)
 def _exactly() -> Iterator[None]:
     with in_float64(), torch.no_grad():
@@ -117,8 +122,7 @@ def _check_steps(split: Any, model: PreTrainedModel) -> None:
 
 
 def test_there_is_a_config_of_every_type() -> None:
-    scalings = [said.get("rope_scaling", {"rope_type": "default"}) for _, said in CONFIGS.values()]
-    assert {scaling.get("rope_type", scaling.get("type")) for scaling in scalings} == ROPE_INIT_FUNCTIONS.keys()
+    assert {_rope_type(said) for _, said in CONFIGS.values()} == ROPE_INIT_FUNCTIONS.keys()
 
 
 @pytest.mark.parametrize("name", CHANGE)
@@ -132,8 +136,9 @@ def test_frequencies_that_change_with_the_length(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_end_to_end(name: str, tmp_path: Path) -> None:
+@pytest.mark.one_for_each("rope_type")
+@pytest.mark.parametrize(("rope_type", "name"), [(_rope_type(said), name) for name, (_, said) in CONFIGS.items()])
+def test_every_config_end_to_end(rope_type: str, name: str, tmp_path: Path) -> None:
     """Compiled without a cache and with one, proven, run, saved, loaded, proven and run again."""
     for use_cache, check in ((False, _check_sequences), (True, _check_steps)):
         model = _model(name)

@@ -32,6 +32,7 @@ def _check(programs: Programs, family: str, tp: int, pp: int) -> None:
     verify(programs, model.plan, model.op_graph, model.graph)
 
 
+@pytest.mark.one_for_each("family")
 @pytest.mark.parametrize("mesh", [(4, 1), (2, 2)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_right_programs_pass(family: str, mesh: tuple[int, int]) -> None:

@@ -113,6 +113,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.one_for_each()
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
 def test_every_rank_raises_the_same_and_the_next_call_works(tp: int, pp: int, checkpoint: Path) -> None:
     """All in one group of processes, one error after the other, each followed by a call whose tokens are right."""
