@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import autodist_fx as adx
 from autodist_fx.errors import CheckpointError
 from autodist_fx.tracing import empty_model
+from autodist_fx.weights.load_program import load_program
 from autodist_fx.weights.sources.safetensors_source import SafetensorsSource
 from autodist_fx.weights.sources.source import WeightSource
 from autodist_fx.weights.versions import named_as_in
@@ -79,6 +81,24 @@ def test_slices_equal_transformers_own_loading_and_read_their_bytes_alone(family
                 expected = torch.cat([whole.narrow(dim, a, b - a) for a, b in intervals], dim)
                 assert torch.equal(source.read(name, dim, intervals), expected), (name, dim)
                 assert stored.bytes_read - before == expected.numel() * 4, (name, dim)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_each_of_two_ranks_reads_half_of_the_checkpoint(family: str, tmp_path: Path) -> None:
+    checkpoint(family, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    model = opened(tmp_path)[0]
+    compiled = adx.compile(model, tp=2, input_names=("input_ids", "attention_mask"), verify=False)
+    for rank in range(2):
+        program, (_, stored, source) = compiled.program(rank), opened(tmp_path)
+        report = load_program(model, source, compiled.buffers, program)
+        held = dict(program.graph_module.named_parameters(remove_duplicate=False))
+        for name, shard in program.param_shards.items():
+            if not shard.is_buffer:
+                whole = loaded[shard.source]
+                parts = [whole.narrow(shard.dim, a, b - a) for a, b in shard.intervals] if shard.intervals else [whole]
+                assert torch.equal(held[name], torch.cat(parts, shard.dim or 0)), name
+        assert report.bytes_read == stored.bytes_read <= 0.52 * report.checkpoint_bytes
 
 
 def test_a_conversion_that_computes_is_run_on_whole_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
