@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 from autodist_fx.tracing.control_flow.conditions import lengths_for_tensors
 from autodist_fx.tracing.control_flow.constants import OtherExample, within_range
 from autodist_fx.tracing.control_flow.data_dependent import rewritten, unrolled
+from autodist_fx.tracing.control_flow.experts import experts_forward
 from autodist_fx.tracing.control_flow.value_branches import Answers, trace_both_ways
 from autodist_fx.tracing.encoder_decoder_cache import PARTS
 from autodist_fx.tracing.hooks import has_attached, of_another_class, refuse_autocast, restore_attributes, traced_for
@@ -173,6 +174,7 @@ class Tracer(SymbolicTracer):
             return super().call_module(m, _with_meta_buffers(m), args, kwargs)
         if computing_shapes or self.is_leaf_module(m, ""):
             return super().call_module(m, forward, args, kwargs)
+        forward = experts_forward(self, m, args, kwargs) or forward
         if type(m).train is not nn.Module.train:
             m.train(m.training)  # some make a table of their parameters when they are told so: the graph makes it, too
         found = trace_both_ways(self, m, functools.partial(super().call_module, m, forward, args, kwargs))

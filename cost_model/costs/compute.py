@@ -7,7 +7,7 @@ multiply and an add count as two FLOPs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import log, prod, sqrt
 
 from cost_model.costs.hardware import Hardware
 from cost_model.graph.op_graph import DTYPE_BYTES, SOURCES, Op, TensorSpec
@@ -35,6 +35,8 @@ PER_ELEMENT = {
     "softmax": 5, "log_softmax": 5, "layer_norm": 8, "rms_norm": 5, "group_norm": 8, "batch_norm": 4, "gelu": 10,
     "silu": 5, "sigmoid": 4, "tanh": 5, "exp": 4, "cos": 4, "sin": 4, "rsqrt": 2, "pow": 2,
 }  # fmt: skip
+# Calls of torch that passes/ops/experts.py makes for each expert: rows, two products, halves, the activation.
+_CALLS_PER_EXPERT = 7
 SOFTMAX_FLOPS = PER_ELEMENT["softmax"]
 
 
@@ -46,6 +48,7 @@ def op_flops(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
     matmul, bmm   a [..., m, k], b [..., k, n]                      2 * out * k;   addmm, baddbmm: after the bias
     conv          x [b, i, ...], weight [o, i/groups, ...]          2 * out * i/groups * the kernel's positions
     sdpa          q [b, h, s, d], k [b, g, t, d], v [b, g, t, e]    2 * b*h*s*t * (d + e), and a softmax
+    experts       x [n, h], index [n, k], weights, up, down        2 * n*k * share of experts * elements of one
     einsum        `attrs["equation"]`                               2 * the product of all its letters
     otherwise     a few per output element (PER_ELEMENT); a reduction one per input element
     """
@@ -63,6 +66,8 @@ def op_flops(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
         q, k, v = (spec.shape for spec in inputs[:3])
         scores = prod(q[:-1]) * k[-2]  # b * h * s * t: every query head meets every key, grouped or not
         return float(scores * (2 * q[-1] + 2 * v[-1] + SOFTMAX_FLOPS))
+    if kind == "experts":
+        return 2.0 * _rows_of_experts(op, inputs) * sum(prod(spec.shape[1:]) for spec in inputs[3:])
     if kind == "einsum":
         return _einsum_flops(op, inputs, out)
     elements = sum(o.numel for o in outputs)
@@ -79,6 +84,11 @@ def op_bytes(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
     written = sum(spec.nbytes for spec in outputs)
     if kind in GATHERS:  # rows, read and written, and their numbers
         return float(2 * written + sum(spec.nbytes for spec in inputs if "float" not in spec.dtype))
+    if kind == "experts":  # each row comes and goes, with what is inside; experts without rows are not read
+        rows, (up, down) = _rows_of_experts(op, inputs), inputs[3:]
+        a_row = (2 * down.shape[1] + up.shape[1] + down.shape[2]) * DTYPE_BYTES.get(down.dtype, 4)
+        weights = (up.nbytes + down.nbytes) / max(1, up.shape[0])
+        return float(rows * a_row + _experts_met(op, inputs) * weights + written)
     if kind == "cache_update":  # keys and values so far, which are no input of the op, are read and written again
         return float(2 * written)
     return float(written + sum(spec.nbytes for spec in inputs))
@@ -94,9 +104,27 @@ def op_seconds(op: Op, local_inputs: Sequence[TensorSpec], local_outputs: Sequen
     dtype = _compute_dtype(local_inputs, local_outputs)
     compute = op_flops(op, local_inputs, local_outputs) / hw.flops_of(dtype)
     memory = op_bytes(op, local_inputs, local_outputs) / hw.memory_bandwidth
+    fixed = hw.op_seconds
+    if op.kind == "experts":  # several for each expert that some row was sent to
+        fixed *= _CALLS_PER_EXPERT * max(1.0, _experts_met(op, local_inputs))
     if hw.dispatches_ahead:  # the host dispatches the next op meanwhile: the longer of both counts
-        return max(compute, memory, hw.op_seconds)
-    return max(compute, memory) + hw.op_seconds
+        return max(compute, memory, fixed)
+    return max(compute, memory) + fixed
+
+
+def _rows_of_experts(op: Op, inputs: Sequence[TensorSpec]) -> float:
+    """Returns how many pairs of row and expert the busiest rank is expected to have, which holds as many experts.
+
+    m pairs thrown into n ranks: the fullest has about m/n + sqrt(2 m/n ln n) (M. Raab, A. Steger, "Balls into bins - a
+    simple and tight analysis", 1998).
+    """
+    pairs, ranks = float(inputs[1].numel), int(op.attrs["experts"]) / max(1, inputs[3].shape[0])
+    return min(pairs, pairs / ranks + sqrt(2 * pairs / ranks * log(ranks)))
+
+
+def _experts_met(op: Op, inputs: Sequence[TensorSpec]) -> float:
+    """Returns how many of the experts in these inputs are expected to get a row, if each is as likely."""
+    return float(inputs[3].shape[0] * (1 - (1 - 1 / int(op.attrs["experts"])) ** inputs[1].numel))
 
 
 def _plain(kind: str) -> str:

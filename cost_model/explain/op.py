@@ -12,7 +12,7 @@ from cost_model.plan.weights import local_shape, weight_of
 from cost_model.rules.table import has_rule, plain_kind
 from cost_model.text_tables import Section
 
-_NO_ROLES = "Roles are of linears, embeddings and convolutions"
+_NO_ROLES = "Roles are of linears, embeddings, convolutions and layers of experts"
 
 
 def alike(plan: PlanData, ops: Sequence[OpPlan]) -> list[list[OpPlan]]:

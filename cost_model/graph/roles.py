@@ -9,6 +9,7 @@ EXPERT = "expert"  # the factor of a strategy that deals whole experts to the ra
 ROLES = {
     "linear": ("column", "row", EXPERT),
     "conv": ("column", "row", "groups", EXPERT),
+    "experts": ("experts", "inner"),
     "embedding": ("vocab", "hidden"),
 }
 
@@ -20,6 +21,8 @@ MEANING = {
     "vocab": "each tp rank looks up its part of the rows; the parts are added up",
     "hidden": "each tp rank has its part of every row",
     "groups": "each tp rank has its part of the channels' groups",
+    "experts": "each tp rank has its part of the experts, each of them whole",
+    "inner": "each tp rank has its part of the inside of every expert; the parts are added up",
     EXPERT: "each tp rank has its part of the experts, each of them whole",
     "replicate": "every tp rank does all of it",
 }

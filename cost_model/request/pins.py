@@ -17,7 +17,7 @@ NAMES_SHOWN = 3  # names that an error suggests in place of one that matches not
 def roles_by_pin(graph: OpGraph, pin: Sequence[Pin]) -> dict[str, str]:
     """Returns op name -> role for every pinned op.
 
-    A pattern is fnmatch's, over the module path or the name of linears, convolutions and embeddings; it may leave out
+    A pattern is fnmatch's, over the module path or the name of an op that has roles (see roles.py); it may leave out
     how the path begins ("q_proj", "self_attn.*_proj"), and "..." means "*". Raises PlanError where a pattern matches
     nothing (naming the nearest), where a role is none of its op's, and where two patterns want the same op differently.
     """

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from cost_model.rules.rule import DimLink, Factor, OpRule, RuleFunction, Shape, passing, repeat_pairs
 
 
@@ -61,6 +63,20 @@ def sdpa(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, 
     return OpRule(tuple(factors))
 
 
+def experts(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
+    """x [n, h], chosen experts [n, k], their weights [n, k], up [e, 2 i, h] (gate and up, or [e, i, h] if not `gated`),
+    down [e, h, i] -> [n, h]: a sum over experts and over the inside of each."""
+    x, up, down = inputs[0], inputs[3], inputs[4]
+    inner = down[2]
+    halves = np.arange(up[1], dtype=np.int64)
+    inside = (halves, halves % inner) if attrs["gated"] else None
+    return OpRule((
+        Factor("d0", x[0], tuple(DimLink(slot, 0) for slot in (0, 1, 2)), (DimLink(0, 0),)),
+        Factor("experts", up[0], (DimLink(3, 0), DimLink(4, 0)), (), reduces=True),
+        Factor("inner", inner, (DimLink(3, 1, inside), DimLink(4, 2)), (), reduces=True),
+    ))  # fmt: skip
+
+
 def embedding(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
     """ids [...], table [v, d] -> [..., d]."""
     table, last = inputs[1], len(outputs[0]) - 1
@@ -89,6 +105,7 @@ def cache_read(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping
 RULES: dict[str, RuleFunction] = {
     "linear": linear,
     "matmul": matmul,
+    "experts": experts,
     "sdpa": sdpa,
     "embedding": embedding,
     "cache_update": cache_update,

@@ -33,6 +33,13 @@ def _embedding(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
     return "embedding", inputs, {}
 
 
+def _experts(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
+    """Translates a layer of routed experts; which experts a rank holds is no attribute."""
+    builder.matmul_weights.update(ref.op for ref in inputs[3:])
+    names = ("activation", "gated", "experts")
+    return "experts", inputs, dict(zip(names, node.args[5:8], strict=True))
+
+
 def _sdpa(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
     dropout = argument(node, 4, "dropout_p", 0.0)
     return None if dropout else ("sdpa", inputs, {})
@@ -90,6 +97,7 @@ HANDLERS: dict[str, Handler] = {
     "linear": _linear,
     "matmul": _matmul, "bmm": _matmul, "mm": _matmul,
     "embedding": _embedding,
+    "experts": _experts,
     "scaled_dot_product_attention": _sdpa,
     "update": _cache_update,
     "read": _cache_read,
@@ -99,4 +107,4 @@ MODULES: dict[str, ModuleHandler] = {
     "Conv1D": _conv1d_module,
     "Embedding": _embedding_module,
 }
-KINDS = ("linear", "matmul", "embedding", "sdpa", "cache_update", "cache_read")
+KINDS = ("linear", "matmul", "embedding", "experts", "sdpa", "cache_update", "cache_read")

@@ -174,6 +174,12 @@ def _sdpa(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan
     map_tensor_arguments(node, pick)
 
 
+def _experts(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
+    """Says which experts the rank has, where whole ones are dealt out."""
+    if op.letter == "experts":
+        node.args = (*node.args[:8], _layout(ctx, op.input_layouts[3]).parts[ctx.tp_rank])
+
+
 def _groups(position: int) -> Callable[[torch.fx.GraphModule, RankContext, Node, OpPlan], None]:
     """Makes the handler of convolutions and norms in groups of channels: the number of groups becomes the rank's,
     which are whole ones."""
@@ -225,6 +231,7 @@ _REWRITES: dict[str, Callable[[torch.fx.GraphModule, RankContext, Node, OpPlan],
     "reduce": _mean,
     "repeat_interleave": _repeat,
     "sdpa": _sdpa,
+    "experts": _experts,
     "conv": _groups(6),
     "group_norm": _groups(1),
 }

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from passes.ops import buffers, data_dependent, functional_writes, parallel_layers, strided
+from passes.ops import buffers, data_dependent, experts, functional_writes, parallel_layers, strided
 from passes.ops import comm as comm_ops
 
 _TORCH = """
@@ -61,6 +61,7 @@ _OURS: dict[Any, str] = {
     buffers: "write_buffers",
     comm_ops: "all_reduce all_gather copy_to_tp send recv",
     data_dependent: "selected split_rows join_rows join_own_rows bincount",
+    experts: "experts",
     functional_writes: "with_item copied changed_by",
     parallel_layers: "partial_mean one_term one_gradient",
     strided: "strided",

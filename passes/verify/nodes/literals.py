@@ -21,6 +21,7 @@ from passes.verify.core.state import RankState
 # Their numbers become the rank's own, and are proven in other ways.
 _REWRITTEN = (
     "view", "expand", "split", "slice", "repeat_interleave", "cache_update", "cache_read", "linear", "embedding",
+    "experts",
 )  # fmt: skip
 
 

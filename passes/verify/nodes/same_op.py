@@ -132,6 +132,22 @@ def _padding(node: Node, rows: int) -> int | None:
     return None if given is None else given % rows
 
 
+def _experts(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
+    """Checks that the experts that a rank runs are those whose weights it holds."""
+    count, said = op.attrs["experts"], argument(node, 8, "held")
+    own = WHOLE if said is None else held(0, said, count)
+    if own != (types[3] if types[3].dim == 0 else WHOLE):
+        fail(state.program, node, f"runs experts {own}, and holds the weights of {types[3]}", untouched=Duty.SIZES)
+    if types[3].dim == 1 and op.attrs["gated"]:
+        inner = state.graph.spec(op.inputs[4]).shape[2]
+        rows = elements(types[4], inner)
+        if not np.array_equal(elements(types[3], 2 * inner), np.concatenate([rows, rows + inner])):
+            fail(
+                state.program, node, f"its gate and up are {types[3]}, which are no halves of {types[4]}",
+                untouched=Duty.WEIGHTS,
+            )  # fmt: skip
+
+
 def _mean(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
     """Checks that a part of a mean divides by the number of all elements."""
     owes = done.factor is not None and PARTIAL in done.outputs and op.attrs["op"] == "mean"
@@ -168,6 +184,7 @@ def _cache_update(state: RankState, node: Node, op: Op, types: tuple[Held, ...],
 
 FURTHER_CHECKS: dict[str, Callable[[RankState, Node, Op, tuple[Held, ...], Derivation], None]] = {
     "embedding": _embedding,
+    "experts": _experts,
     "reduce": _mean,
     "cache_update": _cache_update,
     "cache_read": _cache_update,

@@ -110,7 +110,8 @@ def test_what_is_faster_and_not_taken_is_explained():
 
 def test_an_op_without_a_role_has_no_alternatives():
     text = text_of(op_sections(small_plan(), find_ops(small_plan(), "add_1")))
-    assert "none: roles are of linears, embeddings and convolutions" in text and "collectives  none" in text
+    assert "none: roles are of linears, embeddings, convolutions and layers of experts" in text
+    assert "collectives  none" in text
 
 
 def test_the_ops_of_a_module_without_roles_are_one_table():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from cost_model.rules.table import RULES
 from passes.op_graph.build import build_op_graph
 from passes.op_graph.table import HANDLERS, KINDS, MODULES, check_kinds
 from passes.ops.data_dependent import join_rows, split_rows
+from passes.ops.experts import experts
 from passes.ops.functional_writes import with_item
 from tests.support.encoders import tiny_encoder
 from tests.support.graphs.small import normalized
@@ -54,6 +56,9 @@ def test_a_kind_that_is_replicated_on_purpose_needs_no_rule() -> None:
         check_kinds({"views": ("view", "tile")}, {"view"}, {})
 
 
+# transformers 5 marks a layer of experts, which is then one node; 4.57 has a module for each.
+OF_EXPERTS = {"experts"} if importlib.util.find_spec("transformers.integrations.moe") else {"index", "index_add"}
+
 Emitted = set[tuple[str, str]]  # (file of the handler, kind)
 
 
@@ -85,7 +90,7 @@ DECLARED = {(file, kind) for file, own in KINDS.items() for kind in own}
     [
         (lambda: tiny_model("llama"), {"linear", "embedding", "cache_update", "cat"}),
         (lambda: tiny_model("gpt2"), {"linear", "layer_norm", "split", "sdpa"}),
-        (lambda: tiny_moe_model("mixtral"), {"index", "index_add", "softmax"}),
+        (lambda: tiny_moe_model("mixtral"), OF_EXPERTS | {"softmax"}),
         (lambda: tiny_seq2seq("t5"), {"cache_update", "cache_read", "matmul"}),
         (lambda: tiny_encoder("ResNetForImageClassification", "resnet"), {"conv", "batch_norm", "pool"}),
     ],
@@ -124,7 +129,7 @@ def _zeros(x: torch.Tensor) -> torch.Tensor:
     return x.new_zeros(3, dtype=torch.long)
 
 
-for _name in ("with_item", "split_rows", "join_rows"):  # one node each, as in traced models
+for _name in ("with_item", "split_rows", "join_rows", "experts"):  # one node each, as in traced models
     torch.fx.wrap(_name)
 
 # Of x [B, S, 6, 4].
@@ -141,6 +146,8 @@ EXPRESSIONS: tuple[Callable[[torch.Tensor], Any], ...] = (
     lambda x: F.layer_norm(x, (4,)), lambda x: F.rms_norm(x, (4,)),
     lambda x: F.linear(x, x[0, 0]), lambda x: torch.matmul(x, x.transpose(2, 3)),
     lambda x: F.embedding(x.long(), x[0, 0]), lambda x: F.scaled_dot_product_attention(x, x, x),
+    lambda x: experts(x[0, 0], x[0, 0, :, :2].long(), x[0, 0, :, :2], x[0, 0].view(3, 2, 4), x[0, 0, :3, :, None],
+                      "silu", True, 3),
     lambda x: F.conv1d(x[0], x[0, :, :, :3]), lambda x: F.pad(x, (1, 1)),
 )  # fmt: skip
 NOT_OF_EXPRESSIONS = {("matmuls", "cache_update"), ("matmuls", "cache_read")}  # methods of a cache

@@ -9,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from passes.ops.experts import experts
 from tests.support.rule_cases.case import (
     Case,
     CaseMaker,
@@ -90,6 +91,22 @@ def _matmul(data: st.DataObject) -> Case:
         batches.reverse()
     m, k, n = (data.draw(dims) for _ in range(3))
     return Case((values(*batches[0], m, k), values(*batches[1], k, n)), lambda x, share: torch.matmul(x[0], x[1]))
+
+
+@case("experts")
+def _experts(data: st.DataObject) -> Case:
+    rows, hidden, inner, count = (data.draw(dims) for _ in range(4))
+    chosen, gated = data.draw(st.integers(1, count)), data.draw(st.booleans())
+    index = torch.stack([torch.randperm(count)[:chosen] for _ in range(rows)])
+    up, down = values(count, inner * (1 + gated), hidden), values(count, hidden, inner)
+
+    def run(x: Sequence[torch.Tensor], share: Share) -> torch.Tensor:
+        own = share.ins.get((3, 0))
+        held = None if own is None else [(e, e + 1) for e in own.tolist()]
+        return experts(x[0], x[1], x[2], x[3], x[4], "silu", gated, count, held)
+
+    attrs = {"activation": "silu", "gated": gated, "experts": count}
+    return Case((values(rows, hidden), index, values(rows, chosen), up, down), run, attrs)
 
 
 @case("sdpa")

@@ -56,6 +56,10 @@ SAMPLES: tuple[Sample, ...] = (
     Sample("cumsum", (_X,), (_X,), {"dims": (1,), "linear": True}),
     Sample("embedding", ((2, 3), (9, 4)), ((2, 3, 4),)),
     Sample("expand", ((2, 1, 4),), ((2, 3, 4),)),
+    Sample(
+        "experts", ((6, 8), (6, 2), (6, 2), (4, 10, 8), (4, 8, 5)), ((6, 8),),
+        {"activation": "silu", "gated": True, "experts": 4},
+    ),
     Sample("flip", (_X,), (_X,), {"dims": (1,), "linear": True}),
     Sample("gather", (_X, (2, 5, 4)), ((2, 5, 4),), {"dim": 1}),
     Sample("group_norm", (_IMAGE, (6,), (6,)), (_IMAGE,), {"groups": 3}),
