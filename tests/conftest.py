@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _group(item: pytest.Item) -> tuple[object, ...]:
-    """What one case is drawn from: an unmarked test is alone in its group."""
+    """Returns the group of which one case is drawn: an unmarked test is alone in its own."""
     marker = item.get_closest_marker("one_for_each")
     if marker is None or not isinstance(item, pytest.Function):
         return (item.nodeid,)
