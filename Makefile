@@ -36,7 +36,7 @@ export PYTHONUNBUFFERED := 1
 
 RUN_TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test lint bench coverage setup clean check-venv
+.PHONY: help demo test lint bench coverage libraries setup clean check-venv
 
 help:  ## this list
 	@sed -n 's/^#   \([A-Z_]*=.*\)/  \1/p' Makefile
@@ -65,14 +65,20 @@ bench: $(READY)  ## measure against transformers' tp_plan, DTensor and a hand-wr
 	@echo "==> bench: writes docs/benchmarks.md"
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/run.py
 
-coverage: $(READY)  ## every case of the sampled tests, then each type of transformers' mappings on four meshes (half an hour)
+coverage: $(READY) libraries  ## every case of the sampled tests, then each type of transformers' mappings on four meshes (half an hour)
 	@echo "==> coverage: every case of the tests of which \`make test\` runs one for each family"
 	@$(RUN_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --every-case -m one_for_each
 	@echo "==> coverage: writes docs/coverage.md"
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/coverage.py --jobs $(JOBS)
 
+libraries: $(READY)  ## the real lm-eval, sentence-transformers and TRL over models that are split
+	@echo "==> libraries: into .libraries, beside the environment, whose packages they leave as they are"
+	@$(BIN)/python -m pip install --quiet --no-deps --target .libraries -r tests/libraries/requirements.txt
+	@PYTHONPATH="$(CURDIR):$(CURDIR)/.libraries" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+	    $(BIN)/python tests/libraries/run_libraries.py
+
 clean:  ## remove .venv, builds and caches
-	rm -rf .venv build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .libraries build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(abspath .venv)/.ready: pyproject.toml constraints.txt

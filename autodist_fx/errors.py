@@ -8,6 +8,7 @@ __all__ = [
     "CommunicationError",
     "DeadlockError",
     "DisagreementError",
+    "NoSuchMemberError",
     "OutOfTableError",
     "RemoteRankError",
     "RuntimeSetupError",
@@ -37,6 +38,10 @@ class CommunicationError(AutodistError):
 
 class DeadlockError(CommunicationError):
     """Every rank waits for another one; the message says for what."""
+
+
+class NoSuchMemberError(AutodistError, AttributeError):
+    """A member of transformers' models that a rank's share of one does not have."""
 
 
 class OutOfTableError(AutodistError, IndexError):

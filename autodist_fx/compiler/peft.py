@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.errors import AutodistError
@@ -41,6 +42,8 @@ def _instead(given: Any) -> str:
         )
     if isinstance(given, type):
         return f"the class {given.__name__}: give one of its models, or its config"
-    if isinstance(getattr(given, "model", None), PreTrainedModel):
+    if isinstance(getattr(given, "model", None), PreTrainedModel):  # of a pipeline, or a trainer
         return f"a {type(given).__name__}: give its .model"
-    return f"a {type(given).__name__}"
+    modules = given.named_modules() if isinstance(given, nn.Module) else ()
+    inside = next((name for name, module in modules if isinstance(module, PreTrainedModel)), None)
+    return f"a {type(given).__name__}" + (f": give its module {inside}" if inside else "")

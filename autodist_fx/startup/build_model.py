@@ -28,6 +28,7 @@ from passes.program.rank_program import RankProgram
 
 V = TypeVar("V")
 T = TypeVar("T")
+D = TypeVar("D", bound=DistributedCausalLM)
 
 
 class RankPrograms(Protocol[V]):
@@ -92,6 +93,7 @@ class RankParts:
 def build_model(parts: RankParts) -> DistributedCausalLM:
     """Return the model of one rank, ready to generate: with an encoder, with a cache of its own, or with a KV cache."""
     programs, step = parts.programs, parts.programs.step
+    name = programs.signature.model_class
     of_all: dict[str, Any] = {
         "program": programs.program(step),
         "communicator": parts.communicator,
@@ -106,7 +108,7 @@ def build_model(parts: RankParts) -> DistributedCausalLM:
     encoder = programs.encoder_of(step)
     if encoder is not None:
         kind = DistributedSeq2SeqLM if parts.skeleton is None else seq2seq_class(type(parts.skeleton))
-        return kind(
+        return _called(kind, name)(
             **of_all,
             encoder=programs.program(encoder),
             main_input_name=parts.main_input_name,
@@ -115,13 +117,19 @@ def build_model(parts: RankParts) -> DistributedCausalLM:
         )
     if programs.prompt is not None:
         steps = programs.of_column(step)
-        return DistributedOwnCacheLM(
+        return _called(DistributedOwnCacheLM, name)(
             **of_all,
             prompts=generating_programs(programs),
             steps=programs.fixed(step),
             after_step=handovers(steps, steps),
         )
-    return DistributedCausalLM(**of_all, family=parts.skeleton, programs=generating_programs(programs))
+    kind = _called(DistributedCausalLM, name)
+    return kind(**of_all, family=parts.skeleton, programs=generating_programs(programs))
+
+
+def _called(kind: type[D], name: str) -> type[D]:
+    """Return a class called like the model's own, by which pipelines and generate's code know what a model can do."""
+    return type(name, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def generating_programs(programs: RankPrograms[V]) -> GuardedPrograms[Any]:

@@ -48,7 +48,6 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
     main_input_name = "input_ids"
     _outputs: tuple[type, type] = (GenerateDecoderOnlyOutput, GenerateBeamDecoderOnlyOutput)
     _mask_name = "attention_mask"  # in generate's model_kwargs, of the decoder
-    base_model_prefix = ""
     _is_stateful = False
     _supports_cache_class = True
 

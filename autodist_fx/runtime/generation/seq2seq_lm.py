@@ -300,4 +300,4 @@ def seq2seq_class(model_class: type[nn.Module]) -> type[DistributedSeq2SeqLM]:
         return DistributedSeq2SeqLM
     if issubclass(own, nn.Module):
         raise AutodistError(f"{own.__name__} has a generate of its own, which is for one process: call forward instead")
-    return type(f"Distributed{model_class.__name__}", (DistributedSeq2SeqLM, own), {})
+    return type(model_class.__name__, (DistributedSeq2SeqLM, own), {})

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PretrainedConfig
 
 from autodist_fx.calls.call import Call
@@ -29,6 +28,7 @@ from autodist_fx.runtime.generation.leader import Leader
 from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.step_channel import StepChannel
 from autodist_fx.runtime.generation.step_messages import EncodeMessage
+from autodist_fx.runtime.pretrained_members import PretrainedMembers
 from autodist_fx.runtime.share_outputs import share_outputs
 from autodist_fx.runtime.table_checks import lookups_checked
 from cost_model.mesh import Mesh
@@ -37,7 +37,7 @@ from passes.ops.comm import using
 from passes.program.rank_program import RankProgram
 
 
-class StepRunner(nn.Module):
+class StepRunner(PretrainedMembers):
     """One rank's model, as a class that has transformers' generate joins it. `program`'s parameters are loaded, on
     `device`; `programs` has those for other sizes, too, where the model has guards on them. `logits_on_every_rank`
     sends what `model(...)` gives from the last stage to all ranks; `generate` never does. `positions_follow_mask`:

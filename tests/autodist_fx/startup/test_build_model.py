@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 
 import autodist_fx as adx
 from autodist_fx.api.artifact import Artifact
@@ -14,6 +15,9 @@ from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.generation_traits import follow_mask, last_logits_only
 from autodist_fx.runtime.comm.alone_communicator import AloneCommunicator
 from autodist_fx.runtime.comm.process_group import JoinedRank
+from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+from autodist_fx.runtime.generation.recurrent_lm import DistributedOwnCacheLM
+from autodist_fx.runtime.generation.seq2seq_lm import DistributedSeq2SeqLM
 from autodist_fx.startup.from_artifact import share
 from autodist_fx.startup.from_checkpoint import distribute
 from autodist_fx.startup.rank import RankStartup
@@ -47,22 +51,22 @@ def lfm2() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(
-    ("make", "expected"),
+    ("make", "kind", "name"),
     [
-        (lambda: tiny_model("llama"), "DistributedCausalLM"),
-        (lambda: tiny_seq2seq("t5"), "DistributedSeq2SeqLM"),
-        (lambda: tiny_seq2seq("whisper"), "DistributedWhisperForConditionalGeneration"),
-        (lfm2, "DistributedOwnCacheLM"),
+        (lambda: tiny_model("llama"), DistributedCausalLM, "LlamaForCausalLM"),
+        (lambda: tiny_seq2seq("t5"), DistributedSeq2SeqLM, "T5ForConditionalGeneration"),
+        (lambda: tiny_seq2seq("whisper"), WhisperGenerationMixin, "WhisperForConditionalGeneration"),
+        (lfm2, DistributedOwnCacheLM, "Lfm2ForCausalLM"),
     ],
     ids=["decoder", "encoder and decoder", "a generate of its own", "a cache of its own"],
 )
 @torch.no_grad()
-def test_a_model_and_its_artifact_become_the_same(make, expected: str, tmp_path: Path) -> None:
+def test_a_model_and_its_artifact_become_the_same(make, kind: type, name: str, tmp_path: Path) -> None:
     model = make()
     of_model = distribute(model, alone(), REQUEST, CompileOptions())
     of_artifact = share(saved(model, tmp_path / "saved"), alone())
     for split in (of_model, of_artifact):
-        assert type(split).__name__ == expected
+        assert isinstance(split, kind) and type(split).__name__ == name  # by which libraries know it
         assert split.positions_follow_mask == follow_mask(type(model))
         held = {p.data_ptr(): p.numel() * p.element_size() for p in split.parameters()}  # both programs' is one tensor
         assert split.load_report.shard_bytes >= sum(held.values()) > 0
