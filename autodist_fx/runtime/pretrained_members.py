@@ -34,7 +34,7 @@ class PretrainedMembers(nn.Module):
 
     @property
     def base_model(self) -> nn.Module:
-        """What the whole model has under this name, to be asked and not to be called: the graphs are of the whole."""
+        """A stand-in for the base model, to be asked and not to be called: the graphs are of the whole model."""
         return _BaseModel(self)
 
     @property
@@ -44,7 +44,7 @@ class PretrainedMembers(nn.Module):
 
     @property
     def warnings_issued(self) -> dict[str, Any]:
-        """What trainers have warned of already."""
+        """Warnings that trainers have issued already."""
         return self.__dict__.setdefault("_warnings_issued", {})
 
     def tie_weights(self) -> None:

@@ -1,4 +1,4 @@
-"""What libraries ask of a PreTrainedModel, a rank's share of one answers; `make libraries` runs the real ones.
+"""A rank's share of a model answers what libraries ask of a PreTrainedModel; `make libraries` runs the real ones.
 
 Pipelines are transformers' own. lm-eval's HFLM, TRL's and transformers' trainers are stood in for by what they ask.
 """
@@ -27,7 +27,7 @@ TP2 = Mesh(tp=2)
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What transformers logs, which does not reach the root logger by itself."""
+    """Records that transformers logs, which do not reach the root logger by themselves."""
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     yield caplog
