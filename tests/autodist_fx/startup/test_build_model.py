@@ -11,6 +11,7 @@ from transformers.models.whisper.generation_whisper import WhisperGenerationMixi
 
 import autodist_fx as adx
 from autodist_fx.api.artifact import Artifact
+from autodist_fx.calls.cache_names import CACHE_FIELD
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.generation_traits import follow_mask, last_logits_only
 from autodist_fx.runtime.comm.alone_communicator import AloneCommunicator
@@ -76,8 +77,8 @@ def test_a_model_and_its_artifact_become_the_same(make, kind: type, name: str, t
 class Doubling(LlamaForCausalLM):
     """Takes another way where there are few tokens."""
 
-    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **keywords):
-        given = {"attention_mask": attention_mask, "past_key_values": past_key_values}
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, cache=None, **keywords):
+        given = {"attention_mask": attention_mask, CACHE_FIELD: cache if past_key_values is None else past_key_values}
         output = super().forward(input_ids=input_ids, **given, **keywords)
         if input_ids.shape[1] < 6:
             output.logits = output.logits.flip(-1)

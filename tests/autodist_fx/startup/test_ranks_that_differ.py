@@ -45,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     change("tuned", lambda tensors: [x.add_(1e-3) for x in tensors.values()])
     change("one projection", lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(1.001))
     change("one element of a norm", lambda tensors: tensors["model.norm.weight"][3].add_(1e-3))
-    change("other rotary base", lambda tensors: None, rope_theta=500000.0)
+    change("other epsilon", lambda tensors: None, rms_norm_eps=1e-3)
     (folder / "cut").mkdir()
     for file in (folder / "one").iterdir():
         (folder / "cut" / file.name).write_bytes(file.read_bytes())
@@ -81,7 +81,7 @@ CASES: dict[str, tuple[Callable[[int, Path], Any], str]] = {
     "a fine-tune": (lambda r, d: load(d, ["one", "tuned"][r]), "the content of the weights is fingerprint"),
     "one tensor": (lambda r, d: load(d, ["one", "one projection"][r]), "the content of the weights is fingerprint"),
     "one element": (lambda r, d: load(d, ["one", "one element of a norm"][r]), "the content of the weights is finger"),
-    "config": (lambda r, d: load(d, ["one", "other rotary base"][r]), "the config is sha256"),
+    "config": (lambda r, d: load(d, ["one", "other epsilon"][r]), "the config is sha256"),
     "in memory": (lambda r, d: in_memory(r), "the content of the weights is fingerprint"),
 }
 ERRORS = {"no such file": "CheckpointError", "no such plan": "PlanError", "cut short": "CheckpointError"}
