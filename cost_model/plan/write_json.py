@@ -29,110 +29,63 @@ A value that makes no sense raises PlanError with the path of the field: `ops[12
 
 from __future__ import annotations
 
+import functools
 import json
-from typing import Any
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, cast
 
 from cost_model.errors import PlanError
+from cost_model.graph.placement import Placement
 from cost_model.plan.data import Alternative, OpPlan, PlanData
+
+_SPARSE = (OpPlan, Alternative)  # whose fields are left out where they are as by default: there are thousands of them
 
 
 def plan_to_dict(plan: PlanData) -> dict[str, Any]:
-    """Returns the plan as dicts, lists, texts and numbers, for json.dumps. `plan_from_dict` makes an equal plan."""
+    """Returns the plan as dicts, lists, texts and numbers, for json.dumps. `plan_from_dict` makes an equal plan.
+
+    Every field of data.py is written as it stands there: a new one needs no line here, but one to be read by.
+    """
+    data = {"version": plan.version, **_object(plan)}
+    data["sizes"] = dict(plan.sizes)
+    pins = dict(plan.request.pin)
+    data["request"] = {"pins": pins, **{name: value for name, value in data["request"].items() if name != "pin"}}
+    return data
+
+
+@functools.cache
+def _defaults(kind: Any) -> tuple[tuple[str, Any], ...]:
+    """Returns (name, default) of a dataclass's own fields; MISSING for a default where the field is always written."""
+    own = [f for f in fields(kind) if not f.name.startswith("_")]
+    return tuple((f.name, f.default if kind in _SPARSE else MISSING) for f in own)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    usual = _usual(value) if isinstance(value, OpPlan) else {}
+    data, kind = {}, cast(Any, type(value))
+    for name, default in _defaults(kind):
+        item = getattr(value, name)
+        if item != usual.get(name, default):
+            data[name] = _plain(item)
+    return data
+
+
+def _usual(op: OpPlan) -> dict[str, Any]:
+    """Returns what the fields of an op are where they say nothing."""
     return {
-        "version": plan.version,
-        "mesh": {"tp": plan.mesh.tp, "pp": plan.mesh.pp},
-        "model": plan.model,
-        "fingerprint": plan.fingerprint,
-        "hardware": plan.hardware,
-        "objective": plan.objective,
-        "sizes": dict(plan.sizes),
-        "ops": [_op_to_dict(op) for op in plan.ops],
-        "params": [
-            {
-                "name": p.name, "shape": list(p.shape), "dtype": p.dtype, "placement": str(p.placement),
-                "layout": p.layout, "stages": list(p.stages), "matmul": p.matmul,
-            }
-            for p in plan.params
-        ],
-        "layouts": [
-            {"size": lay.size, "parts": [[list(interval) for interval in part] for part in lay.parts]}
-            for lay in plan.layouts
-        ],
-        "choices": [[_alternative_to_dict(a) for a in choice] for choice in plan.choices],
-        "hops": [
-            {
-                "op": h.op, "index": h.index, "source": h.source, "target": h.target, "channel": h.channel,
-                "whole": h.whole, "nbytes": h.nbytes,
-            }
-            for h in plan.hops
-        ],
-        "stages": [
-            {
-                "index": s.index, "layers": list(s.layers), "compute_seconds": s.compute_seconds,
-                "comm_seconds": s.comm_seconds, "recomputed": list(s.recomputed), "flops": s.flops,
-                "weight_bytes": s.weight_bytes, "kv_cache_bytes": s.kv_cache_bytes,
-                "activation_bytes": s.activation_bytes, "workspace_bytes": s.workspace_bytes,
-                "collectives": [list(c) for c in s.collectives],
-            }
-            for s in plan.stages
-        ],
-        "cuts": [
-            {
-                "options": [
-                    {
-                        "op": o.op, "module": o.module, "before_seconds": o.before_seconds,
-                        "after_seconds": o.after_seconds, "nbytes": o.nbytes,
-                    }
-                    for o in cut.options
-                ],
-                "chosen": cut.chosen,
-            }
-            for cut in plan.cuts
-        ],
-        "one_device_seconds": plan.one_device_seconds,
-        "device_memory_bytes": plan.device_memory_bytes,
-        "warnings": list(plan.warnings),
-        "request": {
-            "pins": dict(plan.request.pin),
-            "cuts": list(plan.request.cuts),
-            "max_memory": list(plan.request.max_memory),
-            "device_map": [{"hardware": d.hardware, "memory": d.memory} for d in plan.request.device_map],
-        },
-    }  # fmt: skip
+        "stages": (op.home,),
+        "gather": (False,) * len(op.outputs),
+        "input_layouts": (-1,) * len(op.inputs),
+        "output_layouts": (-1,) * len(op.outputs),
+    }
 
 
-def _op_to_dict(op: OpPlan) -> dict[str, Any]:
-    data: dict[str, Any] = {"name": op.name, "kind": op.kind, "home": op.home}
-    if op.stages != (op.home,):
-        data["stages"] = list(op.stages)
-    data["inputs"] = [str(p) for p in op.inputs]
-    data["outputs"] = [str(p) for p in op.outputs]
-    if op.gather != (False,) * len(op.outputs):
-        data["gather"] = list(op.gather)
-    for key, text in (("letter", op.letter), ("role", op.role), ("module", op.module), ("weight", op.weight)):
-        if text:
-            data[key] = text
-    if op.input_layouts != (-1,) * len(op.inputs):
-        data["input_layouts"] = list(op.input_layouts)
-    if op.output_layouts != (-1,) * len(op.outputs):
-        data["output_layouts"] = list(op.output_layouts)
-    for key in ("compute_seconds", "comm_seconds", "comm_bytes"):
-        if number := getattr(op, key):
-            data[key] = number
-    if op.choice >= 0:
-        data["choice"] = op.choice
-    return data
-
-
-def _alternative_to_dict(alternative: Alternative) -> dict[str, Any]:
-    data: dict[str, Any] = {"role": alternative.role}
-    if alternative.seconds:
-        data["seconds"] = alternative.seconds
-    if alternative.weight_bytes:
-        data["weight_bytes"] = alternative.weight_bytes
-    if alternative.impossible:
-        data["impossible"] = alternative.impossible
-    return data
+def _plain(value: Any) -> Any:
+    if isinstance(value, Placement):  # a tuple, too
+        return str(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return _object(value) if is_dataclass(value) else value
 
 
 def plan_to_text(plan: PlanData) -> str:

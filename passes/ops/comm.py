@@ -126,6 +126,7 @@ def recv(
 
 COLLECTIVES = (all_reduce, all_gather)
 COMM_OPS = (*COLLECTIVES, send, recv)
+CALLED = (*COMM_OPS, copy_to_tp)  # by graphs: what a saved one may name as "comm.<function>"
 
 # torch.fx drops nodes without users; a send has none, and a recv or a collective must stay matched with its peers.
 for _op in COMM_OPS:

@@ -59,7 +59,7 @@ _BUILTINS = "getattr int float bool abs max min len round sum"  # getattr: of AT
 _MATH = "ceil floor sqrt log log2 exp prod trunc"
 _OURS: dict[Any, str] = {
     buffers: "write_buffers",
-    comm_ops: "all_reduce all_gather copy_to_tp send recv",
+    comm_ops: " ".join(function.__name__ for function in comm_ops.CALLED),
     data_dependent: "selected split_rows join_rows join_own_rows bincount",
     experts: "experts",
     functional_writes: "with_item copied changed_by",
