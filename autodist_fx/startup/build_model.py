@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -18,12 +18,13 @@ from autodist_fx.calls.call import Call
 from autodist_fx.calls.model_signature import ModelSignature
 from autodist_fx.runtime.generation.call_programs import CallProgram
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+from autodist_fx.runtime.generation.collective_call import CallCommunicator
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.runtime.generation.recurrent_lm import DistributedOwnCacheLM, handovers
 from autodist_fx.runtime.generation.seq2seq_lm import DistributedSeq2SeqLM, seq2seq_class
+from autodist_fx.runtime.generation.step_runner import RunnerParts
 from autodist_fx.weights.load import LoadReport
 from cost_model.partition_plan import PartitionPlan
-from passes.ops.comm import Communicator
 from passes.program.rank_program import RankProgram
 
 V = TypeVar("V")
@@ -79,7 +80,7 @@ class RankParts:
     """
 
     programs: RankPrograms[Any]
-    communicator: Communicator
+    communicator: CallCommunicator
     device: torch.device
     config: PretrainedConfig
     generation_config: GenerationConfig | None
@@ -92,56 +93,87 @@ class RankParts:
 
 def build_model(parts: RankParts) -> DistributedCausalLM:
     """Return the model of one rank, ready to generate: with an encoder, with a cache of its own, or with a KV cache."""
-    programs, step = parts.programs, parts.programs.step
-    name = programs.signature.model_class
-    of_all: dict[str, Any] = {
-        "program": programs.program(step),
-        "communicator": parts.communicator,
-        "config": parts.config,
-        "generation_config": parts.generation_config,
-        "device": parts.device,
-        "plan": parts.plan,
-        "load_report": parts.load_report,
-        "positions_follow_mask": parts.positions_follow_mask,
-        "call_programs": programs,
-    }
-    encoder = programs.encoder_of(step)
-    if encoder is not None:
-        kind = DistributedSeq2SeqLM if parts.skeleton is None else seq2seq_class(type(parts.skeleton))
-        return _called(kind, name)(
-            **of_all,
-            encoder=programs.program(encoder),
-            main_input_name=parts.main_input_name,
-            skeleton=parts.skeleton,
-            programs=generating_programs(programs),
-        )
-    if programs.prompt is not None:
-        steps = programs.of_column(step)
-        return _called(DistributedOwnCacheLM, name)(
-            **of_all,
-            prompts=generating_programs(programs),
-            steps=programs.fixed(step),
-            after_step=handovers(steps, steps),
-        )
-    kind = _called(DistributedCausalLM, name)
-    return kind(**of_all, family=parts.skeleton, programs=generating_programs(programs))
-
-
-def _called(kind: type[D], name: str) -> type[D]:
-    """Return a class called like the model's own, by which pipelines and generate's code know what a model can do."""
-    return type(name, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    programs = parts.programs
+    runner = RunnerParts(
+        program=programs.program(programs.step),
+        communicator=parts.communicator,
+        config=parts.config,
+        generation_config=parts.generation_config,
+        device=parts.device,
+        plan=parts.plan,
+        load_report=parts.load_report,
+        positions_follow_mask=parts.positions_follow_mask,
+        call_programs=programs,
+    )
+    return _kind(programs).model(parts, runner)
 
 
 def generating_programs(programs: RankPrograms[V]) -> GuardedPrograms[Any]:
     """Return the programs that a rank runs to generate, by sizes: those of encoder and decoder; that of a prompt,
     and what is handed over after it, in a model with a cache of its own; or that of a step."""
-    step, prompt = programs.step, programs.prompt
-    if programs.encoder_of(step) is not None:
-        return programs.guarded(step, lambda variant: _with_encoder(programs, variant))
-    if prompt is None:
-        return programs.guarded(step, programs.program)
-    readers = programs.of_column(step)
-    return programs.guarded(prompt, lambda v: (programs.program(v), handovers(programs.of_column(v), readers)))
+    return _kind(programs).programs(programs)
+
+
+class _Kind(NamedTuple):
+    """A way to generate: the programs that a rank runs for it, and the model that runs them."""
+
+    programs: Callable[[RankPrograms[Any]], GuardedPrograms[Any]]
+    model: Callable[[RankParts, RunnerParts], DistributedCausalLM]
+
+
+def _kind(programs: RankPrograms[Any]) -> _Kind:
+    """Choose how a rank generates: the one place that does."""
+    if programs.encoder_of(programs.step) is not None:
+        return _Kind(_seq2seq_programs, _seq2seq_model)
+    if programs.prompt is not None:
+        return _Kind(_prompt_programs, _own_cache_model)
+    return _Kind(_step_programs, _causal_model)
+
+
+def _called(kind: type[D], parts: RankParts) -> type[D]:
+    """Return a class called like the model's own, by which pipelines and generate's code know what a model can do."""
+    name = parts.programs.signature.model_class
+    return type(name, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _causal_model(parts: RankParts, runner: RunnerParts) -> DistributedCausalLM:
+    return _called(DistributedCausalLM, parts)(runner, _step_programs(parts.programs), parts.skeleton)
+
+
+def _step_programs(programs: RankPrograms[Any]) -> GuardedPrograms[Any]:
+    return programs.guarded(programs.step, programs.program)
+
+
+def _own_cache_model(parts: RankParts, runner: RunnerParts) -> DistributedCausalLM:
+    programs = parts.programs
+    steps = programs.of_column(programs.step)
+    return _called(DistributedOwnCacheLM, parts)(
+        runner,
+        _prompt_programs(programs),
+        steps=programs.fixed(programs.step),
+        after_step=handovers(steps, steps),
+    )
+
+
+def _prompt_programs(programs: RankPrograms[Any]) -> GuardedPrograms[Any]:
+    readers = programs.of_column(programs.step)
+    return programs.guarded(programs.prompt, lambda v: (programs.program(v), handovers(programs.of_column(v), readers)))
+
+
+def _seq2seq_model(parts: RankParts, runner: RunnerParts) -> DistributedCausalLM:
+    programs = parts.programs
+    kind = DistributedSeq2SeqLM if parts.skeleton is None else seq2seq_class(type(parts.skeleton))
+    return _called(kind, parts)(
+        runner,
+        _seq2seq_programs(programs),
+        encoder=programs.program(programs.encoder_of(programs.step)),
+        main_input_name=parts.main_input_name,
+        skeleton=parts.skeleton,
+    )
+
+
+def _seq2seq_programs(programs: RankPrograms[Any]) -> GuardedPrograms[Any]:
+    return programs.guarded(programs.step, lambda variant: _with_encoder(programs, variant))
 
 
 def _with_encoder(programs: RankPrograms[V], variant: V) -> tuple[RankProgram, RankProgram]:

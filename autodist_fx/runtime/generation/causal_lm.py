@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -29,11 +30,11 @@ from autodist_fx.runtime.cache.cross_cache import Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache
 from autodist_fx.runtime.generation.collective_call import collective
 from autodist_fx.runtime.generation.follower import Follower
+from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.runtime.generation.leader import Leader
 from autodist_fx.runtime.generation.step import Step
-from autodist_fx.runtime.generation.step_runner import StepRunner
+from autodist_fx.runtime.generation.step_runner import RunnerParts, StepRunner
 from autodist_fx.runtime.generation.versions import GenerationHooks
-from passes.program.rank_program import RankProgram
 
 _GENERATE = inspect.signature(GenerationMixin.generate)
 _SYNCED_GPUS = [*_GENERATE.parameters].index("synced_gpus") - 1  # its position, after self
@@ -41,9 +42,8 @@ _AS_GENERATING = (("logits_to_keep", 1),)  # arguments that the programs which f
 
 
 class DistributedCausalLM(StepRunner, GenerationHooks):
-    """The model that `adx.from_pretrained` and `adx.compile(...).to_distributed()` return, on every rank. See
-    StepRunner for what it is made of. `family`: a model without weights, where its class prepares its own inputs for
-    generating (family_inputs.py)."""
+    """The model that `adx.from_pretrained` and `adx.compile(...).to_distributed()` return, on every rank. `family`: a
+    model without weights, where its class prepares its own inputs for generating (family_inputs.py)."""
 
     main_input_name = "input_ids"
     _outputs: tuple[type, type] = (GenerateDecoderOnlyOutput, GenerateBeamDecoderOnlyOutput)
@@ -51,8 +51,8 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
     _is_stateful = False
     _supports_cache_class = True
 
-    def __init__(self, program: RankProgram, *args: Any, family: Any = None, **keywords: Any) -> None:
-        super().__init__(program, *args, **keywords)
+    def __init__(self, parts: RunnerParts, programs: GuardedPrograms[Any], family: nn.Module | None = None) -> None:
+        super().__init__(parts, programs)
         object.__setattr__(self, "family", family)  # no submodule: its parameters are on meta
 
     @property

@@ -20,6 +20,7 @@ from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.runtime.generation.step import Step
+from autodist_fx.runtime.generation.step_runner import RunnerParts
 from passes.fx import node_meta
 from passes.program.rank_program import RankProgram
 
@@ -72,20 +73,19 @@ class StatesCache(SplitCache):
 
 
 class DistributedOwnCacheLM(DistributedCausalLM):
-    """One rank's share of a model with a cache of its own. `program` is the step's. `prompts` has the prompt's
-    programs, one for each outcome of the guards on a prompt's length, and what is handed over after each; `steps`
-    has the step's, after which `after_step` is handed over."""
+    """One rank's share of a model with a cache of its own. The program of `parts` is the step's. `prompts` has the
+    prompt's programs, one for each outcome of the guards on a prompt's length, and what is handed over after each;
+    `steps` has the step's, after which `after_step` is handed over."""
 
     def __init__(
         self,
-        program: RankProgram,
-        *args: Any,
+        parts: RunnerParts,
         prompts: GuardedPrograms[Prompt],
+        *,
         steps: GuardedPrograms[RankProgram],
         after_step: tuple[Handover, ...],
-        **keywords: Any,
     ) -> None:
-        super().__init__(program, *args, programs=steps, **keywords)
+        super().__init__(parts, steps)
         self._prompts = prompts
         self.prompt_program = prompts.found[0][1][0]
         self.prompt_module = self.prompt_program.graph_module.eval()

@@ -32,17 +32,18 @@ from autodist_fx.runtime.generation.causal_lm import (
 )
 from autodist_fx.runtime.generation.collective_call import collective
 from autodist_fx.runtime.generation.encoder_output import EncoderOutput, EncoderStandIn
-from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, only
+from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.step_messages import EncodeMessage
+from autodist_fx.runtime.generation.step_runner import RunnerParts
 from passes.program.rank_program import RankProgram
 
 
 class DistributedSeq2SeqLM(DistributedCausalLM):
     """The model that `adx.from_pretrained` gives for an encoder and a decoder, on every rank.
 
-    `encoder` is this rank's program for the encoder, with its parameters loaded; `programs` has both for other
-    lengths, too; `main_input_name` is what the encoder reads.
+    `programs` has pairs of this rank's programs for the encoder and the decoder; the first encoder's is `encoder`, with
+    its parameters loaded. `main_input_name` is what the encoder reads.
     `skeleton`: the model on meta, for a generate of the family's own, which asks it for sizes.
     """
 
@@ -53,19 +54,18 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         "position_ids": "decoder_position_ids",
     }
     _mask_name = "decoder_attention_mask"
+    logits_on_every_rank = True
 
     def __init__(
         self,
-        program: RankProgram,
-        *args: Any,
+        parts: RunnerParts,
+        programs: GuardedPrograms[tuple[RankProgram, RankProgram]],
+        *,
         encoder: RankProgram,
         main_input_name: str,
         skeleton: nn.Module | None = None,
-        programs: GuardedPrograms[tuple[RankProgram, RankProgram]] | None = None,
-        **keywords: Any,
     ) -> None:
-        programs = programs or only((encoder, program))
-        super().__init__(program, *args, programs=programs, **{"logits_on_every_rank": True, **keywords})
+        super().__init__(parts, programs)
         object.__setattr__(self, "_skeleton", skeleton)  # no submodule: its parameters are on meta
         self.main_input_name = main_input_name
         self.encoder_program = encoder
@@ -73,7 +73,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         held = [*self.graph_module.parameters(), *self.encoder_module.parameters()]
         self.dtype = next((p.dtype for p in held if p.is_floating_point()), self.dtype)
         self._encoder = EncoderStandIn(self)
-        read = {*encoder.input_names, *program.input_names} - {"past_key_values", "cache_position"}
+        read = {*encoder.input_names, *parts.program.input_names} - {"past_key_values", "cache_position"}
         self._encoder_inputs = tuple(sorted(read - set(self._names.values())))
         self._encoded: weakref.WeakValueDictionary[int, Encoded] = weakref.WeakValueDictionary()
         self._encoded_count = 0

@@ -8,6 +8,7 @@ once on each rank, in `_choose`, and the variant that they choose is handed on t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from autodist_fx.runtime.cache.kv_cache import SplitCache, local_cache, one_of_e
 from autodist_fx.runtime.failing_node import name_failing_node
 from autodist_fx.runtime.generation.call_programs import CallPrograms
 from autodist_fx.runtime.generation.collective_call import CallCommunicator, CollectiveCalls
-from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, only
+from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.runtime.generation.leader import Leader
 from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.step_channel import StepChannel
@@ -37,42 +38,46 @@ from passes.ops.comm import using
 from passes.program.rank_program import RankProgram
 
 
+@dataclass(frozen=True, slots=True)
+class RunnerParts:
+    """The parts that a rank's model is made of, of whatever class. `program`'s parameters are loaded, on `device`.
+
+    `positions_follow_mask`: generate counts the tokens that the mask shows, and tells the model its positions.
+    `call_programs` are for calls without a cache; without them a call always fills one. `plan` and `load_report` (a
+    LoadReport) are for whoever asks.
+    """
+
+    program: RankProgram
+    communicator: CallCommunicator
+    config: PretrainedConfig
+    generation_config: GenerationConfig | None = None
+    device: torch.device | str = "cpu"
+    plan: PartitionPlan | None = None
+    load_report: Any = None
+    positions_follow_mask: bool = True
+    call_programs: CallPrograms | None = None
+
+
 class StepRunner(PretrainedMembers):
-    """One rank's model, as a class that has transformers' generate joins it. `program`'s parameters are loaded, on
-    `device`; `programs` has those for other sizes, too, where the model has guards on them. `logits_on_every_rank`
-    sends what `model(...)` gives from the last stage to all ranks; `generate` never does. `positions_follow_mask`:
-    generate counts the tokens that the mask shows, and tells the model its positions. `call_programs` are for calls
-    without a cache; without them a call always fills one. `plan` and `load_report` (a LoadReport) are for whoever
-    asks.
+    """One rank's model, as a class that has transformers' generate joins it. `programs` has the program of `parts` and
+    those for other sizes, where the model has guards on them. `logits_on_every_rank`, an attribute, sends what
+    `model(...)` gives from the last stage to all ranks; `generate` never does.
     """
 
     _names: Mapping[str, str] = {}  # what the graph calls an input of the decoder, where it is not the plain name
+    logits_on_every_rank = False
 
-    def __init__(
-        self,
-        program: RankProgram,
-        communicator: CallCommunicator,
-        config: PretrainedConfig,
-        generation_config: GenerationConfig | None = None,
-        *,
-        device: torch.device | str = "cpu",
-        logits_on_every_rank: bool = False,
-        programs: GuardedPrograms[Any] | None = None,
-        plan: PartitionPlan | None = None,
-        load_report: Any = None,
-        positions_follow_mask: bool = True,
-        call_programs: CallPrograms | None = None,
-    ) -> None:
+    def __init__(self, parts: RunnerParts, programs: GuardedPrograms[Any]) -> None:
         super().__init__()
-        self._call_programs = call_programs
-        self._programs: GuardedPrograms[Any] = programs or only(program)
+        self._call_programs, self._programs = parts.call_programs, programs
+        program, communicator, config = parts.program, parts.communicator, parts.config
         self.program, self.communicator, self.config = program, communicator, config
-        self.plan, self.load_report, self.positions_follow_mask = plan, load_report, positions_follow_mask
-        self.generation_config = generation_config or GenerationConfig.from_model_config(config)
+        self.plan, self.load_report = parts.plan, parts.load_report
+        self.positions_follow_mask = parts.positions_follow_mask
+        self.generation_config = parts.generation_config or GenerationConfig.from_model_config(config)
         self.graph_module = program.graph_module.eval()
-        self.device = torch.device(device)
+        self.device = torch.device(parts.device)
         self.dtype = next((p.dtype for p in self.graph_module.parameters() if p.is_floating_point()), torch.float32)
-        self.logits_on_every_rank = logits_on_every_rank
         mesh = program.mesh
         self.driver = mesh.rank(mesh.pp - 1, 0)
         self.is_driver = program.rank == self.driver

@@ -24,6 +24,8 @@ from transformers.generation import BaseStreamer, LogitsProcessor
 import autodist_fx as adx
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+from autodist_fx.runtime.generation.guarded_programs import only
+from autodist_fx.runtime.generation.step_runner import RunnerParts
 from autodist_fx.simulation.thread_communicator import ThreadWorld
 from autodist_fx.weights.load import load_rank
 from autodist_fx.weights.sources.module_source import ModuleSource
@@ -103,8 +105,8 @@ class Ranks:
         """`work(rank, the rank's DistributedCausalLM)`, by rank."""
 
         def run(rank, communicator):
-            config = copy.deepcopy(self.model.config)
-            return work(rank, DistributedCausalLM(self.programs[rank], communicator, config))
+            program, config = self.programs[rank], copy.deepcopy(self.model.config)
+            return work(rank, DistributedCausalLM(RunnerParts(program, communicator, config), only(program)))
 
         return ThreadWorld(self.mesh).run(run)
 

@@ -12,7 +12,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import autodist_fx as adx
 from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.generation.guarded_programs import only
 from autodist_fx.runtime.generation.seq2seq_lm import seq2seq_class
+from autodist_fx.runtime.generation.step_runner import RunnerParts
 from autodist_fx.simulation.thread_communicator import ThreadWorld
 from autodist_fx.tracing import meta_copy
 from autodist_fx.weights.load import load_rank
@@ -47,11 +49,10 @@ class Ranks:
 
         def run(rank: int, communicator: Any) -> Any:
             program, encoder = self.programs[rank]
+            config, generation_config = map(copy.deepcopy, (self.model.config, self.model.generation_config))
             split = seq2seq_class(type(self.model))(
-                program,
-                communicator,
-                copy.deepcopy(self.model.config),
-                copy.deepcopy(self.model.generation_config),
+                RunnerParts(program, communicator, config, generation_config),
+                only((encoder, program)),
                 encoder=encoder,
                 main_input_name=self.model.main_input_name,
                 skeleton=meta_copy(self.model) if "Whisper" in type(self.model).__name__ else None,

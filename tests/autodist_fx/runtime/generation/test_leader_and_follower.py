@@ -27,6 +27,7 @@ from autodist_fx.runtime.generation.step_messages import (
     ReorderMessage,
     StepMessage,
 )
+from autodist_fx.runtime.generation.step_runner import RunnerParts
 from autodist_fx.simulation.thread_communicator import ThreadWorld
 from autodist_fx.weights.load import load_rank
 from autodist_fx.weights.sources.module_source import ModuleSource
@@ -57,7 +58,7 @@ def test_guards_are_evaluated_once_a_step_on_every_rank(mesh: dict[str, int]) ->
         program, guards = compiled.program(rank), CountingGuards()
         load_rank(program, ModuleSource(model), buffers=buffers, base_model_prefix=model.base_model_prefix)
         programs: Any = GuardedPrograms([(guards, program)])  # type: ignore[list-item]
-        split = DistributedCausalLM(program, communicator, model.config, programs=programs)
+        split = DistributedCausalLM(RunnerParts(program, communicator, model.config), programs)
         split.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
         return guards.asked
 
