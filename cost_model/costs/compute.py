@@ -67,7 +67,7 @@ def op_flops(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
         scores = prod(q[:-1]) * k[-2]  # b * h * s * t: every query head meets every key, grouped or not
         return float(scores * (2 * q[-1] + 2 * v[-1] + SOFTMAX_FLOPS))
     if kind == "experts":
-        return 2.0 * _rows_of_experts(op, inputs) * sum(prod(spec.shape[1:]) for spec in inputs[3:])
+        return 2.0 * rows_of_experts(op, inputs) * sum(prod(spec.shape[1:]) for spec in inputs[3:])
     if kind == "einsum":
         return _einsum_flops(op, inputs, out)
     elements = sum(o.numel for o in outputs)
@@ -85,7 +85,7 @@ def op_bytes(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
     if kind in GATHERS:  # rows, read and written, and their numbers
         return float(2 * written + sum(spec.nbytes for spec in inputs if "float" not in spec.dtype))
     if kind == "experts":  # each row comes and goes, with what is inside; experts without rows are not read
-        rows, (up, down) = _rows_of_experts(op, inputs), inputs[3:]
+        rows, (up, down) = rows_of_experts(op, inputs), inputs[3:]
         a_row = (2 * down.shape[1] + up.shape[1] + down.shape[2]) * DTYPE_BYTES.get(down.dtype, 4)
         weights = (up.nbytes + down.nbytes) / max(1, up.shape[0])
         return float(rows * a_row + _experts_met(op, inputs) * weights + written)
@@ -112,7 +112,7 @@ def op_seconds(op: Op, local_inputs: Sequence[TensorSpec], local_outputs: Sequen
     return max(compute, memory) + fixed
 
 
-def _rows_of_experts(op: Op, inputs: Sequence[TensorSpec]) -> float:
+def rows_of_experts(op: Op, inputs: Sequence[TensorSpec]) -> float:
     """Returns how many pairs of row and expert the busiest rank is expected to have, which holds as many experts.
 
     m pairs thrown into n ranks: the fullest has about m/n + sqrt(2 m/n ln n) (M. Raab, A. Steger, "Balls into bins - a

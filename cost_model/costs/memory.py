@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import prod
 
-from cost_model.costs.compute import VIEWS
-from cost_model.graph.op_graph import SOURCES, Op, TensorRef, TensorSpec
+from cost_model.costs.compute import VIEWS, rows_of_experts
+from cost_model.graph.op_graph import DTYPE_BYTES, SOURCES, Op, TensorRef, TensorSpec
 from cost_model.graph.placement import Placement
 
 CACHE_KIND = "cache_update"
@@ -93,12 +93,17 @@ def workspace_bytes(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
 
     cache_update  the keys (or values) so far, until the longer ones are made: the larger of its outputs
     sdpa          the log-sum-exp of every query and head, float32 (FlashAttention-2, Dao 2023, section 3.1): 4 * b*h*s
+    experts       each pair of row and expert: the row, gate and up, what is inside, and what the expert makes of it
     otherwise     0: what libraries take once and keep (cuBLAS' workspace, NCCL's buffers) is not counted
     """
     if op.kind == CACHE_KIND:
         return max((spec.nbytes for spec in outputs), default=0)
     if op.kind == "sdpa" and inputs:
         return 4 * prod(inputs[0].shape[:-1])
+    if op.kind == "experts":
+        up, down = inputs[3:]
+        a_row = (2 * down.shape[1] + up.shape[1] + down.shape[2]) * DTYPE_BYTES.get(down.dtype, 4)
+        return round(rows_of_experts(op, inputs) * a_row)
     return 0
 
 

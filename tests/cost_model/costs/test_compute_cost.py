@@ -12,6 +12,10 @@ from cost_model.graph.op_graph import Op, TensorSpec
 
 torch = pytest.importorskip("torch")
 
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from passes.ops.experts import experts  # noqa: E402
+
 
 def f32(*shape):
     return TensorSpec(shape, "float32")
@@ -27,8 +31,6 @@ def flops(kind, inputs, *outputs, **attrs):
 
 def torch_flops(function, *inputs):
     """Returns what torch's own counter says, on tensors without memory."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     with FlopCounterMode(display=False) as counter:
         function(*(torch.empty(s.shape, device="meta") for s in inputs))
     return counter.get_total_flops()
@@ -61,6 +63,39 @@ def test_grouped_attention_computes_as_much_but_reads_less():
     q, few, many, out = f32(1, 8, 4, 16), f32(1, 2, 32, 16), f32(1, 8, 32, 16), f32(1, 8, 4, 16)
     assert flops("sdpa", (q, few, few), out) == flops("sdpa", (q, many, many), out)
     assert op_bytes(op("sdpa", (out,)), (q, few, few), (out,)) < op_bytes(op("sdpa", (out,)), (q, many, many), (out,))
+
+
+def _experts(rows, count, here, chosen=2, hidden=6, inner=4):
+    """Returns the op and its inputs on a rank that has `here` of `count` experts."""
+    shapes = (rows, hidden), (rows, chosen), (rows, chosen), (here, 2 * inner, hidden), (here, hidden, inner)
+    made = op("experts", (f32(rows, hidden),), activation="silu", gated=True, experts=count)
+    return made, tuple(f32(*shape) for shape in shapes)
+
+
+def test_routed_experts_as_torch_counts_them():
+    made, inputs = _experts(rows=9, count=5, here=5)
+    x, index = torch.rand(9, 6), torch.stack([torch.randperm(5)[:2] for _ in range(9)])
+    with FlopCounterMode(display=False) as counter:
+        experts(x, index, torch.rand(9, 2), torch.rand(5, 8, 6), torch.rand(5, 6, 4), "silu", True, 5)
+    assert op_flops(made, inputs, made.outputs) == counter.get_total_flops()
+
+
+def test_routed_experts_cost_what_the_busiest_rank_is_expected_to_do():
+    """Compared with tokens sent at random."""
+    chosen = torch.stack([torch.randperm(16)[:2] for _ in range(200 * 64)]).view(200, 64 * 2)
+    busiest = torch.stack([torch.bincount(each // 4, minlength=4).max() for each in chosen]).double().mean()
+    made, inputs = _experts(rows=64, count=16, here=4)
+    whole, of_all = _experts(rows=64, count=16, here=16)
+    share = op_flops(made, inputs, made.outputs) / op_flops(whole, of_all, whole.outputs)
+    assert float(busiest) / 128 == pytest.approx(share, rel=0.15) and share > 1 / 4
+
+
+def test_experts_without_a_row_cost_nothing():
+    few, many = (_experts(rows, 128, 128, chosen=8) for rows in (1, 512))
+    seconds = [op_seconds(made, inputs, made.outputs, CPU_GLOO) for made, inputs in (few, many)]
+    assert seconds[0] < seconds[1] / 10  # eight of 128 are met
+    weights = 8 * (8 * 6 + 6 * 4) * 4
+    assert 0.9 * weights < op_bytes(*few, few[0].outputs) < 2 * weights
 
 
 def test_elementwise_reductions_and_moves():
