@@ -43,7 +43,8 @@ def written_layers(model: PreTrainedModel, inputs: Mapping[str, object]) -> tupl
     cache = model_cache(model.config, (), 0, 0)
     meta_buffers = {name: buffer.to("meta") for name, buffer in model.named_buffers()}
     # Without masks: some are looked at, unless traced. They change no shape.
-    given = {name: value for name, value in inputs.items() if "mask" not in name} | {"past_key_values": cache}
+    given: dict[str, object] = {name: value for name, value in inputs.items() if "mask" not in name}
+    given |= {"past_key_values": cache, "use_cache": True}
     with torch.no_grad():
         torch.func.functional_call(model, meta_buffers, (), given)
     pairs = zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=False)

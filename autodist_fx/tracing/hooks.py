@@ -221,14 +221,15 @@ def restore_attributes(module: nn.Module) -> None:
             each.replaced.clear()
 
 
-def calls_attached(plain: Callable[..., Any]) -> Callable[..., Any]:
+def calls_attached(plain: Callable[..., Any], names: Mapping[str, str]) -> Callable[..., Any]:
     """Return the forward for fx, which calls that of the root's class: what `model(...)` would call, with its hooks.
-    They get, as keywords, the arguments that differ from the defaults of `plain`, which is that forward."""
+    They get, as keywords, the arguments that differ from the defaults of `plain`, which is that forward, each by its
+    own name where `names` has one."""
     usual = {name: p.default for name, p in inspect.signature(plain).parameters.items()}
 
     def forward(self: nn.Module, **kwargs: Any) -> Any:
         given = {name: value for name, value in kwargs.items() if name not in usual or value is not usual[name]}
-        return self._call_impl(**given)
+        return self._call_impl(**{names.get(name, name): value for name, value in given.items()})
 
     return forward
 

@@ -24,7 +24,7 @@ from transformers import (
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.hooks import left_as_they_are, watch
 from autodist_fx.tracing.patches import PATCH_LOCK
-from autodist_fx.tracing.versions.forwards import no_init_weights, with_cache_named_as_before
+from autodist_fx.tracing.versions.forwards import no_init_weights
 
 _LEFT_BY_CALLS: WeakKeyDictionary[type[nn.Module], frozenset[str]] = WeakKeyDictionary()  # see names_left_by_calls
 
@@ -54,7 +54,7 @@ def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
     watch(copied, model)
     for module in copied.modules():
         _forget_calls(module)
-    return with_cache_named_as_before(copied)
+    return copied
 
 
 def _forget_calls(module: nn.Module) -> None:
@@ -141,7 +141,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
     _keep_in_float32(model)
     # Not done by _from_config: it takes whoever switches initialisation off to be about to load weights.
     model.tie_weights()
-    return with_cache_named_as_before(model.eval())
+    return model.eval()
 
 
 def _keep_in_float32(model: PreTrainedModel) -> None:

@@ -25,7 +25,7 @@ from autodist_fx.tracing.control_flow.conditions import decide, is_instance, lon
 from autodist_fx.tracing.control_flow.constants import CONVERSIONS, numpy_ufunc
 from autodist_fx.tracing.control_flow.range_loops import outlined_loops
 from autodist_fx.tracing.control_flow.rotary import updating_frequencies
-from autodist_fx.tracing.control_flow.value_branches import hide_buffer
+from autodist_fx.tracing.control_flow.value_branches import hide_buffer, set_attribute
 from autodist_fx.tracing.hooks import (
     calls_attached,
     has_attached_itself,
@@ -33,7 +33,7 @@ from autodist_fx.tracing.hooks import (
     register_parametrization,
     remove_parametrizations,
 )
-from autodist_fx.tracing.versions.forwards import without_checks, without_return_dict
+from autodist_fx.tracing.versions.forwards import own_forward, without_checks, without_return_dict
 from autodist_fx.tracing.versions.masks import patch_masks
 from autodist_fx.tracing.versions.tracer_base import AttributeProxy, DeviceAttribute, SymbolicProxy, patch_base
 
@@ -56,8 +56,8 @@ def traceable(
 
     The flags of the model's configs are set to what a traced forward needs (`use_cache` as given, outputs as a
     `ModelOutput`, no attention maps, no hidden states but where the call asks for them), and restored with the rest.
-    `records`: the call does; then the wrappers that collect what layers return stay where they are. `keeps_states`:
-    tensors that modules of `model` (a copy) are left with are the states of a recurrence, to be read afterwards.
+    `records`: the call does; then the wrappers of models that collect what layers return stay where they are.
+    `keeps_states`: tensors that modules of `model` (a copy) are left with are the states of a recurrence, to be read afterwards.
     `keywords`: what goes into forward's **kwargs and is an input of the graph.
     """
     with PATCH_LOCK, contextlib.ExitStack() as undo:
@@ -81,7 +81,8 @@ def traceable(
             # @check_model_inputs, @can_return_tuple, ...: fx reads the argument names off the function's code, and a
             # wrapper's code has only (*args, **kwargs).
             forward = cls.__dict__["forward"]
-            run, plain = forward if records else _without_wrappers(forward), inspect.unwrap(forward)
+            collects = records and issubclass(cls, PreTrainedModel)
+            run, plain = forward if collects else _without_wrappers(forward), inspect.unwrap(forward)
             run = updating_frequencies(forward) or run
             if run is not forward and cls is not of_root:
                 run = without_return_dict(run)
@@ -90,15 +91,16 @@ def traceable(
             if run is not forward:
                 patch(cls, "forward", run)
         if has_attached_itself(model):
-            run = type(model).forward
+            run, (called, names) = type(model).forward, own_forward(type(model))
             if "forward" not in vars(model):
-                vars(model)["forward"] = types.MethodType(run, model)
+                vars(model)["forward"] = types.MethodType(called, model)
                 undo.callback(vars(model).pop, "forward")
-            patch(type(model), "forward", _with_signature_of(run, calls_attached(run)))
+            patch(type(model), "forward", _with_signature_of(run, calls_attached(run, names)))
         if keywords:
             run = type(model).forward
             patch(type(model), "forward", _with_signature_of(run, run, keywords))
         patch(torch.nn.Module, "register_buffer", hide_buffer)
+        patch(torch.nn.Module, "__setattr__", set_attribute)
         patch(GradientCheckpointingLayer, "__call__", _call_as_module)
         if not keeps_states:
             undo.enter_context(kept_tensors(model))

@@ -17,10 +17,9 @@ from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import recurrent_states as states
 from autodist_fx.tracing.example_inputs import ExampleInputs, Sizes, embedding_dim, unmistakable_sizes
 from autodist_fx.tracing.hooks import refuse_global_hooks
-from autodist_fx.tracing.meta_model import empty_model, meta_copy
 from autodist_fx.tracing.patches import traceable
 from autodist_fx.tracing.recurrent_states import StateTensor
-from autodist_fx.tracing.traced_model import TracedModel, choose_attention, graph_module_of, tracing_error
+from autodist_fx.tracing.traced_model import TracedModel, graph_module_of, model_to_trace, tracing_error
 from autodist_fx.tracing.tracer import Tracer
 from autodist_fx.tracing.versions.tracer_base import get_concrete_args
 from passes.fx import node_meta
@@ -126,8 +125,7 @@ def _trace_step(
 
 
 def _meta(model: PreTrainedModel | PretrainedConfig) -> tuple[PreTrainedModel, list[str]]:
-    meta_model = empty_model(model) if isinstance(model, PretrainedConfig) else meta_copy(model)
-    choose_attention(meta_model)
+    meta_model = model_to_trace(model)
     parameters = inspect.signature(meta_model.forward).parameters
     return meta_model, [name for name, p in parameters.items() if p.kind != p.VAR_KEYWORD]
 

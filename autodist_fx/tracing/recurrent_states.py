@@ -45,7 +45,9 @@ def has_own_cache(model_class: type[PreTrainedModel], config: PretrainedConfig) 
     """Return whether the model decodes with something else than keys and values in transformers' DynamicCache."""
     if not getattr(model_class, "can_generate", lambda: False)():
         return False
-    return not model_class._supports_default_dynamic_cache() or not takes_cache(model_class) or keeps_states(config)
+    if not model_class._supports_default_dynamic_cache() or not takes_cache(model_class):
+        return True
+    return keeps_states(config)
 
 
 @dataclass

@@ -33,8 +33,10 @@ from autodist_fx.tracing.example_inputs import (
 from autodist_fx.tracing.hooks import refuse_global_hooks
 from autodist_fx.tracing.meta_model import empty_model, meta_copy
 from autodist_fx.tracing.passing_cache import PassingCache, shares_keys_between_layers
-from autodist_fx.tracing.patches import traceable
+from autodist_fx.tracing.patches import FLAGS_SET_FOR_TRACING, traceable
+from autodist_fx.tracing.recurrent_states import has_own_cache
 from autodist_fx.tracing.tracer import Tracer, model_source_files
+from autodist_fx.tracing.versions.forwards import with_cache_named_as_before
 from autodist_fx.tracing.versions.tracer_base import get_concrete_args
 from passes.fx import node_meta
 from passes.fx.lazy_graph_module import LazyGraphModule
@@ -152,8 +154,12 @@ def _trace(
     passing_cache: bool,
 ) -> tuple[TracedModel, bool]:
     """Return the traced model, and whether each value in its graph could be computed on the example inputs."""
-    meta_model = empty_model(model) if isinstance(model, PretrainedConfig) else meta_copy(model)
-    choose_attention(meta_model)
+    meta_model = model_to_trace(model)
+    if use_cache and has_own_cache(type(meta_model), meta_model.config):
+        raise TracingError(
+            f"{type(meta_model).__name__} decodes with more than keys and values, with a graph for a prompt and one "
+            "for a step (trace_phases): trace with use_cache=False"
+        )
     parameters = inspect.signature(meta_model.forward).parameters
     accepted = [name for name, p in parameters.items() if p.kind != p.VAR_KEYWORD]
     takes_more = len(accepted) < len(parameters)
@@ -164,7 +170,8 @@ def _trace(
     if passing_cache and "past_key_values" in fixed and not has_encoder(meta_model):
         fixed["past_key_values"] = PassingCache(config=meta_model.config)
     specs = {**(choice_specs(names) if is_multiple_choice(type(meta_model).__name__) else {}), **specs}
-    records = any(name.startswith("output_") and value for name, value in concrete_args.items())
+    by_config = {n: getattr(meta_model.config, n, False) for n in OUTPUT_FLAGS if n not in FLAGS_SET_FOR_TRACING}
+    records = any(name.startswith("output_") and value for name, value in {**by_config, **concrete_args}.items())
     tracer = None
     try:
         with traceable(meta_model, use_cache=use_cache, records=records, keywords=more), torch.no_grad():
@@ -230,10 +237,13 @@ def _layer_kinds(examples: ExampleInputs) -> tuple[str, ...]:
     return layer_kinds(examples.config)
 
 
-def choose_attention(model: PreTrainedModel) -> None:
-    """Choose attention that is plain torch: the others (flash, flex) call kernels that a graph cannot hold."""
-    if model.config._attn_implementation not in ("sdpa", "eager"):
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+def model_to_trace(model: PreTrainedModel | PretrainedConfig) -> PreTrainedModel:
+    """Make a copy on meta whose forward takes its cache as `past_key_values`, and whose attention is plain torch: the
+    others (flash, flex) call kernels that a graph cannot hold."""
+    made = with_cache_named_as_before(empty_model(model) if isinstance(model, PretrainedConfig) else meta_copy(model))
+    if made.config._attn_implementation not in ("sdpa", "eager"):
+        made.set_attn_implementation("sdpa" if made._supports_sdpa else "eager")
+    return made
 
 
 def _input_names(

@@ -32,7 +32,7 @@ from autodist_fx.tracing.encoder_decoder_cache import PARTS
 from autodist_fx.tracing.hooks import has_attached, of_another_class, refuse_autocast, restore_attributes, traced_for
 from autodist_fx.tracing.passing_cache import PassingCache
 from autodist_fx.tracing.recurrent_states import is_container
-from autodist_fx.tracing.versions.forwards import Output
+from autodist_fx.tracing.versions.forwards import as_before
 from autodist_fx.tracing.versions.tracer_base import AttributeProxy, SymbolicProxy, SymbolicTracer
 from passes.fx import node_meta
 
@@ -121,7 +121,9 @@ class Tracer(SymbolicTracer):
         self.buffer_writes = 0  # so many write_buffers were traced
         self.left_by_calls: set[str] = set()  # paths of attributes and buffers that depend on the calls before
         # HFTracer searches these lists at each access, which makes a trace quadratic in the number of layers.
-        self._names = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
+        tensors = [*model.named_buffers(), *model.named_parameters()]
+        self._names = {id(tensor): name for name, tensor in tensors}
+        self._devices = {name: tensor.device for name, tensor in tensors}
         self._copies: dict[nn.Module, nn.Module] = {}  # the caller's modules, which a hook may hold -> those traced
         original = traced_for(model)
         if original is not None:
@@ -190,14 +192,11 @@ class Tracer(SymbolicTracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, PassingCache):
             return None  # the model returns it, and there is nothing in it
-        if isinstance(a, (ModelOutput, Output)) and self.phase:
-            rest = {}
-            for name, value in a.items():
+        if isinstance(a, ModelOutput):
+            a = as_before(a)
+            for name, value in list(a.items()) if self.phase else ():
                 if is_container(value) and not isinstance(value, (tuple, dict)) and not isinstance(value, Proxy):
-                    self.final_cache, self.final_cache_name = value, name
-                else:
-                    rest[name] = value
-            a = rest
+                    self.final_cache, self.final_cache_name = a.pop(name), name
         # numpy's numbers pass for Python's but are written "np.float64(0.5)", a name that no graph knows
         return super().create_arg(a.item() if isinstance(a, np.generic) else a)
 
@@ -215,6 +214,8 @@ class Tracer(SymbolicTracer):
             args = (args[0], lengths_for_tensors(args[1]))  # x[: torch.tensor(length)]
         if kind == "call_method" and target == "requires_grad_":
             return args[0]  # enable_input_require_grads(): what gradients parameters get is the same without
+        if kind == "call_method" and target == "to" and self._is_there(*args, **kwargs):
+            return args[0]
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **named)
         if example is not None:
             proxy.install_metadata(example)  # HFTracer's own went through a pytree, which may rebuild a cache
@@ -224,6 +225,12 @@ class Tracer(SymbolicTracer):
             self.examples_of[proxy.node] = proxy._metadata
             node_meta.set_traced_as_tensor(proxy.node, isinstance(proxy._metadata, torch.Tensor))
         return proxy
+
+    def _is_there(self, value: Proxy, device: Any = None, **more: Any) -> bool:
+        """Return whether `value` is a parameter or buffer, and `device` the one that it is on."""
+        if more or not isinstance(device, torch.device) or value.node.op != "get_attr":
+            return False
+        return self._devices.get(str(value.node.target)) == device
 
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):

@@ -68,6 +68,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": TRAINED}),
     "stablelm": ("stablelm", {"partial_rotary_factor": 0.25, "hidden_size": 96}),
 }  # fmt: skip
+if "proportional" in ROPE_INIT_FUNCTIONS:  # transformers 5
+    CONFIGS["gemma-4"] = ("gemma4_text", {"rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}})
 CHANGE = ("internlm3", "phi-3-128k", "phi-4-mini", "phi-3.5-moe")  # with the length: one of each kind
 
 
@@ -122,7 +126,9 @@ def _check_steps(split: Any, model: PreTrainedModel) -> None:
 
 
 def test_there_is_a_config_of_every_type() -> None:
-    assert {_rope_type(said) for _, said in CONFIGS.values()} == ROPE_INIT_FUNCTIONS.keys()
+    found = {_rope_type(said) for _, said in CONFIGS.values()}
+    found |= {each["rope_type"] for _, said in CONFIGS.values() for each in said.get("rope_parameters", {}).values()}
+    assert found == {"default", *ROPE_INIT_FUNCTIONS}
 
 
 @pytest.mark.parametrize("name", CHANGE)

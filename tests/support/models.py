@@ -49,7 +49,10 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, *
 
 
 def randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """The model itself, with random numbers in every parameter."""
+    """The model itself, with random numbers in every parameter. Where its experts can be computed in several ways, they
+    are computed in the one that knows float64."""
+    if getattr(type(model), "_can_set_experts_implementation", bool)():
+        model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

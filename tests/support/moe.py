@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.models.dbrx.configuration_dbrx import DbrxFFNConfig
+from transformers.models.dbrx.configuration_dbrx import DbrxAttentionConfig, DbrxFFNConfig
 
 from tests.support.models import tiny_model
 
@@ -28,8 +29,14 @@ FOUR = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "m
 
 def dbrx_experts(count: int) -> dict[str, Any]:
     """Which DBRX's config has in a config of their own."""
-    return {"ffn_config": DbrxFFNConfig(ffn_hidden_size=44, moe_num_experts=count, moe_top_k=2)}
+    experts = DbrxFFNConfig(hidden_size=48, ffn_hidden_size=44, moe_num_experts=count, moe_top_k=2)
+    return {"ffn_config": experts, "attn_config": DbrxAttentionConfig(clip_qkv=8.0, rope_theta=10000.0)}
 
 
 def tiny_moe_model(family: str, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
     return tiny_model(family, dtype, **{**SIZES, **FAMILY_SIZES.get(family, {}), **changes})
+
+
+def experts_are_modules(model: PreTrainedModel) -> bool:
+    """Whether each expert is a module with weights of its own (most of transformers 4's), and no part of a weight."""
+    return any(re.search(r"\.experts\.\d+\.", name) for name, _ in model.named_parameters())

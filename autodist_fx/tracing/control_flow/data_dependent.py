@@ -123,6 +123,9 @@ def rewritten(tracer: SymbolicTracer, kind: str, target: Any, args: tuple[Any, .
         if kwargs.get("as_tuple", False):
             return indices
         return tracer.create_proxy("call_function", torch.stack, (tuple(indices[i] for i in _dims(indices)), -1), {})
+    if name == "histc" and not args[0]._metadata.is_floating_point():
+        # which dtype a count asks for depends on the device, and a CPU has one for floating point alone
+        return tracer.create_proxy(kind, target, (args[0].to(torch.float32), *args[1:]), kwargs)
     if name == "tolist" and len(_shape(args[0]) or ()) == 1:
         return Counts(args[0], int(constant(tracer.create_proxy("call_method", "size", (args[0], 0), {}))))
     if name in ("split", "split_with_sizes") and len(args) > 1 and isinstance(args[1], Counts):
@@ -282,15 +285,16 @@ def unrolled(tracer: SymbolicTracer, proxy: Any) -> Iterator[UnrolledIndex | Run
     counted = compared.args[0]
     if _called(counted) not in ("sum", "any"):
         return None
-    classes = _one_hot_classes(counted.args[0], _REORDERED)
+    one_hot = _one_hot_of(counted.args[0], _REORDERED)
     counted_once = expectation((_shape(proxy) or (0,))[0])  # of how many elements
-    if classes is None or counted_once is None or counted_once[0] != classes:
+    if one_hot is None or counted_once is None or counted_once[0] != _classes(one_hot):
         return None
-    return iter([UnrolledIndex(i) for i in range(classes)])
+    return iter([UnrolledIndex(i) for i in range(_occurring(one_hot, tracer))])
 
 
 def _selected(tracer: SymbolicTracer, mask: SymbolicProxy) -> SymbolicProxy:
-    share = _one_hot_classes(mask.node, _PART) or 1
+    one_hot = _one_hot_of(mask.node, _PART)
+    share = 1 if one_hot is None else _occurring(one_hot, tracer)
     return tracer.create_proxy("call_function", selected, (mask, _number(tracer, 1), share), {})
 
 
@@ -300,16 +304,25 @@ def _number(tracer: SymbolicTracer, count: int) -> int:
     return tracer.data_dependent_calls - count
 
 
-def _one_hot_classes(node: Any, through: tuple[str, ...]) -> int | None:
-    """Return the number of classes of the one_hot that `node` is a part of."""
+def _one_hot_of(node: Any, through: tuple[str, ...]) -> Node | None:
+    """Return the one_hot of a known number of classes that `node` is a part of."""
     while isinstance(node, Node):
         if node.target is F.one_hot:
-            classes = node.kwargs.get("num_classes", node.args[1] if len(node.args) > 1 else None)
-            return classes if isinstance(classes, int) else None
+            return node if isinstance(_classes(node), int) else None
         if _called(node) not in through:
             return None
         node = node.args[0]
     return None
+
+
+def _classes(one_hot: Node) -> Any:
+    return one_hot.kwargs.get("num_classes", one_hot.args[1] if len(one_hot.args) > 1 else None)
+
+
+def _occurring(one_hot: Node, tracer: SymbolicTracer) -> int:
+    """Return how many of the classes there can be any of: transformers 5 has one more, for experts of other ranks."""
+    found = value_range(one_hot.args[0] if one_hot.args else one_hot.kwargs["tensor"], tracer)
+    return _classes(one_hot) if found is None else int(min(found[1] + 1, _classes(one_hot)))
 
 
 def _called(node: Node) -> str:

@@ -25,6 +25,7 @@ from passes.ops.buffers import write_buffers
 _MOST_PATHS = 32
 _PREFIX = "kept_"  # of the buffers that hold what a call leaves for the next
 _register_buffer = nn.Module.register_buffer  # while a model is traced, hide_buffer stands in its place
+_setattr = nn.Module.__setattr__  # and set_attribute in its
 _PLAIN = (bool, int, float, str, type(None))
 _Attribute = tuple[nn.Module, str]
 
@@ -175,6 +176,14 @@ def _set(attributes: Mapping[_Attribute, Any]) -> None:
 def hide_buffer(module: nn.Module, name: str, tensor: Any, persistent: bool = True) -> None:
     """Set a buffer that a module replaces in the course of a call; stands for nn.Module.register_buffer meanwhile."""
     vars(module)[name] = tensor
+
+
+def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+    """Stands for nn.Module.__setattr__, which refuses to put a traced value in the place of a buffer."""
+    if not isinstance(value, Proxy) or name not in module._buffers:
+        _setattr(module, name, value)
+    elif getattr(module, name) is not value:  # else it is the buffer itself, which was moved to where it is
+        vars(module)[name] = value
 
 
 def _kept_buffer(tracer: Any, key: _Attribute, left: SymbolicProxy, start: Any) -> Any:

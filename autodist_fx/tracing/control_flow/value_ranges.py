@@ -22,6 +22,7 @@ _SAME = (
     "flatten", "transpose", "permute", "contiguous", "clone", "repeat", "any", "all", "item", "detach",
 )  # fmt: skip
 _VIEWS = ("getitem", "unsqueeze", "squeeze", "view", "reshape", "expand", "flatten", "transpose", "permute", "detach")
+_GIVE_PLACES = ("topk", "sort")  # (values, where they were)
 _COMPARED = {
     "gt": operator.gt, "lt": operator.lt, "ge": operator.ge, "le": operator.le, "eq": operator.eq, "ne": operator.ne,
 }  # fmt: skip
@@ -50,6 +51,8 @@ def value_range(value: Any, tracer: Any) -> Range | None:
         return (0.0, 1.0) if is_mask and str(name).endswith("attention_mask") else None
     if value.op not in ("call_function", "call_method") or not value.args:
         return None
+    if name == "getitem" and _called(value.args[0]) in _GIVE_PLACES:
+        return _places(value.args[0], tracer) if value.args[1] == 1 else None
     ranges = [value_range(a, tracer) for a in value.args]
     first = ranges[0]
     if name == "arange" and len(value.args) < 3:
@@ -89,6 +92,21 @@ def value_range(value: Any, tracer: Any) -> Range | None:
             return (0.0, 0.0) if name == "lt" else (1.0, 1.0)
         return 0.0, 1.0
     return None
+
+
+def _places(node: Node, tracer: Any) -> Range | None:
+    """Return the range of the indices that topk gives: 0 to the last of as many as it chooses from, where these are as many always."""
+    examples = tracer.examples_of.get(node.args[0]), tracer.other_example.value(node.args[0])
+    at = 2 if _called(node) == "topk" else 1  # of `dim` among the arguments
+    dim = node.kwargs.get("dim", node.args[at] if len(node.args) > at else -1)
+    if not all(isinstance(example, torch.Tensor) for example in examples) or not isinstance(dim, int):
+        return None
+    first, second = (example.shape[dim] for example in examples)
+    return (0.0, first - 1.0) if first == second else None
+
+
+def _called(node: Any) -> str:
+    return str(getattr(node.target, "__name__", node.target)) if isinstance(node, Node) else ""
 
 
 def _is_written(node: Node) -> bool:

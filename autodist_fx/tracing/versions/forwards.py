@@ -13,11 +13,13 @@ import functools
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
+
+from autodist_fx.calls.cache_names import CACHE_FIELD
 
 try:
     from transformers.initialization import no_init_weights
@@ -30,39 +32,53 @@ _CAPTURES_OUTPUTS = importlib.util.find_spec("transformers.utils.output_capturin
 _NO_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"  # switches 5's torch_compilable_check off
 
 
-class Output(dict[str, Any]):
-    """The outputs of a forward whose cache argument was renamed. No ModelOutput: version 5's renames the field back."""
-
-
 def with_cache_named_as_before(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the same model, of a subclass of the same name whose forward calls its cache `past_key_values`."""
+    """Return the same model, of a subclass of the same name whose forward calls its cache `past_key_values`.
+
+    What it returns, and what hooks are given, goes by transformers' own names.
+    """
     cls = type(model)
     parameters = list(inspect.signature(cls.forward).parameters.values())
     names = {p.name for p in parameters}
     if _CACHE not in names or "past_key_values" in names:
         return model
-    renamed = [p.replace(name="past_key_values") if p.name == _CACHE else p for p in parameters]
+    renamed = _renamed(parameters)
     stars = {inspect.Parameter.VAR_KEYWORD: "**", inspect.Parameter.VAR_POSITIONAL: "*"}
     takes = ", ".join(f"{stars[p.kind]}{p.name}" if p.kind in stars else f"{p.name}=None" for p in renamed[1:])
     gives = ", ".join(
         f"{stars[new.kind]}{new.name}" if new.kind in stars else f"{old.name}={new.name}"
         for old, new in zip(parameters[1:], renamed[1:], strict=True)
     )
-    scope: dict[str, Any] = {"cls": cls, "output": _renamed}
-    exec(f"def forward(self, {takes}):\n    return output(cls.forward(self, {gives}))", scope)
+    scope: dict[str, Any] = {"cls": cls}
+    exec(f"def forward(self, {takes}):\n    return cls.forward(self, {gives})", scope)
     forward = scope["forward"]
     forward.__signature__ = inspect.Signature(renamed)
     plain = [p for p in renamed[1:] if p.kind not in stars]
     forward.__defaults__ = tuple(None if p.default is p.empty else p.default for p in plain)
+    attributes = {"forward": forward, "__module__": cls.__module__, "_of_transformers": cls}
     metaclass: Any = type(cls)
-    model.__class__ = metaclass(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    model.__class__ = metaclass(cls.__name__, (cls,), attributes)
+    if (replaced := vars(model).get("forward")) is not None:
+        replaced.__signature__ = inspect.Signature(_renamed(inspect.signature(replaced).parameters.values()))
     return model
 
 
-def _renamed(output: Any) -> Any:
-    if not isinstance(output, ModelOutput):
-        return output
-    return Output({"past_key_values" if key == _CACHE else key: value for key, value in output.items()})
+def _renamed(parameters: Iterable[inspect.Parameter]) -> list[inspect.Parameter]:
+    return [p.replace(name="past_key_values") if p.name == _CACHE else p for p in parameters]
+
+
+def own_forward(model_class: type[PreTrainedModel]) -> tuple[Callable[..., Any], dict[str, str]]:
+    """Return (forward as transformers has it, {our name of an argument: its own}) of a class that
+    with_cache_named_as_before made, or of any other."""
+    of_transformers = vars(model_class).get("_of_transformers")
+    if of_transformers is None:
+        return model_class.forward, {}
+    return of_transformers.forward, {"past_key_values": _CACHE}
+
+
+def as_before(output: ModelOutput) -> dict[str, Any]:
+    """Return the outputs by 4.57's names. No ModelOutput: version 5's renames the cache back."""
+    return {"past_key_values" if name == CACHE_FIELD == _CACHE else name: value for name, value in output.items()}
 
 
 def takes_cache(model_class: type[PreTrainedModel]) -> bool:
@@ -120,6 +136,6 @@ def without_checks() -> Iterator[None]:
 
 
 __all__ = [
-    "Output", "default_gate", "keeps_states", "no_init_weights", "takes_cache", "with_cache_named_as_before",
+    "as_before", "default_gate", "keeps_states", "no_init_weights", "own_forward", "takes_cache", "with_cache_named_as_before",
     "without_checks", "without_return_dict",
 ]  # fmt: skip

@@ -127,7 +127,13 @@ def _masked_item(x: Any, index: Any) -> Any:
     return torch.empty_like(x, device="cpu")[items].to("meta")
 
 
+def _attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+    """Return a tensor of the shape of attention whose mask does not go with it: refused later, when the graph runs on its examples."""
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
 _OTHERWISE: dict[Any, Callable[..., Any]] = {
+    torch.nn.functional.scaled_dot_product_attention: _attended,
     torch.repeat_interleave: _repeat_interleave,
     torch.Tensor.repeat_interleave: _repeat_interleave,
     operator.getitem: _masked_item,

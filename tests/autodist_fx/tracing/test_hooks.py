@@ -72,7 +72,10 @@ def hook_with_kwargs_on_an_attention(m: Any) -> None:
 
 @change
 def hook_on_a_layer(m: Any) -> None:
-    m.transformer.h[0].register_forward_hook(lambda module, args, output: (output[0] + VECTOR, *output[1:]))
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:  # layers return a tuple (transformers 4), or a tensor
+        return (output[0] + VECTOR, *output[1:]) if isinstance(output, tuple) else output + VECTOR
+
+    m.transformer.h[0].register_forward_hook(hook)
 
 
 @change

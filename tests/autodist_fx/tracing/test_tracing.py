@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -13,16 +14,16 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     masking_utils,
-    modeling_attn_mask_utils,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama import modeling_llama
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import fx as hf_fx
 
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing import Sizes, empty_model, meta_copy, trace, traced_model
 from autodist_fx.tracing.example_inputs import unmistakable_sizes
+from autodist_fx.tracing.versions import masks
+from autodist_fx.tracing.versions.tracer_base import SymbolicTracer
 from passes.fx import node_meta
 from tests.support.graphs.traced import FAMILIES, padded_batch, tiny_config, tiny_model, with_weights
 
@@ -116,27 +117,22 @@ def test_conv1d_is_a_leaf() -> None:
 
 def patched_attributes() -> list[object]:
     """Everything that tracing replaces, as it is now."""
+    tracer_module = sys.modules[SymbolicTracer.__module__]  # transformers.utils.fx, or our own
     places = [
-        (masking_utils, "_vmap_for_bhqkv"),
-        (masking_utils, "_ignore_causal_mask_sdpa"),
-        (masking_utils, "TransformGetItemToIndex"),
-        (modeling_attn_mask_utils.AttentionMaskConverter, "_ignore_causal_mask_sdpa"),
-        (hf_fx, "_MANUAL_META_OVERRIDES"),
-        (hf_fx, "_proxies_to_metas"),
-        (hf_fx, "is_fx_tracing"),
-        (hf_fx, "_IS_IN_DEBUG_MODE"),
-        (hf_fx, "warnings"),
-        (hf_fx, "_CURRENT_TRACER"),
+        *((masking_utils, name) for name in vars(masking_utils) if not name.startswith("__")),
+        *((tracer_module, name) for name in vars(tracer_module) if not name.startswith("__")),
+        *((owner, "_ignore_causal_mask_sdpa") for owner in (masks.AttentionMaskConverter,) if owner is not None),
         (GradientCheckpointingLayer, "__call__"),
         (nn.Module, "__call__"),
         (nn.Module, "__getattr__"),
         (nn.Module, "register_parameter"),
+        (nn.Module, "__setattr__"),
         (torch, "autocast"),
-        *((torch, name) for name in hf_fx.HFTracer._TORCH_METHODS_TO_PATCH),
+        *((torch, name) for name in SymbolicTracer._TORCH_METHODS_TO_PATCH),
         *((cls, "forward") for cls in vars(modeling_llama).values() if "forward" in getattr(cls, "__dict__", ())),
         *((modeling_llama, name) for name in ("Cache", "DynamicCache")),
     ]
-    return [owner.__dict__[name] for owner, name in places]
+    return [owner.__dict__.get(name) for owner, name in places]
 
 
 class LooksAtValues(LlamaForCausalLM):
