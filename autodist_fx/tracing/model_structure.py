@@ -122,7 +122,7 @@ class _Reader:
                 continue  # most are: a module has a dozen kinds of hooks
             if name in ("_parameters", "_buffers"):
                 found.append((name, *((k, self._registered(item)) for k, item in value.items() if k not in left)))
-            elif name.endswith("_hooks") and isinstance(value, Mapping):  # by numbers that grow with each hook of the process
+            elif name.endswith("_hooks") and isinstance(value, Mapping):  # by numbers that grow with each hook
                 found.append((name, *map(self.value, value.values())))
             elif not (holds_tensors(value) and name in names_left_by_calls(type(module))):
                 found.append((name, self.value(value)))

@@ -57,7 +57,8 @@ def traceable(
     The flags of the model's configs are set to what a traced forward needs (`use_cache` as given, outputs as a
     `ModelOutput`, no attention maps, no hidden states but where the call asks for them), and restored with the rest.
     `records`: the call does; then the wrappers of models that collect what layers return stay where they are.
-    `keeps_states`: tensors that modules of `model` (a copy) are left with are the states of a recurrence, to be read afterwards.
+    `keeps_states`: tensors that modules of `model` (a copy) are left with are the states of a recurrence, to be read
+    afterwards.
     `keywords`: what goes into forward's **kwargs and is an input of the graph.
     """
     with PATCH_LOCK, contextlib.ExitStack() as undo:
@@ -91,11 +92,11 @@ def traceable(
             if run is not forward:
                 patch(cls, "forward", run)
         if has_attached_itself(model):
-            run, (called, names) = type(model).forward, own_forward(type(model))
+            run, (called, own_names) = type(model).forward, own_forward(type(model))
             if "forward" not in vars(model):
                 vars(model)["forward"] = types.MethodType(called, model)
                 undo.callback(vars(model).pop, "forward")
-            patch(type(model), "forward", _with_signature_of(run, calls_attached(run, names)))
+            patch(type(model), "forward", _with_signature_of(run, calls_attached(run, own_names)))
         if keywords:
             run = type(model).forward
             patch(type(model), "forward", _with_signature_of(run, run, keywords))

@@ -36,7 +36,9 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
     config = AutoConfig.for_model(family)
     for name, value in {**_TINY, **changes}.items():
         off = name == "sliding_window" and getattr(config, name, None) is None  # qwen2's and phi3's: left off
-        if hasattr(config, name) and not off:
+        if name in ("rope_scaling", "rope_theta") and hasattr(config, "rope_parameters"):  # transformers 5: one dict
+            config.rope_parameters |= value if name == "rope_scaling" else {name: value}
+        elif hasattr(config, name) and not off:
             setattr(config, name, value)
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]

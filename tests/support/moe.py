@@ -34,7 +34,8 @@ def dbrx_experts(count: int) -> dict[str, Any]:
 
 
 def tiny_moe_model(family: str, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
-    return tiny_model(family, dtype, **{**SIZES, **FAMILY_SIZES.get(family, {}), **changes})
+    sizes = dbrx_experts(4) if family == "dbrx" else FAMILY_SIZES.get(family, {})
+    return tiny_model(family, dtype, **{**SIZES, **sizes, **changes})
 
 
 def experts_are_modules(model: PreTrainedModel) -> bool:

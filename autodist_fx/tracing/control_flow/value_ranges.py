@@ -38,7 +38,7 @@ def value_range(value: Any, tracer: Any) -> Range | None:
     """Return (least, greatest) of the elements of a node, or of a number; None where nothing is known."""
     if not isinstance(value, Node):
         return (float(value), float(value)) if isinstance(value, (bool, int, float)) else None
-    if _is_written(value):
+    if _is_written(value, tracer):
         return None
     known = tracer.examples_of.get(value)
     if isinstance(known, float):
@@ -67,6 +67,8 @@ def value_range(value: Any, tracer: Any) -> Range | None:
         if _is_not_zero(value.args[1], value.args[0]):
             first = (0.0, 0.0)  # of what was not zero, nothing is left
         return None if first is None else (min(first[0], ranges[2][0]), max(first[1], ranges[2][1]))
+    if name == "where" and len(ranges) == 3 and ranges[1] is not None and ranges[2] is not None:
+        return min(ranges[1][0], ranges[2][0]), max(ranges[1][1], ranges[2][1])
     if first is None:
         return None
     if name == "bool" or (name in ("to", "type") and torch.bool in value.args):
@@ -95,7 +97,8 @@ def value_range(value: Any, tracer: Any) -> Range | None:
 
 
 def _places(node: Node, tracer: Any) -> Range | None:
-    """Return the range of the indices that topk gives: 0 to the last of as many as it chooses from, where these are as many always."""
+    """Return the range of the indices that topk gives: 0 to the last of as many as it chooses from, where these are as
+    many always."""
     examples = tracer.examples_of.get(node.args[0]), tracer.other_example.value(node.args[0])
     at = 2 if _called(node) == "topk" else 1  # of `dim` among the arguments
     dim = node.kwargs.get("dim", node.args[at] if len(node.args) > at else -1)
@@ -109,17 +112,26 @@ def _called(node: Any) -> str:
     return str(getattr(node.target, "__name__", node.target)) if isinstance(node, Node) else ""
 
 
-def _is_written(node: Node) -> bool:
+def _is_written(node: Node, tracer: Any) -> bool:
     """Return whether something is written into the tensor, or into a view of it: then it is not what made it."""
     for user in node.users:
         if not user.args or user.args[0] is not node:
             continue
         name = str(getattr(user.target, "__name__", user.target))
+        if user.target is operator.setitem and _selects_nothing(user.args[1], tracer):
+            continue
         if user.target is operator.setitem or (user.op == "call_method" and name.endswith("_") and name[-2:] != "__"):
             return True
-        if name in _VIEWS and _is_written(user):
+        if name in _VIEWS and _is_written(user, tracer):
             return True
     return False
+
+
+def _selects_nothing(index: Any, tracer: Any) -> bool:
+    """Return whether an index is a mask that is set nowhere, for any input."""
+    known = tracer.examples_of.get(index) if isinstance(index, Node) else None
+    is_mask = isinstance(known, torch.Tensor) and known.dtype == torch.bool
+    return is_mask and value_range(index, tracer) == (0.0, 0.0)
 
 
 def _truth(found: Range) -> Range:

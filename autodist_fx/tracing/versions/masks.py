@@ -26,9 +26,9 @@ def patch_masks(patch: Patch) -> None:
     for name in ("_vmap_for_bhqkv", "_vmap_expansion_sdpa"):  # 4.57's name, and 5's
         if hasattr(masking_utils, name):
             patch(masking_utils, name, _broadcast_for_bhqkv)
-    for name in ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa"):
-        if hasattr(masking_utils, name):
-            patch(masking_utils, name, _never)
+    patch(masking_utils, "_ignore_causal_mask_sdpa", _never)
+    if hasattr(masking_utils, "_ignore_bidirectional_mask_sdpa"):  # 5's
+        patch(masking_utils, "_ignore_bidirectional_mask_sdpa", _masks_nothing)
     patch(masking_utils, "TransformGetItemToIndex", contextlib.nullcontext)
     if AttentionMaskConverter is not None:
         patch(AttentionMaskConverter, "_ignore_causal_mask_sdpa", staticmethod(_never))
@@ -36,6 +36,11 @@ def patch_masks(patch: Patch) -> None:
 
 def _never(*args: Any, **kwargs: Any) -> bool:
     return False
+
+
+def _masks_nothing(padding_mask: Any, kv_length: Any, local_attention_size: int | None = None) -> bool:
+    """Return whether a mask in both directions hides no token of any input."""
+    return padding_mask is None and local_attention_size is None
 
 
 def _broadcast_for_bhqkv(mask_function: Callable[..., Any], bh_indices: bool = True) -> Callable[..., Any]:

@@ -128,7 +128,8 @@ def _masked_item(x: Any, index: Any) -> Any:
 
 
 def _attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
-    """Return a tensor of the shape of attention whose mask does not go with it: refused later, when the graph runs on its examples."""
+    """Return a tensor of attention's shape where the mask does not go with it: the graph is refused later, when it runs
+    on its examples."""
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
