@@ -35,6 +35,7 @@ from autodist_fx.tracing.hooks import (
 )
 from autodist_fx.tracing.versions.forwards import own_forward, without_checks, without_return_dict
 from autodist_fx.tracing.versions.masks import patch_masks
+from autodist_fx.tracing.versions.sliding_layers import keep_all_tokens
 from autodist_fx.tracing.versions.tracer_base import AttributeProxy, DeviceAttribute, SymbolicProxy, patch_base
 
 # Of every config, while a model is traced: what a model's own config says here makes no difference to its graph.
@@ -61,6 +62,8 @@ def traceable(
     afterwards.
     `keywords`: what goes into forward's **kwargs and is an input of the graph.
     """
+    with torch.device("meta"):
+        torch.empty(0)  # torch lists its constructors at their first use under a device: its own, and not the patched
     with PATCH_LOCK, contextlib.ExitStack() as undo:
 
         def patch(owner: Any, name: str, value: Any) -> None:
@@ -103,7 +106,9 @@ def traceable(
         patch(torch.nn.Module, "register_buffer", hide_buffer)
         patch(torch.nn.Module, "__setattr__", set_attribute)
         patch(GradientCheckpointingLayer, "__call__", _call_as_module)
-        if not keeps_states:
+        if keeps_states:
+            keep_all_tokens(patch)
+        else:
             undo.enter_context(kept_tensors(model))
 
         # A mask that is ready is known by isinstance(mask, torch.Tensor), by masking_utils and by the models' own code.

@@ -17,10 +17,12 @@ from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import recurrent_states as states
 from autodist_fx.tracing.example_inputs import ExampleInputs, Sizes, embedding_dim, unmistakable_sizes
 from autodist_fx.tracing.hooks import refuse_global_hooks
+from autodist_fx.tracing.meta_model import class_of
 from autodist_fx.tracing.patches import traceable
 from autodist_fx.tracing.recurrent_states import StateTensor
 from autodist_fx.tracing.traced_model import TracedModel, graph_module_of, model_to_trace, tracing_error
 from autodist_fx.tracing.tracer import Tracer
+from autodist_fx.tracing.versions.forwards import is_given_cache
 from autodist_fx.tracing.versions.tracer_base import get_concrete_args
 from passes.fx import node_meta
 from passes.normalize.functionalize import functionalize
@@ -47,7 +49,8 @@ def trace_phases(
     Errors: TracingError, also where the model keeps no state between calls.
     """
     refuse_global_hooks()
-    prompt, left = _trace_prompt(model, concrete_args or {}, sizes, given_cache=False)
+    given_cache = is_given_cache(class_of(model))
+    prompt, left = _trace_prompt(model, concrete_args or {}, sizes, given_cache=given_cache)
     if not left.tensors:  # this model does not make one itself
         prompt, left = _trace_prompt(model, concrete_args or {}, sizes, given_cache=True)
     if not left.tensors:
@@ -75,7 +78,7 @@ def _trace_prompt(
 
     made = {cache_name: fresh} if cache_name else {}
     tracer, graph = _trace(meta_model, names, concrete_args, made, (sizes, other), ())
-    output, kept = _outputs(graph, tracer, prepared.cache if given_cache else None, meta_model)
+    output, kept = _outputs(graph, tracer, meta_model)
     tensors = {
         name: states.state_tensor(
             name,
@@ -114,7 +117,7 @@ def _trace_step(
 
     made = {left.cache_name: cached} if left.cache_name else {}
     tracer, graph = _trace(meta_model, names, concrete_args, made, (sizes, other), tuple(left.on_modules), left)
-    output, kept = _outputs(graph, tracer, None, meta_model)
+    output, kept = _outputs(graph, tracer, meta_model)
     output.args = ({**output.args[0], **{name: proxy.node for name, proxy in kept.items()}},)
     _make_placeholders(graph)
     used = tuple(left.tensors[n.target] for n in graph.nodes if n.op == "placeholder" and n.target in left.tensors)
@@ -201,13 +204,14 @@ def _state_input(tracer: Tracer, name: str, example: torch.Tensor) -> Proxy:
     proxy = tracer.create_proxy("call_function", state_input, (name,), {})
     proxy.install_metadata(example)
     tracer.examples_of[proxy.node] = example
+    node_meta.set_traced_as_tensor(proxy.node, True)
     return proxy
 
 
 def _zeros(tracer: Tracer, path: str, tensor: torch.Tensor, batch: int) -> Any:
     """Return what a new cache holds, for any batch."""
-    if not tensor.numel():
-        return tensor
+    if not tensor.numel() or (not tensor.dim() and not tensor.is_meta and tensor):
+        return tensor  # nothing, or a number (a window)
     if not tensor.is_meta and tensor.any():  # on meta where the model asks its parameters for a device
         raise TracingError(f"a new cache starts with values other than zero in {path}: use_cache=False")
     first = next(n for n in tracer.graph.nodes if n.op == "placeholder")
@@ -218,11 +222,10 @@ def _zeros(tracer: Tracer, path: str, tensor: torch.Tensor, batch: int) -> Any:
 
 
 def _outputs(
-    graph: Graph, tracer: Tracer, given: Any, model: nn.Module
+    graph: Graph, tracer: Tracer, model: nn.Module
 ) -> tuple[Node, dict[str, Any]]:
     """Return the output node, and what is in the cache and on the modules at the end, by state name."""
-    cache = tracer.final_cache if tracer.final_cache is not None else given
-    kept = {} if cache is None else {states.state_name(path): value for path, value in states.tensors_of(cache)}
+    kept = {states.state_name(path): value for path, value in states.tensors_of(tracer.final_cache)}
     on_modules = states.module_states(model, tracer.left_by_calls)
     kept |= {states.state_name(f"{p}.{n}"): proxy for (p, n), proxy in on_modules.items()}
     output = next(n for n in reversed(graph.nodes) if n.op == "output")

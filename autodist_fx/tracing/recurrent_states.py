@@ -19,10 +19,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Proxy
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.cache_kinds import STATE_PREFIX as PREFIX
-from autodist_fx.tracing.versions.forwards import keeps_states, takes_cache
+from autodist_fx.tracing.versions.forwards import (
+    asked_of_generate,
+    is_given_cache,
+    keeps_states,
+    own_forward,
+    takes_cache,
+)
 
 _TOKENS = 3  # of the made-up prompt that the model prepares its inputs for
 
@@ -62,32 +68,38 @@ class Prepared:
 def prepared_prompt(model: PreTrainedModel, batch: int, accepted: list[str]) -> Prepared:
     """Return what it says for a prompt of `batch` rows, without a cache."""
     ids = torch.ones(batch, _TOKENS, dtype=torch.long)
-    return _prepared(model, accepted, ids, torch.arange(_TOKENS), {})
+    prepared = _prepared(model, accepted, ids, torch.arange(_TOKENS), "", None)
+    if is_given_cache(type(model)):
+        return Prepared(prepared.tensors, "past_key_values", DynamicCache(config=model.config))
+    return prepared
 
 
 def prepared_step(model: PreTrainedModel, batch: int, accepted: list[str], cache_name: str, cache: Any) -> Prepared:
     """Return what it says for one token more, with a cache."""
     ids = torch.ones(batch, _TOKENS + 1, dtype=torch.long)
-    return _prepared(model, accepted, ids, torch.tensor([_TOKENS]), {cache_name: cache} if cache_name else {})
+    return _prepared(model, accepted, ids, torch.tensor([_TOKENS]), cache_name, cache)
 
 
 def _prepared(
-    model: PreTrainedModel, accepted: list[str], ids: torch.Tensor, positions: torch.Tensor, cache: dict[str, Any]
+    model: PreTrainedModel, accepted: list[str], ids: torch.Tensor, positions: torch.Tensor, cache_name: str, cache: Any
 ) -> Prepared:
     cls = type(model)
     device = cls.device
+    own_names = own_forward(cls)[1]
+    kept = {own_names.get(cache_name, cache_name): cache} if cache_name else {}
+    asked = asked_of_generate(positions, len(ids), is_first=not cache_name)
     cls.device = property(lambda self: torch.device("cpu"))  # parameters are on meta, and the cache starts with zeros
     try:
         given = model.prepare_inputs_for_generation(
-            ids, attention_mask=torch.ones_like(ids), cache_position=positions, use_cache=True, **cache
+            ids, attention_mask=torch.ones_like(ids), use_cache=True, **asked, **kept
         )
     finally:
         cls.device = device
     tensors = tuple(n for n, v in given.items() if isinstance(v, torch.Tensor) and n in accepted)
     for name, value in given.items():
-        if name in accepted and name not in cache and value is not None and is_container(value):
+        if name in accepted and name not in kept and value is not None and is_container(value):
             return Prepared(tensors, name, value)
-    return Prepared(tensors, *next(iter(cache.items()), ("", None)))
+    return Prepared(tensors, cache_name, cache)
 
 
 # -- the tensors of a cache -------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ class Tracer(SymbolicTracer):
         self.objects: dict[str, Callable[[Tracer], Any]] = {}  # arguments of forward that hold proxies, and how to make
         self.at_start: Callable[[], None] | None = None  # called when the inputs are there
         self.phase = ""  # "prompt": cache positions count from 0; "step": there is one, past the first; "": unknown
-        self.final_cache: Any = None  # the cache that forward returned, where it is no input of the graph
+        self.final_cache: Any = None  # the cache that forward returned or else was given, where it is no input
         self.final_cache_name = ""
         self.answers: Answers | None = None  # to conditions on values, where both branches are traced
         self.kept_buffers: dict[tuple[nn.Module, str], Any] = {}  # (module, attribute) -> what calls leave there
@@ -158,7 +158,8 @@ class Tracer(SymbolicTracer):
             return self.keywords
         if name in self.objects:
             made = self.objects[name](self)
-            return _OneArgument(made) if type(made) is list else made
+            self.final_cache, self.final_cache_name = _OneArgument(made) if type(made) is list else made, name
+            return self.final_cache
         if concrete_args is not None and name in concrete_args:
             value = concrete_args[name]
             if isinstance(value, (int, float, str, torch.Tensor, PassingCache, NoneType)):

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import autodist_fx as adx
+from autodist_fx.calls.cache_names import CACHE_FIELD
 from autodist_fx.errors import AutodistError
 from tests.support.models import padded_batch, relative_error
 from tests.support.state_space import CONFIGS, state_space_model
@@ -37,6 +38,8 @@ def test_forward_equals_eager(family: str) -> None:
 def _eager_decoding(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, prompt: int) -> torch.Tensor:
     """Logits of a prompt and of one token after the other, as transformers' generate calls the model."""
     taken = set(inspect.signature(model.forward).parameters) - {"logits_to_keep"}
+    if CACHE_FIELD == "cache":  # transformers 5: no cache positions, which prepare_inputs_for_generation went by
+        return _eager_decoding_5(model, ids, mask, prompt, taken)
     kept: dict[str, Any] = {
         "attention_mask": mask[:, :prompt], "use_cache": True, "cache_position": torch.arange(prompt),
     }  # fmt: skip
@@ -46,6 +49,24 @@ def _eager_decoding(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tenso
         outputs = model(**{name: value for name, value in inputs.items() if name in taken})
         logits.append(outputs.logits)
         kept = model._update_model_kwargs_for_generation(outputs, kept)
+    return torch.cat(logits, 1)
+
+
+def _eager_decoding_5(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, prompt: int, taken: set[str]
+) -> torch.Tensor:
+    name, logits = "cache" if "cache" in taken else "state", []  # rwkv's
+    kept = DynamicCache(config=model.config) if name == "cache" else None
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for stop in range(prompt, ids.shape[1] + 1):
+        given = {"attention_mask": mask[:, :stop], "position_ids": positions[:, :stop], name: kept}
+        new = None if stop == prompt else 1
+        inputs = model.prepare_inputs_for_generation(
+            ids[:, :stop], next_sequence_length=new, is_first_iteration=new is None, use_cache=True, **given
+        )
+        outputs = model(**{name: value for name, value in inputs.items() if name in taken})
+        kept = outputs[name]
+        logits.append(outputs.logits)
     return torch.cat(logits, 1)
 
 

@@ -36,13 +36,19 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
     config = AutoConfig.for_model(family)
     for name, value in {**_TINY, **changes}.items():
         off = name == "sliding_window" and getattr(config, name, None) is None  # qwen2's and phi3's: left off
-        if name in ("rope_scaling", "rope_theta") and hasattr(config, "rope_parameters"):  # transformers 5: one dict
-            config.rope_parameters |= value if name == "rope_scaling" else {name: value}
-        elif hasattr(config, name) and not off:
+        if not set_rotary(config, name, value) and hasattr(config, name) and not off:
             setattr(config, name, value)
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     return config
+
+
+def set_rotary(config: PretrainedConfig, name: str, value: Any) -> bool:
+    """Set rope_scaling or rope_theta where a config has them in one dict (transformers 5); False for anything else."""
+    if name not in ("rope_scaling", "rope_theta") or not hasattr(config, "rope_parameters"):
+        return False
+    config.rope_parameters |= value if name == "rope_scaling" else {name: value}
+    return True
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -53,7 +59,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, *
 def randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """The model itself, with random numbers in every parameter. Where its experts can be computed in several ways, they
     are computed in the one that knows float64."""
-    if getattr(type(model), "_can_set_experts_implementation", bool)():
+    if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -29,7 +29,8 @@ FOUR = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "m
 
 def dbrx_experts(count: int) -> dict[str, Any]:
     """Which DBRX's config has in a config of their own."""
-    experts = DbrxFFNConfig(hidden_size=48, ffn_hidden_size=44, moe_num_experts=count, moe_top_k=2)
+    experts = DbrxFFNConfig(ffn_hidden_size=44, moe_num_experts=count, moe_top_k=2)
+    experts.hidden_size = 48  # transformers 4 takes the model's, which is as much
     return {"ffn_config": experts, "attn_config": DbrxAttentionConfig(clip_qkv=8.0, rope_theta=10000.0)}
 
 

@@ -43,7 +43,8 @@ def tiny_seq2seq_config(family: str, layers: int = 2, **changes: Any) -> Pretrai
         return AutoConfig.for_model(family, encoder=dict(half), decoder=dict(half), vocab_size=half["vocab_size"])
     config = AutoConfig.for_model(family)
     for name, value in {**_TINY, **dict.fromkeys(_LAYERS, layers), **changes}.items():
-        if name in config.__dict__ or name in config.attribute_map:  # some properties refuse to be set
+        known = name in config.__dict__ or name in config.attribute_map  # some properties refuse to be set
+        if known or name == "decoder_start_token_id":  # of each, though transformers 5 may leave it out
             setattr(config, name, value)
     return config
 

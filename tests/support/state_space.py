@@ -32,7 +32,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 80,
     },
     "zamba": {
-        **_ZAMBA, "num_hidden_layers": 4, "mamba_dt_rank": 3,
+        **_ZAMBA, "num_hidden_layers": 6, "mamba_dt_rank": 3,
         "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1,
         "n_mamba_heads": 2,
     },

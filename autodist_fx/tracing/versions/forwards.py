@@ -16,7 +16,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from transformers import DynamicCache, PreTrainedModel
+import torch
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from autodist_fx.calls.cache_names import CACHE_FIELD
@@ -29,6 +30,8 @@ except ImportError:  # 4.57
 _CACHE = "cache"  # 5's name of the argument and of the output's field
 _KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")  # classes of cache layers
 _CAPTURES_OUTPUTS = importlib.util.find_spec("transformers.utils.output_capturing") is not None  # 5 does
+# 4.57's generate hands on the positions of a step's tokens, and leaves the making of unusual caches to the model.
+_COUNTS_POSITIONS = "cache_position" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 _NO_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"  # switches 5's torch_compilable_check off
 
 
@@ -79,6 +82,20 @@ def own_forward(model_class: type[PreTrainedModel]) -> tuple[Callable[..., Any],
 def as_before(output: ModelOutput) -> dict[str, Any]:
     """Return the outputs by 4.57's names. No ModelOutput: version 5's renames the cache back."""
     return {"past_key_values" if name == CACHE_FIELD == _CACHE else name: value for name, value in output.items()}
+
+
+def asked_of_generate(positions: torch.Tensor, rows: int, is_first: bool) -> dict[str, Any]:
+    """Return what generate gives `prepare_inputs_for_generation`, beside ids, mask and cache, to say which tokens of
+    `rows` sequences a step computes: those at `positions` [tokens]."""
+    if _COUNTS_POSITIONS:
+        return {"cache_position": positions}
+    new = {"next_sequence_length": None if is_first else len(positions), "is_first_iteration": is_first}
+    return {**new, "position_ids": positions.repeat(rows, 1)}
+
+
+def is_given_cache(model_class: type[PreTrainedModel]) -> bool:
+    """Return whether generate makes the model's cache, and hands it to the first call (5); else the model does."""
+    return not _COUNTS_POSITIONS and takes_cache(model_class)
 
 
 def takes_cache(model_class: type[PreTrainedModel]) -> bool:
@@ -136,6 +153,6 @@ def without_checks() -> Iterator[None]:
 
 
 __all__ = [
-    "as_before", "default_gate", "keeps_states", "no_init_weights", "own_forward", "takes_cache", "with_cache_named_as_before",
-    "without_checks", "without_return_dict",
+    "as_before", "asked_of_generate", "default_gate", "is_given_cache", "keeps_states", "no_init_weights",
+    "own_forward", "takes_cache", "with_cache_named_as_before", "without_checks", "without_return_dict",
 ]  # fmt: skip

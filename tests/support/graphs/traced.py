@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from autodist_fx.tracing import TracedModel
+from tests.support.models import set_rotary
 
 TINY = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8,
@@ -23,7 +24,7 @@ def tiny_config(model_type: str, **changes: object) -> PretrainedConfig:
     for name, value in {**TINY, **changes}.items():
         read_only = isinstance(getattr(type(config), name, None), property)  # falcon's head_dim
         off = name == "sliding_window" and getattr(config, name, None) is None  # qwen2's and phi3's: left off
-        if hasattr(config, name) and not read_only and not off:
+        if not set_rotary(config, name, value) and hasattr(config, name) and not read_only and not off:
             setattr(config, name, value)
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
