@@ -29,7 +29,7 @@ def _model(family: str) -> PreTrainedModel:
 
 
 def _names_of_the_table(model: PreTrainedModel) -> set[str]:
-    """What its modules call the weight that embeds tokens."""
+    """Return the names that modules have for the weight that embeds tokens."""
     table = model.get_input_embeddings().weight
     return {name for name, weight in model.named_parameters(remove_duplicate=False) if weight is table}
 
