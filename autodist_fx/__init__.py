@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,6 +44,26 @@ _HOMES = {
     "from_pretrained": "autodist_fx.api.from_pretrained",
     "load": "autodist_fx.api.artifact",
 }
+
+
+# Package, the first version that works, the first that does not; as in pyproject.toml.
+_WORKS_WITH = (("torch", (2, 7), None), ("transformers", (4, 57), (6, 0)))
+
+
+def _check_versions() -> None:
+    """Raise ImportError where a package is installed in a version that nothing here was written for."""
+    for package, first, end in _WORKS_WITH:
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # a copy on PYTHONPATH, or none: its own import will tell
+            continue
+        numbers = tuple(map(int, re.findall(r"\d+", found)[:2]))
+        if numbers < first or (end is not None and numbers >= end):
+            wanted = f"{package}>={first[0]}.{first[1]}" + (f",<{end[0]}" if end else "")
+            raise ImportError(f"autodist_fx needs {wanted}, and {found} is installed: pip install '{wanted}'")
+
+
+_check_versions()
 
 
 def __getattr__(name: str) -> Any:
