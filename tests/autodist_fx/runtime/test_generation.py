@@ -332,7 +332,7 @@ def test_an_error_on_the_driver_is_raised_on_every_rank(llama, error):
         ({"token_type_ids": torch.zeros(1, 7, dtype=torch.long)}, "return_token_type_ids=False"),
     ],
 )
-def test_what_is_refused_is_refused_on_every_rank(llama, kwargs, message):
+def test_refused_arguments_raise_on_every_rank(llama, kwargs, message):
     def work(rank, model):
         with pytest.raises((AutodistError, ValueError), match=message):
             model.generate(input_ids=prompts(), max_new_tokens=3, **kwargs)
@@ -348,7 +348,7 @@ def test_a_position_that_the_table_has_not_is_named():
     Ranks(tiny_gpt2(), 1, 1).each(work)
 
 
-def test_what_a_graph_raises_names_the_node_and_what_it_was_given():
+def test_an_error_in_a_graph_names_the_node_and_its_inputs():
     ranks = Ranks(tiny_gpt2(), 1, 1)
     [notes] = ranks.each(lambda rank, model: _notes(model, prompts(1, 8)))
     [note] = notes

@@ -178,7 +178,7 @@ def test_a_streamer_gets_the_tokens_on_every_rank() -> None:
     assert ranks.each(work) == [expected] * 2
 
 
-def test_what_the_driver_raises_all_raise() -> None:
+def test_an_error_of_the_driver_is_raised_on_all_ranks() -> None:
     ranks = Ranks("bart", 2, 1)
 
     def work(rank: int, model: Any) -> None:

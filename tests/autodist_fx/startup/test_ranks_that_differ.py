@@ -164,7 +164,7 @@ def loaded() -> Iterator[tuple[Any, Any, Callable[[int], Any]]]:
     yield model, compiled, of_rank
 
 
-def test_what_several_ranks_hold_is_compared(loaded: tuple[Any, Any, Callable[[int], Any]]) -> None:
+def test_slices_that_several_ranks_hold_are_compared(loaded: tuple[Any, Any, Callable[[int], Any]]) -> None:
     """Norms, and KV heads that two ranks have each: alike where the model is, and never where it is not."""
     model, compiled, of_rank = loaded
     facts = [shared_weight_facts(compiled.plan, of_rank(rank)) for rank in range(compiled.plan.mesh.size)]

@@ -49,7 +49,7 @@ def test_a_second_start_does_not_compile_and_gives_the_same(llama: Path, tmp_pat
     assert torch.equal(split(IDS).logits, expected)
 
 
-def test_what_changes_the_split_changes_the_entry(llama: Path, tmp_path: Path) -> None:
+def test_cache_key_follows_everything_that_changes_the_split(llama: Path, tmp_path: Path) -> None:
     _start(llama, tmp_path / "cache")
     for changed in ({"dtype": "bfloat16"}, {"objective": "latency"}, {"hardware": "h100"}):
         assert _start(llama, tmp_path / "cache", **changed)[1], changed
@@ -91,7 +91,7 @@ def test_a_start_that_fails_while_writing_leaves_nothing(llama: Path, tmp_path: 
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_directory_from_argument_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for said, cache_is in (("", None), ("0", None), ("/some/where", Path("/some/where"))):
         monkeypatch.setenv("ADX_CACHE", said)
         assert cache.cache_directory(None) == cache_is

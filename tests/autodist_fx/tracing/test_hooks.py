@@ -283,7 +283,7 @@ def forward_that_keeps_outputs(m: Any) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_no_graph_can_do_is_refused_by_name(name: str) -> None:
+def test_hooks_with_side_effects_are_refused_by_name(name: str) -> None:
     model = tiny_model("gpt2")
     REFUSED[name](model)
     with pytest.raises(TracingError) as refusal:
@@ -302,7 +302,7 @@ def test_hooks_of_all_modules_are_refused() -> None:
         handle.remove()
 
 
-def test_what_cannot_be_copied_is_named() -> None:
+def test_a_hook_that_cannot_be_copied_is_named() -> None:
     model: PreTrainedModel = tiny_model("gpt2")
     with open(__file__) as model.log:
         with pytest.raises(TracingError, match="cannot copy the structure of GPT2LMHeadModel"):

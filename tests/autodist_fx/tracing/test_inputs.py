@@ -89,7 +89,7 @@ def _assert_equal(found: Any, expected: Any, tolerance: float) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_what_people_pass(case: str) -> None:
+def test_simulate_equals_eager_for_each_kind_of_input(case: str) -> None:
     found = _compiled("llama", (2, 2)).simulate(**CASES[case])
     _assert_equal(found, _model("llama")(**CASES[case], use_cache=False), 1e-6)
 
@@ -167,7 +167,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("inputs, message", WRONG, ids=[message for _, message in WRONG])
 @torch.no_grad()
-def test_what_is_refused_and_in_which_words(inputs: dict[str, Any], message: str) -> None:
+def test_refused_inputs_are_named(inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(AutodistError, match=message):
         _compiled("gpt2", (2, 2)).simulate(**inputs)
 

@@ -91,7 +91,7 @@ class Remembers(nn.Module):
 
 
 @pytest.mark.parametrize("mesh", [{"tp": 2}, {"tp": 2, "pp": 2}])
-def test_what_a_call_leaves_is_there_in_the_next_one(mesh: dict[str, int]) -> None:
+def test_buffers_that_a_call_writes_are_read_by_the_next(mesh: dict[str, int]) -> None:
     """Growing, between, growing again, starting anew, and from there."""
     batches = [ids_of(n, batch) for n, batch in ((5, 2), (9, 2), (7, 2), (12, 3), (3, 1), (5, 2), (4, 2))]
     assert max(errors(Remembers(), batches, **mesh)) < EXACT
@@ -182,6 +182,6 @@ class Loops(nn.Module):
         (Loops, r"asks for the values of tensors in more than 32 ways"),
     ],
 )
-def test_what_no_graph_can_hold_is_refused_by_name(make: type[nn.Module], reason: str) -> None:
+def test_branches_with_results_that_no_where_can_join_are_refused_by_name(make: type[nn.Module], reason: str) -> None:
     with pytest.raises(TracingError, match=reason):
         adx.compile(model_with(make()), tp=2, input_names=("input_ids",))

@@ -257,7 +257,7 @@ class Marks(Scaled):
 @pytest.mark.parametrize(
     "make, condition", ((Chooses, r"\(x > 0\)"), (WarnsOrDoes, r"\(x > 0\)"), (Marks, r"\(marks > 0\)"))
 )
-def test_what_values_decide_is_refused_by_its_line(make: type[nn.Module], condition: str) -> None:
+def test_a_condition_on_values_is_refused_by_its_line(make: type[nn.Module], condition: str) -> None:
     with pytest.raises(TracingError, match=rf"test_what_python_asks.py:\d+ \(`if {condition}.any\(\)"):
         error_of(make())
 

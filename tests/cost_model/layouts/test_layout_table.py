@@ -42,13 +42,13 @@ def whole_heads(layout: Layout | None, count: int, size: int, tp: int) -> list[l
     return held
 
 
-def test_nine_heads_on_three_kv_heads_and_two_ranks_are_two_groups_and_one() -> None:
+def test_nine_heads_with_three_kv_heads_on_two_ranks_are_cut_6_and_3() -> None:
     found = layouts_of_attention(2, heads=9, groups=3, size=4)
     assert found["q"] == found["o"] == Layout(36, (((0, 24),), ((24, 36),)))
     assert found["k"] == found["v"] == Layout(12, (((0, 8),), ((8, 12),)))
 
 
-def test_fewer_kv_heads_than_ranks_are_held_by_several() -> None:
+def test_fewer_kv_heads_than_ranks_are_replicated_on_some() -> None:
     found = layouts_of_attention(4, heads=6, groups=2, size=1)
     assert found["q"] == Layout(6, (((0, 2),), ((2, 4),), ((4, 5),), ((5, 6),)))
     assert found["k"] == Layout(2, (((0, 1),), ((0, 2),), ((1, 2),), ((1, 2),)))
@@ -60,13 +60,13 @@ def test_one_kv_head_is_held_by_all() -> None:
     assert found["k"] is None and found["v"] is None
 
 
-def test_each_third_of_a_fused_product_is_cut() -> None:
+def test_fused_qkv_is_cut_in_each_third() -> None:
     found = layouts_of_attention(2, heads=4, groups=4, size=2, fused="thirds")
     assert found["qkv"] == Layout(24, (((0, 4), (8, 12), (16, 20)), ((4, 8), (12, 16), (20, 24))))
     assert found["o"] == Layout(8, (((0, 4),), ((4, 8),)))
 
 
-def test_a_product_fused_per_head_or_per_group_is_cut_between_them() -> None:
+def test_interleaved_qkv_is_cut_between_heads_or_groups() -> None:
     per_head = layouts_of_attention(2, heads=3, groups=3, size=2, fused="heads")
     assert per_head["qkv"] == Layout(18, (((0, 12),), ((12, 18),)))  # 3 x [q, k, v] of 2
     assert per_head["o"] == Layout(6, (((0, 4),), ((4, 6),)))
@@ -79,7 +79,7 @@ def test_ranks_without_a_head_hold_nothing() -> None:
     assert layouts_of_attention(4, heads=3, groups=3, size=2)["q"] == Layout(6, (((0, 2),), ((2, 4),), ((4, 6),), ()))
 
 
-def test_an_mlp_and_a_vocabulary_are_cut_by_single_elements() -> None:
+def test_grains_of_an_mlp_and_a_vocabulary_are_single_elements() -> None:
     graph = op_graph_of(Stack([Mlp(8, 11)], 8, vocab=13), x=Ids("B", "S"))
     table = LayoutTable(graph, 3)
     hidden = Layout(11, (((0, 4),), ((4, 8),), ((8, 11),)))
@@ -227,7 +227,7 @@ def ties(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Edge], int]:
 
 @settings(max_examples=1000)
 @given(ties())
-def test_grains_are_dealt_like_the_plain_labelling_says(given_ties: tuple[tuple[int, ...], list[Edge], int]) -> None:
+def test_deal_grains_matches_brute_force(given_ties: tuple[tuple[int, ...], list[Edge], int]) -> None:
     sizes, edges, tp = given_ties
     assert deal_grains(sizes, edges, tp) == plainly_dealt(sizes, edges, tp)
 
@@ -253,7 +253,7 @@ def test_every_element_has_an_owner_and_no_grain_is_cut(given_ties: tuple[tuple[
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_pieces_that_nothing_ties_are_each_cut(ranks: int) -> None:
+def test_pieces_of_a_dim_without_ties_are_cut_independently(ranks: int) -> None:
     """Gate and up in one product: dealt out as one line of grains, rank 0 would have the gate and rank 1 the up."""
     piece = np.arange(6, dtype=np.int64)
     edges: list[Edge] = [(1, 0, (piece, piece), False), (2, 0, (piece, piece + 6), False)]

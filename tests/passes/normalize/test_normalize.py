@@ -43,7 +43,7 @@ class Heads(nn.Module):
         return {"y": q.contiguous().view(shape[0], 3, -1)}
 
 
-def test_sizes_are_spelled_out() -> None:
+def test_view_sizes_are_literals_or_size_nodes() -> None:
     """Constants as literals, lengths as nodes right behind the inputs; no arithmetic on sizes is left."""
     before, after = normalized(Heads(), x=("B", "S", 12))
     assert_expected_inline(graph_text(before), """\
@@ -78,7 +78,7 @@ class NoOps(nn.Module):
         return {"y": x[:, :, :].expand(x.shape).view(x.shape[0], -1, 12) / 1.0 + 0.5}
 
 
-def test_what_changes_nothing_goes() -> None:
+def test_no_ops_are_removed() -> None:
     before, after = normalized(NoOps(), x=("B", "S", 12))
     assert len(before.graph.nodes) > 12
     assert_expected_inline(graph_text(after), """\
@@ -218,7 +218,7 @@ def test_a_dim_that_happens_to_be_an_examples_length() -> None:
             assert torch.equal(after(x)[name], value), f"{name} of {seq} tokens"
 
 
-def test_the_cache_is_handed_no_rotary_tables() -> None:
+def test_cache_update_loses_its_rotary_tables() -> None:
     class Updates(nn.Module):
         def forward(self, x: torch.Tensor, cache: Any, cache_position: torch.Tensor) -> dict[str, torch.Tensor]:
             kv = cache.update(x, x, 0, {"sin": x.sin(), "cos": x.cos(), "cache_position": cache_position})
@@ -293,7 +293,7 @@ class CalledByName(nn.Module):
         return {"y": y.max(dim=-1).values}
 
 
-def test_arguments_by_name_and_items_of_named_tuples() -> None:
+def test_keyword_arguments_and_named_tuples_are_canonicalized() -> None:
     _, after = normalized(CalledByName(), x=("B", "S", 4))
     assert_expected_inline(graph_text(after), """\
 x : f64[B, S, 4] = input
@@ -310,7 +310,7 @@ class CalledAsNumpyDoes(nn.Module):
         return {"y": torch.cat((x.sum(axis=-1, keepdims=True), torch.softmax(x, axis=1)), axis=-1)}
 
 
-def test_numpys_names_of_arguments_are_torchs() -> None:
+def test_numpy_argument_names_become_torchs() -> None:
     _, after = normalized(CalledAsNumpyDoes(), x=("B", "S", 4))
     assert_expected_inline(graph_text(after), """\
 x : f64[B, S, 4] = input

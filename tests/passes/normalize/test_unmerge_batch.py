@@ -82,7 +82,7 @@ class AcrossRows(nn.Module):
         return {"y": (q + q.flip(0)).view(batch, 3, seq, 4)}
 
 
-def test_what_mixes_rows_stays_as_it_is() -> None:
+def test_ops_that_mix_rows_keep_the_folded_batch() -> None:
     assert "flip" in (text := rewritten(AcrossRows())) and "f64[B*3, S, 4]" in text
 
 
@@ -140,7 +140,7 @@ def test_experts_are_dealt() -> None:
 
 
 @pytest.mark.parametrize("between", ["norm of all", "rows turned"])
-def test_what_mixes_experts_stays_as_it_is(between: str) -> None:
+def test_ops_that_mix_experts_keep_the_folded_tokens(between: str) -> None:
     assert "f64[B*S*4, 12] = .repeat(" in rewritten(AllExperts(between))
 
 

@@ -116,7 +116,7 @@ def test_a_table_that_is_looked_up_the_other_way_round() -> None:
     assert_split_equals_whole(whole, plan_for(whole, tp=2), {"ids": torch.randint(0, 9, (2, 5))})
 
 
-def test_what_is_rolled_is_sharded_along_the_other_dims() -> None:
+def test_roll_is_sharded_along_its_other_dims() -> None:
     """Windows that shift over an image (Swin): its channels stay where they are."""
 
     class Shift(nn.Module):

@@ -18,7 +18,7 @@ def stages(whole: torch.fx.GraphModule, plan: PartitionPlan) -> list[torch.fx.Gr
     return [extract_stage(whole, RankContext(plan, stage * plan.mesh.tp)).graph_module for stage in range(plan.mesh.pp)]
 
 
-def test_hidden_states_become_an_input_here_and_an_output_there() -> None:
+def test_hidden_states_are_an_output_of_stage_0_and_an_input_of_stage_1() -> None:
     whole = normalized(Stack([Mlp(), Mlp()]), x=("B", "S", 8))
     plan = plan_for(whole, pp=2)
     before = graph_text(whole)
@@ -70,7 +70,7 @@ class Masked(nn.Module):
         return {"y": self.b(x) * mask, "first": x}
 
 
-def test_masks_are_computed_again_and_outputs_stay_where_they_are_made() -> None:
+def test_masks_are_recomputed_and_outputs_stay_on_their_stage() -> None:
     whole = normalized(Masked(), x=("B", "S", 8), keep=("B", "S"))
     plan = plan_for(whole, pp=2)
     first, second = stages(whole, plan)
@@ -123,7 +123,7 @@ class Skips(nn.Module):
 
 
 @pytest.mark.parametrize("pp", [2, 3])
-def test_what_is_needed_two_stages_on_goes_there_at_once(pp: int) -> None:
+def test_a_tensor_read_two_stages_on_is_sent_there_directly(pp: int) -> None:
     whole = normalized(Skips(), x=("B", "S", 8))
     plan = plan_for(whole, pp=pp)
     targets = {(hop.source, hop.target) for hop in plan.hops if hop.op == plan.hops[0].op}
@@ -131,7 +131,7 @@ def test_what_is_needed_two_stages_on_goes_there_at_once(pp: int) -> None:
     assert_split_equals_whole(whole, plan, {"x": torch.randn(2, 5, 8, dtype=torch.float64)})
 
 
-def test_two_outputs_of_one_op_cross_together() -> None:
+def test_two_outputs_of_one_op_are_two_hops() -> None:
     class Halves(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -28,7 +28,7 @@ def test_each_layer_and_expert_takes_as_much_as_the_one_before(size: str) -> Non
     assert most - more < 1.01 * (more - few)
 
 
-def test_nothing_runs_twice_at_one_example(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_node_runs_once_per_example(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the model divides lengths, which is why a run comes before the others (bending_points)."""
     ran: Counter[Node] = Counter()
     run_node = ShapeInterpreter.run_node

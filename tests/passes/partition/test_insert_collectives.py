@@ -40,7 +40,7 @@ def inserted(whole: torch.fx.GraphModule, plan: PartitionPlan, rank: int) -> tup
     return graph_text(before), graph_text(after)
 
 
-def test_a_sum_that_is_owed_is_paid_behind_its_producer() -> None:
+def test_partial_gets_an_all_reduce_behind_its_producer() -> None:
     whole = normalized(Mlp(), x=("B", "S", 8))
     plan = plan_for(whole, tp=2)
     before, after = inserted_graphs(whole, plan, 0)
@@ -73,7 +73,7 @@ class Head(nn.Module):
         return {"y": y, "p": y.softmax(-1), "q": y.log_softmax(-1)}
 
 
-def test_many_consumers_share_one_gather_of_uneven_parts() -> None:
+def test_consumers_share_one_all_gather_of_uneven_parts() -> None:
     whole = normalized(Head(), x=("B", "S", 8))
     plan = plan_for(whole, tp=2)
     before, after = inserted_graphs(whole, plan, 1)
@@ -110,7 +110,7 @@ def left_whole(plan: PartitionPlan, name: str) -> PartitionPlan:
     return replace(plan, ops=tuple(whole if o.name == name else o for o in plan.ops), params=params)
 
 
-def test_a_rank_cuts_its_piece_out_of_a_whole_tensor() -> None:
+def test_replicate_to_shard_is_a_local_slice() -> None:
     whole = normalized(Mlp(8, 13), x=("B", "S", 8))
     plan = left_whole(plan_for(whole, tp=2), "up")
     before, after = inserted(whole, plan, 1)
@@ -158,7 +158,7 @@ def test_parts_that_are_several_intervals() -> None:
     assert_split_equals_whole(whole, plan, {"x": torch.randn(2, 5, 8, dtype=torch.float64)})
 
 
-def test_one_rank_says_nothing() -> None:
+def test_no_copies_or_sums_on_one_rank() -> None:
     whole = normalized(Mlp(), x=("B", "S", 8))
     before, after = inserted(whole, plan_for(whole), 0)
     assert before == after

@@ -26,7 +26,7 @@ def check(body: nn.Module, width: int, tp: int, pp: int = 1) -> list[RankProgram
     return check_and_plan(body, width, tp, pp)[0]
 
 
-def test_before_a_product_that_is_cut_by_columns() -> None:
+def test_column_parallel_linear_reads_its_input_through_copy_to_tp() -> None:
     programs = check(Stack([Mlp(), Mlp()]), 8, tp=2)
     assert_expected_inline(graph_text(programs[0].graph_module), """\
 x : f64[B, S, 8] = input
@@ -62,19 +62,19 @@ class ScaledHeads(Attention):
         return {"y": x + y * self.scale.sum() if self.everywhere else x + y}
 
 
-def test_a_parameter_that_each_rank_uses_on_its_heads_owes_one_sum() -> None:
+def test_gradient_of_a_norm_over_a_ranks_heads_is_one_sum() -> None:
     programs = check(ScaledHeads(everywhere=False), 12, tp=2)
     assert owed(programs) == [("body.scale", ((0, 3),), (0, 1))]
 
 
-def test_a_parameter_that_is_also_used_whole_is_read_through_a_copy_by_the_heads() -> None:
+def test_parameter_used_whole_and_on_heads_is_read_through_copy_to_tp() -> None:
     programs = check(ScaledHeads(everywhere=True), 12, tp=2)
     assert owed(programs) == []
     copies = [n for n in programs[0].graph_module.graph.nodes if n.target is comm_ops.copy_to_tp]
     assert [n.args[0].target for n in copies if n.args[0].op == "get_attr"] == ["body.scale"]
 
 
-def test_a_kv_head_on_several_ranks_owes_a_sum_over_exactly_these() -> None:
+def test_gradient_of_a_shared_kv_head_is_summed_over_the_ranks_that_hold_it() -> None:
     programs = check(Attention(d=12, heads=6, groups=3, size=3), 12, tp=4)
     assert owed(programs) == [
         ("body.k.weight", ((6, 9), (0, 12)), (2, 3)), ("body.k.bias", ((6, 9),), (2, 3)),
@@ -82,7 +82,7 @@ def test_a_kv_head_on_several_ranks_owes_a_sum_over_exactly_these() -> None:
     ]  # fmt: skip
 
 
-def test_one_kv_head_of_a_fused_product_is_whole_everywhere_and_its_gradient_is_not() -> None:
+def test_single_kv_head_in_fused_qkv_is_replicated_and_its_gradient_is_summed() -> None:
     programs = check(Attention(d=12, heads=4, groups=1, size=3, fused="thirds"), 12, tp=2)
     assert owed(programs) == [
         ("body.qkv.weight", ((12, 18), (0, 12)), (0, 1)), ("body.qkv.bias", ((12, 18),), (0, 1)),
@@ -101,7 +101,7 @@ class PositionedKey(Attention):
         return q, k + torch.tanh(self.position(x))[:, None], v
 
 
-def test_where_terms_of_a_gradient_meet_a_whole_one() -> None:
+def test_one_gradient_stands_where_terms_meet_a_whole_gradient() -> None:
     """The key and what is added to it have one gradient, added up behind their sum: the first rank's key has it."""
     programs = check(PositionedKey(), 12, tp=2)
     for program in programs:
@@ -124,7 +124,7 @@ class Chosen(nn.Module):
         return {"y": torch.cat([self.a.down(torch.relu(self.a.up(h[:, :-1]))), self.b.down(self.b.up(h[:, 1:]))], 1)}
 
 
-def test_what_several_pick_from_is_added_up_once() -> None:
+def test_gradients_of_an_input_that_several_index_selects_read_are_summed_once() -> None:
     programs = check(Chosen(), 8, tp=2)
     copies = [n for n in programs[0].graph_module.graph.nodes if n.target is comm_ops.copy_to_tp]
     assert len(copies) == 1 and [n.name for n in copies[0].users] == ["getitem", "getitem_1"]
@@ -136,7 +136,7 @@ PARTS = (((0, 3),), ((2, 5),), ((5, 6),))  # rank 1 also has element 2, which th
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_the_way_back_is_the_transpose_of_the_way_there(dim: int) -> None:
+def test_backward_is_the_transpose_of_forward(dim: int) -> None:
     """<there(x), g> = <x, back(g)>, over all ranks together: with that, chains of them are right, too."""
     generator = torch.Generator().manual_seed(dim)
     shape = [6, 6]

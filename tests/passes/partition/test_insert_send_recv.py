@@ -175,7 +175,7 @@ return {y: mul}""")
         verify(programs, plan, build_op_graph(whole), whole)
 
 
-def test_one_stage_says_nothing() -> None:
+def test_no_sends_or_recvs_on_one_stage() -> None:
     whole = normalized(Mlp(), x=("B", "S", 8))
     module, ctx = prepared(whole, plan_for(whole), 0)
     text = graph_text(insert_send_recv(module, ctx).graph_module)

@@ -65,7 +65,7 @@ def compiled(asked: int, pp: int) -> tuple[torch.fx.GraphModule, PartitionPlan]:
     return whole, plan_for(whole, pp=pp, cuts=("b",) if pp == 2 else ())
 
 
-def test_layers_count_from_0_and_questions_go_to_a_layer_of_the_same_kind() -> None:
+def test_cache_layers_are_renumbered_and_length_queries_go_to_a_layer_of_the_same_kind() -> None:
     whole, plan = compiled(asked=0, pp=2)
     ctx = RankContext(plan, 1)
     stage = extract_stage(whole, ctx).graph_module
@@ -109,7 +109,7 @@ def test_the_first_stage_keeps_its_numbers() -> None:
     assert ctx.cache_layers == (0,)
 
 
-def test_a_question_that_the_stage_cannot_answer_is_an_error() -> None:
+def test_a_length_query_without_a_layer_of_its_kind_raises_plan_error() -> None:
     whole, plan = compiled(asked=0, pp=2)
     ctx = RankContext(plan, 1)
     with pytest.raises(PlanError, match=r"stage 1 asks .* layer 0 \(cross\) and has no layer of that kind"):

@@ -49,7 +49,7 @@ class Heads(nn.Module):
         return {"y": self.o(q.reshape(x.shape[0], x.shape[1], 12))}
 
 
-def test_views_have_the_ranks_heads() -> None:
+def test_reshape_has_the_ranks_number_of_heads() -> None:
     before, after = localized(normalized(Heads(), x=("B", "S", 16)), tp=2, rank=0)
     assert_expected_inline(before, """\
 x : f64[B, S, 16] = input
@@ -83,7 +83,7 @@ class Gated(nn.Module):
         return {"y": self.down(torch.sigmoid(parts[0]) * parts[1])}
 
 
-def test_chunks_are_the_ranks_share_of_each() -> None:
+def test_chunk_sizes_are_the_ranks_share_of_each_chunk() -> None:
     before, after = localized(normalized(Gated(), x=("B", "S", 16)), tp=2, rank=1)
     assert_expected_inline(before, """\
 x : f64[B, S, 16] = input
@@ -242,7 +242,7 @@ class Repeats(nn.Module):
         return {"y": self.o((q * k).reshape(batch, seq, self.heads * 4))}
 
 
-def test_a_rank_repeats_its_own_kv_heads() -> None:
+def test_repeat_interleave_repeats_the_ranks_kv_heads() -> None:
     _, after = localized(normalized(Repeats(6, 3), x=("B", "S", 16)), tp=2, rank=0)
     assert_expected_inline(after, """\
 x : f64[B, S, 16] = input
@@ -259,13 +259,13 @@ o : f64[B, S, 16] = o(reshape)  # RowParallelLinear[16, 16]
 return ({y: o}, ())""")
 
 
-def test_query_heads_that_each_have_a_kv_head_repeat_none() -> None:
+def test_repeat_is_dropped_where_each_query_head_has_a_kv_head() -> None:
     """6 query heads of 2 KV heads on 4 ranks: rank 1 holds query heads 2 and 3, of KV heads 0 and 1."""
     _, after = localized(normalized(Repeats(6, 2), x=("B", "S", 16)), tp=4, rank=1)
     assert "view_1, 1, 2)" in after and "index_select" not in after
 
 
-def test_query_heads_that_fall_between_kv_heads_pick_them() -> None:
+def test_repeat_becomes_index_select_where_groups_are_cut() -> None:
     """10 query heads of 2 KV heads on 4 ranks: rank 1 holds query heads 3, 4 and 5, of KV heads 0, 0 and 1."""
     _, after = localized(normalized(Repeats(10, 2), x=("B", "S", 16)), tp=4, rank=1)
     assert_expected_inline(after, """\

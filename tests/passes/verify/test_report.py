@@ -97,7 +97,7 @@ def test_a_wrong_input_is_blamed_on_the_pass_that_rewired_the_node() -> None:
     assert to_blame(error) == "passes/partition/extract_stage.py"
 
 
-def test_what_should_have_been_changed_and_was_not_is_blamed_on_the_duty() -> None:
+def test_an_unchanged_node_is_blamed_on_the_pass_whose_duty_it_was() -> None:
     def as_the_model_has_it(node: Node) -> None:
         _other_size(node)
         node_meta.set_stamp(node, Stamp("partition/extract_stage", "partition/insert_collectives"))

@@ -78,7 +78,7 @@ def test_attention_reads_the_kv_heads_of_its_queries() -> None:
         assert _judged("sdpa", shapes, (2, 6, 5, 8), [queries, own, own])[0] == ([queries] if right else [])
 
 
-def test_what_is_held_has_one_form() -> None:
+def test_held_is_normalized() -> None:
     assert held(0, [(0, 4), (4, 8)], 8) == WHOLE
     assert held(0, [(0, 2), (2, 4), (6, 6)], 8) == Held(0, ((0, 4),))
     assert held(0, [(4, 8), (0, 4)], 8) == Held(0, ((4, 8), (0, 4)))  # all of it, in another order

@@ -178,7 +178,7 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_what_only_some_experts_read_is_trained_right(shared: bool) -> None:
+def test_gradient_of_an_input_that_some_experts_read_is_right(shared: bool) -> None:
     """A scale of all is added up by all ranks; of two experts on one rank, the other rank would not take part."""
     _, plan = check_and_plan(Scaled(shared), 8, 2)
     assert any(p.placement.is_owned for p in plan.params) is not shared

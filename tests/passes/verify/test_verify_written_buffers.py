@@ -39,7 +39,7 @@ def nothing(node: Node) -> None:
 
 
 @pytest.mark.parametrize("breaking", [other_buffer, other_value, only_one, nothing])
-def test_what_is_written_is_proven(breaking: Callable[[Node], None]) -> None:
+def test_written_buffers_are_verified(breaking: Callable[[Node], None]) -> None:
     rope = {"rope_type": "dynamic", "factor": 4.0}
     compiled = adx.compile(tiny_config("llama", rope_scaling=rope), tp=2, verify=False)
     programs = compiled.all_programs(compiled.variants[0])

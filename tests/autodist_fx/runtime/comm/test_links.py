@@ -73,7 +73,7 @@ def test_a_rank_comes_in_once():
         peer.close()
 
 
-def test_who_does_not_come_is_named_however_many_strangers_do():
+def test_missing_ranks_are_named_among_strangers():
     store = Store()
     with ThreadPoolExecutor(1) as pool:
         hub = pool.submit(accept_all, store, 4, "127.0.0.1", 1)

@@ -48,7 +48,7 @@ def test_a_rank_that_came_twice_is_refused(port):
     assert len(refused) == 1 and f"another rank 1 has come to 127.0.0.1:{port} already" in refused[0]
 
 
-def test_who_did_not_come_is_named(port):
+def test_missing_ranks_are_named(port):
     [(error, _)] = meet(port, (0, 3), seconds=1)
     assert f"ranks 1, 2 did not come to 127.0.0.1:{port} within 1 s" in str(error)
 
@@ -59,7 +59,7 @@ def test_ranks_of_two_worlds(port):
         assert "world size is 2 on rank 0, and 3 on rank 1" in str(error)
 
 
-def test_what_differs_is_named_on_all_ranks_with_every_value(port):
+def test_facts_that_differ_are_named_with_all_values_on_all_ranks(port):
     facts = {0: {"mesh": "tp=4, pp=1"}, 1: {"mesh": "tp=2, pp=2"}, 2: {"mesh": "tp=4, pp=1"}, 3: {"mesh": "tp=1, pp=4"}}
     found = meet(port, (0, 4), (1, 4), (2, 4), (3, 4), facts=facts)
     assert {str(error) for error, _ in found} == {
@@ -74,7 +74,7 @@ def test_two_that_differ_are_named_before_the_third_has_come(port):
         assert "dtype is float32 on rank 0, and bfloat16 on rank 2" in str(error) and seconds < 5
 
 
-def test_what_one_rank_raises_all_raise(port):
+def test_an_error_of_one_rank_is_raised_on_all(port):
     for error, seconds in meet(port, (0, 3), (1, 3), (2, 3), failures={1: CheckpointError("no such file")}):
         assert type(error) is CheckpointError and str(error) == "no such file" and seconds < 5
 

@@ -169,7 +169,7 @@ def test_it_ends_as_the_leader_does() -> None:
         assert output[CACHE_FIELD] is not None and output[CACHE_FIELD].number == 1
 
 
-def test_what_cannot_be_prepared_is_for_the_leader_to_say() -> None:
+def test_an_error_of_preparing_is_the_leaders() -> None:
     model = Ran()
     follow(model, PrepareMessage({"B": 1, "S": 4}), END)
     assert model.prepared == [{"B": 1, "S": 4}]
