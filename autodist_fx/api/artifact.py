@@ -63,10 +63,7 @@ class Artifact(ArtifactReader):
     ) -> DistributedCausalLM:
         """Start this process as its rank of the mesh, ready to generate; the
         arguments are those of `load`. Raises ArtifactError, RuntimeSetupError."""
-        options = JoinOptions(
-            device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,
-            timeout=timeout,
-        )  # fmt: skip
+        options = JoinOptions(device, rank, world_size, master_addr, master_port, timeout)
         return start_from_artifact(self, options)
 
 
@@ -89,10 +86,7 @@ def load(
     Nothing in the directory is run or unpickled; a file whose digest is not the manifest's is refused by name. Raises
     ArtifactError, RuntimeSetupError.
     """
-    options = JoinOptions(
-        device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,
-        timeout=timeout,
-    )  # fmt: skip
+    options = JoinOptions(device, rank, world_size, master_addr, master_port, timeout)
     try:
         artifact = Artifact(directory)
     except AutodistError as error:

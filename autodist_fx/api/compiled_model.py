@@ -117,10 +117,7 @@ class CompiledModel(Simulator):
         calls it alike, under torchrun or with `rank`, ... given. The model itself may be freed afterwards. Raises
         AutodistError, in one line, on every rank.
         """
-        options = JoinOptions(
-            device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,
-            timeout=timeout,
-        )  # fmt: skip
+        options = JoinOptions(device, rank, world_size, master_addr, master_port, timeout)
         request = replace(self.source.request, sizes=())
         try:
             self.source.check_weights("to_distributed")

@@ -88,10 +88,7 @@ def from_pretrained(
     source = CheckpointSource(
         name, revision, token, cache_dir, local_files_only, bool(trust_remote_code), attn_implementation
     )
-    joining = JoinOptions(
-        device=device, rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port,
-        timeout=timeout,
-    )  # fmt: skip
+    joining = JoinOptions(device, rank, world_size, master_addr, master_port, timeout)
     try:
         refuse_habits(others)
         dtype = one_dtype(dtype, torch_dtype)

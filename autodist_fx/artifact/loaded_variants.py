@@ -61,7 +61,7 @@ class SavedSource:
 
     def at_lengths(self, alike: Sequence[Variant], lengths: Lengths) -> Variant:
         """See VariantSource."""
-        raise AutodistError(alike[0].other_way(lengths) + SAVE_SUCH)
+        raise AutodistError(alike[0].guards_text(lengths) + SAVE_SUCH)
 
     def check_weights(self, purpose: str) -> None:
         """See VariantSource."""

@@ -37,11 +37,11 @@ def with_total(lengths: Lengths) -> Lengths:
     return {**lengths, "T": lengths["P"] + lengths["S"]} if "S" in lengths and "P" in lengths else lengths
 
 
-def another_way(model: str, lengths: Mapping[str, int], lines: Sequence[str]) -> str:
-    """Return the sentence of an error: `model`'s guards at the
-    source positions `lines` come out otherwise at `lengths`."""
+def guards_text(model: str, lengths: Mapping[str, int], lines: Sequence[str]) -> str:
+    """Return the sentence of an error: at `lengths`, the guards of
+    `model` at these lines of its source come out otherwise."""
     said = ", ".join(f"{_NAMES[symbol]}: {n}" for symbol, n in lengths.items() if symbol in _NAMES)
     where = " and ".join(lines)
-    return f"for these lengths ({said}) {model}'s code goes another way at {where} than it was traced with"
+    return f"for these sizes ({said}) the guards of {model} at {where} come out otherwise than in the traced graph"
 
 

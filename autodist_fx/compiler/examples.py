@@ -104,7 +104,7 @@ def traced_once(
             model, use_cache=use_cache, input_names=input_names, concrete_args=concrete_args, specs=specs, sizes=sizes
         )
 
-    return _going_one_way(again(None), again), again
+    return _normalized_as_traced(again(None), again), again
 
 
 def phases_once(
@@ -118,10 +118,10 @@ def phases_once(
         prompt_again, step = trace_phases(model, concrete_args, sizes)
         return prompt_again
 
-    return _going_one_way(prompt, again), step
+    return _normalized_as_traced(prompt, again), step
 
 
-def _going_one_way(traced: TracedModel, again: Trace) -> TracedModel:
+def _normalized_as_traced(traced: TracedModel, again: Trace) -> TracedModel:
     """Normalise `traced`; trace it again where the sizes at which it is normalised make a guard come out otherwise."""
     examples = _examples_for(traced)
     _normalize(traced, examples)

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.cache_kinds import CROSS, STATE_PREFIX
 from autodist_fx.calls.call import unusual
-from autodist_fx.calls.lengths import Lengths, another_way
+from autodist_fx.calls.lengths import Lengths, guards_text
 from autodist_fx.calls.made_for import MadeFor
 from autodist_fx.calls.model_signature import signature_of
 from autodist_fx.compiler.examples import MOST_TRIES, Trace, phases_once, planned_graph, traced_at, traced_once
@@ -96,10 +96,10 @@ class Variant:
         """
         guards = [v.guards for v in (self, *others) if v.guards is not None]
         if self.trace_again is None:
-            raise AutodistError(self.other_way(lengths))
+            raise AutodistError(self.guards_text(lengths))
         traced = traced_at(self.traced, self.trace_again, lengths, guards)
         if traced is None:
-            raise TracingError(f"{self.other_way(lengths)}; no graph for them was found in {MOST_TRIES} tries")
+            raise TracingError(f"{self.guards_text(lengths)}; no graph for them was found in {MOST_TRIES} tries")
         variant = Variant.of(traced, replace(request, like=self.whole_plan or self.plan), None, self.fixed)
         self.check_caches(variant)
         return variant
@@ -204,10 +204,10 @@ class Variant:
         """True if all guards hold at these lengths."""
         return self.guards is None or not self.guards.violated(lengths)
 
-    def other_way(self, lengths: Lengths) -> str:
+    def guards_text(self, lengths: Lengths) -> str:
         """Return the sentence of an error that names the guards which do not hold at these lengths."""
         lines = self.guards.violated(lengths) if self.guards is not None else []
-        return another_way(self.traced.model_class, lengths, lines)
+        return guards_text(self.traced.model_class, lengths, lines)
 
     def with_encoder_mask(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return `inputs` with an attention mask of ones added, where the graph takes one and none is given.

@@ -124,7 +124,7 @@ class Simulator(Compilation):
         if not past:
             variant = self.prompt_for(lengths)
         elif not variant.fits(lengths):
-            raise AutodistError(variant.other_way(lengths))
+            raise AutodistError(variant.guards_text(lengths))
         self._fill(variant)
         states = [dict(own) for own in cache.ranks] if cache is not None else [{} for _ in range(self.mesh.size)]
         found = run_with_states(variant, filled, states)

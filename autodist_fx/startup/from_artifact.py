@@ -13,7 +13,7 @@ from autodist_fx.artifact.manifest import ArtifactError
 from autodist_fx.artifact.reader import MAKE_AGAIN, SAVE_SUCH, ArtifactReader
 from autodist_fx.artifact.variant_format import SavedVariant
 from autodist_fx.calls.call import Call
-from autodist_fx.calls.lengths import Lengths, another_way, lengths_of
+from autodist_fx.calls.lengths import Lengths, guards_text, lengths_of
 from autodist_fx.calls.model_signature import ModelSignature
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import digest
@@ -148,7 +148,7 @@ class ArtifactPrograms:
             guards = self._artifact.guards_of(saved)
             if guards is None or not guards.violated(lengths):
                 return CallProgram(self.program(saved), saved.output_order)
-        raise self._other_way(variants[0], lengths)
+        raise self._guard_error(variants[0], lengths)
 
     @cached_property
     def _made(self) -> MadePrograms:
@@ -174,11 +174,11 @@ class ArtifactPrograms:
 
     def _refuse(self, saved: SavedVariant) -> Callable[[Lengths], tuple[Guards | None, Any]]:
         def refuse(lengths: Lengths) -> tuple[Guards | None, Any]:
-            raise self._other_way(saved, lengths)
+            raise self._guard_error(saved, lengths)
 
         return refuse
 
-    def _other_way(self, saved: SavedVariant, lengths: Lengths) -> AutodistError:
+    def _guard_error(self, saved: SavedVariant, lengths: Lengths) -> AutodistError:
         guards = self._artifact.guards_of(saved)
         lines = guards.violated(lengths) if guards is not None else []
-        return AutodistError(another_way(self._artifact.manifest.model, lengths, lines) + SAVE_SUCH)
+        return AutodistError(guards_text(self._artifact.manifest.model, lengths, lines) + SAVE_SUCH)

@@ -49,8 +49,8 @@ class Guards:
         return tuple(bool(a) if n <= lengths.keys() else None for a, n in zip(found, self.needs, strict=True))
 
     def violated(self, lengths: Mapping[str, int], *, remainders: bool = True) -> list[str]:
-        """The model's lines at which these lengths take it another way than it was traced: none, mostly. Conditions
-        on lengths that are not given are not asked, nor, without `remainders`, those on what divides them."""
+        """Returns the source positions of the guards that come out otherwise at these sizes: none, mostly. Guards on
+        sizes that are not given are not asked, nor, without `remainders`, those on what divides them."""
         found = []
         for number, (answer, expected) in enumerate(zip(self.answers(lengths), self.expected, strict=True)):
             if answer is not None and answer != expected and (remainders or not self._divides[number]):

@@ -4,7 +4,7 @@ guards.
     before  %gt = %seq > 24                      (guard_outcome False: so it was for the traced sizes)
     after   nothing in the graph; Guards.violated({"S": 30, ...}) computes `S > 24` for the sizes at hand
 
-A graph has one way through. A call whose sizes would have taken the model another way needs another graph, which
+A graph has one branch of each `if`. A call at whose sizes a guard comes out otherwise needs another graph, which
 whoever calls has made. Comparisons with 1 are no guards: that a single token needs no causal mask is the shortcut which
 nearly every model takes, and it computes the same.
 """

@@ -47,11 +47,11 @@ def only(variant: T) -> GuardedPrograms[T]:
     return GuardedPrograms([(None, variant)])
 
 
-def one_way(guards: Guards | None, variant: T, other: Callable[[Lengths], str]) -> GuardedPrograms[T]:
-    """Return the programs of one variant for sizes that meet the guards; for any other AutodistError, of the words
-    that `other` has for them."""
+def guarded_only(guards: Guards | None, variant: T, text: Callable[[Lengths], str]) -> GuardedPrograms[T]:
+    """Return the programs of one variant, for sizes at which its guards hold; for others AutodistError, with the
+    `text` that they have."""
 
     def refuse(lengths: Lengths) -> tuple[Guards | None, T]:
-        raise AutodistError(other(lengths))
+        raise AutodistError(text(lengths))
 
     return GuardedPrograms([(guards, variant)], refuse)

@@ -1,4 +1,4 @@
-"""Conditions on lengths: a call at which the model's code goes another way than it was traced has its own graph."""
+"""Guards on sizes: a call at which one comes out otherwise than in the traced graph has a graph of its own."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_an_artifact_holds_the_variants_used_and_refuses_others(tmp_path: Path) 
     artifact = adx.load(tmp_path / "saved")
     for length, wanted in zip((9, 5), expected, strict=True):
         assert torch.equal(artifact.simulate(input_ids=IDS[:, :length]).logits, wanted)
-    with pytest.raises(AutodistError, match=r"tokens: 8.*another way at test_guards.py:\d+.*no variant for that"):
+    with pytest.raises(AutodistError, match=r"tokens: 8.*guards of \w+ at test_guards.py:\d+.*no variant for that"):
         artifact.simulate(input_ids=IDS[:, :8])
 
     def run(rank: int, communicator: Any) -> list[torch.Tensor]:
