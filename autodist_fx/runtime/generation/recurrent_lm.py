@@ -7,7 +7,7 @@ read what another stage's rank made: then it is sent there, after the step that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,17 +53,33 @@ def handovers(makers: Sequence[RankProgram], readers: Sequence[RankProgram]) -> 
     return tuple(found)
 
 
-class StatesCache(SplitCache):
-    """One rank's states by name, dim 0 of each the rows of the batch."""
+def row_dims(program: RankProgram) -> dict[str, int | None]:
+    """Return, of each state that a program reads, the dim that is the batch's rows (Mamba-2 has its layers in front of
+    it); None where no dim is just that."""
+    inputs = (n for n in program.graph_module.graph.nodes if n.op == "placeholder" and n.users)
+    found = {n.target: node_meta.symbols(n) for n in inputs if n.target.startswith(STATE_PREFIX)}
+    return {name: dims.index("B") if "B" in dims else None for name, dims in found.items()}
 
-    def __init__(self) -> None:
+
+class StatesCache(SplitCache):
+    """One rank's states by name. `row_dims` has the dim that counts the batch's rows, of each state that this rank's
+    steps read; None for one that has them in no dim of their own."""
+
+    def __init__(self, row_dims: Mapping[str, int | None] | None = None) -> None:
         super().__init__()
+        self._row_dims = row_dims or {}
         self.states: dict[str, torch.Tensor] = {}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Reorder the rows for beam search: `beam_idx` [batch], int64, has the row that each row continues."""
+        """Reorder the rows for beam search: `beam_idx` [batch], int64, has the row that each row continues. Raises
+        AutodistError for a state whose rows cannot be told apart."""
         super().reorder_cache(beam_idx)
-        self.states = {name: x.index_select(0, beam_idx.to(x.device)) for name, x in self.states.items()}
+        for name in self.states.keys() & self._row_dims.keys():  # the others are read elsewhere, or by nobody
+            state, dim = self.states[name], self._row_dims[name]
+            if dim is None:
+                shape = list(state.shape)
+                raise AutodistError(f"{name} {shape} has no dim for the rows of a batch: generate without beams")
+            self.states[name] = state.index_select(dim, beam_idx.to(state.device))
 
     def crop(self, argument: int) -> None:
         raise AutodistError("the states of a recurrence cannot be cropped to fewer tokens: leave that option out")
@@ -91,6 +107,7 @@ class DistributedOwnCacheLM(DistributedCausalLM):
         self.prompt_module = self.prompt_program.graph_module.eval()
         self._inputs |= frozenset(self.prompt_program.input_names)
         self._after_step = after_step
+        self._row_dims = row_dims(program)
 
     def _programs_for(self, lengths: Lengths) -> GuardedPrograms[Any]:
         return self._programs if lengths["P"] else self._prompts
@@ -140,4 +157,4 @@ class DistributedOwnCacheLM(DistributedCausalLM):
 
     def empty_cache(self) -> StatesCache:
         """Return a cache without states."""
-        return StatesCache()
+        return StatesCache(self._row_dims)

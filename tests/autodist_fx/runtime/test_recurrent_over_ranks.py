@@ -11,7 +11,10 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 
 import autodist_fx as adx
 from autodist_fx.errors import AutodistError
+from cost_model.mesh import Mesh
 from tests.support.models import randomized
+from tests.support.ranks import on_ranks
+from tests.support.state_space import state_space_model
 
 CONFIG = Lfm2Config(
     vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3,
@@ -33,6 +36,15 @@ def test_beams_take_their_states_along(options: dict[str, Any], tmp_path: Path) 
         torch.manual_seed(3)
         tokens.append(each.generate(**given, use_cache=use_cache).tolist())
     assert tokens[0] == tokens[1]
+
+
+@torch.no_grad()
+def test_beams_of_states_that_have_their_layers_in_front() -> None:
+    """The truth is the model without a cache: transformers 4.57.6 does not reorder Mamba-2's, and answers otherwise."""
+    model, ids = state_space_model("mamba2"), IDS[:1]
+    options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    wanted = model.generate(ids, **options, use_cache=False).tolist()
+    assert on_ranks(model, Mesh(tp=2), lambda split: split.generate(ids, **options).tolist()) == [wanted] * 2
 
 
 def test_several_tokens_after_the_prompt_are_refused(tmp_path: Path) -> None:
