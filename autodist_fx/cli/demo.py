@@ -6,10 +6,12 @@ python -m autodist_fx.cli.demo [--model PATH]      exit code 0 when every token 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +45,18 @@ BATCH = (
 )
 MESHES = (Mesh(tp=2), Mesh(pp=2), Mesh(tp=2, pp=2))
 NEW_TOKENS = 24
-_PLAN = "plan.json"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SMOLLM2, help="another model: a directory, a .gguf file or a hub id")
-    parser.add_argument("--rank-in", help=argparse.SUPPRESS)  # a directory: this process is a rank that main started
+    # Numbers of open files: this process is a rank that main started.
+    parser.add_argument("--rank-files", type=int, nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     be_quiet()
     try:
-        if args.rank_in:
-            _be_a_rank(args.model, Path(args.rank_in))
+        if args.rank_files:
+            _be_a_rank(args.model, args.rank_files)
             return 0
         return _demo(args.model)
     except AutodistError as error:
@@ -139,21 +141,29 @@ def _answer(model: Any, tokenizer: Any, *, aloud: bool) -> dict[str, Any]:
 
 def _on(plan: PartitionPlan, name: str) -> list[tuple[int, dict[str, Any]]] | None:
     """Run the ranks of the plan's mesh as processes, and return (rank, answers) of each; None where a rank failed."""
-    with tempfile.TemporaryDirectory(prefix="autodist-fx-demo-") as directory:
-        plan.save(Path(directory) / _PLAN)  # so that no rank searches again
-        command = [sys.executable, "-m", "autodist_fx.cli.demo", "--model", name, "--rank-in", directory]
-        code = launch_local(command, plan.mesh.size)
+    with contextlib.ExitStack() as stack:  # files without names: nothing is left, however this process ends
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(1 + plan.mesh.size)]
+        numbers = [file.fileno() for file in files]
+        plan.save(_file(numbers[0]))  # so that no rank searches again
+        told = ["--rank-files", *map(str, numbers)]
+        command = [sys.executable, "-m", "autodist_fx.cli.demo", "--model", name, *told]
+        code = launch_local(command, plan.mesh.size, keep_open=numbers)
         if code:
             print(f"   {plan.mesh}: failed with exit code {code}", file=sys.stderr)
             return None
-        files = [Path(directory) / f"{rank}.json" for rank in range(plan.mesh.size)]
-        return [(rank, json.loads(file.read_text())) for rank, file in enumerate(files)]
+        return [(rank, json.loads(_file(number).read_text())) for rank, number in enumerate(numbers[1:])]
 
 
-def _be_a_rank(name: str, directory: Path) -> None:
-    """Run as one rank: generate, and write the answers into `directory`."""
+def _file(number: int) -> Path:
+    """Return the path by which this process opens a file that is open already."""
+    return Path(f"/dev/fd/{number}")
+
+
+def _be_a_rank(name: str, files: Sequence[int]) -> None:
+    """Run as one rank: read the plan from the first of the open files, generate, and write the answers into this
+    rank's, which follow."""
     began = time.perf_counter()
-    model = from_pretrained(name, plan=directory / _PLAN, device="cpu")
+    model = from_pretrained(name, plan=_file(files[0]), device="cpu")
     tokenizer = load_tokenizer(resolve(CheckpointSource(name)))
     report = model.load_report
     if model.rank == 0:
@@ -162,7 +172,7 @@ def _be_a_rank(name: str, directory: Path) -> None:
             f"weights"
         )
     answers = _answer(model, tokenizer, aloud=model.rank == 0)
-    (directory / f"{model.rank}.json").write_text(json.dumps(answers))
+    _file(files[1 + model.rank]).write_text(json.dumps(answers))
 
 
 def _compare(answers: dict[str, Any], expected: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from autodist_fx.calls.call import Call, by_name, read_call
+from autodist_fx.calls.call import FILLED_IN, Call, by_name, read_call
 from autodist_fx.calls.lengths import lengths_of
 from autodist_fx.calls.outputs import returned
 from autodist_fx.compiler.compilation import Compilation
@@ -119,6 +119,13 @@ class Simulator(Compilation):
             raise AutodistError(f"{self.plan.model} takes one token at a time after its prompt, and got {tokens}")
         prompt, step = self.phases()
         variant = step if past else prompt
+        refused = [n for n in (call.fixed | variant.fixed) if call.fixed.get(n) != variant.fixed.get(n)]
+        refused += [n for n in given if n not in FILLED_IN and n not in variant.traced.input_names]
+        if refused:
+            raise AutodistError(
+                f"with its own cache {self.plan.model} takes no {', '.join(refused)}: call it with use_cache=False and "
+                "without past_key_values"
+            )
         filled = with_positions(variant, given, past)
         lengths = lengths_of(variant.specs, filled, past)
         if not past:

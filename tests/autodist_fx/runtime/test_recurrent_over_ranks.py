@@ -55,3 +55,12 @@ def test_several_tokens_after_the_prompt_are_refused(tmp_path: Path) -> None:
         split(IDS, past_key_values=cache)
     with pytest.raises(AutodistError, match="cannot be cropped"):
         cache.crop(2)
+
+
+@torch.no_grad()
+def test_what_the_graphs_with_states_do_not_take_is_refused_by_simulate() -> None:
+    compiled = adx.compile(state_space_model("mamba"), tp=2, use_cache=True, verify=False)
+    for further in ({"output_hidden_states": True}, {"labels": IDS}):
+        with pytest.raises(AutodistError, match=f"takes no {next(iter(further))}: call it with use_cache=False"):
+            compiled.simulate(IDS, use_cache=True, **further)
+    assert list(compiled.simulate(IDS, output_hidden_states=False, use_cache=True)) == ["logits", "past_key_values"]
