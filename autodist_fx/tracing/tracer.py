@@ -227,9 +227,9 @@ class Tracer(SymbolicTracer):
             node_meta.set_traced_as_tensor(proxy.node, isinstance(proxy._metadata, torch.Tensor))
         return proxy
 
-    def _is_there(self, value: Proxy, device: Any = None, **more: Any) -> bool:
+    def _is_there(self, value: Proxy, device: Any = None, *others: Any, **more: Any) -> bool:
         """Return whether `value` is a parameter or buffer, and `device` the one that it is on."""
-        if more or not isinstance(device, torch.device) or value.node.op != "get_attr":
+        if others or more or not isinstance(device, torch.device) or value.node.op != "get_attr":
             return False
         return self._devices.get(str(value.node.target)) == device
 

@@ -107,7 +107,7 @@ class DistributedOwnCacheLM(DistributedCausalLM):
         self.prompt_module = self.prompt_program.graph_module.eval()
         self._inputs |= frozenset(self.prompt_program.input_names)
         self._after_step = after_step
-        self._row_dims = row_dims(program)
+        self._row_dims = row_dims(self.program)
 
     def _programs_for(self, lengths: Lengths) -> GuardedPrograms[Any]:
         return self._programs if lengths["P"] else self._prompts
