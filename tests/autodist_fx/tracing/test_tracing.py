@@ -106,6 +106,23 @@ def test_the_stack_is_that_of_the_calls() -> None:
     ]
 
 
+class Moves(LlamaForCausalLM):
+    """Moves a tensor by device and dtype, both by position."""
+
+    def forward(self, input_ids, **keywords):
+        output = super().forward(input_ids, **keywords)
+        output.logits = output.logits.to(input_ids.device, torch.float32)
+        return output
+
+
+@torch.no_grad()
+def test_to_with_a_device_and_a_dtype_by_position() -> None:
+    model = Moves(tiny_config("llama", num_hidden_layers=1)).double().eval()
+    ids, _ = padded_batch(2, 9)
+    found = with_weights(trace(model, input_names=("input_ids",)), model)(input_ids=ids)["logits"]
+    assert found.dtype == torch.float32 and torch.equal(found, model(ids, use_cache=False).logits)
+
+
 def test_conv1d_is_a_leaf() -> None:
     graph_module = trace(tiny_config("gpt2")).graph_module
     leaves = [graph_module.get_submodule(n.target) for n in graph_module.graph.nodes if n.op == "call_module"]
