@@ -82,7 +82,7 @@ class ArtifactReader:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The model's config."""
-        return self._configuration("config.json", _config_of)
+        return self._configuration("config.json", lambda fields: _config_of(fields, self.directory))
 
     @cached_property
     def generation_config(self) -> GenerationConfig | None:
@@ -232,11 +232,12 @@ class ArtifactReader:
         return "; ".join(f"{saved.name}: {', '.join(saved.inputs)}" for saved in self.variants.values())
 
 
-def _config_of(fields: dict[str, Any]) -> PretrainedConfig:
+def _config_of(fields: dict[str, Any], directory: Path) -> PretrainedConfig:
     kind = fields.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"transformers knows no model type {kind!r}")
-    return CONFIG_MAPPING[kind].from_dict(fields)
+    # from_pretrained, not from_dict: it knows how transformers writes an infinity
+    return CONFIG_MAPPING[kind].from_pretrained(str(directory))
 
 
 def _warn_of_versions(directory: Path, made_with: Mapping[str, str]) -> None:
