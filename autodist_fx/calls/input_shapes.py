@@ -1,4 +1,4 @@
-"""The shape of every input that a model's forward may take, in letters; one row an input.
+"""The shape of every input that a model's forward may take, in size symbols; one row an input.
 
     B  sequences                      T  tokens the mask covers: the step's and those cached before
     S  tokens of the step             E  tokens (or frames) that an encoder reads, where a decoder follows it

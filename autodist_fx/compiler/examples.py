@@ -52,7 +52,7 @@ def traced_at(
     """
     known_guards, points = list(known_guards), frozenset[int]()
     windows = any(":" in kind for kind in alike.layer_kinds)
-    usual = [_letters(alike, sizes) for sizes in _sizes(alike)]
+    usual = [_used_sizes(alike, sizes) for sizes in _sizes(alike)]
     frames = min(alike.fewest_frames, lengths.get("E", 0))
     for _ in range(MOST_TRIES):
         first, second, fixed = examples_like(
@@ -80,7 +80,7 @@ def traced_at(
     return None
 
 
-def _letters(traced: TracedModel, sizes: Sizes) -> Lengths:
+def _used_sizes(traced: TracedModel, sizes: Sizes) -> Lengths:
     """Return the lengths, by size symbol, that the inputs of this graph have."""
     used = {d for spec in traced.specs().values() for d in spec.dims if isinstance(d, str)}
     used |= {"P"} if traced.use_cache and traced.phase != "prompt" else set()

@@ -20,7 +20,7 @@ def alike(plan: PlanData, ops: Sequence[OpPlan]) -> list[list[OpPlan]]:
     groups: dict[object, list[OpPlan]] = {}
     for op in ops:
         costs = (op.compute_seconds, op.comm_seconds, op.comm_bytes)
-        key = (op.kind, op.role, op.letter, op.inputs, op.outputs, op.gather, op.input_layouts, op.output_layouts)
+        key = (op.kind, op.role, op.factor, op.inputs, op.outputs, op.gather, op.input_layouts, op.output_layouts)
         place = name_pattern(op.module) if op.module else op.name
         groups.setdefault((key, costs, plan.alternatives(op), place), []).append(op)
     return list(groups.values())
@@ -40,7 +40,7 @@ def op_facts(plan: PlanData, ops: Sequence[OpPlan]) -> dict[str, Any]:
         "modules": [o.module for o in ops],
         "kind": op.kind,
         "role": op.role,
-        "letter": op.letter,
+        "factor": op.factor,
         "rule": has_rule(op.kind),
         "stages": sorted({stage for o in ops for stage in o.stages}),
         "inputs": [str(p) for p in op.inputs],
@@ -119,12 +119,12 @@ def _cut_text(op: OpPlan) -> str:
     """Describes how an op without a role is cut, by the placements of its outputs."""
     if op.owner is not None:
         return f"not: tp rank {op.owner} alone does it"
-    if not op.letter:
+    if not op.factor:
         return "not: every tp rank does all of it"
     dims = list(dict.fromkeys(p.dim for p in op.outputs if p.is_shard))
     if dims:
         return f"along dim {', '.join(map(str, dims))} of what it leaves"
-    return "along what it sums over" if any(p.is_partial for p in op.outputs) else f"along {op.letter}"
+    return "along what it sums over" if any(p.is_partial for p in op.outputs) else f"along {op.factor}"
 
 
 def _alternatives(plan: PlanData, op: OpPlan) -> Section:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from cost_model.graph.placement import Interval, Layout, Placement
 from cost_model.mesh import Mesh
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 def rounded(seconds: float) -> float:
@@ -20,7 +20,7 @@ class OpPlan:
     """The plan of one op. `inputs[i]` is the placement that it wants of input i, `outputs[j]` that of output j.
 
     `home` is the stage it belongs to; `stages` are all that compute it (a recomputed mask has several).
-    `letter` is the name of the sharded factor of its op rule ("" when it runs replicated), `role` its name in the
+    `factor` is the name of the sharded factor of its op rule ("" when it runs replicated), `role` its name in the
     field's words for linears and embeddings ("column", "row", "vocab", "replicate", "").
     `gather[j]` says that output j is also made whole on every tp rank (all_reduce of a P, all_gather of an S).
     Seconds are of one forward on the slowest tp rank, on each stage that computes it, rounded by `rounded`.
@@ -33,7 +33,7 @@ class OpPlan:
     inputs: tuple[Placement, ...]
     outputs: tuple[Placement, ...]
     gather: tuple[bool, ...]
-    letter: str = ""
+    factor: str = ""
     role: str = ""
     module: str = ""
     weight: str = ""  # name of the parameter that a linear multiplies by, or that an embedding reads

@@ -143,7 +143,7 @@ def _op(f: Fields, mesh: Mesh, layouts: tuple[Layout, ...], choices: Choices) ->
         inputs=inputs,
         outputs=outputs,
         gather=gather,
-        letter=f.text("letter", default=""),
+        factor=f.text("factor", default=""),
         role=f.text("role", default=""),
         module=f.text("module", default=""),
         weight=f.text("weight", default=""),

@@ -1,6 +1,6 @@
 """Writes the partition plan as JSON, from which read_json.py, strictly, makes an equal plan.
 
-    {"version": 2, "mesh": {"tp": 2, "pp": 1}, "model": "XForCausalLM", ..., "sizes": {"B": 1, "S": 128},
+    {"version": 3, "mesh": {"tp": 2, "pp": 1}, "model": "XForCausalLM", ..., "sizes": {"B": 1, "S": 128},
      "ops": [{"name": "linear", "kind": "linear", "home": 0, "inputs": ["R", "S(0)"], "outputs": ["S(2)"], ...}],
      "params": [{"name": "lm_head.weight", "shape": [32000, 768], "placement": "S(0)", "layout": 3, ...}],
      "layouts": [{"size": 9, "parts": [[[0, 5]], [[5, 9]]]}],
@@ -16,7 +16,7 @@ beside this file says what each is. To keep large plans small, some are left out
 
     ops      stages          when the home stage alone computes it
              gather          when no output is gathered
-             letter, role, module, weight                when empty
+             factor, role, module, weight                when empty
              input_layouts, output_layouts, choice       when all are -1
              compute_seconds, comm_seconds, comm_bytes   when 0
     choices  seconds, weight_bytes                       when 0

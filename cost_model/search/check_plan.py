@@ -65,7 +65,7 @@ class _Checked:
     # -- one op ------------------------------------------------------------------------------------------------------
 
     def _strategy(self, op: Op, planned: OpPlan) -> None:
-        as_planned = (planned.letter, planned.inputs, planned.outputs, planned.gather)
+        as_planned = (planned.factor, planned.inputs, planned.outputs, planned.gather)
         domain = self.search.domain(op)
         if not any((s.factor, s.inputs, s.outputs, s.gather) == as_planned for s in domain):
             own = Strategy(*as_planned)
@@ -75,7 +75,7 @@ class _Checked:
             )
         if planned.kind != op.kind or planned.module != op.module:
             raise PlanError(f"op {op.name} is {op.kind} in {op.module!r}, not {planned.kind} in {planned.module!r}")
-        role = role_of(op, planned.letter)
+        role = role_of(op, planned.factor)
         if planned.role != role:
             raise PlanError(
                 f"op {op.name} has role {planned.role!r}, and its placements are those of {role!r}: to change a role, "

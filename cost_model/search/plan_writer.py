@@ -97,7 +97,7 @@ class PlanWriter:
             inputs=s.inputs,
             outputs=s.outputs,
             gather=s.gather,
-            letter=s.factor,
+            factor=s.factor,
             role=role,
             module=op.module,
             weight=weights[0] if role and weights else "",

@@ -52,7 +52,7 @@ def forward_seconds(
     planned = PlanSearch(graph, replace(request, sizes=tuple(sizes.items())), shared)
     total = 0.0
     for op in plan.ops:
-        s = Strategy(op.letter, op.inputs, op.outputs, op.gather)
+        s = Strategy(op.factor, op.inputs, op.outputs, op.gather)
         for stage in op.stages:
             search = planned.of_stage[stage]
             total += search.compute_seconds(graph[op.name], s) + search.gather_seconds(graph[op.name], s)

@@ -108,7 +108,7 @@ def _slice(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPla
 def _every(layout: Layout, tp_rank: int, start: int, stop: int, step: int) -> slice:
     """Returns where, in the rank's share, the elements start, start + step, ... below stop that it holds lie.
 
-    What the rank holds of them lies equally far apart there (pairs of gate and up, say), since a letter ties them.
+    What the rank holds of them lies equally far apart there (pairs of gate and up, say), since a factor ties them.
     """
     held = [layout.local_range(tp_rank, i, i + 1) for i in range(start, stop, step)]
     places = [a for a, b in held if b > a]
@@ -149,7 +149,7 @@ def _repeat(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPl
 
 def _sdpa(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
     """Picks keys and values for each query head in grouped attention whose groups are cut."""
-    if not argument(node, 7, "enable_gqa", False) or op.letter != "heads":
+    if not argument(node, 7, "enable_gqa", False) or op.factor != "heads":
         return
     q, k = tensor_arguments(node)[:2]
     head = node_meta.tensor(q).dim() - 3
@@ -176,7 +176,7 @@ def _sdpa(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan
 
 def _experts(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
     """Says which experts the rank has, where whole ones are dealt out."""
-    if op.letter == "experts":
+    if op.factor == "experts":
         node.args = (*node.args[:8], _layout(ctx, op.input_layouts[3]).parts[ctx.tp_rank])
 
 
@@ -185,7 +185,7 @@ def _groups(position: int) -> Callable[[torch.fx.GraphModule, RankContext, Node,
     which are whole ones."""
 
     def rewrite(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
-        if op.letter != "groups":
+        if op.factor != "groups":
             return
         layout = _layout(ctx, op.output_layouts[0])
         groups = node.args[position] * layout.local_size(ctx.tp_rank) // layout.size

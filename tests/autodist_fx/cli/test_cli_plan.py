@@ -114,7 +114,7 @@ def test_lengths_that_are_none(
     sizes: dict[str, Any], said: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "edited.json"
-    file.write_text(json.dumps({"version": 2, "sizes": sizes}))
+    file.write_text(json.dumps({"version": 3, "sizes": sizes}))
     assert main(["plan", "--model", model, "--from", str(file)]) == 2
     assert said in capsys.readouterr().err
 

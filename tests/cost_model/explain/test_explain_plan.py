@@ -117,7 +117,7 @@ def test_an_op_without_a_role_has_no_alternatives():
 def test_the_ops_of_a_module_without_roles_are_one_table():
     plan = small_plan()
     found = [plan.op(name) for name in ("add_1", "add_3")]
-    fused = replace(found[1], compute_seconds=0.0, outputs=(shard(2),), letter="x")
+    fused = replace(found[1], compute_seconds=0.0, outputs=(shard(2),), factor="x")
     busy = replace(found[0], compute_seconds=0.001)
     (section,) = sections_of(plan, [[busy, busy], [fused]])
     header, first, second = section.rows

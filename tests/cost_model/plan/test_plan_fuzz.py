@@ -97,7 +97,7 @@ def test_other_encodings(encoding, tmp_path):
         assert encoding not in ("utf-8", "latin-1")  # latin-1 writes ASCII alike
 
 
-DEEP = ("[" * 10**6, '{"ops":' * 10**5, '{"version": 2, "ops": ' + "[" * 5000 + "]" * 5000 + "}")
+DEEP = ("[" * 10**6, '{"ops":' * 10**5, '{"version": 3, "ops": ' + "[" * 5000 + "]" * 5000 + "}")
 
 
 @pytest.mark.parametrize("deep", DEEP, ids=["lists", "objects", "closed"])

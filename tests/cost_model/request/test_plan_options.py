@@ -127,7 +127,7 @@ def test_compile_refuses_another_mesh_than_the_plan_is_for() -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"version": 1}, "is no plan of version 2"),
+        ({"version": 1}, "is no plan of version 3"),
         ({"mesh": 3}, "mesh is 3: expected an object"),
         ({"objective": ["shard"]}, r"objective is \['shard'\]: expected a name"),
         ({"hardware": {}}, "hardware is {}: expected a name"),
@@ -137,6 +137,6 @@ def test_compile_refuses_another_mesh_than_the_plan_is_for() -> None:
     ],
 )
 def test_a_file_that_is_none_says_where(changed: dict[str, object], said: str, tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text(json.dumps({"version": 2} | changed))
+    (tmp_path / "plan.json").write_text(json.dumps({"version": 3} | changed))
     with pytest.raises(PlanError, match=said):
         PlanOptions.from_file(tmp_path / "plan.json")

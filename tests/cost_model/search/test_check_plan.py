@@ -67,7 +67,7 @@ def without_op(data: dict[str, Any]) -> None:
     data["ops"] = [x for x in data["ops"] if not x["name"].endswith("layers_2_mlp_down_proj")]
 
 
-ROW = {"letter": "row", "inputs": ["R", "R"], "outputs": ["P"], "gather": [True], "input_layouts": [-1, -1],
+ROW = {"factor": "row", "inputs": ["R", "R"], "outputs": ["P"], "gather": [True], "input_layouts": [-1, -1],
        "output_layouts": [-1]}  # fmt: skip
 BROKEN: dict[str, tuple[Edit, str]] = {
     "role alone": (op("layers_0_mlp_up_proj", role="row", choice=-1), "and its placements are those of 'column'"),

@@ -129,7 +129,7 @@ def test_roll_is_sharded_along_its_other_dims() -> None:
 
     whole = normalized(Shift(), x=("B", "S", 8))
     plan = plan_for(whole, tp=2)
-    assert plan.op("roll").letter == "d2" and plan.stages[0].collectives == (("all_reduce", 1, 128 * 8 * 8),)
+    assert plan.op("roll").factor == "d2" and plan.stages[0].collectives == (("all_reduce", 1, 128 * 8 * 8),)
     assert_split_equals_whole(whole, plan, {"x": torch.randn(3, 5, 8, dtype=torch.float64)})
 
 

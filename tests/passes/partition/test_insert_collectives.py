@@ -101,7 +101,7 @@ def left_whole(plan: PartitionPlan, name: str) -> PartitionPlan:
     op = plan.op(name)
     n = len(op.inputs)
     whole = replace(
-        op, inputs=(REPLICATE,) * n, outputs=(REPLICATE,), gather=(False,), letter="", role="replicate",
+        op, inputs=(REPLICATE,) * n, outputs=(REPLICATE,), gather=(False,), factor="", role="replicate",
         input_layouts=(-1,) * n, output_layouts=(-1,),
     )  # fmt: skip
     params = tuple(

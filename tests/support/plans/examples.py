@@ -28,7 +28,7 @@ def _linear(name: str, module: str, role: str, layout: int, home: int) -> OpPlan
     }[role]
     at = {"column": (-1, layout), "row": (layout, layout), "replicate": (-1, -1)}[role]
     return OpPlan(
-        name, "linear", home, (home,), (x, w), (out,), (role == "row",), letter="" if role == "replicate" else role,
+        name, "linear", home, (home,), (x, w), (out,), (role == "row",), factor="" if role == "replicate" else role,
         role=role, module=module, weight=module + ".weight", input_layouts=at,
         output_layouts=(layout if role == "column" else -1,), compute_seconds=0.00123,
         comm_seconds=0.0005 if role == "row" else 0.0, comm_bytes=589824 if role == "row" else 0,
@@ -121,7 +121,7 @@ def large_plan(ops: int = 8000) -> PartitionPlan:
     """80 layers on tp=8 x pp=4 with `ops` ops in all, for sizes and seconds."""
     plan = small_plan(80, 8, 4)
     more = tuple(
-        OpPlan(f"mul_{i}", "mul", i % 4, (i % 4,), (shard(1), R), (shard(1),), (False,), letter="d1",
+        OpPlan(f"mul_{i}", "mul", i % 4, (i % 4,), (shard(1), R), (shard(1),), (False,), factor="d1",
                module=f"model.layers.{i % 80}.self_attn", input_layouts=(0, -1), output_layouts=(0,))
         for i in range(ops - len(plan.ops))
     )  # fmt: skip

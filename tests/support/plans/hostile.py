@@ -28,7 +28,7 @@ def hostile_plan() -> PartitionPlan:
         sizes=tuple((bad(symbol), length) for symbol, length in plan.sizes),
         ops=tuple(
             replace(op, name=bad(op.name), kind=bad(op.kind), module=bad(op.module), weight=bad(op.weight),
-                    role=bad(op.role), letter=bad(op.letter)) for op in plan.ops
+                    role=bad(op.role), factor=bad(op.factor)) for op in plan.ops
         ),
         params=tuple(replace(p, name=bad(p.name), dtype=bad(p.dtype)) for p in plan.params),
         hops=tuple(replace(hop, op=bad(hop.op)) for hop in plan.hops),
