@@ -26,6 +26,7 @@ from autodist_fx.tracing.control_flow.constants import CONVERSIONS, numpy_ufunc
 from autodist_fx.tracing.control_flow.range_loops import outlined_loops
 from autodist_fx.tracing.control_flow.rotary import updating_frequencies
 from autodist_fx.tracing.control_flow.value_branches import hide_buffer, set_attribute
+from autodist_fx.tracing.gradient_regions import patch_contexts
 from autodist_fx.tracing.hooks import (
     calls_attached,
     has_attached_itself,
@@ -121,6 +122,7 @@ def traceable(
 
         patch_masks(patch)
         patch_base(patch)
+        patch_contexts(patch)
         undo.enter_context(without_checks())
         # To unpack a proxy, fx disassembles the function that does so, each time.
         patch(torch.fx.proxy, "dis", types.SimpleNamespace(get_instructions=functools.cache(_instructions)))

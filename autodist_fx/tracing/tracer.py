@@ -29,6 +29,7 @@ from autodist_fx.tracing.control_flow.data_dependent import rewritten, unrolled
 from autodist_fx.tracing.control_flow.experts import experts_forward
 from autodist_fx.tracing.control_flow.value_branches import Answers, trace_both_ways
 from autodist_fx.tracing.encoder_decoder_cache import PARTS
+from autodist_fx.tracing.gradient_regions import GradientRegions
 from autodist_fx.tracing.hooks import has_attached, of_another_class, refuse_autocast, restore_attributes, traced_for
 from autodist_fx.tracing.passing_cache import PassingCache
 from autodist_fx.tracing.recurrent_states import is_container
@@ -120,6 +121,7 @@ class Tracer(SymbolicTracer):
         self.kept_buffers: dict[tuple[nn.Module, str], Any] = {}  # (module, attribute) -> what calls leave there
         self.buffer_writes = 0  # so many write_buffers were traced
         self.left_by_calls: set[str] = set()  # paths of attributes and buffers that depend on the calls before
+        self.gradient_regions = GradientRegions(model, examples)
         # HFTracer searches these lists at each access, which makes a trace quadratic in the number of layers.
         tensors = [*model.named_buffers(), *model.named_parameters()]
         self._names = {id(tensor): name for name, tensor in tensors}
@@ -225,6 +227,8 @@ class Tracer(SymbolicTracer):
         if getattr(proxy, "_metadata", None) is not None:
             self.examples_of[proxy.node] = proxy._metadata
             node_meta.set_traced_as_tensor(proxy.node, isinstance(proxy._metadata, torch.Tensor))
+        if self.gradient_regions.ends_in(proxy.node, getattr(proxy, "_metadata", None)):
+            return self.create_proxy("call_method", "detach", (proxy,), {})
         return proxy
 
     def _is_there(self, value: Proxy, device: Any = None, *others: Any, **more: Any) -> bool:
