@@ -44,6 +44,8 @@ def build(task: str, class_name: str, dtype: torch.dtype = torch.float64) -> Pre
     except Exception as error:
         raise CannotBuild(f"{type(error).__name__}: {_first_line(error)}") from error
     model = model.to(dtype)
+    if hasattr(model, "set_experts_implementation"):  # transformers 5: its default knows no float64
+        model.set_experts_implementation("eager")
     randomise(model)
     return model.eval()  # last: some keep what they compute of their parameters when they are told so
 

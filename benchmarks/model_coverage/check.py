@@ -106,7 +106,7 @@ def _subject(task: str, class_name: str) -> Subject:
 
 
 # Outputs that hold state, not results.
-_NOT_COMPARED = ("past_key_values", "cache_params", "mems", "state", "past_buckets_states", "rnn_state")
+_NOT_COMPARED = ("past_key_values", "cache", "cache_params", "mems", "state", "past_buckets_states", "rnn_state")
 
 
 def tensors(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from autodist_fx.api.compiled_model import CompiledModel
+from autodist_fx.calls.cache_names import CACHE_ARGUMENTS
 from model_coverage.inputs import NEW_TOKENS, Inputs
 
 Parts = list[torch.Tensor]  # logits [batch, tokens, vocab] of each step
@@ -21,7 +22,7 @@ def eager_decoding(model: PreTrainedModel, inputs: Inputs) -> list[Parts] | None
 
     Two truths where both exist: the whole sequence at once, and the model's own decoding with its own cache.
     """
-    if not {"past_key_values", "use_cache"} & set(inspect.signature(model.forward).parameters):
+    if not {*CACHE_ARGUMENTS, "use_cache"} & set(inspect.signature(model.forward).parameters):
         return None
     truths: list[Parts] = []
     try:
@@ -29,22 +30,28 @@ def eager_decoding(model: PreTrainedModel, inputs: Inputs) -> list[Parts] | None
         truths.append([whole.logits[:, start:stop] for start, stop in _steps(inputs)])
     except Exception:
         pass
-    for cache in (None, EncoderDecoderCache(DynamicCache(), DynamicCache())):  # some fail to make one themselves
-        try:
-            truths.append(_with_own_cache(model, inputs, cache))
+    for make in (_given_by_generate, lambda model: EncoderDecoderCache(DynamicCache(), DynamicCache())):
+        try:  # some fail to make one themselves
+            truths.append(_with_own_cache(model, inputs, make(model)))
             break
         except Exception:
             pass
     return truths or None
 
 
+def _given_by_generate(model: PreTrainedModel) -> DynamicCache | None:
+    """The cache that transformers 5's generate hands to a decoder's first call; None where models make their own."""
+    of_5 = "cache" in inspect.signature(model.forward).parameters and not model.config.is_encoder_decoder
+    return DynamicCache(config=model.config) if of_5 else None
+
+
 def _with_own_cache(model: PreTrainedModel, inputs: Inputs, cache: Any) -> Parts:
     accepted, parts = inspect.signature(model.forward).parameters, []
-    name = next((n for n in ("past_key_values", "state") if n in accepted), "")  # "": modules keep it
+    name = next((n for n in (*CACHE_ARGUMENTS[:2], "state") if n in accepted), "")  # "": modules keep it
     for start, stop in _steps(inputs):
         given = {name: cache} if name else {"cache_position": torch.arange(start, stop)}
         step = model(**_slice(model, inputs, start, stop), **given, use_cache=True)
-        cache = step.get(name)
+        cache = step.get(name, cache)  # some write into the one that they are given, and return none
         parts.append(step.logits)
     return parts
 

@@ -37,10 +37,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "cpmant": {"prompt_types": 4, "prompt_length": 4, "segment_types": 4, "position_bias_num_buckets": 16},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 56, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 56, "moe_num_experts": 4, "moe_top_k": 2},
     },
     # latent attention: as many KV heads as heads, and head_dim is the rotary part of a head
-    "deepseek_v2": _LATENT, "deepseek_v3": _LATENT, "longcat_flash": _LATENT,
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "longcat_flash", "axk1", "axk2", "deepseek_v32", "glm4_moe_lite",
+                     "glm_moe_dsa", "minicpm3", "youtu", "bailing_hybrid", "kimi_linear"), _LATENT),
+    "dots3_note_text": {"num_key_value_heads": 4}, "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     # the first layers write the keys that the last ones read
     "gemma3n_text": {
         "num_hidden_layers": 4, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
@@ -53,6 +56,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "jamba": {
         "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0,
     },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "n_groups": 2, "chunk_size": 8},
     "mllama_text_model": {
         "cross_attention_layers": [1], "num_hidden_layers": 3, "rope_scaling": {"rope_type": "default"},
@@ -76,8 +80,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hidden_size": 128, "embedding_dim": 128, "num_blocks": 2, "chunk_size": 8, "ffn_round_up_to_multiple_of": 8,
     },
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"use_mamba_kernels": False, "num_hidden_layers": 5, "attn_layer_period": 2},
+    "zamba": {
+        "use_mamba_kernels": False, "num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1,
+    },
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "chunk_size": 8},
+    "zaya": {"num_experts_per_tok": 1},
     # text encoders, and encoder-decoders
     "canine": {"num_hash_buckets": 16, "downsampling_rate": 2, "local_transformer_stride": 4},
     "gptsan-japanese": {"d_ext": 32, "d_spout": 8, "num_switch_layers": 2, "num_ext_layers": 1},

@@ -92,10 +92,25 @@ def tiny_arguments(config_class: type[PretrainedConfig], overrides: Mapping[str,
                     arguments[name]["model_type"] = part.model_type
         elif name in _SIZES and not _stays(name, parameter.default, value):
             arguments[name] = copy.deepcopy(_SIZES[name])
+    arguments.update(_one_layer_of_each_kind(config_class, default, arguments, overrides))
     for name, value in overrides.items():
         if not isinstance(parts.get(name), type) and not isinstance(arguments.get(name), dict):
             arguments[name] = copy.deepcopy(value)
     return arguments
+
+
+def _one_layer_of_each_kind(
+    config_class: type[PretrainedConfig], default: Any, arguments: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What makes as many layers as the type has kinds of, by default, if the config says of each which kind it is."""
+    kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or ()))
+    settled = "layer_types" in overrides or isinstance(getattr(config_class, "layer_types", None), property)
+    if len(kinds) < 2 or settled or "num_hidden_layers" in overrides or "num_hidden_layers" not in arguments:
+        return {}
+    found = {"num_hidden_layers": len(kinds), "layer_types": kinds}
+    if mlps := list(dict.fromkeys(getattr(default, "mlp_layer_types", None) or ())):
+        found["mlp_layer_types"] = (mlps * len(kinds))[: len(kinds)]
+    return found
 
 
 _SPECIAL_IDS = {
@@ -111,9 +126,13 @@ def _stays(name: str, default: Any, value: Any) -> bool:
 def _default(config_class: type[PretrainedConfig]) -> PretrainedConfig | None:
     """The config without arguments, to see which attributes are configs themselves; None where there is none."""
     try:
-        return config_class()
+        default = config_class()
     except Exception:
         return None
+    for config in (default, *vars(default).values()):  # transformers 5: some differ from layer to layer
+        if hasattr(config, "allow_global_per_layer_attribute_access"):
+            config.allow_global_per_layer_attribute_access = True
+    return default
 
 
 def _parameters(config_class: type[PretrainedConfig]) -> dict[str, inspect.Parameter]:

@@ -25,7 +25,7 @@ def calls(**sizes: int) -> int:
 def test_each_layer_and_expert_takes_as_much_as_the_one_before(size: str) -> None:
     calls(num_hidden_layers=1)  # fills what is cached for the process
     few, more, most = (calls(**{"num_hidden_layers": 1, size: n}) for n in (2, 4, 6))
-    assert most - more < 1.01 * (more - few)
+    assert most - more <= 1.01 * (more - few)  # 0 where a layer's experts are one node
 
 
 def test_each_node_runs_once_per_example(monkeypatch: pytest.MonkeyPatch) -> None:
