@@ -22,7 +22,7 @@ from passes.program.gradient_sums import GradSum
 from passes.verify.verify import verify
 from tests.support.graphs.broken_programs import Programs, add_after, bypass, calls
 from tests.support.graphs.gradients import check_and_plan
-from tests.support.moe import FOUR, dbrx_experts, tiny_moe_model
+from tests.support.moe import FOUR, dbrx_experts, skip_one_node, tiny_moe_model
 
 
 @functools.cache
@@ -149,6 +149,7 @@ def sum_over_experts_of_another_rank(programs: Programs) -> None:
 
 @pytest.mark.parametrize(("family", "change", "message"), CASES)
 def test_broken_programs_are_refused(family: str, change: Break, message: str) -> None:
+    skip_one_node(_compiled(family))
     programs = _emitted(family)
     _check(programs, family)
     change(programs)
