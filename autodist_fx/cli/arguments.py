@@ -76,18 +76,24 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     model.add_argument("--pp", type=at_least(1), metavar="M", help="pipeline stages (1)")
     model.add_argument("--plan", metavar="FILE", help="use this plan, made by `autodist-fx plan --save`")
     model.add_argument("--hardware", metavar="NAME", help="predict for cpu-gloo, a100, h100 or generic")
-    model.add_argument("--objective", choices=OBJECTIVES, help="of the search (shard; with --devices: latency)")
+    model.add_argument(
+        "--objective", choices=OBJECTIVES, help="objective of the search (shard; with --devices: latency)"
+    )
     model.add_argument(
         "--pin", action="append", type=_pin, metavar="PATTERN=ROLE", help="fix a role, as in *.q_proj=replicate"
     )
     model.add_argument(
         "--cut", action="append", type=_cut, metavar="MODULE|N", help="begin the next stage at this module or layer"
     )
-    model.add_argument("--max-memory", metavar="40GiB[,..]", help="a device's, for weights and caches; or each stage's")
+    model.add_argument(
+        "--max-memory", metavar="40GiB[,..]", help="memory of a device for weights and caches; or of each stage's"
+    )
     model.add_argument("--device-map", metavar="A[=40GiB],B,..", help="hardware (and memory) of each stage's devices")
     model.add_argument("--strict", action="store_true", help="refuse a plan with ops that have no sharding rule")
-    model.add_argument("--dtype", default="auto", help="of the weights: auto (the checkpoint's), float32, bfloat16 ...")
-    model.add_argument("--revision", help="of a model on the hub: a branch, a tag or a commit")
+    model.add_argument(
+        "--dtype", default="auto", help="dtype of the weights: auto (the checkpoint's), float32, bfloat16 ..."
+    )
+    model.add_argument("--revision", help="revision of a model on the hub: a branch, a tag or a commit")
     model.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept")
     model.add_argument(
         "--trust-remote-code", action="store_true", help="run the Python files of a model that transformers has not"

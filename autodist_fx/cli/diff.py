@@ -16,8 +16,8 @@ DIFFERENT = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `autodist-fx diff`."""
     parser.add_argument("before", metavar="A", help="a plan, as JSON")
-    parser.add_argument("after", metavar="B", help="another")
-    parser.add_argument("--json", action="store_true", help="the same, as JSON")
+    parser.add_argument("after", metavar="B", help="another plan, as JSON")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", metavar="FILE", help="a plan, as JSON")
     parser.add_argument("--op", metavar="NAME", help="an op, a module's path, the end of one (q_proj), or a pattern")
     parser.add_argument("--cut", type=int, metavar="K", help="the cut between stages K and K+1")
-    parser.add_argument("--json", action="store_true", help="the same, as JSON")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

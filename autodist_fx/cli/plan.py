@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `autodist-fx plan`."""
     add_model_arguments(parser)
     parser.add_argument(
-        "--devices", type=at_least(1), metavar="N", help="choose tp and pp for so many, and show the runners-up"
+        "--devices", type=at_least(1), metavar="N", help="choose tp and pp for so many devices, and show the runners-up"
     )
     parser.add_argument(
         "--sequences", type=at_least(1), metavar="N", help="in flight over all --devices, by throughput (what fits)"

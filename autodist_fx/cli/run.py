@@ -81,14 +81,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("the text")
     text.add_argument("--prompt", metavar="TEXT", help="one prompt; its answer is streamed")
     text.add_argument("--batch-file", metavar="FILE", help="one prompt a line, answered together")
-    text.add_argument("--max-new-tokens", type=at_least(1), default=128, metavar="K", help="per prompt (128)")
+    text.add_argument(
+        "--max-new-tokens", type=at_least(1), default=128, metavar="K", help="tokens to generate per prompt (128)"
+    )
     text.add_argument("--no-chat-template", action="store_true", help="continue the prompt as it stands")
     text.add_argument("--json", action="store_true", help="print one JSON object: texts, token ids, timings")
     sampling = parser.add_argument_group("sampling, as in transformers; what is not given is the checkpoint's default")
     sampling.add_argument("--do-sample", action=argparse.BooleanOptionalAction, help="sample, or be greedy")
     for name, kind, summary in _SAMPLING:
         sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=summary)
-    sampling.add_argument("--seed", type=at_least(0, 2**32 - 1), help="of the random numbers")
+    sampling.add_argument("--seed", type=at_least(0, 2**32 - 1), help="seed of the random numbers")
     ranks = parser.add_argument_group("the ranks")
     ranks.add_argument("--device", type=_device, help="cpu, or cuda (the default where it is); cuda:N with --rank")
     ranks.add_argument(

@@ -28,13 +28,13 @@ from cost_model.request.plan_options import PlanOptions
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `autodist-fx verify`."""
     add_model_arguments(parser, required=False)
-    parser.add_argument("--artifact", metavar="DIR", help="of what `autodist-fx compile --out DIR` wrote; no --model")
+    parser.add_argument("--artifact", metavar="DIR", help="what `autodist-fx compile --out DIR` wrote; no --model")
     parser.add_argument(
         "--numeric", action="store_true",
         help="also run all ranks in this process, in float64 on drawn weights, and compare with the model's own graph",
     )  # fmt: skip
     parser.add_argument(
-        "--train", action="store_true", help="of the programs for training: what the backward pass owes, too"
+        "--train", action="store_true", help="verify programs for training, and what their backward pass owes"
     )
 
 def run(args: argparse.Namespace) -> int:
