@@ -102,7 +102,7 @@ def tiny_arguments(config_class: type[PretrainedConfig], overrides: Mapping[str,
 def _one_layer_of_each_kind(
     config_class: type[PretrainedConfig], default: Any, arguments: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What makes as many layers as the type has kinds of, by default, if the config says of each which kind it is."""
+    """Returns the arguments for one layer of each kind that the type has, where its config says each layer's kind."""
     kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or ()))
     settled = "layer_types" in overrides or isinstance(getattr(config_class, "layer_types", None), property)
     if len(kinds) < 2 or settled or "num_hidden_layers" in overrides or "num_hidden_layers" not in arguments:
