@@ -254,6 +254,10 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
         if model_kwargs.get(CACHE_FIELD) is None and generation_config.use_cache is not False:
             model_kwargs[CACHE_FIELD] = self.caches.new()
 
+    def _supports_logits_to_keep(self) -> bool:
+        """Return whether the family's own prepare_inputs_for_generation is told to keep the last position's logits."""
+        return self.family is not None and "logits_to_keep" in inspect.signature(self.family.forward).parameters
+
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         raise AutodistError(
             "assisted generation (assistant_model, prompt_lookup_num_tokens) needs the logits of several positions, "
