@@ -127,6 +127,8 @@ def default_inputs(model: PreTrainedModel, use_cache: bool) -> tuple[str, ...]:
         chosen = {model.main_input_name, *ENCODER_DECODER_INPUTS, *(ENCODER_DECODER_CACHE if use_cache else ())}
         return tuple(name for name in parameters if name in chosen)
     chosen = {"input_ids", "attention_mask"} | {n for n in (model.main_input_name,) if n in IMAGE_INPUTS}
+    if model.main_input_name in IMAGE_INPUTS and "input_ids" not in parameters:
+        chosen.discard("attention_mask")  # of tokens (transformers 5 takes one everywhere), and there are none
     chosen |= {name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     if use_cache:
         chosen |= set(INPUTS_WITH_CACHE)
