@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from autodist_fx.artifact.variant_format import DECODE, ENCODE, PROMPT, STEP, WHOLE
-from autodist_fx.compiler.generation_traits import last_logits_only
+from autodist_fx.compiler.generation_traits import step_arguments
 from autodist_fx.compiler.variant import Variant
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def parts_of(compiled: Compilation, model: PreTrainedModel) -> list[Part]:
             cached = [*compiled.phases()]
             variants += cached
         elif not cached:
-            cached = [compiled.new_variant(use_cache=True, fixed=last_logits_only(model))]
+            cached = [compiled.new_variant(use_cache=True, fixed=step_arguments(model))]
             variants += cached
         asked = ["input_ids", "attention_mask"]
         takes = set(asked) <= inspect.signature(model.forward).parameters.keys()

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.compile_options import CompileOptions
-from autodist_fx.compiler.generation_traits import keeps_cache, last_logits_only
+from autodist_fx.compiler.generation_traits import keeps_cache, step_arguments
 from autodist_fx.compiler.peft import without_wrapper
 from autodist_fx.compiler.source import TracingSource
 from autodist_fx.compiler.torch_state import compiler_state
@@ -65,4 +65,4 @@ def as_used(model: PreTrainedModel, options: CompileOptions) -> CompileOptions:
     """Return `options` changed to trace a step of generating; those of a model that keeps no cache stay as they are."""
     if not keeps_cache(model):
         return options
-    return replace(options, use_cache=True, concrete_args=tuple(last_logits_only(model).items()))
+    return replace(options, use_cache=True, concrete_args=tuple(step_arguments(model).items()))

@@ -52,3 +52,9 @@ def last_logits_only(model: PreTrainedModel) -> dict[str, object]:
     """Return the argument of forward that asks for the last position's logits alone; {} where forward has none."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
+
+def step_arguments(model: PreTrainedModel) -> dict[str, object]:
+    """Return the arguments of forward that a step of generating is traced with: the last position's logits alone, and
+    no router logits, of which a config may ask, and whose loss is of whole sequences."""
+    asked = getattr(model.config, "output_router_logits", False)
+    return {**last_logits_only(model), **({"output_router_logits": False} if asked else {})}

@@ -160,3 +160,18 @@ def test_autocast_is_refused_on_every_rank_and_the_next_call_works() -> None:
 
     for mesh in (Mesh(tp=2), Mesh()):
         assert max(on_ranks(model, mesh, work)) < 1e-9
+
+
+@torch.no_grad()
+def test_a_config_that_asks_for_router_logits_still_generates() -> None:
+    """In one process such a config keeps transformers 4.57.6 from generating: the truth is that without the flag."""
+    model = tiny_moe_model("mixtral", output_router_logits=True)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    wanted = model(IDS, labels=IDS, use_cache=False)
+    model.config.output_router_logits = False
+    tokens = model.generate(IDS, **options)
+    model.config.output_router_logits = True
+    found = on_ranks(model, Mesh(tp=2), lambda split: (split(IDS, labels=IDS), split.generate(IDS, **options)))
+    for outputs, generated in found:
+        assert_alike(outputs, wanted)
+        assert torch.equal(generated, tokens)
