@@ -38,7 +38,8 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
         off = name == "sliding_window" and getattr(config, name, None) is None  # qwen2's and phi3's: left off
         if not set_rotary(config, name, value) and hasattr(config, name) and not off:
             setattr(config, name, value)
-    if getattr(config, "layer_types", None):
+    computed = isinstance(getattr(type(config), "layer_types", None), property)
+    if not computed and getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     return config
 

@@ -12,7 +12,7 @@ from autodist_fx.cli.main import main
 from cost_model.graph.roles import MEANING, ROLES
 from cost_model.partition_plan import PartitionPlan
 from tests.support.command_line import fails, succeeds
-from tests.support.moe import tiny_moe_model
+from tests.support.moe import experts_are_modules, tiny_moe_model
 from tests.support.plans.examples import small_plan
 
 
@@ -33,9 +33,11 @@ def test_explain(capsys, plans):
 def test_explain_an_expert_that_lies_on_one_rank(capsys, tmp_path):
     model = tiny_moe_model("qwen3_moe", torch.float64, num_hidden_layers=1, num_experts=4)
     adx.compile(model, tp=2, use_cache=True, verify=False).plan.save(tmp_path / "plan.json")
-    said = succeeds(capsys, "explain", tmp_path / "plan.json", "--op", "*.experts.3.up_proj")
-    assert f"role         expert: {MEANING['expert']}" in said and "whole on tp rank 1 alone" in said
-    assert any(line.startswith("expert ") and line.endswith("chosen") for line in said.splitlines())
+    op, role = ("*.experts.3.up_proj", "expert") if experts_are_modules(model) else ("*.experts", "experts")
+    said = succeeds(capsys, "explain", tmp_path / "plan.json", "--op", op)
+    assert f"role         {role}: {MEANING[role]}" in said
+    assert ("whole on tp rank 1 alone" in said) == experts_are_modules(model)
+    assert any(line.startswith(f"{role} ") and line.endswith("chosen") for line in said.splitlines())
 
 
 def test_explain_as_json(capsys, plans):
