@@ -98,6 +98,27 @@ def test_the_cache_is_dropped_once_where_the_frequencies_change() -> None:
     assert on_ranks(model, Mesh(tp=2), work) == [[10, 1, 1, 1, 1, 1, 1, TRAINED + 1, 1, 1, 1, 1]] * 2
 
 
+def test_rows_padded_on_the_left_across_that_length_are_those_without_a_cache() -> None:
+    """The truth is the model without a cache: transformers 4.57's own step there, of a whole sequence with one
+    cache_position, lets padded batches attend to later tokens."""
+    model, ids = phi3(), _ids(12)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+
+    def generated(split: Any) -> list[list[int]]:
+        return split.generate(ids, attention_mask=mask, **GREEDY).tolist()
+
+    expected, seen = ids, mask
+    with torch.no_grad():
+        for _ in range(GREEDY["max_new_tokens"]):
+            positions = (seen.cumsum(1) - 1).masked_fill(seen == 0, 1)
+            found = model(input_ids=expected, attention_mask=seen, position_ids=positions, use_cache=False).logits
+            found[:, -1, SIZES["eos_token_id"]] = -torch.inf  # min_new_tokens
+            expected = torch.cat([expected, found[:, -1:].argmax(-1)], 1)
+            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
+    assert on_ranks(model, Mesh(tp=2), generated) == [expected.tolist()] * 2
+
+
 def test_beams_and_an_artifact(tmp_path: Path) -> None:
     model = phi3()
     expected = _generated(model, num_beams=2)
