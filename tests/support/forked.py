@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -24,13 +27,13 @@ def on_processes(ranks: int, work: Callable[[int], Any], seconds: float = 60.0) 
     """Returns what `work(rank)` returns, by rank, each in a process whose environment says which rank it is.
 
     A string that begins with "raised" stands for a rank that raised; None for one that ended without a word. Raises
-    AssertionError, with what is known, when not all have ended within `seconds`.
+    AssertionError, with what is known and where each rank stands, when not all have ended within `seconds`.
     """
     environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes, ends = [], []
+    processes, ends, stacks = [], [], tempfile.TemporaryFile()  # noqa: SIM115  ranks write into it until they are killed
     for rank in range(ranks):
         mine, theirs = FORK.Pipe(duplex=False)
-        process = FORK.Process(target=_run, args=(rank, work, environment, theirs), daemon=True)
+        process = FORK.Process(target=_run, args=(rank, work, environment, theirs, stacks), daemon=True)
         process.start()
         theirs.close()
         processes.append(process)
@@ -40,18 +43,32 @@ def on_processes(ranks: int, work: Callable[[int], Any], seconds: float = 60.0) 
     try:
         for rank, end in enumerate(ends):
             with contextlib.suppress(EOFError):
-                assert end.poll(max(0.0, deadline - time.monotonic())), f"rank {rank} still runs; so far {results}"
+                there = end.poll(max(0.0, deadline - time.monotonic()))
+                assert there, f"rank {rank} still runs; so far {results}\n{_stacks(processes, stacks)}"
                 results[rank] = end.recv()
         for rank, process in enumerate(processes):
             process.join(max(0.0, deadline - time.monotonic()))
-            assert process.exitcode is not None, f"rank {rank} does not end; {results}"
+            ended = process.exitcode is not None
+            assert ended, f"rank {rank} does not end; {results}\n{_stacks(processes, stacks)}"
     finally:
         for process in processes:
             process.kill()
+        stacks.close()
     return results
 
 
-def _run(rank: int, work: Callable[[int], Any], environment: dict[str, str], end: Any) -> None:
+def _stacks(processes: list[Any], stacks: Any) -> str:
+    """Returns the Python stacks of all threads of the processes that still run."""
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(0.5)
+    stacks.seek(0)
+    return str(stacks.read().decode())
+
+
+def _run(rank: int, work: Callable[[int], Any], environment: dict[str, str], end: Any, stacks: Any) -> None:
+    faulthandler.register(signal.SIGUSR1, file=stacks)
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=environment["WORLD_SIZE"])
     try:
         end.send(work(rank))

@@ -97,9 +97,9 @@ class MeetingPlace:
 
     def _stay(self, key: str, ranks: int) -> None:
         """Keep the store open until all have read what was said first: it is gone when rank 0 is, where rank 0 keeps
-        it."""
+        it. A rank that was told of more ranks than this one waits a grace for them before it reads."""
         if self.place.rank == 0:
-            deadline = time.monotonic() + _GRACE_SECONDS
+            deadline = time.monotonic() + 2 * _GRACE_SECONDS
             while self.store.add(key, 0) < ranks and time.monotonic() < deadline:
                 time.sleep(_PAUSE_SECONDS)
 

@@ -133,7 +133,7 @@ def test_every_rank_raises_the_same_and_the_next_call_works(tp: int, pp: int, ch
         further = [model.generate(IDS, **OPTIONS).tolist() for _ in range(FURTHER)]
         return [*found, (str([synced.tolist(), *further]), 0.0)]
 
-    answers = on_processes(tp * pp, work, seconds=250)
+    answers = on_processes(tp * pp, work, seconds=120)
     model = LlamaForCausalLM.from_pretrained(checkpoint)
     tokens = model.generate(IDS, pad_token_id=0, **OPTIONS).tolist()
     for told in answers:
