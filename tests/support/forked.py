@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -69,6 +70,7 @@ def _stacks(processes: list[Any], stacks: Any) -> str:
 
 def _run(rank: int, work: Callable[[int], Any], environment: dict[str, str], end: Any, stacks: Any) -> None:
     faulthandler.register(signal.SIGUSR1, file=stacks)
+    gc.freeze()  # earlier tests' process groups: their destructors wait for threads that were not forked along
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=environment["WORLD_SIZE"])
     try:
         end.send(work(rank))
