@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import ENV, WORKERS
+from tests.support.processes import ENV, WORKERS, free_port
 
 pytestmark = pytest.mark.distributed
 WORKER = str(WORKERS / "sleeper_worker.py")
@@ -44,12 +43,6 @@ def terminals(world_size, what):
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     command = [sys.executable, WORKER, str(world_size), what]
     return [start(command, RANK=str(rank), **shared) for rank in range(world_size)]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def pids(processes, world_size):

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import torch
 
 from tests.distributed.generate_worker import auto_class, results
 from tests.support.checkpoint import save_tiny
-from tests.support.processes import CLI, ENV, WORKERS, run_ranks
+from tests.support.processes import CLI, ENV, WORKERS, free_port, run_ranks
 from tests.support.seq2seq import tiny_seq2seq
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -87,9 +86,7 @@ def test_the_command_line_starts_its_ranks(llama, tmp_path):
 
 def test_a_rank_in_its_own_terminal_stops_at_a_breakpoint(llama):
     """breakpoint() in a pass, on one rank, which a person would look at for longer than any heartbeat."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     argv = ["--model", str(llama), "--tp", "2", "--prompt", "w5 w6", "--max-new-tokens", "4", "--device", "cpu"]
     argv += ["--no-do-sample", "--world-size", "2", "--master-addr", "127.0.0.1", "--master-port", port]
     program = (

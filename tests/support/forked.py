@@ -8,20 +8,15 @@ import gc
 import multiprocessing
 import os
 import signal
-import socket
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+from tests.support.processes import free_port
+
 FORK = multiprocessing.get_context("fork")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def on_processes(ranks: int, work: Callable[[int], Any], seconds: float = 60.0) -> list[Any]:

@@ -8,7 +8,7 @@ import pytest
 
 from autodist_fx.errors import CheckpointError, DisagreementError, RuntimeSetupError
 from autodist_fx.runtime.comm.meeting import Place, open_meeting_place
-from tests.support.forked import free_port
+from tests.support.processes import free_port
 
 
 @pytest.fixture
