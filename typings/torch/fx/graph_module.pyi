@@ -1,9 +1,9 @@
 from typing import Any
 
-import torch
 from torch.fx.graph import Graph, PythonCode
+from torch.nn import Module
 
-class GraphModule(torch.nn.Module):  # which is Any: so is what a module holds by name
+class GraphModule(Module):  # which is Any: so is what a module holds by name
     def __init__(self, root: Any, graph: Graph, class_name: str = "GraphModule") -> None: ...
     @property
     def graph(self) -> Graph: ...
