@@ -1,10 +1,11 @@
 """Builds a tiny model of every type in transformers' mappings, splits it over meshes, and compares with the whole one.
 
-    python benchmarks/coverage.py                                        everything; writes docs/coverage.md
+    python benchmarks/coverage.py                                        everything; writes its version's section of
+                                                                         docs/coverage.md
     python benchmarks/coverage.py --tasks causal-lm --types llama,gpt2   some, to look at (with --out)
 
-Results are kept as lines of JSON beside the page. A later run takes those found with the same code and versions;
---resume takes older ones, too, --fresh none.
+Results are kept as lines of JSON beside the page, a file for each version. A later run takes those found
+with the same code and versions; --resume takes older ones, too, --fresh none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import transformers
 from model_coverage import report, results
 from model_coverage.pool import Job, run_jobs
 from model_coverage.tasks import TASKS
@@ -31,7 +33,7 @@ def main() -> None:
     if not jobs:
         sys.exit(f"error: no such types in {', '.join(arguments.tasks)}")
     out: Path = arguments.out
-    lines = out.with_suffix(".jsonl")
+    lines = out.with_name(f"{out.stem}-{transformers.__version__}.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     state = results.state()
     known = {} if arguments.fresh else results.read(lines)
@@ -47,7 +49,11 @@ def main() -> None:
     command = shlex.join(["python", "benchmarks/coverage.py", *sys.argv[1:]])
     ordered = [found[key] for key in keys]
     states = sorted({result["state"] for result in ordered})
-    out.write_text(report.page(ordered, arguments.mesh, command, "; ".join(states), seconds, arguments.jobs), "utf-8")
+    written = report.sections_of(out.read_text("utf-8")) if out.exists() else {}
+    written[transformers.__version__] = report.section(
+        ordered, arguments.mesh, command, "; ".join(states), seconds, arguments.jobs
+    )
+    out.write_text(report.page(written), "utf-8")
     right = sum(report.is_right(result, arguments.mesh) for result in ordered)
     built = sum(result["built"] for result in ordered)
     print(f"{right} of {built} types that build ({len(ordered)} in all) right on {', '.join(arguments.mesh)}: {out}")

@@ -67,6 +67,7 @@ def check_type(
             subject = _subject(task, class_name)
             result["dtype"] = str(subject.dtype).removeprefix("torch.")
             result["padded"] = subject.padded
+            result["own_plans"] = own_plans(subject.model)
             result["parameters"] = sum(p.numel() for p in subject.model.parameters())
             result["meshes"], result["decoding"] = {}, {}
             for mesh in meshes:
@@ -103,6 +104,12 @@ def _subject(task: str, class_name: str) -> Subject:
             else:
                 failure = failure or "the model's own output is not finite"
     raise CannotBuild(" ".join(failure.split())[:300])
+
+
+def own_plans(model: PreTrainedModel) -> list[str]:
+    """Returns which plans transformers has for layers of the model: "tp", "pp"."""
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [plan for plan in ("tp", "pp") if any(getattr(c, f"base_model_{plan}_plan", None) for c in configs)]
 
 
 # Outputs that hold state, not results.
@@ -247,4 +254,4 @@ def mesh_name(mesh: Mesh) -> str:
     return f"{mesh[0]}x{mesh[1]}"
 
 
-__all__ = ["check_type", "mesh_name", "relative_error", "tensors"]
+__all__ = ["check_type", "mesh_name", "own_plans", "relative_error", "tensors"]

@@ -1,41 +1,65 @@
-"""The results of a run as a markdown page: totals, then a row a type, then every reason."""
+"""The results of a run as a section of a markdown page, one for each version of transformers: totals, then a row a
+type, then every reason."""
 
 from __future__ import annotations
 
 import datetime
 import os
+import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import transformers
 
 from model_coverage.tasks import TASKS, Task
 
 SHARE_BAR, REDUCE_BAR = 0.9, 3.0  # of a plan worth having: matmul weight bytes sharded, all_reduces per layer
+# Causal types wanted, by transformers' major version: right on all meshes, of these worth having, KV cache right.
+_CAUSAL_BARS = {4: (127, 119, 117), 5: (183, 178, 175)}
 GATHER_MARK = 2.0  # all_gathers per layer that are worth knowing of; no bar
 Result = dict[str, Any]
 
 
-def page(results: Sequence[Result], meshes: Sequence[str], command: str, state: str, seconds: float, jobs: int) -> str:
-    """The whole page. `meshes` as "2x1"; `seconds` the wall-clock time of the run, 0 when it ran nothing."""
+_SECTION = "## transformers "
+
+
+def page(sections: Mapping[str, str]) -> str:
+    """Returns the whole page. `sections` by version of transformers, the newest of which comes first."""
+    ordered = sorted(sections, key=lambda version: [int(n) for n in re.findall(r"\d+", version)], reverse=True)
+    parts = ["# Coverage: every type of transformers' mappings on every mesh", _HOW]
+    parts += [f"{_SECTION}{version}\n\n{sections[version].strip()}" for version in ordered]
+    return "\n\n".join(parts) + "\n"
+
+
+def sections_of(page: str) -> dict[str, str]:
+    """Returns the sections of a page that was written before, by version of transformers."""
+    found = re.split(rf"^{_SECTION}(\S+)\n", page, flags=re.MULTILINE)
+    return {version: text.strip() for version, text in zip(found[1::2], found[2::2], strict=True)}
+
+
+def section(
+    results: Sequence[Result], meshes: Sequence[str], command: str, state: str, seconds: float, jobs: int
+) -> str:
+    """Returns what the page says of one version. `meshes` as "2x1"; `seconds` the wall-clock time of the run, 0 when it
+    ran nothing."""
     by_task = {name: [r for r in results if r["task"] == name] for name in TASKS}
     shown = [task for task in TASKS.values() if by_task[task.name]]
     built = [r for r in results if r["built"]]
     median = statistics.median(r["seconds"] for r in built) if built else 0.0
     parts = [
-        "# Coverage: every type of transformers' mappings on every mesh",
         f"Written by `{command}` on {datetime.date.today().isoformat()}, {os.cpu_count()} cores, {jobs} at a time; "
         + f"{state}."
         + (f" Wall clock: {seconds / 60:.1f} min." if seconds else "")
         + f" Median {median:.1f} s a type.",
-        _HOW,
-        "## Totals",
+        "### Totals",
         _totals(shown, by_task, meshes),
         *(_causal_bars(by_task["causal-lm"], meshes) if by_task["causal-lm"] else ()),
     ]
     for task in shown:
-        parts += [f"## {task.title} ({task.name})", _type_table(task, by_task[task.name], meshes)]
+        parts += [f"### {task.title} ({task.name})", _type_table(task, by_task[task.name], meshes)]
         parts += _reasons(by_task[task.name], meshes)
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 _HOW = """\
@@ -45,7 +69,8 @@ model itself cannot run in float64 (marked f32). *Sharded* is the share of the b
 that no rank of 2x1 holds whole; *AR* and *AG* the all_reduces and all_gathers per layer of a forward there. *KV cache*
 is a prompt, then token by token, against the whole sequence at once (or against the model's own cache, where that gives
 something else). **refused** is an error on purpose, **crashed** is not; both give their reasons below. "no pads": the
-model's own output is not finite with padding."""
+model's own output is not finite with padding. *HF* says which plans transformers itself has for the type: tp
+(base_model_tp_plan), pp (base_model_pp_plan), or none. A run writes the section of its version of transformers."""
 
 
 def is_right(result: Result, meshes: Iterable[str]) -> bool:
@@ -75,21 +100,24 @@ def _totals(tasks: Sequence[Task], by_task: dict[str, list[Result]], meshes: Seq
         decoding = str(sum(map(decodes_right, built))) if task.decodes else ""
         worth = str(sum(is_right(r, meshes) and _is_worth_it(r) for r in built))
         gathers = str(sum((r.get("all_gathers_per_layer") or 0.0) > GATHER_MARK for r in built))
-        rows.append([task.name, len(found), len(built), f"{right} ({share})", *counts, wrong, worth, gathers, decoding])
+        own = [sum(plan in r.get("own_plans", ()) for r in built) for plan in ("tp", "pp")]
+        row = [task.name, len(found), len(built), f"{right} ({share})", *counts, wrong, worth, gathers, decoding]
+        rows.append([*row, *own])
     header = ["task", "types", "built", "right on all", *meshes, "wrong on any"]
     worth_it = f"of the right: >= {SHARE_BAR:.0%} sharded, AR <= {REDUCE_BAR:.0f}"
-    return table([*header, worth_it, f"AG > {GATHER_MARK:.0f}", "KV cache right"], rows)
+    return table([*header, worth_it, f"AG > {GATHER_MARK:.0f}", "KV cache right", "HF tp", "HF pp"], rows)
 
 
 def _causal_bars(results: Sequence[Result], meshes: Sequence[str]) -> list[str]:
     built = [r for r in results if r["built"]]
     right = [r for r in built if is_right(r, meshes)]
+    wanted_right, wanted_worth, wanted_decoding = _CAUSAL_BARS[int(transformers.__version__.partition(".")[0])]
     numbers = [
         ("types that build here without extra packages", len(built), None),
-        (f"of them right on {', '.join(meshes)}", len(right), 105),
+        (f"of them right on {', '.join(meshes)}", len(right), wanted_right),
         (f"of these >= {SHARE_BAR:.0%} sharded and <= {REDUCE_BAR:.0f} all_reduces per layer",
-         sum(map(_is_worth_it, right)), 95),
-        ("of the types that build, KV-cache decoding right", sum(map(decodes_right, built)), 90),
+         sum(map(_is_worth_it, right)), wanted_worth),
+        ("of the types that build, KV-cache decoding right", sum(map(decodes_right, built)), wanted_decoding),
     ]  # fmt: skip
     lines = [f"- {text}: **{count}**" + (f" (wanted: {bar})" if bar else "") for text, count, bar in numbers]
     return ["Causal language models:", "\n".join(lines)]
@@ -106,8 +134,8 @@ def _type_table(task: Task, results: Sequence[Result], meshes: Sequence[str]) ->
         row += ["-" if count is None else f"{count:.3g}" for count in (reduces, gathers)]
         if task.decodes:
             row.append(_decoding(result))
-        rows.append([*row, ", ".join(notes), f"{result['seconds']:.1f}"])
-    header = ["type", *meshes, "sharded", "AR", "AG", *(["KV cache"] if task.decodes else []), "", "s"]
+        rows.append([*row, " ".join(result.get("own_plans", ())), ", ".join(notes), f"{result['seconds']:.1f}"])
+    header = ["type", *meshes, "sharded", "AR", "AG", *(["KV cache"] if task.decodes else []), "HF", "", "s"]
     return table(header, rows)
 
 
@@ -144,14 +172,14 @@ def _reasons(results: Sequence[Result], meshes: Sequence[str]) -> list[str]:
         for where, verdict, reason in failures(result, meshes)
     ]
     if lines:
-        parts += ["### Not right, and why", "\n".join(lines)]
+        parts += ["#### Not right, and why", "\n".join(lines)]
     lines = [
         f"- **{result['type']}** ({result['class']}): {_escaped(result['reason'])}"
         for result in sorted(results, key=lambda r: r["type"])
         if not result["built"]
     ]
     if lines:
-        parts += ["### Not built, and why", "\n".join(lines)]
+        parts += ["#### Not built, and why", "\n".join(lines)]
     return parts
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from model_coverage import report, results
 from model_coverage.build import CannotBuild, build, config_of
-from model_coverage.check import check_type, relative_error
+from model_coverage.check import check_type, own_plans, relative_error
 from model_coverage.pool import run_jobs
 from model_coverage.tasks import TASKS
 
@@ -85,12 +85,27 @@ def test_the_page_counts_and_gives_reasons() -> None:
         _result("no", "refused", share_sharded=None, all_reduces_per_layer=None),
         {"task": "causal-lm", "type": "gone", "class": "Gone", "built": False, "reason": "needs a_b", "seconds": 0.1},
     ]
-    page = report.page(found, MESHES, "coverage.py", "now", 60.0, 2)
+    page = report.section(found, MESHES, "coverage.py", "now", 60.0, 2)
     assert "build here without extra packages: **4**" in page
     assert "right on 2x1, 1x2: **2**" in page and "per layer: **1**" in page
     assert "- **bad** (2x1, 1x2, KV cache 2x1, KV cache 1x2) wrong: it does" in page  # like reasons, one line
     assert "| 20%     | 2  | 9.5 |" in page and "AG > 2" in page
     assert "- **gone** (Gone): needs a\\_b" in page
+
+
+def test_a_run_writes_the_section_of_its_version_alone() -> None:
+    page = report.page({"4.57.6": "### Totals\n\nold", "5.24.0": "new", "5.9.0": "between"})
+    assert [line for line in page.splitlines() if line.startswith("## ")] == [
+        "## transformers 5.24.0", "## transformers 5.9.0", "## transformers 4.57.6"
+    ]  # fmt: skip
+    written = report.sections_of(page)
+    assert written == {"4.57.6": "### Totals\n\nold", "5.24.0": "new", "5.9.0": "between"}
+    assert report.page(written) == page
+
+
+@pytest.mark.parametrize("class_name, plans", [("LlamaForCausalLM", ["tp", "pp"]), ("GPT2LMHeadModel", [])])
+def test_rows_say_which_plans_transformers_has(class_name: str, plans: list[str]) -> None:
+    assert own_plans(build("causal-lm", class_name)) == plans
 
 
 def test_results_are_kept_with_the_state_of_the_code(tmp_path: Path) -> None:
