@@ -1,6 +1,6 @@
 """Errors of the torch and transformers side. Every message names the thing that is wrong and the way out."""
 
-from cost_model.errors import AutodistError
+from cost_model.errors import AutodistError, ScheduleError
 
 __all__ = [
     "AutodistError",
@@ -12,6 +12,7 @@ __all__ = [
     "OutOfTableError",
     "RemoteRankError",
     "RuntimeSetupError",
+    "ScheduleError",
     "TracingError",
 ]
 

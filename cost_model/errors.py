@@ -17,6 +17,10 @@ class NoPlanFits(AutodistError):
     """No plan keeps within the memory limits."""
 
 
+class ScheduleError(AutodistError):
+    """A pipeline schedule does not exist, does not take these ranks, stages and microbatches, or is not complete."""
+
+
 class VerificationError(AutodistError):
     """A rank program is wrong; the message names the node."""
 
