@@ -7,25 +7,16 @@ from dataclasses import replace
 import pytest
 
 from cost_model.errors import ScheduleError
-from cost_model.schedule.schedule import Action, ActionKind, Schedule
+from tests.support.training.schedules import actions, hand_made
 
-F, B, I, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT
-
-
-def actions(text: str) -> tuple[Action, ...]:
-    """Reads "0F0 0B0"."""
-    kinds = {kind.value: kind for kind in ActionKind}
-    return tuple(Action(kinds[word[1]], int(word[0]), int(word[2])) for word in text.split())
-
-
-TWO_STAGES = Schedule("mine", 2, (0, 1), (actions("0F0 0F1 0B0 0I1 0W1"), actions("1F0 1B0 1F1 1B1")))
+TWO_STAGES = hand_made(2, (0, 1), "0F0 0F1 0B0 0I1 0W1", "1F0 1B0 1F1 1B1")
 
 
 def test_a_complete_schedule_says_what_it_is():
     assert (TWO_STAGES.stages, TWO_STAGES.ranks, TWO_STAGES.splits_backward) == (2, 2, True)
     assert TWO_STAGES.stages_of(1) == (1,)
     assert str(TWO_STAGES) == "rank 0: 0F0 0F1 0B0 0I1 0W1\nrank 1: 1F0 1B0 1F1 1B1"
-    interleaved = Schedule("mine", 1, (0, 1, 0), (actions("0F0 2F0 2B0 0B0"), actions("1F0 1B0")))
+    interleaved = hand_made(1, (0, 1, 0), "0F0 2F0 2B0 0B0", "1F0 1B0")
     assert (interleaved.stages_of(0), interleaved.splits_backward) == ((0, 2), False)
 
 
