@@ -35,7 +35,7 @@ def timeline_section(plan: PartitionPlan) -> Element | None:
         "Timeline",
         "One forward pass over ranks",
         element("ul", *(element("li", element("i", cls=f"key {k}"), KINDS[k]) for k in kinds), cls="legend"),
-        element("div", _axis(total), *rows, cls="timeline", role="list"),
+        element("div", axis(total), *rows, cls="timeline", role="list"),
         left_out(len(plan.stages), STAGES_SHOWN, "stages"),
         note(
             "Stage after stage, as a single request sees it; ranks of a stage work at the same time. Ops and "
@@ -114,7 +114,7 @@ def _rectangle(kind: str, start: float, length: float, end: float, said: float) 
     return element("rect", title, x=x, y="0", width=width, height="1", cls=kind)
 
 
-def _axis(end: float) -> Element:
+def axis(end: float) -> Element:
     """Build an axis with ticks at round numbers of seconds."""
     step = _round(end / TICKS)
     marks = []
