@@ -18,6 +18,7 @@ NO_SUBJECTS = ("Of", "What", "Whose", "But")  # a docstring begins with its subj
 OTHERS_PRIVATE_MEMBERS = {  # which tests may use: ours have a public way, or are tested by what comes of them
     *("_exit", "_replace", "_asdict", "_fields", "_repr_html_"),  # Python, IPython
     *("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_ConvNd"),  # torch
+    *("_Action", "_add_send_recv"),  # torch.distributed.pipelining
     *("_attn_implementation", "_model_mapping", "_TORCH_METHODS_TO_PATCH"),  # transformers
     *("_prepare_attention_mask_for_generation", "_update_model_kwargs_for_generation"),
 }

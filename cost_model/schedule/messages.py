@@ -1,0 +1,144 @@
+"""Messages of a schedule: what each action receives and sends, and an order of them that needs no channels.
+
+On a transport with channels (Gloo's tags) a send waits for nobody and a recv takes what its channel brings: each action
+receives and sends where its program says so (`steps_in_place`). On one without (NCCL) two ranks must come to their
+messages in the same order, and there 1F1B alone would hang: the first stage sends a forward's value while the second
+sends a gradient. `rendezvous_order` has receives posted early, at the place where the sender sends, as torch's
+`_PipelineScheduleRuntime` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cost_model.errors import ScheduleError
+from cost_model.schedule.schedule import Action, ActionKind, Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class StageValue:
+    """A value of each microbatch that stage `source` sends to the later stage `target`, one or several on.
+
+    `channel` is its number in every program; `has_gradient`: its gradient comes back. `name` is for messages.
+    """
+
+    source: int
+    target: int
+    channel: int
+    has_gradient: bool = True
+    name: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A value of one microbatch on its way forward, or, with `backward`, its gradient on the way back."""
+
+    value: StageValue
+    microbatch: int
+    backward: bool = False
+
+    @property
+    def sender(self) -> int:
+        """The stage that sends it."""
+        return self.value.target if self.backward else self.value.source
+
+    @property
+    def receiver(self) -> int:
+        """The stage that receives it."""
+        return self.value.source if self.backward else self.value.target
+
+    def __str__(self) -> str:
+        what = f"{'the gradient of ' if self.backward else ''}{self.value.name or 'a value'}"
+        return f"{what} (channel {self.value.channel}, microbatch {self.microbatch})"
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """A receive, posted: the rank waits for it where an action needs it."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """A send, right behind the action that computes the message."""
+
+    message: Message
+
+
+Step = Action | Receive | Send
+
+
+def received_by(action: Action, values: Sequence[StageValue]) -> list[Message]:
+    """Returns the messages that an action needs, in the order of `values`."""
+    if action.kind is ActionKind.FORWARD:
+        return [Message(v, action.microbatch) for v in values if v.target == action.stage]
+    if not action.returns_input_gradients:
+        return []
+    return [Message(v, action.microbatch, True) for v in values if v.source == action.stage and v.has_gradient]
+
+
+def sent_by(action: Action, values: Sequence[StageValue]) -> list[Message]:
+    """Returns the messages that an action computes, in the order of `values`."""
+    if action.kind is ActionKind.FORWARD:
+        return [Message(v, action.microbatch) for v in values if v.source == action.stage]
+    if not action.returns_input_gradients:
+        return []
+    return [Message(v, action.microbatch, True) for v in values if v.target == action.stage and v.has_gradient]
+
+
+def steps_in_place(schedule: Schedule, values: Sequence[StageValue]) -> tuple[tuple[Step, ...], ...]:
+    """Returns each pipeline rank's steps, with every action between its receives and its sends.
+
+    What two stages of one rank hand over is no message.
+    """
+    found: list[tuple[Step, ...]] = []
+    for actions in schedule.actions:
+        own: list[Step] = []
+        for action in actions:
+            own += [Receive(m) for m in received_by(action, values) if not _is_local(schedule, m)]
+            own.append(action)
+            own += [Send(m) for m in sent_by(action, values) if not _is_local(schedule, m)]
+        found.append(tuple(own))
+    return tuple(found)
+
+
+def rendezvous_order(schedule: Schedule, values: Sequence[StageValue]) -> tuple[tuple[Step, ...], ...]:
+    """Returns each pipeline rank's steps in an order in which nobody waits for ever, whatever the transport: each
+    receive stands where its sender's send does in one order of all ranks' actions, which is never later than the action
+    that needs it.
+
+    Raises ScheduleError, which names the actions, where ranks wait for each other whatever the transport.
+    """
+    steps: list[list[Step]] = [[] for _ in schedule.actions]
+    next_action, known = [0] * schedule.ranks, set[Message]()  # known: sent, or handed over
+    moved = True
+    while moved:
+        moved = False
+        for rank, actions in enumerate(schedule.actions):  # an action of each rank in turn, as torch does it
+            if next_action[rank] == len(actions):
+                continue
+            action = actions[next_action[rank]]
+            if not known.issuperset(received_by(action, values)):
+                continue
+            steps[rank].append(action)
+            for message in sent_by(action, values):
+                known.add(message)
+                if not _is_local(schedule, message):
+                    steps[rank].append(Send(message))
+                    steps[schedule.stage_ranks[message.receiver]].append(Receive(message))
+            next_action[rank] += 1
+            moved = True
+    waiting: list[str] = []
+    for rank, (actions, at) in enumerate(zip(schedule.actions, next_action, strict=True)):
+        if at < len(actions):
+            missing = next(m for m in received_by(actions[at], values) if m not in known)
+            waiting.append(f"rank {rank} at {actions[at]} for {missing} of stage {missing.sender}")
+    if waiting:
+        raise ScheduleError(f"schedule {schedule.name}: these wait for ever: {'; '.join(waiting)}")
+    return tuple(map(tuple, steps))
+
+
+def _is_local(schedule: Schedule, message: Message) -> bool:
+    return schedule.stage_ranks[message.sender] == schedule.stage_ranks[message.receiver]
