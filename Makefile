@@ -1,10 +1,10 @@
 # autodist_fx: everything a fresh machine with Python 3.11 needs.
 #
 #   make demo    the main job on SmolLM2-135M          make test    lint, types, import contracts, tests
-#   make test-5  the tests with transformers 5
+#   make test-4  the tests with transformers 4.57
 #
-# They create .venv first (again only when pyproject.toml or constraints.txt change); test-5 makes .venv5 beside it, which
-# holds transformers 5 and the packages that go with it, and takes torch and all the rest from .venv.
+# They create .venv first (again only when pyproject.toml or constraints.txt change); test-4 makes .venv4 beside it, which
+# holds transformers 4.57 and the packages that go with it, and takes torch and all the rest from .venv.
 #   PYTHON=...       the interpreter to create it with (python3.11, or else python3)
 #   VENV=...         use that environment as it is, instead of creating one
 #   PYTEST_ARGS=...  more for pytest, e.g. make test PYTEST_ARGS='-m "not slow"'
@@ -36,10 +36,10 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
-READY5 := $(abspath .venv5)/.ready
+READY4 := $(abspath .venv4)/.ready
 RUN_TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test test-5 lint bench coverage libraries setup clean check-venv
+.PHONY: help demo test test-4 lint bench coverage libraries setup clean check-venv
 
 help:  ## this list
 	@sed -n 's/^#   \([A-Z_]*=.*\)/  \1/p' Makefile
@@ -56,10 +56,10 @@ test: lint  ## lint, types, import contracts, then the tests
 	@echo "==> [4/4] pytest -n $(JOBS): the tests"
 	@$(RUN_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
-test-5: $(READY5)  ## the tests with transformers 5, in .venv5
-	@echo "==> pytest -n $(JOBS): the tests with transformers 5"
-	@PATH="$(abspath .venv5)/bin:$$PATH" $(RUN_TESTS) \
-	    $(abspath .venv5)/bin/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+test-4: $(READY4)  ## the tests with transformers 4.57, in .venv4
+	@echo "==> pytest -n $(JOBS): the tests with transformers 4.57"
+	@PATH="$(abspath .venv4)/bin:$$PATH" $(RUN_TESTS) \
+	    $(abspath .venv4)/bin/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(READY)  ## ruff, mypy (strict on cost_model) and the import contracts
 	@echo "==> [1/4] ruff check: style, and no process groups in passes/"
@@ -86,7 +86,7 @@ libraries: $(READY)  ## the real lm-eval, sentence-transformers and TRL over mod
 	    $(BIN)/python tests/libraries/run_libraries.py
 
 clean:  ## remove .venv, builds and caches
-	rm -rf .venv .venv5 .libraries build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv4 .libraries build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(abspath .venv)/.ready: pyproject.toml constraints.txt
@@ -110,13 +110,13 @@ $(abspath .venv)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 # site.addsitedir, and not a bare path: it reads .venv's own .pth files, by which this package is found.
-$(READY5): constraints-5.txt $(READY)
-	@echo "==> transformers 5 beside it, into $(abspath .venv5): $$(grep -c == constraints-5.txt) packages"
-	@rm -rf "$(abspath .venv5)" && $(BIN)/python -m venv --without-pip "$(abspath .venv5)"
-	@$(BIN)/python -m pip --python "$(abspath .venv5)/bin/python" install --no-deps -r constraints-5.txt
+$(READY4): constraints-4.txt $(READY)
+	@echo "==> transformers 4.57 beside it, into $(abspath .venv4): $$(grep -c == constraints-4.txt) packages"
+	@rm -rf "$(abspath .venv4)" && $(BIN)/python -m venv --without-pip "$(abspath .venv4)"
+	@$(BIN)/python -m pip --python "$(abspath .venv4)/bin/python" install --no-deps -r constraints-4.txt
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-	    > "$$($(abspath .venv5)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
-	@$(abspath .venv5)/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "| transformers", transformers.__version__)'
+	    > "$$($(abspath .venv4)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	@$(abspath .venv4)/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "| transformers", transformers.__version__)'
 	@touch $@
 
 check-venv:

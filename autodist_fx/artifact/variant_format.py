@@ -114,6 +114,7 @@ def program_to_dict(program: RankProgram, keys: Mapping[str, str]) -> dict[str, 
         "inputs": list(program.input_names),
         "cache_layers": list(program.cache_layers),
         "cache_kinds": list(program.cache_kinds),
+        "length_kinds": list(program.length_kinds),
         "shards": [asdict(shard) for shard in program.param_shards.values()],
         "keys": dict(keys),
         "graph": graph_to_json(program.graph_module, LAYERS),
@@ -160,6 +161,7 @@ def program_from_dict(
             param_shards={shard.name: shard for shard in shards},
             cache_layers=tuple(_whole(n) for n in data["cache_layers"]),
             cache_kinds=_texts(data["cache_kinds"]),
+            length_kinds=_texts(data["length_kinds"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where} is malformed ({error}): make the artifact again") from error

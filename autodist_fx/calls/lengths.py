@@ -19,6 +19,12 @@ Lengths = dict[str, int]  # by size symbol: "B", "S", "P", "T", "E", "K" (docs/g
 _NAMES = {"B": "sequences", "S": "tokens", "P": "tokens cached", "E": "what the encoder reads", "K": "positions"}
 
 
+def tokens_of(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Return the step's tokens [batch, tokens, ...]: a decoder's, where an encoder has its own."""
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+    return next(inputs[name] for name in names if name in inputs)
+
+
 def lengths_of(specs: Mapping[str, InputSpec], inputs: Mapping[str, Any], past: int) -> Lengths:
     """Return the lengths of a call by size symbol.
 

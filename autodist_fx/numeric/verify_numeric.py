@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from autodist_fx.calls.lengths import tokens_of
 from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
@@ -107,7 +108,10 @@ class _Conversation:
             read = self._inputs(variant.encoder, _PROMPT, 0)
             self._call(variant.encoder, weights, read, [caches[0], *views])
         for tokens, past in ((_PROMPT, 0), (_STEP, _PROMPT)):
-            self._call(variant, weights, {**self._inputs(variant, tokens, past), **read}, caches)
+            inputs = self._inputs(variant, tokens, past)
+            self._call(variant, weights, {**inputs, **read}, caches)
+            for cache in caches:
+                cache.count(tokens_of(inputs))
 
     def _own_cache(self, prompt: Variant, step: Variant, weights: Weights) -> None:
         """Run a prompt, then a step from the recurrent states that the prompt returns."""

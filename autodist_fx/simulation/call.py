@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from autodist_fx.calls.lengths import tokens_of
 from autodist_fx.calls.outputs import merged
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
@@ -45,12 +46,6 @@ class SimulatedCache:
                 f"{self.variant.traced.model_class} is not as it was when it wrote this cache (its adapters, layers, "
                 "mode or config): start with past_key_values=None"
             )
-
-
-def tokens_of(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Return the step's tokens [batch, tokens, ...]: a decoder's, where an encoder has its own."""
-    names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
-    return next(inputs[name] for name in names if name in inputs)
 
 
 def step_length(inputs: Mapping[str, Any]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from autodist_fx.calls.lengths import tokens_of
 from autodist_fx.simulation.thread_communicator import ThreadCommunicator, ThreadWorld
 from passes.ops.comm import using
 from passes.program.rank_program import RankProgram
@@ -27,6 +28,9 @@ def simulate(programs: Sequence[RankProgram], inputs_per_rank: Sequence[Mapping[
     def run_rank(rank: int, communicator: ThreadCommunicator) -> dict[str, Any]:
         program, inputs = programs[rank], inputs_per_rank[rank]
         with using(communicator):
-            return program.graph_module(**{name: inputs[name] for name in program.input_names if name in inputs})
+            outputs = program.graph_module(**{name: inputs[name] for name in program.input_names if name in inputs})
+        if program.length_kinds:
+            inputs["past_key_values"].count(tokens_of(inputs))
+        return outputs
 
     return ThreadWorld(mesh).run(run_rank)

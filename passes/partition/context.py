@@ -28,6 +28,7 @@ class RankContext(PassContext):
     # (op, output index) of a tensor from another stage -> the nodes that receive it, set by extract_stage
     received: dict[tuple[str, int], tuple[Node, ...]] = field(default_factory=dict)
     cache_layers: tuple[int, ...] = ()  # global cache layer index of each local one, set by localize_cache
+    length_kinds: tuple[str, ...] = ()  # of the layers behind them, which count tokens and hold nothing; by the same
     param_uses: tuple[ParamUse, ...] = ()  # of this stage, set by insert_gradient_sums
 
     @property

@@ -25,32 +25,37 @@ def localize_cache(module: torch.fx.GraphModule, ctx: RankContext, *, layer_kind
     """Rewrites `module` in place and notes in `ctx.cache_layers` which global layers the rank's cache has.
 
     `layer_kinds[i]` says what kind of cache layer i is ("full", "sliding:4096"): a question about a layer that the
-    stage does not have is put to one of its own of the same kind, which holds as many tokens. Matches are the calls.
+    stage does not have is put to one of its own of the same kind, which holds as many tokens. Where it has none (an
+    embedding alone on its stage, whose positions begin at the cache's length), it is put to a layer that counts tokens
+    and holds nothing, one for each kind in `ctx.length_kinds`, behind the others. Matches are the calls. Raises
+    PlanError for the length of what an encoder gave: nobody can count that.
     """
     edit = GraphEdit(module)
     calls = [n for n in module.graph.nodes if n.op == "call_method" and n.target in _LAYER_ARGUMENT]
     owned = sorted({_layer(n) for n in calls if n.target in _OWNS})
     local = {layer: i for i, layer in enumerate(owned)}
+    counting: list[str] = []
     for node in calls:
         layer = _layer(node)
-        if layer not in local:
-            twins = [i for i in owned if _answers_for(node, layer_kinds[i], layer_kinds[layer])]
-            if not twins and _erased(node):
-                continue
-            if not twins:
-                raise PlanError(
-                    f"stage {ctx.stage} asks for the length of cache layer {layer} ({layer_kinds[layer]}) and has no "
-                    f"layer of that kind: cut the pipeline elsewhere or use fewer stages"
-                )
-            layer = twins[0]
-        position = _LAYER_ARGUMENT[node.target]
-        if len(node.args) > position:
-            args = list(node.args)
-            args[position] = local[layer]
-            node.args = tuple(args)
-        else:
-            node.kwargs = {**node.kwargs, "layer_idx": local[layer]}
-    ctx.cache_layers = tuple(owned)
+        if layer in local:
+            _set_layer(node, local[layer])
+            continue
+        kind = layer_kinds[layer]
+        twins = [i for i in owned if _answers_for(node, layer_kinds[i], kind)]
+        if not twins and _erased(node):
+            continue
+        if twins:
+            _set_layer(node, local[twins[0]])
+            continue
+        if kind == "cross":
+            raise PlanError(
+                f"stage {ctx.stage} asks for the length of cache layer {layer} ({kind}) and has no layer of that kind: "
+                f"cut the pipeline elsewhere or use fewer stages"
+            )
+        if kind not in counting:
+            counting.append(kind)
+        _set_layer(node, len(owned) + counting.index(kind))
+    ctx.cache_layers, ctx.length_kinds = tuple(owned), tuple(counting)
     return edit.result(len(calls))
 
 
@@ -78,6 +83,16 @@ def _erased(node: torch.fx.Node) -> bool:
     for user in reversed(following):
         node.graph.erase_node(user)
     return True
+
+
+def _set_layer(node: torch.fx.Node, index: int) -> None:
+    position = _LAYER_ARGUMENT[str(node.target)]
+    if len(node.args) > position:
+        args = list(node.args)
+        args[position] = index
+        node.args = tuple(args)
+    else:
+        node.kwargs = {**node.kwargs, "layer_idx": index}
 
 
 def _layer(node: torch.fx.Node) -> int:

@@ -85,6 +85,7 @@ def emit_rank(
         param_shards=dict(ctx.param_shards),
         cache_layers=ctx.cache_layers,
         cache_kinds=tuple(layer_kinds[layer] for layer in ctx.cache_layers),
+        length_kinds=ctx.length_kinds,
         grad_sums=sums,
         stage_uses=known,
     )

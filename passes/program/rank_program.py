@@ -28,6 +28,9 @@ class RankProgram:
     param_shards: Mapping[str, ParamShard]  # by name in graph_module
     cache_layers: tuple[int, ...]  # the global cache layer behind each local one
     cache_kinds: tuple[str, ...] = ()  # what each local one is: "full", "sliding:4096", "cross"
+    # kinds whose lengths the graph asks for and of which the stage has no layer: each is a layer without numbers behind
+    # the others, in this order, which whoever runs the program lets count the tokens
+    length_kinds: tuple[str, ...] = ()
     grad_sums: tuple[GradSum, ...] | None = None  # owed after a backward pass; None: the program has none
     # what each stage does with its parameters, as far as emitting this program found out; only of one to be trained
     stage_uses: Mapping[int, tuple[ParamUse, ...]] = field(default_factory=dict)

@@ -176,11 +176,11 @@ def _number(state: RankState, node: Node) -> None:
 
 def _cache_question(state: RankState, node: Node) -> None:
     layer = argument(node, _LAYER_ARGUMENT[str(node.target)], "layer_idx", 0)
-    if type(layer) is not int or not 0 <= layer < len(state.program.cache_layers):
+    layers = len(state.program.cache_layers) + len(state.program.length_kinds)
+    if type(layer) is not int or not 0 <= layer < layers:
         fail(
             state.program, node,
-            f"asks for cache layer {layer}, and this rank's cache has layers 0 to "
-            f"{len(state.program.cache_layers) - 1}",
+            f"asks for cache layer {layer}, and this rank's cache has layers 0 to {layers - 1}",
             untouched=Duty.CACHE,
         )  # fmt: skip
     state.known[node] = node_meta.val(node)

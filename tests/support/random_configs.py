@@ -18,7 +18,7 @@ MESHES: list[Mesh] = [(tp, pp) for pp in range(1, 5) for tp in range(1, 9) if tp
 SEPARATE = ("llama", "qwen2", "qwen3", "mistral")
 FUSED = ("phi3", "gpt2", "gpt_neox", "falcon")  # q | k | v; thirds, transposed; q, k, v per head; the q heads, k, v
 FAMILIES = (*SEPARATE, *FUSED)  #                 per group, or all q heads, then k and v
-_HIDDEN_IS_FREE = (*SEPARATE, "phi3")  # elsewhere it is heads * head_dim
+_HIDDEN_IS_FREE = ("qwen2", "qwen3", "mistral", "phi3")
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,21 @@ def cases(draw: st.DrawFn, family: str) -> Case:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        hidden=draw(st.integers(2, 40)) if family in _HIDDEN_IS_FREE else heads * head_dim,
+        hidden=draw(_hidden_sizes(family, heads, head_dim)),
         wide=draw(st.integers(1, 50)),
         vocab=draw(st.integers(4, 60)),
         tied=draw(_flag),
         attention=draw(st.sampled_from(["sdpa", "eager"])),
         switches=tuple(switches.items()),
     )
+
+
+def _hidden_sizes(family: str, heads: int, head_dim: int) -> st.SearchStrategy[int]:
+    if family in _HIDDEN_IS_FREE:
+        return st.integers(2, 40)
+    if family == "llama":  # transformers 5 wants a multiple of the heads, whatever head_dim says
+        return st.integers(1, 4).map(lambda width: heads * width)
+    return st.just(heads * head_dim)
 
 
 def most_held(case: Case) -> dict[str, dict[int, int]]:

@@ -13,11 +13,23 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from autodist_fx.calls.cache_kinds import CROSS, one_cache
 from passes.program.rank_program import RankProgram
 
-C = TypeVar("C", bound=DynamicCache)
-
+C = TypeVar("C", bound="ReadableCache")
 
 class ReadableCache(DynamicCache):
-    """A cache whose layers can be read without writing them."""
+    """A cache whose layers can be read without writing them, and some of which may hold lengths alone.
+
+    `counting` layers, its last (`RankProgram.length_kinds`), have a byte for a token, in which nothing stands: so they
+    answer and are changed as transformers' layers are. No graph writes them: `count` does, after each step.
+    """
+
+    counting = 0
+
+    def count(self, input_ids: torch.Tensor) -> None:
+        """Let the counting layers know the tokens of a step that has run: int64 [batch, tokens]."""
+        if self.counting:
+            tokens = torch.zeros(input_ids.shape[0], 1, input_ids.shape[1], 1, dtype=torch.uint8)
+            for layer in self.layers[-self.counting :]:
+                layer.update(tokens, tokens)
 
     def read(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys and values [batch, heads, tokens, head size] of every token in that layer."""
@@ -31,11 +43,14 @@ def local_cache(config: PretrainedConfig, program: RankProgram, cache_class: typ
 
     The shapes come with the first tokens, so that the rank's own heads are all it ever holds.
     """
-    if CROSS in program.cache_kinds:
-        return one_cache(program.cache_kinds, cache_class)
-    cache = cache_class(config=config)
-    if cache.layers:  # none: the config says nothing of layers, and DynamicCache adds them as they come
+    cache = one_cache(program.cache_kinds, cache_class) if CROSS in program.cache_kinds else cache_class(config=config)
+    if len(cache.layers) > len(program.cache_layers):
         cache.layers = [cache.layers[index] for index in program.cache_layers]
+    if program.length_kinds:
+        if not cache.layers:  # the config says nothing of layers, and DynamicCache adds them as they come
+            cache = one_cache(program.cache_kinds, cache_class)
+        cache.layers += one_cache(program.length_kinds).layers
+        cache.counting = len(program.length_kinds)
     return cache
 
 
@@ -80,6 +95,7 @@ class SplitCache(ReadableCache):
         """Count the tokens of a step that has run, int64 [batch, tokens]."""
         self.batch, tokens = input_ids.shape
         self.tokens += tokens
+        self.count(input_ids)
 
     @property
     def is_linear(self) -> list[bool]:

@@ -221,7 +221,8 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
     def empty_cache(self) -> SplitCache:
         """Return a cache of this rank's layers, the decoder's own and those that the encoder fills."""
         cache = local_cache(self.config, self.program, CrossCache)
-        cache.kinds, cache.numbers, cache.inputs = self.program.cache_kinds, self.program.cache_layers, {}
+        cache.kinds = (*self.program.cache_kinds, *self.program.length_kinds)
+        cache.numbers, cache.inputs = self.program.cache_layers, {}
         return cache
 
     @collective

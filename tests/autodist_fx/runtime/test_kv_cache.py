@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from autodist_fx.runtime.cache.kv_cache import local_cache
+from autodist_fx.runtime.cache.kv_cache import SplitCache, local_cache
 from cost_model.mesh import Mesh
 from passes.program.rank_program import RankProgram
 
@@ -25,3 +25,18 @@ def test_sliding_layers_stay_sliding():
     cache = local_cache(config, program((1, 2)))
     assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, DynamicLayer]
     assert cache.layers[0].sliding_window == 8
+
+
+def test_layers_that_count_tokens_are_changed_as_others_are():
+    """A stage without attention, which is asked where positions begin."""
+    split = RankProgram(0, Mesh(), torch.fx.GraphModule({}, torch.fx.Graph()), (), {}, (), (), ("full", "sliding:2"))
+    cache = local_cache(LlamaConfig(num_hidden_layers=5), split, SplitCache)
+    lengths = []
+    for tokens in (torch.zeros(2, 3), torch.zeros(2, 1)):
+        cache.note(tokens)
+        lengths.append([cache.get_seq_length(layer) for layer in (0, 1)])
+    assert lengths == [[3, 3], [4, 4]]
+    cache.reorder_cache(torch.tensor([1, 1, 0]))
+    cache.note(torch.zeros(3, 1))
+    assert [cache.get_seq_length(layer) for layer in (0, 1)] == [5, 5]
+    assert [tuple(layer.keys.shape) for layer in cache.layers] == [(3, 1, 5, 1), (3, 1, 1, 1)]
