@@ -75,7 +75,7 @@ bench: $(READY)  ## measure against transformers' tp_plan, DTensor and a hand-wr
 
 coverage: $(READY) libraries  ## every case of the sampled tests, then each type of transformers' mappings on four meshes (half an hour)
 	@echo "==> coverage: every case of the tests of which \`make test\` runs one for each family"
-	@$(RUN_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --every-case -m one_for_each
+	@$(RUN_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --every-case -m "one_for_each or drawn"
 	@echo "==> coverage: writes docs/coverage.md"
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/coverage.py --jobs $(JOBS)
 

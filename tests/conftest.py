@@ -1,7 +1,9 @@
 """Sets up every test process: one thread, the same random numbers for each test, no cache of splits.
 
-Of tests that are marked `one_for_each("family")`, one case for each family is run, on a mesh drawn by the case's name;
-`pytest --every-case`, which `make coverage` calls, and a case named on the command line run them all.
+Not every case of every test is run each time. Of a test that is marked `one_for_each("family")` one case is run for each
+family, of one marked `drawn(3)` three, drawn by the cases' names; with `--one-case`, which CI adds for the older of the
+two versions of transformers, one case of any test. `--every-case`, which `make coverage` adds, and a case named on the
+command line run them all.
 """
 
 from __future__ import annotations
@@ -23,28 +25,33 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every-case", action="store_true", help="all cases of tests that are marked one_for_each")
+    parser.addoption("--every-case", action="store_true", help="all cases of tests marked one_for_each or drawn")
+    parser.addoption("--one-case", action="store_true", help="one case of each test")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--every-case") or any("::" in argument for argument in config.args):
         return
-    drawn: dict[tuple[object, ...], pytest.Item] = {}
+    groups: dict[tuple[object, ...], list[pytest.Item]] = {}
     for item in items:
-        key = _group(item)
-        if key not in drawn or _draw(item) < _draw(drawn[key]):
-            drawn[key] = item
-    kept = set(drawn.values())
+        groups.setdefault(_group(item, config.getoption("--one-case")), []).append(item)
+    kept = {item for group in groups.values() for item in sorted(group, key=_draw)[: _count(group[0])]}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 
 
-def _group(item: pytest.Item) -> tuple[object, ...]:
-    """Returns the group of which one case is drawn: an unmarked test is alone in its own."""
+def _group(item: pytest.Item, one_case: bool) -> tuple[object, ...]:
+    """Returns the group of which cases are drawn: a test that nothing says so of is alone in its own."""
     marker = item.get_closest_marker("one_for_each")
-    if marker is None or not isinstance(item, pytest.Function):
+    if not isinstance(item, pytest.Function) or not (one_case or marker or item.get_closest_marker("drawn")):
         return (item.nodeid,)
-    return (item.module, item.originalname, *(str(item.callspec.params[name]) for name in marker.args))
+    names = () if one_case or marker is None else marker.args
+    return (item.module, item.originalname, *(str(item.callspec.params[name]) for name in names))
+
+
+def _count(item: pytest.Item) -> int:
+    marker = item.get_closest_marker("drawn")
+    return 1 if marker is None or item.config.getoption("--one-case") else int(marker.args[0])
 
 
 def _draw(item: pytest.Item) -> int:

@@ -142,7 +142,7 @@ def test_frequencies_that_change_with_the_length(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.one_for_each("rope_type")
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(("rope_type", "name"), [(_rope_type(said), name) for name, (_, said) in CONFIGS.items()])
 def test_every_config_end_to_end(rope_type: str, name: str, tmp_path: Path) -> None:
     """Compiled without a cache and with one, proven, run, saved, loaded, proven and run again."""

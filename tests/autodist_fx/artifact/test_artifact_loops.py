@@ -63,6 +63,7 @@ def test_a_fresh_process_computes_the_same_bit_for_bit(mamba: CompiledModel, sav
         assert torch.equal(after, then)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("family, changes", [("rwkv", {}), ("recurrent_gemma", {"attention_window_size": 32})])
 @torch.no_grad()
 def test_other_loops(family: str, changes: dict[str, int], tmp_path: Path) -> None:

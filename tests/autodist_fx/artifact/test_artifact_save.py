@@ -43,6 +43,7 @@ def _reloaded(compiled: CompiledModel, directory: Path) -> adx.Artifact:
     return artifact
 
 
+@pytest.mark.drawn(6)
 @pytest.mark.parametrize("family", [*FAMILIES, *MOE])
 @torch.no_grad()
 def test_decoders(family: str, tmp_path: Path) -> None:
@@ -73,6 +74,7 @@ def test_experts_that_are_dealt_to_ranks(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(_decoded(artifact, ids, mask), before, strict=True))
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("family", ["t5", "bart", "m2m_100", "whisper", "t5gemma"])
 @torch.no_grad()
 def test_encoder_decoders(family: str, tmp_path: Path) -> None:
@@ -94,6 +96,7 @@ def test_encoder_decoders(family: str, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(artifact), before, strict=True))
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("family", ["bamba", "lfm2"])
 @torch.no_grad()
 def test_models_with_a_cache_of_their_own(family: str, tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_packed_rows(make: Callable[[], PreTrainedModel], mesh: Mesh) -> None:
     check(model, calls, mesh, tolerance=1e-6)  # they compute norms in float32
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(
     "make",
     [

@@ -33,6 +33,7 @@ GRAPHS = {
 CASES = [(name, tuple(pins.items())) for name, (_, cases) in GRAPHS.items() for pins in cases]
 
 
+@pytest.mark.drawn(5)
 @pytest.mark.parametrize("price", [0.0, 1e-6])
 @pytest.mark.parametrize(("name", "pins"), CASES)
 def test_the_rest_is_the_best_around_what_is_pinned(

@@ -23,6 +23,7 @@ GRAPHS = int(os.environ.get("ADX_RANDOM_GRAPHS", "40"))
 PART = 20  # graphs in one test
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("first", range(0, GRAPHS, PART))
 @torch.no_grad()
 def test_random_graphs_by_random_plans(first: int) -> None:
@@ -64,6 +65,7 @@ class _WithLoss(RandomModule):
         return {"loss": sum(torch.sin(y).sum() for y in super().forward(x).values())}
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("first", range(0, GRAPHS // 2, PART))
 def test_gradients_of_random_graphs_by_random_plans(first: int) -> None:
     """Each as autograd has it for the whole module, on each rank that holds a piece of it."""
