@@ -1,9 +1,9 @@
 """Sets up every test process: one thread, the same random numbers for each test, no cache of splits.
 
 Not every case of every test is run each time. One case for each family is run of a test that is marked
-`one_for_each("family")`, three of one that is marked `drawn(3)`, drawn by the cases' names; with `--one-case`, which CI adds
-for the older of the two versions of transformers, one case of any test. `--every-case`, which `make coverage` adds, and a
-case named on the command line run them all.
+`one_for_each("family")`, three of one that is marked `drawn(3)`, drawn by the cases' names; with `--one-case`, which
+CI adds for the older of the two versions of transformers, one case of any test. `--every-case`, which `make coverage`
+adds, and a case named on the command line run them all.
 """
 
 from __future__ import annotations
