@@ -14,7 +14,8 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.numeric.check import TOLERANCE, CheckedVariant, difference, failure, refusal
 from autodist_fx.numeric.factored import sliced
 from autodist_fx.numeric.float64_interpreter import Doubles, Weights, double_by_default, of_rank, of_whole
-from autodist_fx.simulation.backward import Gradients, go_back, pay_sums
+from autodist_fx.runtime.training.backward import go_back
+from autodist_fx.runtime.training.gradient_sums import Gradients, pay_sums
 from autodist_fx.simulation.thread_communicator import ThreadCommunicator, ThreadWorld
 from cost_model.errors import VerificationError
 from passes.fx.arguments import fetch

@@ -7,7 +7,8 @@ https://arxiv.org/abs/1909.08053, figure 3).
     one_term       forward rank 0 has it, the others zeros; backward nothing is done
     one_gradient   forward nothing is done; backward rank 0 has it, the others zeros
 
-A send and a recv belong to a stage's whole graph, and so does their backward (autodist_fx/simulation/backward.py).
+A send and a recv belong to a stage's whole graph, and so does their backward
+(autodist_fx/runtime/training/backward.py).
 """
 
 from __future__ import annotations
