@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from autodist_fx.api.compile import compile
     from autodist_fx.api.compiled_model import CompiledModel
     from autodist_fx.api.from_pretrained import from_pretrained
+    from autodist_fx.api.train import train
     from autodist_fx.errors import AutodistError
     from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+    from autodist_fx.training.engine import Engine, StepResult
     from cost_model.partition_plan import PartitionPlan
     from cost_model.search.mesh_choice import MeshChoice
 
@@ -23,12 +25,15 @@ __all__ = [
     "AutodistError",
     "CompiledModel",
     "DistributedCausalLM",
+    "Engine",
     "MeshChoice",
     "PartitionPlan",
+    "StepResult",
     "choose_mesh",
     "compile",
     "from_pretrained",
     "load",
+    "train",
 ]
 
 # Imported at first use: torch and transformers take seconds, and a process that only starts ranks needs neither.
@@ -37,12 +42,15 @@ _HOMES = {
     "AutodistError": "autodist_fx.errors",
     "CompiledModel": "autodist_fx.api.compiled_model",
     "DistributedCausalLM": "autodist_fx.runtime.generation.causal_lm",
+    "Engine": "autodist_fx.training.engine",
     "MeshChoice": "cost_model.search.mesh_choice",
     "PartitionPlan": "cost_model.partition_plan",
+    "StepResult": "autodist_fx.training.engine",
     "choose_mesh": "autodist_fx.api.choose_mesh",
     "compile": "autodist_fx.api.compile",
     "from_pretrained": "autodist_fx.api.from_pretrained",
     "load": "autodist_fx.api.artifact",
+    "train": "autodist_fx.api.train",
 }
 
 

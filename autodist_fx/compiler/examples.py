@@ -140,10 +140,16 @@ def planned_graph(traced: TracedModel) -> OpGraph:
 
     Raises AutodistError for a graph that draws random numbers, TracingError where an op refuses the example inputs.
     """
-    if not node_meta.is_normalized(traced.graph_module):
-        _normalize(traced)
+    normalized(traced)
     _refuse_random(traced)
     return build_op_graph(traced.graph_module, fused=removed_by_fusing(traced.graph_module))
+
+
+def normalized(traced: TracedModel) -> TracedModel:
+    """Return `traced`, its graph normalised. Raises TracingError where an op refuses the example inputs."""
+    if not node_meta.is_normalized(traced.graph_module):
+        _normalize(traced)
+    return traced
 
 
 def _normalize(traced: TracedModel, examples: tuple[Example, Example] | None = None) -> None:

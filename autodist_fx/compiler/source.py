@@ -103,13 +103,15 @@ class VariantSource(Protocol):
 class TracingSource:
     """Traces variants of a model, or of a config, and plans them.
 
-    `request`: what plans are made for. `options` choose the first variant; `plan`, where given, is used for that one.
+    `request`: what plans are made for. `options` choose the first variant, and `specs` those of its inputs that differ
+    from the usual ones; `plan`, where given, is used for that one.
     """
 
     model: PreTrainedModel | PretrainedConfig
     request: PlanRequest
     options: CompileOptions
     plan: PartitionPlan | None = None
+    specs: Mapping[str, InputSpec] | None = None
     _left_by_calls: frozenset[str] = field(default=frozenset(), init=False)  # the model's, see structure_of
     # For each rank's graph, copies of the model's buffers at the time they were put into it.
     _buffers_read: WeakKeyDictionary[torch.fx.GraphModule, dict[str, torch.Tensor]] = field(
@@ -147,7 +149,10 @@ class TracingSource:
             prompt, step = Variant.make_phases(self.model, self.request, self.always, self.plan)
             self._left_by_calls = prompt.traced.left_by_calls | step.traced.left_by_calls
             return VariantSet(self.structure(), step, [prompt], step)
-        main = Variant.make(self.model, self.request, options.use_cache, options.input_names, self.always, self.plan)
+        main = Variant.make(
+            self.model, self.request, options.use_cache, options.input_names, self.always, self.plan, self.specs,
+            in_parts=options.in_parts,
+        )  # fmt: skip
         self._left_by_calls = main.traced.left_by_calls
         return VariantSet(self.structure(), main)
 
@@ -168,7 +173,10 @@ class TracingSource:
         if call.use_cache:
             filled_in = FILLED_IN - {"input_ids"} if "inputs_embeds" in given else FILLED_IN
             names = None if given <= FILLED_IN else self._accepted(given | filled_in | {"past_key_values"})
-        return Variant.make(self.model, self.request, call.use_cache, names, call.fixed, None, specs)
+        request, in_parts = self.request, self.options.in_parts
+        if in_parts and made:  # all of them are trained with the same parameters
+            request = replace(self._own_lengths, like=made[0].plan)
+        return Variant.make(self.model, request, call.use_cache, names, call.fixed, None, specs, in_parts=in_parts)
 
     def at_lengths(self, alike: Sequence[Variant], lengths: Lengths) -> Variant:
         """See VariantSource."""

@@ -18,6 +18,7 @@ from autodist_fx.calls.lengths import Lengths, guards_text
 from autodist_fx.calls.made_for import MadeFor
 from autodist_fx.calls.model_signature import signature_of
 from autodist_fx.compiler.examples import MOST_TRIES, Trace, phases_once, planned_graph, traced_at, traced_once
+from autodist_fx.compiler.loss_division import LossDivision, divide
 from autodist_fx.compiler.pause_gc import garbage_stays
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import InputSpec, TracedModel, trace_phases
@@ -53,6 +54,7 @@ class Variant:
     encoder: Variant | None = None
     whole_plan: PartitionPlan | None = None
     trace_again: Trace | None = field(default=None, repr=False)  # traces at other sizes; None without a model
+    losses: LossDivision | None = None  # of a graph whose loss is a part of a whole batch's
 
     @classmethod
     @garbage_stays()
@@ -65,10 +67,14 @@ class Variant:
         concrete_args: Mapping[str, object] | None,
         plan: PartitionPlan | None,
         specs: Mapping[str, InputSpec] | None = None,
+        *,
+        in_parts: bool = False,
     ) -> Variant:
-        """Trace, normalise and plan one variant; `plan`, where given, is used instead of a search."""
+        """Trace, normalise and plan one variant; `plan`, where given, is used instead of a search. `in_parts`: it is
+        run on parts of a batch, whose losses add up to the whole batch's."""
         traced, again = traced_once(model, use_cache, input_names, concrete_args, specs)
-        variant = cls.of(traced, request, plan, unusual(_parameters(model), concrete_args or {}))
+        fixed = unusual(_parameters(model), concrete_args or {})
+        variant = cls.of(traced, request, plan, fixed, in_parts=in_parts)
         variant.trace_again = again
         return variant
 
@@ -100,7 +106,8 @@ class Variant:
         traced = traced_at(self.traced, self.trace_again, lengths, guards)
         if traced is None:
             raise TracingError(f"{self.guards_text(lengths)}; no graph for them was found in {MOST_TRIES} tries")
-        variant = Variant.of(traced, replace(request, like=self.whole_plan or self.plan), None, self.fixed)
+        like = replace(request, like=self.whole_plan or self.plan)
+        variant = Variant.of(traced, like, None, self.fixed, in_parts=self.losses is not None)
         self.check_caches(variant)
         return variant
 
@@ -148,13 +155,20 @@ class Variant:
 
     @classmethod
     def of(
-        cls, traced: TracedModel, request: PlanRequest, plan: PartitionPlan | None, fixed: dict[str, object]
+        cls,
+        traced: TracedModel,
+        request: PlanRequest,
+        plan: PartitionPlan | None,
+        fixed: dict[str, object],
+        *,
+        in_parts: bool = False,
     ) -> Variant:
         """Plan a traced graph, after normalising it where that was not done.
 
         `fixed` holds the Python arguments that it was traced with. `plan`, where given, is checked and used. Raises
         PlanError.
         """
+        losses = divide(traced) if in_parts else None
         graph = planned_graph(traced)
         print_of_it = fingerprint(graph)
         if plan is None:
@@ -168,7 +182,7 @@ class Variant:
         specs, order = traced.specs(), _output_order(traced.graph_module)
         if CROSS in traced.layer_kinds:
             return cls._split(traced, plan, names, fixed, specs, order)
-        return cls(traced, graph, plan, names, fixed, specs, order)
+        return cls(traced, graph, plan, names, fixed, specs, order, losses=losses)
 
     @classmethod
     def _split(

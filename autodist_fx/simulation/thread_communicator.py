@@ -8,7 +8,7 @@ fight over Python's lock.
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -54,7 +54,7 @@ class ThreadWorld:
         self._epoch, self._beginning, self._noticed = 0, set[int](), set[int]()
         # Everything below is only touched by the thread whose turn it is.
         self.mail: dict[tuple[int, int, int], deque[torch.Tensor]] = {}  # by (source, to, channel)
-        self.meetings: dict[tuple[int, int], _Meeting] = {}  # by (stage, how many before it)
+        self.meetings: dict[tuple[str, int, int], _Meeting] = {}  # by (axis, first rank, how many before it)
 
     def run(self, work: Callable[[int, ThreadCommunicator], T]) -> list[T]:
         """Run `work(rank, communicator)` of every rank; return what they return, by rank.
@@ -169,7 +169,8 @@ class ThreadWorld:
 
     def _place(self, rank: int) -> str:
         stage, tp_rank = self.mesh.coordinates(rank)
-        return f"stage {stage}, tp rank {tp_rank}"
+        replica = f"dp rank {self.mesh.dp_rank(rank)}, " if self.mesh.dp > 1 else ""
+        return f"stage {stage}, {replica}tp rank {tp_rank}"
 
     def _deadlock(self) -> DeadlockError:
         lines = [f"deadlock: none of the {self.mesh.size} ranks of {self.mesh} can go on"]
@@ -197,13 +198,16 @@ class ThreadCommunicator:
     def __init__(self, world: ThreadWorld, rank: int) -> None:
         self._world, self.rank = world, rank
         self._stage, self.tp_rank = world.mesh.coordinates(rank)
-        self._group = world.mesh.tp_group(self._stage)
-        self._meetings_held = 0
+        self._groups = {
+            "tp": world.mesh.tp_group(self._stage, world.mesh.dp_rank(rank)),
+            "dp": world.mesh.dp_group(rank),
+        }
+        self._meetings_held: Counter[str] = Counter()
 
     def begin(self) -> None:
         """Forget, before a call of all ranks, what an incident broke off."""
         if self._world.begin(self.rank):
-            self._meetings_held = 0
+            self._meetings_held.clear()
 
     def break_off(self, error: BaseException, call: int = 0) -> ErrorReport:
         """End what all ranks are doing, since `error` was raised here; return the error that counts, which is the
@@ -213,10 +217,19 @@ class ThreadCommunicator:
     def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         return self._meet(x, axis, f"all_reduce of {describe(x)}", _sum)
 
+    def start_all_reduce(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
+        """Return a function that returns the sum; here it is taken at once."""
+        total = self.all_reduce(x, axis)
+        return lambda: total
+
+    def finish_sends(self) -> None:
+        """Let go of what was sent: there is nothing to do."""
+
     def all_gather(self, x: torch.Tensor, axis: str, dim: int, parts: Parts) -> torch.Tensor:
         layout = gather_layout(frozen_parts(parts))
-        if len(layout.local_sizes) != len(self._group):
-            raise CommunicationError(f"all_gather of {len(layout.local_sizes)} parts by {len(self._group)} ranks")
+        if len(layout.local_sizes) != len(self._groups["tp"]):
+            ranks = len(self._groups["tp"])
+            raise CommunicationError(f"all_gather of {len(layout.local_sizes)} parts by {ranks} ranks")
         check_shard(x, dim, layout, self.tp_rank)
         dim %= x.dim()
         rest = [*x.shape[:dim], "*", *x.shape[dim + 1 :]]
@@ -245,18 +258,18 @@ class ThreadCommunicator:
         self, x: torch.Tensor, axis: str, said: str, combine: Callable[[list[torch.Tensor]], torch.Tensor]
     ) -> torch.Tensor:
         """Wait for the group, each with its `x`; the last to come combines them, in rank order."""
-        if axis != "tp":
-            raise CommunicationError(f"collectives run along the axis tp; got {axis!r}")
-        group = self._group
+        if axis not in self._groups:
+            raise CommunicationError(f"collectives run along the axes tp and dp; got {axis!r}")
+        group = self._groups[axis]
         if len(group) == 1:
             return combine([x])
-        key = (self._stage, self._meetings_held)
-        self._meetings_held += 1
+        key = (axis, group[0], self._meetings_held[axis])
+        self._meetings_held[axis] += 1
         meeting = self._world.meetings.setdefault(key, _Meeting())
         for other, other_said in meeting.said.items():
             if other_said != said:
                 raise CommunicationError(
-                    f"collective {key[1] + 1} of stage {self._stage}: rank {other} calls {other_said}, and "
+                    f"collective {key[2] + 1} of stage {self._stage}: rank {other} calls {other_said}, and "
                     f"rank {self.rank} {said}"
                 )
         meeting.said[self.rank], meeting.shards[self.rank] = said, x

@@ -2,7 +2,7 @@
 
 from autodist_fx.calls.call import OUTPUT_FLAGS
 from autodist_fx.calls.input_spec import InputSpec
-from autodist_fx.tracing.example_inputs import Sizes
+from autodist_fx.tracing.example_inputs import Sizes, input_facts
 from autodist_fx.tracing.meta_model import class_for, empty_model, meta_copy
 from autodist_fx.tracing.prompt_and_step import trace_phases
 from autodist_fx.tracing.recurrent_states import PREFIX as STATE_PREFIX
@@ -19,6 +19,7 @@ __all__ = [
     "class_for",
     "empty_model",
     "has_own_cache",
+    "input_facts",
     "meta_copy",
     "takes_cache",
     "trace",

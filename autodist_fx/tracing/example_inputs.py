@@ -12,8 +12,8 @@ from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.cache_kinds import CROSS, one_cache
-from autodist_fx.calls.input_shapes import input_dims, patches_demanded
-from autodist_fx.calls.input_specs import InputSpec
+from autodist_fx.calls.input_shapes import input_dims, is_multiple_choice, patches_demanded
+from autodist_fx.calls.input_specs import InputSpec, ModelFacts
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, new_cache
 from autodist_fx.tracing.encoder_decoder_cache import both_kinds, model_cache
@@ -36,6 +36,12 @@ class Sizes:
     past: int
     source: int = 1
     kept: int = 1  # positions that logits are wanted of, where an input lists them
+
+
+def input_facts(model: PreTrainedModel) -> ModelFacts:
+    """Return what the specs of a model's inputs depend on."""
+    choices = is_multiple_choice(type(model).__name__)
+    return ModelFacts(model.config, has_encoder(model), embedding_dim(model), model.dtype, choices)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,11 @@ def load_program(
     program: RankProgram,
     *,
     device: torch.device | str = "cpu",
+    requires_grad: bool | None = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadReport:
-    """Fill a program of `model` from a checkpoint, for inference: no parameter requires a gradient.
+    """Fill a program of `model` from a checkpoint, for inference: no parameter requires a gradient. With
+    `requires_grad` None, each requires what the model's own does.
 
     `buffers` has the real values of the buffers and constants of the model's graphs, by name. Raises CheckpointError.
     """
@@ -36,7 +38,7 @@ def load_program(
         buffers=_missing_buffers(buffers, model, source),
         tied=tied_names(model),
         **name_rules(model),
-        requires_grad=False,
+        requires_grad=requires_grad,
         progress=progress,
     )
 

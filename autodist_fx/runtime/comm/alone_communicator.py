@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ class AloneCommunicator:
 
     def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         return x
+
+    def start_all_reduce(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
+        return lambda: x
 
     def all_gather(self, x: torch.Tensor, axis: str, dim: int, parts: Parts) -> torch.Tensor:
         return glue([x], dim, gather_layout(frozen_parts(parts)))

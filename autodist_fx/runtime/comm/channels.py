@@ -25,6 +25,8 @@ class Channel(IntEnum):
     ENCODER_INPUTS = 0x7F000005
     STATES = 0x7F000006  # of a model with a cache of its own, on their way to another stage
     CALLS = 0x7F000007  # whether all ranks were called alike, and ended well
+    STEP_TOTALS = 0x7F000009  # loss and norm of a training step
+    PARAMETERS = 0x7F00000A  # on their way to where they are gathered
     BREAK = 0x7F000008  # on which nothing is ever sent: who waits there ends every wait (dist_communicator.py)
 
 

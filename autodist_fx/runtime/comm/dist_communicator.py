@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +17,15 @@ import torch.distributed as dist
 from autodist_fx.errors import CommunicationError
 from autodist_fx.runtime.comm.agreement import name_ranks
 from autodist_fx.runtime.comm.channels import Channel, channel_text
-from autodist_fx.runtime.comm.gather import GatherLayout, check_shard, frozen_parts, gather_layout, glue
+from autodist_fx.runtime.comm.gather import (
+    GatherLayout,
+    check_shard,
+    frozen_parts,
+    gather_in_chunks,
+    gather_layout,
+    glue,
+    with_size,
+)
 from autodist_fx.runtime.comm.remote_error import CallBroken, ErrorReport
 from autodist_fx.runtime.comm.shared_collectives import SharedCollectives
 from autodist_fx.runtime.comm.shared_memory import open_shared_memory
@@ -63,7 +71,8 @@ class DistCommunicator:
         self.mesh, self.device, self.rank = mesh, device, rank
         self._store, self._watchdog, self._timeout, self._scope = store, watchdog, timeout, scope
         self._stage, self.tp_rank = mesh.coordinates(rank)
-        self._ranks = mesh.tp_group(self._stage)
+        self._ranks = mesh.tp_group(self._stage, mesh.dp_rank(rank))
+        self._replicas = mesh.dp_group(rank)
         self._peers = [r for r in range(mesh.tp) if r != self.tp_rank]
         self._alone = mesh.tp == 1
         self._sum = dist.AllreduceOptions()
@@ -75,6 +84,7 @@ class DistCommunicator:
         self._unfinished_sends: deque[tuple[Any, str]] = deque()  # and the kind of device that each was on
         self._world: dict[str, Any] = {}  # by the kind of device
         self._tp: Any = None
+        self._dp: Any = None
         self._epoch, self._broken, self._noticed = 0, False, False
         self._connect()
 
@@ -91,7 +101,10 @@ class DistCommunicator:
             if kind != "cpu":  # what a generation tells of its steps is in main memory, whatever the model is in
                 self._world["cpu"] = self._group(store, "cpu", self.rank, self.mesh.size, "cpu")
             if not self._alone:
-                self._tp = self._group(store, f"stage{self._stage}", self.tp_rank, self.mesh.tp, kind)
+                self._tp = self._group(store, f"tp{self._ranks[0]}", self.tp_rank, self.mesh.tp, kind)
+            if self.mesh.dp > 1:
+                place = self._replicas.index(self.rank)
+                self._dp = self._group(store, f"dp{self._replicas[0]}", place, self.mesh.dp, kind)
         except RuntimeError as error:
             self._broken = True
             raise self._failure("connecting", range(self.mesh.size), error) from None
@@ -141,7 +154,7 @@ class DistCommunicator:
         nobody sends. It has no other way to do that while another thread waits.
         """
         self._broken = True
-        for kind, group in (*self._world.items(), (self.device.type, self._tp)):
+        for kind, group in (*self._world.items(), (self.device.type, self._tp), (self.device.type, self._dp)):
             if group is None:  # released meanwhile
                 continue
             if kind != "cpu":
@@ -172,7 +185,9 @@ class DistCommunicator:
         return None if memory is None else SharedCollectives(memory, self.tp_rank, tp)
 
     def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
-        """Return the sum of `x` over this rank's tp group, in the memory of `x` or in new memory."""
+        """Return the sum of `x` over this rank's tp group, or along "dp", in the memory of `x` or in new memory."""
+        if axis == "dp":
+            return self.start_all_reduce(x, axis)()
         if self._alone:
             return x
         if not x.is_contiguous():
@@ -187,6 +202,27 @@ class DistCommunicator:
         except (RuntimeError, OSError) as error:
             raise self._failure(f"all_reduce of {_describe(x)}", self._ranks, error) from None
         return x
+
+    def start_all_reduce(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
+        """Start summing `x` over the replicas (`axis` "dp"), while this rank goes on; return a function that waits for
+        it, and returns the sum, in the memory of `x`."""
+        if axis != "dp":
+            raise CommunicationError(f"an all_reduce is started along the axis dp; got {axis!r}")
+        if self._dp is None:
+            return lambda: x
+        try:
+            work = self._dp.allreduce([x], self._sum)
+        except RuntimeError as error:
+            raise self._failure(f"all_reduce of {_describe(x)}", self._replicas, error) from None
+
+        def total() -> torch.Tensor:
+            try:
+                self._finish(work, self.device.type, self._timeout)
+            except RuntimeError as error:
+                raise self._failure(f"all_reduce of {_describe(x)}", self._replicas, error) from None
+            return x
+
+        return total
 
     def _sum_of_exchange(self, x: torch.Tensor) -> torch.Tensor:
         tp = self._tp
@@ -217,9 +253,14 @@ class DistCommunicator:
         try:
             if self.shared is not None:
                 return self.shared.all_gather(x, dim, layout)
-            largest = math.prod(_with_size(x.shape, dim, max(layout.local_sizes))) * x.element_size()
+            largest = math.prod(with_size(x.shape, dim, max(layout.local_sizes))) * x.element_size()
             if self.exchanges and layout.in_rank_order and largest >= self.chunked_bytes:  # on all
-                return self._exchange_in_chunks(x, dim, layout)
+                for send in self._last_exchange:
+                    send.wait()
+                whole, self._last_exchange = gather_in_chunks(
+                    self._tp, self.tp_rank, x, dim % x.dim(), layout, self.chunk_bytes, self._wait
+                )
+                return whole
             shards = self._exchange(x, dim, layout) if self.exchanges else self._gather_padded(x, dim, layout)
         except (RuntimeError, OSError) as error:
             raise self._failure(f"all_gather of {_describe(x)} along dim {dim}", self._ranks, error) from None
@@ -237,47 +278,11 @@ class DistCommunicator:
             if rank == self.tp_rank:
                 shards.append(x)
                 continue
-            shards.append(x.new_empty(_with_size(x.shape, dim, size)))
+            shards.append(x.new_empty(with_size(x.shape, dim, size)))
             if shards[-1].numel():
                 receives.append((rank, tp.recv([shards[-1]], rank, Channel.TP_EXCHANGE)))
         self._wait(receives)
         return shards
-
-    def _exchange_in_chunks(self, x: torch.Tensor, dim: int, layout: GatherLayout) -> torch.Tensor:
-        """Return the whole tensor, gathered a few rows (elements of the dims before `dim`) at a time."""
-        tp, sizes, dim = self._tp, layout.local_sizes, dim % x.dim()
-        rows, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
-        whole = x.new_empty(_with_size(x.shape, dim, sum(sizes)))
-        wide, mine = whole.view(rows, -1), x.view(rows, -1)
-        step = max(1, self.chunk_bytes // (max(sizes) * inner * x.element_size()))  # the same on all ranks
-        chunks = [(start, min(start + step, rows)) for start in range(0, rows, step)]
-        for send in self._last_exchange:
-            send.wait()
-        self._last_exchange = [
-            tp.send([mine[start:stop]], peer, Channel.TP_EXCHANGE)
-            for start, stop in chunks
-            for peer in self._peers
-            if mine.shape[1]
-        ]
-        starts = [sum(sizes[:rank]) * inner for rank in range(len(sizes))]
-        senders = [rank for rank in self._peers if sizes[rank]]
-        buffers = [{rank: x.new_empty(step, sizes[rank] * inner) for rank in senders} for _ in range(2)]
-
-        def receive(number: int) -> list[tuple[int, Any]]:
-            start, stop = chunks[number]
-            into = buffers[number % 2]
-            return [(rank, tp.recv([into[rank][: stop - start]], rank, Channel.TP_EXCHANGE)) for rank in senders]
-
-        awaited = receive(0)
-        wide[:, starts[self.tp_rank] : starts[self.tp_rank] + mine.shape[1]] = mine
-        for number, (start, stop) in enumerate(chunks):
-            arriving, awaited = awaited, receive(number + 1) if number + 1 < len(chunks) else []
-            self._wait(arriving)
-            for rank in senders:
-                wide[start:stop, starts[rank] : starts[rank] + sizes[rank] * inner] = buffers[number % 2][rank][
-                    : stop - start
-                ]
-        return whole
 
     def _wait(self, receives: Sequence[tuple[int, Any]]) -> None:
         """Wait for receives, each with the tp rank that sends."""
@@ -290,7 +295,7 @@ class DistCommunicator:
 
     def _gather_padded(self, x: torch.Tensor, dim: int, layout: GatherLayout) -> list[torch.Tensor]:
         """Return every rank's shard by one all_gather, which wants one size: shorter shards travel with padding."""
-        shapes = [_with_size(x.shape, dim, size) for size in layout.local_sizes]
+        shapes = [with_size(x.shape, dim, size) for size in layout.local_sizes]
         lengths = [math.prod(shape) for shape in shapes]
         longest = max(lengths)
         if x.numel() == longest:
@@ -365,7 +370,7 @@ class DistCommunicator:
         self.shared = None
         self._last_exchange.clear()
         self._unfinished_sends.clear()
-        self._tp = None
+        self._tp = self._dp = None
         self._world = {}
 
     def _failure(self, what: str, ranks: Sequence[int], error: Exception) -> CommunicationError:
@@ -391,9 +396,3 @@ class DistCommunicator:
 
 def _describe(x: torch.Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
-
-
-def _with_size(shape: torch.Size, dim: int, size: int) -> tuple[int, ...]:
-    sizes = list(shape)
-    sizes[dim] = size
-    return tuple(sizes)

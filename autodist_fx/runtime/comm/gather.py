@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from autodist_fx.errors import CommunicationError
+from autodist_fx.runtime.comm.channels import Channel
 from passes.ops.comm import Parts
 
 FrozenParts = tuple[tuple[tuple[int, int], ...], ...]
@@ -85,3 +88,57 @@ def check_shard(x: torch.Tensor, dim: int, layout: GatherLayout, tp_rank: int) -
             f"all_gather along dim {dim}: tp rank {tp_rank} holds {layout.local_sizes[tp_rank]} elements by its parts, "
             f"and its tensor has shape {list(x.shape)}"
         )
+
+
+def gather_in_chunks(
+    group: Any,
+    tp_rank: int,
+    x: torch.Tensor,
+    dim: int,
+    layout: GatherLayout,
+    chunk_bytes: int,
+    wait: Callable[[Sequence[tuple[int, Any]]], None],
+) -> tuple[torch.Tensor, list[Any]]:
+    """Return (the whole tensor, the sends under way), gathered a few rows (elements of the dims before `dim`) at a
+    time: one chunk is put in its place while the next is on its way.
+
+    `group` is torch's, of the ranks that have `x`; `wait` waits for receives, each with the rank that sends.
+    """
+    sizes, peers = layout.local_sizes, [rank for rank in range(len(layout.local_sizes)) if rank != tp_rank]
+    rows, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
+    whole = x.new_empty(with_size(x.shape, dim, sum(sizes)))
+    wide, mine = whole.view(rows, -1), x.view(rows, -1)
+    step = max(1, chunk_bytes // (max(sizes) * inner * x.element_size()))  # the same on all ranks
+    chunks = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    sends = [
+        group.send([mine[start:stop]], peer, Channel.TP_EXCHANGE)
+        for start, stop in chunks
+        for peer in peers
+        if mine.shape[1]
+    ]
+    starts = [sum(sizes[:rank]) * inner for rank in range(len(sizes))]
+    senders = [rank for rank in peers if sizes[rank]]
+    buffers = [{rank: x.new_empty(step, sizes[rank] * inner) for rank in senders} for _ in range(2)]
+
+    def receive(number: int) -> list[tuple[int, Any]]:
+        start, stop = chunks[number]
+        into = buffers[number % 2]
+        return [(rank, group.recv([into[rank][: stop - start]], rank, Channel.TP_EXCHANGE)) for rank in senders]
+
+    awaited = receive(0)
+    wide[:, starts[tp_rank] : starts[tp_rank] + mine.shape[1]] = mine
+    for number, (start, stop) in enumerate(chunks):
+        arriving, awaited = awaited, receive(number + 1) if number + 1 < len(chunks) else []
+        wait(arriving)
+        for rank in senders:
+            wide[start:stop, starts[rank] : starts[rank] + sizes[rank] * inner] = buffers[number % 2][rank][
+                : stop - start
+            ]
+    return whole, sends
+
+
+def with_size(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
+    """Return a shape with another size of one dim."""
+    sizes = list(shape)
+    sizes[dim] = size
+    return tuple(sizes)

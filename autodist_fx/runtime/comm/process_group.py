@@ -125,7 +125,7 @@ def join(mesh: Mesh, options: JoinOptions, facts: Facts | None = None) -> Joined
     except RuntimeSetupError as error:
         failure = error
     asked = {
-        "mesh": f"tp={mesh.tp}, pp={mesh.pp}",
+        "mesh": f"tp={mesh.tp}, pp={mesh.pp}" + (f", dp={mesh.dp}" if mesh.dp > 1 else ""),
         "device": torch.device(options.device).type if options.device is not None else chosen.type,
         "timeout": f"{options.timeout:g} s",
         **_versions(),

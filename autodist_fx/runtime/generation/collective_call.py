@@ -43,7 +43,7 @@ class CollectiveCalls:
 
     def __init__(self, communicator: CallCommunicator, mesh: Mesh, rank: int, device: torch.device) -> None:
         self._communicator, self._mesh, self._rank = communicator, mesh, rank
-        self._gathers = device.type == "cpu" and mesh.pp == 1  # all in one tp group, whose collectives are the quickest
+        self._gathers = device.type == "cpu" and mesh.size == mesh.tp  # one tp group, whose collectives are quick
         self._parts: Parts = tuple(((r * _WORDS, (r + 1) * _WORDS),) for r in range(mesh.tp))
         self._inside = False
         self._number = 0  # of the call, alike on all ranks

@@ -1,0 +1,161 @@
+"""`RankTrainer`: one rank's share of a model in training, over any communicator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.training.gradient_buckets import GradientBuckets
+from autodist_fx.runtime.training.gradient_sums import Gradients, pay_sums_of
+from autodist_fx.runtime.training.norm import clip, counted_places, sum_of_squares
+from autodist_fx.runtime.training.optimizer import OptimizerFactory, SchedulerFactory, ShardOptimizer
+from autodist_fx.runtime.training.replica_communicator import (
+    Letters,
+    ReplicaCommunicator,
+    TrainingCommunicator,
+    runs_on,
+)
+from autodist_fx.runtime.training.stage import Microbatch, StagePasses
+from autodist_fx.runtime.training.totals import total
+from cost_model.mesh import Mesh
+from cost_model.schedule.schedule import ActionKind, Schedule
+from passes.program.param_shard import ParamShard
+from passes.program.rank_program import RankProgram
+
+
+@dataclass(frozen=True, slots=True)
+class StepTotals:
+    """The numbers of one step, alike on all ranks: the loss of the whole batch, and the norm of its gradient before
+    clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+class RankTrainer:
+    """Rank `rank` of `mesh`, with the programs of the stages that it has, weights loaded; these are stepped in place.
+
+    `max_grad_norm` None: gradients are not clipped. Raises what making the optimizer raises.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        rank: int,
+        programs: Mapping[int, RankProgram],
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        self.mesh, self.rank, self.programs = mesh, rank, dict(programs)
+        self._max_grad_norm = max_grad_norm
+        self._places = {stage: counted_places(program) for stage, program in self.programs.items()}
+        self._gradients = {s: GradientBuckets([p for _, p in _trained(program)]) for s, program in programs.items()}
+        named = [
+            (program.param_shards[path].source, parameter)
+            for program in self.programs.values()
+            for path, parameter in _trained(program)
+        ]
+        self.optimizer = ShardOptimizer(named, optimizer, scheduler)
+
+    def step(
+        self, communicator: TrainingCommunicator, schedule: Schedule, microbatches: Sequence[Microbatch]
+    ) -> StepTotals:
+        """Run the rank's actions, and step its parameters. Called on all ranks alike, each with the microbatches of its
+        replica.
+
+        Raises AutodistError, on the rank that finds it, for a microbatch whose programs do not share parameters and
+        sums with the first ones; on all ranks for a loss or a gradient that is not finite. Nothing is stepped then.
+        """
+        for microbatch in microbatches:
+            self._check_alike(microbatch)
+        dp_rank, pp_rank = self.mesh.dp_rank(self.rank), self.mesh.coordinates(self.rank)[0]
+        owner = runs_on(self.mesh, schedule.stage_ranks, dp_rank)
+        passes = self._begin(communicator, owner)
+        left = {stage: schedule.microbatches for stage in passes}  # backward passes
+        for action in schedule.actions[pp_rank]:
+            if action.kind is ActionKind.FORWARD:
+                passes[action.stage].forward(action.microbatch, microbatches[action.microbatch])
+            elif action.kind is ActionKind.BACKWARD:
+                left[action.stage] -= 1
+                passes[action.stage].backward(action.microbatch, is_last=left[action.stage] == 0)
+            else:
+                raise AutodistError(f"schedule {schedule.name} splits backward passes, which this engine does not run")
+        gradients = [self._whole(stage, communicator) for stage in self.programs]
+        pay_sums_of(list(self.programs.values()), gradients, communicator, owner)
+        loss = sum(each.loss for each in passes.values())
+        totals = self._totals(communicator, loss, gradients)
+        self._update(gradients, totals)
+        communicator.finish_sends()
+        return totals
+
+    def shards(self) -> list[tuple[ParamShard, nn.Parameter]]:
+        """Return what this rank holds of the model's parameters, each tensor once."""
+        return [
+            (program.param_shards[path], parameter)
+            for program in self.programs.values()
+            for path, parameter in program.graph_module.named_parameters()
+        ]
+
+    def _begin(self, communicator: TrainingCommunicator, owner: Callable[[int], int]) -> dict[int, StagePasses]:
+        letters: Letters = {}
+        passes = {}
+        for stage, program in self.programs.items():
+            self._gradients[stage].begin()
+            own = ReplicaCommunicator(communicator, self.rank, program.rank, owner, letters)
+            passes[stage] = StagePasses(stage, own, communicator, self._gradients[stage])
+        return passes
+
+    def _check_alike(self, microbatch: Microbatch) -> None:
+        """Raise AutodistError for programs of a microbatch that owe other sums than the first ones, or hold other
+        slices: their gradients could not be added up."""
+        for stage, program in microbatch.programs.items():
+            first = self.programs[stage]
+            if program is first:
+                continue
+            held = {id(p) for p in first.graph_module.parameters()}
+            other = next((n for n, p in program.graph_module.named_parameters() if id(p) not in held), None)
+            if other is not None or program.grad_sums != first.grad_sums:
+                what = other or "the sums of its gradients"
+                raise AutodistError(
+                    f"the graph for a microbatch of these inputs has {what} otherwise on its ranks than the first "
+                    "one, and is not trained along with it: give batches of one kind (same inputs, same options), "
+                    "or pin the roles of its linears"
+                )
+
+    def _whole(self, stage: int, communicator: TrainingCommunicator) -> Gradients:
+        found = self._gradients[stage].whole(communicator)
+        return {path: found[id(p)] for path, p in _trained(self.programs[stage]) if id(p) in found}
+
+    def _totals(self, communicator: TrainingCommunicator, loss: float, gradients: Sequence[Gradients]) -> StepTotals:
+        """Return loss and norm of all ranks: of the ranks of a tp group, which have the same, the first one's loss; the
+        norm is that of one replica."""
+        squares = 0.0
+        if self.mesh.dp_rank(self.rank) == 0:
+            squares = sum(sum_of_squares(own, self._places[s]) for s, own in zip(self.programs, gradients, strict=True))
+        mine = loss if self.mesh.coordinates(self.rank)[1] == 0 else 0.0
+        loss, squares = total(communicator, self.mesh, self.rank, (mine, squares))
+        if not math.isfinite(loss) or not math.isfinite(squares):
+            what = f"the loss is {loss}" if not math.isfinite(loss) else "the norm of its gradients is not finite"
+            raise AutodistError(f"{what}: nothing was stepped. Lower the learning rate, or look at this batch")
+        return StepTotals(loss, math.sqrt(squares))
+
+    def _update(self, gradients: Sequence[Gradients], totals: StepTotals) -> None:
+        if self._max_grad_norm is not None:
+            clip([g for own in gradients for g in own.values()], totals.grad_norm, self._max_grad_norm)
+        self.optimizer.step(
+            {
+                id(program.graph_module.get_parameter(path)): gradient
+                for program, own in zip(self.programs.values(), gradients, strict=True)
+                for path, gradient in own.items()
+            }
+        )
+
+
+def _trained(program: RankProgram) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters of a program that want gradients, each tensor once, by its first path."""
+    return [(path, p) for path, p in program.graph_module.named_parameters() if p.requires_grad]

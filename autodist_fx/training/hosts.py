@@ -1,0 +1,204 @@
+"""The ranks of an engine: all in this process, a thread each, or one process a rank."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from autodist_fx.compiler.compilation import Compilation
+from autodist_fx.compiler.variant import Variant
+from autodist_fx.runtime.comm.agreement import Facts
+from autodist_fx.runtime.comm.process_group import JoinedRank
+from autodist_fx.runtime.generation.collective_call import CollectiveCalls
+from autodist_fx.runtime.training.optimizer import OptimizerFactory, SchedulerFactory
+from autodist_fx.runtime.training.rank_trainer import RankTrainer, StepTotals
+from autodist_fx.runtime.training.replica_communicator import TrainingCommunicator
+from autodist_fx.runtime.training.stage import Microbatch
+from autodist_fx.simulation.thread_communicator import ThreadWorld
+from autodist_fx.startup.facts import shared_weight_facts
+from autodist_fx.weights.load_program import load_program
+from autodist_fx.weights.share import share_weights
+from autodist_fx.weights.sources.source import WeightSource
+from cost_model.mesh import Mesh
+from cost_model.schedule.schedule import Schedule
+from passes.program.rank_program import RankProgram
+
+T = TypeVar("T")
+Work = Callable[[RankTrainer, TrainingCommunicator], T]
+
+
+@dataclass(frozen=True, slots=True)
+class ShareOptions:
+    """What every rank's share of a model in training is made with.
+
+    `stages_per_rank` programs are on each pipeline rank; `open_weights` opens the weights that training starts from.
+    """
+
+    mesh: Mesh
+    model: PreTrainedModel  # on meta
+    open_weights: Callable[[], WeightSource]
+    optimizer: OptimizerFactory
+    scheduler: SchedulerFactory | None
+    max_grad_norm: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A microbatch of one replica: its inputs, and the variant whose programs run it."""
+
+    inputs: Mapping[str, Any]
+    variant: Variant
+
+
+class RankShare:
+    """One rank's programs, of every variant that is used, and its trainer, made of the first of them."""
+
+    def __init__(self, rank: int, device: torch.device, options: ShareOptions) -> None:
+        self._rank, self._device, self._options = rank, device, options
+        self._loaded: dict[int, dict[int, RankProgram]] = {}  # by id of a variant, by stage
+        self._keep: list[Variant] = []  # so that their ids stay theirs
+        self.trainer: RankTrainer | None = None
+
+    def take(self, compiled: Compilation, variant: Variant, stages: Sequence[int]) -> dict[int, RankProgram]:
+        """Return this rank's programs of a variant, loaded, by stage; made at first use."""
+        if id(variant) not in self._loaded:
+            self._keep.append(variant)
+            self._loaded[id(variant)] = {s: self._load(compiled, variant, s) for s in stages}
+            if self.trainer is None:
+                options = self._options
+                self.trainer = RankTrainer(
+                    options.mesh, self._rank, self._loaded[id(variant)], options.optimizer, options.scheduler,
+                    options.max_grad_norm,
+                )  # fmt: skip
+        return self._loaded[id(variant)]
+
+    def microbatch(self, part: Part) -> Microbatch:
+        """Return a part of this rank's replica, to be run by programs that were taken."""
+        inputs = {n: x.to(self._device) if isinstance(x, torch.Tensor) else x for n, x in part.inputs.items()}
+        return Microbatch(inputs, self._loaded[id(part.variant)])
+
+    def _load(self, compiled: Compilation, variant: Variant, stage: int) -> RankProgram:
+        mesh = self._options.mesh
+        program = compiled.program_of(variant, compiled.mesh.rank(stage, mesh.coordinates(self._rank)[1]))
+        if mesh.dp_rank(self._rank):  # another replica in the same process may have it
+            program = replace(program, graph_module=_fresh(program.graph_module))
+        left = program
+        if self.trainer is not None:
+            left = share_weights(self.trainer.programs[stage], program)
+        if left.param_shards:
+            buffers = compiled.buffers | dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))
+            source = self._options.open_weights()
+            try:
+                load_program(
+                    self._options.model, source, buffers, left, device=self._device, requires_grad=None
+                )
+            finally:
+                source.close()
+        program.graph_module.train(self._options.model.training)
+        return program
+
+
+def _fresh(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Return a copy of a rank's module whose parameters are on meta."""
+    empty = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, dict(empty))
+
+
+class Host(Protocol):
+    """The ranks that an engine has in this process."""
+
+    mesh: Mesh
+
+    def call(self, name: str, arguments: Mapping[str, Any], work: Callable[[], T]) -> T:
+        """Return `work()`, which all ranks do alike, given the same arguments; what one raises all raise."""
+
+    def together(self, work: Callable[[], tuple[T, Facts]], check: Callable[[T], None] | None) -> T:
+        """Return what `work` gives beside its facts, when all ranks have the same; `check` runs once for all."""
+
+    def take(self, compiled: Compilation, variant: Variant, stages_of: Callable[[int], Sequence[int]]) -> None:
+        """Load the programs of a variant; `stages_of` says which stages a pipeline rank has."""
+
+    def step(self, schedule: Schedule, parts: Sequence[Sequence[Part]]) -> StepTotals:
+        """Run one step; `parts[d]` are the microbatches of replica d."""
+
+    def each(self, work: Work[T]) -> list[T]:
+        """Return what `work` gives on each rank that is in this process; all ranks run it."""
+
+
+class SimulatedHost:
+    """All ranks, a thread each."""
+
+    def __init__(self, options: ShareOptions) -> None:
+        self.mesh = options.mesh
+        self._shares = [RankShare(rank, torch.device("cpu"), options) for rank in range(self.mesh.size)]
+
+    def call(self, name: str, arguments: Mapping[str, Any], work: Callable[[], T]) -> T:
+        return work()
+
+    def together(self, work: Callable[[], tuple[T, Facts]], check: Callable[[T], None] | None) -> T:
+        value, _ = work()
+        if check is not None:
+            check(value)
+        return value
+
+    def take(self, compiled: Compilation, variant: Variant, stages_of: Callable[[int], Sequence[int]]) -> None:
+        for rank, share in reversed(list(enumerate(self._shares))):  # replica 0, whose modules are copied, comes last
+            share.take(compiled, variant, stages_of(self.mesh.coordinates(rank)[0]))
+
+    def step(self, schedule: Schedule, parts: Sequence[Sequence[Part]]) -> StepTotals:
+        def work(trainer: RankTrainer, communicator: TrainingCommunicator) -> StepTotals:
+            own = self._shares[trainer.rank]
+            mine = [own.microbatch(part) for part in parts[self.mesh.dp_rank(trainer.rank)]]
+            return trainer.step(communicator, schedule, mine)
+
+        return self.each(work)[0]
+
+    def each(self, work: Work[T]) -> list[T]:
+        return ThreadWorld(self.mesh).run(lambda rank, communicator: work(_trainer(self._shares[rank]), communicator))
+
+
+class ProcessHost:
+    """The one rank that this process is."""
+
+    def __init__(self, joined: JoinedRank, options: ShareOptions) -> None:
+        self.mesh, self._joined = joined.mesh, joined
+        self._share = RankShare(joined.rank, joined.device, options)
+        self._calls = CollectiveCalls(joined.communicator, joined.mesh, joined.rank, joined.device)
+
+    def call(self, name: str, arguments: Mapping[str, Any], work: Callable[[], T]) -> T:
+        return self._calls.run(name, lambda: arguments, work)
+
+    def together(self, work: Callable[[], tuple[T, Facts]], check: Callable[[T], None] | None) -> T:
+        return self._joined.together(work, check=check)
+
+    def take(self, compiled: Compilation, variant: Variant, stages_of: Callable[[int], Sequence[int]]) -> None:
+        def load() -> tuple[None, Facts]:
+            stage = self.mesh.coordinates(self._joined.rank)[0]
+            programs = self._share.take(compiled, variant, stages_of(stage))
+            facts: dict[str, str] = {}
+            for program in programs.values():
+                facts |= shared_weight_facts(variant.plan, program)
+            return None, facts
+
+        self._joined.together(load)
+
+    def step(self, schedule: Schedule, parts: Sequence[Sequence[Part]]) -> StepTotals:
+        def work(trainer: RankTrainer, communicator: TrainingCommunicator) -> StepTotals:
+            mine = [self._share.microbatch(part) for part in parts[self.mesh.dp_rank(trainer.rank)]]
+            return trainer.step(communicator, schedule, mine)
+
+        return self.each(work)[0]
+
+    def each(self, work: Work[T]) -> list[T]:
+        return [work(_trainer(self._share), self._joined.communicator)]
+
+
+def _trainer(share: RankShare) -> RankTrainer:
+    assert share.trainer is not None, "a rank's programs are taken before it works"
+    return share.trainer
