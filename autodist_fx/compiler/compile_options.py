@@ -14,7 +14,7 @@ class CompileOptions:
     use_cache, input_names, concrete_args: choose the variant to trace (`autodist_fx.tracing.trace`); input_names None:
     the usual inputs.
     train: programs carry what a backward pass needs. in_parts: they run on parts of a batch, whose losses add up to the
-    whole batch's (passes/normalize/divide_losses.py), and return nothing else.
+    whole batch's (passes.losses.divide_losses.py), and return nothing else.
     verify: they are proven before they are used.
     dump_dir: gets every rank's graph after each pass, as text. verbose: what each pass did is printed.
     """

@@ -13,13 +13,13 @@ from autodist_fx.tracing import TracedModel
 from passes.fx import node_meta
 from passes.fx.node_meta import Phase
 from passes.fx.run_passes import run_passes
-from passes.normalize.divide_losses import LossContext, divide_losses
+from passes.losses.divide_losses import LossContext, divide_losses
 from passes.normalize.eliminate_dead_code import eliminate_dead_code
 
 
 @dataclass(frozen=True, slots=True)
 class LossDivision:
-    """What a graph's loss is divided by: see passes/normalize/divide_losses.py.
+    """The numbers that a graph's loss is divided by: see passes.losses.divide_losses.py.
 
     `inputs`: inputs that the graph has beside the model's, numbers of these dtypes. `counts` returns {name of such an
     input: what one microbatch counts of it}; None where nothing is counted.

@@ -35,7 +35,7 @@ Work = Callable[[RankTrainer, TrainingCommunicator], T]
 
 @dataclass(frozen=True, slots=True)
 class ShareOptions:
-    """What every rank's share of a model in training is made with.
+    """The options that every rank's share of a model in training is made with.
 
     `stages_per_rank` programs are on each pipeline rank; `open_weights` opens the weights that training starts from.
     """

@@ -24,7 +24,7 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.tracing import input_facts
 from cost_model.partition_plan import PartitionPlan
 from cost_model.request.plan_request import PlanRequest
-from passes.normalize.divide_losses import LOSS, SHARE
+from passes.losses.divide_losses import LOSS, SHARE
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class TrainingPrograms:
 
     @property
     def compiled(self) -> Compilation:
-        """What has been compiled. Raises AutodistError before the first step."""
+        """The compilation, of all variants so far. Raises AutodistError before the first step."""
         if self._compiled is None:
             raise AutodistError("the model is split at the first step, for the inputs that it gets: call step first")
         return self._compiled
@@ -95,7 +95,7 @@ class TrainingPrograms:
 
 @torch.no_grad()
 def loss_inputs(parts: list[tuple[Variant, Mapping[str, Any]]]) -> dict[str, torch.Tensor]:
-    """Return the inputs that the losses of all parts of a batch are divided by (passes/normalize/divide_losses.py).
+    """Return the inputs that the losses of all parts of a batch are divided by (passes.losses.divide_losses.py).
 
     `parts`: each microbatch of each replica. Raises AutodistError where nothing of the batch counts.
     """

@@ -31,7 +31,7 @@ class Microbatch:
 
 @dataclass(slots=True)
 class _Pass:
-    """What a forward pass leaves for the backward pass."""
+    """A forward pass, as the backward pass finds it."""
 
     program: RankProgram
     tape: Tape

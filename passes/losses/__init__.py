@@ -1,0 +1,1 @@
+"""Losses of a model that is trained on parts of a batch."""
