@@ -14,7 +14,16 @@ from tests.support.encoders import tiny_encoder
 from tests.support.float64 import in_float64
 from tests.support.models import tiny_model
 from tests.support.seq2seq import tiny_seq2seq
-from tests.support.training.one_process import NO_DROPOUT, adamw, check_training, next_tokens, rows, text, tokens, windows
+from tests.support.training.one_process import (
+    NO_DROPOUT,
+    adamw,
+    check_training,
+    next_tokens,
+    rows,
+    text,
+    tokens,
+    windows,
+)
 
 MESHES = [
     {"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2, "pp": 2, "schedule": "gpipe"}, {"tp": 2, "dp": 2}, {"pp": 2, "dp": 2},
