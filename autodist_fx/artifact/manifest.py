@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autodist_fx.errors import AutodistError
+from autodist_fx.own_version import own_version
 
 FORMAT, FORMAT_VERSION = "autodist_fx artifact", 3
 MANIFEST = "manifest.json"
@@ -61,7 +62,8 @@ class Manifest:
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that decide the numbers a graph computes."""
-    return {name: importlib.metadata.version(name) for name in ("autodist-fx", "torch", "transformers")}
+    others = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {"autodist-fx": own_version(), **others}
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import importlib.metadata
 import os
 import socket
 import sys
@@ -21,6 +20,7 @@ import transformers
 from torch.distributed.distributed_c10d import _get_default_store
 
 from autodist_fx.errors import CommunicationError, RuntimeSetupError
+from autodist_fx.own_version import own_version
 from autodist_fx.runtime.comm.agreement import Facts, over, together
 from autodist_fx.runtime.comm.alone_communicator import AloneCommunicator
 from autodist_fx.runtime.comm.dist_communicator import DistCommunicator
@@ -225,7 +225,7 @@ def _meeting_place(place: Place, timeout_seconds: float) -> MeetingPlace:
 def _versions() -> dict[str, str]:
     """Return the versions of what decides the numbers that a graph gives."""
     found = {"torch": torch.__version__, "transformers": transformers.__version__}
-    found["autodist_fx"] = importlib.metadata.version("autodist-fx")
+    found["autodist_fx"] = own_version()
     return {f"version of {name}": str(version) for name, version in found.items()}
 
 
