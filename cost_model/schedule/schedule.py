@@ -85,6 +85,12 @@ class Schedule:
         """Returns the stages that a pipeline rank has, in order."""
         return tuple(stage for stage, owner in enumerate(self.stage_ranks) if owner == rank)
 
+    def last_gradients(self, stage: int) -> Action:
+        """Returns the action after which a stage has all gradients of its weights."""
+        kinds = (ActionKind.BACKWARD, ActionKind.BACKWARD_WEIGHT)
+        own = self.actions[self.stage_ranks[stage]]
+        return next(a for a in reversed(own) if a.stage == stage and a.kind in kinds)
+
     def __iter__(self) -> Iterator[Action]:
         return (action for actions in self.actions for action in actions)
 

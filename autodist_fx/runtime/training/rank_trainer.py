@@ -22,7 +22,7 @@ from autodist_fx.runtime.training.replica_communicator import (
 from autodist_fx.runtime.training.stage import Microbatch, StagePasses
 from autodist_fx.runtime.training.totals import total
 from cost_model.mesh import Mesh
-from cost_model.schedule.schedule import ActionKind, Schedule
+from cost_model.schedule.schedule import Action, ActionKind, Schedule
 from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
 
@@ -76,15 +76,9 @@ class RankTrainer:
         dp_rank, pp_rank = self.mesh.dp_rank(self.rank), self.mesh.coordinates(self.rank)[0]
         owner = runs_on(self.mesh, schedule.stage_ranks, dp_rank)
         passes = self._begin(communicator, owner)
-        left = {stage: schedule.microbatches for stage in passes}  # backward passes
+        last = {schedule.last_gradients(stage) for stage in passes}
         for action in schedule.actions[pp_rank]:
-            if action.kind is ActionKind.FORWARD:
-                passes[action.stage].forward(action.microbatch, microbatches[action.microbatch])
-            elif action.kind is ActionKind.BACKWARD:
-                left[action.stage] -= 1
-                passes[action.stage].backward(action.microbatch, is_last=left[action.stage] == 0)
-            else:
-                raise AutodistError(f"schedule {schedule.name} splits backward passes, which this engine does not run")
+            _run(passes[action.stage], action, microbatches, is_last=action in last)
         gradients = [self._whole(stage, communicator) for stage in self.programs]
         pay_sums_of(list(self.programs.values()), gradients, communicator, owner)
         loss = sum(each.loss for each in passes.values())
@@ -154,6 +148,19 @@ class RankTrainer:
                 for path, gradient in own.items()
             }
         )
+
+
+def _run(passes: StagePasses, action: Action, microbatches: Sequence[Microbatch], *, is_last: bool) -> None:
+    """Run an action; after the last one that gives gradients, these are summed over dp."""
+    number = action.microbatch
+    if action.kind is ActionKind.FORWARD:
+        passes.forward(number, microbatches[number])
+    elif action.kind is ActionKind.BACKWARD:
+        passes.backward(number, is_last=is_last)
+    elif action.kind is ActionKind.BACKWARD_INPUT:
+        passes.backward_input(number)
+    else:
+        passes.backward_weight(number, is_last=is_last)
 
 
 def _trained(program: RankProgram) -> list[tuple[str, nn.Parameter]]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from autodist_fx.errors import AutodistError
-from autodist_fx.runtime.training.backward import go_back
+from autodist_fx.runtime.training.backward import go_back, go_back_to_inputs
 from autodist_fx.runtime.training.gradient_buckets import GradientBuckets
 from autodist_fx.runtime.training.replica_communicator import ReplicaCommunicator, TrainingCommunicator
+from autodist_fx.runtime.training.split_backward import WeightGradients
 from passes.ops.comm import Tape, using
 from passes.program.rank_program import RankProgram
 
@@ -33,7 +36,7 @@ class Microbatch:
 class _Pass:
     """A forward pass, as the backward pass finds it."""
 
-    program: RankProgram
+    parameters: tuple[nn.Parameter, ...]  # that want gradients
     tape: Tape
     loss: torch.Tensor | None
 
@@ -51,6 +54,7 @@ class StagePasses:
         self._stage, self._communicator, self._replicas = stage, communicator, replicas
         self._gradients = gradients
         self._passes: dict[int, _Pass] = {}
+        self._left: dict[int, tuple[Sequence[nn.Parameter], WeightGradients]] = {}
         self.loss = 0.0
 
     def forward(self, number: int, microbatch: Microbatch) -> None:
@@ -64,23 +68,38 @@ class StagePasses:
             raise AutodistError(f"the loss has {loss.numel()} elements: a model is trained by one number")
         if loss is not None and not loss.requires_grad:
             raise AutodistError("the loss depends on no parameter that wants a gradient: all of them are frozen")
-        self._passes[number] = _Pass(program, tape, loss)
+        parameters = tuple(p for p in program.graph_module.parameters() if p.requires_grad)
+        self._passes[number] = _Pass(parameters, tape, loss)
 
     def backward(self, number: int, *, is_last: bool) -> None:
         """Run the backward pass of a microbatch, whose forward pass has run; the gradients of the last one are summed
         over dp as they come."""
+        passed = self._take(number)
+        with self._adding(is_last):
+            self._add(passed.parameters, go_back(passed.tape, self._communicator, passed.loss, passed.parameters))
+
+    def backward_input(self, number: int) -> None:
+        """Run the part of the backward pass that other ranks wait for."""
+        passed = self._take(number)
+        left = go_back_to_inputs(passed.tape, self._communicator, passed.loss, passed.parameters)
+        self._left[number] = passed.parameters, left
+
+    def backward_weight(self, number: int, *, is_last: bool) -> None:
+        """Run the rest of a backward pass, which gives the gradients of parameters; `is_last` as for a whole one."""
+        parameters, left = self._left.pop(number)
+        with self._adding(is_last):
+            self._add(parameters, left.finish())
+
+    def _take(self, number: int) -> _Pass:
         passed = self._passes.pop(number)
         if passed.loss is not None:
             self.loss += float(passed.loss.detach())
-        parameters = [p for p in passed.program.graph_module.parameters() if p.requires_grad]
-        if is_last:
-            with self._gradients.last(self._replicas):
-                self._go_back(passed, parameters)
-        else:
-            self._go_back(passed, parameters)
+        return passed
 
-    def _go_back(self, passed: _Pass, parameters: list[torch.nn.Parameter]) -> None:
-        found = go_back(passed.tape, self._communicator, passed.loss, parameters)
+    def _adding(self, is_last: bool) -> AbstractContextManager[None]:
+        return self._gradients.last(self._replicas) if is_last else nullcontext()
+
+    def _add(self, parameters: Sequence[nn.Parameter], found: Sequence[torch.Tensor | None]) -> None:
         for parameter, gradient in zip(parameters, found, strict=True):
             if gradient is not None and not self._gradients.took(parameter):
                 self._gradients.add(parameter, gradient)

@@ -28,6 +28,7 @@ from tests.support.training.one_process import (
 MESHES = [
     {"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2, "pp": 2, "schedule": "gpipe"}, {"tp": 2, "dp": 2}, {"pp": 2, "dp": 2},
     {"tp": 2, "pp": 2, "dp": 2}, {"tp": 3}, {"pp": 3, "schedule": "gpipe"}, {"pp": 2, "schedule": "interleaved_1f1b"},
+    {"tp": 2, "pp": 2, "dp": 2, "schedule": "interleaved_zero_bubble", "stages_per_rank": 1},
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ TWO_STAGES = hand_made(2, (0, 1), "0F0 0F1 0B0 0I1 0W1", "1F0 1B0 1F1 1B1")
 def test_a_complete_schedule_says_what_it_is():
     assert (TWO_STAGES.stages, TWO_STAGES.ranks, TWO_STAGES.splits_backward) == (2, 2, True)
     assert TWO_STAGES.stages_of(1) == (1,)
+    assert [str(TWO_STAGES.last_gradients(stage)) for stage in (0, 1)] == ["0W1", "1B1"]
     assert str(TWO_STAGES) == "rank 0: 0F0 0F1 0B0 0I1 0W1\nrank 1: 1F0 1B0 1F1 1B1"
     interleaved = hand_made(1, (0, 1, 0), "0F0 2F0 2B0 0B0", "1F0 1B0")
     assert (interleaved.stages_of(0), interleaved.splits_backward) == ((0, 2), False)
