@@ -25,7 +25,7 @@ MEASUREMENTS = (
     ("qwen_2_5_7b", 28, 8, 4),
     ("mixtral_8x7b", 32, 8, 1),
 )
-LARGE = (("qwen_3_30b_a3b", 48, 8, 1),)
+LARGE = (("qwen_3_30b_a3b", 48, 8, 1), ("deepseek_v3", 61, 8, 8))
 TIMEOUT_SECONDS = 600
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     LlamaConfig,
     MixtralConfig,
     PretrainedConfig,
@@ -95,7 +96,7 @@ def mixtral_8x7b(num_hidden_layers: int = 32) -> MixtralConfig:
 
 
 def qwen_3_30b_a3b(num_hidden_layers: int = 48) -> Qwen3MoeConfig:
-    """Qwen3-30B-A3B's shape: 128 experts a layer, 8 for each token; nodes for each of them, 96 000 in all."""
+    """Qwen3-30B-A3B's shape: 128 experts a layer, 8 for each token."""
     return Qwen3MoeConfig(
         hidden_size=2048,
         intermediate_size=6144,
@@ -112,6 +113,11 @@ def qwen_3_30b_a3b(num_hidden_layers: int = 48) -> Qwen3MoeConfig:
         rope_theta=1e6,
         dtype="bfloat16",
     )
+
+
+def deepseek_v3(num_hidden_layers: int = 61) -> DeepseekV3Config:
+    """DeepSeek-V3's shape: 256 experts in all layers but the first three, 8 for each token, beside a shared one."""
+    return DeepseekV3Config(num_hidden_layers=num_hidden_layers, dtype="bfloat16")  # the other sizes are its defaults
 
 
 def write_checkpoint(config: PretrainedConfig, path: Path) -> None:

@@ -48,7 +48,7 @@ def op_flops(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
     matmul, bmm   a [..., m, k], b [..., k, n]                      2 * out * k;   addmm, baddbmm: after the bias
     conv          x [b, i, ...], weight [o, i/groups, ...]          2 * out * i/groups * the kernel's positions
     sdpa          q [b, h, s, d], k [b, g, t, d], v [b, g, t, e]    2 * b*h*s*t * (d + e), and a softmax
-    experts       x [n, h], index [n, k], weights, up, down        2 * n*k * share of experts * elements of one
+    experts       x [n, h], index [n, k], weights, up, down, ...    2 * n*k * share of experts * elements of one
     einsum        `attrs["equation"]`                               2 * the product of all its letters
     otherwise     a few per output element (PER_ELEMENT); a reduction one per input element
     """
@@ -85,10 +85,8 @@ def op_bytes(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
     if kind in GATHERS:  # rows, read and written, and their numbers
         return float(2 * written + sum(spec.nbytes for spec in inputs if "float" not in spec.dtype))
     if kind == "experts":  # each row comes and goes, with what is inside; experts without rows are not read
-        rows, (up, down) = rows_of_experts(op, inputs), inputs[3:]
-        a_row = (2 * down.shape[1] + up.shape[1] + down.shape[2]) * DTYPE_BYTES.get(down.dtype, 4)
-        weights = (up.nbytes + down.nbytes) / max(1, up.shape[0])
-        return float(rows * a_row + _experts_met(op, inputs) * weights + written)
+        weights = sum(spec.nbytes for spec in inputs[3:]) / max(1, inputs[3].shape[0])
+        return bytes_inside_experts(op, inputs) + float(_experts_met(op, inputs) * weights + written)
     if kind == "cache_update":  # keys and values so far, which are no input of the op, are read and written again
         return float(2 * written)
     return float(written + sum(spec.nbytes for spec in inputs))
@@ -120,6 +118,14 @@ def rows_of_experts(op: Op, inputs: Sequence[TensorSpec]) -> float:
     """
     pairs, ranks = float(inputs[1].numel), int(op.attrs["experts"]) / max(1, inputs[3].shape[0])
     return min(pairs, pairs / ranks + sqrt(2 * pairs / ranks * log(ranks)))
+
+
+def bytes_inside_experts(op: Op, inputs: Sequence[TensorSpec]) -> float:
+    """Returns the bytes of all pairs of row and expert on the busiest rank: the row, what `up` makes of it, what is
+    inside, and what the expert makes of it."""
+    hidden, up, down = inputs[0].shape[-1], inputs[3], inputs[4]
+    inside = (prod(up.shape[1:]) + prod(down.shape[1:])) // max(1, hidden)
+    return rows_of_experts(op, inputs) * (2 * hidden + inside) * DTYPE_BYTES.get(down.dtype, 4)
 
 
 def _experts_met(op: Op, inputs: Sequence[TensorSpec]) -> float:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import prod
 
-from cost_model.costs.compute import VIEWS, rows_of_experts
-from cost_model.graph.op_graph import DTYPE_BYTES, SOURCES, Op, TensorRef, TensorSpec
+from cost_model.costs.compute import VIEWS, bytes_inside_experts
+from cost_model.graph.op_graph import SOURCES, Op, TensorRef, TensorSpec
 from cost_model.graph.placement import Placement
 
 CACHE_KIND = "cache_update"
@@ -101,9 +101,7 @@ def workspace_bytes(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
     if op.kind == "sdpa" and inputs:
         return 4 * prod(inputs[0].shape[:-1])
     if op.kind == "experts":
-        up, down = inputs[3:]
-        a_row = (2 * down.shape[1] + up.shape[1] + down.shape[2]) * DTYPE_BYTES.get(down.dtype, 4)
-        return round(rows_of_experts(op, inputs) * a_row)
+        return round(bytes_inside_experts(op, inputs))
     return 0
 
 

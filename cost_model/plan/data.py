@@ -52,6 +52,12 @@ class OpPlan:
         return owners.pop() if len(owners) == 1 else None
 
     @property
+    def lone_bias(self) -> int | None:
+        """Slot of the bias that tp rank 0 alone adds to the sum that all owe; None where there is none."""
+        slot = {"row": 2, "inner": 6}.get(self.role, len(self.inputs))
+        return slot if slot < len(self.inputs) else None
+
+    @property
     def is_term(self) -> bool:
         """True if the op adds one rank's term to a sum that all ranks owe (P)."""
         return self.owner is not None and bool(self.outputs) and self.outputs[0].is_partial

@@ -64,16 +64,22 @@ def sdpa(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, 
 
 
 def experts(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """x [n, h], chosen experts [n, k], their weights [n, k], up [e, 2 i, h] (gate and up, or [e, i, h] if not `gated`),
-    down [e, h, i] -> [n, h]: a sum over experts and over the inside of each."""
+    """x [n, h], chosen experts [n, k], their weights [n, k], up [e, 2 i, h] (gate and up, as attr `parts` says; [e, i,
+    h] for "one"), down [e, h, i] (the last two dims of both the other way round if `transposed`), biases [e, 2 i] and
+    [e, h]? -> [n, h]: a sum over experts and over the inside of each. Cut inside, one rank alone adds down's bias."""
     x, up, down = inputs[0], inputs[3], inputs[4]
-    inner = down[2]
-    halves = np.arange(up[1], dtype=np.int64)
-    inside = (halves, halves % inner) if attrs["gated"] else None
+    up_dim, down_dim = (2, 1) if attrs["transposed"] else (1, 2)
+    inner = down[down_dim]
+    both = np.arange(up[up_dim], dtype=np.int64)
+    inside = {"one": None, "halves": (both, both % max(1, inner)), "pairs": (both, both // 2)}[attrs["parts"]]
+    own = [DimLink(slot, 0) for slot in range(3, len(inputs))]
+    inner_links = [DimLink(3, up_dim, inside), DimLink(4, down_dim)]
+    if len(inputs) > 5:
+        inner_links.append(DimLink(5, 1, inside))
     return OpRule((
         Factor("d0", x[0], tuple(DimLink(slot, 0) for slot in (0, 1, 2)), (DimLink(0, 0),)),
-        Factor("experts", up[0], (DimLink(3, 0), DimLink(4, 0)), (), reduces=True),
-        Factor("inner", inner, (DimLink(3, 1, inside), DimLink(4, 2)), (), reduces=True),
+        Factor("experts", up[0], tuple(own), (), reduces=True),
+        Factor("inner", inner, tuple(inner_links), (), reduces=True),
     ))  # fmt: skip
 
 

@@ -35,9 +35,9 @@ def _embedding(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
 
 def _experts(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
     """Translates a layer of routed experts; which experts a rank holds is no attribute."""
-    builder.matmul_weights.update(ref.op for ref in inputs[3:])
-    names = ("activation", "gated", "experts")
-    return "experts", inputs, dict(zip(names, node.args[5:8], strict=True))
+    builder.matmul_weights.update(ref.op for ref in inputs[3:5])
+    names = ("gate", "parts", "transposed", "experts")
+    return "experts", inputs, dict(zip(names, node.args[7:11], strict=True))
 
 
 def _sdpa(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:

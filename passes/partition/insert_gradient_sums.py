@@ -165,8 +165,8 @@ class _Inserter:
             self._read(node, a, wants)
         for path in own_parameters(self.module, node):
             self._note(path, wants == TERMS, None, node)
-        if op.role == "row" and len(op.inputs) > 2:  # the sum over ranks adds the bias once
-            biases = [str(a.target) for a in tensor_arguments(node)[2:] if a.op == "get_attr"]
+        if op.lone_bias is not None:  # the sum over ranks adds the bias once
+            biases = [str(a.target) for a in tensor_arguments(node)[op.lone_bias :] if a.op == "get_attr"]
             self.alone.update(dict.fromkeys(biases or [f"{node.target}.bias"], 0))
 
     def _read(self, node: Node, value: Node, wants: str) -> None:

@@ -177,7 +177,7 @@ def _sdpa(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan
 def _experts(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
     """Says which experts the rank has, where whole ones are dealt out."""
     if op.factor == "experts":
-        node.args = (*node.args[:8], _layout(ctx, op.input_layouts[3]).parts[ctx.tp_rank])
+        node.args = (*node.args[:11], _layout(ctx, op.input_layouts[3]).parts[ctx.tp_rank])
 
 
 def _groups(position: int) -> Callable[[torch.fx.GraphModule, RankContext, Node, OpPlan], None]:

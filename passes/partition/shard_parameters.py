@@ -159,11 +159,11 @@ class _Sharder:
         return clone
 
     def _function(self, node: Node, op: OpPlan) -> None:
-        """Rewrites F.linear and F.embedding on a sharded weight."""
-        if op.role == "row" and self.ctx.tp_rank > 0 and len(op.inputs) > 2:
-            # the sum over ranks adds the bias once: rank 0's
-            after = (None, *node.args[3:]) if op.kind == "conv" else ()
-            node.args, node.kwargs = (*node.args[:2], *after), {}
+        """Rewrites F.linear, F.embedding and experts on a sharded weight."""
+        if op.lone_bias is not None and self.ctx.tp_rank > 0:  # the sum over ranks adds the bias once: rank 0's
+            at, bias = op.lone_bias, tensor_arguments(node)[op.lone_bias]
+            node.args, node.kwargs = (*node.args[:at], None, *node.args[at + 1 :]), {}
+            self._drop_unread(bias)
         elif op.role == "vocab":
             weight = node.args[1]
             layout = self.ctx.plan.layout(op.input_layouts[1])
@@ -185,12 +185,20 @@ class _Sharder:
             )
             self.ctx.param_layouts[f"{path}.weight"] = self.ctx.param_layouts[weight.target]
             node.op, node.target, node.args, node.kwargs = "call_module", path, (node.args[0],), {}
-            if not weight.users:
-                self.module.graph.erase_node(weight)
-                del self.ctx.param_shards[weight.target]
-                del self.ctx.param_layouts[weight.target]
-                *path_to, name = weight.target.split(".")
-                delattr(self.module.get_submodule(".".join(path_to)), name)
+            self._drop_unread(weight)
+
+    def _drop_unread(self, node: Node) -> None:
+        """Leaves out a parameter that no op of this rank reads."""
+        if node.op != "get_attr" or node.users:
+            return
+        self.module.graph.erase_node(node)
+        path = str(node.target)
+        owner, _, name = path.rpartition(".")
+        called = any(n.op == "call_module" and n.target == owner for n in self.module.graph.nodes)
+        if path in self.ctx.param_shards and not called:
+            del self.ctx.param_shards[path]
+            del self.ctx.param_layouts[path]
+            delattr(self.module.get_submodule(owner), name)
 
 
 def op_slot(module: nn.Module, name: str, slots: int) -> int | None:

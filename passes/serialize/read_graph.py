@@ -17,6 +17,7 @@ from torch.fx import Node
 from passes.fx import node_meta
 from passes.fx.arguments import fetch, place
 from passes.fx.lazy_graph_module import LazyGraphModule
+from passes.ops.experts import is_gate
 from passes.ops.loops import LoopGraphs
 from passes.serialize.modules import KINDS, Kinds, made
 from passes.serialize.targets import METHODS, NAMED, functions
@@ -225,6 +226,8 @@ def check_named(target: str, args: Any, kwargs: Any, name: str) -> None:
     """Refuses a call by name (`getattr` and its like) of anything but an attribute of the list, written out."""
     if target in NAMED and (len(args) < 2 or not isinstance(args[1], str) or args[1] not in NAMED[target] or kwargs):
         refuse(f"node {name} asks {target} for {shown(args[1] if len(args) > 1 else None)}, which is not on its list")
+    if target == "ours.experts" and (len(args) < 9 or not is_gate(args[7], args[8])):
+        refuse(f"node {name}: {shown(args[7:9])} is no gate of experts")
     if target == "builtins.getattr" and len(args) != 2:
         refuse(f"node {name}: getattr with {len(args)} arguments")
 

@@ -46,6 +46,8 @@ from passes.verify.nodes.kv_heads import repeated, repeated_in_attention
 from passes.verify.nodes.literals import check_literals
 from passes.verify.nodes.same_op import FURTHER_CHECKS, check_same_op
 
+# Kind -> the slot of a bias that, where ranks owe a sum, one of them adds alone.
+_BIAS = {"linear": 2, "conv": 2, "experts": 6}
 # Position of the layer's index among the arguments of a Cache's methods.
 _LAYER_ARGUMENT = {"update": 3, "get_seq_length": 1, "get_mask_sizes": 2}
 
@@ -192,7 +194,8 @@ def _op(state: RankState, node: Node, op: Op) -> None:
         joined(state, node, op)
         return
     given = _given(state, node, op)
-    lacks_bias = op.kind in ("linear", "conv") and len(given) == 2 and len(op.inputs) == 3
+    has_bias = op.kind in _BIAS and len(op.inputs) == _BIAS[op.kind] + 1
+    lacks_bias = has_bias and len(given) == _BIAS[op.kind]
     if len(given) != len(op.inputs) and not lacks_bias:
         fail(
             state.program, node, f"takes {len(given)} tensors where the model's op takes {len(op.inputs)}",
@@ -213,11 +216,11 @@ def _op(state: RankState, node: Node, op: Op) -> None:
         done = Derivation(expected)  # verify_handover: so it was written
     else:
         done = derived(state, node, op, types, expected)
-    if PARTIAL in done.outputs and len(op.inputs) == 3 and op.kind in ("linear", "conv"):
+    if has_bias and PARTIAL in done.outputs and not _goes_along(done, _BIAS[op.kind]):
         state.facts.biases[op.name] = (node, not lacks_bias)
     elif lacks_bias:
         fail(
-            state.program, node, f"adds no bias ({op.inputs[2].op}), and owes no sum that has it",
+            state.program, node, f"adds no bias ({op.inputs[-1].op}), and owes no sum that has it",
             untouched=Duty.WEIGHTS,
         )  # fmt: skip
     if done.factor is not None and PARTIAL in done.outputs:
@@ -226,6 +229,11 @@ def _op(state: RankState, node: Node, op: Op) -> None:
     if check is not None:
         check(state, node, op, types, done)
     _finish(state, node, op, done.outputs)
+
+
+def _goes_along(done: Derivation, slot: int) -> bool:
+    """Returns whether an input is cut along what the op sums over: each rank then has a part of it for its term."""
+    return done.factor is not None and any(link.slot == slot for link in done.factor.inputs)
 
 
 def _given(state: RankState, node: Node, op: Op) -> list[Value]:

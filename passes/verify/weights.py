@@ -141,7 +141,7 @@ def _planned_layouts(plan: PlanData, graph: OpGraph) -> dict[str, set[tuple[int,
 
 
 def _row_biases(plan: PlanData, graph: OpGraph) -> set[str]:
-    return {graph[op.name].inputs[2].op for op in plan.ops if op.role == "row" and len(graph[op.name].inputs) > 2}
+    return {graph[op.name].inputs[op.lone_bias].op for op in plan.ops if op.lone_bias is not None}
 
 
 def _check_dealt(

@@ -32,6 +32,7 @@ from tests.mutations.keyed_model import KeyedConfig, KeyedLM
 from tests.support.encoders import segments, text_batch, tiny_encoder
 from tests.support.models import padded_batch, randomized, relative_error, tiny_model
 from tests.support.moe import FOUR, tiny_moe_model
+from tests.support.routed_lm import routed_lm
 from tests.support.seq2seq import seq2seq_inputs, tiny_seq2seq
 
 Programs = list[RankProgram]
@@ -69,8 +70,11 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "t5": lambda: tiny_seq2seq("t5"),
     "qwen3": lambda: tiny_model("qwen3", tie_word_embeddings=True),  # norms of heads
     "gemma2": lambda: tiny_model("gemma2", **_GEMMA),  # soft-capping; layers of two kinds
+    "routed": routed_lm,  # experts as one node, whole, on a rank each
+    "routed-inside": routed_lm,  # each expert cut inside
     "keyed": lambda: randomized(KeyedLM(KeyedConfig()).to(torch.float64).eval()),  # gradients: terms meet a whole
 }
+PINS: dict[str, dict[str, str]] = {"routed-inside": {"experts": "inner"}}
 CACHED = ("llama", "gpt2", "phi3", "falcon", "opt", "qwen3", "gemma2")  # those that are also broken with a KV cache
 
 
@@ -201,13 +205,14 @@ def _same(
 @functools.cache
 def subject(family: str, mesh: Mesh, form: str = "forward") -> Subject:
     """Compiled once per process; not verified."""
-    model, use_cache = model_of(family), form == "cache"
+    model, use_cache, pin = model_of(family), form == "cache", PINS.get(family, {}) if mesh[0] > 1 else {}
     if form == "train":
         compiled = adx.compile(
-            model, tp=mesh[0], pp=mesh[1], verify=False, train=True, input_names=(*_MAIN_INPUTS[family], "labels")
-        )
+            model, tp=mesh[0], pp=mesh[1], verify=False, train=True, pin=pin,
+            input_names=(*_MAIN_INPUTS[family], "labels"),
+        )  # fmt: skip
     else:
-        compiled = adx.compile(model, tp=mesh[0], pp=mesh[1], use_cache=use_cache, verify=False)
+        compiled = adx.compile(model, tp=mesh[0], pp=mesh[1], use_cache=use_cache, verify=False, pin=pin)
     names = compiled.program(0).input_names
     conversations = []
     for batch, seq in ((2, 9), (3, 6)):  # of two sizes, neither of them an example's

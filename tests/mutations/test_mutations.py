@@ -15,7 +15,7 @@ from tests.mutations.trial import numeric_verdict, run_mutant, static_verdict
 SUBJECTS: tuple[tuple[str, tuple[int, int], str], ...] = (
     ("llama", (3, 1), "cache"), ("opt", (2, 2), "forward"), ("phi3", (2, 1), "train"), ("gpt2", (3, 2), "cache"),
     ("bloom", (3, 1), "forward"), ("qwen3", (2, 2), "train"), ("bert", (1, 2), "forward"),
-    ("keyed", (2, 1), "train"),
+    ("keyed", (2, 1), "train"), ("routed", (2, 1), "train"), ("routed-inside", (2, 1), "train"),
 )  # fmt: skip
 EACH = 1  # mutants of a kind
 

@@ -9,6 +9,7 @@ import traceback
 from dataclasses import dataclass
 
 import tests.mutations.break_comm
+import tests.mutations.break_experts
 import tests.mutations.break_gradients
 import tests.mutations.break_nodes
 import tests.mutations.break_numbers

@@ -128,16 +128,6 @@ def without_return_dict(plain: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def default_gate(experts: type) -> bool:
-    """Whether experts of this class, which 5's use_experts_implementation marked, multiply act_fn(gate) by up."""
-    try:
-        from transformers.integrations import moe
-    except ImportError:  # 4.57
-        return False
-    default = getattr(moe, "_default_apply_gate", None)
-    return default is not None and getattr(experts, "_apply_gate", None) is default
-
-
 @contextlib.contextmanager
 def without_checks() -> Iterator[None]:
     """Let 5's torch_compilable_check(condition) check nothing: it is an assertion, which a graph does not make."""
@@ -153,6 +143,6 @@ def without_checks() -> Iterator[None]:
 
 
 __all__ = [
-    "as_before", "asked_of_generate", "default_gate", "is_given_cache", "keeps_states", "no_init_weights",
-    "own_forward", "takes_cache", "with_cache_named_as_before", "without_checks", "without_return_dict",
+    "as_before", "asked_of_generate", "is_given_cache", "keeps_states", "no_init_weights", "own_forward",
+    "takes_cache", "with_cache_named_as_before", "without_checks", "without_return_dict",
 ]  # fmt: skip

@@ -133,17 +133,24 @@ def _padding(node: Node, rows: int) -> int | None:
 
 
 def _experts(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
-    """Checks that the experts that a rank runs are those whose weights it holds."""
-    count, said = op.attrs["experts"], argument(node, 8, "held")
+    """Checks that the experts that a rank runs are those whose weights it holds, and that gate, up, and its bias are of
+    the same elements of their inside as down."""
+    count, said = op.attrs["experts"], argument(node, 11, "held")
     own = WHOLE if said is None else held(0, said, count)
     if own != (types[3] if types[3].dim == 0 else WHOLE):
         fail(state.program, node, f"runs experts {own}, and holds the weights of {types[3]}", untouched=Duty.SIZES)
-    if types[3].dim == 1 and op.attrs["gated"]:
-        inner = state.graph.spec(op.inputs[4]).shape[2]
-        rows = elements(types[4], inner)
-        if not np.array_equal(elements(types[3], 2 * inner), np.concatenate([rows, rows + inner])):
+    if not types[3].is_sharded or types[3].dim == 0:
+        return
+    parts, inner = op.attrs["parts"], state.graph.spec(op.inputs[4]).shape[1 if op.attrs["transposed"] else 2]
+    of_down = elements(types[4], inner)
+    wanted = {
+        "one": of_down, "halves": np.concatenate([of_down, of_down + inner]),
+        "pairs": np.stack([2 * of_down, 2 * of_down + 1], axis=1).ravel(),
+    }  # fmt: skip
+    for lies in (types[3], *types[5:6]):
+        if not np.array_equal(elements(lies, inner * (1 if parts == "one" else 2)), wanted[parts]):
             fail(
-                state.program, node, f"its gate and up are {types[3]}, which are no halves of {types[4]}",
+                state.program, node, f"its gate and up are {lies}, which are no {parts} of {types[4]}",
                 untouched=Duty.WEIGHTS,
             )  # fmt: skip
 

@@ -26,6 +26,8 @@ from tests.support.moe import FOUR, tiny_moe_model
 pytest.importorskip("transformers.integrations.moe", reason="4.57 has a module for each expert")
 
 WHOLE, INSIDE = ("S(0)", "S(0)"), ("S(1)", "S(2)")
+# GPT-OSS: weights the other way round, gate and up by turns, biases, and a gate of its own with clamps.
+ALL_WHOLE, ALL_INSIDE = ("S(0)", "S(0)", "S(0)", "S(0)"), ("S(2)", "S(1)", "S(1)", "R")
 
 
 def model_of(family: str, **sizes: Any) -> PreTrainedModel:
@@ -48,6 +50,8 @@ def weights_lie(compiled: CompiledModel) -> set[tuple[str, ...]]:
         ("mixtral", (3, 1), {}, {WHOLE}),  # five experts: two, two and one
         ("qwen3_moe", (2, 1), {"experts": "inner"}, {INSIDE}),
         ("qwen2_moe", (2, 1), {"experts": "replicate"}, {("R", "R")}),  # beside a shared expert
+        ("gpt_oss", (3, 1), {}, {ALL_WHOLE}),
+        ("gpt_oss", (3, 1), {"experts": "inner"}, {ALL_INSIDE}),
     ],
 )
 def test_simulated_ranks_give_what_the_model_gives(
@@ -63,19 +67,28 @@ def test_simulated_ranks_give_what_the_model_gives(
 
 
 @pytest.mark.parametrize("pin", [{}, {"experts": "inner"}], ids=["dealt", "cut inside"])
-def test_gradients_also_of_ranks_whose_experts_get_no_token(pin: dict[str, str]) -> None:
+@pytest.mark.parametrize(("family", "lie"), [("mixtral", (WHOLE, INSIDE)), ("gpt_oss", (ALL_WHOLE, ALL_INSIDE))])
+def test_gradients_also_of_ranks_whose_experts_get_no_token(
+    family: str, lie: tuple[tuple[str, ...], tuple[str, ...]], pin: dict[str, str]
+) -> None:
     with in_float64():
-        model, inputs = model_of("mixtral", **FOUR), batch_of()
+        model, inputs = model_of(family, **FOUR), batch_of()
+        router = next(p for n, p in model.named_parameters() if n.endswith((".gate.weight", "router.weight")))
         with torch.no_grad():
-            model.get_submodule("model.layers.0.mlp.gate").weight.zero_()  # topk takes the same two for all tokens
+            router.zero_()  # topk takes the same two for all tokens
         wanted = eager_gradients(model, inputs)
         compiled = compiled_for_training(model, inputs, (4, 1), pin=pin)
-        assert weights_lie(compiled) == {INSIDE if pin else WHOLE}
+        assert weights_lie(compiled) == {lie[bool(pin)]}
         assert max(gradient_errors(compiled.gradients(**inputs), wanted).values()) <= 1e-9
 
 
-def test_an_artifact_holds_the_node(tmp_path: Path) -> None:
-    model = model_of("mixtral")
+def test_the_second_opinion() -> None:
+    adx.compile(model_of("gpt_oss"), tp=2, pin={"experts": "inner"}, verify=False).verify(numeric=True)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_an_artifact_holds_the_node(tmp_path: Path, family: str) -> None:
+    model = model_of(family)
     ids, mask = padded_batch()
     compiled = adx.compile(model, tp=2, input_names=("input_ids", "attention_mask"))
     compiled.save(tmp_path / "split")
@@ -86,19 +99,23 @@ def test_an_artifact_holds_the_node(tmp_path: Path) -> None:
 
 def others_run(node: Node) -> None:
     """Rank 1 runs the experts of rank 0 with its own weights."""
-    node.args = (*node.args[:8], ((0, 2),))
+    node.args = (*node.args[:11], ((0, 2),))
 
 
 def all_run(node: Node) -> None:
-    node.args = node.args[:8]
+    node.args = node.args[:11]
 
 
 def another_activation(node: Node) -> None:
-    node.args = (*node.args[:5], "gelu", *node.args[6:])
+    node.args = (*node.args[:7], (("gelu", "gate"), ("mul", "%0", "up")), *node.args[8:])
+
+
+def by_turns(node: Node) -> None:
+    node.args = (*node.args[:8], "pairs", *node.args[9:])
 
 
 def another_count(node: Node) -> None:
-    node.args = (*node.args[:7], 3, *node.args[8:])
+    node.args = (*node.args[:10], 3, *node.args[11:])
 
 
 def swapped(node: Node) -> None:
@@ -106,7 +123,7 @@ def swapped(node: Node) -> None:
     node.args = (*node.args[:3], node.args[4], node.args[3], *node.args[5:])
 
 
-@pytest.mark.parametrize("broken", [others_run, all_run, another_activation, another_count, swapped])
+@pytest.mark.parametrize("broken", [others_run, all_run, another_activation, by_turns, another_count, swapped])
 def test_a_rank_that_runs_something_else_is_refused(broken: Any) -> None:
     model = model_of("mixtral", **FOUR)
     made = adx.compile(model, tp=2, verify=False, input_names=("input_ids", "attention_mask"))

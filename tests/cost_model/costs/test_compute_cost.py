@@ -16,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from passes.ops.experts import experts  # noqa: E402
 
+SILU = (("silu", "gate"), ("mul", "%0", "up"))
+
 
 def f32(*shape):
     return TensorSpec(shape, "float32")
@@ -68,7 +70,7 @@ def test_grouped_attention_computes_as_much_but_reads_less():
 def _experts(rows, count, here, chosen=2, hidden=6, inner=4):
     """Returns the op and its inputs on a rank that has `here` of `count` experts."""
     shapes = (rows, hidden), (rows, chosen), (rows, chosen), (here, 2 * inner, hidden), (here, hidden, inner)
-    made = op("experts", (f32(rows, hidden),), activation="silu", gated=True, experts=count)
+    made = op("experts", (f32(rows, hidden),), gate=SILU, parts="halves", experts=count)
     return made, tuple(f32(*shape) for shape in shapes)
 
 
@@ -76,7 +78,8 @@ def test_routed_experts_as_torch_counts_them():
     made, inputs = _experts(rows=9, count=5, here=5)
     x, index = torch.rand(9, 6), torch.stack([torch.randperm(5)[:2] for _ in range(9)])
     with FlopCounterMode(display=False) as counter:
-        experts(x, index, torch.rand(9, 2), torch.rand(5, 8, 6), torch.rand(5, 6, 4), "silu", True, 5)
+        weights = torch.rand(5, 8, 6), torch.rand(5, 6, 4)
+        experts(x, index, torch.rand(9, 2), *weights, None, None, SILU, "halves", False, 5)
     assert op_flops(made, inputs, made.outputs) == counter.get_total_flops()
 
 

@@ -147,7 +147,7 @@ EXPRESSIONS: tuple[Callable[[torch.Tensor], Any], ...] = (
     lambda x: F.linear(x, x[0, 0]), lambda x: torch.matmul(x, x.transpose(2, 3)),
     lambda x: F.embedding(x.long(), x[0, 0]), lambda x: F.scaled_dot_product_attention(x, x, x),
     lambda x: experts(x[0, 0], x[0, 0, :, :2].long(), x[0, 0, :, :2], x[0, 0].view(3, 2, 4), x[0, 0, :3, :, None],
-                      "silu", True, 3),
+                      None, None, (("silu", "gate"), ("mul", "%0", "up")), "halves", False, 3),
     lambda x: F.conv1d(x[0], x[0, :, :, :3]), lambda x: F.pad(x, (1, 1)),
 )  # fmt: skip
 NOT_OF_EXPRESSIONS = {("matmuls", "cache_update"), ("matmuls", "cache_read")}  # methods of a cache

@@ -136,14 +136,12 @@ up_bias : f64[40] = up_bias
 linear : f64[B, S, 40] = linear(x, up, up_bias)
 relu : f64[B, S, 40] = relu(linear)
 down : f64[6, 40] = down
-down_bias : f64[6] = down_bias
-linear_1 : f64[B, S, 6] = linear(relu, down)
+linear_1 : f64[B, S, 6] = linear(relu, down, None)
 return ({y: linear_1}, ())""")
     assert_expected_inline(shares(shards), """\
 up: up[40, 6] dim 0 [(20, 40)]
 up_bias: up_bias[40] dim 0 [(20, 40)]
-down: down[6, 40] dim 1 [(20, 40)]
-down_bias: down_bias[6] dim None []""")
+down: down[6, 40] dim 1 [(20, 40)]""")
     assert_split_equals_whole(whole, plan, {"x": torch.randn(2, 5, 6, dtype=torch.float64)})
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from passes.ops.experts import experts
+from passes.ops.experts import PARTS, Gate, experts
 from tests.support.rule_cases.case import (
     Case,
     CaseMaker,
@@ -96,17 +96,25 @@ def _matmul(data: st.DataObject) -> Case:
 @case("experts")
 def _experts(data: st.DataObject) -> Case:
     rows, hidden, inner, count = (data.draw(dims) for _ in range(4))
-    chosen, gated = data.draw(st.integers(1, count)), data.draw(st.booleans())
+    chosen, parts = data.draw(st.integers(1, count)), data.draw(st.sampled_from(PARTS))
+    transposed, biased = data.draw(st.booleans()), data.draw(st.booleans())
+    gate: Gate = (("silu", "up"),) if parts == "one" else (("silu", "gate"), ("mul", "%0", "up"))
     index = torch.stack([torch.randperm(count)[:chosen] for _ in range(rows)])
-    up, down = values(count, inner * (1 + gated), hidden), values(count, hidden, inner)
+    width = inner if parts == "one" else 2 * inner
+    up, down = values(count, width, hidden), values(count, hidden, inner)
+    weights = (up.mT, down.mT) if transposed else (up, down)
+    biases = (values(count, width), values(count, hidden)) if biased else ()
 
     def run(x: Sequence[torch.Tensor], share: Share) -> torch.Tensor:
         own = share.ins.get((3, 0))
         held = None if own is None else [(e, e + 1) for e in own.tolist()]
-        return experts(x[0], x[1], x[2], x[3], x[4], "silu", gated, count, held)
+        up_bias, down_bias = x[5:] if biased else (None, None)
+        if share.factor == "inner" and share.rank > 0:
+            down_bias = None  # added once: rank 0's
+        return experts(x[0], x[1], x[2], x[3], x[4], up_bias, down_bias, gate, parts, transposed, count, held)
 
-    attrs = {"activation": "silu", "gated": gated, "experts": count}
-    return Case((values(rows, hidden), index, values(rows, chosen), up, down), run, attrs)
+    attrs = {"gate": gate, "parts": parts, "transposed": transposed, "experts": count}
+    return Case((values(rows, hidden), index, values(rows, chosen), *weights, *biases), run, attrs)
 
 
 @case("sdpa")

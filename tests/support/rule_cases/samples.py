@@ -58,7 +58,11 @@ SAMPLES: tuple[Sample, ...] = (
     Sample("expand", ((2, 1, 4),), ((2, 3, 4),)),
     Sample(
         "experts", ((6, 8), (6, 2), (6, 2), (4, 10, 8), (4, 8, 5)), ((6, 8),),
-        {"activation": "silu", "gated": True, "experts": 4},
+        {"parts": "halves", "transposed": False, "experts": 4},
+    ),
+    Sample(
+        "experts", ((6, 8), (6, 2), (6, 2), (4, 8, 10), (4, 5, 8), (4, 10), (4, 8)), ((6, 8),),
+        {"parts": "pairs", "transposed": True, "experts": 4},
     ),
     Sample("flip", (_X,), (_X,), {"dims": (1,), "linear": True}),
     Sample("gather", (_X, (2, 5, 4)), ((2, 5, 4),), {"dim": 1}),
