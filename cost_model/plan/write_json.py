@@ -47,6 +47,7 @@ def plan_to_dict(plan: PlanData) -> dict[str, Any]:
     Every field of data.py is written as it stands there: a new one needs no line here, but one to be read by.
     """
     data = {"version": plan.version, **_object(plan)}
+    data["mesh"] = {"tp": plan.mesh.tp, "pp": plan.mesh.pp}  # of one replica
     data["sizes"] = dict(plan.sizes)
     pins = dict(plan.request.pin)
     data["request"] = {"pins": pins, **{name: value for name, value in data["request"].items() if name != "pin"}}
