@@ -14,7 +14,7 @@ from cost_model.plan.warnings import whole_device
 
 SHORTEST = 1e-12  # seconds: a shorter forward pass gets no timeline
 TICKS = 5
-PIECES_ACROSS = 600  # pieces of a timeline, at most
+PIECES_ACROSS = 300  # pieces of a timeline, at most: some pixels each
 KINDS = {"compute": "compute", "comm": "collectives", "receive": "receive from the stage before", "alone": "one device"}
 
 
@@ -39,7 +39,8 @@ def timeline_section(plan: PartitionPlan) -> Element | None:
         left_out(len(plan.stages), STAGES_SHOWN, "stages"),
         note(
             "Stage after stage, as a single request sees it; ranks of a stage work at the same time. Ops and "
-            "collectives in the order in which they run, on the stage's slowest rank."
+            "collectives in the order in which they run, on the stage's slowest rank; a collective is drawn at least a "
+            "pixel wide."
         ),
         *_against_one_device(plan),
     )
@@ -95,7 +96,8 @@ def _row(title: str, who: str, pieces: list[tuple[str, float]], at: float, end: 
             drawn.append(_rectangle(kind, start, length, end, length))
         start += length
     label = f"{title}: from {seconds_text(at)} to {seconds_text(at + seconds)}"
-    # SVG draws a piece of less than a pixel fainter; an HTML box would be a whole pixel wide, or nothing.
+    # SVG draws a piece of less than a pixel fainter (but for collectives: page.css); an HTML box would be a whole pixel
+    # wide, or nothing.
     picture = element("svg", *drawn, viewBox="0 0 100 1", preserveAspectRatio="none", role="img", aria_label=label)
     return element(
         "div",

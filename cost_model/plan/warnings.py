@@ -83,7 +83,8 @@ def _idle_warning(plan: PlanData) -> list[str]:
 
 
 def whole_device(plan: PlanData) -> str:
-    """Returns what a message adds to "one device": " with all 4 cores" where the ranks share a CPU, else ""."""
+    """Returns what a message adds to "one device": " with 4 cores" where the ranks share a CPU, a core for each
+    rank, else ""."""
     names = plan.hardware.split(", ")
     shares = any(name in PRESETS and PRESETS[name].ranks_share_device for name in names)
-    return f" with all {plan.mesh.size} cores" if shares and len(names) == 1 and plan.mesh.size > 1 else ""
+    return f" with {plan.mesh.size} cores" if shares and len(names) == 1 and plan.mesh.size > 1 else ""
