@@ -65,7 +65,8 @@ def compile(
         another model's, or contradicts itself (edited by hand).
     strict: refuse, by PlanError, a plan with ops that have no sharding rule and that every tp rank would compute whole;
         without it such ops are named in `plan.warnings`, with what they cost.
-    train: let the programs carry what a backward pass needs, too (CompiledModel.gradients).
+    train: let the programs carry what a backward pass needs, too (CompiledModel.gradients); a model in training mode
+        may then have dropout, with the same masks on every mesh.
     verify: prove every rank's program before returning it (CompiledModel.verify).
     dump_dir: directory into which every rank's graph is written after each pass, as text, and a record of what each
         pass did, as "passes.rank0.txt".

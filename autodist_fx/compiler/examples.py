@@ -20,10 +20,11 @@ from autodist_fx.tracing import InputSpec, Sizes, TracedModel, trace, trace_phas
 from cost_model.graph.op_graph import OpGraph
 from passes.fx import node_meta
 from passes.fx.guards import Guards, with_fixed
-from passes.fx.randomness import random_nodes
+from passes.fx.randomness import seeded_nodes, unseeded_nodes
 from passes.fx.shape_propagation import Example, bending_points
 from passes.normalize.functionalize import functionalize
 from passes.normalize.pipeline import normalize
+from passes.normalize.random.seed_random_ops import why_unseeded
 from passes.op_graph.build import build_op_graph
 from passes.partition.fuse_ops import removed_by_fusing
 
@@ -135,13 +136,14 @@ def _normalized_as_traced(traced: TracedModel, again: Trace) -> TracedModel:
         return traced
 
 
-def planned_graph(traced: TracedModel) -> OpGraph:
+def planned_graph(traced: TracedModel, trains: bool = False) -> OpGraph:
     """Build the op graph that plans are made for, and normalise the traced graph first where that was not done.
 
-    Raises AutodistError for a graph that draws random numbers, TracingError where an op refuses the example inputs.
+    `trains`: whoever runs its programs gives them the input `random_state`. Raises AutodistError for a graph that draws
+    random numbers otherwise, TracingError where an op refuses the example inputs.
     """
     normalized(traced)
-    _refuse_random(traced)
+    _refuse_random(traced, trains and not traced.use_cache)
     return build_op_graph(traced.graph_module, fused=removed_by_fusing(traced.graph_module))
 
 
@@ -170,14 +172,23 @@ def _naming_refusals(traced: TracedModel) -> Iterator[None]:
         raise TracingError(f"{traced.model_class} refuses these inputs: {line} ({inputs})") from error
 
 
-def _refuse_random(traced: TracedModel) -> None:
-    """Raise AutodistError where the graph draws random numbers, of which each rank would draw others."""
-    found = random_nodes(traced.graph_module)
-    if found:
+def _refuse_random(traced: TracedModel, trains: bool) -> None:
+    """Raise AutodistError where the graph draws random numbers of which each rank would draw others, and, of a graph
+    that is not to be trained, where it draws any."""
+    unseeded = unseeded_nodes(traced.graph_module)
+    found = unseeded if trains else [*unseeded, *seeded_nodes(traced.graph_module)]
+    if not found:
+        return
+    says = f"{traced.model_class} draws random numbers ({found[0]}, {node_meta.where(found[0])}; {len(found)} places"
+    if trains:
         raise AutodistError(
-            f"{traced.model_class} draws random numbers ({found[0]}, {node_meta.where(found[0])}; {len(found)} "
-            "places in all), and each rank would draw others: call model.eval(), or set its dropout to 0"
+            f"{says} in all), and each rank would draw others: {why_unseeded(found[0])}. Call model.eval(), or set it "
+            "to 0"
         )
+    raise AutodistError(
+        f"{says} in all), as in training: compile with train=True and without a cache, call model.eval(), or set its "
+        "dropout to 0"
+    )
 
 
 def _examples_for(traced: TracedModel) -> tuple[Example, Example]:

@@ -151,7 +151,7 @@ class TracingSource:
             return VariantSet(self.structure(), step, [prompt], step)
         main = Variant.make(
             self.model, self.request, options.use_cache, options.input_names, self.always, self.plan, self.specs,
-            in_parts=options.in_parts,
+            in_parts=options.in_parts, trains=options.train,
         )  # fmt: skip
         self._left_by_calls = main.traced.left_by_calls
         return VariantSet(self.structure(), main)
@@ -164,7 +164,9 @@ class TracingSource:
         self, *, use_cache: bool, input_names: Sequence[str] | None, fixed: Mapping[str, object] | None
     ) -> Variant:
         """See VariantSource."""
-        return Variant.make(self.model, self._own_lengths, use_cache, input_names, fixed, None)
+        return Variant.make(
+            self.model, self._own_lengths, use_cache, input_names, fixed, None, trains=self.options.train
+        )
 
     def for_call(self, call: Call, specs: Mapping[str, InputSpec], made: Sequence[Variant]) -> Variant:
         """See VariantSource."""
@@ -176,7 +178,10 @@ class TracingSource:
         request, in_parts = self.request, self.options.in_parts
         if in_parts and made:  # all of them are trained with the same parameters
             request = replace(self._own_lengths, like=made[0].plan)
-        return Variant.make(self.model, request, call.use_cache, names, call.fixed, None, specs, in_parts=in_parts)
+        return Variant.make(
+            self.model, request, call.use_cache, names, call.fixed, None, specs,
+            in_parts=in_parts, trains=self.options.train,
+        )  # fmt: skip
 
     def at_lengths(self, alike: Sequence[Variant], lengths: Lengths) -> Variant:
         """See VariantSource."""

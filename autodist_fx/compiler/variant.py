@@ -55,6 +55,7 @@ class Variant:
     whole_plan: PartitionPlan | None = None
     trace_again: Trace | None = field(default=None, repr=False)  # traces at other sizes; None without a model
     losses: LossDivision | None = None  # of a graph whose loss is a part of a whole batch's
+    trains: bool = False  # its programs may have random ops, for a call of which there is an input `random_state`
 
     @classmethod
     @garbage_stays()
@@ -69,12 +70,13 @@ class Variant:
         specs: Mapping[str, InputSpec] | None = None,
         *,
         in_parts: bool = False,
+        trains: bool = False,
     ) -> Variant:
         """Trace, normalise and plan one variant; `plan`, where given, is used instead of a search. `in_parts`: it is
         run on parts of a batch, whose losses add up to the whole batch's."""
         traced, again = traced_once(model, use_cache, input_names, concrete_args, specs)
         fixed = unusual(_parameters(model), concrete_args or {})
-        variant = cls.of(traced, request, plan, fixed, in_parts=in_parts)
+        variant = cls.of(traced, request, plan, fixed, in_parts=in_parts, trains=trains)
         variant.trace_again = again
         return variant
 
@@ -107,7 +109,8 @@ class Variant:
         if traced is None:
             raise TracingError(f"{self.guards_text(lengths)}; no graph for them was found in {MOST_TRIES} tries")
         like = replace(request, like=self.whole_plan or self.plan)
-        variant = Variant.of(traced, like, None, self.fixed, in_parts=self.losses is not None)
+        in_parts = self.losses is not None
+        variant = Variant.of(traced, like, None, self.fixed, in_parts=in_parts, trains=self.trains)
         self.check_caches(variant)
         return variant
 
@@ -162,14 +165,15 @@ class Variant:
         fixed: dict[str, object],
         *,
         in_parts: bool = False,
+        trains: bool = False,
     ) -> Variant:
         """Plan a traced graph, after normalising it where that was not done.
 
-        `fixed` holds the Python arguments that it was traced with. `plan`, where given, is checked and used. Raises
-        PlanError.
+        `fixed` holds the Python arguments that it was traced with. `plan`, where given, is checked and used. `trains`:
+        it may draw random numbers. Raises PlanError, and AutodistError for a graph that draws some and may not.
         """
         losses = divide(traced) if in_parts else None
-        graph = planned_graph(traced)
+        graph = planned_graph(traced, trains)
         print_of_it = fingerprint(graph)
         if plan is None:
             plan = make_plan(graph, request, model=traced.model_class, fingerprint=print_of_it)
@@ -182,7 +186,7 @@ class Variant:
         specs, order = traced.specs(), _output_order(traced.graph_module)
         if CROSS in traced.layer_kinds:
             return cls._split(traced, plan, names, fixed, specs, order)
-        return cls(traced, graph, plan, names, fixed, specs, order, losses=losses)
+        return cls(traced, graph, plan, names, fixed, specs, order, losses=losses, trains=trains)
 
     @classmethod
     def _split(

@@ -27,6 +27,8 @@ from autodist_fx.numeric.gradients import check_gradients
 from autodist_fx.runtime.cache.kv_cache import encoder_view, local_cache
 from autodist_fx.tracing import STATE_PREFIX
 from cost_model.errors import VerificationError
+from passes.fx.randomness import seeded_nodes
+from passes.ops.random import RANDOM_STATE, random_state
 from passes.program.rank_program import RankProgram
 
 Programs = Callable[[Variant], Sequence[RankProgram]]
@@ -127,7 +129,8 @@ class _Conversation:
     def _inputs(self, variant: Variant, tokens: int, past: int) -> dict[str, torch.Tensor]:
         lengths = {"B": _BATCH, "S": tokens, "T": past + tokens, "E": _SOURCE, "K": _KEPT}
         traced = variant.traced
-        return make_inputs(traced.graph_module, traced.specs(), lengths, self._generator)
+        inputs = make_inputs(traced.graph_module, traced.specs(), lengths, self._generator)
+        return {**inputs, RANDOM_STATE: random_state(self._seed)} if seeded_nodes(traced.graph_module) else inputs
 
     def _checked(self, variant: Variant) -> CheckedVariant:
         traced = variant.traced

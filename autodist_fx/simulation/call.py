@@ -16,6 +16,8 @@ from autodist_fx.runtime.cache.kv_cache import encoder_view
 from autodist_fx.runtime.table_checks import lookups_checked
 from autodist_fx.simulation.run_ranks import simulate
 from autodist_fx.tracing import STATE_PREFIX
+from passes.fx.randomness import seeded_nodes
+from passes.ops.random import RANDOM_STATE, random_state
 
 
 @dataclass
@@ -105,3 +107,11 @@ def with_positions(variant: Variant, given: Mapping[str, Any], past: int) -> dic
     if "position_ids" in names and "position_ids" not in filled:
         filled["position_ids"] = torch.arange(past, past + seq, device=ids.device).expand(batch, seq)
     return filled
+
+
+def with_random_state(variant: Variant, given: Mapping[str, Any], seed: int, step: int) -> dict[str, Any]:
+    """Add the input that random ops draw by, where the variant has any. Raises ValueError for numbers out of bounds."""
+    if not seeded_nodes(variant.traced.graph_module):
+        return dict(given)
+    device = next((x.device for x in given.values() if isinstance(x, torch.Tensor)), None)
+    return {**given, RANDOM_STATE: random_state(seed, step, device=device)}

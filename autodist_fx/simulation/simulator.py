@@ -23,6 +23,7 @@ from autodist_fx.simulation.call import (
     run_with_states,
     step_length,
     with_positions,
+    with_random_state,
 )
 from autodist_fx.weights.share import share_state
 
@@ -30,8 +31,11 @@ from autodist_fx.weights.share import share_state
 class Simulator(Compilation):
     """A compilation of a model that has weights, run here, a thread a rank."""
 
-    def simulate(self, *args: Any, **inputs: Any) -> Any:
+    def simulate(self, *args: Any, seed: int = 0, step: int = 0, **inputs: Any) -> Any:
         """Run all ranks in this process, a thread each; return what `model(*args, **inputs)` returns.
+
+        `seed` and `step` choose the random numbers of a model in training mode (`passes.ops.random`): the same on every
+        mesh, and others than torch draws.
 
         With `use_cache` or a cache among the inputs, `past_key_values` in the output is a `SimulatedCache`, to be
         passed to the next call; None starts an empty one. What an encoder reads is given in the first call, in which
@@ -58,6 +62,7 @@ class Simulator(Compilation):
         variant = self.variant_for(call, 0 if cache is None else cache.length, kept)
         self._fill(variant)
         if not call.use_cache:
+            given = with_random_state(variant, given, seed, step)
             return returned(call, run(variant, [given] * self.mesh.size), variant.output_order)
         encoded: dict[str, Any] = {}
         if cache is None:
@@ -74,10 +79,12 @@ class Simulator(Compilation):
         cache.length += step_length(given)
         return returned(call, {**encoded, **outputs, "past_key_values": cache}, variant.output_order)
 
-    def gradients(self, *args: Any, **inputs: Any) -> dict[str, torch.Tensor]:
+    def gradients(self, *args: Any, seed: int = 0, step: int = 0, **inputs: Any) -> dict[str, torch.Tensor]:
         """Run forward and backward on all ranks in this process: return the gradients that `loss.backward()` of
         `model(*args, **inputs)` leaves in `model`, by the names of its `named_parameters()`, each whole; those it
         leaves at None are left out.
+
+        `seed` and `step` choose the random numbers of a model in training mode, as for `simulate`.
 
         Needs `compile(..., train=True)`, a model with weights, and inputs that it computes a loss from (`labels=...`).
         Hooks of parameters (`register_hook`) get the whole gradients. The model stays as it is, and so do its own
@@ -96,7 +103,8 @@ class Simulator(Compilation):
         variant = self.variant_for(call, 0)
         self._fill(variant)
         programs = list(variant.programs.values())
-        found = glued(programs, run_backward(programs, call.tensors)[1])
+        given = with_random_state(variant, call.tensors, seed, step)
+        found = glued(programs, run_backward(programs, given)[1])
         first_names = self.source.trained_parameters()
         whole = {first_names[name]: gradient for name, gradient in found.items() if name in first_names}
         return self.source.hooked({n: whole[n] for n in dict.fromkeys(first_names.values()) if n in whole})

@@ -18,6 +18,7 @@ from autodist_fx.calls.input_specs import InputSpec, ModelFacts
 from autodist_fx.calls.outputs import flat
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, cache_layers, layer_kinds
+from autodist_fx.tracing.control_flow.random_calls import refuse_python_draws
 from autodist_fx.tracing.encoder_decoder_cache import both_kinds, merge_caches, written_layers
 from autodist_fx.tracing.example_inputs import (
     IMAGE_INPUTS,
@@ -193,12 +194,13 @@ def _trace(
                 sizes = first, unmistakable_sizes(meta_model, other_than=first)
             inputs, others = (examples.for_model(each) for each in sizes)
             tracer = Tracer(meta_model, inputs, others, keywords)
-            graph = tracer.trace(
-                meta_model,
-                concrete_args=fixed,
-                dummy_inputs=inputs,
-                complete_concrete_args_with_inputs_not_in_dummy_inputs=False,
-            )
+            with refuse_python_draws(meta_model, tracer.source_files):
+                graph = tracer.trace(
+                    meta_model,
+                    concrete_args=fixed,
+                    dummy_inputs=inputs,
+                    complete_concrete_args_with_inputs_not_in_dummy_inputs=False,
+                )
             if examples.has_encoder:
                 merge_caches(graph)
     except AutodistError:

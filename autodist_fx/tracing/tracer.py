@@ -27,6 +27,7 @@ from autodist_fx.tracing.control_flow.conditions import lengths_for_tensors
 from autodist_fx.tracing.control_flow.constants import OtherExample, within_range
 from autodist_fx.tracing.control_flow.data_dependent import rewritten, unrolled
 from autodist_fx.tracing.control_flow.experts import experts_forward
+from autodist_fx.tracing.control_flow.random_calls import drawn_in_graph
 from autodist_fx.tracing.control_flow.value_branches import Answers, trace_both_ways
 from autodist_fx.tracing.encoder_decoder_cache import PARTS
 from autodist_fx.tracing.gradient_regions import GradientRegions
@@ -139,7 +140,8 @@ class Tracer(SymbolicTracer):
         patches = super().patch_for_tracing(root)
         patches.__enter__()
         try:
-            yield
+            with drawn_in_graph(self):
+                yield
         finally:
             patches.__exit__(None, None, None)  # 4.57's HFTracer restores only if it is not told of an error
 

@@ -16,7 +16,7 @@ from cost_model.graph.op_graph import DTYPE_BYTES, SOURCES, Op, TensorSpec
 # name costs; "scalar.<name>" makes a number from shapes, in Python.
 # Ops that change shape, strides or metadata: nothing is computed or allocated. A view may copy, but seldom does.
 VIEWS = frozenset({
-    "view", "permute", "slice", "split", "unbind", "expand", "identity", "dropout", "getitem", "reshape", "flatten",
+    "view", "permute", "slice", "split", "unbind", "expand", "identity", "getitem", "reshape", "flatten",
     "unflatten", "transpose", "squeeze", "unsqueeze", "select", "narrow", "chunk", "detach", "diagonal", "view_as_real",
     "view_as_complex", "output",
 })  # fmt: skip
@@ -34,6 +34,7 @@ MATMULS = {"linear": 0, "conv1d": 0, "matmul": 0, "bmm": 0, "mm": 0, "dot": 0, "
 PER_ELEMENT = {
     "softmax": 5, "log_softmax": 5, "layer_norm": 8, "rms_norm": 5, "group_norm": 8, "batch_norm": 4, "gelu": 10,
     "silu": 5, "sigmoid": 4, "tanh": 5, "exp": 4, "cos": 4, "sin": 4, "rsqrt": 2, "pow": 2,
+    "dropout": 27, "seeded_uniform": 27,  # Philox: ten rounds of ten for four elements (passes/ops/random.py)
 }  # fmt: skip
 # Calls of torch that passes/ops/experts.py makes for each expert: rows, two products, halves, the activation.
 _CALLS_PER_EXPERT = 7

@@ -42,7 +42,7 @@ RULES: dict[str, RuleFunction] = {
     "sigmoid": elementwise, "silu": elementwise, "gelu": elementwise, "relu": elementwise, "erf": elementwise,
     "softplus": elementwise, "logical_not": elementwise, "clamp": elementwise, "square": elementwise,
     "pow": elementwise, "leaky_relu": elementwise, "elu": elementwise, "mish": elementwise, "hardtanh": elementwise,
-    "floor": elementwise, "round": elementwise, "dropout": elementwise, "sign": elementwise, "log1p": elementwise,
+    "floor": elementwise, "round": elementwise, "sign": elementwise, "log1p": elementwise,
     "expm1": elementwise, "isnan": elementwise, "isinf": elementwise, "relu6": elementwise, "log_sigmoid": elementwise,
     "hardswish": elementwise, "hardsigmoid": elementwise, "nan_to_num": elementwise, "ceil": elementwise,
     "trunc": elementwise,

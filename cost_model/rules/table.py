@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from cost_model.graph.op_graph import Op, TensorSpec
-from cost_model.rules import convolutions, elementwise, indexing, matmuls, reductions, views
+from cost_model.rules import convolutions, elementwise, indexing, matmuls, random, reductions, views
 from cost_model.rules.replicated import REPLICATED
 from cost_model.rules.rule import OpRule, RuleFunction, Shape
 
@@ -46,6 +46,7 @@ RULES: dict[str, RuleFunction] = one_table(
     elementwise=elementwise.RULES,
     indexing=indexing.RULES,
     matmuls=matmuls.RULES,
+    random=random.RULES,
     reductions=reductions.RULES,
     views=views.RULES,
 )

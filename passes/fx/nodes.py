@@ -10,9 +10,15 @@ from passes.fx import node_meta
 from passes.fx.arguments import submodule
 
 _WRITES = frozenset({"update", "write_buffers"})
-_RANDOM = frozenset({
-    "dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "multinomial", "normal", "uniform",
+# Methods that overwrite a tensor with numbers that they draw.
+RANDOM_FILLS = frozenset({
+    "uniform_", "normal_", "exponential_", "random_", "geometric_", "cauchy_", "log_normal_",
 })  # fmt: skip
+_RANDOM = RANDOM_FILLS | {
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout",
+    "gumbel_softmax", "bernoulli", "bernoulli_", "rand", "randn", "randint", "randperm", "rand_like", "randn_like",
+    "randint_like", "multinomial", "normal", "poisson", "uniform",
+}  # fmt: skip
 
 
 def op_name(node: Node) -> str:

@@ -1,5 +1,5 @@
-"""Finds the ops of a normalised graph that draw random numbers: ranks that each draw their own compute different
-things."""
+"""Finds the ops of a graph that draw random numbers. Those that draw them from torch's generators would draw others on
+each rank; normalize makes seeded ones of them (passes/normalize/random), whose numbers follow from an input."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from torch.fx import Node
 
 from passes.fx.arguments import argument
 from passes.fx.nodes import is_pure, op_name, writes
+from passes.ops.random import seeded_dropout, seeded_uniform
 
 
-def random_nodes(graph_module: torch.fx.GraphModule) -> list[Node]:
-    """Returns the nodes that draw random numbers, in the graph's order. Dropout that does nothing (in eval mode, or
-    with p = 0) draws none."""
+def unseeded_nodes(graph_module: torch.fx.GraphModule) -> list[Node]:
+    """Returns the nodes that draw from torch's generators, in the graph's order. Dropout that does nothing (in eval
+    mode, or with p = 0) draws none."""
     return [node for node in graph_module.graph.nodes if _draws(node)]
+
+
+def seeded_nodes(graph_module: torch.fx.GraphModule) -> list[Node]:
+    """Returns the nodes whose random numbers follow from the input `random_state`, in the graph's order."""
+    return [node for node in graph_module.graph.nodes if node.target in (seeded_dropout, seeded_uniform)]
 
 
 def _draws(node: Node) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.fx.node import map_arg
 
 from passes.fx import node_meta
 from passes.fx.arguments import fetch, submodule
@@ -159,3 +160,25 @@ def shape_propagation(graph_module: torch.fx.GraphModule, ctx: NormalizeContext)
     node_meta.drop_ended(graph_module, Phase.ANNOTATED)
     ctx.phase, ctx.second = Phase.ANNOTATED, second
     return PassResult(graph_module, len(first))
+
+
+def shaped_node(
+    ctx: NormalizeContext, like: torch.fx.Node, op: str, target: Any, args: tuple[Any, ...], kwargs: Any = None
+) -> torch.fx.Node:
+    """Inserts a call where the graph inserts now, with its `val`, symbols and value at the second example, which follow
+    from its arguments', and the source line of `like`. For passes that follow shape_propagation at once."""
+    node = like.graph.create_node(op, target, args, dict(kwargs or {}))
+    node_meta.copy(like, node, only=("nn_module_stack", "source"))
+
+    def value(of: Any) -> Any:
+        given, named = map_arg((node.args, node.kwargs), of)
+        with torch.no_grad(), torch.device("meta"):
+            return getattr(given[0], target)(*given[1:], **named) if op == "call_method" else target(*given, **named)
+
+    first, second = value(node_meta.val), value(ctx.second.__getitem__)
+    node_meta.set_val(node, first)
+    ctx.second[node] = second
+    if isinstance(first, torch.Tensor):
+        sizes = Sizes(ctx.examples[0].symbols, ctx.examples[1].symbols)
+        node_meta.set_symbols(node, sizes.of_shape(first.shape, second.shape))
+    return node

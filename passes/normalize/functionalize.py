@@ -17,6 +17,7 @@ import torch.fx
 from torch.fx import Node
 
 from passes.fx import node_meta
+from passes.fx.nodes import RANDOM_FILLS
 from passes.fx.run_passes import GraphEdit, PassContext, PassResult
 from passes.ops.functional_writes import changed_by, copied, with_item
 
@@ -90,6 +91,8 @@ def _make_functional(node: Node) -> bool:
         node.op, node.target = "call_function", torch.zeros_like
     elif node.op == "call_method" and _is_in_place_method(str(node.target)):
         node.target = str(node.target)[:-1]
+    elif node.op == "call_method" and node.target in RANDOM_FILLS:
+        pass  # gives back what it has filled, and none of these has a twin: seed_random_ops makes ours of it
     elif node.op == "call_method" and node.target in _IN_PLACE_ONLY:
         node.op, node.target, node.args = "call_function", changed_by, (node.args[0], node.target, *node.args[1:])
     else:

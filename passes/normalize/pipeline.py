@@ -27,6 +27,8 @@ from passes.normalize.extract_guards import extract_guards
 from passes.normalize.fold_lengths import fold_lengths
 from passes.normalize.functionalize import functionalize
 from passes.normalize.match_repeat_kv import match_repeat_kv
+from passes.normalize.random.decompose_attention import decompose_attention
+from passes.normalize.random.seed_random_ops import seed_random_ops
 from passes.normalize.remove_no_ops import remove_no_ops
 from passes.normalize.static_view_sizes import static_view_sizes
 from passes.normalize.unmerge_batch import unmerge_batch
@@ -38,6 +40,7 @@ PASSES: tuple[Pass[NormalizeContext], ...] = (
     eliminate_dead_code,  # what only an assertion read may be a number that no example has
     decompose_modules,  # before shapes are known: the weights that become arguments get theirs, too
     shape_propagation,  # all passes after it read `val` and `symbols`
+    decompose_attention,  # at once: what it makes is one more piece of the model to all passes after it
     canonicalize_calls,  # so that the passes after it look for one form of each call
     unpack_tuples,  # before lengths: elements of a tuple have lengths of their own
     fold_lengths,  # before views: these are written in literals and in the nodes that it leaves
@@ -48,6 +51,7 @@ PASSES: tuple[Pass[NormalizeContext], ...] = (
     eliminate_dead_code,
     match_repeat_kv,  # views that repeat heads, now that each says its shape and nothing lies between them
     eliminate_dead_code,  # the views that it leaves unread
+    seed_random_ops,  # when only random ops are left that draw, and heads have a dim of their own
     eliminate_common_subexpressions,  # last of the rewrites: what they made equal is found equal
     eliminate_dead_code,
     extract_guards,  # reads lengths from the few nodes at the top that fold_lengths left

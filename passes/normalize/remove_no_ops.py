@@ -19,7 +19,7 @@ from passes.fx.run_passes import GraphEdit, PassResult
 from passes.fx.shape_propagation import NormalizeContext
 from passes.normalize.static_view_sizes import EXPANDS, RESHAPES
 
-_DROPOUTS = ("dropout",)
+_DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 _CONTIGUOUS = ("contiguous",)
 _CASTS = ("to", "float", "type_as", "half", "bfloat16", "double", "type")
 

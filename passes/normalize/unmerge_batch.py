@@ -32,8 +32,9 @@ from passes.fx.shape_propagation import NormalizeContext
 _ROW_BY_ROW = frozenset({
     "add", "sub", "mul", "truediv", "div", "neg", "pow", "exp", "tanh", "sigmoid", "relu", "clamp", "where",
     "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "to", "float", "type_as", "type", "contiguous",
-    "clone", "dropout", "softmax", "log_softmax",
+    "clone", "dropout", "softmax", "log_softmax", "safe_softmax",
 })  # fmt: skip
+_SOFTMAXES = ("softmax", "log_softmax", "safe_softmax")
 _MADE = (torch.zeros, torch.ones, torch.empty, torch.full)
 
 
@@ -143,7 +144,7 @@ def _can(node: Node, folded: dict[Node, _Folded]) -> bool:
         return rank == 3 and dim == 0 and all(a in folded and folded[a].dim == 0 and _rank(a) == 3 for a in inputs)
     if name == "transpose":
         return True
-    if name in ("softmax", "log_softmax") and _along(node) % rank == dim:
+    if name in _SOFTMAXES and _along(node) % rank == dim:
         return False
     return name in _ROW_BY_ROW and all(
         (folded[a].dim == dim and _rank(a) == rank) if a in folded else _rank(a) < rank - dim for a in inputs
@@ -181,7 +182,7 @@ def _rewrite(node: Node, where: _Folded) -> None:
         node.args, node.kwargs = tuple(node.all_input_nodes), {}
     elif name == "baddbmm":
         _multiply_and_add(node)
-    elif name in ("softmax", "log_softmax"):
+    elif name in _SOFTMAXES:
         along = _along(node) % value.dim()
         node.args, node.kwargs = node.args[:1], {**node.kwargs, "dim": along + (along > dim)}
 

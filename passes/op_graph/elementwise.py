@@ -25,7 +25,7 @@ FUNCTION_KINDS = {
     "mish": "mish", "hardtanh": "hardtanh", "floor": "floor", "round": "round", "sign": "sign", "log1p": "log1p",
     "expm1": "expm1", "isnan": "isnan", "isinf": "isinf", "relu6": "relu6", "log_sigmoid": "log_sigmoid",
     "logsigmoid": "log_sigmoid", "hardswish": "hardswish", "hardsigmoid": "hardsigmoid", "ceil": "ceil",
-    "trunc": "trunc", "dropout": "dropout",
+    "trunc": "trunc",
     # of several
     "add": "add", "iadd": "add", "add_": "add", "sub": "sub", "isub": "sub", "rsub": "sub", "mul": "mul", "imul": "mul",
     "mul_": "mul", "truediv": "div", "div": "div", "true_divide": "div", "floordiv": "floordiv", "mod": "mod",
@@ -36,7 +36,7 @@ FUNCTION_KINDS = {
 }  # fmt: skip
 # nn modules that are one elementwise function of their input
 MODULE_KINDS = {
-    "Dropout": "dropout", "SiLU": "silu", "GELU": "gelu", "ReLU": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid",
+    "SiLU": "silu", "GELU": "gelu", "ReLU": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid",
     "ReLU6": "relu6", "Softplus": "softplus", "LeakyReLU": "leaky_relu", "ELU": "elu", "Mish": "mish",
     "Hardswish": "hardswish", "Identity": "identity",
 }  # fmt: skip

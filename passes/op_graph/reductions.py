@@ -26,7 +26,7 @@ def _along(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
         return None
     name = op_name(node)
     given = (dims,) if isinstance(dims, int) else tuple(dims)
-    return name, inputs, {"dims": given, "linear": name in ("cumsum", "flip")}
+    return name.removeprefix("safe_"), inputs, {"dims": given, "linear": name in ("cumsum", "flip")}
 
 
 def _roll(builder: Builder, node: Node, inputs: list[TensorRef]) -> Found:
@@ -70,7 +70,7 @@ def _layer_norm_module(
 
 HANDLERS: dict[str, Handler] = {
     "layer_norm": _norm, "rms_norm": _norm,
-    "softmax": _along, "log_softmax": _along, "cumsum": _along, "flip": _along,
+    "softmax": _along, "safe_softmax": _along, "log_softmax": _along, "cumsum": _along, "flip": _along,
     "roll": _roll,
     "max": _max, "min": _max,
     "mean": _reduce, "sum": _reduce, "amax": _reduce, "amin": _reduce, "any": _reduce, "all": _reduce, "var": _reduce,

@@ -180,6 +180,13 @@ def _experts(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpP
         node.args = (*node.args[:11], _layout(ctx, op.input_layouts[3]).parts[ctx.tp_rank])
 
 
+def _dropout(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
+    """Says which elements of its sharded dim the rank draws a mask for."""
+    if op.outputs[0].is_shard:
+        layout = _layout(ctx, op.output_layouts[0])
+        node.args = (*node.args[:6], (op.outputs[0].dim, layout.size, tuple(layout.parts[ctx.tp_rank])))
+
+
 def _groups(position: int) -> Callable[[torch.fx.GraphModule, RankContext, Node, OpPlan], None]:
     """Makes the handler of convolutions and norms in groups of channels: the number of groups becomes the rank's,
     which are whole ones."""
@@ -232,6 +239,7 @@ _REWRITES: dict[str, Callable[[torch.fx.GraphModule, RankContext, Node, OpPlan],
     "repeat_interleave": _repeat,
     "sdpa": _sdpa,
     "experts": _experts,
+    "dropout": _dropout,
     "conv": _groups(6),
     "group_norm": _groups(1),
 }

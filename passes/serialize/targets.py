@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from passes.ops import buffers, data_dependent, experts, functional_writes, parallel_layers, strided
+from passes.ops import attention, buffers, data_dependent, experts, functional_writes, parallel_layers, random, strided
 from passes.ops import comm as comm_ops
 
 _TORCH = """
@@ -58,12 +58,14 @@ _OPERATOR = """
 _BUILTINS = "getattr int float bool abs max min len round sum"  # getattr: of ATTRIBUTES alone
 _MATH = "ceil floor sqrt log log2 exp prod trunc"
 _OURS: dict[Any, str] = {
+    attention: "safe_softmax",
     buffers: "write_buffers",
     comm_ops: " ".join(function.__name__ for function in comm_ops.CALLED),
     data_dependent: "selected split_rows join_rows join_own_rows bincount",
     experts: "experts",
     functional_writes: "with_item copied changed_by",
     parallel_layers: "partial_mean one_term one_gradient",
+    random: "seeded_dropout seeded_uniform",
     strided: "strided",
 }
 

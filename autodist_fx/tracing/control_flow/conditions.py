@@ -27,6 +27,7 @@ from torch.fx import Node, Proxy
 from torch.fx.node import map_aggregate, map_arg
 
 from autodist_fx.tracing.control_flow.raise_branches import answer_without_error
+from autodist_fx.tracing.control_flow.random_calls import NAMES
 from autodist_fx.tracing.control_flow.value_ranges import certain
 from autodist_fx.tracing.versions.tracer_base import DeviceAttribute, SymbolicProxy
 from passes.fx import node_meta
@@ -210,6 +211,8 @@ def _computed(node: Node, tracer: Any, position: int, done: dict[Node, Any]) -> 
         value = position + torch.arange(known.shape[0])
     elif node.op not in ("call_function", "call_method"):
         raise _DependsOnDataError(node.name)
+    elif getattr(node.target, "__name__", node.target) in NAMES:
+        raise _DependsOnDataError(f"{node.name}, a random number: set its probability (layerdrop, say) to 0")
     else:
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: _computed(n, tracer, position, done))
         kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}

@@ -61,6 +61,8 @@ def value_range(value: Any, tracer: Any) -> Range | None:
     if name == "pad":
         filled = float(value.kwargs.get("value", value.args[3] if len(value.args) > 3 else 0.0) or 0.0)
         return None if first is None else (min(first[0], filled), max(first[1], filled))
+    if name in ("rand", "rand_like"):
+        return 0.0, 1.0
     if name in ("ones", "zeros", "new_ones", "new_zeros", "ones_like", "zeros_like"):
         return (1.0, 1.0) if "ones" in str(name) else (0.0, 0.0)
     if name == "masked_fill" and ranges[2] is not None:

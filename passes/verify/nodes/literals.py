@@ -116,9 +116,9 @@ def check_eps(state: RankState, node: Node, add: Op) -> None:
 
 
 def _by_position(node: Node, op: Op) -> tuple[Any, ...]:
-    """Returns the arguments by position, but for the bias and groups of a convolution, the groups of a norm: a rank
-    has its own (same_op.py)."""
-    left_out = {"conv": (2, 6), "group_norm": (1,)}.get(op.kind, ())
+    """Returns the arguments by position, but for the bias and groups of a convolution, the groups of a norm, what a
+    mask is drawn for: a rank has its own (same_op.py)."""
+    left_out = {"conv": (2, 6), "group_norm": (1,), "dropout": (6,)}.get(op.kind, ())
     return tuple(a for i, a in enumerate(node.args) if i not in left_out)
 
 

@@ -155,6 +155,19 @@ def _experts(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done
             )  # fmt: skip
 
 
+def _dropout(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
+    """Checks that a rank draws the mask of those elements of the whole tensor that it holds."""
+    shape, cut = state.graph.spec(op.inputs[0]).shape, argument(node, 6, "cut")
+    said = WHOLE if cut is None else held(cut[0], cut[2], cut[1])
+    if said != types[0] or (cut is not None and cut[1] != shape[cut[0]]):
+        fail(
+            state.program, node,
+            f"draws the mask of {said}" + ("" if cut is None else f" of {cut[1]}")
+            + f", and holds {types[0]} of {shape[types[0].dim] if types[0].is_sharded else list(shape)}",
+            untouched=Duty.SIZES,
+        )  # fmt: skip
+
+
 def _mean(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
     """Checks that a part of a mean divides by the number of all elements."""
     owes = done.factor is not None and PARTIAL in done.outputs and op.attrs["op"] == "mean"
@@ -193,6 +206,7 @@ FURTHER_CHECKS: dict[str, Callable[[RankState, Node, Op, tuple[Held, ...], Deriv
     "embedding": _embedding,
     "experts": _experts,
     "reduce": _mean,
+    "dropout": _dropout,
     "cache_update": _cache_update,
     "cache_read": _cache_update,
 }

@@ -151,12 +151,14 @@ class Random(nn.Module):
 
 
 def test_random_numbers_are_drawn_as_often_as_before() -> None:
-    after = normalize(traced(Random()), examples({"x": ("B", "S")}))
+    after = normalize(traced(Random()), examples({"x": ("B", 3)}))
     assert_expected_inline(graph_text(after), """\
-x : f64[B, S] = input
-rand_like : f64[B, S] = rand_like(x)
-rand_like_1 : f64[B, S] = rand_like(x)
-dropout : f64[B, S] = dropout(x, p=0.5, training=True, inplace=False)
+x : f64[B, 3] = input
+random_state : i64[3] = input
+sym_size_int = sym_size.int(x, 0)
+rand_like : f64[B, 3] = seeded_uniform(random_state, 0, (sym_size_int, 3), torch.float64, 0.0, 1.0, (0, 1, 1))
+rand_like_1 : f64[B, 3] = seeded_uniform(random_state, 1, (sym_size_int, 3), torch.float64, 0.0, 1.0, (0, 1, 1))
+dropout : f64[B, 3] = seeded_dropout(x, random_state, 2, 0.5, 2, (0, 1, 1))
 return {a: rand_like, b: rand_like_1, c: dropout}""")
 
 

@@ -139,7 +139,7 @@ EXPRESSIONS: tuple[Callable[[torch.Tensor], Any], ...] = (
     lambda x: x.repeat_interleave(3, dim=2), lambda x: x[..., 1:3],
     lambda x: x[_zeros(x)], lambda x: x.index_add(2, x.new_zeros(6, dtype=torch.long), x),
     lambda x: with_item(x, _zeros(x), x[:3]), lambda x: x.gather(3, x.long()), lambda x: x.scatter(3, x.long(), x),
-    lambda x: split_rows(x, _zeros(x), 3, 1), lambda x: join_rows([x, x], 22, _zeros(x)),
+    lambda x: F.dropout(x, 0.1), lambda x: split_rows(x, _zeros(x), 3, 1), lambda x: join_rows([x, x], 22, _zeros(x)),
     lambda x: x.softmax(-1), lambda x: x.log_softmax(-1), lambda x: x.cumsum(1), lambda x: x.flip(2),
     lambda x: x.roll(1, 2),
     lambda x: torch.max(x, -x), lambda x: torch.min(x, -x), lambda x: x.mean(-1),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from passes.ops.experts import PARTS, Gate, experts
+from passes.ops.random import random_state, seeded_dropout
 from tests.support.rule_cases.case import (
     Case,
     CaseMaker,
@@ -34,7 +35,6 @@ UNARY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid, "silu": F.silu, "gelu": F.gelu, "relu": F.relu, "erf": torch.erf, "softplus": F.softplus,
     "clamp": lambda x: x.clamp(0.5, 1.5), "square": torch.square, "pow": lambda x: x**3, "leaky_relu": F.leaky_relu,
     "elu": F.elu, "mish": F.mish, "hardtanh": F.hardtanh, "floor": torch.floor, "round": torch.round,
-    "dropout": lambda x: F.dropout(x, 0.5, training=False),
     "sign": torch.sign, "log1p": torch.log1p, "expm1": torch.expm1, "isnan": torch.isnan, "isinf": torch.isinf,
     "relu6": F.relu6, "log_sigmoid": F.logsigmoid, "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid,
     "nan_to_num": torch.nan_to_num, "ceil": torch.ceil, "trunc": torch.trunc,
@@ -91,6 +91,20 @@ def _matmul(data: st.DataObject) -> Case:
         batches.reverse()
     m, k, n = (data.draw(dims) for _ in range(3))
     return Case((values(*batches[0], m, k), values(*batches[1], k, n)), lambda x, share: torch.matmul(x[0], x[1]))
+
+
+@case("dropout")
+def _dropout(data: st.DataObject) -> Case:
+    """Cuts a row's elements, or whole rows; the cut is said in runs of one element."""
+    shape = tuple(data.draw(shapes))
+    row = (data.draw(st.integers(0, len(shape) - 1)), 1, 1)
+
+    def run(x: Sequence[torch.Tensor], share: Share) -> torch.Tensor:
+        own = [(dim, places.tolist()) for (slot, dim), places in share.ins.items() if slot == 0]
+        cut = next(((dim, shape[dim], [(place, place + 1) for place in places]) for dim, places in own), None)
+        return seeded_dropout(x[0], x[1], 7, 0.5, len(shape), row, cut)
+
+    return Case((values(*shape), random_state(1, 2)), run, {"p": 0.5, "drawn": len(shape)})
 
 
 @case("experts")

@@ -47,6 +47,7 @@ def _elementwise() -> Iterator[Sample]:
 
 SAMPLES: tuple[Sample, ...] = (
     *_elementwise(),
+    Sample("dropout", (_X, (3,)), (_X,), {"p": 0.1, "drawn": 3}),
     Sample("batch_norm", (_IMAGE, (6,), (6,), (6,), (6,)), (_IMAGE,), {"statistics": True}),
     Sample("cache_read", (), ((2, 4, 5, 8), (2, 4, 5, 8)), {"layer": 0}),
     Sample("cache_update", ((2, 4, 1, 8), (2, 4, 1, 8)), ((2, 4, 5, 8), (2, 4, 5, 8)), {"layer": 0}),

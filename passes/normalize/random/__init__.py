@@ -1,0 +1,1 @@
+"""Passes that make random ops the same on every mesh."""
