@@ -51,6 +51,7 @@ class Engine:
         self._host, self._programs, self._verify = host, programs, verify
         self._schedule, self._microbatches, self._stages_per_rank = schedule, microbatches, stages_per_rank
         self._taken: list[Variant] = []
+        self._proven: set[tuple[int, int]] = set()  # ids of variants, with numbers of microbatches
         self._steps = 0
 
     @property
@@ -85,8 +86,12 @@ class Engine:
         return self._host.call("step", {"batch": batch}, lambda: self._step(batches_of(batch)))
 
     def gather(self) -> TrainingState:
-        """Return the whole model's parameters and optimizer states, on the CPU of every rank. For checks, and for
-        models that are small: it takes the memory of the whole model. Raises AutodistError before the first step."""
+        """Return the whole model's parameters, but those that nothing of the loss is computed from, and optimizer
+        states, by the names of named_parameters(), on the CPU of every rank.
+
+        For checks, and for models that are small: it takes the memory of the whole model. Raises AutodistError before
+        the first step.
+        """
         self._programs.compiled  # noqa: B018  (raises before the first step)
         return self._host.call("gather", {}, lambda: self._host.each(gathered)[0])
 
@@ -99,11 +104,20 @@ class Engine:
             for own, dealt in zip(replicas, deal(batch, specs, self.mesh.dp, self._microbatches), strict=True):
                 own += [self._programs.read(part) for part in dealt]
         found = [[(self._variant_for(each, schedule), each.call.tensors) for each in own] for own in replicas]
+        self._prove(schedule)
         divisors = loss_inputs([each for own in found for each in own])
         parts = [[Part({**inputs, **divisors}, variant) for variant, inputs in own] for own in found]
         totals = self._host.step(schedule, parts)
         self._steps += 1
         return StepResult(self._steps, totals.loss, totals.grad_norm)
+
+    def _prove(self, schedule: Schedule) -> None:
+        """Prove, before the first step that runs so many microbatches, or graphs that are new, that no rank waits for
+        ever."""
+        left = [v for v in self._taken if (id(v), schedule.microbatches) not in self._proven]
+        if self._verify and left:
+            self._host.together(lambda: (left, {}), lambda found: self._programs.verify_schedule(found, schedule))
+            self._proven |= {(id(v), schedule.microbatches) for v in left}
 
     def _variant_for(self, batch: ReadBatch, schedule: Schedule) -> Variant:
         """Return the variant for a microbatch; where it is new, made, proven and loaded by all ranks together."""

@@ -73,8 +73,8 @@ class RankShare:
             if self.trainer is None:
                 options = self._options
                 self.trainer = RankTrainer(
-                    options.mesh, self._rank, self._loaded[id(variant)], options.optimizer, options.scheduler,
-                    options.max_grad_norm,
+                    options.mesh, self._rank, self._loaded[id(variant)], _names(options.model), options.optimizer,
+                    options.scheduler, options.max_grad_norm,
                 )  # fmt: skip
         return self._loaded[id(variant)]
 
@@ -102,6 +102,12 @@ class RankShare:
                 source.close()
         program.graph_module.train(self._options.model.training)
         return program
+
+
+def _names(model: PreTrainedModel) -> dict[str, str]:
+    """Return the first name of each parameter, as named_parameters() has it, by every name that it has."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def _fresh(module: torch.fx.GraphModule) -> torch.fx.GraphModule:

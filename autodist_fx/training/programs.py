@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,9 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.tracing import input_facts
 from cost_model.partition_plan import PartitionPlan
 from cost_model.request.plan_request import PlanRequest
+from cost_model.schedule.schedule import Schedule
 from passes.losses.divide_losses import LOSS, SHARE
+from passes.verify.schedule import verify_schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,12 @@ class TrainingPrograms:
     def verify(self, variant: Variant) -> None:
         """Prove the programs of all ranks. Raises VerificationError."""
         self.compiled.verify_variant(variant)
+
+    def verify_schedule(self, variants: Iterable[Variant], schedule: Schedule) -> None:
+        """Prove that the ranks' programs, run in the order of a schedule, never wait for each other for ever. Raises
+        VerificationError."""
+        for variant in variants:
+            verify_schedule(self.compiled.all_programs(variant), schedule)
 
 
 @torch.no_grad()

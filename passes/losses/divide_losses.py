@@ -37,6 +37,7 @@ from passes.fx.run_passes import GraphEdit, PassContext, PassResult
 LOSS = "loss"
 SHARE = "loss_share"
 COUNT = "loss_count_"
+_ROWS = "B"  # the size symbol of a batch's rows
 _BY_TARGET = (F.cross_entropy, F.nll_loss)  # their means are over targets that are not ignored
 _BY_ELEMENT = (
     F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
@@ -184,7 +185,7 @@ class _Divider:
         rows, which no count makes a sum of."""
         scores, target = call.arguments["input"], call.arguments["target"]
         if call.function in _BY_TARGET:
-            if node_meta.tensor(scores).dim() > 1 and node_meta.symbols(scores)[1]:
+            if node_meta.tensor(scores).dim() > 1 and _ROWS in node_meta.symbols(scores)[1].split("*"):
                 return None  # as many classes as rows: each row is compared with all others
             self._refuse_unknown(call.node, target)
             return lambda: self._targets(call)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from autodist_fx.runtime.training.gradient_sums import Gradients, Slices, place_of
+from autodist_fx.runtime.training.gradient_sums import Gradients, Slices, first_paths, place_of
 from passes.program.gradient_sums import Box, Holder, ParamUse, cells, contains
 from passes.program.rank_program import RankProgram
 
@@ -15,17 +15,24 @@ _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
 def counted_places(program: RankProgram) -> dict[str, list[Slices]]:
-    """Return, by path, the places in a rank's parameters whose gradients it counts in the norm: those that no rank
-    before it holds, nor another path on it."""
+    """Return, by the first path of each tensor, the places in a rank's parameters whose gradients it counts in the
+    norm: those that no rank before it holds, nor another tensor on it.
+
+    Uses are those of each stage's first rank, and what that does not hold another one has alone (dealt experts).
+    """
     by_source: dict[str, list[tuple[int, ParamUse]]] = {}
     for stage in sorted(program.stage_uses):
         for use in program.stage_uses[stage]:
             by_source.setdefault(use.source, []).append((stage, use))
     found: dict[str, list[Slices]] = {}
+    first = first_paths(program)
+    for path in dict.fromkeys(first.values()):
+        if program.param_shards[path].source not in by_source:
+            found[path] = [()]
     for uses in by_source.values():
         for box, (rank, path) in _first_holders(program, uses):
             if rank == program.rank:
-                found.setdefault(path, []).append(place_of(program.param_shards[path], box))
+                found.setdefault(first[path], []).append(place_of(program.param_shards[path], box))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -39,7 +39,8 @@ class StepTotals:
 class RankTrainer:
     """Rank `rank` of `mesh`, with the programs of the stages that it has, weights loaded; these are stepped in place.
 
-    `max_grad_norm` None: gradients are not clipped. Raises what making the optimizer raises.
+    `names`: the model's name of each parameter, by any name that it has there. `max_grad_norm` None: gradients are not
+    clipped. Raises what making the optimizer raises.
     """
 
     def __init__(
@@ -47,16 +48,17 @@ class RankTrainer:
         mesh: Mesh,
         rank: int,
         programs: Mapping[int, RankProgram],
+        names: Mapping[str, str],
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
         self.mesh, self.rank, self.programs = mesh, rank, dict(programs)
-        self._max_grad_norm = max_grad_norm
+        self._names, self._max_grad_norm = names, max_grad_norm
         self._places = {stage: counted_places(program) for stage, program in self.programs.items()}
         self._gradients = {s: GradientBuckets([p for _, p in _trained(program)]) for s, program in programs.items()}
         named = [
-            (program.param_shards[path].source, parameter)
+            (names[program.param_shards[path].source], parameter)
             for program in self.programs.values()
             for path, parameter in _trained(program)
         ]
@@ -88,12 +90,14 @@ class RankTrainer:
         return totals
 
     def shards(self) -> list[tuple[ParamShard, nn.Parameter]]:
-        """Return what this rank holds of the model's parameters, each tensor once."""
-        return [
+        """Return what this rank holds of the model's parameters, each tensor once, with the model's names as their
+        sources."""
+        held = [
             (program.param_shards[path], parameter)
             for program in self.programs.values()
             for path, parameter in program.graph_module.named_parameters()
         ]
+        return [(replace(shard, source=self._names[shard.source]), parameter) for shard, parameter in held]
 
     def _begin(self, communicator: TrainingCommunicator, owner: Callable[[int], int]) -> dict[int, StagePasses]:
         letters: Letters = {}

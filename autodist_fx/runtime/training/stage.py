@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.table_checks import lookups_checked
 from autodist_fx.runtime.training.backward import go_back, go_back_to_inputs
 from autodist_fx.runtime.training.gradient_buckets import GradientBuckets
 from autodist_fx.runtime.training.replica_communicator import ReplicaCommunicator, TrainingCommunicator
@@ -59,11 +60,12 @@ class StagePasses:
 
     def forward(self, number: int, microbatch: Microbatch) -> None:
         """Run the forward pass of the microbatch that has this number. Raises AutodistError for a loss that has several
-        elements, or that depends on no parameter."""
+        elements, or that depends on no parameter; OutOfTableError for an id outside the table it is for."""
         program, tape = microbatch.programs[self._stage], Tape()
         inputs = {name: microbatch.inputs[name] for name in program.input_names if name in microbatch.inputs}
-        with using(self._communicator, tape), torch.enable_grad():
-            loss = program.graph_module(**inputs).get(LOSS)
+        graph = program.graph_module
+        with lookups_checked(graph, inputs), using(self._communicator, tape), torch.enable_grad():
+            loss = graph(**inputs).get(LOSS)
         if loss is not None and loss.numel() != 1:
             raise AutodistError(f"the loss has {loss.numel()} elements: a model is trained by one number")
         if loss is not None and not loss.requires_grad:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 
 import autodist_fx as adx
 from autodist_fx.errors import AutodistError
 from cost_model.errors import ScheduleError
-from tests.support.encoders import tiny_encoder
 from tests.support.float64 import in_float64
 from tests.support.models import tiny_model
 from tests.support.seq2seq import tiny_seq2seq
@@ -19,7 +19,6 @@ from tests.support.training.one_process import (
     adamw,
     check_training,
     next_tokens,
-    rows,
     text,
     tokens,
     windows,
@@ -56,17 +55,12 @@ def test_an_encoder_decoder() -> None:
         check_training(tiny_seq2seq("t5", **NO_DROPOUT), windows(5, make), tokens, {"tp": 2, "pp": 2})
 
 
-@pytest.mark.parametrize("classes", (1, 3))
-def test_a_classifier_and_a_regression(classes: int) -> None:
-    def make(count: int, seq: int, seed: int) -> dict[str, torch.Tensor]:
-        given = text(count, seq, seed)
-        generator = torch.Generator().manual_seed(seed)
-        label = torch.randn(count, generator=generator) if classes == 1 else given["input_ids"][:, 0] % classes
-        return {**given, "labels": label}
-
+def test_adapters_alone_are_trained() -> None:
     with in_float64():
-        model = tiny_encoder("BertForSequenceClassification", "bert", num_labels=classes, **NO_DROPOUT)
-        check_training(model, windows(3, make), rows, {"tp": 2, "dp": 2})
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(tiny_model("llama"), config).get_base_model()
+        state = check_training(model, windows(2), next_tokens, {"tp": 2, "pp": 2})
+        assert set(state.optimizer) == {name for name in state.parameters if "lora_" in name}
 
 
 def test_frozen_parameters_and_a_frozen_stage() -> None:

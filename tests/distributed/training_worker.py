@@ -1,0 +1,45 @@
+"""One rank of an engine over Gloo, against one process. `training_worker.py tp pp dp`, on tp * pp * dp ranks."""
+
+import os
+import sys
+
+import pytest
+
+import autodist_fx as adx
+from autodist_fx.errors import AutodistError, DisagreementError
+from autodist_fx.runtime.comm.process_group import leave
+from tests.support.float64 import in_float64
+from tests.support.models import tiny_model
+from tests.support.training.one_process import (
+    MAX_NORM,
+    NO_DROPOUT,
+    adamw,
+    next_tokens,
+    state_errors,
+    text,
+    train_in_one_process,
+    windows,
+)
+
+tp, pp, dp = map(int, sys.argv[1:4])
+rank = int(os.environ["RANK"])
+with in_float64():
+    model, steps = tiny_model("gpt2", **NO_DROPOUT), windows(3)
+    truth, optimizer, numbers = train_in_one_process(model, steps, next_tokens)
+    engine = adx.train(
+        model, tp=tp, pp=pp, dp=dp, microbatches=2, optimizer=adamw, max_grad_norm=MAX_NORM, device="cpu", timeout=60,
+    )  # fmt: skip
+    for number, (window, (loss, norm)) in enumerate(zip(steps, numbers)):
+        if number == 2:  # what one rank finds ends the step on all; then all go on
+            wrong = [{**batch, "input_ids": batch["input_ids"] + 1000 * (rank == 1)} for batch in window]
+            with pytest.raises(DisagreementError, match="the ranks do not agree: batch"):
+                engine.step(wrong)
+            with pytest.raises(AutodistError, match=r"input_ids holds 10\d\d, and transformer.wte has 128 rows"):
+                engine.step([{**batch, "input_ids": batch["input_ids"] + 1000} for batch in window])
+        result = engine.step(window)
+        assert abs(result.loss - loss) <= 1e-9 * loss and abs(result.grad_norm - norm) <= 1e-9 * norm, (result, loss)
+    wrong = {name: e for name, e in state_errors(engine.gather(), truth, optimizer).items() if not e <= 1e-9}
+    assert not wrong, wrong
+    with pytest.raises(AutodistError, match="has 1 rows, which cannot be dealt"):
+        engine.step(text(1, 9, 0))
+leave()
