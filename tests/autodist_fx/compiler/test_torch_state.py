@@ -11,8 +11,8 @@ from torch import nn
 import autodist_fx as adx
 from autodist_fx.api.compiled_model import CompiledModel
 from autodist_fx.errors import AutodistError, TracingError
-from tests.support.gradients import batch_of, eager_gradients, gradient_errors
 from tests.support.models import padded_batch, relative_error, tiny_model
+from tests.support.training.gradients import batch_of, eager_gradients, gradient_errors
 
 IDS, _ = padded_batch()
 

@@ -9,8 +9,14 @@ from transformers import PreTrainedModel
 
 from autodist_fx.api.compiled_model import CompiledModel
 from tests.support.float64 import in_float64
-from tests.support.gradients import batch_of, check_gradients, compiled_for_training, eager_gradients, gradient_errors
 from tests.support.moe import FOUR, dbrx_experts, experts_are_modules, tiny_moe_model
+from tests.support.training.gradients import (
+    batch_of,
+    check_gradients,
+    compiled_for_training,
+    eager_gradients,
+    gradient_errors,
+)
 
 # Experts that are parts of one weight, dealt: by a loop over them, or in one node.
 PARTS_DEALT = ({"D(0)"}, {"S(0)"})

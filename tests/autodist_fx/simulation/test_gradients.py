@@ -15,7 +15,9 @@ import autodist_fx as adx
 from autodist_fx.errors import AutodistError, CommunicationError
 from tests.support.encoders import text_batch, tiny_encoder
 from tests.support.float64 import in_float64
-from tests.support.gradients import (
+from tests.support.models import tiny_model
+from tests.support.seq2seq import seq2seq_inputs, tiny_seq2seq
+from tests.support.training.gradients import (
     Mesh,
     batch_of,
     check_gradients,
@@ -23,8 +25,6 @@ from tests.support.gradients import (
     eager_gradients,
     gradient_errors,
 )
-from tests.support.models import tiny_model
-from tests.support.seq2seq import seq2seq_inputs, tiny_seq2seq
 
 NINE = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}
 DECODERS: list[tuple[str, dict[str, Any], tuple[Mesh, ...]]] = [

@@ -19,9 +19,9 @@ from passes.partition.pipeline import emit_rank
 from passes.program.rank_program import RankProgram
 from passes.verify.verify import verify
 from tests.support.float64 import in_float64
-from tests.support.gradients import batch_of, compiled_for_training, eager_gradients, gradient_errors
 from tests.support.models import padded_batch, relative_error
 from tests.support.moe import FOUR, tiny_moe_model
+from tests.support.training.gradients import batch_of, compiled_for_training, eager_gradients, gradient_errors
 
 pytest.importorskip("transformers.integrations.moe", reason="4.57 has a module for each expert")
 

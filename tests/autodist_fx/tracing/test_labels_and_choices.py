@@ -11,9 +11,9 @@ import autodist_fx as adx
 from autodist_fx.errors import AutodistError
 from tests.support.encoders import output_error, text_batch, tiny_encoder
 from tests.support.float64 import in_float64
-from tests.support.gradients import batch_of, check_gradients
 from tests.support.models import padded_batch, relative_error, tiny_model
 from tests.support.moe import tiny_moe_model
+from tests.support.training.gradients import batch_of, check_gradients
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from cost_model.mesh import Mesh
 from cost_model.schedule.schedule import Schedule
 from passes.verify.schedule import verify_schedule
 from tests.support.float64 import in_float64
-from tests.support.gradients import compiled_for_training, eager_gradients, gradient_errors
 from tests.support.models import tiny_model
 from tests.support.seq2seq import tiny_seq2seq
+from tests.support.training.gradients import compiled_for_training, eager_gradients, gradient_errors
 from tests.support.training.one_process import NO_DROPOUT, text
 
 SCHEDULES = [
