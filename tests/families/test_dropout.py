@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.support.gradients import batch_of, gradient_errors
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -27,7 +28,6 @@ from autodist_fx.simulation.run_ranks import simulate
 from passes.fx import node_meta
 from passes.fx.randomness import seeded_nodes
 from passes.ops.random import RANDOM_STATE, keep_mask, random_state, seeded_dropout
-from tests.support.gradients import batch_of, gradient_errors
 from tests.support.graphs.eager_draws import seeded
 from tests.support.models import randomized, relative_error, tiny_model
 

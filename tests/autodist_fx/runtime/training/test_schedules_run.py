@@ -52,7 +52,7 @@ def gradients_of(compiled: CompiledModel, schedule: Schedule, batches: Sequence[
     def work(rank: int, communicator: ThreadCommunicator) -> dict[int, dict[str, torch.Tensor]]:
         pp_rank, t = mesh.coordinates(rank)
         own = {stage: programs[compiled.mesh.rank(stage, t)] for stage in schedule.stages_of(pp_rank)}
-        trainer = RankTrainer(mesh, rank, own, Recorder)
+        trainer = RankTrainer(mesh, rank, own, compiled.source.trained_parameters(), Recorder)
         trainer.step(communicator, schedule, [Microbatch(batch, own) for batch in batches])
         seen = trainer.optimizer.torch_optimizer.seen  # type: ignore[union-attr]
         return {
