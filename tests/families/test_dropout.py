@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.support.gradients import batch_of, gradient_errors
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -30,6 +29,7 @@ from passes.fx.randomness import seeded_nodes
 from passes.ops.random import RANDOM_STATE, keep_mask, random_state, seeded_dropout
 from tests.support.graphs.eager_draws import seeded
 from tests.support.models import randomized, relative_error, tiny_model
+from tests.support.training.gradients import batch_of, gradient_errors
 
 Inputs = dict[str, torch.Tensor]
 SEED, STEP = 5, 3
