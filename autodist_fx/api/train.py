@@ -36,6 +36,7 @@ def train(
     optimizer: OptimizerFactory | None = None,
     lr_scheduler: SchedulerFactory | None = None,
     max_grad_norm: float | None = None,
+    seed: int = 0,
     simulate: bool = False,
     dtype: torch.dtype | str | None = None,
     hardware: str | Hardware | None = None,
@@ -70,6 +71,8 @@ def train(
         with a learning rate of 5e-5. A tied tensor has one name; two stages that hold it both step it, alike.
     lr_scheduler: a function from that optimizer to its torch.optim.lr_scheduler, stepped after each step.
     max_grad_norm: gradients are scaled so that their norm, of the whole model, is at most this; None: they are not.
+    seed: of the random numbers that training mode draws (dropout): with the step and a row's place in the batch it
+        decides them, on any mesh and for any number of microbatches alike. torch's own generators are left alone.
     simulate: run all ranks in this process, a thread each; else this process is one of the ranks (torchrun).
     dtype: of a checkpoint's weights; None: the checkpoint's.
     hardware, objective, pin, cuts, max_memory, device_map, plan, strict: as in `compile`; plans are of one replica.
@@ -85,7 +88,7 @@ def train(
             dp=dp, pp=pp, schedule=schedule, microbatches=pp if microbatches is None else microbatches,
             stages_per_rank=stages_per_rank,
             optimizer=optimizer or functools.partial(torch.optim.AdamW, lr=_LEARNING_RATE),
-            lr_scheduler=lr_scheduler, max_grad_norm=max_grad_norm,
+            lr_scheduler=lr_scheduler, max_grad_norm=max_grad_norm, seed=seed,
         )  # fmt: skip
         wanted = PlanOptions.from_keywords(
             tp=tp, pp=options.stages, hardware=hardware, objective=objective, pin=pin, cuts=cuts,

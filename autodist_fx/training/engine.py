@@ -13,12 +13,13 @@ from autodist_fx.runtime.comm.agreement import digest
 from autodist_fx.runtime.training.schedules import make_schedule
 from autodist_fx.training.gathered import TrainingState, gathered
 from autodist_fx.training.hosts import Host, Part
-from autodist_fx.training.microbatches import Batch, batches_of, deal
+from autodist_fx.training.microbatches import Batch, batches_of, deal, rows_of
 from autodist_fx.training.programs import ReadBatch, TrainingPrograms, loss_inputs
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.write_json import plan_to_text
 from cost_model.schedule.schedule import Schedule
+from passes.ops.random import RANDOM_STATE, random_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,9 @@ class Engine:
         microbatches: int,
         stages_per_rank: int | None,
         verify: bool,
+        seed: int,
     ) -> None:
-        self._host, self._programs, self._verify = host, programs, verify
+        self._host, self._programs, self._verify, self._seed = host, programs, verify, seed
         self._schedule, self._microbatches, self._stages_per_rank = schedule, microbatches, stages_per_rank
         self._taken: list[Variant] = []
         self._proven: set[tuple[int, int]] = set()  # ids of variants, with numbers of microbatches
@@ -99,14 +101,22 @@ class Engine:
         refuse_ambient("a training step")
         schedule = self.schedule(len(batches))
         replicas: list[list[ReadBatch]] = [[] for _ in range(self.mesh.dp)]
+        drawn: list[list[dict[str, torch.Tensor]]] = [[] for _ in range(self.mesh.dp)]  # what random ops go by
+        first_row = 0
         for batch in batches:
             specs = self._programs.read(batch).specs
-            for own, dealt in zip(replicas, deal(batch, specs, self.mesh.dp, self._microbatches), strict=True):
-                own += [self._programs.read(part) for part in dealt]
+            for replica, dealt in enumerate(deal(batch, specs, self.mesh.dp, self._microbatches)):
+                replicas[replica] += [self._programs.read(part) for part in dealt]
+                for part in dealt:
+                    drawn[replica].append({RANDOM_STATE: random_state(self._seed, self._steps, first_row)})
+                    first_row += rows_of(part, specs)
         found = [[(self._variant_for(each, schedule), each.call.tensors) for each in own] for own in replicas]
         self._prove(schedule)
         divisors = loss_inputs([each for own in found for each in own])
-        parts = [[Part({**inputs, **divisors}, variant) for variant, inputs in own] for own in found]
+        parts = [
+            [Part({**inputs, **divisors, **state}, variant) for (variant, inputs), state in zip(*both, strict=True)]
+            for both in zip(found, drawn, strict=True)
+        ]
         totals = self._host.step(schedule, parts)
         self._steps += 1
         return StepResult(self._steps, totals.loss, totals.grad_norm)

@@ -25,6 +25,11 @@ def batches_of(given: Batch | Sequence[Batch]) -> list[Batch]:
     return found
 
 
+def rows_of(batch: Batch, specs: Mapping[str, InputSpec]) -> int:
+    """Return how many rows a batch, or a part of one, has; 0 where no input has any."""
+    return next((len(batch[n].transpose(0, s.dims.index(_ROWS))) for n, s in specs.items() if _ROWS in s.dims), 0)
+
+
 def deal(batch: Batch, specs: Mapping[str, InputSpec], replicas: int, microbatches: int) -> list[list[dict[str, Any]]]:
     """Return, for each replica, its microbatches: parts of the rows of every input that has some (a dim "B" in its
     spec), in order and as even as can be. What has no rows is in each part.

@@ -47,10 +47,13 @@ class TrainOptions:
     optimizer: OptimizerFactory
     lr_scheduler: SchedulerFactory | None
     max_grad_norm: float | None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise AutodistError(f"max_grad_norm is {self.max_grad_norm}: give a number above 0, or None not to clip")
+        if not 0 <= self.seed < 2**63:
+            raise AutodistError(f"seed is {self.seed}: give a number of 0 or more, less than 2**63")
         if not callable(self.optimizer):
             raise AutodistError(
                 f"optimizer is a {type(self.optimizer).__name__}: give a function from parameters to an optimizer, "
@@ -69,6 +72,7 @@ class TrainOptions:
             "microbatches": self.microbatches,
             "stages_per_rank": self.stages_per_rank,
             "max_grad_norm": self.max_grad_norm,
+            "seed": self.seed,
             "optimizer": _factory_text(self.optimizer),
             "lr_scheduler": "" if self.lr_scheduler is None else _factory_text(self.lr_scheduler),
         }
@@ -156,6 +160,7 @@ def _engine(
         microbatches=options.microbatches,
         stages_per_rank=options.stages_per_rank,
         verify=compiling.verify,
+        seed=options.seed,
     )
 
 
