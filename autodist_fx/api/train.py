@@ -63,9 +63,10 @@ def train(
         that do not require gradients stay as they are. It is trained in training mode, whatever mode it is in.
     tp, pp, dp: ranks that share each tensor; ranks of the pipeline; replicas, each of which takes rows of its own.
         Global rank = (pp rank * dp + dp rank) * tp + tp rank.
-    schedule: the order of forward and backward passes: "1f1b", "gpipe", "interleaved_1f1b".
+    schedule: the order of forward and backward passes, by torch.distributed.pipelining's names: "1f1b", "gpipe",
+        "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble".
     microbatches: parts that each replica's rows of a batch are cut into; by default one for each pipeline rank.
-    stages_per_rank: pipeline stages of each rank (interleaved_1f1b: 2); a stage goes to the ranks in turn.
+    stages_per_rank: pipeline stages of each rank; None: one for 1f1b and gpipe, else two.
     optimizer: a function from [(name, parameter), ...], a rank's slices of the model's, to a torch.optim.Optimizer
         that steps each element by itself: functools.partial(torch.optim.AdamW, lr=1e-4, fused=True). By default AdamW
         with a learning rate of 5e-5. A tied tensor has one name; two stages that hold it both step it, alike.

@@ -45,7 +45,8 @@ def deal(batch: Batch, specs: Mapping[str, InputSpec], replicas: int, microbatch
             if rows < parts:
                 dealt = f"{microbatches} microbatch{'es' if microbatches > 1 else ''}"
                 dealt += f" on each of dp={replicas} replicas" if replicas > 1 else ""
-                raise AutodistError(f"{name} has {rows} rows, which cannot be dealt to {dealt}: give more, or ask less")
+                many = f"{rows} row{'s' if rows > 1 else ''}"
+                raise AutodistError(f"{name} has {many}, which cannot be dealt to {dealt}: give more, or ask less")
             for part, piece in zip(found, torch.tensor_split(batch[name], parts, dim), strict=True):
                 part[name] = piece
     return [found[replica * microbatches : (replica + 1) * microbatches] for replica in range(replicas)]

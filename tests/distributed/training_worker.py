@@ -40,6 +40,6 @@ with in_float64():
         assert abs(result.loss - loss) <= 1e-9 * loss and abs(result.grad_norm - norm) <= 1e-9 * norm, (result, loss)
     wrong = {name: e for name, e in state_errors(engine.gather(), truth, optimizer).items() if not e <= 1e-9}
     assert not wrong, wrong
-    with pytest.raises(AutodistError, match="has 1 rows, which cannot be dealt"):
+    with pytest.raises(AutodistError, match="has 1 row, which cannot be dealt"):
         engine.step(text(1, 9, 0))
 leave()
