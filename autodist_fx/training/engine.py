@@ -53,7 +53,7 @@ class Engine:
         self._host, self._programs, self._verify, self._seed = host, programs, verify, seed
         self._schedule, self._microbatches, self._stages_per_rank = schedule, microbatches, stages_per_rank
         self._taken: list[Variant] = []
-        self._proven: set[tuple[int, int]] = set()  # ids of variants, with numbers of microbatches
+        self._proven: set[tuple[int, ...]] = set()  # ids of the variants of a replica's microbatches
         self._steps = 0
 
     @property
@@ -111,7 +111,7 @@ class Engine:
                     drawn[replica].append({RANDOM_STATE: random_state(self._seed, self._steps, first_row)})
                     first_row += rows_of(part, specs)
         found = [[(self._variant_for(each, schedule), each.call.tensors) for each in own] for own in replicas]
-        self._prove(schedule)
+        self._prove(schedule, [[variant for variant, _ in own] for own in found])
         divisors = loss_inputs([each for own in found for each in own])
         parts = [
             [Part({**inputs, **divisors, **state}, variant) for (variant, inputs), state in zip(*both, strict=True)]
@@ -121,13 +121,15 @@ class Engine:
         self._steps += 1
         return StepResult(self._steps, totals.loss, totals.grad_norm)
 
-    def _prove(self, schedule: Schedule) -> None:
-        """Prove, before the first step that runs so many microbatches, or graphs that are new, that no rank waits for
-        ever."""
-        left = [v for v in self._taken if (id(v), schedule.microbatches) not in self._proven]
-        if self._verify and left:
-            self._host.together(lambda: (left, {}), lambda found: self._programs.verify_schedule(found, schedule))
-            self._proven |= {(id(v), schedule.microbatches) for v in left}
+    def _prove(self, schedule: Schedule, replicas: Sequence[Sequence[Variant]]) -> None:
+        """Prove, before the first step whose microbatches these variants run, that no rank waits for ever."""
+        new = {tuple(map(id, own)): own for own in replicas if tuple(map(id, own)) not in self._proven}
+        if self._verify and new:
+            self._host.together(
+                lambda: (new.values(), {}),
+                lambda each: self._programs.verify_schedule(each, schedule, has_channels=self._host.has_channels),
+            )
+            self._proven.update(new)
 
     def _variant_for(self, batch: ReadBatch, schedule: Schedule) -> Variant:
         """Return the variant for a microbatch; where it is new, made, proven and loaded by all ranks together."""

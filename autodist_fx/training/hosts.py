@@ -120,6 +120,7 @@ class Host(Protocol):
     """The ranks that an engine has in this process."""
 
     mesh: Mesh
+    has_channels: bool  # messages between two ranks are told apart by them, not by their order alone
 
     def call(self, name: str, arguments: Mapping[str, Any], work: Callable[[], T]) -> T:
         """Return `work()`, which all ranks do alike, given the same arguments; what one raises all raise."""
@@ -139,6 +140,8 @@ class Host(Protocol):
 
 class SimulatedHost:
     """All ranks, a thread each."""
+
+    has_channels = True
 
     def __init__(self, options: ShareOptions) -> None:
         self.mesh = options.mesh
@@ -174,6 +177,7 @@ class ProcessHost:
 
     def __init__(self, joined: JoinedRank, options: ShareOptions) -> None:
         self.mesh, self._joined = joined.mesh, joined
+        self.has_channels = joined.device.type == "cpu"  # Gloo's tags; NCCL has none
         self._share = RankShare(joined.rank, joined.device, options)
         self._calls = CollectiveCalls(joined.communicator, joined.mesh, joined.rank, joined.device)
 

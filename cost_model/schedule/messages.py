@@ -68,10 +68,11 @@ class Send:
 
 
 Step = Action | Receive | Send
+Values = Sequence[Sequence[StageValue]]  # of each microbatch
 
 
 def received_by(action: Action, values: Sequence[StageValue]) -> list[Message]:
-    """Returns the messages that an action needs, in the order of `values`."""
+    """Returns the messages that an action needs, in the order of `values`, which are those of its microbatch."""
     if action.kind is ActionKind.FORWARD:
         return [Message(v, action.microbatch) for v in values if v.target == action.stage]
     if not action.returns_input_gradients:
@@ -80,7 +81,7 @@ def received_by(action: Action, values: Sequence[StageValue]) -> list[Message]:
 
 
 def sent_by(action: Action, values: Sequence[StageValue]) -> list[Message]:
-    """Returns the messages that an action computes, in the order of `values`."""
+    """Returns the messages that an action computes, in the order of `values`, which are those of its microbatch."""
     if action.kind is ActionKind.FORWARD:
         return [Message(v, action.microbatch) for v in values if v.source == action.stage]
     if not action.returns_input_gradients:
@@ -88,8 +89,9 @@ def sent_by(action: Action, values: Sequence[StageValue]) -> list[Message]:
     return [Message(v, action.microbatch, True) for v in values if v.target == action.stage and v.has_gradient]
 
 
-def steps_in_place(schedule: Schedule, values: Sequence[StageValue]) -> tuple[tuple[Step, ...], ...]:
-    """Returns each pipeline rank's steps, with every action between its receives and its sends.
+def steps_in_place(schedule: Schedule, values: Values) -> tuple[tuple[Step, ...], ...]:
+    """Returns each pipeline rank's steps, with every action between its receives and its sends; `values[m]` are
+    microbatch m's.
 
     What two stages of one rank hand over is no message.
     """
@@ -97,14 +99,14 @@ def steps_in_place(schedule: Schedule, values: Sequence[StageValue]) -> tuple[tu
     for actions in schedule.actions:
         own: list[Step] = []
         for action in actions:
-            own += [Receive(m) for m in received_by(action, values) if not _is_local(schedule, m)]
+            own += [Receive(m) for m in received_by(action, values[action.microbatch]) if not _is_local(schedule, m)]
             own.append(action)
-            own += [Send(m) for m in sent_by(action, values) if not _is_local(schedule, m)]
+            own += [Send(m) for m in sent_by(action, values[action.microbatch]) if not _is_local(schedule, m)]
         found.append(tuple(own))
     return tuple(found)
 
 
-def rendezvous_order(schedule: Schedule, values: Sequence[StageValue]) -> tuple[tuple[Step, ...], ...]:
+def rendezvous_order(schedule: Schedule, values: Values) -> tuple[tuple[Step, ...], ...]:
     """Returns each pipeline rank's steps in an order in which nobody waits for ever, whatever the transport: each
     receive stands where its sender's send does in one order of all ranks' actions, which is never later than the action
     that needs it.
@@ -120,10 +122,10 @@ def rendezvous_order(schedule: Schedule, values: Sequence[StageValue]) -> tuple[
             if next_action[rank] == len(actions):
                 continue
             action = actions[next_action[rank]]
-            if not known.issuperset(received_by(action, values)):
+            if not known.issuperset(received_by(action, values[action.microbatch])):
                 continue
             steps[rank].append(action)
-            for message in sent_by(action, values):
+            for message in sent_by(action, values[action.microbatch]):
                 known.add(message)
                 if not _is_local(schedule, message):
                     steps[rank].append(Send(message))
@@ -133,7 +135,7 @@ def rendezvous_order(schedule: Schedule, values: Sequence[StageValue]) -> tuple[
     waiting: list[str] = []
     for rank, (actions, at) in enumerate(zip(schedule.actions, next_action, strict=True)):
         if at < len(actions):
-            missing = next(m for m in received_by(actions[at], values) if m not in known)
+            missing = next(m for m in received_by(actions[at], values[actions[at].microbatch]) if m not in known)
             waiting.append(f"rank {rank} at {actions[at]} for {missing} of stage {missing.sender}")
     if waiting:
         raise ScheduleError(f"schedule {schedule.name}: these wait for ever: {'; '.join(waiting)}")

@@ -30,6 +30,7 @@ from cost_model.schedule.messages import (
     received_by,
     rendezvous_order,
     sent_by,
+    steps_in_place,
 )
 from cost_model.schedule.schedule import Action, ActionKind, Schedule
 from passes.ops.comm import COLLECTIVES, recv, send
@@ -38,25 +39,34 @@ from passes.verify.core.messages import comm_nodes, message
 from passes.verify.core.report import fail
 
 Place = tuple[int, int]  # (pipeline rank, tp rank)
+Programs = Sequence[RankProgram]  # of ranks 0, 1, ... of a mesh
 
 
-def verify_schedule(programs: Sequence[RankProgram], schedule: Schedule) -> None:
-    """Proves a schedule of the programs of ranks 0, 1, ... of one mesh, whose stages are the schedule's.
+def verify_schedule(programs: Sequence[Programs], schedule: Schedule) -> None:
+    """Proves a schedule; `programs[m]` are those that run microbatch m, of all ranks of a mesh whose stages are the
+    schedule's.
 
     Raises VerificationError, which names the ranks that wait for each other, at which action and for what; or a message
-    that nobody receives, or that another microbatch's is taken for.
+    that nobody receives, or that another one is taken for.
     """
     ranks = _ranks(programs, schedule)
-    for lane in ranks.lanes:
-        unknown = [v for v in lane.values if not 0 <= v.source < v.target < schedule.stages]
-        if unknown:
-            raise VerificationError(f"stage {unknown[0].source} sends {unknown[0].name} back to {unknown[0].target}")
     _Run(ranks, _in_place(ranks)).run()
-    check_rendezvous(programs, schedule, [_rendezvous_order(schedule, lane.values) for lane in ranks.lanes])
+    try:
+        steps = [rendezvous_order(schedule, [m.lanes[t].values for m in ranks.microbatches]) for t in range(ranks.tp)]
+    except ScheduleError as error:
+        raise VerificationError(str(error)) from None
+    _Run(ranks, _by_rendezvous(ranks, steps)).run()
+
+
+def verify_in_place(programs: Sequence[Programs], schedule: Schedule) -> None:
+    """Proves the same of a transport without channels on which no receive is posted early. Raises VerificationError."""
+    ranks = _ranks(programs, schedule)
+    steps = [steps_in_place(schedule, [m.lanes[t].values for m in ranks.microbatches]) for t in range(ranks.tp)]
+    _Run(ranks, _by_rendezvous(ranks, steps)).run()
 
 
 def check_rendezvous(
-    programs: Sequence[RankProgram], schedule: Schedule, steps: Sequence[Sequence[Sequence[Step]]]
+    programs: Sequence[Programs], schedule: Schedule, steps: Sequence[Sequence[Sequence[Step]]]
 ) -> None:
     """Proves that nobody waits for ever on a transport without channels, where ranks post receives as
     `steps[tp rank][pipeline rank]` has them. Raises VerificationError."""
@@ -77,39 +87,76 @@ class _Lane:
 
 
 @dataclass(frozen=True, slots=True)
+class _Microbatch:
+    """The programs that run a microbatch.
+
+    `borders[stage]`: before which of its collectives, by their number, any rank of a stage sends or receives, and the
+    first. Those up to the next border are met one after the other by all of the group.
+    """
+
+    lanes: tuple[_Lane, ...]  # by tp rank
+    borders: tuple[frozenset[int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Ranks:
     schedule: Schedule
     tp: int
-    lanes: tuple[_Lane, ...]  # by tp rank
+    microbatches: tuple[_Microbatch, ...]
 
     def name(self, place: Place) -> str:
         """Formats a rank: "rank 1", with its tp rank where there are several."""
         return f"rank {place[0]}" + (f" (tp rank {place[1]})" if self.tp > 1 else "")
 
 
-def _ranks(programs: Sequence[RankProgram], schedule: Schedule) -> _Ranks:
-    mesh = programs[0].mesh
-    if mesh.pp != schedule.stages or [p.rank for p in programs] != list(range(mesh.size)):
+def _ranks(programs: Sequence[Programs], schedule: Schedule) -> _Ranks:
+    count, mesh = schedule.microbatches, programs[0][0].mesh
+    if len(programs) != count:
         raise VerificationError(
-            f"schedule {schedule.name} has {schedule.stages} stages, and the programs are of ranks "
-            f"{[p.rank for p in programs]} of a mesh of {mesh}"
+            f"schedule {schedule.name} has {count} microbatches, and the programs are of {len(programs)}"
         )
-    lanes = [_lane([programs[mesh.rank(stage, t)] for stage in range(mesh.pp)]) for t in range(mesh.tp)]
-    return _Ranks(schedule, mesh.tp, tuple(lanes))
+    read: dict[tuple[int, ...], _Microbatch] = {}  # most run the same programs
+    for each in programs:
+        if mesh.pp != schedule.stages or [(p.rank, p.mesh) for p in each] != [(r, mesh) for r in range(mesh.size)]:
+            raise VerificationError(
+                f"schedule {schedule.name} has {schedule.stages} stages, and the programs are of ranks "
+                f"{[p.rank for p in each]} of a mesh of {each[0].mesh}"
+            )
+        read.setdefault(tuple(map(id, each)), _read(each))
+    return _Ranks(schedule, mesh.tp, tuple(read[tuple(map(id, each))] for each in programs))
 
 
-def _lane(programs: Sequence[RankProgram]) -> _Lane:
+def _read(programs: Programs) -> _Microbatch:
+    mesh = programs[0].mesh
+    lanes = tuple(_lane([programs[mesh.rank(stage, t)] for stage in range(mesh.pp)]) for t in range(mesh.tp))
+    return _Microbatch(lanes, tuple(_borders([lane.nodes[stage] for lane in lanes]) for stage in range(mesh.pp)))
+
+
+def _lane(programs: Programs) -> _Lane:
     nodes = tuple(tuple(comm_nodes(program)) for program in programs)
     values = [_value(p, node) for p, own in zip(programs, nodes, strict=True) for node in own if node.target is send]
     return _Lane(tuple(programs), nodes, tuple(sorted(values, key=lambda v: v.channel)))
+
+
+def _borders(nodes: Sequence[Sequence[Node]]) -> frozenset[int]:
+    """Returns the borders between a stage's collectives, given the comm nodes of each of its ranks."""
+    found = {0}
+    for own in nodes:
+        count = 0
+        for node in own:
+            if node.target in COLLECTIVES:
+                count += 1
+            else:
+                found.add(count)
+    return frozenset(found)
 
 
 def _value(program: RankProgram, node: Node) -> StageValue:
     """Returns the value that a send or recv names; of a recv its name is as that of the send, which is the op's."""
     source, target, channel = message(program, node)
     (stage, t), (other, other_t) = program.mesh.coordinates(source), program.mesh.coordinates(target)
-    if t != other_t:
-        fail(program, node, f"it leads from tp rank {t} to tp rank {other_t}")
+    if t != other_t or stage >= other:
+        fail(program, node, f"it leads from stage {stage}, tp rank {t} to stage {other}, tp rank {other_t}")
     name = node.args[0].name if node.target is send and isinstance(node.args[0], Node) else node.name
     return StageValue(stage, other, channel, bool(node.kwargs.get("gradient")), name)
 
@@ -181,7 +228,8 @@ def _met(ranks: _Ranks, t: int, action: Action | None, message: Message) -> _Eve
 def _passes(ranks: _Ranks, t: int, action: Action) -> Iterator[_Event]:
     """Yields what a rank comes to in an action: its program's comm nodes, or, backward, gradients and what its
     collectives owe."""
-    lane, stage = ranks.lanes[t], action.stage
+    microbatch, stage = ranks.microbatches[action.microbatch], action.stage
+    lane = microbatch.lanes[t]
     group = tuple((ranks.schedule.stage_ranks[stage], other) for other in range(ranks.tp))
     if action.kind is not ActionKind.FORWARD:
         values = [_value(lane.programs[stage], node) for node in lane.nodes[stage] if node.target in (send, recv)]
@@ -190,10 +238,10 @@ def _passes(ranks: _Ranks, t: int, action: Action) -> Iterator[_Event]:
             yield _Event(_Kind.MEET, action, None, group, (action, 0))
         yield from (_Event(_Kind.SEND, action, m) for m in sent_by(action, values))
         return
-    borders, count = _borders(ranks, stage), 0
+    count = 0
     for node in lane.nodes[stage]:
         if node.target in COLLECTIVES:
-            if count in borders:  # those up to the next border are met one after the other by all of the group
+            if count in microbatch.borders[stage]:
                 yield _Event(_Kind.MEET, action, None, group, (action, count))
             count += 1
         else:
@@ -201,28 +249,8 @@ def _passes(ranks: _Ranks, t: int, action: Action) -> Iterator[_Event]:
             yield _Event(kind, action, Message(_value(lane.programs[stage], node), action.microbatch))
 
 
-def _borders(ranks: _Ranks, stage: int) -> set[int]:
-    """Returns before which collectives, by their number, any rank of a stage sends or receives; the first is one."""
-    found = {0}
-    for lane in ranks.lanes:
-        count = 0
-        for node in lane.nodes[stage]:
-            if node.target in COLLECTIVES:
-                count += 1
-            else:
-                found.add(count)
-    return found
-
-
 def _is_local(schedule: Schedule, message: Message) -> bool:
     return schedule.stage_ranks[message.sender] == schedule.stage_ranks[message.receiver]
-
-
-def _rendezvous_order(schedule: Schedule, values: Sequence[StageValue]) -> tuple[tuple[Step, ...], ...]:
-    try:
-        return rendezvous_order(schedule, values)
-    except ScheduleError as error:
-        raise VerificationError(str(error)) from None
 
 
 # -- going through them ------------------------------------------------------------------------------------------------

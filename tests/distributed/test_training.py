@@ -8,6 +8,9 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.one_for_each()
-@pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 2, 2), (2, 1, 2), (2, 2, 1)])
-def test_steps_are_those_of_one_process(tp: int, pp: int, dp: int) -> None:
-    run_ranks(tp * pp * dp, WORKERS / "training_worker.py", tp, pp, dp, timeout=120)
+@pytest.mark.parametrize(
+    ("tp", "pp", "dp", "schedule"),
+    [(1, 2, 2, "1f1b"), (2, 1, 2, "1f1b"), (2, 2, 1, "zbv_zero_bubble"), (1, 2, 2, "interleaved_1f1b")],
+)
+def test_steps_are_those_of_one_process(tp: int, pp: int, dp: int, schedule: str) -> None:
+    run_ranks(tp * pp * dp, WORKERS / "training_worker.py", tp, pp, dp, schedule, timeout=120)

@@ -1,4 +1,4 @@
-"""One rank of an engine over Gloo, against one process. `training_worker.py tp pp dp`, on tp * pp * dp ranks."""
+"""One rank of an engine over Gloo, against one process. `training_worker.py tp pp dp schedule`: tp * pp * dp ranks."""
 
 import os
 import sys
@@ -22,12 +22,14 @@ from tests.support.training.one_process import (
 )
 
 tp, pp, dp = map(int, sys.argv[1:4])
+schedule = sys.argv[4]
 rank = int(os.environ["RANK"])
 with in_float64():
     model, steps = tiny_model("gpt2", **NO_DROPOUT), windows(3)
     truth, optimizer, numbers = train_in_one_process(model, steps, next_tokens)
     engine = adx.train(
-        model, tp=tp, pp=pp, dp=dp, microbatches=2, optimizer=adamw, max_grad_norm=MAX_NORM, device="cpu", timeout=60,
+        model, tp=tp, pp=pp, dp=dp, schedule=schedule, microbatches=2, optimizer=adamw, max_grad_norm=MAX_NORM,
+        device="cpu", timeout=60,
     )  # fmt: skip
     for number, (window, (loss, norm)) in enumerate(zip(steps, numbers)):
         if number == 2:  # what one rank finds ends the step on all; then all go on

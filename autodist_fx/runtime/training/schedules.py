@@ -6,6 +6,7 @@ work out the order in their constructors, from little of their stages: how many 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,16 +55,21 @@ def make_schedule(name: str, ranks: int, microbatches: int, stages_per_rank: int
         raise ScheduleError(
             f"schedule {own} has one stage a rank, and was asked for {local}: use interleaved_1f1b, or one"
         )
+    return _schedule(own, ranks, microbatches, local)
+
+
+@functools.cache  # a training step asks for its schedule, and large ones take 0.1 s
+def _schedule(name: str, ranks: int, microbatches: int, local: int) -> Schedule:
     try:
-        order, stage_ranks = _torch_order(own, ranks, microbatches, local)
+        order, stage_ranks = _torch_order(name, ranks, microbatches, local)
     except (ValueError, AssertionError, RuntimeError) as error:
         reason = " ".join(str(error).split("\n\n")[0].split()).rstrip(".")
         raise ScheduleError(
-            f"schedule {own} on {ranks} ranks with {local} {'stages' if local > 1 else 'stage'} each and "
-            f"{microbatches} microbatches: {reason}{_way_out(own, ranks, microbatches, local)}"
+            f"schedule {name} on {ranks} ranks with {local} {'stages' if local > 1 else 'stage'} each and "
+            f"{microbatches} microbatches: {reason}{_way_out(name, ranks, microbatches, local)}"
         ) from None
     actions = tuple(tuple(_action(a) for a in order[rank] if _is_pass(a)) for rank in range(ranks))
-    return Schedule(own, microbatches, stage_ranks, _renumbered(actions, microbatches))
+    return Schedule(name, microbatches, stage_ranks, _renumbered(actions, microbatches))
 
 
 def _own_name(name: str) -> str:

@@ -96,7 +96,8 @@ def backward_inputs(
             by_junction.setdefault(origin, _Group(origin, [])).parameters.append(number)
     # as the engine goes back: later ops first
     left._groups = sorted(by_junction.values(), key=lambda group: -group.junction._sequence_nr())
-    left._roots, left._known = tuple(roots), tuple(known)
+    if left._of_roots:  # else what lies between them and the junctions, such as a loss's, may go
+        left._roots, left._known = tuple(roots), tuple(known)
     wanted = [*inputs, *(parameters[i] for i in early)]
     if not wanted:
         return [], left

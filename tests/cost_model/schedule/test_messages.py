@@ -44,14 +44,15 @@ def test_the_order_is_that_of_torchs_runtime(name, ranks, microbatches, local):
         for rank, actions in enumerate(schedule.actions)
     }
     theirs = torch_schedules._add_send_recv(plain, lambda stage: schedule.stage_ranks[stage], schedule.stages)
-    ours = rendezvous_order(schedule, chain(schedule.stages))
+    ours = rendezvous_order(schedule, [chain(schedule.stages)] * microbatches)
     assert [list(map(torch_text, own)) for own in ours] == [list(map(str, theirs[rank])) for rank in range(ranks)]
 
 
 def test_a_receive_is_posted_before_the_action_that_needs_it_and_once():
     schedule = make_schedule("zbv_zero_bubble", 2, 4)
     values = [*chain(4), StageValue(0, 2, 7), StageValue(1, 3, 8, has_gradient=False)]
-    for steps, in_place in zip(rendezvous_order(schedule, values), steps_in_place(schedule, values), strict=True):
+    each = [values] * 4
+    for steps, in_place in zip(rendezvous_order(schedule, each), steps_in_place(schedule, each), strict=True):
         assert sorted(map(str, steps)) == sorted(map(str, in_place))
         posted = set()
         for step in steps:
@@ -71,4 +72,4 @@ def test_what_no_transport_would_carry_is_refused_by_name():
         r"rank 1 at 1F1 for h0 \(channel 0, microbatch 1\) of stage 0"
     )
     with pytest.raises(ScheduleError, match=message):
-        rendezvous_order(wrong, chain(2))
+        rendezvous_order(wrong, [chain(2)] * 2)

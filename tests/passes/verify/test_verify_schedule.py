@@ -9,13 +9,13 @@ import pytest
 
 from autodist_fx.runtime.training.schedules import make_schedule
 from cost_model.errors import ScheduleError, VerificationError
-from cost_model.schedule.messages import Receive, rendezvous_order, steps_in_place
+from cost_model.schedule.messages import Receive, rendezvous_order
 from cost_model.schedule.timeline import StageCosts, Transfer, simulate
 from passes.ops.comm import all_reduce, recv, send
-from passes.verify.schedule import check_rendezvous, verify_schedule
+from passes.verify.schedule import check_rendezvous, verify_in_place, verify_schedule
 from tests.support.graphs.broken_programs import add_after, calls, with_keyword
 from tests.support.training.schedules import hand_made
-from tests.support.training.stage_programs import CHAIN, SKIPS, stage_programs, values_of
+from tests.support.training.stage_programs import CHAIN, SKIPS, chain_values, stage_programs
 
 ALL = [
     make_schedule("gpipe", 4, 3),
@@ -28,9 +28,13 @@ ALL = [
 ]
 
 
+def verify(programs, schedule):
+    verify_schedule([programs] * schedule.microbatches, schedule)
+
+
 def refused(programs, schedule, message):
     with pytest.raises(VerificationError, match=message) as caught:
-        verify_schedule(programs, schedule)
+        verify(programs, schedule)
     assert "\n" not in str(caught.value)
 
 
@@ -38,8 +42,8 @@ def refused(programs, schedule, message):
 @pytest.mark.parametrize("tp", [1, 2])
 def test_torchs_schedules_are_proven_on_either_transport(tp, values):
     for schedule in ALL:
-        verify_schedule(stage_programs(tp, 4, values), schedule)
-        verify_schedule(stage_programs(tp, 4, values, gradient=False), schedule)
+        verify(stage_programs(tp, 4, values), schedule)
+        verify(stage_programs(tp, 4, values, gradient=False), schedule)
 
 
 def test_without_channels_receives_have_to_be_posted_early():
@@ -48,7 +52,7 @@ def test_without_channels_receives_have_to_be_posted_early():
     for schedule in ALL:
         programs = stage_programs(1, 4)
         try:
-            check_rendezvous(programs, schedule, [steps_in_place(schedule, values_of(CHAIN))])
+            verify_in_place([programs] * schedule.microbatches, schedule)
         except VerificationError as error:
             hang.append(f"{schedule.name} {schedule.ranks}")
             assert "these wait for each other for ever" in str(error)
@@ -61,7 +65,7 @@ def test_without_channels_receives_have_to_be_posted_early():
         r"rank 1 waits at 1B0 for rank 0 to receive the gradient of from_0_to_1 \(channel 0, microbatch 0\)$"
     )
     with pytest.raises(VerificationError, match=message):
-        check_rendezvous(stage_programs(1, 2, CHAIN[:1]), two, [steps_in_place(two, values_of(CHAIN[:1]))])
+        verify_in_place([stage_programs(1, 2, CHAIN[:1])] * 2, two)
 
 
 def test_an_order_hangs_exactly_where_its_simulation_does():
@@ -88,7 +92,7 @@ def test_an_order_hangs_exactly_where_its_simulation_does():
             continue
         ran += 1
         try:
-            verify_schedule(programs, changed)
+            verify(programs, changed)
         except VerificationError as error:  # microbatches in another order than they were sent in
             assert " and gets " in str(error)
     assert hung > 5 and ran > 5, (hung, ran)
@@ -165,8 +169,8 @@ def test_broken_programs_are_named():
     refused(broken(lost_send), schedule, r"rank 1 \(tp rank 1\) waits at 1F0 for from_0_to_1 .* from rank 0 ")
     refused(broken(no_gradient_sent), schedule, rf"rank 0 \(tp rank 1\) waits at 0B0 {gradient} \(tp rank 1\)")
     refused(broken(no_gradient_awaited), schedule, r"stage 1 sends the gradient of .*, and stage 0 never waits for it$")
-    refused(broken(crossed), schedule, "it leads from tp rank 0 to tp rank 1")
-    verify_schedule(broken(late_recv), schedule)  # no fault: the ranks of its stage do not need it at the same time
+    refused(broken(crossed), schedule, "it leads from stage 0, tp rank 0 to stage 1, tp rank 1")
+    verify(broken(late_recv), schedule)  # no fault: the ranks of its stage do not need it at the same time
 
 
 @pytest.mark.parametrize("mutant", ["lost", "late", "swapped"])
@@ -174,7 +178,7 @@ def test_posted_receives_are_held_to_their_order(mutant):
     """By rendezvous: a receive that is not posted, one that is posted after the action which needs it, two of one
     sender in the wrong order."""
     schedule, programs = make_schedule("1f1b", 4, 4), stage_programs(1, 4)
-    steps = [list(own) for own in rendezvous_order(schedule, values_of(CHAIN))]
+    steps = [list(own) for own in rendezvous_order(schedule, chain_values(schedule))]
     own = steps[1]
     first, second = [i for i, s in enumerate(own) if isinstance(s, Receive) and not s.message.backward][:2]
     if mutant == "lost":
@@ -184,8 +188,28 @@ def test_posted_receives_are_held_to_their_order(mutant):
     else:
         own[first], own[second] = own[second], own[first]
     with pytest.raises(VerificationError, match="these wait for each other for ever"):
-        check_rendezvous(programs, schedule, [steps])
+        check_rendezvous([programs] * 4, schedule, [steps])
 
 
 def test_stages_that_are_not_the_schedules_are_refused():
     refused(stage_programs(1, 2), make_schedule("gpipe", 4, 2), "has 4 stages, and the programs are of ranks")
+    with pytest.raises(VerificationError, match="has 2 microbatches, and the programs are of 1"):
+        verify_schedule([stage_programs(1, 4)], make_schedule("gpipe", 4, 2))
+
+
+def test_microbatches_may_be_run_by_programs_of_their_own():
+    """Where lengths of a step lie on either side of a guard. Channels are numbered in each graph by itself."""
+    plain, skipping = stage_programs(2, 4), stage_programs(2, 4, SKIPS[::-1])
+    for schedule in ALL:
+        each = [skipping if m % 2 else plain for m in range(schedule.microbatches)]
+        verify_schedule(each, schedule)
+    # rank 0 sends stage 2's of microbatch 0 before stage 0's of microbatch 1, and rank 1 takes them the other way round
+    late = hand_made(2, (0, 1, 0, 1), "0F0 2F0 0F1 2F1 2B0 0B0 2B1 0B1", "1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1")
+    one, other = stage_programs(1, 4, ((0, 1), (1, 2), (2, 3))), stage_programs(1, 4, ((1, 2), (2, 3), (0, 1)))
+    message = (
+        r"^schedule mine: rank 1 at 1F1 waits for from_0_to_1 \(channel 2, microbatch 1\) and gets from_2_to_3 "
+        r"\(channel 2, microbatch 0\)$"
+    )
+    verify_schedule([one, one], late)
+    with pytest.raises(VerificationError, match=message):
+        verify_schedule([one, other], late)

@@ -9,6 +9,7 @@ import torch.fx
 
 from cost_model.mesh import Mesh
 from cost_model.schedule.messages import StageValue
+from cost_model.schedule.schedule import Schedule
 from passes.ops.comm import all_reduce, recv, send
 from passes.program.rank_program import RankProgram
 
@@ -45,6 +46,7 @@ def stage_programs(
     return found
 
 
-def values_of(values: Sequence[tuple[int, int]]) -> list[StageValue]:
-    """The same values, as a schedule's messages name them."""
-    return [StageValue(*value, channel, name="from_{}_to_{}".format(*value)) for channel, value in enumerate(values)]
+def chain_values(schedule: Schedule) -> list[list[StageValue]]:
+    """The values of CHAIN, of each microbatch, as a schedule's messages name them."""
+    named = [StageValue(*value, channel, name="from_{}_to_{}".format(*value)) for channel, value in enumerate(CHAIN)]
+    return [named] * schedule.microbatches

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -128,6 +130,19 @@ def test_a_recurrent_layer(batch_first):
     layer = nn.GRU(4, 5, batch_first=batch_first).double()
     (x,) = tensors((3, 2, 4))
     check(lambda calls: [layer(x)[0]], [x], list(layer.parameters()))
+
+
+def test_what_lies_between_roots_and_junctions_is_let_go():
+    x, w = tensors((4, 6), (6, 6))
+    kept: list[str] = type("Calls", (list,), {})()  # a list that can be referred to weakly
+    alive = weakref.ref(kept)
+    roots = [Counted.apply(x @ w, "loss", kept).sum()]
+    del kept
+    gradients, left = backward_inputs(roots, [torch.ones_like(roots[0])], [x], [w])
+    assert alive() is not None
+    del roots
+    assert alive() is None
+    torch.testing.assert_close([*gradients, *left.finish()], [w.sum(1).expand(4, 6), x.sum(0)[:, None].expand(6, 6)])
 
 
 def test_gradients_do_not_change_in_the_hands_of_the_second_pass():
