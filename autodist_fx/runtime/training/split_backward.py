@@ -8,8 +8,8 @@ from these and does what the first left out. No node in between runs twice, so n
 have one tensor each, and a junction has two. Parameters that hang on several junctions (a tied weight) have their
 gradients taken in the first pass, since from one junction the way may lead to the next.
 
-torch.distributed.pipelining's own (`stage_backward_input`) goes from such junctions, too; it refuses roots that are views,
-and for a parameter of several junctions it goes through all between them again, collectives included.
+torch.distributed.pipelining's own (`stage_backward_input`) goes from such junctions, too; it refuses roots that are
+views, and for a parameter of several junctions it goes through all between them again, collectives included.
 """
 
 from __future__ import annotations
