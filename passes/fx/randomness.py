@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch.fx
 from torch.fx import Node
 
+from passes.fx import node_meta
 from passes.fx.arguments import argument
 from passes.fx.nodes import is_pure, op_name, writes
 from passes.ops.random import seeded_dropout, seeded_uniform
@@ -26,4 +27,4 @@ def _draws(node: Node) -> bool:
     name = op_name(node)
     if name == "scaled_dot_product_attention":
         return argument(node, 4, "dropout_p", 0.0) != 0.0
-    return node.op.startswith("call") and not writes(node) and not is_pure(node)
+    return node.op.startswith("call") and not (writes(node) or node_meta.is_guard(node) or is_pure(node))
