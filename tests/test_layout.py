@@ -20,7 +20,7 @@ OTHERS_PRIVATE_MEMBERS = {  # which tests may use: ours have a public way, or ar
     *("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_ConvNd"),  # torch
     *("_Action", "_add_send_recv"),  # torch.distributed.pipelining
     *("_attn_implementation", "_model_mapping", "_TORCH_METHODS_TO_PATCH"),  # transformers
-    *("_prepare_attention_mask_for_generation", "_update_model_kwargs_for_generation"),
+    *("_prepare_attention_mask_for_generation", "_update_model_kwargs_for_generation", "_apply_gate"),
 }
 
 

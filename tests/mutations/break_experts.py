@@ -81,7 +81,7 @@ def bias_of_experts_left_out(programs: Programs, rng: random.Random) -> str:
 
 @mutation
 def gradient_of_tokens_or_router_lost(programs: Programs, rng: random.Random) -> str:
-    """What the ranks' experts say of the rows that come in, or of their weights, is not added up."""
+    """A sum is left out: what the ranks' experts say of the rows that come in, or of their weights, is not added up."""
 
     def copy(node: Node, argument: int) -> Node | None:
         found = node.args[argument]

@@ -1,4 +1,4 @@
-"""What experts compute between their two products, as steps: equal to the module's own Python, or no steps at all."""
+"""Steps of what experts compute between their two products: equal to the module's own Python, or no steps at all."""
 
 from __future__ import annotations
 
