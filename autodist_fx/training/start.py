@@ -20,6 +20,7 @@ from autodist_fx.runtime.training.optimizer import OptimizerFactory, SchedulerFa
 from autodist_fx.runtime.training.schedules import make_schedule
 from autodist_fx.startup.facts import model_facts, request_facts
 from autodist_fx.tracing import empty_model, meta_copy
+from autodist_fx.tracing.hooks import backward_hooks_of
 from autodist_fx.training.engine import Engine
 from autodist_fx.training.hosts import Host, ProcessHost, ShareOptions, SimulatedHost
 from autodist_fx.training.programs import TrainingPrograms
@@ -136,7 +137,16 @@ def _origin(model: object, dtype: torch.dtype | str | None) -> Origin:
         raise AutodistError("dtype is of a checkpoint that is loaded: convert a model in memory by .to(dtype)")
     if isinstance(inside, PretrainedConfig) or any(p.is_meta for p in inside.parameters()):
         raise AutodistError("train needs weights: give a model that has them, or the path of a checkpoint")
+    _refuse_hooks(inside)
     return Origin(meta_copy(inside).train(), lambda: ModuleSource(inside))
+
+
+def _refuse_hooks(model: PreTrainedModel) -> None:
+    """Raise AutodistError for hooks that see or change gradients: a rank has pieces of those."""
+    found = [str(hook) for hook in backward_hooks_of(model)]
+    found += [f"a hook of {name}'s gradient" for name, p in model.named_parameters() if p._backward_hooks]
+    if found:
+        raise AutodistError(f"{found[0]} is called while a model is trained, and ranks train without it: remove it")
 
 
 def _share(origin: Origin, mesh: Mesh, options: TrainOptions) -> ShareOptions:

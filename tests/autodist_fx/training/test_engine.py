@@ -94,6 +94,22 @@ def test_without_clipping_and_with_a_schedule_of_learning_rates() -> None:
         torch.testing.assert_close(got, truth.lm_head.weight.detach(), rtol=1e-9, atol=1e-12)
 
 
+def test_graphs_of_other_inputs_train_the_same_weights() -> None:
+    """Also within one step: each batch has a graph of its own."""
+    with in_float64():
+        plain, placed = text(8, 9, 0), text(8, 7, 1)
+        placed["position_ids"] = torch.arange(7).expand(8, 7) + 1
+        model = tiny_model("llama", num_hidden_layers=1)
+        check_training(model, [[plain], [plain, placed], [placed]], next_tokens, {"tp": 2, "dp": 2})
+
+
+def test_one_rank_is_this_process() -> None:
+    with in_float64():
+        model, batch = tiny_model("llama", num_hidden_layers=1), text(4, 9, 0)
+        engine = adx.train(model, microbatches=2, optimizer=adamw)
+        assert engine.step(batch).loss == pytest.approx(model(**batch).loss.item(), rel=1e-9)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -137,8 +153,16 @@ def test_a_schedule_that_would_hang_without_channels(monkeypatch: pytest.MonkeyP
         engine.step(text(2, 9, 0))
 
 
-def test_optimizers_and_schedules_that_do_not_fit() -> None:
+def test_hooks_optimizers_and_schedules_that_do_not_fit() -> None:
     model = tiny_model("llama", torch.float32)
+    hook = model.lm_head.weight.register_hook(lambda gradient: gradient / 2)
+    with pytest.raises(AutodistError, match=r"a hook of lm_head.weight's gradient is called while a model is trained"):
+        adx.train(model, tp=2, simulate=True)
+    hook.remove()
+    hook = model.lm_head.register_full_backward_hook(lambda module, inner, outer: None)
+    with pytest.raises(AutodistError, match=r"lm_head.* is called while a model is trained"):
+        adx.train(model, tp=2, simulate=True)
+    hook.remove()
     with pytest.raises(ScheduleError, match="there is no schedule 'fifo'"):
         adx.train(model, pp=2, schedule="fifo", simulate=True)
     with pytest.raises(AutodistError, match="LBFGS steps whole tensors"):
