@@ -6,6 +6,7 @@ The truth is transformers' own model, which draws from the same generator and kn
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -27,6 +28,8 @@ from autodist_fx.simulation.run_ranks import simulate
 from passes.fx import node_meta
 from passes.fx.randomness import seeded_nodes
 from passes.ops.random import RANDOM_STATE, keep_mask, random_state, seeded_dropout
+from passes.serialize.read_graph import graph_from_json
+from passes.serialize.write_graph import graph_to_json
 from tests.support.graphs.eager_draws import seeded
 from tests.support.models import randomized, relative_error, tiny_model
 from tests.support.training.gradients import batch_of, gradient_errors
@@ -99,7 +102,8 @@ def test_any_mesh_draws_the_masks_of_one_rank(
 
 @torch.no_grad()
 def test_masks_on_ranks_are_pieces_of_the_whole_masks_bit_by_bit() -> None:
-    """Each rank's program drops of ones what a mask that is drawn whole says; and no two ops have one mask."""
+    """Each rank's program, read back from JSON, drops of ones what a mask that is drawn whole says; and no two ops have
+    one mask."""
     model, inputs = _gpt2()
     compiled = adx.compile(model.train(), tp=3, train=True, input_names=tuple(inputs))
     shapes = {"B": 2, "S": inputs["input_ids"].shape[1]}
@@ -111,7 +115,9 @@ def test_masks_on_ranks_are_pieces_of_the_whole_masks_bit_by_bit() -> None:
     cuts = set()
     for rank in range(3):
         program = compiled.program(rank)
-        for node in seeded_nodes(program.graph_module):
+        read = graph_from_json(json.loads(json.dumps(graph_to_json(program.graph_module))), lambda *_: torch.empty(0))
+        assert len(seeded_nodes(read)) == len(wholes)
+        for node in seeded_nodes(read):
             whole = wholes[node.name]
             cut = node.args[6] if len(node.args) > 6 else None
             mine = whole
