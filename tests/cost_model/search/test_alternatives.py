@@ -109,6 +109,6 @@ def test_one_head_cannot_be_cut() -> None:
 
 def test_a_router_is_whole() -> None:
     plan = adx.compile(tiny_config("mixtral", **SIZES), tp=2, hardware="cpu-gloo", verify=False).plan
-    why = reasons(plan, "block_sparse_moe.gate")
+    why = reasons(plan, ".gate")  # of block_sparse_moe, or on transformers 5 of mlp
     assert set(why) == {"column", "row"}
     assert all("router" in text for text in why.values())
