@@ -10,6 +10,7 @@ import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
 import autodist_fx as adx
+from autodist_fx.calls.cache_names import CACHE_FIELD
 from autodist_fx.errors import AutodistError
 from cost_model.mesh import Mesh
 from tests.support.models import randomized
@@ -63,4 +64,4 @@ def test_what_the_graphs_with_states_do_not_take_is_refused_by_simulate() -> Non
     for further in ({"output_hidden_states": True}, {"labels": IDS}):
         with pytest.raises(AutodistError, match=f"takes no {next(iter(further))}: call it with use_cache=False"):
             compiled.simulate(IDS, use_cache=True, **further)
-    assert list(compiled.simulate(IDS, output_hidden_states=False, use_cache=True)) == ["logits", "past_key_values"]
+    assert list(compiled.simulate(IDS, output_hidden_states=False, use_cache=True)) == ["logits", CACHE_FIELD]
