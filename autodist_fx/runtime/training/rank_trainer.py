@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.comm.agreement import over
 from autodist_fx.runtime.training.gradient_buckets import GradientBuckets
 from autodist_fx.runtime.training.gradient_sums import Gradients, pay_sums_of
 from autodist_fx.runtime.training.norm import clip, counted_places, sum_of_squares
@@ -138,9 +140,25 @@ class RankTrainer:
         mine = loss if self.mesh.coordinates(self.rank)[1] == 0 else 0.0
         loss, squares = total(communicator, self.mesh, self.rank, (mine, squares))
         if not math.isfinite(loss) or not math.isfinite(squares):
-            what = f"the loss is {loss}" if not math.isfinite(loss) else "the norm of its gradients is not finite"
-            raise AutodistError(f"{what}: nothing was stepped. Lower the learning rate, or look at this batch")
+            what = f"the loss is {loss}" if not math.isfinite(loss) else "the norm of the gradients is not finite"
+            first = self._first_not_finite(communicator, gradients)
+            raise AutodistError(
+                f"{what}{first}: nothing was stepped. Lower the learning rate, clip gradients, or look at this batch"
+            )
         return StepTotals(loss, math.sqrt(squares))
+
+    def _first_not_finite(self, communicator: TrainingCommunicator, gradients: Sequence[Gradients]) -> str:
+        """Say which parameter, of those of all ranks in the model's order, is the first that is not finite; else which
+        gradient is. Called on all ranks alike."""
+        wrong = [("", shard.source) for shard, p in self.shards() if not bool(p.isfinite().all())]
+        for program, own in zip(self.programs.values(), gradients, strict=True):
+            names = ((self._names[program.param_shards[path].source], g) for path, g in own.items())
+            wrong += [("the gradient of ", name) for name, g in names if not bool(g.isfinite().all())]
+        told = over(communicator, self.rank, self.mesh.size)(json.dumps(wrong))
+        order = {name: number for number, name in enumerate(self._names)}
+        found = [(kind, order[name], name) for text in told for kind, name in json.loads(text)]
+        kind, _, name = min(found, default=("", 0, ""))
+        return f" ({kind}{name} is not finite)" if name else ""
 
     def _update(self, gradients: Sequence[Gradients], totals: StepTotals) -> None:
         if self._max_grad_norm is not None:

@@ -139,8 +139,9 @@ def test_a_loss_that_is_not_finite_steps_nothing() -> None:
     model = tiny_model("gpt2", torch.float32, **NO_DROPOUT)
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight[0, 0] = torch.inf
-    engine = adx.train(model, tp=2, simulate=True, optimizer=adamw)
-    with pytest.raises(AutodistError, match="the loss is nan: nothing was stepped"):
+    engine = adx.train(model, tp=2, pp=2, simulate=True, optimizer=adamw)
+    named = r"the loss is nan \(transformer.h.1.mlp.c_fc.weight is not finite\): nothing was stepped"
+    with pytest.raises(AutodistError, match=named):
         engine.step(text(2, 9, 0))
     assert torch.equal(engine.gather().parameters["transformer.wte.weight"], model.lm_head.weight)
 
