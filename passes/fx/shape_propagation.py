@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 
 from passes.fx import node_meta
 from passes.fx.arguments import fetch, submodule
+from passes.fx.meta_calls import MetaCalls
 from passes.fx.node_meta import Phase
 from passes.fx.run_passes import PassContext, PassResult
 from passes.ops.data_dependent import expectation
@@ -32,6 +33,7 @@ class ShapeInterpreter(torch.fx.Interpreter):
     def __init__(self, graph_module: torch.fx.GraphModule) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
         self._meta: dict[str, torch.Tensor] = {}
+        self._calls = MetaCalls()
 
     def values(self, example: Example) -> dict[torch.fx.Node, Any]:
         """Returns the value of every node for the inputs of `example`, as meta tensors and Python values."""
@@ -45,6 +47,12 @@ class ShapeInterpreter(torch.fx.Interpreter):
         if isinstance(value, torch.Tensor) and value.device.type != "meta":
             value = self._meta.setdefault(target, value.to("meta"))
         return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._calls(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._calls(getattr(type(args[0]), target), args, kwargs)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = submodule(self.module, target)

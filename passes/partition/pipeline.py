@@ -100,12 +100,13 @@ def _run(
         folder.mkdir(parents=True, exist_ok=True)
 
     def after(name: str, graph: torch.fx.GraphModule) -> None:
-        graph.graph.lint()
         if folder is not None:
+            graph.graph.lint()
             file = folder / f"{len(ctx.history) - 1:02d}_{name}.rank{ctx.rank}.txt"
             file.write_text(graph_text(graph) + "\n")
 
     graph = run_passes(passes, whole, ctx, after)
+    graph.graph.lint()
     node_meta.drop_ended(graph, Phase.EMITTED)
     node_meta.set_history(graph, ctx.history)
     node_meta.check(graph, Phase.EMITTED)

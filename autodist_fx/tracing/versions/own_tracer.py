@@ -22,6 +22,8 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
+from passes.fx.meta_calls import MetaCalls
+
 _current: SymbolicTracer | None = None
 
 
@@ -180,6 +182,7 @@ class SymbolicTracer(Tracer):
 
     def __init__(self, autowrap_modules: tuple[Any, ...] = (math,), autowrap_functions: tuple[Any, ...] = ()) -> None:
         super().__init__(autowrap_modules=autowrap_modules, autowrap_functions=autowrap_functions)
+        self._calls = MetaCalls()
 
     def proxy(self, node: Node) -> SymbolicProxy:
         return SymbolicProxy(node, self)
@@ -211,10 +214,10 @@ class SymbolicTracer(Tracer):
 
     def _example(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "call_function":
-            found = _run(target, args, kwargs)
+            found = self._calls(target, args, kwargs, _run)
             return found.to("meta") if isinstance(found, torch.Tensor) else found
         if kind == "call_method":
-            return _run(getattr(type(args[0]), target), args, kwargs)
+            return self._calls(getattr(type(args[0]), target), args, kwargs, _run)
         if kind == "call_module":
             return self.orig_forward(*args, **kwargs)
         value: Any = self.root
