@@ -14,6 +14,7 @@ from torch.fx import Node
 import autodist_fx as adx
 from autodist_fx.api.compiled_model import CompiledModel
 from cost_model.errors import VerificationError
+from passes.fx import node_meta
 from passes.ops.comm import copy_to_tp
 from passes.ops.experts import experts
 from passes.partition.pipeline import emit_rank
@@ -105,7 +106,7 @@ def bias_added_on_each_rank(programs: Programs) -> None:
     programs[1].graph_module.experts.down_proj_bias = torch.nn.Parameter(bias)
     with theirs.graph.inserting_before(theirs):
         new = theirs.graph.get_attr(path)
-    new.meta = dict(node_of(programs, 0).args[6].meta)
+    node_meta.copy(node_of(programs, 0).args[6], new)
     with_argument(theirs, 6, new)
 
 
