@@ -55,7 +55,11 @@ class SavedSource:
         """See VariantSource."""
         self._refuse([*(input_names or ()), *_fixed_texts(fixed or {})], use_cache, self.saved.all)
 
-    def for_call(self, call: Call, specs: Mapping[str, InputSpec], made: Sequence[Variant]) -> Variant:
+    def completed(self, call: Call) -> Call:
+        """See VariantSource. Files do not count positions: a call is to have what the saved variants take."""
+        return call
+
+    def for_call(self, call: Call, specs: Mapping[str, InputSpec], past: int, made: Sequence[Variant]) -> Variant:
         """See VariantSource."""
         self._refuse([*specs, *_fixed_texts(call.fixed)], call.use_cache, made)
 

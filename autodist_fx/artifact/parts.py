@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from autodist_fx.artifact.variant_format import DECODE, ENCODE, PROMPT, STEP, WHOLE
+from autodist_fx.calls.call import FILLED_IN
 from autodist_fx.compiler.generation_traits import step_arguments
 from autodist_fx.compiler.variant import Variant
 
@@ -30,10 +31,11 @@ def parts_of(compiled: Compilation, model: PreTrainedModel) -> list[Part]:
     """Collect the variants to save: those compiled so far, the
     main one first, and those that `generate` and `model(...)` run.
 
-    Variants that are missing are compiled for it.
+    Variants that are missing are compiled for it. Those that assume values of inputs (value_guards.py), and are not the
+    main one, are left out.
     """
-    variants = list(compiled.variants)
-    cached = [v for v in variants if v.traced.use_cache]
+    variants = [v for v in compiled.variants if not v.traced.value_guards or v is compiled.main]
+    cached = [v for v in variants if v.traced.use_cache and _is_step(v)]
     if isinstance(model, GenerationMixin) and model.can_generate():
         if not cached and compiled.source.has_own_cache:
             cached = [*compiled.phases()]
@@ -64,6 +66,15 @@ def _is_whole(variant: Variant, asked: set[str]) -> bool:
     """True if this is the variant for whole sequences of exactly the inputs `asked`, without other arguments."""
     traced = variant.traced
     return not traced.use_cache and not traced.phase and set(traced.input_names) == asked and not variant.fixed
+
+
+def _is_step(variant: Variant) -> bool:
+    """Return whether this is a variant of tokens alone, which generates: images and positions of several kinds have
+    variants of their own beside it."""
+    if variant.encoder is not None or variant.traced.phase:
+        return True
+    positions = variant.specs.get("position_ids")
+    return variant.specs.keys() <= FILLED_IN and (positions is None or len(positions.dims) == 2)
 
 
 def _free(name: str, parts: Sequence[Part]) -> str:

@@ -28,7 +28,7 @@ from autodist_fx.artifact.variant_format import (
     program_from_dict,
     saved_variant_from_dict,
 )
-from autodist_fx.calls.call import Call
+from autodist_fx.calls.call import FILLED_IN, Call
 from autodist_fx.calls.input_specs import ModelFacts, specs_of
 from autodist_fx.calls.model_signature import ModelSignature
 from autodist_fx.errors import AutodistError
@@ -203,21 +203,22 @@ class ArtifactReader:
         """Return the saved variant of a decode step. Raises AutodistError where there is none."""
         encoders = {saved.encoder for saved in self.variants.values()}
         for saved in self.variants.values():
-            if saved.use_cache and saved.phase != "prompt" and saved.name not in encoders:
+            if saved.use_cache and saved.phase != "prompt" and saved.name not in encoders and _is_usual(saved):
                 return saved
         raise AutodistError(
             f"{self.directory} holds {self.manifest.model} in no variant that processes generate with: use "
             "adx.load(directory).simulate(...) in one process"
         )
 
-    def variants_for(self, call: Call) -> list[SavedVariant]:
-        """The variants that were saved for this call, which has no cache: one, or several, for lengths of their own.
+    def variants_for(self, call: Call, past: int) -> list[SavedVariant]:
+        """The variants that were saved for this call, with `past` tokens in its cache: one, or several, for lengths of
+        their own.
 
         Raises AutodistError where there is none, or where an input has a shape or dtype that the model does not take.
         """
         step = self.generating_variant()
         facts = ModelFacts(self.config, step.has_encoder, step.embedding_dim, getattr(torch, step.dtype))
-        asked = specs_of(call.tensors, facts, 0)
+        asked = specs_of(call.tensors, facts, past)
         found = [saved for saved in self.variants.values() if saved.made_for.takes(call, asked)]
         if found:
             return found
@@ -230,6 +231,14 @@ class ArtifactReader:
     def described_variants(self) -> str:
         """List the saved variants and their inputs, for errors."""
         return "; ".join(f"{saved.name}: {', '.join(saved.inputs)}" for saved in self.variants.values())
+
+
+def _is_usual(saved: SavedVariant) -> bool:
+    """Return whether this is a step of tokens alone: without images and the like, and with one position a token."""
+    if saved.has_encoder or saved.phase:
+        return True
+    several = "position_ids" in saved.input_specs and len(saved.input_specs["position_ids"][0]) > 2
+    return set(saved.input_specs) <= FILLED_IN and not several
 
 
 def _config_of(fields: dict[str, Any], directory: Path) -> PretrainedConfig:

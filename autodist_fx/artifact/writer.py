@@ -17,6 +17,7 @@ from autodist_fx.artifact.directory import new_directory
 from autodist_fx.artifact.files import Staging, sync_directory
 from autodist_fx.artifact.manifest import (
     MANIFEST,
+    ArtifactError,
     FileRecord,
     Manifest,
     check_listing,
@@ -152,6 +153,11 @@ def _model_fields(model: PreTrainedModel, parts: Sequence[Part], always: Mapping
 def _saved_variant(part: Part, parts: Sequence[Part]) -> SavedVariant:
     """Collect the facts of one saved variant for its variant.json."""
     variant, traced = part.variant, part.variant.traced
+    if traced.value_guards:
+        raise ArtifactError(
+            f"{traced.model_class}'s graph is for calls in which {traced.value_guards[0].line} comes out as it did, "
+            "which no file says: use compile or from_pretrained"
+        )
     names = {id(p.variant): p.name for p in parts}
     facts = traced.facts
     graph = traced.graph_module

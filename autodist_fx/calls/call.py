@@ -35,6 +35,13 @@ class Call:
     cache: Any  # the object passed as past_key_values (or cache), or None
     return_dict: bool
 
+    def with_mask(self, past: int) -> dict[str, torch.Tensor]:
+        """Return the tensors, with the mask of ones that is filled in for a call which has a cache of `past` tokens."""
+        ids = self.tensors.get("input_ids")
+        if not self.use_cache or ids is None or "attention_mask" in self.tensors:
+            return self.tensors
+        return {**self.tensors, "attention_mask": ids.new_ones(ids.shape[0], past + ids.shape[1])}
+
 
 def read_call(model: ModelSignature, inputs: Mapping[str, Any], always: Mapping[str, object]) -> Call:
     """Split the arguments of one forward call into tensors and Python arguments.

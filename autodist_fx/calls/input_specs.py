@@ -24,7 +24,7 @@ _MAIN = (
     "pixel_values",
 )  # fmt: skip
 # Other numbers of dims than input_shapes has, by name and number. "1|B": one for all sequences, or one for each; "*":
-# any size, a constant of the graph.
+# any size, a constant of the graph; "*|B": one for each sequence, or a constant of the graph.
 _OTHER_RANKS: dict[str, dict[int, Dims]] = {
     "attention_mask": {3: ("1|B", "1|S", "T"), 4: ("1|B", "*", "1|S", "T")},
     "decoder_attention_mask": {3: ("1|B", "1|S", "T"), 4: ("1|B", "*", "1|S", "T")},
@@ -75,6 +75,12 @@ class ModelFacts:
     choices: bool = False  # each input has several sequences for one answer
 
 
+def constant_specs(inputs: Mapping[str, torch.Tensor], model: ModelFacts) -> dict[str, InputSpec]:
+    """The specs of those inputs that nothing is known of (images, their sizes, ...), with every size a constant."""
+    unknown = (name for name in inputs if input_dims(name, model.config, model.has_encoder) is None)
+    return {name: InputSpec(tuple(inputs[name].shape), inputs[name].dtype) for name in unknown}
+
+
 def _wanted(name: str, x: torch.Tensor, model: ModelFacts) -> tuple[Dims, bool]:
     """The dims that this input should have, and whether it holds the model's own numbers."""
     known = input_dims(name, model.config, model.has_encoder)
@@ -90,7 +96,7 @@ def _wanted(name: str, x: torch.Tensor, model: ModelFacts) -> tuple[Dims, bool]:
     if x.dim() in others and not (model.has_encoder and name in ("position_ids", "token_type_ids", "attention_mask")):
         return others[x.dim()], False
     if known is None:
-        return ("B", *("*" for _ in range(x.dim() - 1))) if x.dim() else (), False
+        return ("*|B", *("*" for _ in range(x.dim() - 1))) if x.dim() else (), False
     dims, floating = known
     if x.dim() != len(dims):
         ranks = sorted({len(dims), *others})
@@ -119,8 +125,8 @@ def _fitted(
         length, source = _length(symbol, lengths, past)
         if length is None:
             lengths[symbol] = (size, name)
-        elif size != length and one and size == 1:
-            dims.append(1)
+        elif size != length and (one == "*" or (one and size == 1)):
+            dims.append(size)
             continue
         elif size != length:
             raise AutodistError(

@@ -19,6 +19,7 @@ from autodist_fx.compiler.source import VariantSource
 from autodist_fx.compiler.torch_state import compiler_state
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
+from autodist_fx.tracing.control_flow.value_guards import hold
 from cost_model.graph.op_graph import OpGraph
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
@@ -166,24 +167,25 @@ class Compilation:
         there is no variant for the call.
         """
         specs = self._specs(call, past)
-        alike = self._alike(call, specs)
+        alike = self._alike(call, specs, past)
         if not alike:
-            alike = [self._checked(self.source.for_call(call, specs, self._set.of_calls))]
+            alike = [self._checked(self.source.for_call(call, specs, past, self._set.of_calls))]
             self._set.others += alike
         return self._fitting(alike, _lengths(alike[0], call, past, kept), self._set.others)
 
     def known_for(self, call: Call, past: int) -> Variant | None:
         """The variant that `variant_for` gives, None where it is yet to be made."""
-        alike = self._alike(call, self._specs(call, past))
+        alike = self._alike(call, self._specs(call, past), past)
         return next((v for v in alike if v.fits(_lengths(v, call, past, None))), None)
 
     def _specs(self, call: Call, past: int) -> dict[str, InputSpec]:
         self.main.traced.check_images(call.tensors)
         return specs_of(call.tensors, self.main.traced.facts, past)
 
-    def _alike(self, call: Call, specs: Mapping[str, InputSpec]) -> list[Variant]:
+    def _alike(self, call: Call, specs: Mapping[str, InputSpec], past: int) -> list[Variant]:
         """Return the variants made for this call, each for sizes of its own."""
-        return [variant for variant in self._set.of_calls if variant.made_for.takes(call, specs)]
+        alike = [variant for variant in self._set.of_calls if variant.made_for.takes(call, specs)]
+        return [v for v in alike if not v.traced.value_guards or hold(v.traced.value_guards, call.with_mask(past))]
 
     @compiler_state()
     def phases(self) -> tuple[Variant, Variant]:

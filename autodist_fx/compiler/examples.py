@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.lengths import Lengths, with_total
@@ -96,14 +97,16 @@ def traced_once(
     input_names: Sequence[str] | None,
     concrete_args: Mapping[str, object] | None,
     specs: Mapping[str, InputSpec] | None = None,
+    values: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[TracedModel, Trace]:
     """Trace and normalise one variant. Also return the function that
     traces it again at other sizes; see autodist_fx.tracing.trace."""
 
     def again(sizes: tuple[Sizes, Sizes] | None) -> TracedModel:
         return trace(
-            model, use_cache=use_cache, input_names=input_names, concrete_args=concrete_args, specs=specs, sizes=sizes
-        )
+            model, use_cache=use_cache, input_names=input_names, concrete_args=concrete_args, specs=specs, sizes=sizes,
+            values=values,
+        )  # fmt: skip
 
     return _normalized_as_traced(again(None), again), again
 

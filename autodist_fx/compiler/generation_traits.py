@@ -29,10 +29,20 @@ def has_own_generate(model_class: type[PreTrainedModel]) -> bool:
     return owner is not GenerationMixin
 
 
+# The methods by which transformers' generate asks a model what its next step is given.
+_ASKED = (
+    "prepare_inputs_for_generation", "_prepare_position_ids_for_generation", "_expand_inputs_for_generation",
+    "_update_model_kwargs_for_generation",
+)  # fmt: skip
+
+
 def prepares_own_inputs(model_class: type[PreTrainedModel]) -> bool:
-    """Return whether the family itself says what its model is given at a step of generating, and not transformers."""
-    prepare = getattr(model_class, "prepare_inputs_for_generation", GenerationMixin.prepare_inputs_for_generation)
-    return prepare is not GenerationMixin.prepare_inputs_for_generation
+    """Return whether the family itself says what its model is given at a step of generating, and not transformers; also
+    where it reads images or sounds, which a prompt's step alone is given."""
+    methods = ((getattr(model_class, name, None), getattr(GenerationMixin, name, None)) for name in _ASKED)
+    modalities = getattr(model_class, "input_modalities", "text")
+    reads_more = bool({modalities} - {"text"} if isinstance(modalities, str) else set(modalities) - {"text"})
+    return reads_more or any(own is not None and own is not common for own, common in methods)
 
 
 def is_asked(model: PreTrainedModel, *, with_encoder: bool) -> bool:

@@ -11,19 +11,25 @@ import torch
 import torch.fx
 from transformers import PretrainedConfig, PreTrainedModel
 
+from autodist_fx.calls.cache_names import CACHE_FIELD
 from autodist_fx.calls.call import FILLED_IN, Call
+from autodist_fx.calls.constant_tensor import ConstantTensor, may_be_constant
+from autodist_fx.calls.input_specs import constant_specs
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.calls.model_signature import ModelSignature, signature_of
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.compiler.variant_set import VariantSet
-from autodist_fx.errors import AutodistError
+from autodist_fx.errors import AutodistError, TracingError
+from autodist_fx.runtime.family_positions import counts_positions, family_positions
 from autodist_fx.tracing import InputSpec, empty_model, has_own_cache
+from autodist_fx.tracing.control_flow.value_guards import hold
 from autodist_fx.tracing.hooks import backward_hooks_of
-from autodist_fx.tracing.meta_model import class_of, config_of
+from autodist_fx.tracing.meta_model import class_of, config_of, meta_copy
 from autodist_fx.tracing.model_structure import structure_of
 from autodist_fx.weights.load import load_rank
 from autodist_fx.weights.sources.module_source import ModuleSource
+from cost_model.errors import PlanError
 from cost_model.partition_plan import PartitionPlan
 from cost_model.request.plan_request import PlanRequest
 from passes.program.rank_program import RankProgram
@@ -72,8 +78,13 @@ class VariantSource(Protocol):
         """Make a variant for inputs of these names, with their usual input specs, planned for its own lengths."""
         ...
 
-    def for_call(self, call: Call, specs: Mapping[str, InputSpec], made: Sequence[Variant]) -> Variant:
-        """Make a variant for a call that none of `made` takes; `specs` are the input specs of the call's tensors."""
+    def completed(self, call: Call) -> Call:
+        """Return the call with the positions that the model's own Python counts where it leaves them out."""
+        ...
+
+    def for_call(self, call: Call, specs: Mapping[str, InputSpec], past: int, made: Sequence[Variant]) -> Variant:
+        """Make a variant for a call that none of `made` takes; `specs` are the input specs of the call's tensors, and
+        `past` is the number of tokens in its cache."""
         ...
 
     def at_lengths(self, alike: Sequence[Variant], lengths: Lengths) -> Variant:
@@ -113,6 +124,8 @@ class TracingSource:
     plan: PartitionPlan | None = None
     specs: Mapping[str, InputSpec] | None = None
     _left_by_calls: frozenset[str] = field(default=frozenset(), init=False)  # the model's, see structure_of
+    # The model without weights, and the structure that it has; made when it is asked for positions.
+    _family: tuple[Hashable, PreTrainedModel] | None = field(default=None, init=False, repr=False)
     # For each rank's graph, copies of the model's buffers at the time they were put into it.
     _buffers_read: WeakKeyDictionary[torch.fx.GraphModule, dict[str, torch.Tensor]] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False
@@ -168,18 +181,73 @@ class TracingSource:
             self.model, self._own_lengths, use_cache, input_names, fixed, None, trains=self.options.train
         )
 
-    def for_call(self, call: Call, specs: Mapping[str, InputSpec], made: Sequence[Variant]) -> Variant:
+    def completed(self, call: Call) -> Call:
+        """See VariantSource. Such are models of images, which look at the values of token ids (family_positions.py)."""
+        cached = call.cache is not None and call.cache.get_seq_length() > 0
+        of_text = not cached and call.tensors.keys() <= FILLED_IN | {"labels"}  # whose positions a graph counts
+        told = {"position_ids", "inputs_embeds"} & call.tensors.keys()
+        if of_text or told or not counts_positions(self.shape):
+            return call
+        structure = self.structure()
+        if self._family is None or self._family[0] != structure:
+            self._family = structure, meta_copy(self.shape)
+        cache = {} if call.cache is None else {CACHE_FIELD: call.cache}
+        positions = family_positions(self._family[1], {**call.tensors, **cache})
+        return call if positions is None else replace(call, tensors={**call.tensors, "position_ids": positions})
+
+    def for_call(self, call: Call, specs: Mapping[str, InputSpec], past: int, made: Sequence[Variant]) -> Variant:
         """See VariantSource."""
+        values = call.with_mask(past)
+        try:
+            variant = self._for_specs(call, specs, call.fixed, made, {})
+            if hold(variant.traced.value_guards, values):
+                return variant
+        except (TracingError, PlanError):  # Python that looks at values, or at how many images there are
+            if call.tensors.keys() <= FILLED_IN:
+                raise
+        constants, sizes = self._constants(call, made)
+        try:
+            return self._for_specs(call, {**specs, **sizes}, call.fixed, made, values)
+        except (TracingError, PlanError):
+            if not constants:
+                raise
+        others = {name: spec for name, spec in {**specs, **sizes}.items() if name not in constants}
+        return self._for_specs(call, others, {**call.fixed, **constants}, made, values)
+
+    def _constants(
+        self, call: Call, made: Sequence[Variant]
+    ) -> tuple[dict[str, ConstantTensor], dict[str, InputSpec]]:
+        """Return what of a call can be constants of a graph: values of small inputs that no sequence has, by name
+        (sizes of images, which Python makes loops and splits of), and sizes of the others."""
+        facts = made[0].traced.facts
+        sizes = constant_specs(call.tensors, facts)
+        small = {name for name in sizes if may_be_constant(call.tensors[name])}
+        return {name: ConstantTensor.of(call.tensors[name]) for name in small}, sizes
+
+    def _for_specs(
+        self,
+        call: Call,
+        specs: Mapping[str, InputSpec],
+        fixed: Mapping[str, object],
+        made: Sequence[Variant],
+        values: Mapping[str, torch.Tensor],
+    ) -> Variant:
+        """Make a variant for a call's tensors of these specs, and these constants; conditions on integers come out as
+        for `values`. With a cache it lies as in the first of `made` that has one, since a call goes on with what
+        another has cached."""
         given = frozenset(specs)
         names: tuple[str, ...] | None = self._accepted(given)
         if call.use_cache:
             filled_in = FILLED_IN - {"input_ids"} if "inputs_embeds" in given else FILLED_IN
             names = None if given <= FILLED_IN else self._accepted(given | filled_in | {"past_key_values"})
         request, in_parts = self.request, self.options.in_parts
+        like = next((v.whole_plan or v.plan for v in made if v.traced.use_cache), None) if call.use_cache else None
         if in_parts and made:  # all of them are trained with the same parameters
             request = replace(self._own_lengths, like=made[0].plan)
+        elif like is not None:
+            request = replace(self.request, like=like)
         return Variant.make(
-            self.model, request, call.use_cache, names, call.fixed, None, specs,
+            self.model, request, call.use_cache, names, fixed, None, specs, values,
             in_parts=in_parts, trains=self.options.train,
         )  # fmt: skip
 

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.cache_kinds import CROSS, STATE_PREFIX
 from autodist_fx.calls.call import unusual
+from autodist_fx.calls.constant_tensor import ConstantTensor
 from autodist_fx.calls.lengths import Lengths, guards_text
 from autodist_fx.calls.made_for import MadeFor
 from autodist_fx.calls.model_signature import signature_of
@@ -68,13 +69,17 @@ class Variant:
         concrete_args: Mapping[str, object] | None,
         plan: PartitionPlan | None,
         specs: Mapping[str, InputSpec] | None = None,
+        values: Mapping[str, torch.Tensor] | None = None,
         *,
         in_parts: bool = False,
         trains: bool = False,
     ) -> Variant:
-        """Trace, normalise and plan one variant; `plan`, where given, is used instead of a search. `in_parts`: it is
-        run on parts of a batch, whose losses add up to the whole batch's."""
-        traced, again = traced_once(model, use_cache, input_names, concrete_args, specs)
+        """Trace, normalise and plan one variant; `plan`, where given, is used instead of a search. Of
+        ConstantTensors among `concrete_args` the graph holds the values; conditions on integers come out as for
+        `values`, the tensors of a call. `in_parts`: it is run on parts of a batch, whose losses add up to the whole
+        batch's."""
+        held = {n: v.tensor() if isinstance(v, ConstantTensor) else v for n, v in (concrete_args or {}).items()}
+        traced, again = traced_once(model, use_cache, input_names, held, specs, values)
         fixed = unusual(_parameters(model), concrete_args or {})
         variant = cls.of(traced, request, plan, fixed, in_parts=in_parts, trains=trains)
         variant.trace_again = again

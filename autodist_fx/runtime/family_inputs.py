@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
 
 from autodist_fx.calls.cache_names import CACHE_FIELD
 from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.family_positions import counts_positions, family_positions
 
 _TAKEN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position")
 
@@ -21,21 +23,19 @@ def family_inputs(model: Any, input_ids: torch.Tensor, given: dict[str, Any]) ->
     """Return the arguments of the next forward, by name. `model` is one of the family, without weights; `input_ids`
     [batch, all tokens so far], and `given` is what else `generate` hands to its `prepare_inputs_for_generation`.
 
-    Raises AutodistError where the family gives its model an input that the ranks' graphs do not take.
+    Tensors that no usual step has (images, say) are among them, under forward's names. Raises AutodistError where it
+    gives its model another number of positions than of tokens.
     """
     given = {name: value for name, value in given.items() if not name.endswith("tokenizer")}
     found = model.prepare_inputs_for_generation(input_ids, **given)
     found = {name: value for name, value in found.items() if value is not None}
     if CACHE_FIELD in found:
         found["past_key_values"] = found.pop(CACHE_FIELD)
-    if own := sorted(name for name, value in found.items() if isinstance(value, torch.Tensor) and name not in _TAKEN
-                     and value is not given.get(name)):  # fmt: skip
-        raise AutodistError(
-            f"generating, {type(model).__name__} gives itself {', '.join(own)}, which the ranks' graphs do not take: "
-            "generate with the model itself"
-        )
     ids, cache = found["input_ids"], found.get("past_key_values")
     before = 0 if cache is None else cache.get_seq_length()
+    if found.get("position_ids") is None and counts_positions(model):
+        own = {name: value for name, value in found.items() if name != "past_key_values"}
+        found["position_ids"] = family_positions(model, own | ({} if cache is None else {CACHE_FIELD: cache}))
     positions = found.get("position_ids")
     if positions is not None and positions.shape[-1] != ids.shape[1]:
         raise AutodistError(
@@ -47,3 +47,10 @@ def family_inputs(model: Any, input_ids: torch.Tensor, given: dict[str, Any]) ->
     taken["cache_position"] = torch.arange(before, before + ids.shape[1], device=ids.device)
     taken["input_ids"] = ids.contiguous()
     return taken | {name: value for name, value in found.items() if name not in _TAKEN}
+
+
+def of_family(model: Any, name: str) -> Any:
+    """Return a method of generate's that the family's class has of its own, of `model`; None where it is transformers'
+    common one, or there is no model."""
+    own = getattr(type(model), name, None)
+    return None if own in (None, getattr(GenerationMixin, name)) else getattr(model, name)

@@ -48,6 +48,7 @@ class Simulator(Compilation):
         call = self._read_call(args, inputs)
         if call.use_cache and self.source.has_own_cache:
             return self._simulate_own_cache({**call.tensors, "past_key_values": call.cache}, call)
+        call = self.source.completed(call)
         given, cache = call.tensors, call.cache
         if call.use_cache and not isinstance(cache, SimulatedCache):
             if cache is not None and cache.get_seq_length() > 0:
@@ -97,7 +98,7 @@ class Simulator(Compilation):
         self.source.check_weights("gradients")
         refuse_ambient("gradients")
         self.follow()
-        call = self._read_call(args, inputs)
+        call = self.source.completed(self._read_call(args, inputs))
         if call.use_cache:
             raise AutodistError("gradients are of a whole sequence: leave past_key_values and use_cache out")
         variant = self.variant_for(call, 0)

@@ -6,7 +6,7 @@ Programs come from a compilation (from_checkpoint.py) or from an artifact's file
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -65,9 +65,18 @@ class RankPrograms(Protocol[V]):
     def signature(self) -> ModelSignature:
         """Return the signature of calls; see CallPrograms."""
 
+    def completed(self, call: Call) -> Call:
+        """Return the call with the positions that the model counts; see CallPrograms."""
+
     def program_for(self, call: Call) -> CallProgram:
         """Return the program for a call, with the weights of the step's program, where both hold them alike; see
         CallPrograms."""
+
+    def is_usual(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Return whether what the step's graph assumes of values holds; see CallPrograms."""
+
+    def program_for_step(self, tensors: Mapping[str, torch.Tensor], past: int) -> RankProgram:
+        """Return the program for a step with inputs that no usual step has; see CallPrograms."""
 
 
 @dataclass(frozen=True, slots=True)

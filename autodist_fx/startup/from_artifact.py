@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
+import torch
 from transformers import PreTrainedModel
 
 from autodist_fx.artifact.manifest import ArtifactError
@@ -82,8 +83,14 @@ def _skeleton(artifact: ArtifactReader) -> PreTrainedModel:
 class MadePrograms(Protocol):
     """Programs that an artifact lacks, made of the model."""
 
+    def completed(self, call: Call) -> Call:
+        """Return the call with the positions that the model counts; see CallPrograms."""
+
     def program_for(self, call: Call) -> CallProgram:
         """Return the program for a call; see CallPrograms."""
+
+    def program_for_step(self, tensors: Mapping[str, torch.Tensor], past: int) -> RankProgram:
+        """Return the program for a step with these inputs; see CallPrograms."""
 
     def at_lengths(self, lengths: Lengths) -> tuple[Guards | None, Any]:
         """Return (guards, the programs that generate at these sizes)."""
@@ -137,17 +144,37 @@ class ArtifactPrograms:
     def signature(self) -> ModelSignature:
         return self._artifact.signature
 
+    def completed(self, call: Call) -> Call:
+        """Return the call with the positions that the model counts, where it is at hand."""
+        return call if self._maker is None else self._made.completed(call)
+
     def program_for(self, call: Call) -> CallProgram:
         """Return the program for a call, of the model where it is at hand: an entry of the cache of splits keeps no
         such variants."""
         if self._maker is not None:
             return self._made.program_for(call)
-        variants = self._artifact.variants_for(call)
-        lengths = lengths_of(variants[0].made_for.specs, call.tensors, 0)
+        saved = self._saved_for(call, 0)
+        return CallProgram(self.program(saved), saved.output_order)
+
+    def is_usual(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Return True: files hold no graph that assumes any values of inputs."""
+        return True
+
+    def program_for_step(self, tensors: Mapping[str, torch.Tensor], past: int) -> RankProgram:
+        """Return the program for a step, as `program_for` does for a call."""
+        if self._maker is not None:
+            return self._made.program_for_step(tensors, past)
+        call = Call(dict(tensors), dict(self.step.fixed), use_cache=True, cache=None, return_dict=True)
+        return self.program(self._saved_for(call, past))
+
+    def _saved_for(self, call: Call, past: int) -> SavedVariant:
+        """Return the variant that was saved for a call, at lengths where its guards hold. Raises AutodistError."""
+        variants = self._artifact.variants_for(call, past)
+        lengths = lengths_of(variants[0].made_for.specs, call.tensors, past)
         for saved in variants:
             guards = self._artifact.guards_of(saved)
             if guards is None or not guards.violated(lengths):
-                return CallProgram(self.program(saved), saved.output_order)
+                return saved
         raise self._guard_error(variants[0], lengths)
 
     @cached_property

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import torch
 from transformers import PreTrainedModel
 
 from autodist_fx.calls.call import Call
@@ -23,6 +24,7 @@ from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, gua
 from autodist_fx.startup.build_model import generating_programs
 from autodist_fx.startup.facts import shared_weight_facts
 from autodist_fx.startup.model_snapshot import ModelSnapshot
+from autodist_fx.tracing.control_flow.value_guards import hold
 from autodist_fx.weights.load import LoadReport
 from autodist_fx.weights.load_program import load_beside, load_program
 from autodist_fx.weights.share import share_weights
@@ -203,6 +205,10 @@ class CompiledPrograms:
         assert make is not None, "programs of a model that is at hand are made when they are asked for"
         return make(lengths)
 
+    def completed(self, call: Call) -> Call:
+        """Return the call with the positions that the model counts; see CallPrograms."""
+        return self._compiled.source.completed(call)
+
     def program_for(self, call: Call) -> CallProgram:
         """Return the program for a call; see CallPrograms."""
         compiled = self._compiled
@@ -212,3 +218,25 @@ class CompiledPrograms:
             self._calls.append(variant)
             self._loaded.append(self.program(variant))
         return CallProgram(self.program(variant), variant.output_order)
+
+    def is_usual(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Return whether what the step's graph assumes of values holds; see CallPrograms."""
+        guards = self.step.traced.value_guards
+        return not guards or hold(guards, tensors)
+
+    def program_for_step(self, tensors: Mapping[str, torch.Tensor], past: int) -> RankProgram:
+        """Return the program for a step with these inputs; see CallPrograms."""
+        compiled = self._compiled
+        call = Call(dict(tensors), dict(self.step.fixed), use_cache=True, cache=None, return_dict=True)
+
+        def make() -> Variant:
+            variant = compiled.variant_for(call, past)
+            self.step.check_caches(variant)
+            return variant
+
+        variant = compiled.known_for(call, past)
+        if variant is None or not any(variant is known for known in (self.step, *self._calls)):
+            variant = self._startup.made_alike(compiled, make, self._loaded)
+            self._calls.append(variant)
+            self._loaded.append(self.program(variant))
+        return self.program(variant)

@@ -120,7 +120,8 @@ def traceable(
                 undo.callback(names.pop, "isinstance")
                 names["isinstance"] = _isinstance
 
-        patch_masks(patch)
+        text = model.config.get_text_config()
+        patch_masks(patch, both_ways=bool(getattr(text, "use_bidirectional_attention", None)), use_cache=use_cache)
         patch_base(patch)
         patch_contexts(patch)
         undo.enter_context(without_checks())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import linecache
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.call import KEYWORD_INPUTS, OUTPUT_FLAGS
-from autodist_fx.calls.input_shapes import choice_specs, is_multiple_choice
+from autodist_fx.calls.input_shapes import choice_specs, input_dims, is_multiple_choice
 from autodist_fx.calls.input_specs import InputSpec, ModelFacts
 from autodist_fx.calls.outputs import flat
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, cache_layers, layer_kinds
 from autodist_fx.tracing.control_flow.random_calls import refuse_python_draws
+from autodist_fx.tracing.control_flow.value_guards import ValueGuard
 from autodist_fx.tracing.encoder_decoder_cache import both_kinds, merge_caches, written_layers
 from autodist_fx.tracing.example_inputs import (
     IMAGE_INPUTS,
@@ -55,6 +57,7 @@ class TracedModel:
     layer_kinds: tuple[str, ...]  # per cache layer: "full", "sliding:4096", "chunked:8192"; () without a cache
     _examples: ExampleInputs = field(repr=False)
     left_by_calls: frozenset[str] = frozenset()  # paths of the model's attributes and buffers that its calls change
+    value_guards: tuple[ValueGuard, ...] = ()  # on the values of inputs: a call has this graph where they hold
     phase: str = ""  # "prompt" or "step" for a model with a cache of its own, which has a graph for each; else ""
 
     @property
@@ -70,7 +73,7 @@ class TracedModel:
 
     def check_images(self, inputs: Mapping[str, Any]) -> None:
         """Raise AutodistError where images are of another size than those that the graph was made for."""
-        for name in IMAGE_INPUTS:
+        for name in (name for name in IMAGE_INPUTS if name in self.input_names):
             shape, wanted = tuple(getattr(inputs.get(name), "shape", ()))[1:], self._examples.image_shape
             if shape and wanted and shape != wanted:
                 raise AutodistError(
@@ -109,6 +112,7 @@ def trace(
     concrete_args: Mapping[str, object] | None = None,
     specs: Mapping[str, InputSpec] | None = None,
     sizes: tuple[Sizes, Sizes] | None = None,
+    values: Mapping[str, torch.Tensor] | None = None,
 ) -> TracedModel:
     """Trace a model, or the model that a config describes, on the meta device; neither is changed.
 
@@ -116,7 +120,8 @@ def trace(
     segments, or pixels, whatever the model is for, and with `use_cache` also positions and the cache. Any other
     argument has its default, or its value in `concrete_args`. `specs` are those of inputs that differ from the usual
     ones (input_shapes): a mask of four dims, int32 token ids. `sizes`: of the inputs that Python sees while it is
-    traced, and others that are alike to it; by default some that are like no dim of the model.
+    traced, and others that are alike to it; by default some that are like no dim of the model. `values`: the tensors of
+    a call, by which conditions on integers among them are decided (`value_guards`).
     The model is traced as it stands, in training or in eval mode; one made from a config is in eval mode.
 
     Errors: TracingError, which names the model class, the line of its source, and the way out.
@@ -124,13 +129,13 @@ def trace(
     refuse_global_hooks()
     try:
         traced, is_whole = _trace(
-            model, input_names, use_cache, concrete_args or {}, specs or {}, sizes, passing_cache=False
+            model, input_names, use_cache, concrete_args or {}, specs or {}, sizes, values, passing_cache=False
         )
         if is_whole or "labels" not in traced.input_names or "labels" in (specs or {}):
             return traced
         for labels in _other_labels(traced):  # a label for each sequence, and not for each token
             again, is_whole = _trace(
-                model, input_names, use_cache, concrete_args or {}, {**(specs or {}), "labels": labels}, sizes,
+                model, input_names, use_cache, concrete_args or {}, {**(specs or {}), "labels": labels}, sizes, values,
                 passing_cache=False,
             )  # fmt: skip
             if is_whole:
@@ -140,7 +145,9 @@ def trace(
         if use_cache or "past_key_values" in (*(input_names or ()), *(concrete_args or ())):
             raise
         try:  # some run without a cache only where they make one for themselves
-            return _trace(model, input_names, use_cache, concrete_args or {}, specs or {}, sizes, passing_cache=True)[0]
+            return _trace(
+                model, input_names, use_cache, concrete_args or {}, specs or {}, sizes, values, passing_cache=True
+            )[0]
         except TracingError:
             raise error from error.__cause__
 
@@ -152,6 +159,7 @@ def _trace(
     concrete_args: Mapping[str, object],
     specs: Mapping[str, InputSpec],
     sizes: tuple[Sizes, Sizes] | None,
+    values: Mapping[str, torch.Tensor] | None,
     passing_cache: bool,
 ) -> tuple[TracedModel, bool]:
     """Return the traced model, and whether each value in its graph could be computed on the example inputs."""
@@ -173,6 +181,7 @@ def _trace(
     specs = {**(choice_specs(names) if is_multiple_choice(type(meta_model).__name__) else {}), **specs}
     by_config = {n: getattr(meta_model.config, n, False) for n in OUTPUT_FLAGS if n not in FLAGS_SET_FOR_TRACING}
     records = any(name.startswith("output_") and value for name, value in {**by_config, **concrete_args}.items())
+    records |= "input_ids" in names and _reads_media(meta_model, names, specs)  # whose encoder's layers it may ask for
     tracer = None
     try:
         with traceable(meta_model, use_cache=use_cache, records=records, keywords=more), torch.no_grad():
@@ -193,7 +202,7 @@ def _trace(
                 first = unmistakable_sizes(meta_model)
                 sizes = first, unmistakable_sizes(meta_model, other_than=first)
             inputs, others = (examples.for_model(each) for each in sizes)
-            tracer = Tracer(meta_model, inputs, others, keywords)
+            tracer = Tracer(meta_model, inputs, others, keywords, values)
             with refuse_python_draws(meta_model, tracer.source_files):
                 graph = tracer.trace(
                     meta_model,
@@ -203,6 +212,7 @@ def _trace(
                 )
             if examples.has_encoder:
                 merge_caches(graph)
+            _spell_out_outputs(graph, tracer)
     except AutodistError:
         raise
     except Exception as error:
@@ -216,8 +226,36 @@ def _trace(
         layer_kinds=_layer_kinds(examples) if use_cache else (),
         _examples=examples,
         left_by_calls=frozenset(tracer.left_by_calls),
+        value_guards=tuple(tracer.value_guards),
     )
     return traced, tracer.first_unknown is None
+
+
+def _spell_out_outputs(graph: torch.fx.Graph, tracer: Tracer) -> None:
+    """Write an output that is one node of several tensors (what `split` gives) as these tensors."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+
+    def spelled(node: torch.fx.Node) -> Any:
+        known = tracer.examples_of.get(node)
+        if not isinstance(known, (tuple, list)) or not all(isinstance(part, torch.Tensor) for part in known):
+            return node
+        with graph.inserting_before(output):
+            parts = tuple(graph.call_function(operator.getitem, (node, index)) for index in range(len(known)))
+        for part in parts:
+            node_meta.copy(node, part)
+            node_meta.set_traced_as_tensor(part, True)
+        return parts
+
+    output.args = (torch.fx.node.map_arg(output.args[0], spelled),)
+
+
+def _reads_media(model: PreTrainedModel, names: Sequence[str], specs: Mapping[str, InputSpec]) -> bool:
+    """Return whether images, sounds or the like are among the inputs: numbers that belong to no token."""
+    return any(
+        name in IMAGE_INPUTS
+        or (name in specs and specs[name].dtype.is_floating_point and not input_dims(name, model.config, False))
+        for name in names
+    )
 
 
 def _other_labels(traced: TracedModel) -> list[InputSpec]:

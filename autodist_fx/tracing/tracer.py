@@ -24,11 +24,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
 from autodist_fx.tracing.control_flow.conditions import lengths_for_tensors
-from autodist_fx.tracing.control_flow.constants import OtherExample, within_range
+from autodist_fx.tracing.control_flow.constants import OtherExample, constant_or_none, within_range
 from autodist_fx.tracing.control_flow.data_dependent import rewritten, unrolled
 from autodist_fx.tracing.control_flow.experts import experts_forward
 from autodist_fx.tracing.control_flow.random_calls import drawn_in_graph
 from autodist_fx.tracing.control_flow.value_branches import Answers, trace_both_ways
+from autodist_fx.tracing.control_flow.value_guards import ValueGuard
 from autodist_fx.tracing.encoder_decoder_cache import PARTS
 from autodist_fx.tracing.gradient_regions import GradientRegions
 from autodist_fx.tracing.hooks import has_attached, of_another_class, refuse_autocast, restore_attributes, traced_for
@@ -38,7 +39,10 @@ from autodist_fx.tracing.versions.forwards import as_before
 from autodist_fx.tracing.versions.tracer_base import AttributeProxy, SymbolicProxy, SymbolicTracer
 from passes.fx import node_meta
 
+_MOST_ROWS = 1024  # of a tensor that Python runs over, each of which has nodes of its own
 _TAKE_SIZES = ("full", "zeros", "ones", "empty", "arange", "clamp")
+
+_OF_SIZES = ("split", "split_with_sizes", "view", "reshape", "expand", "unfold", "narrow")
 
 
 class Keywords(dict[str, Any]):
@@ -99,13 +103,16 @@ class Tracer(SymbolicTracer):
         examples: dict[str, object],
         other_examples: dict[str, object] | None = None,
         keywords: Mapping[str, object] | None = None,
+        values: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """`other_examples` are inputs of other sizes, which tell lengths from constants (see constants.py); `keywords`
-        goes into forward's **kwargs."""
+        goes into forward's **kwargs; `values` are those of a call, by which conditions on them are decided."""
         super().__init__()
         self.examples = examples
         self.other_example = OtherExample(self, other_examples or {})
         self.keywords = Keywords(keywords or {})
+        self.values = values or {}
+        self.value_guards: list[ValueGuard] = []  # of the conditions that were decided by them
         self.source_files = model_source_files(model)
         self.data_dependent_calls = 0  # how many lengths were made up so far (see data_dependent.py)
         self.whole_of_split: dict[torch.fx.Node, Any] = {}  # split_rows -> what it splits
@@ -215,6 +222,8 @@ class Tracer(SymbolicTracer):
         if kind == "call_function" and getattr(target, "__name__", "") in _TAKE_SIZES:
             args, kwargs = lengths_for_tensors(args), {k: lengths_for_tensors(v) for k, v in kwargs.items()}
             args = within_range(args, kwargs.get("dtype")) if target.__name__ == "full" else args
+        if (target if kind == "call_method" else getattr(target, "__name__", "")) in _OF_SIZES:
+            args = (*args[:1], *lengths_for_tensors(args[1:]))  # x.split([torch.tensor(length), ...])
         if kind == "call_function" and target is operator.getitem and len(args) == 2:
             args = (args[0], lengths_for_tensors(args[1]))  # x[: torch.tensor(length)]
         if kind == "call_method" and target == "requires_grad_":
@@ -265,6 +274,9 @@ class Tracer(SymbolicTracer):
         if isinstance(known, (tuple, list)):  # (*input_shape, -1, head_dim)
             return iter([obj[index] for index in range(len(known))])
         loop = unrolled(self, obj)
+        if loop is None and isinstance(known, torch.Tensor) and known.dim() and len(known) <= _MOST_ROWS:
+            rows = constant_or_none(self.create_proxy("call_method", "size", (obj, 0), {}))
+            loop = None if rows is None else iter([obj[index] for index in range(rows)])  # as many for all inputs
         return super().iter(obj) if loop is None else loop
 
     def _source(self) -> str | None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from cost_model.costs.compute import MATMULS
 from cost_model.graph.op_graph import SOURCES, OpGraph, TensorRef
 
-_CHOICES = ("topk", "sort", "argsort", "argmax", "argmin", "one_hot", "selected", "split_rows", "bincount", "histc")
+_CHOICES = ("topk", "sort", "argsort", "argmax", "argmin", "one_hot", "selected", "split_rows", "bincount", "histc",
+            "nonzero_static")  # fmt: skip
 # Kinds of op that a weight may be read through on its way into a product.
 _THROUGH = ("to", "permute", "view", "identity", "slice")
 

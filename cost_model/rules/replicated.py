@@ -11,6 +11,7 @@ REPLICATED: dict[str, str] = {
     "opaque.topk": _CHOICE, "opaque.sort": _CHOICE, "opaque.argsort": _CHOICE, "opaque.one_hot": _CHOICE,
     "opaque.selected": _CHOICE, "opaque.bincount": _CHOICE, "opaque.histc": _CHOICE,
     "opaque.seeded_uniform": _DRAWN,
+    "opaque.nonzero_static": _CHOICE,
     "opaque.zeros_like": _FILL, "opaque.ones_like": _FILL, "opaque.full_like": _FILL, "opaque.empty_like": _FILL,
     "opaque.new_zeros": _FILL, "opaque.new_ones": _FILL, "opaque.new_full": _FILL, "opaque.new_empty": _FILL,
 }  # fmt: skip

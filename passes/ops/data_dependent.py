@@ -33,6 +33,12 @@ def expectation(length: int) -> tuple[int, int] | None:
     return (numel, share) if numel > 0 and share > 0 else None
 
 
+def piece_length(rows: int, number: int, pieces: int) -> int:
+    """Returns the made-up size of one of `pieces` runs of `rows` rows, which may be a made-up number themselves."""
+    numel, share = expectation(rows) or (rows, 1)
+    return made_up_length(numel, number, share * pieces)
+
+
 def selected(mask: torch.Tensor, number: int, share: int) -> tuple[torch.Tensor, ...]:
     """Returns torch.where(mask): for each dim of `mask` the coordinates [count], int64, of the elements that are not
     zero.
@@ -49,7 +55,7 @@ def split_rows(x: torch.Tensor, counts: torch.Tensor, pieces: int, number: int) 
     """Splits `x` [rows, ...] into `pieces` runs of rows: `counts` [pieces], integers, says how many rows each has."""
     if x.device.type != "meta":
         return x.split(counts.tolist())
-    return tuple(x.new_empty(made_up_length(len(x), number + i, pieces), *x.shape[1:]) for i in range(pieces))
+    return tuple(x.new_empty(piece_length(len(x), number + i, pieces), *x.shape[1:]) for i in range(pieces))
 
 
 def join_rows(pieces: Sequence[torch.Tensor], rows: int, counts: torch.Tensor) -> torch.Tensor:

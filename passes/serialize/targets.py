@@ -31,8 +31,8 @@ _TORCH = """
     inverse is_floating_point isclose isfinite isinf isnan kron le lerp less less_equal linalg.norm
     linalg.vector_norm linspace log log10 log1p log2 log_softmax logaddexp logical_and logical_not logical_or
     logical_xor logsumexp lt masked_fill masked_scatter masked_select matmul max maximum mean median meshgrid min
-    minimum mm movedim mul multiply mv nan_to_num narrow ne neg negative nonzero norm not_equal numel ones
-    ones_like outer permute polar positive pow prod quantile ravel real reciprocal relu remainder repeat_interleave
+    minimum mm movedim mul multiply mv nan_to_num narrow ne neg negative nonzero nonzero_static norm not_equal numel
+    ones ones_like outer permute polar positive pow prod quantile ravel real reciprocal relu remainder repeat_interleave
     reshape roll round rsqrt rsub scatter scatter_add scatter_reduce searchsorted select sigmoid sign sin sinc sinh
     slice_scatter softmax sort split sqrt square squeeze stack std std_mean sub subtract sum swapaxes swapdims t
     take take_along_dim tan tanh tensor tensor_split tensordot tile topk trace transpose tril triu true_divide

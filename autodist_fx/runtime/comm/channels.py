@@ -27,6 +27,7 @@ class Channel(IntEnum):
     CALLS = 0x7F000007  # whether all ranks were called alike, and ended well
     STEP_TOTALS = 0x7F000009  # loss and norm of a training step
     PARAMETERS = 0x7F00000A  # on their way to where they are gathered
+    STEP_INPUTS = 0x7F00000B  # of a step of a generation, beside tokens: images, sounds
     BREAK = 0x7F000008  # on which nothing is ever sent: who waits there ends every wait (dist_communicator.py)
 
 

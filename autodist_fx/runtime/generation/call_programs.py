@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import torch
 
 from autodist_fx.calls.call import Call
 from autodist_fx.calls.model_signature import ModelSignature
@@ -20,15 +22,29 @@ class CallProgram:
 
 
 class CallPrograms(Protocol):
-    """Programs for calls without a cache, found as `simulate` finds its own (calls/made_for.py)."""
+    """Programs for calls without a cache, and for steps with inputs that no usual step has, found as `simulate` finds
+    its own (calls/made_for.py)."""
 
     @property
     def signature(self) -> ModelSignature:
         """Return the signature of the model's forward."""
 
+    def completed(self, call: Call) -> Call:
+        """Return the call with the positions that the model's own Python counts where it leaves them out."""
+
     def program_for(self, call: Call) -> CallProgram:
         """Return the program that was made for just this call, with its weights; made at first use, by all ranks
         together.
+
+        Called on all ranks alike, and raises AutodistError on all ranks alike where there can be none.
+        """
+
+    def is_usual(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Return whether what the graphs that generate assume of values holds for a step with these inputs."""
+
+    def program_for_step(self, tensors: Mapping[str, torch.Tensor], past: int) -> RankProgram:
+        """Return the program for a step that generates, with these inputs and `past` tokens in its cache, which it
+        reads and writes as all others do; made at first use, by all ranks together.
 
         Called on all ranks alike, and raises AutodistError on all ranks alike where there can be none.
         """

@@ -28,6 +28,7 @@ from autodist_fx.calls.call import Call, by_name, read_call
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.cross_cache import Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache
+from autodist_fx.runtime.family_inputs import of_family
 from autodist_fx.runtime.generation.collective_call import collective
 from autodist_fx.runtime.generation.follower import Follower
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
@@ -116,12 +117,15 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
             get = call.tensors.get
             input_ids, attention_mask, position_ids = get("input_ids"), get("attention_mask"), get("position_ids")
             past_key_values, cache_position = call.cache, get("cache_position")
-        elif keywords:
-            refuse_keywords(keywords)
+            keywords = {}
+        further = {name: value for name, value in keywords.items() if isinstance(value, torch.Tensor)}
+        refuse_keywords({name: value for name, value in keywords.items() if name not in further})
         refuse_inner_outputs(output_attentions, output_hidden_states)
         if input_ids is None:
             raise AutodistError("a distributed model takes input_ids, and got none")
-        found = self._forward(input_ids, attention_mask, position_ids, past_key_values, cache_position, use_cache)
+        found = self._forward(
+            input_ids, attention_mask, position_ids, past_key_values, cache_position, use_cache, further=further
+        )
         return found.to_tuple() if return_dict is False else found
 
     def _given(self, others: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,8 +161,10 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
         cache_position: torch.Tensor | None,
         use_cache: bool | None,
         encoded: Encoded | None = None,
+        further: Mapping[str, torch.Tensor] | None = None,
     ) -> CausalLMOutputWithPast:
-        """Run a step, which reads `encoded` in a model with an encoder."""
+        """Run a step, which reads `encoded` in a model with an encoder. `further`: inputs that no usual step has, by
+        forward's names."""
         if past_key_values is not None and not isinstance(past_key_values, SplitCache):
             raise AutodistError(
                 f"the cache is a {type(past_key_values).__name__} of one process: use model.new_cache(), or the cache "
@@ -169,6 +175,9 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
         if cache_position is None:
             past = cache.get_seq_length()
             cache_position = torch.arange(past, past + tokens, device=input_ids.device)
+        further = dict(further or {})
+        if position_ids is not None and position_ids.dim() > 2:  # of several kinds: along height, width and time
+            further["position_ids"], position_ids = position_ids, None
         if position_ids is None:
             position_ids = cache_position[None]
         if position_ids.shape[0] != batch:
@@ -176,11 +185,12 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
         shows_all = attention_mask is None
         if attention_mask is None:
             attention_mask = torch.ones(batch, cache.get_seq_length() + tokens, dtype=torch.long)
-        step = Step(cache, input_ids, attention_mask, position_ids, cache_position, encoded, shows_all)
-        variant = self._choose(step)
+        step = Step(cache, input_ids, attention_mask, position_ids, cache_position, encoded, shows_all, further)
+        is_usual = self.is_usual(step)
+        variant = self._choose(step) if is_usual else None
         if self._leader is not None:
             self._leader.announce_step(step, cache_kept=past_key_values is not None or use_cache is not False)
-        logits = self.run_variant(step, variant)
+        logits = self.run_variant(step, variant) if is_usual else self._run_unusual(step)
         if self._leader is not None:
             logits = None if logits is None else logits[:, -1:, :]
         elif self.logits_on_every_rank:
@@ -213,12 +223,11 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
         finally:
             self._leader = None
 
-    @staticmethod
-    def _drive(generate: Any, *args: Any, **kwargs: Any) -> Any:
+    def _drive(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
         """Run transformers' `generate` on the driver, with what ranks can be given."""
         if kwargs.get("inputs_embeds") is not None:
             raise AutodistError("generating over ranks starts from input_ids, which the ranks' graphs embed themselves")
-        if kwargs.get("token_type_ids") is not None:
+        if kwargs.get("token_type_ids") is not None and self.family is None:
             raise AutodistError(
                 "generating over ranks takes no token_type_ids: call the tokenizer with return_token_type_ids=False"
             )
@@ -237,8 +246,20 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
 
     # --------------------------------------------------------------- called by transformers' generate, on the driver
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Refuse what the model's own forward does not take, as transformers does."""
+        known = () if self._call_programs is None else self._call_programs.signature.argument_names
+        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in known})
+
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Repeat a batch's inputs for beams and the like; the family says how, where images are not one a row."""
+        own = of_family(self.family, "_expand_inputs_for_generation")
+        return super()._expand_inputs_for_generation(*args, **kwargs) if own is None else own(*args, **kwargs)
+
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        own = of_family(self.family, "_update_model_kwargs_for_generation")
+        update = super()._update_model_kwargs_for_generation if own is None else own
+        model_kwargs = update(outputs, model_kwargs, *args, **kwargs)
         if self._leader is not None:
             self._leader.choose_tokens(model_kwargs.get(self._mask_name))
         return model_kwargs

@@ -19,12 +19,14 @@ from autodist_fx.errors import AutodistError, CommunicationError
 from autodist_fx.runtime.cache.cache_table import CacheTable
 from autodist_fx.runtime.cache.cross_cache import Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache
+from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.step_channel import StepChannel
 from autodist_fx.runtime.generation.step_messages import (
     CropMessage,
     EncodeMessage,
     EndMessage,
+    InputsMessage,
     OutputKind,
     PrepareMessage,
     ReorderMessage,
@@ -67,6 +69,7 @@ class Follower:
         self._streamer, self._prompt, self._prompt_streamed = streamer, prompt, False
         self._kept: dict[int, SplitCache] = {}  # alive until the end: a logits processor may have one of its own
         self._encoded: Encoded | None = None  # alive as long as the leader's
+        self._further: dict[str, torch.Tensor] = {}  # inputs of the step that comes, beside tokens
 
     def follow(self, finish_sends: Callable[[], None]) -> Any:
         """Do what the leader says until it says that this is the end; return the same result as on the driver.
@@ -80,6 +83,10 @@ class Follower:
                     self._model.caches.numbered(message.cache).reorder_cache(message.rows)
                 case CropMessage() as message:
                     self._model.caches.numbered(message.cache).crop(message.argument)
+                case InputsMessage() as message:
+                    self._further = {
+                        name: self._channel.receive(spec, Channel.STEP_INPUTS) for name, spec in message.inputs
+                    }
                 case EncodeMessage() as message:
                     self._encoded = self._model.follow_encoding(message)
                 case PrepareMessage() as message:
@@ -110,7 +117,9 @@ class Follower:
             position_ids=message.position_ids,
             cache_position=torch.arange(first, first + tokens, device=message.input_ids.device),
             encoded=self._model.encoded_of(message.encoded),
+            further=self._further,
         )
+        self._further = {}
         self._model.run_step(step)
         self._stream(message.input_ids, new=message.new_tokens)
 

@@ -25,6 +25,7 @@ from autodist_fx.runtime.generation.step_messages import (
     CropMessage,
     EncodeMessage,
     EndMessage,
+    InputsMessage,
     Message,
     OutputKind,
     PrepareMessage,
@@ -109,6 +110,7 @@ class Leader:
                 raise AutodistError(f"attention_mask must be [batch, tokens]; got {list(mask.shape)}")
             grown = self.mask.is_grown(mask) and cache.mask_tokens == mask.shape[1] - 1
             cache.mask_tokens = mask.shape[1]
+        self._announce_further(step)
         told = self._takes_mask and not grown and not step.shows_all
         new_tokens, self._new_tokens = self._new_tokens, False
         self._finish_sends()
@@ -126,6 +128,15 @@ class Leader:
                 encoded=0 if step.encoded is None else step.encoded.number,
             )
         )
+
+    def _announce_further(self, step: Step) -> None:
+        """Announce the inputs that no usual step has, and send them."""
+        if step.further and self._channel is not None:
+            self._finish_sends()
+            specs = ((name, TensorSpec(value.dtype, tuple(value.shape))) for name, value in step.further.items())
+            self._say(InputsMessage(tuple(specs)))
+            for value in step.further.values():
+                self._channel.send(value, Channel.STEP_INPUTS)
 
     def announce_preparing(self, lengths: Lengths) -> None:
         """Announce that all ranks are to make a program for these sizes, which they do together."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,6 +23,8 @@ class Step:
     cache_position: torch.Tensor  # int64 [tokens]: places in the cache
     encoded: Encoded | None = None  # what the encoder gave, in a model with one
     shows_all: bool = False  # the mask is ones, since the call gave none
+    # Inputs that no usual step has (images, sounds, token types), or positions of several kinds: by forward's names.
+    further: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def lengths(self) -> Lengths:

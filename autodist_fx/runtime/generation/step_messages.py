@@ -21,7 +21,7 @@ import torch
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.errors import CommunicationError
 
-FORMAT = 0x41445803  # "ADX", and the version of this layout
+FORMAT = 0x41445804  # "ADX", and the version of this layout
 BLOCK = 128  # integers of the first piece of a message: 1 KiB, which a socket takes at once
 _NUMBERS = 12
 _HEADER_INTEGERS = 3 + _NUMBERS
@@ -30,7 +30,8 @@ _MOST = 1 << 40  # no size, position or number of a cache goes beyond
 _MOST_PAYLOAD = 1 << 32  # integers
 _SYMBOLS = "BSPTEK"  # of lengths, in the order of their numbers
 _DTYPES = (torch.long, torch.int32, torch.bool, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MOST_DIMS = 4  # of an input of an encoder
+_MOST_DIMS = 8  # of an input of an encoder, or of a step
+_MOST_NAME = 100  # characters of an input's name
 _NOT_GIVEN = (-1,) * (1 + _MOST_DIMS)
 
 M = TypeVar("M", bound="Message")
@@ -45,6 +46,7 @@ class Command(IntEnum):
     END = 4
     ENCODE = 5
     PREPARE = 6
+    INPUTS = 7
 
 
 class OutputKind(IntEnum):
@@ -251,15 +253,8 @@ class EncodeMessage(Message):
     inputs: tuple[TensorSpec | None, ...]  # of all that it can read, in order; None: not given, and not sent
 
     def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
-        rows = [_NOT_GIVEN if spec is None else self._row(spec) for spec in self.inputs]
+        rows = [_NOT_GIVEN if spec is None else _row(spec) for spec in self.inputs]
         return (self.encoded, len(rows)), (torch.tensor(rows, dtype=torch.long),)
-
-    @staticmethod
-    def _row(spec: TensorSpec) -> Sequence[int]:
-        """Return [number of the dtype, sizes], padded with -1."""
-        if spec.dtype not in _DTYPES or len(spec.shape) > _MOST_DIMS:
-            raise CommunicationError(f"an encoder over ranks reads no {spec.dtype}{list(spec.shape)}")
-        return [_DTYPES.index(spec.dtype), *spec.shape, *[-1] * (_MOST_DIMS - len(spec.shape))]
 
     @classmethod
     def _from_content(cls, numbers: Sequence[int], payload: torch.Tensor) -> EncodeMessage:
@@ -267,20 +262,53 @@ class EncodeMessage(Message):
         _check(cls, 1, _MOST, encoded=encoded)
         _check(cls, 0, _MOST, inputs=count)
         _check_payload(cls, payload, count * len(_NOT_GIVEN))
-        return cls(encoded, tuple(map(cls._spec, payload.view(count, len(_NOT_GIVEN)).tolist())))
+        rows = payload.view(count, len(_NOT_GIVEN)).tolist()
+        return cls(encoded, tuple(None if tuple(row) == _NOT_GIVEN else _spec(cls, row) for row in rows))
+
+
+@dataclass(frozen=True, slots=True)
+class InputsMessage(Message):
+    """The next step has inputs besides tokens, mask and positions (images, say), or positions of several kinds; they
+    follow on Channel.STEP_INPUTS, in this order."""
+
+    command: ClassVar[Command] = Command.INPUTS
+
+    inputs: tuple[tuple[str, TensorSpec], ...]  # by the names of forward's arguments
+
+    def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
+        rows = [[*_row(spec), *name.encode().ljust(_MOST_NAME, b" ")] for name, spec in self.inputs]
+        return (len(rows),), (torch.tensor(rows, dtype=torch.long),)
 
     @classmethod
-    def _spec(cls, row: Sequence[int]) -> TensorSpec | None:
-        if tuple(row) == _NOT_GIVEN:
-            return None
-        dtype, *sizes = row
-        dims = next((dim for dim, size in enumerate(sizes) if size == -1), _MOST_DIMS)
-        _check(cls, 0, len(_DTYPES) - 1, dtype=dtype)
-        for size in sizes[:dims]:
-            _check(cls, 0, _MOST, size=size)
-        for size in sizes[dims:]:
-            _check(cls, -1, -1, size=size)
-        return TensorSpec(_DTYPES[dtype], tuple(sizes[:dims]))
+    def _from_content(cls, numbers: Sequence[int], payload: torch.Tensor) -> InputsMessage:
+        count, width = numbers[0], len(_NOT_GIVEN)
+        _check(cls, 1, _MOST, inputs=count)
+        _check_payload(cls, payload, count * (width + _MOST_NAME))
+        found = []
+        for row in payload.view(count, -1).tolist():
+            for character in row[width:]:
+                _check(cls, 32, 126, character=character)
+            found.append((bytes(row[width:]).decode().strip(), _spec(cls, row[:width])))
+        return cls(tuple(found))
+
+
+def _row(spec: TensorSpec) -> Sequence[int]:
+    """Return [number of the dtype, sizes], padded with -1."""
+    if spec.dtype not in _DTYPES or len(spec.shape) > _MOST_DIMS:
+        raise CommunicationError(f"a model over ranks reads no {spec.dtype}{list(spec.shape)}")
+    return [_DTYPES.index(spec.dtype), *spec.shape, *[-1] * (_MOST_DIMS - len(spec.shape))]
+
+
+def _spec(message: type[Message], row: Sequence[int]) -> TensorSpec:
+    """Invert `_row`. Raises CommunicationError for numbers out of their bounds."""
+    dtype, *sizes = row
+    dims = next((dim for dim, size in enumerate(sizes) if size == -1), _MOST_DIMS)
+    _check(message, 0, len(_DTYPES) - 1, dtype=dtype)
+    for size in sizes[:dims]:
+        _check(message, 0, _MOST, size=size)
+    for size in sizes[dims:]:
+        _check(message, -1, -1, size=size)
+    return TensorSpec(_DTYPES[dtype], tuple(sizes[:dims]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +333,7 @@ class PrepareMessage(Message):
 _KINDS: dict[int, type[Message]] = {
     kind.command: kind
     for kind in (
-        StepMessage, ReorderMessage, CropMessage, EndMessage, EncodeMessage, PrepareMessage
+        StepMessage, ReorderMessage, CropMessage, EndMessage, EncodeMessage, PrepareMessage, InputsMessage
     )
 }  # fmt: skip
 

@@ -110,8 +110,23 @@ class StepRunner(PretrainedMembers):
         return self.program.rank
 
     def run_step(self, step: Step) -> torch.Tensor | None:
-        """Run this rank's program for `step`, chosen by its guards; return the logits where the rank has them."""
-        return self.run_variant(step, self._choose(step))
+        """Run this rank's program for `step`, chosen by its guards, or by its inputs where no usual step is like it;
+        return the logits where the rank has them."""
+        return self.run_variant(step, self._choose(step)) if self.is_usual(step) else self._run_unusual(step)
+
+    def is_usual(self, step: Step) -> bool:
+        """Return whether the programs that generate are made for a step like this: it has no inputs beside tokens, mask
+        and positions, and what these graphs assume of values holds."""
+        return not step.further and (self._call_programs is None or self._call_programs.is_usual(_tensors_of(step)))
+
+    def _run_unusual(self, step: Step) -> torch.Tensor | None:
+        """Run a step by a program for just its inputs, made by all ranks together."""
+        if self._call_programs is None:
+            raise AutodistError(f"the ranks' graphs for generating take no {', '.join(step.further)}: generate without")
+        names = self._call_programs.signature.argument_names
+        given = {name: value for name, value in _tensors_of(step).items() if name in names}
+        program = self._call_programs.program_for_step({**given, **step.further}, step.cache.tokens)
+        return self._run_program(program, step, step.further)
 
     def prepare(self, lengths: Lengths) -> None:
         """Make the program for these sizes, together with all ranks. Raises AutodistError where there can be none."""
@@ -168,6 +183,7 @@ class StepRunner(PretrainedMembers):
 
     def _run_call(self, programs: CallPrograms, call: Call) -> CallOutput | tuple[Any, ...]:
         """Run a call without a cache; return what the model returns, on all ranks. Called on all."""
+        call = programs.completed(call)
         made = programs.program_for(call)
         outputs = self._call(made.program, {name: call.tensors[name] for name in made.program.input_names})
         return returned(call, self._share(outputs), made.output_order)
@@ -200,3 +216,11 @@ class StepRunner(PretrainedMembers):
 
 def _nothing() -> None:
     pass
+
+
+def _tensors_of(step: Step) -> dict[str, torch.Tensor]:
+    """Return the tensors that every step has, by forward's names; the mask of integers, as followers have it."""
+    mask = None if step.attention_mask is None else step.attention_mask.long()
+    usual = {"input_ids": step.input_ids, "attention_mask": mask, "position_ids": step.position_ids}
+    found = {**usual, "cache_position": step.cache_position}
+    return {name: value for name, value in found.items() if value is not None}

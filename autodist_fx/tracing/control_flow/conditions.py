@@ -9,6 +9,7 @@ fx has one graph for all inputs, so that a condition must come out the same for 
   graph makes no check of its inputs;
 - in a module without parameters both branches are traced (value_branches.py);
 - values that follow from the masks' being zeros and ones: no token is attended to globally (ranges.py);
+- conditions on the integers that a call is given, where the graph is made for that call (value_guards.py);
 - "does this have any padding?", asked to skip work where not: `torch.all(mask == 1)` is taken for false and
   `(ids == pad).any()` for true, since masking nothing changes nothing. transformers' masking utilities are patched in
   the same sense.
@@ -28,6 +29,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from autodist_fx.tracing.control_flow.raise_branches import answer_without_error
 from autodist_fx.tracing.control_flow.random_calls import NAMES
+from autodist_fx.tracing.control_flow.value_guards import known_value
 from autodist_fx.tracing.control_flow.value_ranges import certain
 from autodist_fx.tracing.versions.tracer_base import DeviceAttribute, SymbolicProxy
 from passes.fx import node_meta
@@ -63,7 +65,10 @@ def decide(proxy: SymbolicProxy) -> bool:
         for position in (1, _FAR) if proxy.tracer.phase == "step" else (0,):
             answers.add(bool(_computed(proxy.node, proxy.tracer, position, {})))
     except _DependsOnDataError as error:
-        raise TypeError(f"a condition depends on the values of {error}") from None
+        value = known_value(proxy)
+        if value is None:
+            raise TypeError(f"a condition depends on the values of {error}") from None
+        return bool(value)
     if len(answers) > 1:
         raise TypeError("a condition depends on how many tokens came before")
     return answers.pop()
@@ -115,7 +120,13 @@ def lengths_for_tensors(value: Any) -> Any:
     Models write `cache_position[-1] + 1` for the number of tokens; it is a number only once there is data, while the
     end of the range that the positions were made from is one now.
     """
-    return map_aggregate(value, lambda v: _as_length(v) if isinstance(v, Proxy) else v)
+    return map_aggregate(value, lambda v: _as_length(v) if isinstance(v, Proxy) else _as_number(v))
+
+
+def _as_number(value: Any) -> Any:
+    """Return the integer that a 0-dim constant of the graph holds; anything else as it is."""
+    known = isinstance(value, torch.Tensor) and not value.is_meta and value.dim() == 0
+    return int(value) if known and not value.is_floating_point() and value.dtype != torch.bool else value
 
 
 def _as_length(proxy: Proxy) -> Any:

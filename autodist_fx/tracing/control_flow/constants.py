@@ -88,6 +88,14 @@ def constant(proxy: SymbolicProxy) -> int | float:
     return known
 
 
+def constant_or_none(proxy: SymbolicProxy) -> Any:
+    """Return the number that the proxy is for all inputs; None where it is none, or follows the inputs."""
+    try:
+        return constant(proxy)
+    except Exception:  # whatever an op raises for the other example
+        return None
+
+
 def _converted(convert: Callable[[Any], Any]) -> Callable[[SymbolicProxy], Any]:
     return lambda proxy: convert(constant(proxy))
 
@@ -107,6 +115,7 @@ CONVERSIONS: dict[str, Callable[[SymbolicProxy], Any]] = {
     "__ceil__": _converted(math.ceil),
     "__floor__": _converted(math.floor),
     "__trunc__": _converted(math.trunc),
+    "__round__": lambda proxy, *digits: round(constant(proxy), *digits),
 }
 
 

@@ -21,9 +21,10 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from autodist_fx.tracing.control_flow.constants import constant
+from autodist_fx.tracing.control_flow.value_guards import known_value
 from autodist_fx.tracing.control_flow.value_ranges import value_range
 from autodist_fx.tracing.versions.tracer_base import SymbolicProxy, SymbolicTracer
-from passes.ops.data_dependent import bincount, expectation, join_rows, made_up_length, selected, split_rows
+from passes.ops.data_dependent import bincount, expectation, join_rows, piece_length, selected, split_rows
 from passes.ops.strided import strided
 
 _REORDERED = ("permute", "transpose", "to", "int", "long", "bool", "contiguous")
@@ -126,6 +127,8 @@ def rewritten(tracer: SymbolicTracer, kind: str, target: Any, args: tuple[Any, .
     if name == "histc" and not args[0]._metadata.is_floating_point():
         # which dtype a count asks for depends on the device, and a CPU has one for floating point alone
         return tracer.create_proxy(kind, target, (args[0].to(torch.float32), *args[1:]), kwargs)
+    if name == "tolist" and (listed := known_value(args[0])) is not None:
+        return listed
     if name == "tolist" and len(_shape(args[0]) or ()) == 1:
         return Counts(args[0], int(constant(tracer.create_proxy("call_method", "size", (args[0], 0), {}))))
     if name in ("split", "split_with_sizes") and len(args) > 1 and isinstance(args[1], Counts):
@@ -152,6 +155,8 @@ def rewritten(tracer: SymbolicTracer, kind: str, target: Any, args: tuple[Any, .
         return tracer.create_proxy("call_function", strided, args, kwargs)
     if name == "stride" and kind == "call_method":
         return _contiguous_strides(*args, **kwargs)
+    if name == "item" and (number := known_value(args[0])) is not None:
+        return number
     if name == "item" and _is_truth(args[0]):
         return args[0]  # Python asks it for its truth (decisions.py)
     if name in ("div", "divide") and kwargs.get("rounding_mode") in ("trunc", "floor") and all(map(_is_length, args)):
@@ -293,6 +298,9 @@ def unrolled(tracer: SymbolicTracer, proxy: Any) -> Iterator[UnrolledIndex | Run
 
 
 def _selected(tracer: SymbolicTracer, mask: SymbolicProxy) -> SymbolicProxy:
+    if mask.tracer.values and (count := known_value((mask != 0).sum())) is not None:
+        places = tracer.create_proxy("call_function", torch.nonzero_static, (mask,), {"size": count})
+        return tracer.create_proxy("call_method", "unbind", (places, -1), {})
     one_hot = _one_hot_of(mask.node, _PART)
     share = 1 if one_hot is None else _occurring(one_hot, tracer)
     return tracer.create_proxy("call_function", selected, (mask, _number(tracer, 1), share), {})
@@ -349,7 +357,7 @@ def _one_split_of(pieces: Any) -> Node | None:
         if not isinstance(node, Node) or node.args[1] != i or (split is not None and node.args[0] is not split):
             return None
         split = node.args[0]
-        rows = made_up_length((_shape(piece.tracer.whole_of_split[split]) or (0,))[0], split.args[3] + i, len(pieces))
+        rows = piece_length((_shape(piece.tracer.whole_of_split[split]) or (0,))[0], split.args[3] + i, len(pieces))
         if split.args[2] != len(pieces) or (_shape(piece) or (0,))[0] != rows:
             return None  # something else than all runs, row for row
     return split

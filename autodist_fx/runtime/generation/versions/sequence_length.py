@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationMixin
 
 from autodist_fx.runtime.cache.kv_cache import SplitCache
-from autodist_fx.runtime.family_inputs import family_inputs
+from autodist_fx.runtime.family_inputs import family_inputs, of_family
 from autodist_fx.runtime.generation.leader import Leader
 
 
@@ -49,6 +49,12 @@ class GenerationHooks(GenerationMixin):
             # generate hands on all that it was given; tokenizers are for its stop strings
             **{k: v for k, v in kwargs.items() if v is not None and not k.endswith("tokenizer")},
         }
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Any, model_kwargs: dict[str, Any]) -> torch.Tensor:
+        """Return the positions of a prompt: the family says which, where they are of several kinds."""
+        own = of_family(self.family, "_prepare_position_ids_for_generation")
+        prepare = super()._prepare_position_ids_for_generation if own is None else own
+        return prepare(inputs_tensor, model_kwargs)
 
     def get_experts_implementation(self) -> dict[str, str]:
         """Return how transformers' own modules run experts, of which there are none: the ranks' graphs run them."""
