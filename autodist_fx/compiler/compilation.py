@@ -13,13 +13,13 @@ from autodist_fx.calls.call import Call
 from autodist_fx.calls.input_spec import InputSpec
 from autodist_fx.calls.input_specs import specs_of
 from autodist_fx.calls.lengths import Lengths, lengths_of
+from autodist_fx.calls.value_guards import hold
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.pause_gc import garbage_stays
 from autodist_fx.compiler.source import VariantSource
 from autodist_fx.compiler.torch_state import compiler_state
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
-from autodist_fx.tracing.control_flow.value_guards import hold
 from cost_model.graph.op_graph import OpGraph
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan

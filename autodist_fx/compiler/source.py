@@ -17,13 +17,13 @@ from autodist_fx.calls.constant_tensor import ConstantTensor, may_be_constant
 from autodist_fx.calls.input_specs import constant_specs
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.calls.model_signature import ModelSignature, signature_of
+from autodist_fx.calls.value_guards import hold
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.compiler.variant_set import VariantSet
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.runtime.family_positions import counts_positions, family_positions
 from autodist_fx.tracing import InputSpec, empty_model, has_own_cache
-from autodist_fx.tracing.control_flow.value_guards import hold
 from autodist_fx.tracing.hooks import backward_hooks_of
 from autodist_fx.tracing.meta_model import class_of, config_of, meta_copy
 from autodist_fx.tracing.model_structure import structure_of

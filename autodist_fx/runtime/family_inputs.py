@@ -7,6 +7,7 @@ cache where their rotary frequencies change (LongRoPE), and take the whole seque
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -23,19 +24,26 @@ def family_inputs(model: Any, input_ids: torch.Tensor, given: dict[str, Any]) ->
     """Return the arguments of the next forward, by name. `model` is one of the family, without weights; `input_ids`
     [batch, all tokens so far], and `given` is what else `generate` hands to its `prepare_inputs_for_generation`.
 
-    Tensors that no usual step has (images, say) are among them, under forward's names. Raises AutodistError where it
-    gives its model another number of positions than of tokens.
+    Tensors that no usual step has (images, say) are among them, under forward's names. Raises AutodistError where the
+    family gives its model an input that its forward does not name, or another number of positions than of tokens.
     """
     given = {name: value for name, value in given.items() if not name.endswith("tokenizer")}
     found = model.prepare_inputs_for_generation(input_ids, **given)
     found = {name: value for name, value in found.items() if value is not None}
     if CACHE_FIELD in found:
         found["past_key_values"] = found.pop(CACHE_FIELD)
+    takes = inspect.signature(model.forward).parameters
+    if own := sorted(name for name, value in found.items() if isinstance(value, torch.Tensor) and name not in _TAKEN
+                     and name not in takes and value is not given.get(name)):  # fmt: skip
+        raise AutodistError(
+            f"generating, {type(model).__name__} gives itself {', '.join(own)}, which the ranks' graphs do not take: "
+            "generate with the model itself"
+        )
     ids, cache = found["input_ids"], found.get("past_key_values")
     before = 0 if cache is None else cache.get_seq_length()
     if found.get("position_ids") is None and counts_positions(model):
-        own = {name: value for name, value in found.items() if name != "past_key_values"}
-        found["position_ids"] = family_positions(model, own | ({} if cache is None else {CACHE_FIELD: cache}))
+        others = {name: value for name, value in found.items() if name != "past_key_values"}
+        found["position_ids"] = family_positions(model, others | ({} if cache is None else {CACHE_FIELD: cache}))
     positions = found.get("position_ids")
     if positions is not None and positions.shape[-1] != ids.shape[1]:
         raise AutodistError(

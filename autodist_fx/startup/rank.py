@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from autodist_fx.calls.call import Call
 from autodist_fx.calls.lengths import Lengths
+from autodist_fx.calls.value_guards import hold
 from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.compile import compile_for_generation
 from autodist_fx.compiler.compile_options import CompileOptions
@@ -24,7 +25,6 @@ from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, gua
 from autodist_fx.startup.build_model import generating_programs
 from autodist_fx.startup.facts import shared_weight_facts
 from autodist_fx.startup.model_snapshot import ModelSnapshot
-from autodist_fx.tracing.control_flow.value_guards import hold
 from autodist_fx.weights.load import LoadReport
 from autodist_fx.weights.load_program import load_beside, load_program
 from autodist_fx.weights.share import share_weights

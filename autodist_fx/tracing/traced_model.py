@@ -17,10 +17,10 @@ from autodist_fx.calls.call import KEYWORD_INPUTS, OUTPUT_FLAGS
 from autodist_fx.calls.input_shapes import choice_specs, input_dims, is_multiple_choice
 from autodist_fx.calls.input_specs import InputSpec, ModelFacts
 from autodist_fx.calls.outputs import flat
+from autodist_fx.calls.value_guards import ValueGuard
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, cache_layers, layer_kinds
 from autodist_fx.tracing.control_flow.random_calls import refuse_python_draws
-from autodist_fx.tracing.control_flow.value_guards import ValueGuard
 from autodist_fx.tracing.encoder_decoder_cache import both_kinds, merge_caches, written_layers
 from autodist_fx.tracing.example_inputs import (
     IMAGE_INPUTS,

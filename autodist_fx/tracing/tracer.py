@@ -23,13 +23,13 @@ from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
+from autodist_fx.calls.value_guards import ValueGuard
 from autodist_fx.tracing.control_flow.conditions import lengths_for_tensors
 from autodist_fx.tracing.control_flow.constants import OtherExample, constant_or_none, within_range
 from autodist_fx.tracing.control_flow.data_dependent import rewritten, unrolled
 from autodist_fx.tracing.control_flow.experts import experts_forward
 from autodist_fx.tracing.control_flow.random_calls import drawn_in_graph
 from autodist_fx.tracing.control_flow.value_branches import Answers, trace_both_ways
-from autodist_fx.tracing.control_flow.value_guards import ValueGuard
 from autodist_fx.tracing.encoder_decoder_cache import PARTS
 from autodist_fx.tracing.gradient_regions import GradientRegions
 from autodist_fx.tracing.hooks import has_attached, of_another_class, refuse_autocast, restore_attributes, traced_for

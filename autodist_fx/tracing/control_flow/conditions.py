@@ -27,9 +27,9 @@ import torch
 from torch.fx import Node, Proxy
 from torch.fx.node import map_aggregate, map_arg
 
+from autodist_fx.calls.value_guards import known_value
 from autodist_fx.tracing.control_flow.raise_branches import answer_without_error
 from autodist_fx.tracing.control_flow.random_calls import NAMES
-from autodist_fx.tracing.control_flow.value_guards import known_value
 from autodist_fx.tracing.control_flow.value_ranges import certain
 from autodist_fx.tracing.versions.tracer_base import DeviceAttribute, SymbolicProxy
 from passes.fx import node_meta
@@ -134,6 +134,8 @@ def _as_length(proxy: Proxy) -> Any:
     if not isinstance(known, torch.Tensor) or known.dim() or known.is_floating_point():
         return proxy
     found = _length_of(proxy.node, proxy.tracer)
+    if found is None and type(number := known_value(proxy)) is int:
+        return number
     return proxy if found is None else found
 
 

@@ -20,8 +20,8 @@ import torch
 from torch.fx import Node
 from torch.nn import functional as F
 
+from autodist_fx.calls.value_guards import known_value
 from autodist_fx.tracing.control_flow.constants import constant
-from autodist_fx.tracing.control_flow.value_guards import known_value
 from autodist_fx.tracing.control_flow.value_ranges import value_range
 from autodist_fx.tracing.versions.tracer_base import SymbolicProxy, SymbolicTracer
 from passes.ops.data_dependent import bincount, expectation, join_rows, piece_length, selected, split_rows

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import masking_utils
 
-from autodist_fx.tracing.control_flow.value_guards import assumed, known_value
+from autodist_fx.calls.value_guards import assumed, known_value
 from autodist_fx.tracing.versions.tracer_base import SymbolicProxy
 
 try:

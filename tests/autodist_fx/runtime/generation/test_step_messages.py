@@ -18,6 +18,7 @@ from autodist_fx.runtime.generation.step_messages import (
     CropMessage,
     EncodeMessage,
     EndMessage,
+    InputsMessage,
     Message,
     OutputKind,
     PrepareMessage,
@@ -67,8 +68,9 @@ def ends(draw: Any) -> EndMessage:
 
 
 SPECS = st.builds(
-    TensorSpec, st.sampled_from(DTYPES), st.lists(st.integers(0, 1 << 40), max_size=4).map(tuple)
+    TensorSpec, st.sampled_from(DTYPES), st.lists(st.integers(0, 1 << 40), max_size=8).map(tuple)
 )
+NAMES = st.from_regex("[a-z_][a-z_0-9]{0,99}", fullmatch=True)
 LENGTHS = st.dictionaries(st.sampled_from("BSPTEK"), st.integers(0, 1 << 40))
 MESSAGES = st.one_of(
     steps(),
@@ -77,6 +79,7 @@ MESSAGES = st.one_of(
     st.builds(CropMessage, NUMBERS, st.integers(-(1 << 40), 1 << 40)),
     st.builds(EncodeMessage, NUMBERS, st.lists(st.none() | SPECS, max_size=40).map(tuple)),
     st.builds(PrepareMessage, LENGTHS),
+    st.builds(InputsMessage, st.lists(st.tuples(NAMES, SPECS), min_size=1, max_size=9).map(tuple)),
 )
 
 
@@ -119,10 +122,11 @@ def damaged(at: int, value: int, message: Message | None = None) -> torch.Tensor
 CROP, PREPARE = CropMessage(3, 5), PrepareMessage({"B": 2, "S": 3})
 END = EndMessage(OutputKind.BEAMS, torch.arange(8).view(2, 4))
 ENCODE = EncodeMessage(1, (TensorSpec(torch.long, (2, 3)), None))
+INPUTS = InputsMessage((("pixel_values", TensorSpec(torch.float32, (1, 3, 8, 8))),))
 DAMAGED = {
-    "of format 0x41445802 came, and this rank reads 0x41445803": damaged(0, FORMAT - 1),
+    "of format 0x41445803 came, and this rank reads 0x41445804": damaged(0, FORMAT - 1),
     "is a command 0, where a Message": damaged(1, 0),
-    "is a command 8, where a Message": damaged(1, 8),
+    "is a command 9, where a Message": damaged(1, 9),
     "a payload of -1 integers": damaged(2, -1),
     "a payload of 1152921504606846976 integers": damaged(2, 1 << 60),
     "a message of 315 integers came with 128": damaged(2, 300),
@@ -146,10 +150,13 @@ DAMAGED = {
     "EndMessage came with kind=3": damaged(3, 3, END),
     "EndMessage came with a payload of 8 integers, not 12": damaged(4, 3, END),
     "EncodeMessage came with encoded=0": damaged(3, 0, ENCODE),
-    "EncodeMessage came with a payload of 10 integers, not 15": damaged(4, 3, ENCODE),
+    "EncodeMessage came with a payload of 18 integers, not 27": damaged(4, 3, ENCODE),
     "EncodeMessage came with dtype=7": damaged(15, 7, ENCODE),
     "EncodeMessage came with size=-2": damaged(16, -2, ENCODE),
     "EncodeMessage came with size=5": damaged(19, 5, ENCODE),
+    "InputsMessage came with inputs=0": damaged(3, 0, INPUTS),
+    "InputsMessage came with a payload of 109 integers, not 218": damaged(3, 2, INPUTS),
+    "InputsMessage came with character=10": damaged(15 + 9, 10, INPUTS),
     "PrepareMessage came with S=-2": damaged(4, -2, PREPARE),
 }  # fmt: skip
 
@@ -181,12 +188,12 @@ def test_a_message_cut_off_or_of_another_class_is_refused() -> None:
 
 
 def test_every_command_has_its_message() -> None:
-    examples = [step(), CROP, PREPARE, ENCODE, END, ReorderMessage(1, torch.arange(3))]
+    examples = [step(), CROP, PREPARE, ENCODE, INPUTS, END, ReorderMessage(1, torch.arange(3))]
     assert sorted(message.command for message in examples) == sorted(Command)
     assert all(type(Message.unpack(message.pack())) is type(message) for message in examples)
 
 
 def test_an_input_that_an_encoder_cannot_be_sent_is_refused() -> None:
-    for spec in (TensorSpec(torch.complex64, (2,)), TensorSpec(torch.long, (1,) * 5)):
+    for spec in (TensorSpec(torch.complex64, (2,)), TensorSpec(torch.long, (1,) * 9)):
         with pytest.raises(CommunicationError, match="reads no"):
             EncodeMessage(1, (spec,)).pack()
