@@ -62,3 +62,31 @@ def of_family(model: Any, name: str) -> Any:
     common one, or there is no model."""
     own = getattr(type(model), name, None)
     return None if own in (None, getattr(GenerationMixin, name)) else getattr(model, name)
+
+
+def expanded_media(model: Any, times: int, input_ids: torch.Tensor, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the images and sounds among `given`, repeated for a batch [rows, tokens] whose rows are each repeated so
+    many times (beams). transformers 5 repeats what its encoder gives of them, row by row; {} for a model of a version
+    that repeats the tensors themselves.
+
+    Raises AutodistError where it cannot be told which row has which of them.
+    """
+    if times == 1 or "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        return {}
+    names = [n for n, value in given.items() if isinstance(value, torch.Tensor) and _is_of_media(n)]
+    rows = input_ids.shape[0]
+    if rows == 1:
+        return {n: given[n].repeat(times, *[1] * (given[n].dim() - 1)) for n in names}
+    tokens = [getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
+    of_media = torch.isin(input_ids, torch.tensor([t for t in tokens if t is not None]).to(input_ids))
+    if names and not (bool(of_media.any(-1).all()) and all(len(given[n]) == rows for n in names)):
+        raise AutodistError(
+            f"for beams or several answers {type(model).__name__}'s ranks repeat {', '.join(names)} with the rows of a "
+            "batch, which needs one in each row: give one row at a time"
+        )
+    return {n: given[n].repeat_interleave(times, dim=0) for n in names}
+
+
+def _is_of_media(name: str) -> bool:
+    """Return whether an argument of that name is not one of text, which has a number for each token."""
+    return not name.endswith("_ids") and name not in ("attention_mask", "cache_position")

@@ -28,7 +28,7 @@ from autodist_fx.calls.call import Call, by_name, read_call
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.cross_cache import Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache
-from autodist_fx.runtime.family_inputs import of_family
+from autodist_fx.runtime.family_inputs import expanded_media, of_family
 from autodist_fx.runtime.generation.collective_call import collective
 from autodist_fx.runtime.generation.follower import Follower
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
@@ -251,10 +251,22 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
         known = () if self._call_programs is None else self._call_programs.signature.argument_names
         super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in known})
 
-    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Repeat a batch's inputs for beams and the like; the family says how, where images are not one a row."""
-        own = of_family(self.family, "_expand_inputs_for_generation")
-        return super()._expand_inputs_for_generation(*args, **kwargs) if own is None else own(*args, **kwargs)
+        if (own := of_family(self.family, "_expand_inputs_for_generation")) is not None:
+            return own(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        media = {}
+        if self.family is not None and input_ids is not None:
+            media = expanded_media(self.family, expand_size, input_ids, kwargs)
+        others = {name: value for name, value in kwargs.items() if name not in media}
+        ids, found = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **others)
+        return ids, {**found, **media}
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
         own = of_family(self.family, "_update_model_kwargs_for_generation")

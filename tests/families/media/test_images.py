@@ -7,7 +7,7 @@ import torch
 
 import autodist_fx as adx
 from autodist_fx.calls.cache_names import CACHE_FIELD
-from tests.support.images import FAMILIES, question, vision_model
+from tests.support.media.images import FAMILIES, question, vision_model
 from tests.support.models import relative_error
 
 TOLERANCE = 1e-6  # norms and rotary tables of most of these are float32 whatever the model's dtype

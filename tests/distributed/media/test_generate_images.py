@@ -15,4 +15,4 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 @pytest.mark.parametrize("tp, pp, family", [(2, 1, "llava"), (1, 2, "qwen2_vl")])
 def test_same_tokens_on_two_ranks(tp: int, pp: int, family: str) -> None:
-    run_ranks(2, WORKERS / "images_worker.py", tp, pp, family)
+    run_ranks(2, WORKERS / "media" / "images_worker.py", tp, pp, family)
