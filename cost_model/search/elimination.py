@@ -23,6 +23,11 @@ import numpy.typing as npt
 
 Table = npt.NDArray[np.float64]
 TIE = 1e-12  # relative: below this, a difference is rounding
+_MOST_ENTRIES = 2**24  # of one table: 128 MiB
+
+
+class TooWideError(Exception):
+    """So many variables hang together that a table of their combinations would not fit."""
 
 
 @dataclass(slots=True)
@@ -44,7 +49,7 @@ class Elimination:
     minimum.
 
     `unary[v]` has shape [choices of v], `pairs[u, v]` [choices of u, choices of v]; infinities forbid a combination.
-    Raises ValueError when no assignment is feasible.
+    Raises ValueError when no assignment is feasible, TooWideError where a table would have over 2**24 entries.
     """
 
     def __init__(self, unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table]) -> None:
@@ -164,6 +169,8 @@ def _eliminate(unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table
                 heapq.heappush(heap, (now, number[v], v))
             continue
         scope = tuple(sorted(interaction.neighbors(v), key=number.__getitem__))
+        if math.prod(choices[name] for name in (*scope, v)) > _MOST_ENTRIES:
+            raise TooWideError(f"{v} hangs together with {len(scope)} others")
         axes = {name: axis for axis, name in enumerate((*scope, v))}
         joint: Table = unary[v].reshape((1,) * len(scope) + (-1,))
         for names, table in factors[v]:

@@ -21,15 +21,17 @@ import numpy as np
 from cost_model.costs.communication import all_gather_seconds, all_reduce_seconds
 from cost_model.costs.compute import op_seconds
 from cost_model.costs.hardware import Hardware
+from cost_model.errors import PlanError
 from cost_model.graph.op_graph import SOURCES, Op, OpGraph, TensorRef, TensorSpec
 from cost_model.graph.placement import PARTIAL, REPLICATE, Layout, Placement, shard
+from cost_model.graph.repeated_ops import repeated_ops
 from cost_model.graph.roles import EXPERT, role_of
 from cost_model.graph.symbols import expected_length
 from cost_model.layouts.expert_siblings import Siblings, find_experts
 from cost_model.layouts.layout_table import LayoutTable
 from cost_model.layouts.routing import deciding_ops
 from cost_model.rules.table import RuleTable
-from cost_model.search.elimination import Elimination, Table
+from cost_model.search.elimination import Elimination, Table, TooWideError
 from cost_model.search.strategy import INFEASIBLE, Strategy, TensorParallelResult
 
 # Breaks ties towards whole tensors: a residual that stays a sum over ranks costs no more to move, but a later
@@ -272,19 +274,33 @@ class TensorParallelSearch:
     def solve(self, price: float) -> TensorParallelResult:
         """Returns the cheapest assignment. `price`: seconds per excess byte of matmul weight (see `excess_bytes`).
 
-        Experts of one layer that are alike are treated alike: the same op of all of them is one variable. Raises
-        ValueError where no assignment is possible.
+        Experts of one layer that are alike are treated alike: the same op of all of them is one variable. Where a layer
+        runs so often on the same weights that no table holds all combinations, so are its runs. Raises ValueError where
+        no assignment is possible, PlanError where the tables are too large all the same.
         """
-        if price in self._solved:
-            return self._solved[price]
+        if price not in self._solved:
+            try:
+                self._solved[price] = self._solve(price, self.experts.twins)
+            except TooWideError:
+                try:
+                    self._solved[price] = self._solve(price, {**repeated_ops(self.graph), **self.experts.twins})
+                except TooWideError as error:
+                    raise PlanError(
+                        f"no plan for tp={self.tp}: in the search {error}, which are too many to try: use tp=1 and "
+                        "more pipeline stages"
+                    ) from error
+        return self._solved[price]
+
+    def _solve(self, price: float, twins: Mapping[str, str]) -> TensorParallelResult:
+        """Returns the cheapest assignment in which each op of `twins` does as the op that it is mapped to."""
         domains = {op.name: self.domain(op) for op in self.graph}
         costs: dict[str, Table] = {}
         outputs = set(self.graph.outputs)
         variable: dict[str, str] = {}
         # Ops of a layer's first expert come before those of its twins, which take over their tables.
-        for op in sorted(self.graph, key=lambda op: op.name in self.experts.twins):
+        for op in sorted(self.graph, key=lambda op: op.name in twins):
             domain = domains[op.name]
-            twin = self.experts.twins.get(op.name, op.name)
+            twin = twins.get(op.name, op.name)
             if twin != op.name and list(map(_form, domain)) == list(map(_form, domains[twin])):
                 variable[op.name], costs[op.name] = twin, costs[twin]
                 continue
@@ -328,10 +344,7 @@ class TensorParallelSearch:
                 reading[chooses] = reading[chooses] + seconds
         elimination = Elimination(unary, pairs)
         strategies = {name: domains[name][elimination.choice[v]] for name, v in variable.items()}
-        self._solved[price] = TensorParallelResult(
-            strategies, elimination.cost, domains, elimination, variable, reading, pairs
-        )
-        return self._solved[price]
+        return TensorParallelResult(strategies, elimination.cost, domains, elimination, variable, reading, pairs)
 
     def _edge_table(
         self, producers: Sequence[Strategy], consumers: Sequence[Strategy], ref: TensorRef, slot: int
