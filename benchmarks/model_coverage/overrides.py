@@ -35,6 +35,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "encoder_config": {**_BLT_PART, "hidden_size_global": 64}, "global_config": {"hidden_size": 64},
         "decoder_config": {**_BLT_PART, "hidden_size_global": 64}, "patcher_config": {},
     },
+    # its rotary tables are for each kind of layer, which its default config leaves out
+    "cohere_compass_text": {"rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    }},
     "cpmant": {"prompt_types": 4, "prompt_length": 4, "segment_types": 4, "position_bias_num_buckets": 16},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -43,12 +47,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # latent attention: as many KV heads as heads, and head_dim is the rotary part of a head
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "longcat_flash", "axk1", "axk2", "deepseek_v32", "glm4_moe_lite",
                      "glm_moe_dsa", "minicpm3", "youtu", "bailing_hybrid", "kimi_linear"), _LATENT),
+    # layers once, several times, once; the last part's kinds of attention are those of the first
+    "dory": {
+        "num_hidden_layers": 4, "n_input_layers": 1, "n_output_layers": 1, "initializer_range": 1.0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "dots3_note_text": {"num_key_value_heads": 4}, "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     # the first layers write the keys that the last ones read
     "gemma3n_text": {
         "num_hidden_layers": 4, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "esmc": {"num_key_value_heads": 4},
     "got_ocr2": {"vision_config": {"output_channels": 16, "global_attn_indexes": [0], "window_size": 2}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
@@ -61,6 +71,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mllama_text_model": {
         "cross_attention_layers": [1], "num_hidden_layers": 3, "rope_scaling": {"rope_type": "default"},
     },
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 8, "chunk_size": 8,
+                   "moe_shared_expert_intermediate_size": 24},
     "phi4_multimodal": {
         "audio_config": {"num_blocks": 1, "nemo_conv_channels": 16, "ext_pw_out_channel": 32, "input_size": 16,
                          "depthwise_separable_out_channel": 32},
@@ -94,6 +106,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "luke": {"entity_vocab_size": 20},
     "markuplm": {"max_xpath_tag_unit_embeddings": 20, "max_xpath_subs_unit_embeddings": 20, "tag_pad_id": 10,
                  "subs_pad_id": 10, "xpath_unit_hidden_size": 4, "max_depth": 4},
+    "neomme": {"head_dim": 16},  # a quarter of which is rotated, in pairs of two axes
     "perceiver": {"num_latents": 8, "d_latents": 32, "num_self_attends_per_block": 2, "qk_channels": 32,
                   "v_channels": 32},
     "squeezebert": {"embedding_size": 32},

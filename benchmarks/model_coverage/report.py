@@ -68,9 +68,13 @@ mesh (tp x pp), simulated, and compared: **right** is a relative error of at mos
 model itself cannot run in float64 (marked f32). *Sharded* is the share of the bytes of matmul weights and embeddings
 that no rank of 2x1 holds whole; *AR* and *AG* the all_reduces and all_gathers per layer of a forward there. *KV cache*
 is a prompt, then token by token, against the whole sequence at once (or against the model's own cache, where that gives
-something else). **refused** is an error on purpose, **crashed** is not; both give their reasons below. "no pads": the
-model's own output is not finite with padding. *HF* says which plans transformers itself has for the type: tp
-(base_model_tp_plan), pp (base_model_pp_plan), or none. A run writes the section of its version of transformers."""
+something else). *HF* says which plans transformers itself has for the type: tp (base_model_tp_plan), pp
+(base_model_pp_plan), or none. **refused** is an error on purpose, **crashed** is not; both give their reasons below.
+"no pads": the model's own output is not finite with padding. "rounds": parts of the model compute in float32 whatever
+its dtype, and a difference, up to 1e-4, is no larger than what rounding its weights to float32 does to its own output;
+all ranks were then compared with its graph where everything is in float64.
+
+A run writes the section of its version of transformers."""
 
 
 def is_right(result: Result, meshes: Iterable[str]) -> bool:
@@ -128,6 +132,8 @@ def _type_table(task: Task, results: Sequence[Result], meshes: Sequence[str]) ->
     for result in sorted((r for r in results if r["built"]), key=lambda r: r["type"]):
         share, reduces = result.get("share_sharded"), result.get("all_reduces_per_layer")
         notes = ["f32"] * (result.get("dtype") == "float32") + ["no pads"] * (result.get("padded") is False)
+        entries = (*result["meshes"].values(), *(result.get("decoding") or {}).values())
+        notes += ["rounds"] * any(entry.get("rounds", False) for entry in entries)
         row = [result["type"], *(_verdict(result, mesh) for mesh in meshes)]
         gathers = result.get("all_gathers_per_layer")
         row += ["-" if share is None else f"{share:.0%}"]
