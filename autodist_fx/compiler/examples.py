@@ -15,7 +15,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.lengths import Lengths, with_total
-from autodist_fx.compiler.guard_examples import examples_like, tells_apart
+from autodist_fx.compiler.guard_examples import examples_like, leaves_remainders, tells_apart
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import InputSpec, Sizes, TracedModel, trace, trace_phases
 from cost_model.graph.op_graph import OpGraph
@@ -39,7 +39,7 @@ _EXAMPLES = (
 )
 MOST_TRIES = 12  # traces per call of `traced_at`
 # Candidate lengths of the first example, for a model that cuts sequences into chunks of several sizes: the first is
-# taken at which rounding up to a multiple of each chunk size gives different numbers.
+# taken that is a multiple of none, and at which rounding up to a multiple of each gives different numbers.
 _LENGTHS_BEFORE_CHUNKS = (23, 19, 25, 17, 21, 33, 35, 37, 41, 45)
 Trace = Callable[[tuple[Sizes, Sizes]], TracedModel]
 
@@ -70,8 +70,9 @@ def traced_at(
         functionalize(traced.graph_module)
         with _naming_refusals(traced):
             chunk_sizes, examples = bending_points(traced.graph_module, _both(traced, sizes))
-        if not chunk_sizes <= points and not tells_apart(first, second, frozenset(chunk_sizes)):
-            points |= frozenset(chunk_sizes)
+        new = frozenset(chunk_sizes) - points
+        if new and not (tells_apart(first, second, points | new) and leaves_remainders(first, new)):
+            points |= new
             continue
         _normalize(traced, examples)
         guards = with_fixed(node_meta.guards(traced.graph_module), fixed)
@@ -126,9 +127,17 @@ def phases_once(
 
 
 def _normalized_as_traced(traced: TracedModel, again: Trace) -> TracedModel:
-    """Normalise `traced`; trace it again where the sizes at which it is normalised make a guard come out otherwise."""
+    """Normalise `traced`; trace it again where the sizes at which it is normalised make a guard come out otherwise, or
+    where its code counts chunks that are as many at all sizes that it was traced with."""
     examples = _examples_for(traced)
-    _normalize(traced, examples)
+    try:
+        _normalize(traced, examples)
+    except TracingError:
+        if _usual(examples):
+            raise
+        traced = again((_sizes_of(dict(examples[0].symbols)), _sizes_of(dict(examples[1].symbols))))
+        examples = _examples_for(traced)
+        _normalize(traced, examples)
     guards: Guards | None = node_meta.guards(traced.graph_module)
     lengths = [with_total({"P": 0, **example.symbols}) for example in examples]
     if guards is None or not any(guards.violated(each, remainders=False) for each in lengths):
@@ -137,6 +146,11 @@ def _normalized_as_traced(traced: TracedModel, again: Trace) -> TracedModel:
         return traced_at(traced, again, lengths[0], [guards]) or traced
     except TracingError:
         return traced
+
+
+def _usual(examples: tuple[Example, Example]) -> bool:
+    """True if no chunk size of the model had a part in choosing these examples."""
+    return "S" not in examples[1].symbols or examples[1].symbols["S"] in (1, _EXAMPLES[1].seq)
 
 
 def planned_graph(traced: TracedModel, trains: bool = False) -> OpGraph:
@@ -206,7 +220,8 @@ def _examples_for(traced: TracedModel) -> tuple[Example, Example]:
     chunks = math.lcm(*points)
     seq = chunks * math.ceil((2 * max(points) + second.seq) / chunks)
     if seq < 2**20:
-        told_apart = (n for n in _LENGTHS_BEFORE_CHUNKS if len({-(-n // p) * p for p in points}) == len(points))
+        rounded = ((n, {-(-n // p) * p for p in points}) for n in _LENGTHS_BEFORE_CHUNKS)
+        told_apart = (n for n, multiples in rounded if len(multiples) == len(points) and n not in multiples)
         first = replace(first, seq=next(told_apart, first.seq), source=next(told_apart, first.source))
         return _examples(traced, first, replace(second, seq=seq, source=seq + chunks))
     raise TracingError(f"no example lengths tell what depends on {sorted(points)}: please report the model's config")

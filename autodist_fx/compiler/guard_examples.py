@@ -55,12 +55,19 @@ def examples_like(
 
 
 def tells_apart(first: Mapping[str, int], second: Mapping[str, int], points: frozenset[int]) -> bool:
-    """True if the quotients of S and E by each of `points` differ between the two sets, so that none looks constant."""
-    return all(
-        first[symbol] == second[symbol] or first[symbol] // p != second[symbol] // p
-        for symbol in ("S", "E") if symbol in first
-        for p in points
-    )  # fmt: skip
+    """True if the quotients of S and E by each of `points` differ between the two sets, so that none looks constant,
+    and so do, in one of the sets, their multiples below S and E, so that none looks like another's."""
+    for symbol in {"S", "E"} & first.keys():
+        a, b = first[symbol], second[symbol]
+        below = {(a - a % p, b - b % p) for p in points}
+        if a != b and (len(below) < len(points) or any(a // p == b // p for p in points)):
+            return False
+    return True
+
+
+def leaves_remainders(lengths: Mapping[str, int], points: frozenset[int]) -> bool:
+    """True if none of `points` divides S or E, so that rounding up and down by them give different numbers."""
+    return all(lengths[symbol] % p for symbol in ("S", "E") if symbol in lengths for p in points)
 
 
 @dataclass(frozen=True)
@@ -128,15 +135,15 @@ class _Search:
         return sorted(n for n in {*range(1, _SMALL), *near, *multiples} if least <= n <= _LARGEST)
 
     def _pairs(self, right: Sequence[Lengths], free: Sequence[str]) -> Iterator[tuple[Lengths, Lengths]]:
-        """Yield pairs that tell lengths apart; if possible, divisors
-        divide all lengths of the second, and none of the first."""
+        """Yield pairs that tell lengths apart; as many divisors as
+        possible divide the lengths of the second, and as few the first."""
         divided = [symbol for symbol in free if symbol in ("S", "E")]
 
-        def remainders(choice: Lengths, are: bool) -> bool:
-            return all((choice[symbol] % p != 0) == are for symbol in divided for p in self.points)
+        def divisors(choice: Lengths) -> int:
+            return sum(choice[symbol] % p == 0 for symbol in divided for p in self.points)
 
-        firsts = [c for c in right if remainders(c, True)] or list(right)
-        seconds = [c for c in right if remainders(c, False)] or list(right)
+        firsts = sorted(right, key=divisors)
+        seconds = sorted(right, key=divisors, reverse=True)
         for first in firsts[:_MOST_PAIRED]:
             for second in seconds[:_MOST_PAIRED]:
                 if all(first[x] != second[x] for x in free) and tells_apart(first, second, self.points):

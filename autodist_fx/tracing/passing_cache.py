@@ -26,9 +26,10 @@ class PassingCache(DynamicCache):
         """Return 0: nothing is cached."""
         return 0
 
-    def get_mask_sizes(self, tokens: torch.Tensor | int, layer_idx: int) -> tuple[int, int]:
+    def get_mask_sizes(self, tokens: Any, layer_idx: int) -> tuple[int, int]:
         """Return (tokens to attend to, the first one's position). `tokens`: their number, or (4.57) their positions."""
-        return (tokens.shape[0] if hasattr(tokens, "shape") else tokens), 0
+        known = getattr(tokens, "_metadata", tokens)  # a proxy has any attribute
+        return (tokens.shape[0] if isinstance(known, torch.Tensor) else tokens), 0
 
 
 def shares_keys_between_layers(config: PretrainedConfig) -> bool:

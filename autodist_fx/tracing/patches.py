@@ -34,7 +34,7 @@ from autodist_fx.tracing.hooks import (
     register_parametrization,
     remove_parametrizations,
 )
-from autodist_fx.tracing.versions.forwards import own_forward, without_checks, without_return_dict
+from autodist_fx.tracing.versions.forwards import own_forward, with_older_names, without_checks, without_return_dict
 from autodist_fx.tracing.versions.masks import patch_masks
 from autodist_fx.tracing.versions.sliding_layers import keep_all_tokens
 from autodist_fx.tracing.versions.tracer_base import AttributeProxy, DeviceAttribute, SymbolicProxy, patch_base
@@ -90,7 +90,7 @@ def traceable(
             run, plain = forward if collects else _without_wrappers(forward), inspect.unwrap(forward)
             run = updating_frequencies(forward) or run
             if run is not forward and cls is not of_root:
-                run = without_return_dict(run)
+                run = with_older_names(without_return_dict(run))
             if cls is of_root and run is not plain:
                 run = _with_signature_of(plain, run)
             if run is not forward:

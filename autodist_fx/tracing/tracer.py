@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
 from autodist_fx.calls.value_guards import ValueGuard
+from autodist_fx.errors import TracingError
 from autodist_fx.tracing.control_flow.conditions import lengths_for_tensors
 from autodist_fx.tracing.control_flow.constants import OtherExample, constant_or_none, within_range
 from autodist_fx.tracing.control_flow.data_dependent import rewritten, unrolled
@@ -53,6 +54,71 @@ class _OneArgument(list[Any]):
     """A list that forward takes. A class of its own, because fx flattens a plain list into inputs."""
 
 
+class CacheLayerProxy:
+    """A layer of a CacheProxy: its kind is known now, how much it holds when the graph runs."""
+
+    _FIXED = frozenset({"is_sliding", "is_compileable", "sliding_window"})
+
+    def __init__(self, cache: CacheProxy, index: int) -> None:
+        self._cache, self._index, self._example = cache, index, cache._metadata.layers[index]
+
+    @property
+    def is_initialized(self) -> Any:
+        """Return whether a call has written it; never, where none of this model does."""
+        return self._example.is_initialized and self.get_seq_length() > 0
+
+    @property
+    def keys(self) -> CachedTensor:
+        """Return its keys, of which a model may ask how many there are."""
+        return CachedTensor(self, "keys")
+
+    @property
+    def values(self) -> CachedTensor:
+        """Return its values, see `keys`."""
+        return CachedTensor(self, "values")
+
+    def get_seq_length(self) -> Any:
+        """Return the number of tokens that it holds."""
+        return self._cache.get_seq_length(self._index)
+
+    def get_mask_sizes(self, tokens: Any) -> Any:
+        """Return (keys that `tokens` more attend to, the first one's position)."""
+        return self._cache.get_mask_sizes(tokens, self._index)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._FIXED:
+            return getattr(self._example, name)
+        raise self.refusal(name)
+
+    def refusal(self, name: str) -> TracingError:
+        """Return the error for a part of the layer that no graph has."""
+        return TracingError(
+            f"it reads {name} of layer {self._index} of its cache, and a graph has keys and values from the cache's "
+            "update alone: trace with use_cache=False"
+        )
+
+
+class CachedTensor:
+    """The keys or values of a CacheLayerProxy, which only the cache's update gives."""
+
+    def __init__(self, layer: CacheLayerProxy, name: str) -> None:
+        self._layer, self._name = layer, name
+
+    def numel(self) -> Any:
+        """Return the number of elements [batch, heads, tokens, size]."""
+        example = getattr(self._layer._example, self._name)
+        if self._layer.is_sliding or example is None:
+            raise self._layer.refusal(f"{self._name}.numel")
+        tracer = self._layer._cache.tracer
+        first = next(n for n in tracer.graph.nodes if isinstance(tracer.examples_of.get(n), torch.Tensor))
+        given = tracer.proxy(first)
+        given.install_metadata(tracer.examples_of[first])
+        return given.shape[0] * self._layer.get_seq_length() * (example.shape[1] * example.shape[3])
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._layer.refusal(f"{self._name}.{name}")
+
+
 class CacheProxy(SymbolicProxy):
     """A proxy of the KV cache that the graph takes as an input; `isinstance(proxy, Cache)` holds."""
 
@@ -70,6 +136,8 @@ class CacheProxy(SymbolicProxy):
             return getattr(self._metadata, name)
         if name == "get_query_offset":  # 5's question for the position of the next token
             return self.get_seq_length
+        if name == "layers":
+            return tuple(CacheLayerProxy(self, index) for index in range(len(self._metadata.layers)))
         if name in PARTS:
             return self.tracer.create_proxy(
                 "call_function", getattr, (self, name), {}, proxy_factory_fn=lambda node: CacheProxy(node, self.tracer)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 Table = npt.NDArray[np.float64]
 TIE = 1e-12  # relative: below this, a difference is rounding
-_MOST_ENTRIES = 2**24  # of one table: 128 MiB
+MOST_ENTRIES = 2**24  # of one table: 128 MiB
 
 
 class TooWideError(Exception):
@@ -169,7 +169,7 @@ def _eliminate(unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table
                 heapq.heappush(heap, (now, number[v], v))
             continue
         scope = tuple(sorted(interaction.neighbors(v), key=number.__getitem__))
-        if math.prod(choices[name] for name in (*scope, v)) > _MOST_ENTRIES:
+        if math.prod(choices[name] for name in (*scope, v)) > MOST_ENTRIES:
             raise TooWideError(f"{v} hangs together with {len(scope)} others")
         axes = {name: axis for axis, name in enumerate((*scope, v))}
         joint: Table = unary[v].reshape((1,) * len(scope) + (-1,))

@@ -25,10 +25,12 @@ from passes.fx.shape_propagation import NormalizeContext
 def fold_lengths(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> PassResult:
     """Replaces every number, size, dtype and device by a literal or by one of a few nodes at the top, in place.
 
-    What is the same at both examples is constant. The new nodes' values go to `ctx.second`; nodes that nothing reads
-    any more are left to eliminate_dead_code.
+    What is the same at both examples is constant; guards alone go on reading it where it is computed of what is not,
+    and may be otherwise at other lengths. The new nodes' values go to `ctx.second`; nodes that nothing reads any more
+    are left to eliminate_dead_code.
     """
     graph, second, edit, matches = graph_module.graph, ctx.second, GraphEdit(graph_module), 0
+    asked, bent = _asked_by_guards(graph), _bent(graph, second)
     lengths = _length_nodes(graph, second)
     lengths = _WithChunks(graph, second, lengths)
     anchor = next((n for n in graph.nodes if n.op == "placeholder" and node_meta.is_tensor(n)), None)
@@ -74,9 +76,34 @@ def fold_lengths(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> P
             if isinstance(value, int) and not isinstance(value, bool) and (value, second[node]) not in lengths:
                 lengths[value, second[node]] = node  # the first to compute this length computes it for all
             continue
-        _replace_everywhere(node, said)
+        _replace_everywhere(node, said, asked if node in bent else frozenset())
         matches += 1
     return edit.result(matches)
+
+
+def _asked_by_guards(graph: torch.fx.Graph) -> frozenset[Node]:
+    """Returns the guards and the numbers that they are computed of."""
+    found: dict[Node, None] = {}
+    pending = [node for node in graph.nodes if node_meta.is_guard(node)]
+    while pending:
+        node = pending.pop()
+        if node not in found and not isinstance(node_meta.val(node), torch.Tensor):
+            found[node] = None
+            pending += node.all_input_nodes
+    return frozenset(found)
+
+
+def _bent(graph: torch.fx.Graph, second: dict[Node, Any]) -> set[Node]:
+    """Returns the numbers that are the same at both examples and are computed of others that are not: blocks of 64
+    tokens, of which both have one."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        value = node_meta.val(node)
+        if type(value) in (int, bool, float) and value == second.get(node):
+            given = [n for n in node.all_input_nodes if type(node_meta.val(n)) in (int, bool, float)]
+            if any(n in found or node_meta.val(n) != second.get(n) for n in given):
+                found.add(node)
+    return found
 
 
 def _position(graph: torch.fx.Graph) -> Callable[[Node], int]:
@@ -112,7 +139,8 @@ class _WithChunks(dict[tuple[int, int], Node]):
 
     ceil(S / 64), that and one more, and that times 64, are computed from S at the top of the graph, where the model
     may read them off a tensor that not every stage has. The examples tell them from floor(S / 64) and from
-    floor(S / 64) + 1: the second length is a multiple of 64, the first is none.
+    floor(S / 64) + 1: the second length is a multiple of 64, the first is none. Both are where the graph's guards want
+    a multiple (guard_examples.py): then floor and ceil are one.
     """
 
     def __init__(
@@ -126,7 +154,7 @@ class _WithChunks(dict[tuple[int, int], Node]):
     def __missing__(self, pair: tuple[int, int]) -> Node:
         for (a, b), length in self.inputs.items():
             for size in self.sizes:
-                if size < 2 or a % size == 0 or b % size:
+                if size < 2 or b % size:
                     continue
                 chunks = (-(-a // size), -(-b // size))
                 steps = [(operator.add, size - 1), (operator.floordiv, size)]
@@ -168,8 +196,9 @@ def _product(graph: torch.fx.Graph, inputs: dict[tuple[int, int], Node], a: int,
     return None
 
 
-def _replace_everywhere(node: Node, value: Any) -> None:
-    """Replaces all uses of a node, like replace_all_uses_with, by a literal or a tuple holding nodes."""
-    for user in list(node.users):
+def _replace_everywhere(node: Node, value: Any, but_in: frozenset[Node]) -> None:
+    """Replaces the uses of a node, like replace_all_uses_with, by a literal or a tuple holding nodes; not those by
+    nodes `but_in`."""
+    for user in node.users.keys() - but_in:
         user.args = map_arg(user.args, lambda n: value if n is node else n)
         user.kwargs = map_arg(user.kwargs, lambda n: value if n is node else n)

@@ -18,6 +18,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from autodist_fx.tracing.versions.tracer_base import SymbolicProxy, SymbolicTracer
+from passes.fx import node_meta
 
 
 class OtherExample:
@@ -85,7 +86,27 @@ def constant(proxy: SymbolicProxy) -> int | float:
     other = proxy.tracer.other_example.value(proxy.node)
     if type(other) is not type(known) or other != known:
         raise TypeError(f"{proxy.node} follows the inputs ({known} and {other} at two example sizes)")
+    if _may_bend(proxy.node, proxy.tracer):
+        node_meta.set_guard_outcome((proxy - known == 0).node, True)
     return known
+
+
+_BENDING = ("mod", "floordiv", "max", "min")
+
+
+def _may_bend(node: Node, tracer: SymbolicTracer) -> bool:
+    """Return whether a number comes of an op that gives one number for many lengths, and another one beyond: there are
+    as many blocks of 64 tokens in 7 as in 23, and more in 65."""
+    pending, seen = [node], set[Node]()
+    while pending:
+        one = pending.pop()
+        if one in seen or not isinstance(tracer.examples_of.get(one), (int, float)):
+            continue
+        seen.add(one)
+        if one.op == "call_function" and getattr(one.target, "__name__", "") in _BENDING:
+            return True
+        pending += one.all_input_nodes
+    return False
 
 
 def constant_or_none(proxy: SymbolicProxy) -> Any:

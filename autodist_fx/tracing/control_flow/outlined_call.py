@@ -32,6 +32,8 @@ def fit_a_node(values: tuple[Any, ...]) -> bool:
 def _fits_a_graph(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_fits_a_graph(v) for v in value)
+    if isinstance(value, dict):  # what a function's **kwargs hands on
+        return all(isinstance(k, str) and _fits_a_graph(v) for k, v in value.items())
     return isinstance(value, (Proxy, torch.Tensor, *_PLAIN))
 
 

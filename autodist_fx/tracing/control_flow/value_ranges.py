@@ -23,9 +23,16 @@ _SAME = (
 )  # fmt: skip
 _VIEWS = ("getitem", "unsqueeze", "squeeze", "view", "reshape", "expand", "flatten", "transpose", "permute", "detach")
 _GIVE_PLACES = ("topk", "sort")  # (values, where they were)
+_DRAWN = ("rand", "rand_like")
+_FILLED = ("ones", "zeros", "new_ones", "new_zeros", "ones_like", "zeros_like")
 _COMPARED = {
     "gt": operator.gt, "lt": operator.lt, "ge": operator.ge, "le": operator.le, "eq": operator.eq, "ne": operator.ne,
 }  # fmt: skip
+_KNOWN_OPS = frozenset({
+    *_SAME, *_DRAWN, *_FILLED, *_COMPARED,
+    "arange", "pad", "masked_fill", "where", "type", "neg", "rsub", "add", "sub", "mul",
+})  # fmt: skip
+_DEEPEST = 200  # ops back from the value that is asked for; further back nothing is looked for
 
 
 def certain(node: Node, tracer: Any) -> bool | None:
@@ -36,10 +43,33 @@ def certain(node: Node, tracer: Any) -> bool | None:
 
 def value_range(value: Any, tracer: Any) -> Range | None:
     """Return (least, greatest) of the elements of a node, or of a number; None where nothing is known."""
-    if not isinstance(value, Node):
-        return (float(value), float(value)) if isinstance(value, (bool, int, float)) else None
-    if _is_written(value, tracer):
-        return None
+    return _Ranges(tracer).of(value)
+
+
+class _Ranges:
+    """The ranges that one question needs, each found once: values are used several times, and by what is used several
+    times. Not kept for the next question, since a value may be written into meanwhile."""
+
+    def __init__(self, tracer: Any) -> None:
+        self.tracer = tracer
+        self._found: dict[Node, Range | None] = {}
+        self._depth = 0
+
+    def of(self, value: Any) -> Range | None:
+        """Return what value_range does."""
+        if not isinstance(value, Node):
+            return (float(value), float(value)) if isinstance(value, (bool, int, float)) else None
+        if value not in self._found and self._depth < _DEEPEST:
+            self._found[value] = None  # meanwhile: what is written into it may depend on it
+            self._depth += 1
+            self._found[value] = None if _is_written(value, self) else _computed(value, self)
+            self._depth -= 1
+        return self._found.get(value)
+
+
+def _computed(value: Node, ranges_of: _Ranges) -> Range | None:
+    """Return the range of what an op makes of its arguments."""
+    tracer = ranges_of.tracer
     known = tracer.examples_of.get(value)
     if isinstance(known, float):
         return known, known  # the least number of a dtype, say; lengths are integers
@@ -53,7 +83,9 @@ def value_range(value: Any, tracer: Any) -> Range | None:
         return None
     if name == "getitem" and _called(value.args[0]) in _GIVE_PLACES:
         return _places(value.args[0], tracer) if value.args[1] == 1 else None
-    ranges = [value_range(a, tracer) for a in value.args]
+    if name not in _KNOWN_OPS:
+        return None
+    ranges = [ranges_of.of(a) for a in value.args]
     first = ranges[0]
     if name == "arange" and len(value.args) < 3:
         least = 0.0 if len(value.args) == 1 else None if first is None else first[0]
@@ -61,9 +93,9 @@ def value_range(value: Any, tracer: Any) -> Range | None:
     if name == "pad":
         filled = float(value.kwargs.get("value", value.args[3] if len(value.args) > 3 else 0.0) or 0.0)
         return None if first is None else (min(first[0], filled), max(first[1], filled))
-    if name in ("rand", "rand_like"):
+    if name in _DRAWN:
         return 0.0, 1.0
-    if name in ("ones", "zeros", "new_ones", "new_zeros", "ones_like", "zeros_like"):
+    if name in _FILLED:
         return (1.0, 1.0) if "ones" in str(name) else (0.0, 0.0)
     if name == "masked_fill" and ranges[2] is not None:
         if _is_not_zero(value.args[1], value.args[0]):
@@ -114,26 +146,26 @@ def _called(node: Any) -> str:
     return str(getattr(node.target, "__name__", node.target)) if isinstance(node, Node) else ""
 
 
-def _is_written(node: Node, tracer: Any) -> bool:
+def _is_written(node: Node, ranges_of: _Ranges) -> bool:
     """Return whether something is written into the tensor, or into a view of it: then it is not what made it."""
     for user in node.users:
         if not user.args or user.args[0] is not node:
             continue
         name = str(getattr(user.target, "__name__", user.target))
-        if user.target is operator.setitem and _selects_nothing(user.args[1], tracer):
+        if user.target is operator.setitem and _selects_nothing(user.args[1], ranges_of):
             continue
         if user.target is operator.setitem or (user.op == "call_method" and name.endswith("_") and name[-2:] != "__"):
             return True
-        if name in _VIEWS and _is_written(user, tracer):
+        if name in _VIEWS and _is_written(user, ranges_of):
             return True
     return False
 
 
-def _selects_nothing(index: Any, tracer: Any) -> bool:
+def _selects_nothing(index: Any, ranges_of: _Ranges) -> bool:
     """Return whether an index is a mask that is set nowhere, for any input."""
-    known = tracer.examples_of.get(index) if isinstance(index, Node) else None
+    known = ranges_of.tracer.examples_of.get(index) if isinstance(index, Node) else None
     is_mask = isinstance(known, torch.Tensor) and known.dtype == torch.bool
-    return is_mask and value_range(index, tracer) == (0.0, 0.0)
+    return is_mask and ranges_of.of(index) == (0.0, 0.0)
 
 
 def _truth(found: Range) -> Range:

@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from autodist_fx.calls.cache_names import CACHE_FIELD
+from autodist_fx.calls.cache_names import CACHE_ARGUMENTS, CACHE_FIELD
 
 try:
     from transformers.initialization import no_init_weights
@@ -95,7 +95,7 @@ def asked_of_generate(positions: torch.Tensor, rows: int, is_first: bool) -> dic
 
 def is_given_cache(model_class: type[PreTrainedModel]) -> bool:
     """Return whether generate makes the model's cache, and hands it to the first call (5); else the model does."""
-    return not _COUNTS_POSITIONS and takes_cache(model_class)
+    return not _COUNTS_POSITIONS and takes_cache(model_class) and model_class._supports_default_dynamic_cache()
 
 
 def takes_cache(model_class: type[PreTrainedModel]) -> bool:
@@ -128,6 +128,25 @@ def without_return_dict(plain: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def with_older_names(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `plain`, a forward without transformers' wrappers, as one that takes its cache by its older names, too, as
+    a subclass may hand it on that was written for 4.57."""
+    names = inspect.signature(plain).parameters
+    older = [name for name in CACHE_ARGUMENTS if name not in names]
+    if _CACHE not in names or not older:
+        return plain
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for name in older:
+            given = kwargs.pop(name, None)
+            if given is not None:
+                kwargs[_CACHE] = given
+        return plain(self, *args, **kwargs)
+
+    return forward
+
+
 @contextlib.contextmanager
 def without_checks() -> Iterator[None]:
     """Let 5's torch_compilable_check(condition) check nothing: it is an assertion, which a graph does not make."""
@@ -144,5 +163,5 @@ def without_checks() -> Iterator[None]:
 
 __all__ = [
     "as_before", "asked_of_generate", "is_given_cache", "keeps_states", "no_init_weights", "own_forward",
-    "takes_cache", "with_cache_named_as_before", "without_checks", "without_return_dict",
+    "takes_cache", "with_cache_named_as_before", "with_older_names", "without_checks", "without_return_dict",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from autodist_fx.tracing import trace
 from autodist_fx.tracing.control_flow.range_loops import outlined_loops
-from tests.support.graphs.loops import InPlaceScan, ListScan, traced_loop
+from tests.support.graphs.loops import InPlaceScan, KeywordScan, ListScan, traced_loop
 
 
 class UnrolledLoop(nn.Module):
@@ -28,7 +28,7 @@ def _outlined(graph_module: torch.fx.GraphModule) -> list[str]:
     return [name for name in names if name.startswith("outlined")]
 
 
-@pytest.mark.parametrize("make", [ListScan, InPlaceScan])
+@pytest.mark.parametrize("make", [ListScan, InPlaceScan, KeywordScan])
 def test_a_loop_over_a_length_is_one_node_for_every_length(make: type[nn.Module]) -> None:
     module = make()
     graph_module = traced_loop(module, torch.rand(2, 7, 4))

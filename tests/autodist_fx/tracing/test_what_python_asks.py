@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.fx import Graph
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import autodist_fx as adx
 from autodist_fx.errors import TracingError
+from autodist_fx.tracing.control_flow.value_ranges import value_range
 from tests.support.models import relative_error
 
 logger = logging.getLogger(__name__)
@@ -150,6 +154,19 @@ class Languages(nn.Module):
         return torch.cat([self.layers[int(k.item())](part) for k, part in zip(kinds, parts, strict=True)], 0)
 
 
+class Blocks(nn.Module):
+    """Goes over blocks of tokens, of which the sizes that it is traced with make one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state, parts = torch.zeros_like(x[:, 0]), []
+        for i in range((x.shape[1] + 63) // 64):
+            part = x[:, i * 64 : min((i + 1) * 64, x.shape[1])]
+            parts.append(part + state[:, None])
+            state = state * 0.5 + part.sum(1)
+        parts = torch.cat(parts, 1)
+        return parts
+
+
 def model_with(module: nn.Module) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=32, hidden_size=HIDDEN, intermediate_size=24, num_hidden_layers=2,
@@ -180,6 +197,26 @@ def test_a_slice_that_ends_before_the_end_may_end_there() -> None:
         with torch.no_grad():
             expected = model(input_ids=ids, use_cache=False).logits
         assert relative_error(compiled.simulate(input_ids=ids).logits, expected) < 1e-12
+
+
+def test_blocks_that_are_one_at_the_sizes_of_the_trace_are_counted_at_each_call() -> None:
+    model = model_with(Blocks())
+    compiled = adx.compile(model, tp=2, input_names=("input_ids",))
+    for length in (7, 64, 150):
+        ids = torch.randint(0, 32, (2, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            expected = model(input_ids=ids, use_cache=False).logits
+        assert relative_error(compiled.simulate(input_ids=ids).logits, expected) < 1e-12
+
+
+def test_ranges_of_values_that_are_used_twice_are_found_once() -> None:
+    """Each of 100 sums is of one value twice: followed each time, they would be 2 ** 100."""
+    graph = Graph()
+    node = graph.placeholder("attention_mask")
+    tracer = SimpleNamespace(examples_of={node: torch.ones(2, 3, dtype=torch.long, device="meta")})
+    for _ in range(100):
+        node = graph.call_function(operator.add, (node, node))
+    assert value_range(node, tracer) == (0.0, 2.0**100)
 
 
 class AsksForPadding(nn.Module):

@@ -6,6 +6,7 @@ import copy
 import operator
 from typing import Any
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from passes.fx import node_meta
+from passes.fx.shape_propagation import Example
 from passes.fx.text import graph_text
 from passes.normalize.pipeline import normalize
 from tests.support.graphs.small import Ids, examples, traced
@@ -282,6 +284,33 @@ def test_any_program_computes_the_same(names: list[str]) -> None:
         assert node_meta.has_val(node) or node.op == "output"
         if node_meta.is_tensor(node):
             assert len(node_meta.symbols(node)) == node_meta.tensor(node).dim()
+
+
+class Chunks(nn.Module):
+    """Pads to chunks of 8 and asks a tensor how many there are."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        padded = nn.functional.pad(x, (0, 0, 0, (8 - x.shape[1] % 8) % 8))
+        chunks = padded.view(x.shape[0], -1, 8, 4).sum(2)
+        return {"y": nn.functional.pad(chunks, (0, 0, 1, 0)), "ones": x.new_ones(chunks.shape[1] + 1)}
+
+
+@pytest.mark.parametrize("lengths", [(23, 48), (16, 48)])
+def test_numbers_of_chunks_are_computed_of_the_inputs_lengths(lengths: tuple[int, int]) -> None:
+    """Also where both examples are multiples, as a guard may want them."""
+    before = traced(Chunks())
+    made = [
+        Example({"x": torch.empty(b, s, 4, dtype=torch.float64, device="meta")}, {"B": b, "S": s})
+        for b, s in zip((11, 13), lengths, strict=True)
+    ]
+    after = normalize(copy.deepcopy(before), (made[0], made[1]))
+    read = [n.args[0] for n in after.graph.nodes if n.target is torch.ops.aten.sym_size.int]
+    assert read and all(source.op == "placeholder" for source in read)
+    for length in (8, 40) if lengths[0] == 16 else (5, 8, 40):
+        x = torch.randn(2, length, 4, dtype=torch.float64)
+        found = after(x=x)
+        for name, value in before(x=x).items():
+            assert torch.equal(found[name], value)
 
 
 class CalledByName(nn.Module):

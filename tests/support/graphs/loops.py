@@ -51,6 +51,26 @@ class InPlaceScan(nn.Module):
         return y + before, total
 
 
+class KeywordScan(nn.Module):
+    """Hands keywords on to what each step calls."""
+
+    def forward(self, x):
+        return scan(x, weight=2.0)
+
+
+def step(x, weight, bias=0.0):
+    return x * weight + bias
+
+
+def scan(x, **keywords):
+    outputs, total = [], x[:, 0] * 0
+    for t in range(x.shape[1]):
+        total = step(total + x[:, t], **keywords)
+        outputs.append(total)
+    outputs = torch.stack(outputs, dim=1)
+    return outputs, total
+
+
 def traced_loop(module: nn.Module, x: torch.Tensor) -> torch.fx.GraphModule:
     with outlined_loops([__name__]), torch.no_grad():
         tracer = Tracer(module, {"x": x.to("meta")}, {"x": x.repeat(1, 2, 1).to("meta")})
