@@ -73,11 +73,12 @@ bench: $(READY)  ## measure against transformers' tp_plan, DTensor and a hand-wr
 	@echo "==> bench: writes docs/benchmarks.md"
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/run.py
 
-coverage: $(READY) libraries  ## every case of the sampled tests, then each type of transformers' mappings on four meshes (half an hour)
+coverage: $(READY) $(READY4) libraries  ## every case of drawn tests, then each type of both transformers on four meshes (an hour)
 	@echo "==> coverage: every case of the tests of which \`make test\` runs one for each family"
 	@$(RUN_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --every-case -m "one_for_each or drawn"
-	@echo "==> coverage: writes docs/coverage.md"
+	@echo "==> coverage: writes docs/coverage.md, a section for each version of transformers"
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/coverage.py --jobs $(JOBS)
+	@PATH="$(abspath .venv4)/bin:$$PATH" HF_HUB_OFFLINE=1 $(abspath .venv4)/bin/python benchmarks/coverage.py --jobs $(JOBS)
 
 libraries: $(READY)  ## the real lm-eval, sentence-transformers and TRL over models that are split
 	@echo "==> libraries: into .libraries, beside the environment, whose packages they leave as they are"

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeVar
 
+import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+from autodist_fx.calls.cache_names import CACHE_FIELD
 from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.generation_traits import keeps_cache, step_arguments
@@ -15,6 +17,7 @@ from autodist_fx.compiler.source import TracingSource
 from autodist_fx.compiler.torch_state import compiler_state
 from autodist_fx.errors import AutodistError
 from autodist_fx.tracing import empty_model
+from autodist_fx.tracing.versions.forwards import is_named_as_generate_does
 from cost_model.partition_plan import PartitionPlan
 from cost_model.request.plan_request import PlanRequest
 
@@ -51,12 +54,18 @@ def compile_for_generation(
     plan: PartitionPlan | None = None,
 ) -> C:
     """Compile a model with a KV cache, and logits of the last position only where its forward has an argument for that.
-    Raises AutodistError for a model that keeps no cache."""
+    Raises AutodistError for a model that keeps no cache, or whose own forward calls it otherwise than transformers'
+    generate."""
     shape = empty_model(model) if isinstance(model, PretrainedConfig) else model
     if not keeps_cache(shape):
         raise AutodistError(
             f"{type(shape).__name__} keeps no cache of the tokens before, so it cannot generate over processes: split "
             f"it with adx.compile (or `autodist-fx compile`), and run the split with its simulate"
+        )
+    if not is_named_as_generate_does(type(shape)):
+        raise AutodistError(
+            f"{type(shape).__name__}.forward calls its cache past_key_values, and the generate of transformers "
+            f"{transformers.__version__} passes it as {CACHE_FIELD}: give forward an argument of that name"
         )
     return compile_model(shape, kind, request, as_used(shape, options), plan)
 

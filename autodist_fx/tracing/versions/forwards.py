@@ -103,6 +103,14 @@ def takes_cache(model_class: type[PreTrainedModel]) -> bool:
     return bool({"past_key_values", _CACHE} & set(inspect.signature(model_class.forward).parameters))
 
 
+def is_named_as_generate_does(model_class: type[PreTrainedModel]) -> bool:
+    """Return whether forward takes its cache by the name that the installed transformers' generate gives it by: a
+    subclass that was written for 4.57 takes 5's among its further keywords, and sees none."""
+    names = inspect.signature(model_class.forward).parameters
+    only_as_before = "past_key_values" in names and _CACHE not in names and "_of_transformers" not in vars(model_class)
+    return not (CACHE_FIELD == _CACHE and only_as_before)
+
+
 def keeps_states(config: Any) -> bool:
     """Return whether the config's DynamicCache has layers that keep something else than keys and values (5's
     hybrids)."""
@@ -162,6 +170,7 @@ def without_checks() -> Iterator[None]:
 
 
 __all__ = [
-    "as_before", "asked_of_generate", "is_given_cache", "keeps_states", "no_init_weights", "own_forward",
-    "takes_cache", "with_cache_named_as_before", "with_older_names", "without_checks", "without_return_dict",
+    "as_before", "asked_of_generate", "is_given_cache", "is_named_as_generate_does", "keeps_states", "no_init_weights",
+    "own_forward", "takes_cache", "with_cache_named_as_before", "with_older_names", "without_checks",
+    "without_return_dict",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
 import autodist_fx as adx
+from autodist_fx.calls.cache_names import CACHE_FIELD
 from autodist_fx.calls.lengths import with_total
 from autodist_fx.compiler.guard_examples import examples_like
 from autodist_fx.errors import AutodistError
@@ -86,8 +87,11 @@ class AskingALayer(LlamaForCausalLM):
 class Looking(T5ForConditionalGeneration):
     """Reads long inputs otherwise, and writes otherwise after some tokens."""
 
-    def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None, past_key_values=None, **keywords):
+    def forward(
+        self, input_ids=None, attention_mask=None, decoder_input_ids=None, past_key_values=None, cache=None, **keywords
+    ):
         embeds = self.shared(input_ids)
+        past_key_values = past_key_values if cache is None else cache
         if input_ids.shape[1] > 6:
             embeds = embeds.flip(-1)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -106,7 +110,8 @@ class Looking(T5ForConditionalGeneration):
 class Unsure(LlamaForCausalLM):
     """Its other way cannot be traced."""
 
-    def forward(self, input_ids=None, past_key_values=None, **keywords):
+    def forward(self, input_ids=None, past_key_values=None, cache=None, **keywords):
+        past_key_values = past_key_values if cache is None else cache
         output = super().forward(input_ids=input_ids, past_key_values=past_key_values, **keywords)
         if input_ids.shape[1] < 6 and bool((output.logits > 0).any()):
             output.logits = output.logits * 2
@@ -297,3 +302,9 @@ def test_a_length_is_fixed_only_where_no_two_will_do() -> None:
     assert examples_like([asked("P > 0")], lengths, USUAL)[2] == {"P": 0}
     assert examples_like([asked("S > 5")], lengths, USUAL)[2] == {}
     assert examples_like([asked("S == 6")], lengths, USUAL)[2] == {"S": 6}
+
+
+@pytest.mark.skipif(CACHE_FIELD != "cache", reason="transformers 4.57 has the older name")
+def test_a_forward_that_generate_would_hand_no_cache_is_refused_on_every_rank() -> None:
+    with pytest.raises(AutodistError, match=r"AskingALayer.forward calls its cache past_key_values"):
+        on_ranks(model_of(AskingALayer), Mesh(tp=2), lambda split: split.generate(IDS))
