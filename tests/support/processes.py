@@ -7,6 +7,7 @@ from a process that has them.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -72,6 +73,8 @@ def _run(argv: list[str], env: dict[str, str], log: str) -> None:
     torch.set_num_threads(1)
     sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")
+    # A process of multiprocessing runs no atexit: the first rank to end would have died without a word to the others.
+    importlib.import_module("autodist_fx.runtime.comm.process_group").leave()
 
 
 def _wait(ranks: list[ForkServerProcess], timeout: float) -> None:
