@@ -35,10 +35,8 @@ Work = Callable[[RankTrainer, TrainingCommunicator], T]
 
 @dataclass(frozen=True, slots=True)
 class ShareOptions:
-    """The options that every rank's share of a model in training is made with.
-
-    `stages_per_rank` programs are on each pipeline rank; `open_weights` opens the weights that training starts from.
-    """
+    """The options that every rank's share of a model in training is made with; `open_weights` opens the weights that
+    training starts from."""
 
     mesh: Mesh
     model: PreTrainedModel  # on meta
