@@ -9,8 +9,9 @@ sends a gradient. `rendezvous_order` has receives posted early, at the place whe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from cost_model.errors import ScheduleError
 from cost_model.schedule.schedule import Action, ActionKind, Schedule
@@ -73,20 +74,27 @@ Values = Sequence[Sequence[StageValue]]  # of each microbatch
 
 def received_by(action: Action, values: Sequence[StageValue]) -> list[Message]:
     """Returns the messages that an action needs, in the order of `values`, which are those of its microbatch."""
-    if action.kind is ActionKind.FORWARD:
-        return [Message(v, action.microbatch) for v in values if v.target == action.stage]
-    if not action.returns_input_gradients:
-        return []
-    return [Message(v, action.microbatch, True) for v in values if v.source == action.stage and v.has_gradient]
+    return _messages(action, values, attrgetter("target"), attrgetter("source"))
 
 
 def sent_by(action: Action, values: Sequence[StageValue]) -> list[Message]:
     """Returns the messages that an action computes, in the order of `values`, which are those of its microbatch."""
+    return _messages(action, values, attrgetter("source"), attrgetter("target"))
+
+
+def _messages(
+    action: Action,
+    values: Sequence[StageValue],
+    forward_end: Callable[[StageValue], int],
+    backward_end: Callable[[StageValue], int],
+) -> list[Message]:
+    """Returns the messages of a forward action's values, or of their gradients, that have the given end at its
+    stage."""
     if action.kind is ActionKind.FORWARD:
-        return [Message(v, action.microbatch) for v in values if v.source == action.stage]
+        return [Message(v, action.microbatch) for v in values if forward_end(v) == action.stage]
     if not action.returns_input_gradients:
         return []
-    return [Message(v, action.microbatch, True) for v in values if v.target == action.stage and v.has_gradient]
+    return [Message(v, action.microbatch, True) for v in values if backward_end(v) == action.stage and v.has_gradient]
 
 
 def steps_in_place(schedule: Schedule, values: Values) -> tuple[tuple[Step, ...], ...]:
