@@ -19,7 +19,8 @@ from pathlib import Path
 import transformers
 from model_coverage import report, results
 from model_coverage.pool import Job, run_jobs
-from model_coverage.tasks import TASKS
+from model_coverage.sweeps import tables as sweep_tables
+from model_coverage.tasks import SWEEPS, TASKS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -28,8 +29,7 @@ GIB = 2**30
 
 def main() -> None:
     arguments = _arguments()
-    meshes = [tuple(map(int, mesh.split("x"))) for mesh in arguments.mesh]
-    jobs = _jobs(arguments.tasks, arguments.types, meshes, arguments.seconds)
+    jobs = _jobs(arguments)
     if not jobs:
         sys.exit(f"error: no such types in {', '.join(arguments.tasks)}")
     out: Path = arguments.out
@@ -37,7 +37,8 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     state = results.state()
     known = {} if arguments.fresh else results.read(lines)
-    kept = results.usable(known.values(), arguments.mesh, None if arguments.resume else state)
+    swept = results.swept(arguments.sweeps, arguments.sweep_mesh)
+    kept = results.usable(known.values(), arguments.mesh, None if arguments.resume else state, swept)
     keys = [(job["task"], job["type"]) for job in jobs]
     found = {key: kept[key] for key in keys if key in kept}
     todo = [job for job in jobs if (job["task"], job["type"]) not in found]
@@ -67,6 +68,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", type=names, default=list(TASKS), help=f"of {', '.join(TASKS)}")
     parser.add_argument("--types", type=names, default=None, help="model types (default: all of the tasks)")
     parser.add_argument("--mesh", type=names, default=["2x1", "3x1", "1x2", "2x2"], help="tp x pp, by commas")
+    parser.add_argument("--sweeps", type=names, default=list(SWEEPS), help=f"of {', '.join(SWEEPS)}; '' for none")
+    parser.add_argument("--sweep-mesh", type=names, default=["2x1"], help="those of the sweeps, by commas")
     parser.add_argument("--jobs", type=int, default=2, help="worker processes (%(default)s)")
     parser.add_argument("--seconds", type=float, default=60.0, help="limit for one mesh of one type (%(default)s)")
     parser.add_argument("--memory", type=float, default=4.0, help="GiB that a worker may have (%(default)s)")
@@ -76,17 +79,29 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if unknown := [task for task in arguments.tasks if task not in TASKS]:
         parser.error(f"unknown task {', '.join(unknown)}: choose of {', '.join(TASKS)}")
-    if odd := [mesh for mesh in arguments.mesh if not all(part.isdigit() for part in mesh.split("x"))]:
+    if unknown := [sweep for sweep in arguments.sweeps if sweep not in SWEEPS]:
+        parser.error(f"unknown sweep {', '.join(unknown)}: choose of {', '.join(SWEEPS)}")
+    meshes = [*arguments.mesh, *arguments.sweep_mesh]
+    if odd := [mesh for mesh in meshes if not all(part.isdigit() for part in mesh.split("x"))]:
         parser.error(f"a mesh is tp x pp, like 2x1, not {', '.join(odd)}")
     return arguments
 
 
-def _jobs(tasks: list[str], types: list[str] | None, meshes: list[tuple[int, ...]], seconds: float) -> list[Job]:
+def _jobs(arguments: argparse.Namespace) -> list[Job]:
+    def sizes(meshes: list[str]) -> list[tuple[int, ...]]:
+        return [tuple(map(int, mesh.split("x"))) for mesh in meshes]
+
+    common = {
+        "meshes": sizes(arguments.mesh),
+        "sweeps": arguments.sweeps,
+        "sweep_meshes": sizes(arguments.sweep_mesh),
+        "seconds": arguments.seconds,
+    }
     return [
-        {"task": task, "type": name, "class": class_name, "meshes": meshes, "seconds": seconds}
-        for task in tasks
+        {"task": task, "type": name, "class": class_name, **common}
+        for task in arguments.tasks
         for name, class_name in TASKS[task].types().items()
-        if types is None or name in types
+        if arguments.types is None or name in arguments.types
     ]
 
 
@@ -112,7 +127,8 @@ def _run(todo: list[Job], already: int, arguments: argparse.Namespace, keep) -> 
             elif not report.is_right(result, arguments.mesh) and result["built"]:
                 progress.print(f"{result['task']} {result['type']}: {_in_short(result)}", highlight=False)
 
-        limit = arguments.seconds * (len(arguments.mesh) + 3)
+        checks = len(arguments.mesh) + 3 + len(arguments.sweeps) * len(arguments.sweep_mesh)
+        limit = arguments.seconds * checks
         run_jobs(todo, arguments.jobs, limit, int(arguments.memory * GIB), started, done)
 
 
@@ -120,7 +136,10 @@ def _in_short(result: results.Result) -> str:
     if not result["built"]:
         return f"not built: {result['reason']}"
     verdicts = {mesh: entry["verdict"] for mesh, entry in result["meshes"].items()}
-    return ", ".join(f"{mesh} {verdict}" for mesh, verdict in verdicts.items())
+    for sweep, kinds in result.get("sweeps", {}).items():
+        found = [sweep_tables.verdict(entries) for entries in kinds.values()]
+        verdicts[sweep] = "right" if set(found) <= {"right", "right*", "-"} else " ".join(found)
+    return ", ".join(f"{what} {verdict}" for what, verdict in verdicts.items())
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class ThreadWorld:
             self._over.wait()
             for thread in threads:
                 thread.join()
-        except KeyboardInterrupt:
+        except BaseException:  # Ctrl-C, or an alarm's
             self._stopping = True  # each rank ends when it next speaks to another
             raise
         if self._failure is not None:

@@ -28,8 +28,8 @@ def config_of(model_class: type[PreTrainedModel], task: str) -> PretrainedConfig
     return made_by_hand(model_type) or tiny_config(model_class.config_class, overrides)
 
 
-def build(task: str, class_name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """The model of that class, random and in eval mode. Errors: CannotBuild."""
+def build(task: str, class_name: str, dtype: torch.dtype = torch.float64, gain: float = 1.0) -> PreTrainedModel:
+    """The model of that class, random and in eval mode; `gain` as in `randomise`. Errors: CannotBuild."""
     model_class = getattr(transformers, class_name, None)
     if model_class is None:
         raise CannotBuild(f"transformers {transformers.__version__} has no class {class_name}")
@@ -46,7 +46,7 @@ def build(task: str, class_name: str, dtype: torch.dtype = torch.float64) -> Pre
     model = model.to(dtype)
     if hasattr(model, "set_experts_implementation"):  # transformers 5: its default knows no float64
         model.set_experts_implementation("eager")
-    randomise(model)
+    randomise(model, gain=gain)
     return model.eval()  # last: some keep what they compute of their parameters when they are told so
 
 
@@ -56,8 +56,9 @@ def _first_line(error: BaseException) -> str:
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, seed: int = SEED) -> None:
-    """Random numbers in every parameter and in the statistics of batch norms.
+def randomise(model: nn.Module, seed: int = SEED, gain: float = 1.0) -> None:
+    """Random numbers in every parameter and in the statistics of batch norms; matrices are `gain` times as large as
+    keeps the size of what they multiply.
 
     transformers starts biases at 0 and norm scales at 1: a bias added twice, or a scale applied to the wrong rows,
     would give the right result. None is so large that softmaxes turn hard.
@@ -73,7 +74,7 @@ def randomise(model: nn.Module, seed: int = SEED) -> None:
         if id(parameter) in convolutions:
             value = noise * max(parameter[0].numel(), 1) ** -0.5
         elif parameter.dim() > 1:
-            value = noise * max(parameter.shape[-1], 1) ** -0.5
+            value = noise * gain * max(parameter.shape[-1], 1) ** -0.5
         else:
             value = noise * 0.3 + (1.0 if name.endswith("weight") else 0.0)  # a norm's scale, or a bias
         parameter.copy_(value)

@@ -26,7 +26,8 @@ def inputs_for(model: PreTrainedModel, task: str, *, padded: bool = True) -> Inp
     return {name: value for name, value in made.items() if name in accepted}
 
 
-def _ids(model: PreTrainedModel, seq: int, generator: torch.Generator) -> torch.Tensor:
+def token_ids(model: PreTrainedModel, seq: int, generator: torch.Generator) -> torch.Tensor:
+    """[BATCH, seq] of ids that mean nothing special, a row a codebook where the model has such."""
     vocab = min(int(getattr(model.config.get_text_config(decoder=True), "vocab_size", VOCAB)), VOCAB)
     codebooks = getattr(model.config, "num_codebooks", 1) if hasattr(model, "build_delay_pattern_mask") else 1
     return torch.randint(FIRST_ID, vocab - 1, (BATCH * codebooks, seq), generator=generator)
@@ -34,7 +35,7 @@ def _ids(model: PreTrainedModel, seq: int, generator: torch.Generator) -> torch.
 
 def _prompt(model: PreTrainedModel, generator: torch.Generator, padded: bool) -> Inputs:
     """The first sequence is padded on the left, as for generating."""
-    ids = _ids(model, SEQ, generator)
+    ids = token_ids(model, SEQ, generator)
     mask = torch.ones(BATCH, SEQ, dtype=torch.long)
     mask[0, : PADDED * padded] = 0
     return {"input_ids": ids, "attention_mask": mask}
@@ -42,7 +43,7 @@ def _prompt(model: PreTrainedModel, generator: torch.Generator, padded: bool) ->
 
 def _text(model: PreTrainedModel, generator: torch.Generator, padded: bool) -> Inputs:
     """The first sequence is padded on the right."""
-    ids = _ids(model, SEQ, generator)
+    ids = token_ids(model, SEQ, generator)
     mask = torch.ones_like(ids)
     if padded:
         mask[0, -PADDED:] = 0
@@ -65,7 +66,7 @@ def _ended_text(model: PreTrainedModel, generator: torch.Generator, padded: bool
 
 def _reply(model: PreTrainedModel, generator: torch.Generator, padded: bool) -> Inputs:
     """[BATCH, tokens], or [BATCH, tokens, channels] of sound."""
-    ids = _ids(model, SEQ - 4, generator)
+    ids = token_ids(model, SEQ - 4, generator)
     channels = getattr(getattr(model.config, "decoder_config", None), "num_channels", None)
     return {"decoder_input_ids": ids if channels is None else ids[:, :, None].repeat(1, 1, channels)}
 

@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from model_coverage.results import swept
+from model_coverage.tasks import TASKS
+
 BENCHMARKS = Path(__file__).resolve().parents[1]
 START_SECONDS = 180.0  # to import torch and transformers on a busy machine
 Job = dict[str, Any]
@@ -145,6 +148,10 @@ def _unfinished(job: Job, partial: dict[str, Any], reason: str) -> dict[str, Any
     result = {"task": job["task"], "type": job["type"], "class": job["class"], "built": True, "seconds": 0.0, **partial}
     known = result.get("meshes", {})
     result["meshes"] = {f"{tp}x{pp}": known.get(f"{tp}x{pp}", entry) for tp, pp in job["meshes"]}
+    meshes = [f"{tp}x{pp}" for tp, pp in job["sweep_meshes"]]
+    asked = [sweep for sweep in job["sweeps"] if sweep in TASKS[job["task"]].sweeps]
+    result["swept"] = swept(job["sweeps"], meshes)
+    result.setdefault("sweeps", {name: {"all": dict.fromkeys(meshes, entry)} for name in asked})
     return result
 
 

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import transformers
+from markdown_table import escaped, table
 
+from model_coverage.sweeps import tables
 from model_coverage.tasks import TASKS, Task
 
 SHARE_BAR, REDUCE_BAR = 0.9, 3.0  # of a plan worth having: matmul weight bytes sharded, all_reduces per layer
@@ -56,8 +58,11 @@ def section(
         _totals(shown, by_task, meshes),
         *(_causal_bars(by_task["causal-lm"], meshes) if by_task["causal-lm"] else ()),
     ]
+    if sweep_totals := tables.totals([(task.name, by_task[task.name]) for task in shown]):
+        parts += ["### Totals of generating and of calls", sweep_totals]
     for task in shown:
         parts += [f"### {task.title} ({task.name})", _type_table(task, by_task[task.name], meshes)]
+        parts += tables.of_task(by_task[task.name])
         parts += _reasons(by_task[task.name], meshes)
     return "\n\n".join(parts)
 
@@ -73,6 +78,16 @@ something else). *HF* says which plans transformers itself has for the type: tp 
 "no pads": the model's own output is not finite with padding. "rounds": parts of the model compute in float32 whatever
 its dtype, and a difference, up to 1e-4, is no larger than what rounding its weights to float32 does to its own output;
 all ranks were then compared with its graph where everything is in float64.
+
+*Generating* and *calls* are what users do, on 2x1, with matrices 1.6 times as large, so that what a token attends to
+decides about the next one. Generating: the ranks, threads with the runtime of processes, give the same tokens as
+transformers' own generate of the whole model: two rows of three tokens and three more, within the window of six where a
+type has one; one padded on the left; rows of 14 tokens, one with five pads, and eight more, past the window. Calls
+without a cache: no mask; a row padded on the right; two sequences packed into a row by position ids, without a mask;
+labels. Each is simulated and, where the type generates, made over those ranks; all outputs are compared with those of
+the whole model called with use_cache=False. **right\\***: transformers' own generate fails, or gives other tokens with
+its cache than without; the truth is its generate with use_cache=False, and a line says so. **-**: transformers itself
+cannot do it, or the model takes no positions or labels.
 
 A run writes the section of its version of transformers."""
 
@@ -166,13 +181,15 @@ def failures(result: Result, meshes: Sequence[str]) -> list[tuple[str, str, str]
         for mesh, entry in entries.items():
             if entry["verdict"] != "right" and (kind or mesh in meshes):
                 found.setdefault((entry["verdict"], entry["reason"]), []).append(kind + mesh)
+    for where, entry in tables.not_right(result):
+        found.setdefault((entry["verdict"], entry["reason"]), []).append(where)
     return [(", ".join(where), verdict, reason) for (verdict, reason), where in found.items()]
 
 
 def _reasons(results: Sequence[Result], meshes: Sequence[str]) -> list[str]:
     parts = []
     lines = [
-        f"- **{result['type']}** ({where}) {verdict}: {_escaped(reason)}"
+        f"- **{result['type']}** ({where}) {verdict}: {escaped(reason)}"
         for result in sorted(results, key=lambda r: r["type"])
         if result["built"]
         for where, verdict, reason in failures(result, meshes)
@@ -180,23 +197,10 @@ def _reasons(results: Sequence[Result], meshes: Sequence[str]) -> list[str]:
     if lines:
         parts += ["#### Not right, and why", "\n".join(lines)]
     lines = [
-        f"- **{result['type']}** ({result['class']}): {_escaped(result['reason'])}"
+        f"- **{result['type']}** ({result['class']}): {escaped(result['reason'])}"
         for result in sorted(results, key=lambda r: r["type"])
         if not result["built"]
     ]
     if lines:
         parts += ["#### Not built, and why", "\n".join(lines)]
     return parts
-
-
-def _escaped(text: str) -> str:
-    """So that markdown shows it as it is."""
-    return text.replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
-
-
-def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    """A markdown table whose columns line up in a terminal too."""
-    lines = [[str(cell) for cell in line] for line in (header, *rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    lines.insert(1, ["-" * max(width, 1) for width in widths])
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)

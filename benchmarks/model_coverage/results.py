@@ -39,17 +39,30 @@ def read(path: Path) -> dict[tuple[str, str], Result]:
     return found
 
 
-def usable(results: Iterable[Result], meshes: Iterable[str], wanted_state: str | None) -> dict[tuple[str, str], Result]:
-    """Those that have all the meshes and, unless `wanted_state` is None, were found with that state of the code."""
-    wanted = set(meshes)
+def swept(sweeps: Iterable[str], meshes: Iterable[str]) -> list[str]:
+    """Returns what a result has that was made with these sweeps on these meshes: "calls 2x1", say."""
+    on = list(meshes)
+    return [f"{sweep} {mesh}" for sweep in sweeps for mesh in on]
+
+
+def usable(
+    results: Iterable[Result], meshes: Iterable[str], wanted_state: str | None, sweeps: Iterable[str] = ()
+) -> dict[tuple[str, str], Result]:
+    """Those that have all the meshes and sweeps (as `swept` says them) and, unless `wanted_state` is None, were found
+    with that state of the code."""
+    wanted, wanted_sweeps = set(meshes), set(sweeps)
     return {
         (result["task"], result["type"]): result
         for result in results
         if (wanted_state is None or result.get("state") == wanted_state)
-        and (not result["built"] or wanted <= result["meshes"].keys())
+        and (
+            not result["built"] or (wanted <= result["meshes"].keys() and wanted_sweeps <= set(result.get("swept", ())))
+        )
     }
 
 
 def append(path: Path, result: Result) -> None:
+    """Adds a line; an interrupted one before it ends there."""
+    cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
+        file.write("\n" * cut_short + json.dumps(result) + "\n")

@@ -34,7 +34,13 @@ def main() -> None:
         job = json.loads(line)
         meshes = [tuple(mesh) for mesh in job["meshes"]]
         result = check_type(
-            job["task"], job["type"], meshes, seconds=job["seconds"], so_far=lambda partial: answer("partial", partial)
+            job["task"],
+            job["type"],
+            meshes,
+            seconds=job["seconds"],
+            so_far=lambda partial: answer("partial", partial),
+            sweeps=job["sweeps"],
+            sweep_meshes=[tuple(mesh) for mesh in job["sweep_meshes"]],
         )
         answer("result", result)
 

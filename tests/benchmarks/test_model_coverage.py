@@ -10,9 +10,11 @@ import torch
 import transformers
 from model_coverage import report, results
 from model_coverage.build import CannotBuild, build, config_of
-from model_coverage.check import check_type, own_plans, relative_error
+from model_coverage.check import check_type, own_plans
 from model_coverage.pool import run_jobs
+from model_coverage.sweeps import generation, tables
 from model_coverage.tasks import TASKS
+from model_coverage.verdict import relative_error
 
 MESHES = ["2x1", "1x2"]
 
@@ -58,10 +60,12 @@ def test_relative_error(got: list[float], expected: list[float], error: float) -
 
 @pytest.mark.slow
 def test_a_type_is_checked() -> None:
-    result = check_type("causal-lm", "gpt2", [(2, 1)])
+    result = check_type("causal-lm", "gpt2", [(2, 1)], sweeps=("generation", "calls"))
     assert result["meshes"]["2x1"]["verdict"] == "right" and result["decoding"]["2x1"]["verdict"] == "right"
     assert result["share_sharded"] == 1.0 and result["all_reduces_per_layer"] == 2.0
     assert result["all_gathers_per_layer"] == 0.0
+    words = [tables.verdict(entries) for kinds in result["sweeps"].values() for entries in kinds.values()]
+    assert words == ["right"] * 10 and len(result["sweeps"]["calls"]["packed"]) == 2  # simulated, and over ranks
 
 
 def test_a_split_model_that_differs_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +107,38 @@ def test_a_run_writes_the_section_of_its_version_alone() -> None:
     assert report.page(written) == page
 
 
+def _swept(name: str, generation: str, truth: bool = False) -> results.Result:
+    entry = {"verdict": generation, "reason": f"{name} does_so"} | ({"truth": "another"} if truth else {})
+    none = {"transformers": {"verdict": "none", "reason": "transformers itself: no"}}
+    calls = {"packed": none, "labels": {"simulate 2x1": {"verdict": "right"}, "2x1": entry}}
+    return _result(name, "right", sweeps={"generation": {"greedy": {"2x1": entry}}, "calls": calls})
+
+
+def test_the_page_has_what_users_do() -> None:
+    found = [_swept("good", "right"), _swept("other", "right", truth=True), _swept("no", "refused")]
+    page = report.section(found, MESHES, "coverage.py", "now", 60.0, 2)
+    lines = [" ".join(line.replace("|", " ").split()) for line in page.splitlines()]
+    assert "causal-lm generating: greedy 3 1 1 1 0 0" in lines and "causal-lm calls: packed 0 0 0 0 0 0" in lines
+    assert "good right - - - - -" in lines and "other right* - - - - -" in lines  # greedy of all ways to generate
+    assert "no - - - refused" in lines  # no mask, padded, packed, labels
+    assert "- **other** (greedy 2x1): other does\\_so" in lines
+    assert "- **no** (generation: greedy 2x1, calls: labels 2x1) refused: no does\\_so" in lines
+    assert "- **good** (packed): transformers itself: no" in lines
+
+
+@torch.no_grad()
+def test_tokens_that_differ_are_wrong_unless_they_are_those_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("causal-lm", "GPT2LMHeadModel")
+    greedy = next(iter(generation.questions(model, "causal-lm", padded=True)))
+    tokens = greedy.ask(model)
+    assert tokens.shape == (2, 6) and greedy.judge(tokens) == {"verdict": "right"}
+    assert greedy.judge(tokens + 1)["verdict"] == "wrong"
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda use_cache=True, **given: generate(**given) + (not use_cache))
+    found = next(iter(generation.questions(model, "causal-lm", padded=True))).judge(tokens + 1)
+    assert (found["verdict"], found["truth"]) == ("right", generation.WITHOUT_CACHE)
+
+
 @pytest.mark.parametrize("class_name, plans", [("LlamaForCausalLM", ["tp", "pp"]), ("GPT2LMHeadModel", [])])
 def test_rows_say_which_plans_transformers_has(class_name: str, plans: list[str]) -> None:
     assert own_plans(build("causal-lm", class_name)) == plans
@@ -119,6 +155,10 @@ def test_results_are_kept_with_the_state_of_the_code(tmp_path: Path) -> None:
     assert [key[1] for key in results.usable(known.values(), MESHES, "now")] == ["a"]
     assert [key[1] for key in results.usable(known.values(), MESHES, None)] == ["a", "b"]
     assert not results.usable(known.values(), ["3x1"], None)
+    swept = results.swept(["calls"], ["2x1"])
+    assert not results.usable(known.values(), MESHES, None, swept)
+    results.append(path, _result("b", "right", swept=swept))
+    assert [key[1] for key in results.usable(results.read(path).values(), MESHES, None, swept)] == ["b"]
 
 
 @pytest.mark.slow
@@ -126,6 +166,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced() -> None:
     """Too little time for the first type, and enough for the next."""
     done: list[results.Result] = []
     job = {"task": "causal-lm", "type": "gpt2", "class": "GPT2LMHeadModel", "meshes": [(2, 1)], "seconds": 60.0}
+    job |= {"sweeps": [], "sweep_meshes": [(2, 1)]}
     run_jobs([job], 1, 0.0, 4 << 30, lambda started: None, done.append)
     run_jobs([job], 1, 100.0, 4 << 30, lambda started: None, done.append)
     assert [result["meshes"]["2x1"]["verdict"] for result in done] == ["crashed", "right"]
