@@ -13,13 +13,14 @@ import torch
 from autodist_fx.errors import AutodistError, CommunicationError
 from autodist_fx.runtime.training.backward import go_back
 from autodist_fx.runtime.training.gradient_sums import Gradients, pay_sums, pieces_of
+from autodist_fx.runtime.training.replica_communicator import TrainingCommunicator
 from autodist_fx.simulation.thread_communicator import ThreadCommunicator, ThreadWorld
-from passes.ops.comm import Communicator, Tape, using
+from passes.ops.comm import Tape, using
 from passes.program.rank_program import RankProgram
 
 
 def rank_gradients(
-    program: RankProgram, inputs: Mapping[str, Any], communicator: Communicator, root: str = "loss"
+    program: RankProgram, inputs: Mapping[str, Any], communicator: TrainingCommunicator, root: str = "loss"
 ) -> tuple[torch.Tensor | None, Gradients]:
     """Return (the output `root`, or None on a rank that does not return it; the rank's gradients of it, sums paid).
 

@@ -7,6 +7,7 @@ fight over Python's lock.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import torch
 
 from autodist_fx.errors import CommunicationError, DeadlockError
 from autodist_fx.runtime.comm.channels import channel_text
-from autodist_fx.runtime.comm.gather import check_shard, frozen_parts, gather_layout, glue
+from autodist_fx.runtime.comm.gather import check_shard, describe, frozen_parts, gather_layout, glue
 from autodist_fx.runtime.comm.remote_error import CallBroken, ErrorReport
 from cost_model.mesh import Mesh
 from passes.ops.comm import Parts
@@ -222,7 +223,9 @@ class ThreadCommunicator:
         total = self.all_reduce(x, axis)
         return lambda: total
 
-    def finish_sends(self) -> None:
+    unfinished_sends = 0
+
+    def finish_sends(self, *, keep: int = 0) -> None:
         """Let go of what was sent: there is nothing to do."""
 
     def all_gather(self, x: torch.Tensor, axis: str, dim: int, parts: Parts) -> torch.Tensor:
@@ -253,6 +256,12 @@ class ThreadCommunicator:
         if x.shape != torch.Size(shape) or x.dtype != dtype:
             raise CommunicationError(f"rank {self.rank} expects {wanted()}, and was sent {describe(x)}")
         return x.to(device=x.device if device is None else device, copy=True)  # the receiver may write into it
+
+    def start_recv(
+        self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int
+    ) -> Callable[[], torch.Tensor]:
+        """Return a function that returns the tensor; here it is waited for then."""
+        return functools.partial(self.recv, shape, dtype, device, source, channel)
 
     def _meet(
         self, x: torch.Tensor, axis: str, said: str, combine: Callable[[list[torch.Tensor]], torch.Tensor]
@@ -287,11 +296,6 @@ class ThreadCommunicator:
             del self._world.meetings[key]
             return meeting.result
         return meeting.result.clone()  # each rank may write into its own
-
-
-def describe(x: torch.Tensor) -> str:
-    """Format a tensor as dtype and shape: float32[2, 8]."""
-    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
 
 
 def _sum(shards: list[torch.Tensor]) -> torch.Tensor:

@@ -127,7 +127,7 @@ class Engine:
         if self._verify and new:
             self._host.together(
                 lambda: (new.values(), {}),
-                lambda each: self._programs.verify_schedule(each, schedule, has_channels=self._host.has_channels),
+                lambda each: self._programs.verify_schedule(each, schedule),
             )
             self._proven.update(new)
 

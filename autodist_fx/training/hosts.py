@@ -79,7 +79,7 @@ class RankShare:
     def microbatch(self, part: Part) -> Microbatch:
         """Return a part of this rank's replica, to be run by programs that were taken."""
         inputs = {n: x.to(self._device) if isinstance(x, torch.Tensor) else x for n, x in part.inputs.items()}
-        return Microbatch(inputs, self._loaded[id(part.variant)])
+        return Microbatch(inputs, self._loaded[id(part.variant)], part.variant.plan.hops)
 
     def _load(self, compiled: Compilation, variant: Variant, stage: int) -> RankProgram:
         mesh = self._options.mesh
@@ -118,7 +118,6 @@ class Host(Protocol):
     """The ranks that an engine has in this process."""
 
     mesh: Mesh
-    has_channels: bool  # messages between two ranks are told apart by them, not by their order alone
 
     def call(self, name: str, arguments: Mapping[str, Any], work: Callable[[], T]) -> T:
         """Return `work()`, which all ranks do alike, given the same arguments; what one raises all raise."""
@@ -138,8 +137,6 @@ class Host(Protocol):
 
 class SimulatedHost:
     """All ranks, a thread each."""
-
-    has_channels = True
 
     def __init__(self, options: ShareOptions) -> None:
         self.mesh = options.mesh
@@ -175,7 +172,6 @@ class ProcessHost:
 
     def __init__(self, joined: JoinedRank, options: ShareOptions) -> None:
         self.mesh, self._joined = joined.mesh, joined
-        self.has_channels = joined.device.type == "cpu"  # Gloo's tags; NCCL has none
         self._share = RankShare(joined.rank, joined.device, options)
         self._calls = CollectiveCalls(joined.communicator, joined.mesh, joined.rank, joined.device)
 

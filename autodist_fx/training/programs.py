@@ -22,12 +22,11 @@ from autodist_fx.compiler.torch_state import compiler_state
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
 from autodist_fx.tracing import input_facts
-from cost_model.errors import VerificationError
 from cost_model.partition_plan import PartitionPlan
 from cost_model.request.plan_request import PlanRequest
 from cost_model.schedule.schedule import Schedule
 from passes.losses.divide_losses import LOSS, SHARE
-from passes.verify.schedule import verify_in_place, verify_schedule
+from passes.verify.schedule import verify_schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,25 +94,13 @@ class TrainingPrograms:
         """Prove the programs of all ranks. Raises VerificationError."""
         self.compiled.verify_variant(variant)
 
-    def verify_schedule(
-        self, replicas: Iterable[Sequence[Variant]], schedule: Schedule, *, has_channels: bool
-    ) -> None:
+    def verify_schedule(self, replicas: Iterable[Sequence[Variant]], schedule: Schedule) -> None:
         """Prove that the ranks' programs, run in the order of a schedule, never wait for each other for ever.
 
-        `replicas`: the variant of each microbatch of a replica. Raises VerificationError; AutodistError for a schedule
-        that would hang on a transport without channels.
+        `replicas`: the variant of each microbatch of a replica. Raises VerificationError.
         """
         for variants in replicas:
-            programs = [self.compiled.all_programs(variant) for variant in variants]
-            verify_schedule(programs, schedule)
-            if has_channels:
-                continue
-            try:
-                verify_in_place(programs, schedule)
-            except VerificationError as error:
-                raise AutodistError(
-                    f"{error}, since NCCL tells messages apart by their order alone: use schedule='gpipe', or pp=1"
-                ) from None
+            verify_schedule([self.compiled.all_programs(variant) for variant in variants], schedule)
 
 
 @torch.no_grad()

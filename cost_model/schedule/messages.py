@@ -1,16 +1,15 @@
 """Messages of a schedule: what each action receives and sends, and an order of them that needs no channels.
 
-On a transport with channels (Gloo's tags) a send waits for nobody and a recv takes what its channel brings: each action
-receives and sends where its program says so (`steps_in_place`). On one without (NCCL) two ranks must come to their
-messages in the same order, and there 1F1B alone would hang: the first stage sends a forward's value while the second
-sends a gradient. `rendezvous_order` has receives posted early, at the place where the sender sends, as torch's
-`_PipelineScheduleRuntime` does.
+On a transport without channels (NCCL) two ranks must come to their messages in the same order. Were each action to
+receive where its program does, 1F1B alone would hang: the first stage sends a forward's value while the second sends a
+gradient. `rendezvous_order` has receives posted early, at the place where the sender sends, as torch's
+`_PipelineScheduleRuntime` does. With channels (Gloo's tags) the same order lets messages travel while ranks compute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from cost_model.errors import ScheduleError
@@ -27,7 +26,7 @@ class StageValue:
     source: int
     target: int
     channel: int
-    has_gradient: bool = True
+    has_gradient: bool = field(default=True, compare=False)
     name: str = field(default="", compare=False)
 
 
@@ -97,30 +96,18 @@ def _messages(
     return [Message(v, action.microbatch, True) for v in values if backward_end(v) == action.stage and v.has_gradient]
 
 
-def steps_in_place(schedule: Schedule, values: Values) -> tuple[tuple[Step, ...], ...]:
-    """Returns each pipeline rank's steps, with every action between its receives and its sends; `values[m]` are
-    microbatch m's.
-
-    What two stages of one rank hand over is no message.
-    """
-    found: list[tuple[Step, ...]] = []
-    for actions in schedule.actions:
-        own: list[Step] = []
-        for action in actions:
-            own += [Receive(m) for m in received_by(action, values[action.microbatch]) if not _is_local(schedule, m)]
-            own.append(action)
-            own += [Send(m) for m in sent_by(action, values[action.microbatch]) if not _is_local(schedule, m)]
-        found.append(tuple(own))
-    return tuple(found)
-
-
 def rendezvous_order(schedule: Schedule, values: Values) -> tuple[tuple[Step, ...], ...]:
     """Returns each pipeline rank's steps in an order in which nobody waits for ever, whatever the transport: each
     receive stands where its sender's send does in one order of all ranks' actions, which is never later than the action
-    that needs it.
+    that needs it. `values[m]` are microbatch m's.
 
-    Raises ScheduleError, which names the actions, where ranks wait for each other whatever the transport.
+    What two stages of one rank hand over is no message. The order is found as if the gradient of every value came back,
+    so that ranks agree on it who know only of their own values whether it does. Raises ScheduleError, which names the
+    actions, where ranks wait for each other whatever the transport.
     """
+    ways = [(m, v, back) for m, own in enumerate(values) for v in own for back in (False, *[True] * v.has_gradient)]
+    messages = {message: message for message in (Message(v, m, back) for m, v, back in ways)}
+    values = [[replace(v, has_gradient=True) for v in own] for own in values]
     steps: list[list[Step]] = [[] for _ in schedule.actions]
     next_action, known = [0] * schedule.ranks, set[Message]()  # known: sent, or handed over
     moved = True
@@ -135,9 +122,9 @@ def rendezvous_order(schedule: Schedule, values: Values) -> tuple[tuple[Step, ..
             steps[rank].append(action)
             for message in sent_by(action, values[action.microbatch]):
                 known.add(message)
-                if not _is_local(schedule, message):
-                    steps[rank].append(Send(message))
-                    steps[schedule.stage_ranks[message.receiver]].append(Receive(message))
+                if message in messages and not _is_local(schedule, message):
+                    steps[rank].append(Send(messages[message]))
+                    steps[schedule.stage_ranks[message.receiver]].append(Receive(messages[message]))
             next_action[rank] += 1
             moved = True
     waiting: list[str] = []

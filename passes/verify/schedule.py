@@ -30,7 +30,6 @@ from cost_model.schedule.messages import (
     received_by,
     rendezvous_order,
     sent_by,
-    steps_in_place,
 )
 from cost_model.schedule.schedule import Action, ActionKind, Schedule
 from passes.ops.comm import COLLECTIVES, recv, send
@@ -55,13 +54,6 @@ def verify_schedule(programs: Sequence[Programs], schedule: Schedule) -> None:
         steps = [rendezvous_order(schedule, [m.lanes[t].values for m in ranks.microbatches]) for t in range(ranks.tp)]
     except ScheduleError as error:
         raise VerificationError(str(error)) from None
-    _Run(ranks, _by_rendezvous(ranks, steps)).run()
-
-
-def verify_in_place(programs: Sequence[Programs], schedule: Schedule) -> None:
-    """Proves the same of a transport without channels on which no receive is posted early. Raises VerificationError."""
-    ranks = _ranks(programs, schedule)
-    steps = [steps_in_place(schedule, [m.lanes[t].values for m in ranks.microbatches]) for t in range(ranks.tp)]
     _Run(ranks, _by_rendezvous(ranks, steps)).run()
 
 

@@ -16,7 +16,7 @@ from passes.ops.comm import Parts
 class AloneCommunicator:
     """A communicator with nobody to talk to: collectives give back what they were given."""
 
-    rank = tp_rank = 0
+    rank = tp_rank = unfinished_sends = 0
 
     def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         return x
@@ -33,13 +33,18 @@ class AloneCommunicator:
     def recv(self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int) -> torch.Tensor:
         raise CommunicationError(f"recv from rank {source}, and this mesh has one rank")
 
+    def start_recv(
+        self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int
+    ) -> Callable[[], torch.Tensor]:
+        return self.recv(shape, dtype, device, source, channel)
+
     def begin(self) -> None:
         pass
 
     def break_off(self, error: BaseException, call: int = 0) -> ErrorReport:
         return ErrorReport.of(self.rank, error, call)
 
-    def finish_sends(self) -> None:
+    def finish_sends(self, *, keep: int = 0) -> None:
         pass
 
     def close(self) -> None:

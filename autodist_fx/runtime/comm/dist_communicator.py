@@ -20,9 +20,11 @@ from autodist_fx.runtime.comm.channels import Channel, channel_text
 from autodist_fx.runtime.comm.gather import (
     GatherLayout,
     check_shard,
+    describe,
     frozen_parts,
     gather_in_chunks,
     gather_layout,
+    gather_padded,
     glue,
     with_size,
 )
@@ -200,7 +202,7 @@ class DistCommunicator:
                 return self._sum_of_exchange(x) if nbytes else x
             self._tp.allreduce([x], self._sum).wait()
         except (RuntimeError, OSError) as error:
-            raise self._failure(f"all_reduce of {_describe(x)}", self._ranks, error) from None
+            raise self._failure(f"all_reduce of {describe(x)}", self._ranks, error) from None
         return x
 
     def start_all_reduce(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
@@ -208,21 +210,30 @@ class DistCommunicator:
         it, and returns the sum, in the memory of `x`."""
         if axis != "dp":
             raise CommunicationError(f"an all_reduce is started along the axis dp; got {axis!r}")
-        if self._dp is None:
+        dp = self._dp
+        if dp is None:
             return lambda: x
-        try:
-            work = self._dp.allreduce([x], self._sum)
-        except RuntimeError as error:
-            raise self._failure(f"all_reduce of {_describe(x)}", self._replicas, error) from None
+        return self._start(
+            lambda: dp.allreduce([x], self._sum), x, lambda: f"all_reduce of {describe(x)}", self._replicas
+        )
 
-        def total() -> torch.Tensor:
+    def _start(
+        self, begin: Callable[[], Any], x: torch.Tensor, what: Callable[[], str], ranks: Sequence[int]
+    ) -> Callable[[], torch.Tensor]:
+        """Start something with `ranks` that fills `x`; return a function that waits for it, and returns `x`."""
+
+        def finished() -> torch.Tensor:
             try:
-                self._finish(work, self.device.type, self._timeout)
+                self._finish(work, x.device.type, self._timeout)
             except RuntimeError as error:
-                raise self._failure(f"all_reduce of {_describe(x)}", self._replicas, error) from None
+                raise self._failure(what(), ranks, error) from None
             return x
 
-        return total
+        try:
+            work = begin()
+        except RuntimeError as error:
+            raise self._failure(what(), ranks, error) from None
+        return finished
 
     def _sum_of_exchange(self, x: torch.Tensor) -> torch.Tensor:
         tp = self._tp
@@ -261,9 +272,9 @@ class DistCommunicator:
                     self._tp, self.tp_rank, x, dim % x.dim(), layout, self.chunk_bytes, self._wait
                 )
                 return whole
-            shards = self._exchange(x, dim, layout) if self.exchanges else self._gather_padded(x, dim, layout)
+            shards = self._exchange(x, dim, layout) if self.exchanges else gather_padded(self._tp, x, dim, layout)
         except (RuntimeError, OSError) as error:
-            raise self._failure(f"all_gather of {_describe(x)} along dim {dim}", self._ranks, error) from None
+            raise self._failure(f"all_gather of {describe(x)} along dim {dim}", self._ranks, error) from None
         return glue(shards, dim, layout)
 
     def _exchange(self, x: torch.Tensor, dim: int, layout: GatherLayout) -> list[torch.Tensor]:
@@ -293,21 +304,6 @@ class DistCommunicator:
                 error.add_note(str(self._ranks[peer]))  # for _failure: whom we waited for
                 raise
 
-    def _gather_padded(self, x: torch.Tensor, dim: int, layout: GatherLayout) -> list[torch.Tensor]:
-        """Return every rank's shard by one all_gather, which wants one size: shorter shards travel with padding."""
-        shapes = [with_size(x.shape, dim, size) for size in layout.local_sizes]
-        lengths = [math.prod(shape) for shape in shapes]
-        longest = max(lengths)
-        if x.numel() == longest:
-            mine = x.view(-1)
-        else:
-            mine = x.new_empty(longest)
-            mine[: x.numel()] = x.view(-1)
-        everything = x.new_empty(len(shapes) * longest)
-        self._tp._allgather_base(everything, mine).wait()
-        rows = everything.view(len(shapes), longest)
-        return [rows[rank, :length].view(shape) for rank, (length, shape) in enumerate(zip(lengths, shapes))]
-
     def send(self, x: torch.Tensor, to: int, channel: int) -> None:
         """Start sending. NCCL knows no channels: there, two ranks must receive in the order of the sends."""
         if not x.numel():
@@ -317,39 +313,47 @@ class DistCommunicator:
         try:
             self._unfinished_sends.append((self._world[kind].send([x], to, channel), kind))
         except RuntimeError as error:
-            raise self._failure(f"send of {_describe(x)} on channel {channel_text(channel)}", (to,), error) from None
+            raise self._failure(f"send of {describe(x)} on channel {channel_text(channel)}", (to,), error) from None
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int) -> torch.Tensor:
         """Return a tensor from the global rank `source`; `device` None means the rank's own."""
+        return self.start_recv(shape, dtype, device, source, channel)()
+
+    def start_recv(
+        self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int
+    ) -> Callable[[], torch.Tensor]:
+        """Post a receive, so that the tensor travels while this rank goes on; return a function that waits for it, and
+        returns it. Without channels (NCCL), receives are posted in the order of the sends."""
         x = torch.empty(tuple(shape), dtype=dtype, device=self.device if device is None else device)
-        if x.numel():
-            try:
-                work = self._world[x.device.type].recv([x], source, channel)
-                self._finish(work, x.device.type, self._timeout)
-            except RuntimeError as error:
-                what = f"recv of {_describe(x)} on channel {channel_text(channel)}"
-                raise self._failure(what, (source,), error) from None
-        return x
+        if not x.numel():
+            return lambda: x
+        return self._start(
+            lambda: self._world[x.device.type].recv([x], source, channel),
+            x,
+            lambda: f"recv of {describe(x)} on channel {channel_text(channel)}",
+            (source,),
+        )
 
     @property
     def unfinished_sends(self) -> int:
         """Return the number of sends that are not known to be received."""
         return len(self._unfinished_sends)
 
-    def finish_sends(self, timeout: timedelta | None = None) -> None:
-        """Let go of what was sent, waiting for it where needed.
+    def finish_sends(self, timeout: timedelta | None = None, *, keep: int = 0) -> None:
+        """Let go of what was sent, but for the last `keep` sends, waiting for it where needed.
 
-        For a moment at which the receivers are known to be past their recv: Gloo tells of a finished send only to who
-        waits for it.
+        For a moment at which the receivers are known to be past their recv, or to have posted it: Gloo tells of a
+        finished send only to who waits for it.
         """
         sends = self._unfinished_sends
         try:
-            while sends:
+            while len(sends) > keep:
                 self._finish(*sends[0], timeout or self._timeout)
                 sends.popleft()
-            for send in self._last_exchange:
-                send.wait(timeout or self._timeout)
-            self._last_exchange = []
+            if not keep:
+                for send in self._last_exchange:
+                    send.wait(timeout or self._timeout)
+                self._last_exchange = []
         except RuntimeError as error:
             raise self._failure("an earlier send", (), error) from None
 
@@ -392,7 +396,3 @@ class DistCommunicator:
             f"rank {self.rank}: {what}{where} failed: {cause}. It ended, waits elsewhere, or needs longer than the "
             f"time-out of {self._timeout.total_seconds():g} s"
         )
-
-
-def _describe(x: torch.Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"

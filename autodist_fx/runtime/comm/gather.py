@@ -142,3 +142,24 @@ def with_size(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
     sizes = list(shape)
     sizes[dim] = size
     return tuple(sizes)
+
+
+def gather_padded(group: Any, x: torch.Tensor, dim: int, layout: GatherLayout) -> list[torch.Tensor]:
+    """Return every rank's shard by one all_gather, which wants one size: shorter shards travel with padding."""
+    shapes = [with_size(x.shape, dim, size) for size in layout.local_sizes]
+    lengths = [math.prod(shape) for shape in shapes]
+    longest = max(lengths)
+    if x.numel() == longest:
+        mine = x.view(-1)
+    else:
+        mine = x.new_empty(longest)
+        mine[: x.numel()] = x.view(-1)
+    everything = x.new_empty(len(shapes) * longest)
+    group._allgather_base(everything, mine).wait()
+    rows = everything.view(len(shapes), longest)
+    return [rows[rank, :length].view(shape) for rank, (length, shape) in enumerate(zip(lengths, shapes, strict=True))]
+
+
+def describe(x: torch.Tensor) -> str:
+    """Format a tensor as dtype and shape: float32[2, 8]."""
+    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"

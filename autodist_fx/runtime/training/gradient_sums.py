@@ -5,14 +5,15 @@ Terms are added in one order, so that every rank has the same bits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from autodist_fx.errors import CommunicationError
 from autodist_fx.runtime.comm.channels import Channel
+from autodist_fx.runtime.training.replica_communicator import TrainingCommunicator
 from cost_model.graph.placement import Interval
-from passes.ops.comm import Communicator
 from passes.program.gradient_sums import Box, GradSum
 from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
@@ -21,7 +22,7 @@ Gradients = dict[str, torch.Tensor]  # by the parameter's path in a rank's modul
 Slices = tuple[slice, ...]
 
 
-def pay_sums(program: RankProgram, gradients: Gradients, communicator: Communicator) -> None:
+def pay_sums(program: RankProgram, gradients: Gradients, communicator: TrainingCommunicator) -> None:
     """Add up, in `gradients`, what the program's `grad_sums` name: the rank then has the whole gradient of all that it
     holds.
 
@@ -33,38 +34,49 @@ def pay_sums(program: RankProgram, gradients: Gradients, communicator: Communica
 def pay_sums_of(
     programs: list[RankProgram],
     gradients: list[Gradients],
-    communicator: Communicator,
+    communicator: TrainingCommunicator,
     runs_on: Callable[[int], int],
 ) -> None:
     """Add up, in `gradients`, one dict a program, what the `grad_sums` of the programs that run on this rank name.
 
     `runs_on` says which rank of the communicator runs the program of a rank of the programs' mesh. Called on all ranks
-    alike. Everything is sent before anything is waited for, and in one order everywhere.
+    alike. Everything is sent, and every receive posted, before anything is waited for; in one order of all messages
+    everywhere, which a transport without channels needs.
     """
     held = {program.rank: _Held(program, own) for program, own in zip(programs, gradients, strict=True)}
     here = {runs_on(rank) for rank in held}
     owed = sorted({each for program in programs for each in program.grad_sums or ()}, key=_order)
-    pieces: dict[tuple[int, int, str], torch.Tensor] = {}
-    for number, each in enumerate(owed):
+    terms: list[list[Callable[[], torch.Tensor]]] = []
+    for each in owed:
+        like, shape = _first_held(held, each), [stop - start for start, stop in each.box]
+        terms.append([])
         for rank, path in each.terms:
+            if rank not in held:
+                receive = communicator.start_recv(shape, like.dtype, like.device, runs_on(rank), Channel.GRADIENT_SUMS)
+                terms[-1].append(receive)
+                continue
+            # a copy: it is on its way while the total takes its place
+            piece = held[rank].own(path)[held[rank].place(path, each.box)].clone()
+            terms[-1].append(functools.partial(_given, piece))
+            for other in dict.fromkeys(runs_on(r) for r in each.ranks):
+                if other not in here:
+                    communicator.send(piece, other, Channel.GRADIENT_SUMS)
+    for each, own in zip(owed, terms, strict=True):
+        total = _first_held(held, each).new_zeros([stop - start for start, stop in each.box])
+        for term in own:
+            total += term()
+        for rank, path in each.holders:
             if rank in held:
-                # a copy: it is on its way while the total takes its place
-                piece = pieces[number, rank, path] = held[rank].own(path)[held[rank].place(path, each.box)].clone()
-                for other in dict.fromkeys(runs_on(r) for r in each.ranks):
-                    if other not in here:
-                        communicator.send(piece, other, Channel.GRADIENT_SUMS)
-    for number, each in enumerate(owed):
-        mine = [(rank, path) for rank, path in each.holders if rank in held]
-        like = held[mine[0][0]].own(mine[0][1])
-        shape = [stop - start for start, stop in each.box]
-        total = like.new_zeros(shape)
-        for rank, path in each.terms:
-            if rank in held:
-                total += pieces.pop((number, rank, path))
-            else:
-                total += communicator.recv(shape, like.dtype, like.device, runs_on(rank), Channel.GRADIENT_SUMS)
-        for rank, path in mine:
-            held[rank].put(path, held[rank].place(path, each.box), total)
+                held[rank].put(path, held[rank].place(path, each.box), total)
+
+
+def _given(piece: torch.Tensor) -> torch.Tensor:
+    return piece
+
+
+def _first_held(held: Mapping[int, _Held], owed: GradSum) -> torch.Tensor:
+    """Return the gradient of the first holder of a sum that is here."""
+    return next(held[rank].own(path) for rank, path in owed.holders if rank in held)
 
 
 def _order(owed: GradSum) -> tuple[object, ...]:

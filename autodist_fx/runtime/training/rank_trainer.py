@@ -11,10 +11,12 @@ from torch import nn
 
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import over
+from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.runtime.training.gradient_buckets import GradientBuckets
 from autodist_fx.runtime.training.gradient_sums import Gradients, pay_sums_of
 from autodist_fx.runtime.training.norm import clip, counted_places, sum_of_squares
 from autodist_fx.runtime.training.optimizer import OptimizerFactory, SchedulerFactory, ShardOptimizer
+from autodist_fx.runtime.training.posted_receives import PostedReceives, arrival, stage_values
 from autodist_fx.runtime.training.replica_communicator import (
     Letters,
     ReplicaCommunicator,
@@ -24,6 +26,7 @@ from autodist_fx.runtime.training.replica_communicator import (
 from autodist_fx.runtime.training.stage import Microbatch, StagePasses
 from autodist_fx.runtime.training.totals import total
 from cost_model.mesh import Mesh
+from cost_model.schedule.messages import Message, Receive, Step, rendezvous_order
 from cost_model.schedule.schedule import Action, ActionKind, Schedule
 from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
@@ -57,6 +60,7 @@ class RankTrainer:
     ) -> None:
         self.mesh, self.rank, self.programs = mesh, rank, dict(programs)
         self._names, self._max_grad_norm = names, max_grad_norm
+        self._order: tuple[object, Sequence[Sequence[Step]], object] | None = None
         self._places = {stage: counted_places(program) for stage, program in self.programs.items()}
         self._gradients = {s: GradientBuckets([p for _, p in _trained(program)]) for s, program in programs.items()}
         named = [
@@ -79,10 +83,18 @@ class RankTrainer:
             self._check_alike(microbatch)
         dp_rank, pp_rank = self.mesh.dp_rank(self.rank), self.mesh.coordinates(self.rank)[0]
         owner = runs_on(self.mesh, schedule.stage_ranks, dp_rank)
-        passes = self._begin(communicator, owner)
+        posted = PostedReceives(communicator)
+        passes = self._begin(communicator, owner, posted)
         last = {schedule.last_gradients(stage) for stage in passes}
-        for action in schedule.actions[pp_rank]:
-            _run(passes[action.stage], action, microbatches, is_last=action in last)
+        sends = 0  # of the action before
+        for step in self._steps(schedule, microbatches)[pp_rank]:
+            if isinstance(step, Receive):
+                self._post(posted, step.message, microbatches, passes, owner)
+            elif isinstance(step, Action):
+                communicator.finish_sends(keep=sends)  # what the last action sent may be on its way during this one
+                before = communicator.unfinished_sends
+                _run(passes[step.stage], step, microbatches, is_last=step in last)
+                sends = communicator.unfinished_sends - before
         gradients = [self._whole(stage, communicator) for stage in self.programs]
         pay_sums_of(list(self.programs.values()), gradients, communicator, owner)
         loss = sum(each.loss for each in passes.values())
@@ -101,12 +113,42 @@ class RankTrainer:
         ]
         return [(replace(shard, source=self._names[shard.source]), parameter) for shard, parameter in held]
 
-    def _begin(self, communicator: TrainingCommunicator, owner: Callable[[int], int]) -> dict[int, StagePasses]:
+    def _steps(self, schedule: Schedule, microbatches: Sequence[Microbatch]) -> Sequence[Sequence[Step]]:
+        """Return each pipeline rank's actions and where its receives are posted, kept for steps of the same kind."""
+        key = schedule, tuple(id(microbatch.hops) for microbatch in microbatches)
+        if self._order is None or self._order[0] != key:
+            values = {id(m.hops): stage_values(m.hops, m.programs) for m in microbatches}
+            steps = rendezvous_order(schedule, [values[id(m.hops)] for m in microbatches])
+            self._order = key, steps, [m.hops for m in microbatches]  # kept, so that their ids stay theirs
+        return self._order[1]
+
+    def _post(
+        self,
+        posted: PostedReceives,
+        message: Message,
+        microbatches: Sequence[Microbatch],
+        passes: Mapping[int, StagePasses],
+        owner: Callable[[int], int],
+    ) -> None:
+        """Post the receive of a message, of which this rank has the stage that receives it."""
+        microbatch, channel = microbatches[message.microbatch], message.value.channel
+        program = microbatch.programs[message.receiver]
+        source = program.mesh.rank(message.sender, program.tp_rank)
+        if message.backward:
+            x = passes[message.receiver].sent(message.microbatch, channel)
+            posted.post(x.shape, x.dtype, x.device, owner(source), Channel.GRADIENTS + channel)
+        else:
+            inputs = microbatch.inputs_of(message.receiver)
+            posted.post(*arrival(program, source, channel, inputs), owner(source), channel)
+
+    def _begin(
+        self, communicator: TrainingCommunicator, owner: Callable[[int], int], posted: PostedReceives
+    ) -> dict[int, StagePasses]:
         letters: Letters = {}
         passes = {}
         for stage, program in self.programs.items():
             self._gradients[stage].begin()
-            own = ReplicaCommunicator(communicator, self.rank, program.rank, owner, letters)
+            own = ReplicaCommunicator(communicator, self.rank, program.rank, owner, letters, posted)
             passes[stage] = StagePasses(stage, own, communicator, self._gradients[stage])
         return passes
 

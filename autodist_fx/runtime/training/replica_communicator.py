@@ -21,13 +21,29 @@ from passes.ops.comm import Communicator, Parts
 
 
 class TrainingCommunicator(Communicator, Protocol):
-    """A communicator that also sums along dp, and knows when what was sent has arrived."""
+    """A communicator that also sums along dp, posts receives ahead, and knows when what was sent has arrived."""
 
     def start_all_reduce(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
         """Start the sum of `x` along `axis`; the function returned waits for it and returns it."""
 
-    def finish_sends(self) -> None:
-        """Let go of what was sent, which the others have received."""
+    def start_recv(
+        self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int
+    ) -> Callable[[], torch.Tensor]:
+        """Post a receive; the function returned waits for the tensor and returns it."""
+
+    @property
+    def unfinished_sends(self) -> int:
+        """The number of sends that are not known to be received, and that it keeps."""
+
+    def finish_sends(self, *, keep: int = 0) -> None:
+        """Let go of what was sent, but for the last `keep` sends, when the others have received it."""
+
+
+class Posted(Protocol):
+    """Receives that were posted ahead (posted_receives.py)."""
+
+    def take(self, shape: Sequence[int], source: int, channel: int) -> torch.Tensor:
+        """Return the next tensor of the global rank `source` on a channel, for which it waits."""
 
 
 Letters = dict[tuple[int, int, int], deque[torch.Tensor]]  # by (source, to, channel), in ranks of the programs' mesh
@@ -47,7 +63,7 @@ def runs_on(mesh: Mesh, stage_ranks: Sequence[int], dp_rank: int) -> Callable[[i
 class ReplicaCommunicator:
     """The Communicator of the program of `program_rank`, over `communicator`, which is rank `rank`'s.
 
-    `letters` is shared by the programs of one rank.
+    `letters` and `posted`, which has the receives from other ranks, are shared by the programs of one rank.
     """
 
     def __init__(
@@ -57,8 +73,10 @@ class ReplicaCommunicator:
         program_rank: int,
         global_rank: Callable[[int], int],
         letters: Letters,
+        posted: Posted,
     ) -> None:
         self._communicator, self._rank, self._program_rank = communicator, rank, program_rank
+        self._posted = posted
         self._global_rank, self._letters = global_rank, letters
         self.tp_rank = communicator.tp_rank
         self.all_reduce = communicator.all_reduce
@@ -74,7 +92,7 @@ class ReplicaCommunicator:
     def recv(self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int) -> torch.Tensor:
         other = self._global_rank(source)
         if other != self._rank:
-            return self._communicator.recv(shape, dtype, device, other, channel)
+            return self._posted.take(shape, other, channel)
         letters = self._letters.get((source, self._program_rank, channel))
         if not letters:
             raise CommunicationError(

@@ -16,6 +16,7 @@ from autodist_fx.runtime.training.backward import go_back, go_back_to_inputs
 from autodist_fx.runtime.training.gradient_buckets import GradientBuckets
 from autodist_fx.runtime.training.replica_communicator import ReplicaCommunicator, TrainingCommunicator
 from autodist_fx.runtime.training.split_backward import WeightGradients
+from cost_model.plan.data import Hop
 from passes.ops.comm import Tape, using
 from passes.program.rank_program import RankProgram
 
@@ -24,13 +25,19 @@ LOSS = "loss"
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """A part of a step's batch: the inputs of the graphs by name, and this rank's programs for them, by stage.
+    """A part of a step's batch: the inputs of the graphs by name, this rank's programs for them, by stage, and what
+    stages send to each other, by the plan of these programs.
 
     The programs of all microbatches of a step share their parameters.
     """
 
     inputs: Mapping[str, Any]
     programs: Mapping[int, RankProgram]
+    hops: Sequence[Hop]
+
+    def inputs_of(self, stage: int) -> dict[str, Any]:
+        """Return the inputs of a stage's program."""
+        return {name: self.inputs[name] for name in self.programs[stage].input_names if name in self.inputs}
 
 
 @dataclass(slots=True)
@@ -62,7 +69,7 @@ class StagePasses:
         """Run the forward pass of the microbatch that has this number. Raises AutodistError for a loss that has several
         elements, or that depends on no parameter; OutOfTableError for an id outside the table it is for."""
         program, tape = microbatch.programs[self._stage], Tape()
-        inputs = {name: microbatch.inputs[name] for name in program.input_names if name in microbatch.inputs}
+        inputs = microbatch.inputs_of(self._stage)
         graph = program.graph_module
         with lookups_checked(graph, inputs), using(self._communicator, tape), torch.enable_grad():
             loss = graph(**inputs).get(LOSS)
@@ -72,6 +79,10 @@ class StagePasses:
             raise AutodistError("the loss depends on no parameter that wants a gradient: all of them are frozen")
         parameters = tuple(p for p in program.graph_module.parameters() if p.requires_grad)
         self._passes[number] = _Pass(parameters, tape, loss)
+
+    def sent(self, number: int, channel: int) -> torch.Tensor:
+        """Return what the forward pass of a microbatch sent on a channel, and whose gradient comes back."""
+        return next(x for x, _, sent_on in self._passes[number].tape.sent if sent_on == channel)
 
     def backward(self, number: int, *, is_last: bool) -> None:
         """Run the backward pass of a microbatch, whose forward pass has run; the gradients of the last one are summed

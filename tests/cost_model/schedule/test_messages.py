@@ -7,9 +7,9 @@ from torch.distributed.pipelining import schedules as torch_schedules
 
 from autodist_fx.runtime.training.schedules import make_schedule
 from cost_model.errors import ScheduleError
-from cost_model.schedule.messages import Receive, Send, StageValue, received_by, rendezvous_order, steps_in_place
+from cost_model.schedule.messages import Receive, Send, StageValue, received_by, rendezvous_order
 from cost_model.schedule.schedule import Action
-from tests.support.training.schedules import hand_made
+from tests.support.training.schedules import hand_made, steps_in_place
 
 
 def chain(stages):

@@ -12,9 +12,9 @@ from cost_model.errors import ScheduleError, VerificationError
 from cost_model.schedule.messages import Receive, rendezvous_order
 from cost_model.schedule.timeline import StageCosts, Transfer, simulate
 from passes.ops.comm import all_reduce, recv, send
-from passes.verify.schedule import check_rendezvous, verify_in_place, verify_schedule
+from passes.verify.schedule import check_rendezvous, verify_schedule
 from tests.support.graphs.broken_programs import add_after, calls, with_keyword
-from tests.support.training.schedules import hand_made
+from tests.support.training.schedules import hand_made, steps_in_place
 from tests.support.training.stage_programs import CHAIN, SKIPS, chain_values, stage_programs
 
 ALL = [
@@ -30,6 +30,12 @@ ALL = [
 
 def verify(programs, schedule):
     verify_schedule([programs] * schedule.microbatches, schedule)
+
+
+def in_place(programs, schedule):
+    """Without channels, where each action receives where its program does."""
+    steps = steps_in_place(schedule, chain_values(schedule))
+    check_rendezvous([programs] * schedule.microbatches, schedule, [steps])
 
 
 def refused(programs, schedule, message):
@@ -52,7 +58,7 @@ def test_without_channels_receives_have_to_be_posted_early():
     for schedule in ALL:
         programs = stage_programs(1, 4)
         try:
-            verify_in_place([programs] * schedule.microbatches, schedule)
+            in_place(programs, schedule)
         except VerificationError as error:
             hang.append(f"{schedule.name} {schedule.ranks}")
             assert "these wait for each other for ever" in str(error)
@@ -65,7 +71,7 @@ def test_without_channels_receives_have_to_be_posted_early():
         r"rank 1 waits at 1B0 for rank 0 to receive the gradient of from_0_to_1 \(channel 0, microbatch 0\)$"
     )
     with pytest.raises(VerificationError, match=message):
-        verify_in_place([stage_programs(1, 2, CHAIN[:1])] * 2, two)
+        in_place(stage_programs(1, 2, CHAIN[:1]), two)
 
 
 def test_an_order_hangs_exactly_where_its_simulation_does():

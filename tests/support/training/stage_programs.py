@@ -49,4 +49,5 @@ def stage_programs(
 def chain_values(schedule: Schedule) -> list[list[StageValue]]:
     """The values of CHAIN, of each microbatch, as a schedule's messages name them."""
     named = [StageValue(*value, channel, name="from_{}_to_{}".format(*value)) for channel, value in enumerate(CHAIN)]
+    named = [value for value in named if value.target < schedule.stages]
     return [named] * schedule.microbatches

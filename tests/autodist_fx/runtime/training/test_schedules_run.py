@@ -23,6 +23,7 @@ from tests.support.models import tiny_model
 from tests.support.seq2seq import tiny_seq2seq
 from tests.support.training.gradients import compiled_for_training, eager_gradients, gradient_errors
 from tests.support.training.one_process import NO_DROPOUT, text
+from tests.support.training.transports import Posts, WithoutChannels
 
 SCHEDULES = [
     make_schedule("gpipe", 4, 3),
@@ -45,15 +46,18 @@ class Recorder(torch.optim.SGD):
 
 
 def gradients_of(compiled: CompiledModel, schedule: Schedule, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
-    """Runs a step on a mesh of as many pipeline ranks as the schedule has."""
+    """Runs a step on a mesh of as many pipeline ranks as the schedule has, over a transport without channels."""
     programs = list(compiled.main.programs.values())
     mesh = Mesh(compiled.mesh.tp, schedule.ranks)
+    world = ThreadWorld(mesh)
+    posts = Posts(world)
 
     def work(rank: int, communicator: ThreadCommunicator) -> dict[int, dict[str, torch.Tensor]]:
         pp_rank, t = mesh.coordinates(rank)
         own = {stage: programs[compiled.mesh.rank(stage, t)] for stage in schedule.stages_of(pp_rank)}
         trainer = RankTrainer(mesh, rank, own, compiled.source.trained_parameters(), Recorder)
-        trainer.step(communicator, schedule, [Microbatch(batch, own) for batch in batches])
+        parts = [Microbatch(batch, own, compiled.plan.hops) for batch in batches]
+        trainer.step(WithoutChannels(posts, communicator), schedule, parts)
         seen = trainer.optimizer.torch_optimizer.seen  # type: ignore[union-attr]
         return {
             p.rank: {path: seen[id(x)] for path, x in p.graph_module.named_parameters() if id(x) in seen}
@@ -61,7 +65,7 @@ def gradients_of(compiled: CompiledModel, schedule: Schedule, batches: Sequence[
         }
 
     by_program: dict[int, dict[str, torch.Tensor]] = {}
-    for found in ThreadWorld(mesh).run(work):
+    for found in world.run(work):
         by_program |= found
     return glued(programs, [by_program[p.rank] for p in programs])
 

@@ -1,0 +1,47 @@
+"""`LiveBytes`: the bytes of all tensors that this thread has made and that are still there."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts storages, each once, from when an op returns a tensor on it until nothing holds it. `now`, and the most
+    that there was since `most` was last set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known = WeakIdKeyDictionary()
+        self._counts = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(found):
+            if isinstance(x, torch.Tensor) and self._counts:
+                storage = x.untyped_storage()
+                if storage.data_ptr() not in given and storage not in self._known:
+                    self._known[storage] = True
+                    self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._gone, storage.nbytes())
+        return found
+
+    @contextmanager
+    def of_others(self) -> Iterator[None]:
+        """What is made within is not counted: another rank's."""
+        self._counts = False
+        yield
+        self._counts = True
+
+    def _gone(self, nbytes: int) -> None:
+        self.now -= nbytes
