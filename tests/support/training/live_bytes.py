@@ -38,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def of_others(self) -> Iterator[None]:
-        """What is made within is not counted: another rank's."""
+        """Leaves tensors made within uncounted: they are another rank's."""
         self._counts = False
         yield
         self._counts = True
