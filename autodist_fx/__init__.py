@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from autodist_fx.api.train import train
     from autodist_fx.errors import AutodistError
     from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
-    from autodist_fx.training.engine import Engine, StepResult
+    from autodist_fx.training.engine import Engine, Resumed, StepResult
     from cost_model.partition_plan import PartitionPlan
     from cost_model.search.mesh_choice import MeshChoice
 
@@ -28,6 +28,7 @@ __all__ = [
     "Engine",
     "MeshChoice",
     "PartitionPlan",
+    "Resumed",
     "StepResult",
     "choose_mesh",
     "compile",
@@ -45,6 +46,7 @@ _HOMES = {
     "Engine": "autodist_fx.training.engine",
     "MeshChoice": "cost_model.search.mesh_choice",
     "PartitionPlan": "cost_model.partition_plan",
+    "Resumed": "autodist_fx.training.engine",
     "StepResult": "autodist_fx.training.engine",
     "choose_mesh": "autodist_fx.api.choose_mesh",
     "compile": "autodist_fx.api.compile",

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from autodist_fx.artifact.manifest import library_versions
 from autodist_fx.compiler.torch_state import refuse_ambient
 from autodist_fx.compiler.variant import Variant
-from autodist_fx.runtime.comm.agreement import digest
+from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.comm.agreement import Facts, digest
 from autodist_fx.runtime.training.schedules import make_schedule
+from autodist_fx.training.checkpoint.directory import latest
+from autodist_fx.training.checkpoint.manifest import Head
+from autodist_fx.training.checkpoint.read import SavedRun
+from autodist_fx.training.checkpoint.save import begin_save, save_in_background, save_now
+from autodist_fx.training.checkpoint.write import BackgroundWrite
 from autodist_fx.training.gathered import TrainingState, gathered
 from autodist_fx.training.hosts import Host, Part
 from autodist_fx.training.microbatches import Batch, batches_of, deal, rows_of
@@ -30,6 +40,14 @@ class StepResult:
     step: int
     loss: float
     grad_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The place that a run goes on from: the steps taken so far, and the `data` that was saved along with them."""
+
+    step: int
+    data: Any
 
 
 class Engine:
@@ -55,6 +73,8 @@ class Engine:
         self._taken: list[Variant] = []
         self._proven: set[tuple[int, ...]] = set()  # ids of the variants of a replica's microbatches
         self._steps = 0
+        self._saved: SavedRun | None = None  # to go on from, when the model is split
+        self._writing: BackgroundWrite | None = None
 
     @property
     def mesh(self) -> Mesh:
@@ -97,6 +117,85 @@ class Engine:
         self._programs.compiled  # noqa: B018  (raises before the first step)
         return self._host.call("gather", {}, lambda: self._host.each(gathered)[0])
 
+    def save(self, directory: str | Path, *, data: Any = None, background: bool = False) -> None:
+        """Save the run as `directory`/step-00000030: parameters, optimizer states, learning rates, steps and seed, for
+        `load` on any mesh.
+
+        data: what the caller needs to go on, such as the place in its data: anything that JSON holds.
+        background: copy everything, return, and let a thread write; the next save, load or `wait_for_save` waits for
+            it, and raises what it raised. Saves of several processes are joined by files: all of them see `directory`.
+
+        Each rank writes a part, no element twice. Under this name there is a whole checkpoint or none, whatever is
+        killed, and when; what was saved before stays. Raises AutodistError before the first step; CheckpointError, on
+        all ranks, where it cannot be written.
+        """
+        self._programs.compiled  # noqa: B018  (raises before the first step)
+        try:
+            text = json.dumps(data)
+        except (TypeError, ValueError) as error:
+            raise AutodistError(f"data is saved as JSON, which cannot hold it: {error}") from error
+        self.wait_for_save()
+        given = {"directory": str(directory), "data": text, "background": background}
+        self._host.call("save", given, lambda: self._save(Path(directory), data, background))
+
+    def wait_for_save(self) -> None:
+        """Return when what is saved in the background is there. Raises, on all ranks, what kept one from saving."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+
+            def ended() -> tuple[None, Facts]:
+                writing.wait()
+                return None, {}
+
+            self._host.call("wait_for_save", {}, lambda: self._host.together(ended, None))
+
+    def load(self, directory: str | Path) -> Resumed:
+        """Go on from a saved run, on any mesh, with any number of microbatches: parameters, optimizer states, learning
+        rates, steps and seed become those that were saved.
+
+        directory: as `save` was given it, of which the last whole checkpoint is taken; or one checkpoint in it.
+
+        Every file is read and compared with what was written. Raises CheckpointError, on all ranks, where there is
+        none, for one of another model, and for a damaged one; AutodistError for another kind of optimizer or scheduler.
+        Before the first step, which splits the model, that one raises what is found of the optimizer.
+        """
+        self.wait_for_save()
+        return self._host.call("load", {"directory": str(directory)}, lambda: self._load(Path(directory)))
+
+    def _save(self, directory: Path, data: Any, background: bool) -> None:
+        head = Head(
+            type(self._programs.model).__name__, str(self.mesh), self._steps, self._seed, None, data, library_versions()
+        )
+        names = [name for name, _ in self._programs.model.named_parameters()]
+        saves = self._host.each(lambda trainer, comm: begin_save(trainer, comm, directory, head, names))
+        if background:
+            self._writing = save_in_background(saves)
+            return
+        by_rank = {save.rank: save for save in saves}
+        self._host.each(lambda trainer, communicator: save_now(by_rank[trainer.rank], communicator))
+
+    def _load(self, directory: Path) -> Resumed:
+        def opened() -> tuple[SavedRun, Facts]:
+            saved = SavedRun(latest(directory))
+            saved.check_model(self._programs.model, type(self._programs.model).__name__)
+            saved.check_files(self._host.ranks, self.mesh.size)
+            return saved, {"the saved run": f"{saved.path.name} of step {saved.head.step}"}
+
+        saved = self._host.together(opened, None)
+        if self._saved is not None:
+            self._saved.close()
+        self._saved = saved
+        if self._taken:
+            self._restore()
+        self._steps, self._seed = saved.head.step, saved.head.seed
+        return Resumed(saved.head.step, saved.head.data)
+
+    def _restore(self) -> None:
+        if self._saved is not None:
+            self._host.each(lambda trainer, _: self._saved.restore(trainer))  # type: ignore[union-attr]
+            self._saved.close()
+            self._saved = None
+
     def _step(self, batches: Sequence[Batch]) -> StepResult:
         refuse_ambient("a training step")
         schedule = self.schedule(len(batches))
@@ -111,6 +210,7 @@ class Engine:
                     drawn[replica].append({RANDOM_STATE: random_state(self._seed, self._steps, first_row)})
                     first_row += rows_of(part, specs)
         found = [[(self._variant_for(each, schedule), each.call.tensors) for each in own] for own in replicas]
+        self._restore()
         self._prove(schedule, [[variant for variant, _ in own] for own in found])
         divisors = loss_inputs([each for own in found for each in own])
         parts = [

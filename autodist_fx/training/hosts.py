@@ -118,6 +118,7 @@ class Host(Protocol):
     """The ranks that an engine has in this process."""
 
     mesh: Mesh
+    ranks: tuple[int, ...]  # those in this process
 
     def call(self, name: str, arguments: Mapping[str, Any], work: Callable[[], T]) -> T:
         """Return `work()`, which all ranks do alike, given the same arguments; what one raises all raise."""
@@ -139,7 +140,7 @@ class SimulatedHost:
     """All ranks, a thread each."""
 
     def __init__(self, options: ShareOptions) -> None:
-        self.mesh = options.mesh
+        self.mesh, self.ranks = options.mesh, tuple(range(options.mesh.size))
         self._shares = [RankShare(rank, torch.device("cpu"), options) for rank in range(self.mesh.size)]
 
     def call(self, name: str, arguments: Mapping[str, Any], work: Callable[[], T]) -> T:
@@ -172,6 +173,7 @@ class ProcessHost:
 
     def __init__(self, joined: JoinedRank, options: ShareOptions) -> None:
         self.mesh, self._joined = joined.mesh, joined
+        self.ranks: tuple[int, ...] = (joined.rank,)
         self._share = RankShare(joined.rank, joined.device, options)
         self._calls = CollectiveCalls(joined.communicator, joined.mesh, joined.rank, joined.device)
 

@@ -1,4 +1,5 @@
-"""One rank of an engine over Gloo, against one process. `training_worker.py tp pp dp schedule`: tp * pp * dp ranks."""
+"""One rank of an engine over Gloo, against one process. `training_worker.py tp pp dp schedule directory`: tp * pp * dp
+ranks, which save in that directory, and go on on a mesh where pp and dp have changed places."""
 
 import os
 import sys
@@ -40,6 +41,15 @@ with in_float64():
                 engine.step([{**batch, "input_ids": batch["input_ids"] + 1000} for batch in window])
         result = engine.step(window)
         assert abs(result.loss - loss) <= 1e-9 * loss and abs(result.grad_norm - norm) <= 1e-9 * norm, (result, loss)
+        if number == 0:
+            engine.save(sys.argv[5], data=number, background=True)
+    engine.wait_for_save()
+    other = adx.train(
+        model, tp=tp, pp=dp, dp=pp, microbatches=2, optimizer=adamw, max_grad_norm=MAX_NORM, device="cpu", timeout=60
+    )
+    assert other.load(sys.argv[5]) == adx.Resumed(1, 0)
+    result = other.step(steps[1])
+    assert abs(result.loss - numbers[1][0]) <= 1e-9 * result.loss and result.step == 2
     wrong = {name: e for name, e in state_errors(engine.gather(), truth, optimizer).items() if not e <= 1e-9}
     assert not wrong, wrong
     with pytest.raises(AutodistError, match="has 1 row, which cannot be dealt"):

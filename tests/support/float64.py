@@ -12,6 +12,8 @@ from unittest import mock
 
 import torch
 
+import autodist_fx.api.train  # noqa: F401  modules with tables of dtypes are imported before float32 is hidden
+
 
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:

@@ -1,0 +1,1 @@
+"""Saves a model in training, and goes on with it on any mesh."""
