@@ -53,7 +53,11 @@ def _text(model: PreTrainedModel, generator: torch.Generator, padded: bool) -> I
         ids[:, 1 : 1 + count] = image_token  # an image stands there
     if hasattr(model.config, "codebook_vocab_size"):  # a token of text and one of each codebook
         ids = ids[:, :, None].repeat(1, 1, 1 + model.config.num_codebooks) % model.config.codebook_vocab_size
-    return {"input_ids": ids, "attention_mask": mask}
+    sound: Inputs = {}
+    if hasattr(model.config, "audio_length_per_tok"):  # what is heard while a token is said
+        frames = SEQ * model.config.audio_length_per_tok
+        sound["input_features"] = _noise((BATCH, model.config.audio_config.num_mel_bins, frames), model, generator)
+    return {"input_ids": ids, "attention_mask": mask, **sound}
 
 
 def _ended_text(model: PreTrainedModel, generator: torch.Generator, padded: bool) -> Inputs:
@@ -87,7 +91,8 @@ def _pixels(model: PreTrainedModel, generator: torch.Generator, padded: bool) ->
 
 
 def _image(model: PreTrainedModel, generator: torch.Generator, padded: bool) -> Inputs:
-    """[BATCH, channels, height, width], or where the model takes an image in patches, those."""
+    """[BATCH, channels, height, width], or where the model takes an image in patches, those; [BATCH, frames, channels,
+    height, width] where it takes videos."""
     config = _part(model.config, "vision_config")
     if "spatial_shapes" in inspect.signature(model.forward).parameters:
         patches, wide = config.num_patches, config.num_channels * config.patch_size**2
@@ -101,6 +106,9 @@ def _image(model: PreTrainedModel, generator: torch.Generator, padded: bool) -> 
     size = getattr(config, "image_size", IMAGE)
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     channels = getattr(config, "num_channels", 3)
+    if "pixel_values" not in inspect.signature(model.forward).parameters and hasattr(config, "num_frames"):
+        frames = (BATCH, config.num_frames, channels, height, width)
+        return {"pixel_values_videos": _noise(frames, model, generator)}
     return {"pixel_values": _noise((BATCH, channels, height, width), model, generator)}
 
 
@@ -110,7 +118,8 @@ def _sound(model: PreTrainedModel, generator: torch.Generator, padded: bool) -> 
         return _samples(model, generator, padded)
     config = model.config
     names = ("feature_projection_input_dim", "num_mel_bins", "input_feat_per_channel", "d_model")
-    bins = next((getattr(config, name) for name in names if hasattr(config, name)), None)
+    parts = (config, _part(config, "encoder_config"))
+    bins = next((getattr(part, name) for part in parts for name in names if hasattr(part, name)), None)
     if bins is None:
         return _samples(model, generator, padded)
     if hasattr(config, "num_mel_bins"):

@@ -23,8 +23,14 @@ _WAVES = {
     "conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_conv_pos_embeddings": 4,
     "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2,
 }  # fmt: skip
+_NEMOTRON_H = {
+    "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 8, "chunk_size": 8,
+    "moe_shared_expert_intermediate_size": 24,
+}  # fmt: skip
 # its top is 1280 channels times the width
 _EFFICIENTNET = {"width_coefficient": 0.05, "depth_coefficient": 0.3, "hidden_dim": 64, "image_size": 64}
+
+_WAVEFORM = {"num_filters": 4, "downsampling_ratios": [2, 4], "depths": [1, 1, 1]}  # of VibeVoice's tokenizers
 
 # Task, model type, or "task:model type" -> arguments of the config; a mapping under a sub-config's name goes into it.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -71,8 +77,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mllama_text_model": {
         "cross_attention_layers": [1], "num_hidden_layers": 3, "rope_scaling": {"rope_type": "default"},
     },
-    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 8, "chunk_size": 8,
-                   "moe_shared_expert_intermediate_size": 24},
+    "mistral4": {"num_key_value_heads": 4},  # latent attention, whose head_dim is worked out
+    "nemo_speechlm": {
+        "audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": 32}}},
+        "text_config": _NEMOTRON_H, "word_timestamp_config": {"blank_token_id": 99},
+    },
+    "nemotron_h": _NEMOTRON_H,
     "phi4_multimodal": {
         "audio_config": {"num_blocks": 1, "nemo_conv_channels": 16, "ext_pw_out_channel": 32, "input_size": 16,
                          "depthwise_separable_out_channel": 32},
@@ -148,15 +158,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dia": {"delay_pattern": [0, 1, 2], "decoder_config": {"num_channels": 3, "cross_hidden_size": 32}},
     "kyutai_speech_to_text": {"codebook_vocab_size": 40, "num_codebooks": 2, "audio_pad_token_id": 180,
                               "audio_bos_token_id": 39, "codec_config": {"upsample_groups": 32, "num_filters": 4}},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}, "audio_config": {"num_timestamp_prediction_layers": 1}},
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "moonshine_streaming": {"num_key_value_heads": 4, "encoder_config": {"num_key_value_heads": 4, "frame_ms": 1.0}},
     "pop2piano": {"composer_vocab_size": 5},
     **{name: {"feature_projection_input_dim": 16, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
               "conv_depthwise_kernel_size": 5, "max_source_positions": 128, "adaptor_kernel_size": 4,
               "adaptor_stride": 4} for name in ("seamless_m4t", "seamless_m4t_v2")},
     "speech_to_text": {"conv_channels": 32, "input_feat_per_channel": 16},
     "speecht5": {**_WAVES, "speech_decoder_prenet_units": 16, "speech_decoder_postnet_units": 16},
+    "vibevoice": {"audio_config": _WAVEFORM, "semantic_model_config": _WAVEFORM},
+    "vibevoice_asr": {"acoustic_tokenizer_encoder_config": _WAVEFORM, "semantic_tokenizer_encoder_config": _WAVEFORM},
     # an image's tower and a text's
     "align": {"vision_config": _EFFICIENTNET, "projection_dim": 16},
+    "videoprism": {"vision_config": {"num_frames": 2, "tubelet_size": [1, 8, 8], "num_spatial_layers": 2,
+                                     "num_temporal_layers": 1, "num_auxiliary_layers": 1}},
     "blip-2": {"qformer_config": {"use_qformer_text_input": True, "encoder_hidden_size": 32}, "num_query_tokens": 4},
 }  # fmt: skip
 
