@@ -4,11 +4,14 @@ itself."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
+from autodist_fx.calls.cache_kinds import one_cache
 from autodist_fx.tracing.patches import kept_tensors
 
 _PROBE_BATCH, _PROBE_SEQ = 2, 3
@@ -29,18 +32,24 @@ class CacheLayer:
         return key, key.new_empty(batch, self.heads, tokens, self.value_dim)
 
 
-def new_cache(config: PretrainedConfig) -> DynamicCache:
-    """Return the empty cache that transformers' generate makes for this config."""
-    return DynamicCache(config=config)
+def new_cache(config: PretrainedConfig, added_kinds: Sequence[str] = ()) -> DynamicCache:
+    """Return the empty cache that transformers' generate makes for this config, and behind it one layer for each of
+    `added_kinds`."""
+    cache = DynamicCache(config=config)
+    cache.layers += one_cache(added_kinds).layers
+    return cache
 
 
 def layer_kinds(config: PretrainedConfig) -> tuple[str, ...]:
     """Return the kind of each cache layer: "full", "sliding:<window>" or "chunked:<size>", the window and the size
     in tokens."""
     decoder = config.get_text_config(decoder=True)
-    layer_types = getattr(decoder, "layer_types", None) or ()
+    return _kinds(new_cache(config).layers, getattr(decoder, "layer_types", None) or ())
+
+
+def _kinds(layers: Sequence[Any], layer_types: Sequence[str]) -> tuple[str, ...]:
     kinds = []
-    for index, layer in enumerate(new_cache(config).layers):
+    for index, layer in enumerate(layers):
         if not getattr(layer, "is_sliding", False):
             kinds.append("full")
         elif index < len(layer_types) and layer_types[index] == "chunked_attention":
@@ -50,8 +59,9 @@ def layer_kinds(config: PretrainedConfig) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def cache_layers(model: PreTrainedModel) -> tuple[CacheLayer | None, ...]:
-    """Return what each cache layer receives from the model, None for a layer that it never writes.
+def cache_layers(model: PreTrainedModel) -> tuple[tuple[CacheLayer | None, ...], tuple[str, ...]]:
+    """Return what each cache layer receives from the model, None for a layer that it never writes; and the kinds of
+    layers, the last of these, that the model adds itself to those of its config (one for each run of a layer, say).
 
     `model` has its parameters on meta and is called within `traceable`. Runs its forward once on meta tensors, so that
     grouped heads, latent attention and layers that share their keys need no knowledge of config names; a model that
@@ -66,11 +76,12 @@ def cache_layers(model: PreTrainedModel) -> tuple[CacheLayer | None, ...]:
         else:
             layers.append(CacheLayer(key.shape[1], key.shape[3], value.shape[3], key.dtype))
     if not any(layers):
-        return _layers_by_config(model)
+        return _layers_by_config(model), ()
     if not complete:  # the layers that it did not get to are taken to be like the last one that it did
         last = max(i for i, layer in enumerate(layers) if layer is not None)
         layers[last + 1 :] = [layers[last]] * (len(layers) - last - 1)
-    return tuple(layers)
+    listed = len(new_cache(model.config).layers)  # 0 where DynamicCache adds each when it is first written
+    return tuple(layers), _kinds(cache.layers[listed:], ()) if listed else ()
 
 
 def _cache_after_one_call(model: PreTrainedModel) -> tuple[DynamicCache, bool]:

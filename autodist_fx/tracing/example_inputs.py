@@ -53,6 +53,7 @@ class ExampleInputs:
     cache_layers: tuple[CacheLayer | None, ...]  # by layer index; None: the model never writes that layer
     embedding_dim: int
     dtype: torch.dtype  # of the model's parameters
+    added_kinds: tuple[str, ...] = ()  # of the last of `cache_layers`, which the model adds to its config's
     image_shape: tuple[int, ...] = ()  # of one image, [channels, height, width]; () for a model without
     has_encoder: bool = False  # that reads the main input, before a decoder
     fewest_frames: int = 0  # of sound, that convolutions over time leave something of
@@ -113,7 +114,7 @@ class ExampleInputs:
                 if layer is not None and kinds[index] != CROSS and past:
                     cache.update(*layer.make(batch, past), index, {})
             return cache
-        cache = new_cache(self.config)
+        cache = new_cache(self.config, self.added_kinds)
         if past:
             for index, layer in enumerate(self.cache_layers):
                 if layer is not None:

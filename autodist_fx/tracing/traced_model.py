@@ -197,7 +197,8 @@ def _trace(
                 specs=dict(specs),
             )
             if use_cache:
-                examples = replace(examples, cache_layers=_cache_layers(meta_model, examples))
+                layers, added_kinds = _cache_layers(meta_model, examples)
+                examples = replace(examples, cache_layers=layers, added_kinds=added_kinds)
             if sizes is None:
                 first = unmistakable_sizes(meta_model)
                 sizes = first, unmistakable_sizes(meta_model, other_than=first)
@@ -264,17 +265,19 @@ def _other_labels(traced: TracedModel) -> list[InputSpec]:
     return [InputSpec(("B",), torch.long), InputSpec(("B",), dtype), InputSpec(("B", classes), dtype)]
 
 
-def _cache_layers(model: PreTrainedModel, examples: ExampleInputs) -> tuple[CacheLayer | None, ...]:
+def _cache_layers(
+    model: PreTrainedModel, examples: ExampleInputs
+) -> tuple[tuple[CacheLayer | None, ...], tuple[str, ...]]:
     if not examples.has_encoder:
         return cache_layers(model)
     without_cache = replace(examples, input_names=tuple(n for n in examples.input_names if n != "past_key_values"))
-    return written_layers(model, without_cache.make(Sizes(batch=2, seq=3, past=0, source=5)))
+    return written_layers(model, without_cache.make(Sizes(batch=2, seq=3, past=0, source=5))), ()
 
 
 def _layer_kinds(examples: ExampleInputs) -> tuple[str, ...]:
     if examples.has_encoder:
         return both_kinds(examples.config, len(examples.cache_layers))
-    return layer_kinds(examples.config)
+    return layer_kinds(examples.config) + examples.added_kinds
 
 
 def model_to_trace(model: PreTrainedModel | PretrainedConfig) -> PreTrainedModel:

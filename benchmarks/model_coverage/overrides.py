@@ -158,9 +158,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dia": {"delay_pattern": [0, 1, 2], "decoder_config": {"num_channels": 3, "cross_hidden_size": 32}},
     "kyutai_speech_to_text": {"codebook_vocab_size": 40, "num_codebooks": 2, "audio_pad_token_id": 180,
                               "audio_bos_token_id": 39, "codec_config": {"upsample_groups": 32, "num_filters": 4}},
-    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}, "audio_config": {"num_timestamp_prediction_layers": 1}},
+    "fun_asr_nano": {
+        "adaptor_config": {"intermediate_size": 8}, "audio_config": {"num_timestamp_prediction_layers": 1},
+    },
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
-    "moonshine_streaming": {"num_key_value_heads": 4, "encoder_config": {"num_key_value_heads": 4, "frame_ms": 1.0}},
+    "moonshine_streaming": {
+        "num_key_value_heads": 4, "encoder_config": {"num_key_value_heads": 4, "frame_ms": 1.0},
+    },
     "pop2piano": {"composer_vocab_size": 5},
     **{name: {"feature_projection_input_dim": 16, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
               "conv_depthwise_kernel_size": 5, "max_source_positions": 128, "adaptor_kernel_size": 4,

@@ -1,4 +1,5 @@
-"""localize_cache: renumbers the cache layers of a stage, whose cache has only its own, from 0.
+"""localize_cache: renumbers the cache layers of a stage, whose cache has only its own, from 0, in the order in which
+it writes them.
 
 before  (stage 1 of 2 layers)  %kv = %past_key_values.update(%k, %v, 1)
 after                          %kv = %past_key_values.update(%k, %v, 0)
@@ -32,7 +33,7 @@ def localize_cache(module: torch.fx.GraphModule, ctx: RankContext, *, layer_kind
     """
     edit = GraphEdit(module)
     calls = [n for n in module.graph.nodes if n.op == "call_method" and n.target in _LAYER_ARGUMENT]
-    owned = sorted({_layer(n) for n in calls if n.target in _OWNS})
+    owned = list(dict.fromkeys(_layer(n) for n in calls if n.target in _OWNS))
     local = {layer: i for i, layer in enumerate(owned)}
     counting: list[str] = []
     for node in calls:

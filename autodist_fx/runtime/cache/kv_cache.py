@@ -44,7 +44,9 @@ def local_cache(config: PretrainedConfig, program: RankProgram, cache_class: typ
     The shapes come with the first tokens, so that the rank's own heads are all it ever holds.
     """
     cache = one_cache(program.cache_kinds, cache_class) if CROSS in program.cache_kinds else cache_class(config=config)
-    if len(cache.layers) > len(program.cache_layers):
+    if cache.layers and max(program.cache_layers, default=-1) >= len(cache.layers):  # some are the model's to add
+        cache = one_cache(program.cache_kinds, cache_class)
+    elif cache.layers:
         cache.layers = [cache.layers[index] for index in program.cache_layers]
     if program.length_kinds:
         if not cache.layers:  # the config says nothing of layers, and DynamicCache adds them as they come
