@@ -15,6 +15,8 @@ from autodist_fx.compiler.torch_state import refuse_ambient
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import Facts, digest
+from autodist_fx.runtime.training.rank_trainer import RankTrainer
+from autodist_fx.runtime.training.replica_communicator import TrainingCommunicator
 from autodist_fx.runtime.training.schedules import make_schedule
 from autodist_fx.training.checkpoint.directory import latest
 from autodist_fx.training.checkpoint.manifest import Head
@@ -24,6 +26,7 @@ from autodist_fx.training.checkpoint.write import BackgroundWrite
 from autodist_fx.training.gathered import TrainingState, gathered
 from autodist_fx.training.hosts import Host, Part
 from autodist_fx.training.microbatches import Batch, batches_of, deal, rows_of
+from autodist_fx.training.pretrained import PretrainedWriter
 from autodist_fx.training.programs import ReadBatch, TrainingPrograms, loss_inputs
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
@@ -148,6 +151,21 @@ class Engine:
                 return None, {}
 
             self._host.call("wait_for_save", {}, lambda: self._host.together(ended, None))
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the model as transformers writes its models, for from_pretrained: config, safetensors and their index,
+        under the names that the model has them. A model with one adapter of peft's is written as that adapter alone.
+
+        Each rank writes whole tensors, as many as the others; none has the whole model. Raises AutodistError before the
+        first step, and where the directory cannot be written.
+        """
+        self._programs.compiled  # noqa: B018  (raises before the first step)
+        writer = PretrainedWriter(self._programs.model, self._host.open_weights)
+
+        def write(trainer: RankTrainer, communicator: TrainingCommunicator) -> None:
+            writer.write(trainer, communicator, Path(directory))
+
+        self._host.call("save_pretrained", {"directory": str(directory)}, lambda: self._host.each(write))
 
     def load(self, directory: str | Path) -> Resumed:
         """Go on from a saved run, on any mesh, with any number of microbatches: parameters, optimizer states, learning

@@ -119,6 +119,7 @@ class Host(Protocol):
 
     mesh: Mesh
     ranks: tuple[int, ...]  # those in this process
+    open_weights: Callable[[], WeightSource]  # that training started from
 
     def call(self, name: str, arguments: Mapping[str, Any], work: Callable[[], T]) -> T:
         """Return `work()`, which all ranks do alike, given the same arguments; what one raises all raise."""
@@ -141,6 +142,7 @@ class SimulatedHost:
 
     def __init__(self, options: ShareOptions) -> None:
         self.mesh, self.ranks = options.mesh, tuple(range(options.mesh.size))
+        self.open_weights = options.open_weights
         self._shares = [RankShare(rank, torch.device("cpu"), options) for rank in range(self.mesh.size)]
 
     def call(self, name: str, arguments: Mapping[str, Any], work: Callable[[], T]) -> T:
@@ -174,6 +176,7 @@ class ProcessHost:
     def __init__(self, joined: JoinedRank, options: ShareOptions) -> None:
         self.mesh, self._joined = joined.mesh, joined
         self.ranks: tuple[int, ...] = (joined.rank,)
+        self.open_weights = options.open_weights
         self._share = RankShare(joined.rank, joined.device, options)
         self._calls = CollectiveCalls(joined.communicator, joined.mesh, joined.rank, joined.device)
 

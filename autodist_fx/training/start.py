@@ -131,6 +131,8 @@ def _origin(model: object, dtype: torch.dtype | str | None) -> Origin:
     if isinstance(model, (str, Path)):
         checkpoint = resolve(CheckpointSource(model))
         shape = empty_model(checkpoint.config, wanted_dtype(dtype, checkpoint.config)).train()
+        if shape.can_generate():
+            shape.generation_config = checkpoint.generation_config
         return Origin(shape, lambda: named_as_in(shape, open_source(checkpoint)))
     inside = without_wrapper(model)
     if dtype is not None:

@@ -5,6 +5,7 @@ import os
 import sys
 
 import pytest
+import torch
 
 import autodist_fx as adx
 from autodist_fx.errors import AutodistError, DisagreementError
@@ -49,6 +50,11 @@ with in_float64():
     )
     assert other.load(sys.argv[5]) == adx.Resumed(1, 0)
     result = other.step(steps[1])
+    other.save_pretrained(sys.argv[5])
+    if rank == 0:
+        wanted = model.from_pretrained(sys.argv[5]).named_parameters()
+    gathered = other.gather().parameters
+    assert rank or all(torch.equal(gathered[name], p) for name, p in wanted)
     assert abs(result.loss - numbers[1][0]) <= 1e-9 * result.loss and result.step == 2
     wrong = {name: e for name, e in state_errors(engine.gather(), truth, optimizer).items() if not e <= 1e-9}
     assert not wrong, wrong
