@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-import torch.fx
 from torch.fx import Node
 
 from passes.fx import node_meta
 from passes.fx.arguments import submodule
+from passes.fx.random_ops import draws
 
 _WRITES = frozenset({"update", "write_buffers"})
-# Methods that overwrite a tensor with numbers that they draw.
-RANDOM_FILLS = frozenset({
-    "uniform_", "normal_", "exponential_", "random_", "geometric_", "cauchy_", "log_normal_",
-})  # fmt: skip
-_RANDOM = RANDOM_FILLS | {
-    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout",
-    "gumbel_softmax", "bernoulli", "bernoulli_", "rand", "randn", "randint", "randperm", "rand_like", "randn_like",
-    "randint_like", "multinomial", "normal", "poisson", "uniform",
-}  # fmt: skip
 
 
 def op_name(node: Node) -> str:
@@ -38,11 +28,11 @@ def is_pure(node: Node) -> bool:
     computed twice."""
     if node_meta.is_guard(node):
         return False
+    if node.op in ("placeholder", "output"):
+        return False
+    module = submodule(node.graph.owning_module, str(node.target)) if node.op == "call_module" else None
     name = op_name(node)
-    if node.op == "call_module":
-        module = submodule(node.graph.owning_module, str(node.target))
-        return not (isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p > 0)
-    return node.op not in ("placeholder", "output") and name not in _WRITES | _RANDOM
+    return name not in _WRITES and not draws(node, name, module)
 
 
 def writes(node: Node) -> bool:

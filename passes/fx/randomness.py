@@ -7,8 +7,7 @@ import torch.fx
 from torch.fx import Node
 
 from passes.fx import node_meta
-from passes.fx.arguments import argument
-from passes.fx.nodes import is_pure, op_name, writes
+from passes.fx.nodes import is_pure, writes
 from passes.ops.random import seeded_dropout, seeded_uniform
 
 
@@ -24,7 +23,4 @@ def seeded_nodes(graph_module: torch.fx.GraphModule) -> list[Node]:
 
 
 def _draws(node: Node) -> bool:
-    name = op_name(node)
-    if name == "scaled_dot_product_attention":
-        return argument(node, 4, "dropout_p", 0.0) != 0.0
     return node.op.startswith("call") and not (writes(node) or node_meta.is_guard(node) or is_pure(node))

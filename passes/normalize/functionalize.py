@@ -17,7 +17,7 @@ import torch.fx
 from torch.fx import Node
 
 from passes.fx import node_meta
-from passes.fx.nodes import RANDOM_FILLS
+from passes.fx.random_ops import RANDOM_FILLS
 from passes.fx.run_passes import GraphEdit, PassContext, PassResult
 from passes.ops.functional_writes import changed_by, copied, with_item
 

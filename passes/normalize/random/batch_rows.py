@@ -28,7 +28,7 @@ _KEEP_ORDER = frozenset({
     "layer_norm", "LayerNorm", "rms_norm", "RMSNorm", "softmax", "log_softmax", "safe_softmax", "transpose", "permute",
     "unsqueeze", "squeeze", "expand", "broadcast_to", "getitem", "narrow", "split", "chunk", "unbind", "cat",
     "repeat_interleave", "seeded_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "Dropout", "Dropout1d",
-    "Dropout2d", "Dropout3d", "rand_like", "bernoulli", "uniform_",
+    "Dropout2d", "Dropout3d", "rand_like", "bernoulli", "uniform_", "rrelu", "RReLU",
 })  # fmt: skip
 
 _Size = tuple[int, tuple[str, ...]]  # a number times size symbols: "B*S*4" is (4, ("B", "S"))

@@ -82,6 +82,8 @@ def _seed(node: Node, state: Node | None, number: int) -> None:
         _seed_dropout(node, state, number, called, module)
     elif op_name(node) in _UNIFORM and node_meta.tensor(node).is_floating_point():
         _seed_uniform(node, state, number)
+    elif called in (F.rrelu, nn.RReLU):
+        _seed_rrelu(node, state, number, module)
     else:
         raise PlanError(f"no rule says how {op_name(node)} is drawn alike on every mesh")
 
@@ -107,17 +109,12 @@ def _seed_dropout(node: Node, state: Node | None, number: int, called: Any, modu
 def _seed_uniform(node: Node, state: Node | None, number: int) -> None:
     """Rewrites torch.rand and what is drawn like it; bernoulli is a comparison with its probability."""
     name, graph, value = op_name(node), node.graph, node_meta.tensor(node)
-    row = batch_rows(node, value.dim())
-    sizes = zip(value.shape, node_meta.symbols(node), strict=True)
-    shape = tuple(length_node(graph, as_factors(n, symbol)) for n, symbol in sizes)
     low, high = 0.0, 1.0
     if name == "uniform_":
         low, high = argument(node, 1, "from", low), argument(node, 2, "to", high)
-        if isinstance(low, Node) or isinstance(high, Node):
-            raise PlanError("its bounds are computed")
+    args = _uniform_arguments(node, state, number, low, high)
     if state is None:
         return
-    args = (state, number, shape, value.dtype, float(low), float(high), row)
     if name != "bernoulli":
         node.op, node.target, node.args, node.kwargs = "call_function", seeded_uniform, args, {}
         return
@@ -129,3 +126,35 @@ def _seed_uniform(node: Node, state: Node | None, number: int) -> None:
         node_meta.copy(node, made)
     node_meta.set_val(hit, value.to(torch.bool))
     node.op, node.target, node.args, node.kwargs = "call_method", "to", (hit, value.dtype), {}
+
+
+def _seed_rrelu(node: Node, state: Node | None, number: int, module: Any) -> None:
+    """Rewrites rrelu in training mode: what is not positive has a slope of its own, drawn between its bounds."""
+    x = node.args[0] if node.args else node.kwargs["input"]
+    if (module.inplace if module is not None else argument(node, 4, "inplace", False)) and len(x.users) > 1:
+        raise PlanError("it writes into a tensor that others read")
+    bounds = (module.lower, module.upper) if module is not None else ()
+    low, high = bounds or (argument(node, 1, "lower", 1 / 8), argument(node, 2, "upper", 1 / 3))
+    args = _uniform_arguments(node, state, number, low, high)
+    if state is None:
+        return
+    with node.graph.inserting_before(node):
+        slopes = node.graph.call_function(seeded_uniform, args)
+        positive = node.graph.call_function(torch.gt, (x, 0))
+        scaled = node.graph.call_function(torch.mul, (x, slopes))
+    for made in (slopes, positive, scaled):
+        node_meta.copy(node, made)
+    node_meta.set_val(positive, node_meta.tensor(node).to(torch.bool))
+    node.op, node.target, node.args, node.kwargs = "call_function", torch.where, (positive, x, scaled), {}
+
+
+def _uniform_arguments(node: Node, state: Node | None, number: int, low: Any, high: Any) -> tuple[Any, ...]:
+    """Returns the arguments of seeded_uniform for numbers of a node's shape. Raises PlanError where they are computed,
+    or nothing tells where the rows of the batch lie."""
+    value = node_meta.tensor(node)
+    row = batch_rows(node, value.dim())
+    sizes = zip(value.shape, node_meta.symbols(node), strict=True)
+    shape = tuple(length_node(node.graph, as_factors(n, symbol)) for n, symbol in sizes)
+    if isinstance(low, Node) or isinstance(high, Node):
+        raise PlanError("its bounds are computed")
+    return (state, number, shape, value.dtype, float(low), float(high), row)

@@ -20,7 +20,7 @@ Outputs = dict[str, torch.Tensor]
 
 
 def normalized(module: nn.Module, **inputs: tuple[str | int, ...]) -> torch.fx.GraphModule:
-    return normalize(traced(module.train()), examples(inputs))
+    return normalize(traced(module).train(), examples(inputs))
 
 
 class Attention(nn.Module):
@@ -147,9 +147,33 @@ def test_uniform_numbers_and_coins() -> None:
     assert torch.equal(found["kept"], x * kept)
 
 
+class Leaky(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.RReLU(0.2, 0.6)
+
+    def forward(self, x: torch.Tensor) -> Outputs:
+        return {"module": self.act(x), "function": F.rrelu(x, training=True), "at rest": F.rrelu(x)}
+
+
+def test_slopes_of_rrelu() -> None:
+    after = normalized(Leaky(), x=("B", "S"))
+    x = torch.randn(40, 6, dtype=torch.float64)
+    found = after(x=x, random_state=STATE)
+    for op, (name, low, high) in enumerate([("module", 0.2, 0.6), ("function", 1 / 8, 1 / 3)]):
+        slopes = seeded_uniform(STATE, op, (40, 6), torch.float64, low, high, row=(0, 1, 1))
+        assert torch.equal(found[name], torch.where(x > 0, x, x * slopes))
+    assert torch.equal(found["at rest"], F.rrelu(x))
+
+
 class Refused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.states = nn.GRU(6, 6, num_layers=2, dropout=0.5)
+
     def forward(self, x: torch.Tensor) -> Outputs:
         return {
+            "recurrent": self.states(x)[0],
             "normal": torch.randn_like(x),
             "alpha": F.alpha_dropout(x, 0.5, True),
             "pairs": F.dropout(x @ x.t(), 0.5),
@@ -160,6 +184,7 @@ def test_what_cannot_be_seeded_says_why() -> None:
     after = normalized(Refused(), x=("B", 6))
     reasons = {str(node): why_unseeded(node) for node in unseeded_nodes(after)}
     assert reasons == {
+        "states": "no rule says how GRU is drawn alike on every mesh",
         "randn_like": "no rule says how randn_like is drawn alike on every mesh",
         "alpha_dropout": "no rule says how alpha_dropout is drawn alike on every mesh",
         "dropout": "rows of the batch lie along several dims of [B, B]",
