@@ -36,6 +36,8 @@ def train(
     optimizer: OptimizerFactory | None = None,
     lr_scheduler: SchedulerFactory | None = None,
     max_grad_norm: float | None = None,
+    zero_stage: int = 0,
+    master_weights: bool = True,
     seed: int = 0,
     simulate: bool = False,
     dtype: torch.dtype | str | None = None,
@@ -69,9 +71,13 @@ def train(
     stages_per_rank: pipeline stages of each rank; None: one for 1f1b and gpipe, else two.
     optimizer: a function from [(name, parameter), ...], a rank's slices of the model's, to a torch.optim.Optimizer
         that steps each element by itself: functools.partial(torch.optim.AdamW, lr=1e-4, fused=True). By default AdamW
-        with a learning rate of 5e-5. A tied tensor has one name; two stages that hold it both step it, alike.
+        (fused) with a learning rate of 5e-5. A tied tensor has one name; two stages that hold it both step it, alike.
     lr_scheduler: a function from that optimizer to its torch.optim.lr_scheduler, stepped after each step.
     max_grad_norm: gradients are scaled so that their norm, of the whole model, is at most this; None: they are not.
+    zero_stage: 1: each replica keeps optimizer states (and float32 weights) of its part of the parameters alone, steps
+        that part, and gets the rest from the others, as DeepSpeed's ZeRO stage 1 does; 0: each keeps all.
+    master_weights: parameters in bfloat16 or float16 are stepped as float32 copies, which they are rounded from after
+        each step, and their gradients are added up in float32; False: both in their own dtype, as in one process.
     seed: of the random numbers that training mode draws (dropout): with the step and a row's place in the batch it
         decides them, on any mesh and for any number of microbatches alike. torch's own generators are left alone.
     simulate: run all ranks in this process, a thread each; else this process is one of the ranks (torchrun).
@@ -88,8 +94,9 @@ def train(
         options = TrainOptions(
             dp=dp, pp=pp, schedule=schedule, microbatches=pp if microbatches is None else microbatches,
             stages_per_rank=stages_per_rank,
-            optimizer=optimizer or functools.partial(torch.optim.AdamW, lr=_LEARNING_RATE),
+            optimizer=optimizer or functools.partial(torch.optim.AdamW, lr=_LEARNING_RATE, fused=True),
             lr_scheduler=lr_scheduler, max_grad_norm=max_grad_norm, seed=seed,
+            zero_stage=zero_stage, master_weights=master_weights,
         )  # fmt: skip
         wanted = PlanOptions.from_keywords(
             tp=tp, pp=options.stages, hardware=hardware, objective=objective, pin=pin, cuts=cuts,

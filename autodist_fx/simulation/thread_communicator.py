@@ -257,6 +257,12 @@ class ThreadCommunicator:
             raise CommunicationError(f"rank {self.rank} expects {wanted()}, and was sent {describe(x)}")
         return x.to(device=x.device if device is None else device, copy=True)  # the receiver may write into it
 
+    def start_all_gather(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
+        """Return a function that returns `x`; its parts are taken at once."""
+        mine = x.chunk(len(self._groups[axis]))[self._world.mesh.dp_rank(self.rank)]
+        x.copy_(self._meet(mine, axis, f"all_gather of {describe(x)}", torch.cat))
+        return lambda: x
+
     def start_recv(
         self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int
     ) -> Callable[[], torch.Tensor]:

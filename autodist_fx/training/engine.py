@@ -120,6 +120,14 @@ class Engine:
         self._programs.compiled  # noqa: B018  (raises before the first step)
         return self._host.call("gather", {}, lambda: self._host.each(gathered)[0])
 
+    def optimizer_bytes(self) -> list[int]:
+        """Return, of each rank in this process, the bytes of optimizer states, and of the float32 weights that weights
+        of 16 bits are rounded from. Raises AutodistError before the first step."""
+        self._programs.compiled  # noqa: B018  (raises before the first step)
+        return self._host.call(
+            "optimizer_bytes", {}, lambda: self._host.each(lambda trainer, _: trainer.optimizer.nbytes)
+        )
+
     def save(self, directory: str | Path, *, data: Any = None, background: bool = False) -> None:
         """Save the run as `directory`/step-00000030: parameters, optimizer states, learning rates, steps and seed, for
         `load` on any mesh.

@@ -17,7 +17,7 @@ from autodist_fx.runtime.training.state_pieces import WEIGHT, state_pieces
 @dataclass
 class TrainingState:
     """Whole tensors, by the parameters' names in the model: `parameters`, and `optimizer`, of each what torch.optim
-    keeps of it ("exp_avg", "step", ...)."""
+    keeps of it ("exp_avg", "step", ...), and MASTER where a parameter has float32 weights beside it."""
 
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     optimizer: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)

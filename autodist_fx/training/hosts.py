@@ -44,6 +44,8 @@ class ShareOptions:
     optimizer: OptimizerFactory
     scheduler: SchedulerFactory | None
     max_grad_norm: float | None
+    zero_stage: int
+    master_weights: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class RankShare:
                 options = self._options
                 self.trainer = RankTrainer(
                     options.mesh, self._rank, self._loaded[id(variant)], _names(options.model), options.optimizer,
-                    options.scheduler, options.max_grad_norm,
+                    options.scheduler, options.max_grad_norm, options.zero_stage, options.master_weights,
                 )  # fmt: skip
         return self._loaded[id(variant)]
 

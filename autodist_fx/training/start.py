@@ -49,12 +49,19 @@ class TrainOptions:
     lr_scheduler: SchedulerFactory | None
     max_grad_norm: float | None
     seed: int = 0
+    zero_stage: int = 0
+    master_weights: bool = True
 
     def __post_init__(self) -> None:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise AutodistError(f"max_grad_norm is {self.max_grad_norm}: give a number above 0, or None not to clip")
         if not 0 <= self.seed < 2**63:
             raise AutodistError(f"seed is {self.seed}: give a number of 0 or more, less than 2**63")
+        if isinstance(self.zero_stage, bool) or self.zero_stage not in (0, 1):
+            raise AutodistError(
+                f"zero_stage is {self.zero_stage!r}: give 1, and the replicas hold optimizer states once between them, "
+                "or 0; gradients and weights each of them holds whole"
+            )
         if not callable(self.optimizer):
             raise AutodistError(
                 f"optimizer is a {type(self.optimizer).__name__}: give a function from parameters to an optimizer, "
@@ -74,6 +81,8 @@ class TrainOptions:
             "stages_per_rank": self.stages_per_rank,
             "max_grad_norm": self.max_grad_norm,
             "seed": self.seed,
+            "zero_stage": self.zero_stage,
+            "master_weights": self.master_weights,
             "optimizer": _factory_text(self.optimizer),
             "lr_scheduler": "" if self.lr_scheduler is None else _factory_text(self.lr_scheduler),
         }
@@ -153,8 +162,9 @@ def _refuse_hooks(model: PreTrainedModel) -> None:
 
 def _share(origin: Origin, mesh: Mesh, options: TrainOptions) -> ShareOptions:
     return ShareOptions(
-        mesh, origin.model, origin.open_weights, options.optimizer, options.lr_scheduler, options.max_grad_norm
-    )
+        mesh, origin.model, origin.open_weights, options.optimizer, options.lr_scheduler, options.max_grad_norm,
+        options.zero_stage, options.master_weights,
+    )  # fmt: skip
 
 
 def _engine(

@@ -24,6 +24,9 @@ class AloneCommunicator:
     def start_all_reduce(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
         return lambda: x
 
+    def start_all_gather(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
+        return lambda: x
+
     def all_gather(self, x: torch.Tensor, axis: str, dim: int, parts: Parts) -> torch.Tensor:
         return glue([x], dim, gather_layout(frozen_parts(parts)))
 

@@ -28,6 +28,7 @@ from autodist_fx.runtime.comm.gather import (
     glue,
     with_size,
 )
+from autodist_fx.runtime.comm.meeting import make_group
 from autodist_fx.runtime.comm.remote_error import CallBroken, ErrorReport
 from autodist_fx.runtime.comm.shared_collectives import SharedCollectives
 from autodist_fx.runtime.comm.shared_memory import open_shared_memory
@@ -99,27 +100,19 @@ class DistCommunicator:
         store = dist.PrefixStore(f"epoch{self._epoch}", self._store)
         kind = self.device.type
         try:
-            self._world = {kind: self._group(store, "world", self.rank, self.mesh.size, kind)}
+            self._world = {kind: make_group(self._timeout, store, "world", self.rank, self.mesh.size, kind)}
             if kind != "cpu":  # what a generation tells of its steps is in main memory, whatever the model is in
-                self._world["cpu"] = self._group(store, "cpu", self.rank, self.mesh.size, "cpu")
+                self._world["cpu"] = make_group(self._timeout, store, "cpu", self.rank, self.mesh.size, "cpu")
             if not self._alone:
-                self._tp = self._group(store, f"tp{self._ranks[0]}", self.tp_rank, self.mesh.tp, kind)
+                self._tp = make_group(self._timeout, store, f"tp{self._ranks[0]}", self.tp_rank, self.mesh.tp, kind)
             if self.mesh.dp > 1:
                 place = self._replicas.index(self.rank)
-                self._dp = self._group(store, f"dp{self._replicas[0]}", place, self.mesh.dp, kind)
+                self._dp = make_group(self._timeout, store, f"dp{self._replicas[0]}", place, self.mesh.dp, kind)
         except RuntimeError as error:
             self._broken = True
             raise self._failure("connecting", range(self.mesh.size), error) from None
         self._watchdog.watch(self._epoch_name, self._break)
         self.shared = self._share_memory() if self.exchanges and not self._alone else None
-
-    def _group(self, store: dist.Store, name: str, rank: int, size: int, kind: str) -> Any:
-        store = dist.PrefixStore(name, store)
-        if kind == "cpu":
-            return dist.ProcessGroupGloo(store, rank, size, timeout=self._timeout)
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = self._timeout
-        return dist.ProcessGroupNCCL(store, rank, size, options)
 
     # ------------------------------------------------------------------------------------------------- incidents
 
@@ -208,14 +201,23 @@ class DistCommunicator:
     def start_all_reduce(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
         """Start summing `x` over the replicas (`axis` "dp"), while this rank goes on; return a function that waits for
         it, and returns the sum, in the memory of `x`."""
+        return self._start_along(axis, "all_reduce", x, lambda dp: dp.allreduce([x], self._sum))
+
+    def start_all_gather(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
+        """Start filling `x` (flat, of parts of one size, the n-th of which is replica n's): return a function that
+        waits for it, and returns `x`."""
+        own = x.chunk(self.mesh.dp)[self.mesh.dp_rank(self.rank)]
+        return self._start_along(axis, "all_gather", x, lambda dp: dp._allgather_base(x, own))
+
+    def _start_along(
+        self, axis: str, name: str, x: torch.Tensor, begin: Callable[[Any], Any]
+    ) -> Callable[[], torch.Tensor]:
         if axis != "dp":
-            raise CommunicationError(f"an all_reduce is started along the axis dp; got {axis!r}")
+            raise CommunicationError(f"an {name} is started along the axis dp; got {axis!r}")
         dp = self._dp
         if dp is None:
             return lambda: x
-        return self._start(
-            lambda: dp.allreduce([x], self._sum), x, lambda: f"all_reduce of {describe(x)}", self._replicas
-        )
+        return self._start(lambda: begin(dp), x, lambda: f"{name} of {describe(x)}", self._replicas)
 
     def _start(
         self, begin: Callable[[], Any], x: torch.Tensor, what: Callable[[], str], ranks: Sequence[int]

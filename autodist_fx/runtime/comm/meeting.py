@@ -13,6 +13,7 @@ import os
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -145,3 +146,14 @@ def _is_environment(place: Place) -> bool:
     said = (env.get("RANK"), env.get("WORLD_SIZE"), env.get("MASTER_ADDR"), env.get("MASTER_PORT"))
     same = said == (str(place.rank), str(place.world_size), place.master_addr, str(place.master_port))
     return same and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def make_group(timeout: timedelta, store: dist.Store, name: str, rank: int, size: int, kind: str) -> Any:
+    """Return a new process group of `size` ranks, which meet under `name`: Gloo's for the kind of device "cpu", else
+    NCCL's."""
+    store = dist.PrefixStore(name, store)
+    if kind == "cpu":
+        return dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(store, rank, size, options)

@@ -21,28 +21,35 @@ BUCKET_BYTES = 25 * 1024 * 1024  # what DistributedDataParallel has found good
 
 
 class GradientBuckets:
-    """The gradients of `parameters`, each added up in a bucket's memory.
+    """The gradients of `parameters`, each added up in a bucket's memory, in the dtype that `dtype_of` says; None: its
+    own.
 
     A parameter that nothing of the loss depends on, in any microbatch on any replica, has no gradient, and an optimizer
     leaves it alone, as one process would.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        dtype_of: Callable[[torch.Tensor], torch.dtype] | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
         self.parameters = tuple(parameters)
         self._numbers = {id(p): number for number, p in enumerate(self.parameters)}
         self._flat: list[torch.Tensor] = []
         self._views: dict[int, torch.Tensor] = {}  # by id of a parameter
         self._bucket: dict[int, int] = {}
-        self._members: list[list[nn.Parameter]] = []
-        for members in _buckets(self.parameters, bucket_bytes):
-            flat = members[0].new_zeros(sum(p.numel() for p in members), requires_grad=False)
+        self._members = buckets(self.parameters, bucket_bytes)
+        for members in self._members:
+            dtype = members[0].dtype if dtype_of is None else dtype_of(members[0])
+            size = sum(p.numel() for p in members)
+            flat = members[0].new_zeros(size, dtype=dtype, requires_grad=False)
             before = 0
             for parameter in members:
                 view = flat.narrow(0, before, parameter.numel()).view(parameter.shape)
                 self._views[id(parameter)], self._bucket[id(parameter)] = view, len(self._flat)
                 before += parameter.numel()
             self._flat.append(flat)
-            self._members.append(members)
         self.begin()
 
     def begin(self) -> None:
@@ -107,7 +114,7 @@ class GradientBuckets:
             self._sums.append(self._communicator.start_all_reduce(self._flat[number], "dp"))
 
 
-def _buckets(parameters: Sequence[nn.Parameter], most_bytes: int) -> list[list[nn.Parameter]]:
+def buckets(parameters: Sequence[nn.Parameter], most_bytes: int = BUCKET_BYTES) -> list[list[nn.Parameter]]:
     """Return the parameters in buckets of one dtype and device each, the last ones first."""
     found: list[list[nn.Parameter]] = []
     open_buckets: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}

@@ -36,14 +36,16 @@ def pay_sums_of(
     gradients: list[Gradients],
     communicator: TrainingCommunicator,
     runs_on: Callable[[int], int],
+    dtype_of: Callable[[torch.Tensor], torch.dtype] | None = None,
 ) -> None:
     """Add up, in `gradients`, one dict a program, what the `grad_sums` of the programs that run on this rank name.
 
-    `runs_on` says which rank of the communicator runs the program of a rank of the programs' mesh. Called on all ranks
+    `runs_on` says which rank of the communicator runs the program of a rank of the programs' mesh, `dtype_of` in which
+    dtype a parameter's gradient is, None: its own. Called on all ranks
     alike. Everything is sent, and every receive posted, before anything is waited for; in one order of all messages
     everywhere, which a transport without channels needs.
     """
-    held = {program.rank: _Held(program, own) for program, own in zip(programs, gradients, strict=True)}
+    held = {program.rank: _Held(program, own, dtype_of) for program, own in zip(programs, gradients, strict=True)}
     here = {runs_on(rank) for rank in held}
     owed = sorted({each for program in programs for each in program.grad_sums or ()}, key=_order)
     terms: list[list[Callable[[], torch.Tensor]]] = []
@@ -86,7 +88,10 @@ def _order(owed: GradSum) -> tuple[object, ...]:
 class _Held:
     """The gradients of one program, by the first path of each tensor; what a sum is put into is copied first."""
 
-    def __init__(self, program: RankProgram, gradients: Gradients) -> None:
+    def __init__(
+        self, program: RankProgram, gradients: Gradients, dtype_of: Callable[[torch.Tensor], torch.dtype] | None
+    ) -> None:
+        self._dtype_of = dtype_of
         self._module, self._shards, self._gradients = program.graph_module, program.param_shards, gradients
         self._names = first_paths(program)
         self._copied: set[str] = set()
@@ -95,7 +100,9 @@ class _Held:
         """Return the gradient at a path: zeros where nothing of the loss depends on the parameter here."""
         name = self._names[path]
         if name not in self._gradients:
-            self._gradients[name] = torch.zeros_like(self._module.get_parameter(path))
+            parameter = self._module.get_parameter(path)
+            dtype = None if self._dtype_of is None else self._dtype_of(parameter)
+            self._gradients[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
             self._copied.add(name)
         return self._gradients[name]
 

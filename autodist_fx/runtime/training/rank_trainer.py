@@ -7,15 +7,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import over
 from autodist_fx.runtime.comm.channels import Channel
-from autodist_fx.runtime.training.gradient_buckets import GradientBuckets
+from autodist_fx.runtime.training.flat_weights import FlatWeights, Range
+from autodist_fx.runtime.training.gradient_buckets import GradientBuckets, buckets
 from autodist_fx.runtime.training.gradient_sums import Gradients, pay_sums_of
 from autodist_fx.runtime.training.norm import clip, counted_places, sum_of_squares
-from autodist_fx.runtime.training.optimizer import OptimizerFactory, SchedulerFactory, ShardOptimizer
+from autodist_fx.runtime.training.optimizer import OptimizerFactory, SchedulerFactory, ShardOptimizer, wants_master
 from autodist_fx.runtime.training.posted_receives import PostedReceives, arrival, stage_values
 from autodist_fx.runtime.training.replica_communicator import (
     Letters,
@@ -45,7 +47,8 @@ class RankTrainer:
     """Rank `rank` of `mesh`, with the programs of the stages that it has, weights loaded; these are stepped in place.
 
     `names`: the model's name of each parameter, by any name that it has there. `max_grad_norm` None: gradients are not
-    clipped. Raises what making the optimizer raises.
+    clipped. `zero_stage` 1: optimizer states are held once over the replicas. `master_weights`: parameters of 16 bits
+    are stepped in float32, in which their gradients are added up, too. Raises what making the optimizer raises.
     """
 
     def __init__(
@@ -57,18 +60,28 @@ class RankTrainer:
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None = None,
         max_grad_norm: float | None = None,
+        zero_stage: int = 0,
+        master_weights: bool = True,
     ) -> None:
         self.mesh, self.rank, self.programs = mesh, rank, dict(programs)
         self._names, self._max_grad_norm = names, max_grad_norm
+        self.zero_stage = zero_stage if mesh.dp > 1 else 0  # one replica holds everything, however it is asked
         self._order: tuple[object, Sequence[Sequence[Step]], object] | None = None
         self._places = {stage: counted_places(program) for stage, program in self.programs.items()}
-        self._gradients = {s: GradientBuckets([p for _, p in _trained(program)]) for s, program in programs.items()}
+        self._dtype_of = _float32_for_16_bits if master_weights else _own_dtype
+        trained = {stage: [p for _, p in _trained(program)] for stage, program in self.programs.items()}
+        self._gradients = {stage: GradientBuckets(own, self._dtype_of) for stage, own in trained.items()}
+        self._flat: FlatWeights | None = None
+        if self.zero_stage:
+            self._flat = FlatWeights([members for own in trained.values() for members in buckets(own)], mesh.dp)
         named = [
             (names[program.param_shards[path].source], parameter)
             for program in self.programs.values()
             for path, parameter in _trained(program)
         ]
-        self.optimizer = ShardOptimizer(named, optimizer, scheduler)
+        self.optimizer = ShardOptimizer(
+            named, optimizer, scheduler, range_of=self._own_range if self._flat else None, masters=master_weights
+        )
 
     def step(
         self, communicator: TrainingCommunicator, schedule: Schedule, microbatches: Sequence[Microbatch]
@@ -96,12 +109,21 @@ class RankTrainer:
                 _run(passes[step.stage], step, microbatches, is_last=step in last)
                 sends = communicator.unfinished_sends - before
         gradients = [self._whole(stage, communicator) for stage in self.programs]
-        pay_sums_of(list(self.programs.values()), gradients, communicator, owner)
+        pay_sums_of(list(self.programs.values()), gradients, communicator, owner, self._dtype_of)
         loss = sum(each.loss for each in passes.values())
         totals = self._totals(communicator, loss, gradients)
         self._update(gradients, totals)
+        if self._flat is not None:
+            self._flat.gather(communicator)
         communicator.finish_sends()
         return totals
+
+    def range_of(self, parameter: nn.Parameter, dp_rank: int) -> Range:
+        """Return which elements of a parameter, flat, a replica steps."""
+        return (0, parameter.numel()) if self._flat is None else self._flat.range_of(parameter, dp_rank)
+
+    def _own_range(self, parameter: nn.Parameter) -> Range:
+        return self.range_of(parameter, self.mesh.dp_rank(self.rank))
 
     def shards(self) -> list[tuple[ParamShard, nn.Parameter]]:
         """Return what this rank holds of the model's parameters, each tensor once, with the model's names as their
@@ -225,6 +247,14 @@ def _run(passes: StagePasses, action: Action, microbatches: Sequence[Microbatch]
         passes.backward_input(number)
     else:
         passes.backward_weight(number, is_last=is_last)
+
+
+def _own_dtype(parameter: torch.Tensor) -> torch.dtype:
+    return parameter.dtype
+
+
+def _float32_for_16_bits(parameter: torch.Tensor) -> torch.dtype:
+    return torch.float32 if wants_master(parameter) else parameter.dtype
 
 
 def _trained(program: RankProgram) -> list[tuple[str, nn.Parameter]]:

@@ -21,10 +21,14 @@ from passes.ops.comm import Communicator, Parts
 
 
 class TrainingCommunicator(Communicator, Protocol):
-    """A communicator that also sums along dp, posts receives ahead, and knows when what was sent has arrived."""
+    """A communicator that also speaks along dp, posts receives ahead, and knows when what was sent has arrived."""
 
     def start_all_reduce(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
         """Start the sum of `x` along `axis`; the function returned waits for it and returns it."""
+
+    def start_all_gather(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
+        """Start filling `x`, flat, of which each rank of `axis` has made the part of its number, all of one size; the
+        function returned waits for it and returns it."""
 
     def start_recv(
         self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int
