@@ -34,6 +34,7 @@ from autodist_fx.tracing.hooks import (
     register_parametrization,
     remove_parametrizations,
 )
+from autodist_fx.tracing.versions.convolution_states import pad_every_prompt
 from autodist_fx.tracing.versions.forwards import own_forward, with_older_names, without_checks, without_return_dict
 from autodist_fx.tracing.versions.masks import patch_masks
 from autodist_fx.tracing.versions.sliding_layers import keep_all_tokens
@@ -109,6 +110,7 @@ def traceable(
         patch(GradientCheckpointingLayer, "__call__", _call_as_module)
         if keeps_states:
             keep_all_tokens(patch)
+            pad_every_prompt(patch)
         else:
             undo.enter_context(kept_tensors(model))
 
