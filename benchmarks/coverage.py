@@ -127,7 +127,7 @@ def _run(todo: list[Job], already: int, arguments: argparse.Namespace, keep) -> 
             elif not report.is_right(result, arguments.mesh) and result["built"]:
                 progress.print(f"{result['task']} {result['type']}: {_in_short(result)}", highlight=False)
 
-        checks = len(arguments.mesh) + 3 + len(arguments.sweeps) * len(arguments.sweep_mesh)
+        checks = len(arguments.mesh) + 3 + 3 * len(arguments.sweep_mesh)
         limit = arguments.seconds * checks
         run_jobs(todo, arguments.jobs, limit, int(arguments.memory * GIB), started, done)
 

@@ -33,7 +33,8 @@ def run_sweeps(
 ) -> Found:
     """Asks every question, and returns what came of each.
 
-    `subject` is the type's; `seconds` limits the ranks of a mesh, and each simulated call.
+    `subject` is the type's; `seconds` limits each simulated call, and all that is asked of the ranks of a mesh takes
+    no more than twice as long.
     """
     model = build(task, class_name, subject.dtype, GAIN)
     found: Found = {sweep: {} for sweep in sweeps}
@@ -50,7 +51,7 @@ def run_sweeps(
         for name, entry in _simulate(model, mesh, simulated, seconds).items():
             found["calls"][name][f"simulate {mesh_name(mesh)}"] = entry
         if model.can_generate():
-            for (sweep, name), entry in _over_ranks(model, mesh, asked, seconds).items():
+            for (sweep, name), entry in _over_ranks(model, mesh, asked, 2 * seconds).items():
                 found[sweep][name][mesh_name(mesh)] = _as_simulated(entry, found[sweep][name], mesh)
     return found
 
