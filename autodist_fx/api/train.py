@@ -38,6 +38,7 @@ def train(
     max_grad_norm: float | None = None,
     zero_stage: int = 0,
     master_weights: bool = True,
+    recompute: str = "none",
     seed: int = 0,
     simulate: bool = False,
     dtype: torch.dtype | str | None = None,
@@ -78,6 +79,8 @@ def train(
         that part, and gets the rest from the others, as DeepSpeed's ZeRO stage 1 does; 0: each keeps all.
     master_weights: parameters in bfloat16 or float16 are stepped as float32 copies, which they are rounded from after
         each step, and their gradients are added up in float32; False: both in their own dtype, as in one process.
+    recompute: "layers": what the backward pass needs of a layer (an element of the outermost nn.ModuleList) is computed
+        again when it comes there, from the layer's inputs, which alone are kept; "none": all that it needs is kept.
     seed: of the random numbers that training mode draws (dropout): with the step and a row's place in the batch it
         decides them, on any mesh and for any number of microbatches alike. torch's own generators are left alone.
     simulate: run all ranks in this process, a thread each; else this process is one of the ranks (torchrun).
@@ -96,7 +99,7 @@ def train(
             stages_per_rank=stages_per_rank,
             optimizer=optimizer or functools.partial(torch.optim.AdamW, lr=_LEARNING_RATE, fused=True),
             lr_scheduler=lr_scheduler, max_grad_norm=max_grad_norm, seed=seed,
-            zero_stage=zero_stage, master_weights=master_weights,
+            zero_stage=zero_stage, master_weights=master_weights, recompute=recompute,
         )  # fmt: skip
         wanted = PlanOptions.from_keywords(
             tp=tp, pp=options.stages, hardware=hardware, objective=objective, pin=pin, cuts=cuts,

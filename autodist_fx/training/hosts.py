@@ -16,6 +16,7 @@ from autodist_fx.compiler.variant import Variant
 from autodist_fx.runtime.comm.agreement import Facts
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.runtime.generation.collective_call import CollectiveCalls
+from autodist_fx.runtime.training.autograd.recompute import NONE, collectives_of
 from autodist_fx.runtime.training.optimizer import OptimizerFactory, SchedulerFactory
 from autodist_fx.runtime.training.rank_trainer import RankTrainer, StepTotals
 from autodist_fx.runtime.training.replica_communicator import TrainingCommunicator
@@ -46,6 +47,7 @@ class ShareOptions:
     max_grad_norm: float | None
     zero_stage: int
     master_weights: bool
+    recompute: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class RankShare:
                 self.trainer = RankTrainer(
                     options.mesh, self._rank, self._loaded[id(variant)], _names(options.model), options.optimizer,
                     options.scheduler, options.max_grad_norm, options.zero_stage, options.master_weights,
+                    options.recompute,
                 )  # fmt: skip
         return self._loaded[id(variant)]
 
@@ -180,6 +183,7 @@ class ProcessHost:
         self.ranks: tuple[int, ...] = (joined.rank,)
         self.open_weights = options.open_weights
         self._share = RankShare(joined.rank, joined.device, options)
+        self._recomputes = options.recompute != NONE
         self._calls = CollectiveCalls(joined.communicator, joined.mesh, joined.rank, joined.device)
 
     def call(self, name: str, arguments: Mapping[str, Any], work: Callable[[], T]) -> T:
@@ -195,6 +199,8 @@ class ProcessHost:
             facts: dict[str, str] = {}
             for program in programs.values():
                 facts |= shared_weight_facts(variant.plan, program)
+                if self._recomputes:
+                    facts[f"collectives of stage {program.stage}'s layers"] = collectives_of(program.graph_module)
             return None, facts
 
         self._joined.together(load)

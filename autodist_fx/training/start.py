@@ -16,6 +16,7 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.join_options import JoinOptions
 from autodist_fx.runtime.comm.process_group import fail_to_join, join
 from autodist_fx.runtime.default_hardware import default_hardware
+from autodist_fx.runtime.training.autograd.recompute import NONE, RECOMPUTE
 from autodist_fx.runtime.training.optimizer import OptimizerFactory, SchedulerFactory
 from autodist_fx.runtime.training.schedules import make_schedule
 from autodist_fx.startup.facts import model_facts, request_facts
@@ -51,6 +52,7 @@ class TrainOptions:
     seed: int = 0
     zero_stage: int = 0
     master_weights: bool = True
+    recompute: str = NONE
 
     def __post_init__(self) -> None:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -62,6 +64,9 @@ class TrainOptions:
                 f"zero_stage is {self.zero_stage!r}: give 1, and the replicas hold optimizer states once between them, "
                 "or 0; gradients and weights each of them holds whole"
             )
+        if self.recompute not in RECOMPUTE:
+            way_out = "; ".join(f"{name!r}, to {what}" for name, what in RECOMPUTE.items())
+            raise AutodistError(f"recompute is {self.recompute!r}: give {way_out}")
         if not callable(self.optimizer):
             raise AutodistError(
                 f"optimizer is a {type(self.optimizer).__name__}: give a function from parameters to an optimizer, "
@@ -83,6 +88,7 @@ class TrainOptions:
             "seed": self.seed,
             "zero_stage": self.zero_stage,
             "master_weights": self.master_weights,
+            "recompute": self.recompute,
             "optimizer": _factory_text(self.optimizer),
             "lr_scheduler": "" if self.lr_scheduler is None else _factory_text(self.lr_scheduler),
         }
@@ -163,7 +169,7 @@ def _refuse_hooks(model: PreTrainedModel) -> None:
 def _share(origin: Origin, mesh: Mesh, options: TrainOptions) -> ShareOptions:
     return ShareOptions(
         mesh, origin.model, origin.open_weights, options.optimizer, options.lr_scheduler, options.max_grad_norm,
-        options.zero_stage, options.master_weights,
+        options.zero_stage, options.master_weights, options.recompute,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from autodist_fx.runtime.comm.channels import Channel
-from autodist_fx.runtime.training.split_backward import WeightGradients, backward_inputs
+from autodist_fx.runtime.training.autograd.split_backward import WeightGradients, backward_inputs
 from passes.ops.comm import Communicator, Tape
 
 

@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.fx
 from torch import nn
 
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import over
 from autodist_fx.runtime.comm.channels import Channel
+from autodist_fx.runtime.training.autograd.recompute import NONE, with_recomputed_layers
 from autodist_fx.runtime.training.flat_weights import FlatWeights, Range
 from autodist_fx.runtime.training.gradient_buckets import GradientBuckets, buckets
 from autodist_fx.runtime.training.gradient_sums import Gradients, pay_sums_of
@@ -46,9 +48,10 @@ class StepTotals:
 class RankTrainer:
     """Rank `rank` of `mesh`, with the programs of the stages that it has, weights loaded; these are stepped in place.
 
-    `names`: the model's name of each parameter, by any name that it has there. `max_grad_norm` None: gradients are not
-    clipped. `zero_stage` 1: optimizer states are held once over the replicas. `master_weights`: parameters of 16 bits
-    are stepped in float32, in which their gradients are added up, too. Raises what making the optimizer raises.
+    `names`: the model's name of each parameter, by any name that it has there. `max_grad_norm` None: gradients are
+    not clipped. `zero_stage` 1: optimizer states are held once over the replicas. `master_weights`: parameters of
+    16 bits are stepped in float32, in which their gradients are added up, too. `recompute`: a key of RECOMPUTE.
+    Raises what making the optimizer raises.
     """
 
     def __init__(
@@ -62,10 +65,12 @@ class RankTrainer:
         max_grad_norm: float | None = None,
         zero_stage: int = 0,
         master_weights: bool = True,
+        recompute: str = NONE,
     ) -> None:
         self.mesh, self.rank, self.programs = mesh, rank, dict(programs)
         self._names, self._max_grad_norm = names, max_grad_norm
         self.zero_stage = zero_stage if mesh.dp > 1 else 0  # one replica holds everything, however it is asked
+        self._recompute, self._graphs = recompute, dict[int, tuple[RankProgram, torch.fx.GraphModule]]()
         self._order: tuple[object, Sequence[Sequence[Step]], object] | None = None
         self._places = {stage: counted_places(program) for stage, program in self.programs.items()}
         self._dtype_of = _float32_for_16_bits if master_weights else _own_dtype
@@ -171,8 +176,16 @@ class RankTrainer:
         for stage, program in self.programs.items():
             self._gradients[stage].begin()
             own = ReplicaCommunicator(communicator, self.rank, program.rank, owner, letters, posted)
-            passes[stage] = StagePasses(stage, own, communicator, self._gradients[stage])
+            passes[stage] = StagePasses(stage, own, communicator, self._gradients[stage], self._graph_of)
         return passes
+
+    def _graph_of(self, program: RankProgram) -> torch.fx.GraphModule:
+        """Return the graph that a program is run by, made at its first run."""
+        if self._recompute == NONE:
+            return program.graph_module
+        if id(program) not in self._graphs:
+            self._graphs[id(program)] = program, with_recomputed_layers(program.graph_module)
+        return self._graphs[id(program)][1]
 
     def _check_alike(self, microbatch: Microbatch) -> None:
         """Raise AutodistError for programs of a microbatch that owe other sums than the first ones, or hold other

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx
 from torch import nn
 
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.table_checks import lookups_checked
+from autodist_fx.runtime.training.autograd.split_backward import WeightGradients
 from autodist_fx.runtime.training.backward import go_back, go_back_to_inputs
 from autodist_fx.runtime.training.gradient_buckets import GradientBuckets
 from autodist_fx.runtime.training.replica_communicator import ReplicaCommunicator, TrainingCommunicator
-from autodist_fx.runtime.training.split_backward import WeightGradients
 from cost_model.plan.data import Hop
 from passes.ops.comm import Tape, using
 from passes.program.rank_program import RankProgram
@@ -50,7 +51,8 @@ class _Pass:
 
 
 class StagePasses:
-    """One stage in one step. `loss` is the sum of what its microbatches gave; 0 where it gives none."""
+    """One stage in one step. `graph_of` gives the graph that a program is run by. `loss` is the sum of what its
+    microbatches gave; 0 where it gives none."""
 
     def __init__(
         self,
@@ -58,9 +60,10 @@ class StagePasses:
         communicator: ReplicaCommunicator,
         replicas: TrainingCommunicator,
         gradients: GradientBuckets,
+        graph_of: Callable[[RankProgram], torch.fx.GraphModule],
     ) -> None:
         self._stage, self._communicator, self._replicas = stage, communicator, replicas
-        self._gradients = gradients
+        self._gradients, self._graph_of = gradients, graph_of
         self._passes: dict[int, _Pass] = {}
         self._left: dict[int, tuple[Sequence[nn.Parameter], WeightGradients]] = {}
         self.loss = 0.0
@@ -72,7 +75,7 @@ class StagePasses:
         inputs = microbatch.inputs_of(self._stage)
         graph = program.graph_module
         with lookups_checked(graph, inputs), using(self._communicator, tape), torch.enable_grad():
-            loss = graph(**inputs).get(LOSS)
+            loss = self._graph_of(program)(**inputs).get(LOSS)
         if loss is not None and loss.numel() != 1:
             raise AutodistError(f"the loss has {loss.numel()} elements: a model is trained by one number")
         if loss is not None and not loss.requires_grad:

@@ -30,14 +30,14 @@ def compiled():
     return made, batch
 
 
-def kept(compiled, batch, schedule: Schedule) -> list[list[int]]:
+def kept(compiled, batch, schedule: Schedule, recompute: str) -> list[list[int]]:
     """The bytes that each rank has before each of its actions but the first, and at the end."""
     world = ThreadWorld(Mesh(1, STAGES))
     posts = Posts(world)
 
     def work(rank: int, communicator: ThreadCommunicator) -> list[int]:
         own = {rank: compiled.main.programs[rank]}
-        trainer = RankTrainer(world.mesh, rank, own, compiled.source.trained_parameters(), adamw)
+        trainer = RankTrainer(world.mesh, rank, own, compiled.source.trained_parameters(), adamw, recompute=recompute)
         found: list[int] = []
         with LiveBytes() as live:
             keeps = KeepsSends(posts, communicator, lambda _: found.append(live.now), live.of_others)
@@ -47,13 +47,15 @@ def kept(compiled, batch, schedule: Schedule) -> list[list[int]]:
     return world.run(work)
 
 
-@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
-def test_ranks_keep_what_the_timeline_says(compiled, name: str) -> None:
+@pytest.mark.parametrize(("name", "recompute"), [("gpipe", "none"), ("1f1b", "none"), ("1f1b", "layers")])
+def test_ranks_keep_what_the_timeline_says(compiled, name: str, recompute: str) -> None:
     made, batch = compiled
     message = batch["input_ids"].numel() * made.config.hidden_size * torch.float32.itemsize
-    one = [own[0] for own in kept(made, batch, make_schedule("gpipe", STAGES, 1))]  # behind the forward pass
+    one = [own[0] for own in kept(made, batch, make_schedule("gpipe", STAGES, 1), recompute)]  # behind the forward pass
     schedule = make_schedule(name, STAGES, 6)
     timeline = simulate(schedule, [StageCosts(1, 1, 1, activation_bytes=nbytes) for nbytes in one], chain(STAGES))
-    for rank, own in enumerate(kept(made, batch, schedule)):
+    for rank, own in enumerate(kept(made, batch, schedule, recompute)):
         more = max(own[:-1]) - timeline.rank_activation_bytes[rank]
         assert more in (0, message), (rank, own)  # the gradient that the last action sent
+    if recompute == "layers":
+        assert one[1] < 4 * message, one  # the middle stage has one layer: its input, masks, rotary tables

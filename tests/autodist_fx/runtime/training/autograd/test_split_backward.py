@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd import Function
 
-from autodist_fx.runtime.training.split_backward import backward_inputs
+from autodist_fx.runtime.training.autograd.split_backward import backward_inputs
 
 
 class Counted(Function):
