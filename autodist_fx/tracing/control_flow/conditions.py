@@ -142,21 +142,25 @@ def _as_length(proxy: Proxy) -> Any:
 def _length_of(node: Node, tracer: Any) -> Any:
     """Return a number (or a proxy of one) that is always what the node holds; None where there is none to be found."""
     name = getattr(node.target, "__name__", node.target)
+    if type(tracer.examples_of.get(node)) is int:
+        return _number(node, tracer)
     if name in ("add", "sub", "mul") and len(node.args) == 2:
         parts = [_length_of(a, tracer) if isinstance(a, Node) else a for a in node.args]
         known = all(type(p) is int or isinstance(p, Proxy) for p in parts)
         return getattr(operator, str(name))(*parts) if known else None
     if name == "tensor" and len(node.args) == 1:
         return _number(node.args[0], tracer)
-    if name != "getitem" or node.args[1] != -1 or not isinstance(node.args[0], Node):
+    if name != "getitem" or node.args[1] not in (0, -1) or not isinstance(node.args[0], Node):
         return None
-    positions = node.args[0]
+    positions, first = node.args[0], node.args[1] == 0
     if positions.op == "placeholder" and positions.target == "cache_position":
-        return _tokens_so_far(tracer)
+        return None if first else _tokens_so_far(tracer)
     if getattr(positions.target, "__name__", "") != "arange":
         return None
     bounds = [_number(a, tracer) for a in positions.args]
-    return bounds[-1] - 1 if len(bounds) in (1, 2) else None
+    if len(bounds) not in (1, 2):
+        return None
+    return [0, *bounds][-2] if first else bounds[-1] - 1
 
 
 def _tokens_so_far(tracer: Any) -> Any:
