@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from autodist_fx.api.train import train
     from autodist_fx.errors import AutodistError
     from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+    from autodist_fx.trainer.trainer import EngineTrainer, Trainer
     from autodist_fx.training.engine import Engine, Resumed, StepResult
     from cost_model.partition_plan import PartitionPlan
     from cost_model.search.mesh_choice import MeshChoice
@@ -26,10 +27,12 @@ __all__ = [
     "CompiledModel",
     "DistributedCausalLM",
     "Engine",
+    "EngineTrainer",
     "MeshChoice",
     "PartitionPlan",
     "Resumed",
     "StepResult",
+    "Trainer",
     "choose_mesh",
     "compile",
     "from_pretrained",
@@ -44,10 +47,12 @@ _HOMES = {
     "CompiledModel": "autodist_fx.api.compiled_model",
     "DistributedCausalLM": "autodist_fx.runtime.generation.causal_lm",
     "Engine": "autodist_fx.training.engine",
+    "EngineTrainer": "autodist_fx.trainer.trainer",
     "MeshChoice": "cost_model.search.mesh_choice",
     "PartitionPlan": "cost_model.partition_plan",
     "Resumed": "autodist_fx.training.engine",
     "StepResult": "autodist_fx.training.engine",
+    "Trainer": "autodist_fx.trainer.trainer",
     "choose_mesh": "autodist_fx.api.choose_mesh",
     "compile": "autodist_fx.api.compile",
     "from_pretrained": "autodist_fx.api.from_pretrained",

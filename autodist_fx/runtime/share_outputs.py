@@ -22,20 +22,20 @@ def share_outputs(
     """Return the flat outputs of all stages, on all ranks; called on all, each with its own: tensors, on `device`, or
     what JSON has. Of an output that several stages give, the first one's.
 
-    The ranks of one tp group have the same, so each sends to its namesakes alone, and all links carry as much. Raises
-    CommunicationError where what arrives is no list of outputs.
+    The ranks of one tp group, and replicas, have the same, so each sends to its namesakes alone, and all links carry as
+    much. Raises CommunicationError where what arrives is no list of outputs.
     """
-    stage, tp_rank = mesh.coordinates(rank)
+    (stage, tp_rank), dp_rank = mesh.coordinates(rank), mesh.dp_rank(rank)
     found: dict[str, Any] = {}
     for source in range(mesh.pp):
         if source == stage:
             mine = {name: value for name, value in outputs.items() if name not in found}
             for other in range(mesh.pp):
                 if other != stage:
-                    _send(communicator, mine, mesh.rank(other, tp_rank))
+                    _send(communicator, mine, mesh.rank(other, tp_rank, dp_rank))
             found.update(mine)
         else:
-            found.update(_receive(communicator, mesh.rank(source, tp_rank), device))
+            found.update(_receive(communicator, mesh.rank(source, tp_rank, dp_rank), device))
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from autodist_fx.artifact.manifest import library_versions
+from autodist_fx.calls.outputs import CallOutput, returned
 from autodist_fx.compiler.torch_state import refuse_ambient
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
@@ -76,6 +77,7 @@ class Engine:
         self._taken: list[Variant] = []
         self._proven: set[tuple[int, ...]] = set()  # ids of the variants of a replica's microbatches
         self._steps = 0
+        self._evaluation: TrainingPrograms | None = None
         self._saved: SavedRun | None = None  # to go on from, when the model is split
         self._writing: BackgroundWrite | None = None
 
@@ -109,6 +111,15 @@ class Engine:
         microbatches, and for a loss or gradient that is not finite. No parameter has changed then.
         """
         return self._host.call("step", {"batch": batch}, lambda: self._step(batches_of(batch)))
+
+    def evaluate(self, batch: Batch) -> CallOutput | tuple[Any, ...]:
+        """Return what the model in evaluation mode returns for a batch: its loss (of this batch), logits and the rest,
+        whole, on all ranks; a tuple with return_dict=False. Nothing changes. Each replica runs the whole batch.
+
+        Raises AutodistError: for inputs that the model does not take, and before the first step for a batch without
+        labels, since the model is split for training first.
+        """
+        return self._host.call("evaluate", {"batch": batch}, lambda: self._evaluate(batch))
 
     def gather(self) -> TrainingState:
         """Return the whole model's parameters, but those that nothing of the loss is computed from, and optimizer
@@ -159,6 +170,10 @@ class Engine:
                 return None, {}
 
             self._host.call("wait_for_save", {}, lambda: self._host.together(ended, None))
+
+    def meet(self) -> None:
+        """Return when all ranks have called this."""
+        self._host.call("meet", {}, lambda: None)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model as transformers writes its models, for from_pretrained: config, safetensors and their index,
@@ -247,6 +262,20 @@ class Engine:
         self._steps += 1
         return StepResult(self._steps, totals.loss, totals.grad_norm)
 
+    @torch.no_grad()
+    def _evaluate(self, batch: Batch) -> CallOutput | tuple[Any, ...]:
+        refuse_ambient("an evaluation")
+        schedule = self.schedule()
+        if not self._taken:
+            self._variant_for(self._programs.read(batch), schedule)
+        self._restore()
+        if self._evaluation is None:
+            self._evaluation = self._programs.for_evaluation()
+        read = self._evaluation.read(batch)
+        variant = self._variant_for(read, schedule, self._evaluation)
+        outputs = self._host.forward(schedule, Part(read.call.tensors, variant))
+        return returned(read.call, outputs, variant.output_order)
+
     def _prove(self, schedule: Schedule, replicas: Sequence[Sequence[Variant]]) -> None:
         """Prove, before the first step whose microbatches these variants run, that no rank waits for ever."""
         new = {tuple(map(id, own)): own for own in replicas if tuple(map(id, own)) not in self._proven}
@@ -257,19 +286,23 @@ class Engine:
             )
             self._proven.update(new)
 
-    def _variant_for(self, batch: ReadBatch, schedule: Schedule) -> Variant:
-        """Return the variant for a microbatch; where it is new, made, proven and loaded by all ranks together."""
-        if self._programs.is_known(batch):
-            variant = self._programs.variant_for(batch)
+    def _variant_for(
+        self, batch: ReadBatch, schedule: Schedule, programs: TrainingPrograms | None = None
+    ) -> Variant:
+        """Return the variant for a microbatch; where it is new, made, proven and loaded by all ranks together.
+        `programs`: those that train by default."""
+        programs = self._programs if programs is None else programs
+        if programs.is_known(batch):
+            variant = programs.variant_for(batch)
             if any(variant is known for known in self._taken):
                 return variant
 
         def made() -> tuple[Variant, dict[str, str]]:
             with torch.random.fork_rng(devices=()):  # whatever a trace draws
-                variant = self._programs.variant_for(batch)
+                variant = programs.variant_for(batch)
             return variant, {"the plan": digest(plan_to_text(variant.plan))}
 
-        variant = self._host.together(made, self._programs.verify if self._verify else None)
-        self._host.take(self._programs.compiled, variant, schedule.stages_of)
+        variant = self._host.together(made, programs.verify if self._verify else None)
+        self._host.take(programs.compiled, variant, schedule.stages_of)
         self._taken.append(variant)
         return variant

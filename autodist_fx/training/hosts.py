@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.variant import Variant
+from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import Facts
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.runtime.generation.collective_call import CollectiveCalls
@@ -23,6 +24,7 @@ from autodist_fx.runtime.training.replica_communicator import TrainingCommunicat
 from autodist_fx.runtime.training.stage import Microbatch
 from autodist_fx.simulation.thread_communicator import ThreadWorld
 from autodist_fx.startup.facts import shared_weight_facts
+from autodist_fx.training.forward import run_forward
 from autodist_fx.weights.load_program import load_program
 from autodist_fx.weights.share import share_weights
 from autodist_fx.weights.sources.source import WeightSource
@@ -68,7 +70,10 @@ class RankShare:
         self.trainer: RankTrainer | None = None
 
     def take(self, compiled: Compilation, variant: Variant, stages: Sequence[int]) -> dict[int, RankProgram]:
-        """Return this rank's programs of a variant, loaded, by stage; made at first use."""
+        """Return this rank's programs of a variant, loaded, by stage; made at first use, of a variant that trains.
+
+        Raises AutodistError for one that does not train, and reads weights that this rank has none of.
+        """
         if id(variant) not in self._loaded:
             self._keep.append(variant)
             self._loaded[id(variant)] = {s: self._load(compiled, variant, s) for s in stages}
@@ -80,6 +85,11 @@ class RankShare:
                     options.recompute,
                 )  # fmt: skip
         return self._loaded[id(variant)]
+
+    def forward(self, communicator: TrainingCommunicator, schedule: Schedule, part: Part) -> dict[str, Any]:
+        """Return what the programs of a variant give, of all stages, on all ranks."""
+        given = communicator, self._options.mesh, self._rank, schedule, self.microbatch(part), self._device
+        return run_forward(*given)
 
     def microbatch(self, part: Part) -> Microbatch:
         """Return a part of this rank's replica, to be run by programs that were taken."""
@@ -94,6 +104,12 @@ class RankShare:
         left = program
         if self.trainer is not None:
             left = share_weights(self.trainer.programs[stage], program)
+            lost = next((shard.source for shard in left.param_shards.values() if not shard.is_buffer), None)
+            if lost is not None and not variant.trains:
+                raise AutodistError(
+                    f"the graph that evaluates has {lost} otherwise on its ranks than the one that trains: pin the "
+                    "roles of its linears"
+                )
         if left.param_shards:
             buffers = compiled.buffers | dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))
             source = self._options.open_weights()
@@ -103,7 +119,7 @@ class RankShare:
                 )
             finally:
                 source.close()
-        program.graph_module.train(self._options.model.training)
+        program.graph_module.train(variant.trains)
         return program
 
 
@@ -138,6 +154,9 @@ class Host(Protocol):
     def step(self, schedule: Schedule, parts: Sequence[Sequence[Part]]) -> StepTotals:
         """Run one step; `parts[d]` are the microbatches of replica d."""
 
+    def forward(self, schedule: Schedule, part: Part) -> dict[str, Any]:
+        """Return the flat outputs of a part, which each replica runs."""
+
     def each(self, work: Work[T]) -> list[T]:
         """Return what `work` gives on each rank that is in this process; all ranks run it."""
 
@@ -170,6 +189,9 @@ class SimulatedHost:
             return trainer.step(communicator, schedule, mine)
 
         return self.each(work)[0]
+
+    def forward(self, schedule: Schedule, part: Part) -> dict[str, Any]:
+        return self.each(lambda trainer, comm: self._shares[trainer.rank].forward(comm, schedule, part))[0]
 
     def each(self, work: Work[T]) -> list[T]:
         return ThreadWorld(self.mesh).run(lambda rank, communicator: work(_trainer(self._shares[rank]), communicator))
@@ -211,6 +233,9 @@ class ProcessHost:
             return trainer.step(communicator, schedule, mine)
 
         return self.each(work)[0]
+
+    def forward(self, schedule: Schedule, part: Part) -> dict[str, Any]:
+        return self._share.forward(self._joined.communicator, schedule, part)
 
     def each(self, work: Work[T]) -> list[T]:
         return [work(_trainer(self._share), self._joined.communicator)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,16 +41,17 @@ class ReadBatch:
 class TrainingPrograms:
     """Compiles a model for the inputs that it is trained with; `model`, on meta and in training mode, says how.
 
-    The first inputs decide the plan; later ones that need a graph of their own get one whose weights lie alike.
+    The first inputs decide the plan; later ones that need a graph of their own get one whose weights lie alike. Of a
+    model in evaluation mode the programs evaluate: they give all outputs, and their losses are whole.
     """
 
     def __init__(
         self, model: PreTrainedModel, request: PlanRequest, plan: PartitionPlan | None, options: CompileOptions
     ) -> None:
         _refuse_statistics(model)
-        self.model = model
+        self.model, trains = model, model.training
         self._request, self._plan = request, plan
-        self._options = replace(options, train=True, in_parts=True, use_cache=False, verify=False)
+        self._options = replace(options, train=trains, in_parts=trains, use_cache=False, verify=False)
         self._signature, self._facts = signature_of(model), input_facts(model)
         self._compiled: Compilation | None = None
 
@@ -80,11 +82,16 @@ class TrainingPrograms:
             source = TracingSource(self.model, request, options, self._plan, batch.specs)
             self._compiled = Compilation(source, options)
         variant = self._compiled.variant_for(batch.call, 0)
-        if LOSS not in variant.output_order:
+        if self.model.training and LOSS not in variant.output_order:
             raise AutodistError(
                 f"{variant.traced.model_class} returned no loss: give what it computes one from (labels=...)"
             )
         return variant
+
+    def for_evaluation(self) -> TrainingPrograms:
+        """Return the programs that evaluate the same model, whose weights lie as these have them."""
+        request = replace(self._request, like=self.compiled.plan)
+        return TrainingPrograms(copy.deepcopy(self.model).eval(), request, None, self._options)
 
     def is_known(self, batch: ReadBatch) -> bool:
         """Return whether there is a variant for a microbatch already."""

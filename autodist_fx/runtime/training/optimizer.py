@@ -20,8 +20,11 @@ SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 MASTER = "master_weight"  # the key of float32 weights beside the optimizer's own
 
-# torch's optimizers whose step of an element depends on others of its tensor: on a slice they would do something else.
-_NOT_BY_ELEMENT = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
+# Optimizers, torch's and of others, whose step of an element depends on others of its tensor: on a slice they would do
+# something else.
+_NOT_BY_ELEMENT = (
+    "Adafactor", "AdaLomo", "LAMB", "LARS", "LBFGS", "Lamb", "Lars", "Muon", "Shampoo", "SOAP", "SparseAdam",
+)  # fmt: skip
 
 
 # Options of a group of parameters that say how it is stepped, and not what comes of it.
@@ -95,8 +98,7 @@ class ShardOptimizer:
                 f"optimizer gave a {type(made).__name__}: give a function from parameters to a torch.optim.Optimizer, "
                 "such as functools.partial(torch.optim.AdamW, lr=1e-4)"
             )
-        kinds = [kind.__name__ for kind in type(made).__mro__ if kind.__module__.startswith("torch.optim")]
-        if any(name in _NOT_BY_ELEMENT for name in kinds):
+        if any(kind.__name__ in _NOT_BY_ELEMENT for kind in type(made).__mro__):
             raise AutodistError(
                 f"{type(made).__name__} steps whole tensors, and a rank has slices of them: use one that steps each "
                 "element by itself (AdamW, SGD, ...)"

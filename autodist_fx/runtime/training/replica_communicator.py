@@ -67,7 +67,8 @@ def runs_on(mesh: Mesh, stage_ranks: Sequence[int], dp_rank: int) -> Callable[[i
 class ReplicaCommunicator:
     """The Communicator of the program of `program_rank`, over `communicator`, which is rank `rank`'s.
 
-    `letters` and `posted`, which has the receives from other ranks, are shared by the programs of one rank.
+    `letters` and `posted`, which has the receives from other ranks, are shared by the programs of one rank; without
+    `posted` a receive is posted when it is waited for.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class ReplicaCommunicator:
         program_rank: int,
         global_rank: Callable[[int], int],
         letters: Letters,
-        posted: Posted,
+        posted: Posted | None,
     ) -> None:
         self._communicator, self._rank, self._program_rank = communicator, rank, program_rank
         self._posted = posted
@@ -96,6 +97,8 @@ class ReplicaCommunicator:
     def recv(self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int) -> torch.Tensor:
         other = self._global_rank(source)
         if other != self._rank:
+            if self._posted is None:
+                return self._communicator.recv(shape, dtype, device, other, channel)
             return self._posted.take(shape, other, channel)
         letters = self._letters.get((source, self._program_rank, channel))
         if not letters:
