@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -24,10 +25,15 @@ import numpy.typing as npt
 Table = npt.NDArray[np.float64]
 TIE = 1e-12  # relative: below this, a difference is rounding
 MOST_ENTRIES = 2**24  # of one table: 128 MiB
+MOST_ENTRIES_OF_SOME = 2**20  # where variables may be given up: each that is starts the elimination anew
 
 
 class TooWideError(Exception):
-    """So many variables hang together that a table of their combinations would not fit."""
+    """So many variables hang together that a table of their combinations would not fit: those of `variables`."""
+
+    def __init__(self, variable: str, scope: Sequence[str]) -> None:
+        super().__init__(f"{variable} hangs together with {len(scope)} others")
+        self.variables = (variable, *scope)
 
 
 @dataclass(slots=True)
@@ -49,11 +55,31 @@ class Elimination:
     minimum.
 
     `unary[v]` has shape [choices of v], `pairs[u, v]` [choices of u, choices of v]; infinities forbid a combination.
-    Raises ValueError when no assignment is feasible, TooWideError where a table would have over 2**24 entries.
+    Raises ValueError when no assignment is feasible, TooWideError where a table would have over 2**24 entries. Not so
+    for variables in `to_fall_back_on`, each with one of its choices: where tables would have over 2**20 entries, those
+    of these that tie most others together are given that choice, `given_up` says which, and the minimum is over the
+    rest.
     """
 
-    def __init__(self, unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table]) -> None:
-        self._cliques = _eliminate(unary, pairs)
+    def __init__(
+        self,
+        unary: Mapping[str, Table],
+        pairs: Mapping[tuple[str, str], Table],
+        to_fall_back_on: Mapping[str, int] | None = None,
+    ) -> None:
+        self.given_up: dict[str, int] = {}
+        while True:
+            try:
+                most = MOST_ENTRIES if to_fall_back_on is None else MOST_ENTRIES_OF_SOME
+                self._cliques = _eliminate(*_with_choices(unary, pairs, self.given_up), most)
+                break
+            except TooWideError as error:
+                free = [v for v in error.variables if v in (to_fall_back_on or {}) and v not in self.given_up]
+                if to_fall_back_on is None or not free:
+                    raise
+                degrees = Counter(v for pair in pairs for v in pair)
+                widest = max(free, key=degrees.__getitem__)
+                self.given_up[widest] = to_fall_back_on[widest]
         self.cost = sum(float(c.reduced) for c in self._cliques.values() if not c.scope)
         if not np.isfinite(self.cost):
             raise ValueError("no combination of strategies is feasible")
@@ -142,7 +168,31 @@ class Elimination:
             self._beliefs[name] = clique.joint + outside[..., None]
 
 
-def _eliminate(unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table]) -> dict[str, _Clique]:
+def _with_choices(
+    unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table], given: Mapping[str, int]
+) -> tuple[Mapping[str, Table], Mapping[tuple[str, str], Table]]:
+    """Returns the tables in which each variable of `given` has that choice, and ties no others together."""
+    if not given:
+        return unary, pairs
+    alone = dict(unary)
+    for v, k in given.items():
+        alone[v] = np.where(np.arange(len(unary[v])) == k, unary[v], np.inf)
+    left: dict[tuple[str, str], Table] = {}
+    for (u, v), table in pairs.items():
+        if u in given and v in given:
+            alone[v] = alone[v] + table[given[u], given[v]]
+        elif u in given:
+            alone[v] = alone[v] + table[given[u]]
+        elif v in given:
+            alone[u] = alone[u] + table[:, given[v]]
+        else:
+            left[u, v] = table
+    return alone, left
+
+
+def _eliminate(
+    unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table], most_entries: int
+) -> dict[str, _Clique]:
     """Eliminates all variables; returns the cliques by variable, in the order of elimination."""
     interaction: nx.Graph[str] = nx.Graph()
     interaction.add_nodes_from(unary)
@@ -169,8 +219,8 @@ def _eliminate(unary: Mapping[str, Table], pairs: Mapping[tuple[str, str], Table
                 heapq.heappush(heap, (now, number[v], v))
             continue
         scope = tuple(sorted(interaction.neighbors(v), key=number.__getitem__))
-        if math.prod(choices[name] for name in (*scope, v)) > MOST_ENTRIES:
-            raise TooWideError(f"{v} hangs together with {len(scope)} others")
+        if math.prod(choices[name] for name in (*scope, v)) > most_entries:
+            raise TooWideError(v, scope)
         axes = {name: axis for axis, name in enumerate((*scope, v))}
         joint: Table = unary[v].reshape((1,) * len(scope) + (-1,))
         for names, table in factors[v]:

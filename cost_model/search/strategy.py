@@ -26,6 +26,18 @@ class Strategy:
     gather: tuple[bool, ...]
 
 
+def form(strategy: Strategy) -> tuple[object, ...]:
+    """Returns a key under which strategies are equal if they differ only in the rank that owns tensors."""
+    kinds = tuple(p.kind if p.is_owned else p for p in (*strategy.inputs, *strategy.outputs))
+    return strategy.factor, kinds, strategy.gather
+
+
+def whole_strategy(strategies: Sequence[Strategy]) -> int | None:
+    """Returns the index of the strategy whose inputs and outputs are all whole; None without any."""
+    whole = (k for k, s in enumerate(strategies) if all(p.is_replicate for p in (*s.inputs, *s.outputs)))
+    return next(whole, None)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorParallelResult:
     """The chosen strategy of every op, and the optimum's cost in seconds (price of memory included).

@@ -32,7 +32,7 @@ from cost_model.layouts.layout_table import LayoutTable
 from cost_model.layouts.routing import deciding_ops
 from cost_model.rules.table import RuleTable
 from cost_model.search.elimination import Elimination, Table, TooWideError
-from cost_model.search.strategy import INFEASIBLE, Strategy, TensorParallelResult
+from cost_model.search.strategy import INFEASIBLE, Strategy, TensorParallelResult, form, whole_strategy
 
 # Breaks ties towards whole tensors: a residual that stays a sum over ranks costs no more to move, but a later
 # all_reduce then adds up values that have grown, and loses more of a 16-bit dtype. Far below any real difference.
@@ -275,24 +275,28 @@ class TensorParallelSearch:
         """Returns the cheapest assignment. `price`: seconds per excess byte of matmul weight (see `excess_bytes`).
 
         Experts of one layer that are alike are treated alike: the same op of all of them is one variable. Where a layer
-        runs so often on the same weights that no table holds all combinations, so are its runs. Raises ValueError where
-        no assignment is possible, PlanError where the tables are too large all the same.
+        runs so often on the same weights that no table holds all combinations, so are its runs; where that is not
+        enough, ops without weights that tie most others together are kept whole on every rank, and the assignment is
+        the cheapest of those. Raises ValueError where no assignment is possible, PlanError where the tables are too
+        large all the same.
         """
-        if price not in self._solved:
+        alike = {**repeated_ops(self.graph), **self.experts.twins}
+        for twins, some_whole in ((self.experts.twins, False), (alike, False), (alike, True)):
+            if price in self._solved:
+                break
             try:
-                self._solved[price] = self._solve(price, self.experts.twins)
-            except TooWideError:
-                try:
-                    self._solved[price] = self._solve(price, {**repeated_ops(self.graph), **self.experts.twins})
-                except TooWideError as error:
+                self._solved[price] = self._solve(price, twins, some_whole)
+            except TooWideError as error:
+                if some_whole:
                     raise PlanError(
                         f"no plan for tp={self.tp}: in the search {error}, which are too many to try: use tp=1 and "
                         "more pipeline stages"
                     ) from error
         return self._solved[price]
 
-    def _solve(self, price: float, twins: Mapping[str, str]) -> TensorParallelResult:
-        """Returns the cheapest assignment in which each op of `twins` does as the op that it is mapped to."""
+    def _solve(self, price: float, twins: Mapping[str, str], some_whole: bool) -> TensorParallelResult:
+        """Returns the cheapest assignment in which each op of `twins` does as the op that it is mapped to; where that
+        is too much to search and `some_whole`, the cheapest of those in which some ops without weights are whole."""
         domains = {op.name: self.domain(op) for op in self.graph}
         costs: dict[str, Table] = {}
         outputs = set(self.graph.outputs)
@@ -301,7 +305,7 @@ class TensorParallelSearch:
         for op in sorted(self.graph, key=lambda op: op.name in twins):
             domain = domains[op.name]
             twin = twins.get(op.name, op.name)
-            if twin != op.name and list(map(_form, domain)) == list(map(_form, domains[twin])):
+            if twin != op.name and list(map(form, domain)) == list(map(form, domains[twin])):
                 variable[op.name], costs[op.name] = twin, costs[twin]
                 continue
             variable[op.name] = op.name
@@ -342,9 +346,14 @@ class TensorParallelSearch:
                     chooses, seconds = v, table.diagonal()
                 unary[chooses] = unary[chooses] + seconds
                 reading[chooses] = reading[chooses] + seconds
-        elimination = Elimination(unary, pairs)
+        known = {v: whole_strategy(domains[v]) for v in unary if some_whole and not self._reads_weights(v)}
+        whole = {v: choice for v, choice in known.items() if choice is not None}
+        elimination = Elimination(unary, pairs, whole if some_whole else None)
         strategies = {name: domains[name][elimination.choice[v]] for name, v in variable.items()}
         return TensorParallelResult(strategies, elimination.cost, domains, elimination, variable, reading, pairs)
+
+    def _reads_weights(self, name: str) -> bool:
+        return any(self.graph[n].kind == "param" for n in (name, *(ref.op for ref in self.graph[name].inputs)))
 
     def _edge_table(
         self, producers: Sequence[Strategy], consumers: Sequence[Strategy], ref: TensorRef, slot: int
@@ -367,12 +376,6 @@ def _number_table(producers: Sequence[Strategy], consumers: Sequence[Strategy]) 
     return np.array([
         [INFEASIBLE if p.factor == EXPERT != c.factor else 0.0 for c in consumers] for p in producers
     ])  # fmt: skip
-
-
-def _form(strategy: Strategy) -> tuple[object, ...]:
-    """Returns a key under which strategies are equal if they differ only in the rank that owns tensors."""
-    kinds = tuple(p.kind if p.is_owned else p for p in (*strategy.inputs, *strategy.outputs))
-    return strategy.factor, kinds, strategy.gather
 
 
 def busiest_share(siblings: Siblings, rows: float, tp: int) -> float:
