@@ -137,7 +137,10 @@ def _normalized_as_traced(traced: TracedModel, again: Trace) -> TracedModel:
             raise
         traced = again((_sizes_of(dict(examples[0].symbols)), _sizes_of(dict(examples[1].symbols))))
         examples = _examples_for(traced)
-        _normalize(traced, examples)
+        try:
+            _normalize(traced, examples)
+        except TracingError as error:
+            traced, examples = _with_remainders(again, examples, error)
     guards: Guards | None = node_meta.guards(traced.graph_module)
     lengths = [with_total({"P": 0, **example.symbols}) for example in examples]
     if guards is None or not any(guards.violated(each, remainders=False) for each in lengths):
@@ -146,6 +149,33 @@ def _normalized_as_traced(traced: TracedModel, again: Trace) -> TracedModel:
         return traced_at(traced, again, lengths[0], [guards]) or traced
     except TracingError:
         return traced
+
+
+def _with_remainders(
+    again: Trace, refused: tuple[Example, Example], error: TracingError
+) -> tuple[TracedModel, tuple[Example, Example]]:
+    """Trace and normalise once more where an op takes no multiple of the chunk sizes, at lengths that are none.
+
+    There floor and ceil differ by one at all lengths, which is right only if the graph's guards leave multiples to
+    another graph ("if any tokens are left behind the chunks"). Raises `error` where they do not, and where there are no
+    such lengths.
+    """
+    first, multiple = (example.symbols["S"] for example in refused)
+    for seq in range(multiple + 1, 2 * multiple):
+        sizes = replace(_EXAMPLES[0], seq=first), replace(_EXAMPLES[1], seq=seq)
+        traced = again(sizes)
+        functionalize(traced.graph_module)
+        with _naming_refusals(traced):
+            points, examples = bending_points(traced.graph_module, _examples(traced, *sizes))
+        if all(0 != first % p != seq % p != 0 for p in points):
+            break
+    else:
+        raise error
+    _normalize(traced, examples)
+    guards: Guards | None = node_meta.guards(traced.graph_module)
+    if guards is None or not guards.violated(with_total({"P": 0, **refused[1].symbols})):
+        raise error
+    return traced, examples
 
 
 def _usual(examples: tuple[Example, Example]) -> bool:

@@ -41,6 +41,7 @@ from autodist_fx.tracing.versions.tracer_base import AttributeProxy, SymbolicPro
 from passes.fx import node_meta
 
 _MOST_ROWS = 1024  # of a tensor that Python runs over, each of which has nodes of its own
+_DTYPES = {int: torch.int64, float: torch.float64, bool: torch.bool}  # as which torch takes these types of Python
 _TAKE_SIZES = ("full", "zeros", "ones", "empty", "arange", "clamp")
 
 _OF_SIZES = ("split", "split_with_sizes", "view", "reshape", "expand", "unfold", "narrow")
@@ -277,6 +278,8 @@ class Tracer(SymbolicTracer):
             for name, value in list(a.items()) if self.phase else ():
                 if is_container(value) and not isinstance(value, (tuple, dict)) and not isinstance(value, Proxy):
                     self.final_cache, self.final_cache_name = a.pop(name), name
+        if isinstance(a, type) and a in _DTYPES:
+            return _DTYPES[a]
         # numpy's numbers pass for Python's but are written "np.float64(0.5)", a name that no graph knows
         return super().create_arg(a.item() if isinstance(a, np.generic) else a)
 

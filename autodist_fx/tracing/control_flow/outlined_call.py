@@ -19,7 +19,7 @@ def is_outlined(*counts: Any) -> bool:
     """Return whether a loop over range(*counts) would become a node: one of a size, or one of many steps."""
     try:
         numbers = [constant(c) if isinstance(c, Proxy) else c for c in counts]
-    except TypeError:
+    except Exception:  # it follows the inputs, or what it is computed of cannot be computed at other lengths
         return True
     return all(type(n) is int for n in numbers) and len(range(*map(int, numbers))) >= _UNROLLED
 

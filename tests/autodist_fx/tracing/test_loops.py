@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import autodist_fx as adx
 from autodist_fx.tracing import trace
 from autodist_fx.tracing.control_flow.range_loops import outlined_loops
-from tests.support.graphs.loops import InPlaceScan, KeywordScan, ListScan, traced_loop
+from tests.support.graphs.loops import Chunked, InPlaceScan, KeywordScan, ListScan, traced_loop
 
 
 class UnrolledLoop(nn.Module):
@@ -90,3 +91,15 @@ def test_a_state_that_an_earlier_call_left_is_not_part_of_the_graph() -> None:
         graph_module = trace(model, input_names=["input_ids"]).graph_module
         graph_module.load_state_dict(model.state_dict(), strict=False, assign=True)
         assert torch.allclose(graph_module(input_ids=ids)["logits"], expected)
+
+
+@torch.no_grad()
+def test_a_loop_over_what_chunks_leave_takes_any_number_of_tokens() -> None:
+    """No example of the graph with the loop may be a multiple of the chunk: the loop has nothing to stack there."""
+    model = Chunked(LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                num_attention_heads=2, num_key_value_heads=2)).double().eval()  # fmt: skip
+    compiled = adx.compile(model, tp=2, input_names=("input_ids",))
+    for tokens in (13, 9, 16):
+        ids = torch.arange(2 * tokens).view(2, tokens) % 16
+        found = compiled.simulate(input_ids=ids).logits
+        assert torch.allclose(found, model(input_ids=ids, use_cache=False).logits, rtol=1e-9, atol=1e-12)
