@@ -64,7 +64,18 @@ def input_dims(name: str, config: PretrainedConfig, has_encoder: bool) -> tuple[
     if found == ("B", "E") and name == "attention_mask":
         frames = frames_demanded(config)
         found = found if frames is None else ("B", frames)
-    return None if found is None else (found, False)
+    return None if found is None else ((*found, *_ids_of_a_token(name, config)), False)
+
+
+def _ids_of_a_token(name: str, config: PretrainedConfig) -> tuple[int, ...]:
+    """Return the dim that token ids have where several stand for one: channels of sound that a decoder writes, or a
+    text's and one of each codebook; () otherwise."""
+    if name == "decoder_input_ids":
+        channels = getattr(getattr(config, "decoder_config", None), "num_channels", None)
+        return () if channels is None else (channels,)
+    if name == "input_ids" and hasattr(config, "codebook_vocab_size"):
+        return (1 + config.num_codebooks,)
+    return ()
 
 
 _CHOICES = 2  # an example of how many answers there are to choose among
@@ -98,7 +109,8 @@ def _input_features(config: PretrainedConfig) -> Dims | None:
         bins = getattr(config, attribute, None)
         if isinstance(bins, int):
             return ("B", "E", bins)
-    return None
+    bins = getattr(getattr(config, "encoder_config", None), "num_mel_bins", None)
+    return None if bins is None else ("B", "E", bins)
 
 
 def patches_demanded(config: PretrainedConfig) -> int | None:

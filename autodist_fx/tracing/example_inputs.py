@@ -70,6 +70,9 @@ class ExampleInputs:
             return self.specs[name]
         if name in IMAGE_INPUTS and self.image_shape:
             return InputSpec(("B", *self.image_shape), self.dtype)
+        frames = getattr(getattr(self.config, "vision_config", None), "num_frames", None)
+        if name == "pixel_values_videos" and self.image_shape and frames:
+            return InputSpec(("B", frames, *self.image_shape), self.dtype)
         known = input_dims(name, self.config, self.has_encoder)
         if known is None:
             raise TracingError(

@@ -249,7 +249,7 @@ def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
 
 def _is_of_encoder(config: PretrainedConfig, of_model: PretrainedConfig) -> bool:
     """Return whether this is the config of an encoder before a decoder, and of nothing else."""
-    return of_model.is_encoder_decoder and config is not of_model and not config.is_decoder
+    return of_model.is_encoder_decoder and config is not of_model and not getattr(config, "is_decoder", False)
 
 
 def _restore_attributes(owner: Any, attributes: dict[str, Any]) -> None:

@@ -271,7 +271,8 @@ def _cache_layers(
     if not examples.has_encoder:
         return cache_layers(model)
     without_cache = replace(examples, input_names=tuple(n for n in examples.input_names if n != "past_key_values"))
-    return written_layers(model, without_cache.make(Sizes(batch=2, seq=3, past=0, source=5))), ()
+    source = max(5, examples.fewest_frames)
+    return written_layers(model, without_cache.make(Sizes(batch=2, seq=3, past=0, source=source))), ()
 
 
 def _layer_kinds(examples: ExampleInputs) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ def counted(parts: Parts, like: Parts, inputs: Inputs) -> torch.Tensor:
     kept, found = _kept(inputs), []
     for part, other, (start, stop) in zip(parts, like, _steps(inputs), strict=True):
         tokens = other.shape[1]
-        if tokens <= stop - start and part.shape[1] >= tokens:
+        if tokens <= stop - start and part.shape[1] >= tokens and part.shape[0] == len(kept):
             found.append(part[:, -tokens:][kept[:, stop - tokens : stop]])
         else:  # something else than one a token
             found.append(part.reshape(-1, part.shape[-1]))

@@ -6,6 +6,7 @@ The truth is the model itself, run with the very same arguments.
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import autodist_fx as adx
 from autodist_fx.api.compiled_model import CompiledModel
+from autodist_fx.calls.input_shapes import input_dims
 from autodist_fx.errors import AutodistError
 from tests.support.models import padded_batch, relative_error, tiny_model
 
@@ -197,3 +199,14 @@ def test_training_mode_without_dropout_and_with_gradient_checkpointing() -> None
     model.gradient_checkpointing_enable()
     inputs = {"input_ids": IDS, "labels": _LABELS}
     _assert_equal(adx.compile(model, tp=2, pp=2).simulate(**inputs), model(**inputs, use_cache=False), 1e-6)
+
+
+def test_several_ids_of_a_token_and_the_spectrograms_of_an_encoder_have_their_sizes_from_the_config() -> None:
+    sound = SimpleNamespace(decoder_config=SimpleNamespace(num_channels=9), encoder_config=SimpleNamespace())
+    assert input_dims("decoder_input_ids", sound, True) == (("B", "S", 9), False)
+    assert input_dims("input_features", sound, True) is None
+    spectra = SimpleNamespace(encoder_config=SimpleNamespace(num_mel_bins=16))
+    assert input_dims("input_features", spectra, True) == (("B", "E", 16), True)
+    codes = SimpleNamespace(codebook_vocab_size=40, num_codebooks=2)
+    assert input_dims("input_ids", codes, False) == (("B", "S", 3), False)
+    assert input_dims("attention_mask", codes, False) == (("B", "T"), False)
