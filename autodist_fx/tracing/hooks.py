@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from autodist_fx.errors import AutodistError, TracingError
+from autodist_fx.tracing.versions.capturing_hooks import captures_outputs, remove_capturing_hooks
 
 _KINDS = {"_forward_pre_hooks": "forward pre-hook", "_forward_hooks": "forward hook"}
 _BACKWARD_KINDS = {"_backward_pre_hooks": "backward pre-hook", "_backward_hooks": "backward hook"}
@@ -50,14 +51,15 @@ class Attached:
 
 def attached_to(model: nn.Module) -> list[Attached]:
     """Return every forward hook, forward pre-hook and replaced forward of the model's modules, but those that only
-    move tensors between devices (accelerate's, of a model that was loaded with `device_map`)."""
+    move tensors between devices (accelerate's, of a model that was loaded with `device_map`) and transformers' own."""
     found = []
     for path, module in model.named_modules():
         forward = own_forward(module)
         if forward is not None:
             found.append(Attached(_FORWARD, path, forward))
         for attribute, kind in _KINDS.items():
-            found += [Attached(kind, path, function) for function in getattr(module, attribute).values()]
+            hooks = getattr(module, attribute).values()
+            found += [Attached(kind, path, function) for function in hooks if not captures_outputs(function)]
     return found
 
 
@@ -138,6 +140,7 @@ def left_as_they_are(model: nn.Module, memo: dict[int, object]) -> None:
 
 def watch(copied: nn.Module, model: nn.Module) -> None:
     """Give `copied`, a copy of `model`, the same hooks and forwards, each watched for what no graph can hold."""
+    remove_capturing_hooks(copied)
     own = {each.path: each for each in attached_to(model) if each.kind == _FORWARD}
     copies = {module: copied.get_submodule(path) for path, module in model.named_modules()} if own else {}
     for path, module in copied.named_modules():

@@ -24,9 +24,10 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from autodist_fx.tracing.hooks import reached
+from autodist_fx.tracing.hooks import own_forward, reached
 from autodist_fx.tracing.meta_model import holds_tensors, names_left_by_calls
 from autodist_fx.tracing.patches import FLAGS_SET_FOR_TRACING, PATCH_LOCK
+from autodist_fx.tracing.versions.capturing_hooks import INSTALLED, captures_outputs
 
 _PLAIN = frozenset((type(None), bool, int, str, bytes, complex, type, torch.dtype, torch.device))
 _CONTAINERS = frozenset((dict, OrderedDict, set))
@@ -116,14 +117,17 @@ class _Reader:
     def _module(self, module: nn.Module) -> Hashable:
         found: list[Any] = [type(module), type(module).forward]
         attributes, left = vars(module), self._left.get(module, frozenset())
-        for name in sorted(set(attributes) - left):
+        for name in sorted(set(attributes) - left - {INSTALLED}):
             value = attributes[name]
             if type(value) in _CONTAINERS and not value:
                 continue  # most are: a module has a dozen kinds of hooks
-            if name in ("_parameters", "_buffers"):
+            if name == "forward" and own_forward(module) is None:
+                continue  # its class's, put back (4.57, after a call that captured outputs)
+            if name.endswith("_hooks") and isinstance(value, Mapping):  # by numbers that grow with each hook
+                hooks = [hook for hook in value.values() if not captures_outputs(hook)]
+                found += [(name, *map(self.value, hooks))] if hooks else []
+            elif name in ("_parameters", "_buffers"):
                 found.append((name, *((k, self._registered(item)) for k, item in value.items() if k not in left)))
-            elif name.endswith("_hooks") and isinstance(value, Mapping):  # by numbers that grow with each hook
-                found.append((name, *map(self.value, value.values())))
             elif not (holds_tensors(value) and name in names_left_by_calls(type(module))):
                 found.append((name, self.value(value)))
         return tuple(found)

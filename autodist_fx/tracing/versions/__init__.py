@@ -6,5 +6,6 @@ Each is chosen by what transformers has, not by its version number:
     masks.py           how masks are made without vmap
     sliding_layers.py  sliding layers among recurrent ones
     convolution_states.py  prompts shorter than a convolution's kernel
+    capturing_hooks.py transformers' own hooks, by which it captures outputs
     forwards.py        names of the cache argument, wrappers around forward, building without initialising
 """

@@ -12,6 +12,7 @@ import torch
 from autodist_fx.errors import AutodistError
 from cost_model.mesh import Mesh
 from tests.support.models import padded_batch, relative_error, relative_tolerance, tiny_model
+from tests.support.moe import tiny_moe_model
 from tests.support.ranks import on_ranks
 
 IDS, MASK = padded_batch(2, 9)
@@ -51,3 +52,19 @@ def test_a_graph_that_is_made_after_a_change_is_refused_on_every_rank(change: st
         assert relative_error(before, truth) <= relative_tolerance("llama")
         for line in refused:
             assert re.search(rf"LlamaForCausalLM is not as it was .*{named}.* call to_distributed again", line)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_router_logits"])
+def test_a_call_of_the_model_that_captures_outputs_is_no_change(asked: str) -> None:
+    """transformers 5 leaves hooks behind, and 4.57 forwards that it has put back."""
+    model = tiny_moe_model("qwen3_moe", num_hidden_layers=1)
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+
+    def work(split: Any) -> torch.Tensor:
+        model(**inputs, **{asked: True})
+        return split(**inputs, labels=IDS).loss
+
+    loss = model(**inputs, labels=IDS).loss
+    for found in on_ranks(model, Mesh(tp=2), work):
+        assert relative_error(found, loss) <= 1e-6  # softmaxes of routers are in float32
