@@ -19,6 +19,8 @@ from autodist_fx.runtime.comm.agreement import Facts, digest
 from autodist_fx.runtime.training.rank_trainer import RankTrainer
 from autodist_fx.runtime.training.replica_communicator import TrainingCommunicator
 from autodist_fx.runtime.training.schedules import make_schedule
+from autodist_fx.runtime.training.stage import LOSS
+from autodist_fx.training.by_hand import RankModel
 from autodist_fx.training.checkpoint.directory import latest
 from autodist_fx.training.checkpoint.manifest import Head
 from autodist_fx.training.checkpoint.read import SavedRun
@@ -77,6 +79,7 @@ class Engine:
         self._taken: list[Variant] = []
         self._proven: set[tuple[int, ...]] = set()  # ids of the variants of a replica's microbatches
         self._steps = 0
+        self._calls_by_hand = 0
         self._evaluation: TrainingPrograms | None = None
         self._saved: SavedRun | None = None  # to go on from, when the model is split
         self._writing: BackgroundWrite | None = None
@@ -111,6 +114,28 @@ class Engine:
         microbatches, and for a loss or gradient that is not finite. No parameter has changed then.
         """
         return self._host.call("step", {"batch": batch}, lambda: self._step(batches_of(batch)))
+
+    def model_for(self, batch: Batch) -> RankModel:
+        """Return this rank's module, for training by hand where tp alone splits the model: it is called with a batch,
+        then `loss.backward()`, and torch.optim steps its parameters, on all ranks alike.
+
+        batch: one as it will be trained with; the model is split for its inputs. The engine's own optimizer, clipping
+        and schedule play no part; `evaluate`, `gather` and `save_pretrained` see the same weights. Raises AutodistError
+        with pp or dp, and where ranks are simulated: use `step` there.
+        """
+        if self.mesh.size > self.mesh.tp:
+            raise AutodistError(
+                f"loss.backward() by hand goes back through one stage of one replica, and this mesh is {self.mesh}: "
+                "use engine.step, which runs the schedule of all of them"
+            )
+        self._host.call("model_for", {"batch": batch}, lambda: self._by_hand(batch))
+        graph = self._host.each(lambda trainer, _: trainer.programs[0].graph_module)[0]
+
+        def call(given: Batch) -> Any:
+            self._calls_by_hand += 1
+            return self._host.call("the model", {"batch": given}, lambda: self._by_hand(given))
+
+        return RankModel(graph, call)
 
     def evaluate(self, batch: Batch) -> CallOutput | tuple[Any, ...]:
         """Return what the model in evaluation mode returns for a batch: its loss (of this batch), logits and the rest,
@@ -261,6 +286,15 @@ class Engine:
         totals = self._host.step(schedule, parts)
         self._steps += 1
         return StepResult(self._steps, totals.loss, totals.grad_norm)
+
+    def _by_hand(self, batch: Batch) -> Any:
+        refuse_ambient("a training step")
+        read = self._programs.read(batch)
+        variant = self._variant_for(read, self.schedule())
+        self._restore()
+        state = {RANDOM_STATE: random_state(self._seed, self._calls_by_hand, 0)}
+        inputs = {**read.call.tensors, **loss_inputs([(variant, read.call.tensors)]), **state}
+        return returned(read.call, {LOSS: self._host.by_hand(Part(inputs, variant))}, (LOSS,))
 
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> CallOutput | tuple[Any, ...]:

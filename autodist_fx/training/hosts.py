@@ -24,6 +24,7 @@ from autodist_fx.runtime.training.replica_communicator import TrainingCommunicat
 from autodist_fx.runtime.training.stage import Microbatch
 from autodist_fx.simulation.thread_communicator import ThreadWorld
 from autodist_fx.startup.facts import shared_weight_facts
+from autodist_fx.training.by_hand import loss_by_hand
 from autodist_fx.training.forward import run_forward
 from autodist_fx.weights.load_program import load_program
 from autodist_fx.weights.share import share_weights
@@ -91,6 +92,12 @@ class RankShare:
         given = communicator, self._options.mesh, self._rank, schedule, self.microbatch(part), self._device
         return run_forward(*given)
 
+    def by_hand(self, communicator: TrainingCommunicator, part: Part) -> torch.Tensor:
+        """Return the loss of a part on the one stage that there is, for loss.backward() on all ranks."""
+        microbatch = self.microbatch(part)
+        _trainer(self).check_alike(microbatch)
+        return loss_by_hand(microbatch.programs[0], microbatch.inputs_of(0), communicator)
+
     def microbatch(self, part: Part) -> Microbatch:
         """Return a part of this rank's replica, to be run by programs that were taken."""
         inputs = {n: x.to(self._device) if isinstance(x, torch.Tensor) else x for n, x in part.inputs.items()}
@@ -157,6 +164,9 @@ class Host(Protocol):
     def forward(self, schedule: Schedule, part: Part) -> dict[str, Any]:
         """Return the flat outputs of a part, which each replica runs."""
 
+    def by_hand(self, part: Part) -> torch.Tensor:
+        """Return the loss of a part, for loss.backward() on all ranks of one stage and one replica."""
+
     def each(self, work: Work[T]) -> list[T]:
         """Return what `work` gives on each rank that is in this process; all ranks run it."""
 
@@ -192,6 +202,9 @@ class SimulatedHost:
 
     def forward(self, schedule: Schedule, part: Part) -> dict[str, Any]:
         return self.each(lambda trainer, comm: self._shares[trainer.rank].forward(comm, schedule, part))[0]
+
+    def by_hand(self, part: Part) -> torch.Tensor:
+        raise AutodistError("simulated ranks run a step at a time: use engine.step, or start the ranks as processes")
 
     def each(self, work: Work[T]) -> list[T]:
         return ThreadWorld(self.mesh).run(lambda rank, communicator: work(_trainer(self._shares[rank]), communicator))
@@ -236,6 +249,9 @@ class ProcessHost:
 
     def forward(self, schedule: Schedule, part: Part) -> dict[str, Any]:
         return self._share.forward(self._joined.communicator, schedule, part)
+
+    def by_hand(self, part: Part) -> torch.Tensor:
+        return self._share.by_hand(self._joined.communicator, part)
 
     def each(self, work: Work[T]) -> list[T]:
         return [work(_trainer(self._share), self._joined.communicator)]

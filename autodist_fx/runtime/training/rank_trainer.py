@@ -98,7 +98,7 @@ class RankTrainer:
         sums with the first ones; on all ranks for a loss or a gradient that is not finite. Nothing is stepped then.
         """
         for microbatch in microbatches:
-            self._check_alike(microbatch)
+            self.check_alike(microbatch)
         dp_rank, pp_rank = self.mesh.dp_rank(self.rank), self.mesh.coordinates(self.rank)[0]
         owner = runs_on(self.mesh, schedule.stage_ranks, dp_rank)
         posted = PostedReceives(communicator)
@@ -187,7 +187,7 @@ class RankTrainer:
             self._graphs[id(program)] = program, with_recomputed_layers(program.graph_module)
         return self._graphs[id(program)][1]
 
-    def _check_alike(self, microbatch: Microbatch) -> None:
+    def check_alike(self, microbatch: Microbatch) -> None:
         """Raise AutodistError for programs of a microbatch that owe other sums than the first ones, or hold other
         slices: their gradients could not be added up."""
         for stage, program in microbatch.programs.items():

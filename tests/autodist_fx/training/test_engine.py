@@ -161,3 +161,24 @@ def test_hooks_optimizers_and_schedules_that_do_not_fit() -> None:
         adx.train(model, tp=2, simulate=True, optimizer=torch.optim.LBFGS).step(text(2, 9, 0))
     with pytest.raises(AutodistError, match="optimizer is a str: give a function"):
         adx.train(model, tp=2, simulate=True, optimizer="adamw")
+
+
+def test_training_by_hand_is_of_one_stage() -> None:
+    model, batch = tiny_model("llama", torch.float32, num_hidden_layers=2), text(2, 9, 0)
+    for mesh in ({"pp": 2}, {"dp": 2}):
+        with pytest.raises(AutodistError, match=r"and this mesh is .*=2.*: use engine\.step"):
+            adx.train(model, simulate=True, **mesh).model_for(batch)  # type: ignore[arg-type]
+    with pytest.raises(AutodistError, match=r"simulated ranks run a step at a time: use engine\.step"):
+        adx.train(model, tp=2, simulate=True).model_for(batch)
+
+
+def test_training_by_hand_alone() -> None:
+    with in_float64():
+        model, batch = tiny_model("llama", num_hidden_layers=1), text(4, 9, 0)
+        split = adx.train(model).model_for(batch)
+        for _ in range(2):
+            split(**batch).loss.backward()
+            model(**batch).loss.backward()
+        gradients = [[p.grad for p in each.parameters()] for each in (split, model)]
+        norms = [torch.nn.utils.get_total_norm(own) for own in gradients]
+        assert abs(norms[0] - norms[1]) <= 1e-9 * norms[1]
