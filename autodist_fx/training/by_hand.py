@@ -17,8 +17,9 @@ from torch import nn
 from autodist_fx.runtime.table_checks import lookups_checked
 from autodist_fx.runtime.training.backward import go_back
 from autodist_fx.runtime.training.gradient_sums import pay_sums
+from autodist_fx.runtime.training.replica_communicator import TrainingCommunicator
 from autodist_fx.runtime.training.stage import LOSS
-from passes.ops.comm import Communicator, Tape, using
+from passes.ops.comm import Tape, using
 from passes.program.rank_program import RankProgram
 
 Gradients = list[torch.Tensor | None]
@@ -38,7 +39,7 @@ class RankModel(nn.Module):
         return self._call(batch)
 
 
-def loss_by_hand(program: RankProgram, inputs: Mapping[str, Any], communicator: Communicator) -> torch.Tensor:
+def loss_by_hand(program: RankProgram, inputs: Mapping[str, Any], communicator: TrainingCommunicator) -> torch.Tensor:
     """Return the loss of a rank's program, whose backward pass gives the rank's parameters their gradients."""
     tape, graph = Tape(), program.graph_module
     with lookups_checked(graph, inputs), using(communicator, tape), torch.enable_grad():
