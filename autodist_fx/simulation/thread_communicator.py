@@ -8,6 +8,7 @@ fight over Python's lock.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -261,6 +262,14 @@ class ThreadCommunicator:
         """Return a function that returns `x`; its parts are taken at once."""
         mine = x.chunk(len(self._groups[axis]))[self._world.mesh.dp_rank(self.rank)]
         x.copy_(self._meet(mine, axis, f"all_gather of {describe(x)}", torch.cat))
+        return lambda: x
+
+    def start_reduce_scatter(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
+        """Return a function that returns the sum in this rank's part of `x`, and no numbers in the others."""
+        own = slice(*[self._world.mesh.dp_rank(self.rank) + n for n in (0, 1)])
+        parts = x.view(len(self._groups[axis]), -1)
+        total = self.all_reduce(x, axis).view(parts.shape)[own].clone()
+        parts.fill_(math.nan)[own] = total
         return lambda: x
 
     def start_recv(

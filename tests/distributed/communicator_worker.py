@@ -4,7 +4,8 @@ import sys
 
 import torch
 
-from autodist_fx.runtime.comm.dist_communicator import CHUNK_BYTES, CHUNKED_BYTES, EXCHANGE_BYTES
+from autodist_fx.runtime.comm.dist_communicator import EXCHANGE_BYTES
+from autodist_fx.runtime.comm.gather import CHUNK_BYTES, CHUNKED_BYTES
 from autodist_fx.runtime.comm.join_options import JoinOptions
 from autodist_fx.runtime.comm.process_group import join, leave
 from cost_model.mesh import Mesh

@@ -24,6 +24,8 @@ class AloneCommunicator:
     def start_all_reduce(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
         return lambda: x
 
+    start_reduce_scatter = start_all_reduce
+
     def start_all_gather(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
         return lambda: x
 

@@ -18,6 +18,8 @@ from autodist_fx.errors import CommunicationError
 from autodist_fx.runtime.comm.agreement import name_ranks
 from autodist_fx.runtime.comm.channels import Channel, channel_text
 from autodist_fx.runtime.comm.gather import (
+    CHUNK_BYTES,
+    CHUNKED_BYTES,
     GatherLayout,
     check_shard,
     describe,
@@ -41,12 +43,6 @@ from passes.ops.comm import Parts
 # 290 / 627, 512 KB 600 / 870, 1.5 MB 1520 / 1720 and 3700 / 1270. Gloo hands a collective to a thread of its own, and a
 # ring needs 2 (tp - 1) hops; a send writes to the socket at once.
 EXCHANGE_BYTES = 512 * 1024
-
-# From so many bytes per rank on, an all_gather goes in chunks: one is put in its place while the next is on its way,
-# and the buffer they arrive in stays in cache. Measured with 2 ranks, the logits of 4 x 128 tokens (32 MB each): 68 ms
-# in chunks of 2 MB, 88 in one piece.
-CHUNKED_BYTES = 4 * 1024 * 1024
-CHUNK_BYTES = 2 * 1024 * 1024
 
 
 class DistCommunicator:
@@ -159,9 +155,6 @@ class DistCommunicator:
                     other = (group.rank() + 1) % group.size()
                     group.recv([torch.empty(1)], other, Channel.BREAK).wait(timedelta(milliseconds=1))
 
-    def _is_broken(self) -> bool:
-        return self._broken
-
     def _share_memory(self) -> SharedCollectives | None:
         """Open shared memory where all of the tp group are on this machine; else None."""
         tp = self.mesh.tp
@@ -173,10 +166,8 @@ class DistCommunicator:
             except RuntimeError as error:
                 raise self._failure("setting up shared memory", self._ranks, error) from None
 
-        patient = len(os.sched_getaffinity(0)) < self.mesh.size
-        memory = open_shared_memory(
-            self.tp_rank, tp, gather, self._timeout, patient=patient, stopped=self._is_broken
-        )
+        patient, stopped = len(os.sched_getaffinity(0)) < self.mesh.size, lambda: self._broken
+        memory = open_shared_memory(self.tp_rank, tp, gather, self._timeout, patient=patient, stopped=stopped)
         return None if memory is None else SharedCollectives(memory, self.tp_rank, tp)
 
     def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
@@ -204,10 +195,18 @@ class DistCommunicator:
         return self._start_along(axis, "all_reduce", x, lambda dp: dp.allreduce([x], self._sum))
 
     def start_all_gather(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
-        """Start filling `x` (flat, of parts of one size, the n-th of which is replica n's): return a function that
-        waits for it, and returns `x`."""
-        own = x.chunk(self.mesh.dp)[self.mesh.dp_rank(self.rank)]
-        return self._start_along(axis, "all_gather", x, lambda dp: dp._allgather_base(x, own))
+        """Start filling `x`, flat, the n-th part of which is replica n's; return the same kind of function."""
+        return self._start_along(axis, "all_gather", x, lambda dp: dp._allgather_base(x, self._own_part(x)))
+
+    def start_reduce_scatter(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
+        """Start the same sum, of which this rank is to have its own part alone: others of `x` are no sums then. Gloo
+        has nothing quicker than an all_reduce."""
+        if self.device.type == "cpu":
+            return self.start_all_reduce(x, axis)
+        return self._start_along(axis, "reduce_scatter", x, lambda dp: dp._reduce_scatter_base(self._own_part(x), x))
+
+    def _own_part(self, x: torch.Tensor) -> torch.Tensor:
+        return x.chunk(self.mesh.dp)[self.mesh.dp_rank(self.rank)]
 
     def _start_along(
         self, axis: str, name: str, x: torch.Tensor, begin: Callable[[Any], Any]

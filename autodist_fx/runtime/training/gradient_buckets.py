@@ -9,7 +9,7 @@ and the buckets before it are on theirs: so every replica sums them in one order
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,7 +22,10 @@ BUCKET_BYTES = 25 * 1024 * 1024  # what DistributedDataParallel has found good
 
 class GradientBuckets:
     """The gradients of `parameters`, each added up in a bucket's memory, in the dtype that `dtype_of` says; None: its
-    own.
+    own. `members`: the parameters of each bucket.
+
+    Each replica gets the whole sums, but of the parameters whose ids are `scattered`: these lie in buckets of their
+    own, of `replicas` parts of one size, and a replica gets the sums of its part (flat_weights.py).
 
     A parameter that nothing of the loss depends on, in any microbatch on any replica, has no gradient, and an optimizer
     leaves it alone, as one process would.
@@ -33,16 +36,19 @@ class GradientBuckets:
         parameters: Sequence[nn.Parameter],
         dtype_of: Callable[[torch.Tensor], torch.dtype] | None = None,
         bucket_bytes: int = BUCKET_BYTES,
+        *,
+        scattered: Collection[int] = (),
+        replicas: int = 1,
     ) -> None:
-        self.parameters = tuple(parameters)
+        self.parameters, self._scattered = tuple(parameters), frozenset(scattered)
         self._numbers = {id(p): number for number, p in enumerate(self.parameters)}
         self._flat: list[torch.Tensor] = []
         self._views: dict[int, torch.Tensor] = {}  # by id of a parameter
         self._bucket: dict[int, int] = {}
-        self._members = buckets(self.parameters, bucket_bytes)
-        for members in self._members:
+        self.members = buckets(self.parameters, bucket_bytes, self._scattered)
+        for members in self.members:
             dtype = members[0].dtype if dtype_of is None else dtype_of(members[0])
-            size = sum(p.numel() for p in members)
+            size = -(-sum(p.numel() for p in members) // replicas) * replicas
             flat = members[0].new_zeros(size, dtype=dtype, requires_grad=False)
             before = 0
             for parameter in members:
@@ -55,7 +61,7 @@ class GradientBuckets:
     def begin(self) -> None:
         """Forget the gradients of the step before."""
         self._seen: set[int] = set()
-        self._waiting = [{id(p) for p in members} for members in self._members]
+        self._waiting = [{id(p) for p in members} for members in self.members]
         self._sums: list[Callable[[], torch.Tensor]] = []
         self._communicator: TrainingCommunicator | None = None
 
@@ -107,19 +113,24 @@ class GradientBuckets:
         self._waiting[self._bucket[id(parameter)]].discard(id(parameter))
         while len(self._sums) < len(self._flat) and not self._waiting[len(self._sums)]:
             number = len(self._sums)
-            for member in self._members[number]:
+            for member in self.members[number]:
                 if id(member) not in self._seen:
                     self._views[id(member)].zero_()
             assert self._communicator is not None
-            self._sums.append(self._communicator.start_all_reduce(self._flat[number], "dp"))
+            is_scattered = id(self.members[number][0]) in self._scattered
+            start = self._communicator.start_reduce_scatter if is_scattered else self._communicator.start_all_reduce
+            self._sums.append(start(self._flat[number], "dp"))
 
 
-def buckets(parameters: Sequence[nn.Parameter], most_bytes: int = BUCKET_BYTES) -> list[list[nn.Parameter]]:
-    """Return the parameters in buckets of one dtype and device each, the last ones first."""
+def buckets(
+    parameters: Sequence[nn.Parameter], most_bytes: int = BUCKET_BYTES, apart: Collection[int] = ()
+) -> list[list[nn.Parameter]]:
+    """Return the parameters in buckets of one dtype and device each, the last ones first; those whose ids are `apart`
+    in others than the rest."""
     found: list[list[nn.Parameter]] = []
-    open_buckets: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    open_buckets: dict[tuple[torch.dtype, torch.device, bool], list[nn.Parameter]] = {}
     for parameter in reversed(parameters):
-        kind = parameter.dtype, parameter.device
+        kind = parameter.dtype, parameter.device, id(parameter) in apart
         bucket = open_buckets.get(kind)
         if bucket is None or sum(p.nbytes for p in bucket) + parameter.nbytes > most_bytes:
             bucket = open_buckets[kind] = []

@@ -36,6 +36,25 @@ def counted_places(program: RankProgram) -> dict[str, list[Slices]]:
     return found
 
 
+def wanted_in_parts(program: RankProgram, places: Mapping[str, Sequence[Slices]]) -> set[str]:
+    """Return the first paths of the tensors whose gradients nobody wants beyond what he steps of them: those that are
+    terms of no sum, and that the norm counts (`places`) whole or not at all."""
+    first = first_paths(program)
+    summed = {
+        first[path]
+        for owed in program.grad_sums or ()
+        for rank, path in (*owed.terms, *owed.holders)
+        if rank == program.rank
+    }
+    found = set()
+    for path in set(first.values()) - summed:
+        parameter = program.graph_module.get_parameter(path)
+        counted = sum(parameter.detach()[place].numel() for place in places.get(path, ()))
+        if counted in (0, parameter.numel()):
+            found.add(path)
+    return found
+
+
 def _first_holders(program: RankProgram, uses: Sequence[tuple[int, ParamUse]]) -> list[tuple[Box, Holder]]:
     """Return (box, who counts it) for boxes that cover all elements of a parameter that anyone holds."""
     found = []

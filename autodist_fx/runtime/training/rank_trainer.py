@@ -16,9 +16,9 @@ from autodist_fx.runtime.comm.agreement import over
 from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.runtime.training.autograd.recompute import NONE, with_recomputed_layers
 from autodist_fx.runtime.training.flat_weights import FlatWeights, Range
-from autodist_fx.runtime.training.gradient_buckets import GradientBuckets, buckets
-from autodist_fx.runtime.training.gradient_sums import Gradients, pay_sums_of
-from autodist_fx.runtime.training.norm import clip, counted_places, sum_of_squares
+from autodist_fx.runtime.training.gradient_buckets import GradientBuckets
+from autodist_fx.runtime.training.gradient_sums import Gradients, Slices, pay_sums_of
+from autodist_fx.runtime.training.norm import clip, counted_places, sum_of_squares, wanted_in_parts
 from autodist_fx.runtime.training.optimizer import OptimizerFactory, SchedulerFactory, ShardOptimizer, wants_master
 from autodist_fx.runtime.training.posted_receives import PostedReceives, arrival, stage_values
 from autodist_fx.runtime.training.replica_communicator import (
@@ -75,10 +75,14 @@ class RankTrainer:
         self._places = {stage: counted_places(program) for stage, program in self.programs.items()}
         self._dtype_of = _float32_for_16_bits if master_weights else _own_dtype
         trained = {stage: [p for _, p in _trained(program)] for stage, program in self.programs.items()}
-        self._gradients = {stage: GradientBuckets(own, self._dtype_of) for stage, own in trained.items()}
+        self._scattered = {  # by stage, by path: gradients of which this rank has the part that it steps
+            stage: wanted_in_parts(program, self._places[stage]) if self.zero_stage else set()
+            for stage, program in self.programs.items()
+        }
+        self._gradients = {stage: self._buckets(stage, own) for stage, own in trained.items()}
         self._flat: FlatWeights | None = None
         if self.zero_stage:
-            self._flat = FlatWeights([members for own in trained.values() for members in buckets(own)], mesh.dp)
+            self._flat = FlatWeights([members for own in self._gradients.values() for members in own.members], mesh.dp)
         named = [
             (names[program.param_shards[path].source], parameter)
             for program in self.programs.values()
@@ -122,6 +126,11 @@ class RankTrainer:
             self._flat.gather(communicator)
         communicator.finish_sends()
         return totals
+
+    def _buckets(self, stage: int, trained: Sequence[nn.Parameter]) -> GradientBuckets:
+        module = self.programs[stage].graph_module
+        scattered = {id(module.get_parameter(path)) for path in self._scattered[stage]}
+        return GradientBuckets(trained, self._dtype_of, scattered=scattered, replicas=self.mesh.dp)
 
     def range_of(self, parameter: nn.Parameter, dp_rank: int) -> Range:
         """Return which elements of a parameter, flat, a replica steps."""
@@ -212,8 +221,14 @@ class RankTrainer:
         """Return loss and norm of all ranks: of the ranks of a tp group, which have the same, the first one's loss; the
         norm is that of one replica."""
         squares = 0.0
-        if self.mesh.dp_rank(self.rank) == 0:
-            squares = sum(sum_of_squares(own, self._places[s]) for s, own in zip(self.programs, gradients, strict=True))
+        for stage, own in zip(self.programs, gradients, strict=True):
+            counted: dict[str, Sequence[Slices]] = {}
+            for path, places in self._places[stage].items():
+                if path in self._scattered[stage]:
+                    counted[path] = [()] * bool(places)  # of the part that this rank has
+                elif self.mesh.dp_rank(self.rank) == 0:
+                    counted[path] = places
+            squares += sum_of_squares({path: self._known(stage, path, g) for path, g in own.items()}, counted)
         mine = loss if self.mesh.coordinates(self.rank)[1] == 0 else 0.0
         loss, squares = total(communicator, self.mesh, self.rank, (mine, squares))
         if not math.isfinite(loss) or not math.isfinite(squares):
@@ -224,12 +239,20 @@ class RankTrainer:
             )
         return StepTotals(loss, math.sqrt(squares))
 
+    def _known(self, stage: int, path: str, gradient: torch.Tensor) -> torch.Tensor:
+        """Return what this rank knows of a gradient, whole or, flat, the part that it steps."""
+        if path not in self._scattered[stage]:
+            return gradient
+        start, stop = self._own_range(self.programs[stage].graph_module.get_parameter(path))
+        return gradient.reshape(-1)[start:stop]
+
     def _first_not_finite(self, communicator: TrainingCommunicator, gradients: Sequence[Gradients]) -> str:
         """Say which parameter, of those of all ranks in the model's order, is the first that is not finite; else which
         gradient is. Called on all ranks alike."""
         wrong = [("", shard.source) for shard, p in self.shards() if not bool(p.isfinite().all())]
-        for program, own in zip(self.programs.values(), gradients, strict=True):
-            names = ((self._names[program.param_shards[path].source], g) for path, g in own.items())
+        for (stage, program), own in zip(self.programs.items(), gradients, strict=True):
+            known = {path: self._known(stage, path, g) for path, g in own.items()}
+            names = ((self._names[program.param_shards[path].source], g) for path, g in known.items())
             wrong += [("the gradient of ", name) for name, g in names if not bool(g.isfinite().all())]
         told = over(communicator, self.rank, self.mesh.size)(json.dumps(wrong))
         order = {name: number for number, name in enumerate(self._names)}

@@ -30,6 +30,10 @@ class TrainingCommunicator(Communicator, Protocol):
         """Start filling `x`, flat, of which each rank of `axis` has made the part of its number, all of one size; the
         function returned waits for it and returns it."""
 
+    def start_reduce_scatter(self, x: torch.Tensor, axis: str) -> Callable[[], torch.Tensor]:
+        """Start the sum of `x`, flat, along `axis`, of which this rank wants its part alone; the function returned
+        waits for it and returns `x`, the other parts of which mean nothing then."""
+
     def start_recv(
         self, shape: Sequence[int], dtype: torch.dtype, device: Any, source: int, channel: int
     ) -> Callable[[], torch.Tensor]:
