@@ -86,7 +86,7 @@ def test_each_replica_steps_its_part_of_every_bucket() -> None:
 
 
 def test_replicas_get_sums_of_their_parts_alone() -> None:
-    """What is in the other parts is nobody's business, and no number here."""
+    """The other parts are nobody's business, and no numbers here."""
     sizes, mesh = (3, 1, 5, 2), Mesh(dp=3)
 
     def work(rank: int, communicator: ThreadCommunicator) -> None:
