@@ -4,7 +4,8 @@
     S  tokens of the step             E  tokens (or frames) that an encoder reads, where a decoder follows it
     D  the width of the embeddings
 
-A row for features (spectrograms, ...) is a function of the config: how many there are is nowhere else.
+A row for features (spectrograms, ...) is a function of the config: how many there are is nowhere else. "S*8" is eight a
+token.
 """
 
 from __future__ import annotations
@@ -100,11 +101,13 @@ def choice_specs(names: Collection[str]) -> dict[str, InputSpec]:
 
 
 def _input_features(config: PretrainedConfig) -> Dims | None:
-    """Return the shape of spectrograms: [B, bins, frames] where the number of frames is fixed, else [B, frames,
-    bins]."""
+    """Return the shape of spectrograms: [B, bins, frames] where the number of frames is fixed or follows from that
+    of tokens, else [B, frames, bins]."""
     frames = frames_demanded(config)
     if frames is not None:
         return ("B", config.num_mel_bins, frames)
+    if (frames_of_a_token := getattr(config, "audio_length_per_tok", None)) is not None:
+        return ("B", config.audio_config.num_mel_bins, f"S*{frames_of_a_token}")
     for attribute in ("input_feat_per_channel", "feature_projection_input_dim", "d_model"):
         bins = getattr(config, attribute, None)
         if isinstance(bins, int):

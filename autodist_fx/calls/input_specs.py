@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from autodist_fx.calls.input_shapes import input_dims
-from autodist_fx.calls.input_spec import Dims, InputSpec
+from autodist_fx.calls.input_spec import Dims, InputSpec, parts_of
 from autodist_fx.errors import AutodistError
 
 # Whichever is there first says how many sequences and tokens there are.
@@ -121,19 +121,21 @@ def _fitted(
                 raise AutodistError(f"{name} is {list(shape)}: dim {position} should be {want}")
             dims.append(want)
             continue
-        one, _, symbol = want.rpartition("|")
+        one, _, dim = want.rpartition("|")
+        symbol, times = parts_of(dim)
         length, source = _length(symbol, lengths, past)
-        if length is None:
-            lengths[symbol] = (size, name)
+        length = None if length is None else length * times
+        if length is None and size % times == 0:
+            lengths[symbol] = (size // times, name)
         elif size != length and (one == "*" or (one and size == 1)):
             dims.append(size)
             continue
         elif size != length:
             raise AutodistError(
-                f"{name} is {list(shape)}: dim {position} should be {length} ({_LENGTHS.get(symbol, symbol)}), as "
-                f"{source} has it{', or 1' if one else ''}"
+                f"{name} is {list(shape)}: dim {position} should be {length or f'a multiple of {times}'} "
+                f"({_LENGTHS.get(dim, dim)}), as {source or 'the model'} has it{', or 1' if one else ''}"
             )
-        dims.append(symbol)
+        dims.append(dim)
     return tuple(dims)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from autodist_fx.calls.input_spec import InputSpec
+from autodist_fx.calls.input_spec import InputSpec, is_symbol
 
 Lengths = dict[str, int]  # by size symbol: "B", "S", "P", "T", "E", "K" (docs/glossary.md)
 _NAMES = {"B": "sequences", "S": "tokens", "P": "tokens cached", "E": "what the encoder reads", "K": "positions"}
@@ -34,7 +34,7 @@ def lengths_of(specs: Mapping[str, InputSpec], inputs: Mapping[str, Any], past: 
     for name, spec in specs.items():
         value = inputs.get(name)
         if isinstance(value, torch.Tensor) and value.dim() == len(spec.dims):
-            found |= {dim: n for dim, n in zip(spec.dims, value.shape, strict=True) if isinstance(dim, str)}
+            found |= {dim: n for dim, n in zip(spec.dims, value.shape, strict=True) if is_symbol(dim)}
     return with_total(found)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.fx
 
-from autodist_fx.calls.input_specs import InputSpec
+from autodist_fx.calls.input_spec import InputSpec, size_of
 from autodist_fx.runtime.table_checks import lookups
 
 Lengths = Mapping[str, int]  # by size symbol: "B", "S", "T", "E", "K" (docs/glossary.md)
@@ -28,7 +28,7 @@ def make_inputs(
 
 def _make(name: str, spec: InputSpec, lengths: Lengths, rows: int, generator: torch.Generator) -> torch.Tensor:
     """Draw one input; `rows` bounds the values of an integer input that indexes a table."""
-    shape = [lengths[d] if isinstance(d, str) else d for d in spec.dims]
+    shape = [size_of(d, lengths) for d in spec.dims]
     if spec.dtype.is_floating_point:
         if "mask" in name:  # a float mask is added to scores or multiplies them: with ones both are finite
             return torch.ones(shape, dtype=torch.float64)

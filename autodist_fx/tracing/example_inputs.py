@@ -13,6 +13,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.cache_kinds import CROSS, one_cache
 from autodist_fx.calls.input_shapes import input_dims, is_multiple_choice, patches_demanded
+from autodist_fx.calls.input_spec import size_of
 from autodist_fx.calls.input_specs import InputSpec, ModelFacts
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.cache_layers import CacheLayer, new_cache
@@ -98,7 +99,7 @@ class ExampleInputs:
             return self._make_cache(sizes.batch, sizes.past)
         past = sizes.past if "past_key_values" in self.input_names or self.counts_past else 0
         lengths = {"B": sizes.batch, "S": sizes.seq, "T": past + sizes.seq, "E": sizes.source, "K": sizes.kept}
-        shape = [lengths[dim] if isinstance(dim, str) else dim for dim in spec.dims]
+        shape = [size_of(dim, lengths) for dim in spec.dims]
         return torch.empty(shape, dtype=spec.dtype, device="meta")
 
     def for_model(self, sizes: Sizes) -> dict[str, object]:

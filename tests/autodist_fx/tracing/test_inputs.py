@@ -15,6 +15,9 @@ import torch
 import autodist_fx as adx
 from autodist_fx.api.compiled_model import CompiledModel
 from autodist_fx.calls.input_shapes import input_dims
+from autodist_fx.calls.input_spec import size_of
+from autodist_fx.calls.input_specs import ModelFacts, specs_of
+from autodist_fx.calls.lengths import lengths_of
 from autodist_fx.errors import AutodistError
 from tests.support.models import padded_batch, relative_error, tiny_model
 
@@ -210,3 +213,17 @@ def test_several_ids_of_a_token_and_the_spectrograms_of_an_encoder_have_their_si
     codes = SimpleNamespace(codebook_vocab_size=40, num_codebooks=2)
     assert input_dims("input_ids", codes, False) == (("B", "S", 3), False)
     assert input_dims("attention_mask", codes, False) == (("B", "T"), False)
+
+
+def test_frames_of_sound_that_tokens_take_are_a_multiple_of_them() -> None:
+    config = SimpleNamespace(audio_length_per_tok=8, audio_config=SimpleNamespace(num_mel_bins=16))
+    model = ModelFacts(config, has_encoder=False, embedding_dim=32, dtype=torch.float64)
+    spoken = {"input_features": torch.zeros(2, 16, 104, dtype=torch.float64), "input_ids": torch.ones(2, 13).long()}
+    specs = specs_of(spoken, model, past=0)
+    assert specs["input_features"].dims == ("B", 16, "S*8")
+    assert lengths_of(specs, spoken, past=0) == {"P": 0, "B": 2, "S": 13, "T": 13}
+    assert size_of("S*8", {"S": 5}) == 40
+    with pytest.raises(AutodistError, match="dim 2 should be 96"):
+        specs_of({**spoken, "input_ids": torch.ones(2, 12).long()}, model, past=0)
+    with pytest.raises(AutodistError, match="dim 2 should be a multiple of 8"):
+        specs_of({"input_features": spoken["input_features"][:, :, :99]}, model, past=0)
