@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
-from autodist_fx.runtime.cache.kv_cache import SplitCache
+from autodist_fx.calls.cache_names import CACHE_FIELD
 from autodist_fx.runtime.family_inputs import family_inputs, of_family
 from autodist_fx.runtime.generation.leader import Leader
 
@@ -22,7 +22,6 @@ class GenerationHooks(GenerationMixin):
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
-        cache: SplitCache | None = None,
         attention_mask: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
@@ -31,10 +30,11 @@ class GenerationHooks(GenerationMixin):
         of its own for that, what it says. `next_sequence_length`: None for all of `input_ids`."""
         if self._leader is not None:
             self._leader.prepare_step()
+        cache = kwargs.pop(CACHE_FIELD, None)  # its name is not the same in all of 5
         if self.family is not None:
             given = {"next_sequence_length": next_sequence_length, "is_first_iteration": is_first_iteration}
             return family_inputs(
-                self.family, input_ids, {**kwargs, **given, "cache": cache, "attention_mask": attention_mask}
+                self.family, input_ids, {**kwargs, **given, CACHE_FIELD: cache, "attention_mask": attention_mask}
             )
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
@@ -45,7 +45,7 @@ class GenerationHooks(GenerationMixin):
             "input_ids": input_ids.contiguous(),
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "cache": cache,
+            CACHE_FIELD: cache,
             # generate hands on all that it was given; tokenizers are for its stop strings
             **{k: v for k, v in kwargs.items() if v is not None and not k.endswith("tokenizer")},
         }
