@@ -77,7 +77,7 @@ def seq2seq_inputs(model: PreTrainedModel, batch: int = 2, source: int = 9, targ
     mask = torch.ones_like(ids)
     mask[0, -2:] = 0
     decoder_mask = torch.ones_like(decoder_ids)
-    decoder_mask[1, -1] = 0
+    decoder_mask[1:2, -1] = 0
     return {
         "input_ids": ids,
         "attention_mask": mask,
