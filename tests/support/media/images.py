@@ -24,8 +24,8 @@ _VISION = {
 }  # fmt: skip
 _IMAGE_TOKEN = {"image_token_id": IMAGE, "image_token_index": IMAGE}
 _GRID = (1, 4, 2)  # of patches in time, height and width; merged 2 x 2
-TOKENS = {"llava": 4, "gemma3": 4, "paligemma": 4, "idefics3": 1, "qwen2_vl": 2, "qwen2_5_vl": 2, "qwen3_vl": 2,
-          "qwen2_audio": 3}  # of an image, or of a sound  # fmt: skip
+TOKENS = {"llava": 4, "gemma3": 4, "paligemma": 4, "idefics3": 1, "smolvlm": 1, "internvl": 1, "qwen2_vl": 2,
+          "qwen2_5_vl": 2, "qwen3_vl": 2, "qwen2_audio": 3}  # of an image, or of a sound  # fmt: skip
 FAMILIES = tuple(TOKENS)
 Rows = Sequence[Sequence[int]]
 
@@ -33,8 +33,9 @@ Rows = Sequence[Sequence[int]]
 def vision_model(family: str) -> PreTrainedModel:
     """In eval mode and float64, random numbers in every parameter."""
     classes = {
-        "llava": "Llava", "gemma3": "Gemma3", "paligemma": "PaliGemma", "idefics3": "Idefics3", "qwen2_vl": "Qwen2VL",
-        "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "qwen2_audio": "Qwen2Audio",
+        "llava": "Llava", "gemma3": "Gemma3", "paligemma": "PaliGemma", "idefics3": "Idefics3", "smolvlm": "SmolVLM",
+        "internvl": "InternVL", "qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL",
+        "qwen2_audio": "Qwen2Audio",
     }  # fmt: skip
     cls = getattr(transformers, f"{classes[family]}ForConditionalGeneration")
     return randomized(cls(_config(family)).to(torch.float64).eval())
@@ -96,8 +97,8 @@ def _sounds(ids: torch.Tensor, sounds: list[int]) -> dict[str, torch.Tensor]:
 
 
 _MEDIA: dict[str, Callable[[torch.Tensor, list[int]], dict[str, torch.Tensor]]] = {
-    "gemma3": _token_types, "idefics3": _by_row, "qwen2_vl": _grids, "qwen2_5_vl": _grids, "qwen3_vl": _grids,
-    "qwen2_audio": _sounds,
+    "gemma3": _token_types, "idefics3": _by_row, "smolvlm": _by_row, "qwen2_vl": _grids, "qwen2_5_vl": _grids,
+    "qwen3_vl": _grids, "qwen2_audio": _sounds,
 }  # fmt: skip
 
 
@@ -121,7 +122,10 @@ def _config(family: str) -> PretrainedConfig:
         vision = {**_VISION, "model_type": "siglip_vision_model", "projection_dim": 32}
         text = {**_TEXT, "model_type": "gemma", "head_dim": 8}
         return made(text, vision, projection_dim=32, hidden_size=32)
-    if family == "idefics3":
+    if family == "internvl":
+        vision = {**_VISION, "model_type": "internvl_vision", "image_size": (8, 8), "patch_size": (4, 4)}
+        return made({**_TEXT, "model_type": "qwen2"}, vision, downsample_ratio=0.5, image_seq_length=1)
+    if family in ("idefics3", "smolvlm"):
         return made({**_TEXT, "model_type": "llama"}, _VISION, scale_factor=2, pad_token_id=0)
     if family == "qwen2_audio":
         sound = {
