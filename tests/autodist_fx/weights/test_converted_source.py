@@ -83,7 +83,8 @@ def test_slices_equal_transformers_own_loading_and_read_their_bytes_alone(family
                 assert stored.bytes_read - before == expected.numel() * 4, (name, dim)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.drawn(2)
+@pytest.mark.parametrize("family", EXPERTS)
 def test_each_of_two_ranks_reads_half_of_the_checkpoint(family: str, tmp_path: Path) -> None:
     checkpoint(family, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.distributed.families_worker import generated
+from tests.distributed.families.families_worker import generated
 from tests.support.models import randomized
 from tests.support.processes import WORKERS, run_ranks
 
@@ -34,9 +34,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 31, "num_local_experts": 3,
     },
 }  # fmt: skip
-TOKENS = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
 # with caches of their own: recurrences alone, beside attention in a layer, and between layers of attention
 OWN_CACHES: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": 24, "num_hidden_layers": 3, "state_size": 5, "time_step_rank": 3},
@@ -51,6 +48,7 @@ OWN_CACHES: dict[str, dict[str, Any]] = {
     },
     "rwkv": {"hidden_size": 24, "num_hidden_layers": 3, "attention_hidden_size": 24, "context_length": 64},
 }  # fmt: skip
+WAYS = ("greedy", "sampled")
 TOKENS = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -66,8 +64,8 @@ def test_same_tokens_on_two_ranks(shapes: dict[str, dict[str, Any]], tp: int, pp
     for family, shape in shapes.items():
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TOKENS, **shape))
         randomized(model.float().eval()).save_pretrained(checkpoints / family)
-        expected[family] = generated(model)
-    run_ranks(2, WORKERS / "families_worker.py", checkpoints, tp, pp, results)
+        expected[family] = generated(model, WAYS)
+    run_ranks(2, WORKERS / "families" / "families_worker.py", checkpoints, tp, pp, results, *WAYS)
     for rank in range(2):
         found = torch.load(results / f"{rank}.pt")
         assert found.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""One rank that generates with every checkpoint in a folder. `families_worker.py CHECKPOINTS TP PP RESULTS`
+"""One rank that generates with every checkpoint in a folder. `families_worker.py CHECKPOINTS TP PP RESULTS WAY...`
 
 One process for all of them: starting one takes longer than all the models. Writes RESULTS/RANK.pt: by the checkpoint's
 name the tokens of each way to generate, and the bytes that the rank read, of how many.
@@ -11,18 +11,22 @@ import torch
 from transformers import set_seed
 
 import autodist_fx as adx
+from tests.support.generation.families import prompt
 
-BATCH = torch.tensor([[9, 10, 11, 12, 13], [0, 0, 14, 15, 16]])
-MASK = (BATCH != 0).long()
+WAYS = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "top_k": 30},
+    "beams": {"do_sample": False, "num_beams": 3},
+}
 
 
-def generated(model) -> dict[str, list[list[int]]]:
-    """The second prompt is padded on the left; no row ends early."""
+def generated(model, ways, **options) -> dict[str, list[list[int]]]:
+    """No row ends early."""
     found = {}
-    for name, options in {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "top_k": 30}}.items():
+    for name in ways:
         set_seed(11)
         found[name] = model.generate(
-            input_ids=BATCH, attention_mask=MASK, max_new_tokens=8, min_new_tokens=8, pad_token_id=0, **options
+            **prompt(model), max_new_tokens=8, min_new_tokens=8, pad_token_id=0, **WAYS[name], **options
         ).tolist()
     return found
 
@@ -32,6 +36,6 @@ if __name__ == "__main__":
     found = {}
     for checkpoint in sorted(checkpoints.iterdir()):
         split = adx.from_pretrained(checkpoint, tp=tp, pp=pp, device="cpu", timeout=60)
-        report = split.load_report
-        found[checkpoint.name] = generated(split), torch.tensor([report.bytes_read, report.checkpoint_bytes])
+        size = torch.tensor([split.load_report.bytes_read, split.load_report.checkpoint_bytes])
+        found[checkpoint.name] = generated(split, sys.argv[5:]), size
     torch.save(found, results / f"{split.rank}.pt")
