@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ dynamo = pytest.importorskip("transformers.exporters.exporter_dynamo", reason="t
 Inputs = dict[str, torch.Tensor]
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     **{family: lambda family=family: tiny_model(family, num_hidden_layers=1, n_layer=1) for family in (
-        "llama", "qwen3", "gpt2", "phi3", "olmo2", "gemma2", "falcon",
+        "llama", "qwen3", "gpt2", "phi3", "olmo2", "gemma2",
     )},
     "gemma3_text": lambda: tiny_model("gemma3_text", layer_types=["sliding_attention", "full_attention"]),
     **{family: lambda family=family: tiny_moe_model(family, num_hidden_layers=1) for family in (
@@ -56,18 +55,22 @@ def inputs_of(family: str, model: PreTrainedModel, size: int) -> Inputs:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def exported(model: PreTrainedModel, inputs: Inputs) -> Callable[..., Any]:
-    """Return transformers' own exported program, for all sizes, with the model's parameters."""
+def exported(model: PreTrainedModel, inputs: Inputs) -> torch.fx.GraphModule:
+    """Return transformers' own exported program, for all sizes, with the model's parameters, and without what nothing
+    reads (LLaVA's pooled image)."""
     model.config.use_cache = False
     if hasattr(model.config, "text_config"):
         model.config.text_config.use_cache = False
     if any("experts" in name for name, _ in model.named_parameters()):
         model.set_experts_implementation("grouped_mm")
     program, _ = dynamo.DynamoExporter().export_program(model, dict(inputs), dynamo.DynamoConfig(dynamic=True))
-    return program.module()
+    module = program.module()
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
 
 
-@pytest.mark.drawn(2)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("family", MODELS)
 @torch.no_grad()
 def test_the_planned_graph_and_transformers_own_export_agree(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +93,8 @@ def test_the_planned_graph_and_transformers_own_export_agree(family: str, monkey
             found = graph(**inputs)["logits"]
         with theirs:
             wanted = program(**inputs).logits
-        assert relative_error(found, wanted) <= 1e-6  # norms and rotary tables are float32 in most of these
+        kept = inputs["attention_mask"].bool() if "decoder_input_ids" not in inputs else ...
+        assert relative_error(found[kept], wanted[kept]) <= 1e-6  # norms and rotary tables are float32 in most of these
         assert ours.read == theirs.read and {*parameters} - ours.read <= UNREAD.get(family, set())
         assert ours.rows == theirs.rows
         once_an_expert = {work for work in ours.calls if work[1] in of_experts}  # theirs are one call for all experts
