@@ -32,6 +32,8 @@ SIZES = {
     "expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_sparse_step": 1,
 }  # fmt: skip
+# latent attention: a head's rotary part, and as many heads of keys as of queries
+FAMILY_SIZES = {"deepseek_v3": {"head_dim": 4, "num_key_value_heads": 4}}
 EXPERTS = {  # a tensor of the hub's layout, by family; in the model one tensor has those of all experts
     "mixtral": "model.layers.1.block_sparse_moe.experts.3.w3.weight",
     "qwen3_moe": "model.layers.1.mlp.experts.3.up_proj.weight",
@@ -45,7 +47,8 @@ EXPERTS = {  # a tensor of the hub's layout, by family; in the model one tensor 
 def checkpoint(family: str, directory: Path, **sizes: object) -> Path:
     """Save a tiny model with random weights in the hub's layout."""
     known = AutoConfig.for_model(family)
-    fitting = {name: size for name, size in {**SIZES, **sizes}.items() if hasattr(known, name)}
+    wanted = {**SIZES, **FAMILY_SIZES.get(family, {}), **sizes}
+    fitting = {name: size for name, size in wanted.items() if hasattr(known, name)}
     config = AutoConfig.for_model(family, **fitting)
     randomized(AutoModelForCausalLM.from_config(config).float().eval()).save_pretrained(directory)
     return directory
@@ -83,7 +86,7 @@ def test_slices_equal_transformers_own_loading_and_read_their_bytes_alone(family
                 assert stored.bytes_read - before == expected.numel() * 4, (name, dim)
 
 
-@pytest.mark.drawn(2)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("family", EXPERTS)
 def test_each_of_two_ranks_reads_half_of_the_checkpoint(family: str, tmp_path: Path) -> None:
     checkpoint(family, tmp_path)
@@ -99,7 +102,7 @@ def test_each_of_two_ranks_reads_half_of_the_checkpoint(family: str, tmp_path: P
                 whole = loaded[shard.source]
                 parts = [whole.narrow(shard.dim, a, b - a) for a, b in shard.intervals] if shard.intervals else [whole]
                 assert torch.equal(held[name], torch.cat(parts, shard.dim or 0)), name
-        assert report.bytes_read == stored.bytes_read <= 0.52 * report.checkpoint_bytes
+        assert report.bytes_read == stored.bytes_read <= 0.53 * report.checkpoint_bytes
 
 
 def test_a_conversion_that_computes_is_run_on_whole_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
