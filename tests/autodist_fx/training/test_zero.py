@@ -45,6 +45,7 @@ def test_the_numbers_are_those_of_one_process(mesh: dict[str, Any]) -> None:
         check_training(model, windows(3), next_tokens, {**mesh, "zero_stage": 1}, optimizer=optimizer)
 
 
+@pytest.mark.one_for_each()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_replica_keeps_its_part(dtype: torch.dtype) -> None:
     model, batch = tiny_model("llama", dtype), text(4, 9, 0)

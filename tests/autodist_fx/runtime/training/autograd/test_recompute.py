@@ -26,7 +26,7 @@ MESHES = [
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "-".join(map(str, mesh.values())))
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "mixtral", "bert"])
-@pytest.mark.one_for_each("mesh")
+@pytest.mark.drawn(2)
 def test_the_numbers_are_those_of_one_process(family: str, mesh: dict[str, object]) -> None:
     with in_float64():
         model, steps, count = task(family, 2, 2)
