@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 
-from autodist_fx.errors import AutodistError, DisagreementError
+from autodist_fx.errors import AutodistError, CommunicationError, DisagreementError
 from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.runtime.comm.remote_error import ErrorReport, said_by
 from passes.ops.comm import Communicator
@@ -153,3 +155,19 @@ def _receive(communicator: Communicator, source: int) -> str:
     if not length:
         return ""
     return communicator.recv((length,), torch.uint8, "cpu", source, Channel.AGREEMENT).numpy().tobytes().decode()
+
+
+def failed_wait(
+    what: str, others: Sequence[int], ended: Sequence[int], error: Exception, timeout: timedelta
+) -> CommunicationError:
+    """Return the error of a wait for `others` that torch gave up with `error`; `ended`: those that are no more."""
+    if ended:
+        return CommunicationError(
+            f"{what} waits for {name_ranks(ended)}, which ended before: what is called on one rank is called on all"
+        )
+    where = f" with {name_ranks(others)}" if others else ""
+    cause = re.sub(r"^\[\S+\.(cc|cpp|h):\d+\] ", "", str(error).strip()).split("\n")[0] or type(error).__name__
+    return CommunicationError(
+        f"{what}{where} failed: {cause}. It ended, waits elsewhere, or needs longer than the time-out of "
+        f"{timeout.total_seconds():g} s"
+    )

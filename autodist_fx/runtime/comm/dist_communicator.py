@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from autodist_fx.errors import CommunicationError
-from autodist_fx.runtime.comm.agreement import name_ranks
+from autodist_fx.runtime.comm.agreement import failed_wait
 from autodist_fx.runtime.comm.channels import Channel, channel_text
 from autodist_fx.runtime.comm.gather import (
     CHUNK_BYTES,
@@ -155,6 +154,10 @@ class DistCommunicator:
                     other = (group.rank() + 1) % group.size()
                     group.recv([torch.empty(1)], other, Channel.BREAK).wait(timedelta(milliseconds=1))
 
+    def _is_over(self, tp_rank: int) -> bool:
+        """Return whether nothing comes from a rank of the tp group any more."""
+        return self._broken or self._watchdog.has_left(self._ranks[tp_rank])
+
     def _share_memory(self) -> SharedCollectives | None:
         """Open shared memory where all of the tp group are on this machine; else None."""
         tp = self.mesh.tp
@@ -166,8 +169,8 @@ class DistCommunicator:
             except RuntimeError as error:
                 raise self._failure("setting up shared memory", self._ranks, error) from None
 
-        patient, stopped = len(os.sched_getaffinity(0)) < self.mesh.size, lambda: self._broken
-        memory = open_shared_memory(self.tp_rank, tp, gather, self._timeout, patient=patient, stopped=stopped)
+        patient = len(os.sched_getaffinity(0)) < self.mesh.size
+        memory = open_shared_memory(self.tp_rank, tp, gather, self._timeout, patient=patient, stopped=self._is_over)
         return None if memory is None else SharedCollectives(memory, self.tp_rank, tp)
 
     def all_reduce(self, x: torch.Tensor, axis: str) -> torch.Tensor:
@@ -391,9 +394,5 @@ class DistCommunicator:
         if isinstance(error, OSError):  # of shared memory, whose argument is the tp rank
             others = [self._ranks[error.args[0]]]
             error = TimeoutError("Timed out")
-        where = f" with {name_ranks(others)}" if others else ""
-        cause = re.sub(r"^\[\S+\.(cc|cpp|h):\d+\] ", "", str(error).strip()).split("\n")[0] or type(error).__name__
-        return CommunicationError(
-            f"rank {self.rank}: {what}{where} failed: {cause}. It ended, waits elsewhere, or needs longer than the "
-            f"time-out of {self._timeout.total_seconds():g} s"
-        )
+        ended = [r for r in others if self._watchdog.has_left(r)]
+        return failed_wait(f"rank {self.rank}: {what}", others, ended, error, self._timeout)

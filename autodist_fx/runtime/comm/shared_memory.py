@@ -51,7 +51,7 @@ class SharedMemory:
         timeout: timedelta,
         *,
         patient: bool,
-        stopped: Callable[[], bool] | None = None,
+        stopped: Callable[[int], bool] | None = None,
     ) -> None:
         self._rank, self._peers, self._timeout = rank, [r for r in range(ranks) if r != rank], timeout
         self._stopped = stopped or _never
@@ -66,7 +66,7 @@ class SharedMemory:
 
         x: contiguous, at most SLOT_BYTES. All are views of shared memory that hold until this rank's next exchange.
         Raises TimeoutError, whose argument is the rank that did not come, or InterruptedError, with the same argument,
-        when `stopped` says that it will not.
+        when `stopped(rank)` says that it will not.
         """
         self._count = count = self._count + 1
         slots = (self._typed.get(x.dtype) or self._typed_slots(x.dtype))[count % 2]
@@ -102,7 +102,7 @@ class SharedMemory:
         while counters[at] < count:
             time.sleep(pause)
             pause = min(pause * 1.2, _LONGEST_SLEEP)
-            if self._stopped():
+            if self._stopped(peer) and counters[at] < count:  # read anew: what it did last, it did before it ended
                 raise InterruptedError(peer)
             if time.monotonic() > deadline:
                 raise TimeoutError(peer)
@@ -115,7 +115,7 @@ def open_shared_memory(
     timeout: timedelta,
     *,
     patient: bool = False,
-    stopped: Callable[[], bool] | None = None,
+    stopped: Callable[[int], bool] | None = None,
 ) -> SharedMemory | None:
     """Open the memory that the `ranks` of a group share, of which we are `rank`; None, for all of them, if it cannot be
     had.
@@ -123,7 +123,7 @@ def open_shared_memory(
     That is so when they are not on one machine, in containers that do not see each other's processes, short of memory,
     or on a processor that reorders stores. `gather` returns every rank's bytes (equally many from each), in rank order;
     all ranks call it twice. `patient` ranks offer their core at once while they wait: for more ranks than cores, where
-    who keeps looking keeps the awaited one from running. `stopped()` ends a wait.
+    who keeps looking keeps the awaited one from running. `stopped(rank)` ends a wait for one.
 
     The memory has no name in any folder: rank 0 makes it, and the others map it by way of rank 0's open file. So
     nothing is left of it, however and whenever the processes end.
@@ -148,7 +148,7 @@ def open_shared_memory(
     return SharedMemory(memory, rank, ranks, timeout, patient=patient, stopped=stopped)
 
 
-def _never() -> bool:
+def _never(rank: int) -> bool:
     return False
 
 

@@ -41,6 +41,7 @@ class Watchdog:
         self._closing = False
         self._lock = threading.Lock()
         self._speaking = threading.Lock()  # two threads' lines must not mix
+        self._left: set[int] = set()  # ranks that have ended in good order
         self._incidents: dict[str, ErrorReport] = {}  # by epoch, until the next one of the same communicator
         self._told = threading.Condition()
         self._breakers: dict[str, Callable[[ErrorReport], None]] = {}
@@ -92,11 +93,22 @@ class Watchdog:
             return self._incidents.get(epoch)
 
     def explain(self, epoch: str) -> ErrorReport | None:
-        """Give a death, which ends this process, or an incident the time to be noticed; called when talking to a
-        peer failed."""
+        """Give a death, which ends this process, an incident or a goodbye the time to be noticed; called when talking
+        to a peer failed."""
         if not self._peers or self._closing:
             return None
-        return self.incident(epoch, _EXPLAIN_SECONDS)
+        with self._told:
+            self._told.wait_for(lambda: epoch in self._incidents or self._left, _EXPLAIN_SECONDS)
+            return self._incidents.get(epoch)
+
+    def has_left(self, rank: int) -> bool:
+        """Return whether a rank has ended in good order: it will not send anything any more."""
+        return rank in self._left
+
+    def _hear_goodbye(self, rank: int) -> None:
+        with self._told:
+            self._left.add(rank)
+            self._told.notify_all()
 
     def _incident(self, epoch: str, report: ErrorReport) -> None:
         """Return, on rank 0, whose word decides, the first incident of an epoch."""
@@ -152,6 +164,10 @@ class Watchdog:
                         continue
                     if line == "bye" or not self._fatal:
                         selector.unregister(key.fileobj)
+                        self._hear_goodbye(key.data)
+                        for rank, peer in self._peers.items():
+                            if rank not in self._left:
+                                self._say(peer, f"left {key.data}")
                         continue
                     if self._closing:
                         return
@@ -162,10 +178,18 @@ class Watchdog:
                     self._die(dead, reason)
 
     def _watch_rank_0(self) -> None:
-        while (heard := self._heard_incident(line := read_line(self._peers[0]))) is not None:
-            self._hear_incident(*heard)
+        while True:
+            line = read_line(self._peers[0])
+            kind, _, rest = line.partition(" ")
+            if (heard := self._heard_incident(line)) is not None:
+                self._hear_incident(*heard)
+            elif kind == "left" and rest.isdecimal():
+                self._hear_goodbye(int(rest))
+            else:
+                break
         if line != "bye" and not self._closing and self._fatal:
             self._die(*_parse_death(line, 0))
+        self._hear_goodbye(0)
 
     def _say(self, peer: socket.socket, line: str) -> None:
         with self._speaking:

@@ -133,7 +133,7 @@ def test_a_wait_can_be_ended() -> None:
             memory.exchange(torch.ones(3), (3, 3))
         return caught.value.args
 
-    assert on_ranks(2, work, stopped=lambda: True) == [(1,), None]
+    assert on_ranks(2, work, stopped=lambda rank: True) == [(1,), None]
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
