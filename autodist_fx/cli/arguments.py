@@ -116,6 +116,12 @@ def _cut(text: str) -> int | str:
 
 def plan_options(args: argparse.Namespace) -> PlanOptions:
     """Read the options of a split. Raises AutodistError for options that contradict each other."""
+    return PlanOptions.from_keywords(**plan_keywords(args))
+
+
+def plan_keywords(args: argparse.Namespace) -> dict[str, Any]:
+    """Read the options of a split, as the keywords of `compile` and `train`. Raises AutodistError for options that
+    contradict each other."""
     pin: dict[str, str] = {}
     for pattern, role in args.pin or ():
         if pin.setdefault(pattern, role) != role:
@@ -127,18 +133,18 @@ def plan_options(args: argparse.Namespace) -> PlanOptions:
     if args.device_map:
         entries = [entry.partition("=") for entry in args.device_map.split(",")]
         devices = [{"hardware": name} | ({"memory": size} if size else {}) for name, _, size in entries]
-    return PlanOptions.from_keywords(
-        tp=args.tp,
-        pp=args.pp,
-        hardware=args.hardware,
-        objective=args.objective,
-        pin=pin,
-        cuts=args.cut,
-        max_memory=memory[0] if memory and len(memory) == 1 else memory,
-        device_map=devices,
-        plan=args.plan,
-        strict=args.strict,
-    )
+    return {
+        "tp": args.tp,
+        "pp": args.pp,
+        "hardware": args.hardware,
+        "objective": args.objective,
+        "pin": pin,
+        "cuts": args.cut,
+        "max_memory": memory[0] if memory and len(memory) == 1 else memory,
+        "device_map": devices,
+        "plan": args.plan,
+        "strict": args.strict,
+    }
 
 
 def checkpoint_source(args: argparse.Namespace) -> CheckpointSource:

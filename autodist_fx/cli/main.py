@@ -16,6 +16,7 @@ from autodist_fx.errors import AutodistError
 
 _COMMANDS = {
     "run": "generate text, split over ranks",
+    "train": "fine-tune on texts, split over ranks",
     "compile": "write a split to disk: plan, graphs and weights of all ranks",
     "plan": "print how a model would be split, from its config alone",
     "show": "a saved plan as tables, as an HTML page, or for Graphviz",

@@ -90,6 +90,11 @@ class Engine:
         return self._host.mesh
 
     @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that are in this process: one, or all that are simulated."""
+        return self._host.ranks
+
+    @property
     def plan(self) -> PartitionPlan:
         """The plan of one replica, for the first step's inputs. Raises AutodistError before the first step."""
         return self._programs.compiled.plan

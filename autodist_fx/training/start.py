@@ -143,8 +143,8 @@ def distributed(
 
 def _origin(model: object, dtype: torch.dtype | str | None) -> Origin:
     """Return what is trained. Raises AutodistError for a model without weights, CheckpointError for none."""
-    if isinstance(model, (str, Path)):
-        checkpoint = resolve(CheckpointSource(model))
+    if isinstance(model, (str, Path, CheckpointSource)):
+        checkpoint = resolve(model if isinstance(model, CheckpointSource) else CheckpointSource(model))
         shape = empty_model(checkpoint.config, wanted_dtype(dtype, checkpoint.config)).train()
         if shape.can_generate():
             shape.generation_config = checkpoint.generation_config
