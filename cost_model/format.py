@@ -13,6 +13,15 @@ def name_pattern(name: str) -> str:
     return _NUMBER.sub("*", name)
 
 
+def layer_of(module: str) -> str:
+    """Returns the repeated layer that a module is of, its path up to the first number; "" for one that is of none.
+
+    "model.layers.3.mlp" -> "model.layers.3"
+    """
+    found = _NUMBER.search(module)
+    return module[: found.end()] if found else ""
+
+
 def compress_names(names: Iterable[str]) -> list[str]:
     """Joins names that differ in one number only: h.0, h.1, h.3 -> ["h.0-1,3"], in the order of first appearance."""
     groups: dict[tuple[str, ...], list[int]] = {}

@@ -56,6 +56,15 @@ class Hardware:
         )
         return self.tp_link if same_node else self.inter_node
 
+    def dp_link_on(self, mesh: Mesh) -> Link:
+        """Returns the link that the sums over replicas run over, the slowest in a dp group."""
+        # A stage's replicas are neighbours: dp * tp ranks, which lie inside one node as a tp group does.
+        stage = mesh.dp * mesh.tp
+        same_node = mesh.size <= self.ranks_per_node or (
+            stage <= self.ranks_per_node and self.ranks_per_node % stage == 0
+        )
+        return self.pp_link if same_node else self.inter_node
+
     def hop_link(self, mesh: Mesh, source: int, target: int) -> Link:
         """Returns the link between two stages: `inter_node` if any pair of ranks (same tp rank) lies on two nodes."""
         same_node = all(

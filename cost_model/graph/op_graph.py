@@ -130,6 +130,15 @@ class OpGraph:
         }
         return {name: tuple(dict.fromkeys(user for user, _ in self.users[TensorRef(name)])) for name in written}
 
+    @cached_property
+    def from_weights(self) -> frozenset[str]:
+        """The names of the parameters, and of the ops downstream of one."""
+        found: set[str] = set()
+        for op in self:
+            if op.kind == "param" or any(ref.op in found for ref in op.inputs):
+                found.add(op.name)
+        return frozenset(found)
+
     def spec(self, ref: TensorRef) -> TensorSpec:
         """Returns the spec of one tensor. Raises KeyError or IndexError where the graph has no such tensor."""
         return self.ops[ref.op].outputs[ref.index]

@@ -69,19 +69,10 @@ class PipelineSearch:
         self.sequence = [op.name for op in graph if op.kind not in SOURCES]
         self.position = {name: i for i, name in enumerate(self.sequence)}
         self._state = prefix_sums([costs[name].state_bytes for name in self.sequence])
-        self._from_weights = self._weight_derived()
         self._counts, self._bytes = self._crossing(sizes or {})
         self._divided = self._divided_state()
 
     # -- where cuts may be -------------------------------------------------------------------------------------------
-
-    def _weight_derived(self) -> set[str]:
-        """Returns the parameters, and the ops downstream of one."""
-        found: set[str] = set()
-        for op in self.graph:
-            if op.kind == "param" or any(ref.op in found for ref in op.inputs):
-                found.add(op.name)
-        return found
 
     def _crossing(self, lengths: Mapping[str, int]) -> tuple[list[int], list[int]]:
         """Returns, for each position, how many tensors that depend on weights are made before it and used after it, and
@@ -89,7 +80,7 @@ class PipelineSearch:
         counts, sizes = [0] * (len(self.sequence) + 1), [0] * (len(self.sequence) + 1)
         outputs = set(self.graph.outputs)
         for name in self.sequence:
-            if name not in self._from_weights:
+            if name not in self.graph.from_weights:
                 continue
             for j, spec in enumerate(self.graph[name].outputs):
                 ref = TensorRef(name, j)
@@ -299,7 +290,7 @@ class PipelineSearch:
             ref
             for ref, users in self.graph.users.items()
             if ref.op in self.position
-            and ref.op in self._from_weights
+            and ref.op in self.graph.from_weights
             and self.position[ref.op] < position <= max(self.position[user] for user, _ in users)
         ]
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from cost_model.costs.communication import send_seconds
 from cost_model.costs.compute import op_flops
 from cost_model.costs.memory import collective_workspace_bytes, peak_activation_bytes, workspace_bytes
+from cost_model.format import layer_of
 from cost_model.graph.op_graph import Op, TensorRef
 from cost_model.graph.placement import Layout, Placement
 from cost_model.graph.roles import role_of
@@ -23,9 +24,10 @@ from cost_model.search.tensor_parallel import TensorParallelSearch
 
 
 class PlanWriter:
-    """Writes the plan that one PlanSearch chose."""
+    """Writes the plan that one PlanSearch chose; `explained`: with the other roles and cuts that it could have."""
 
-    def __init__(self, search: PlanSearch) -> None:
+    def __init__(self, search: PlanSearch, *, explained: bool = True) -> None:
+        self.explained = explained
         self.planned = search
         self.graph, self.mesh, self.request = search.graph, search.mesh, search.request
         self.search, self.strategies, self.pipeline = search.search, search.strategies, search.pipeline
@@ -65,7 +67,7 @@ class PlanWriter:
             one_device_seconds=alone,
             device_memory_bytes=max(self.request.max_memory or (x.memory_bytes for x in self.request.stage_devices)),
             choices=tuple(self.choices),
-            cuts=cut_plans(self.pipeline, stages, lambda ref: self.search.spec(ref).nbytes),
+            cuts=cut_plans(self.pipeline, stages, lambda ref: self.search.spec(ref).nbytes) if self.explained else (),
             request=Request(
                 self.request.pin,
                 self.request.cuts,
@@ -88,7 +90,7 @@ class PlanWriter:
         s = self.strategies[op.name]
         role = role_of(op, s.factor)
         weights = [r.op for r in op.inputs if self.graph[r.op].attrs.get("matmul")]
-        choice = self.alternatives.of(op)
+        choice = self.alternatives.of(op) if self.explained else ()
         return OpPlan(
             name=op.name,
             kind=op.kind,
@@ -198,10 +200,8 @@ class PlanWriter:
         found: dict[str, None] = {}
         for op in ops:
             weights = [ref.op for ref in op.inputs if self.graph[ref.op].kind == "param"]
-            for path in ([op.module] if weights else []):
-                atoms = path.split(".")
-                number = next((i for i, atom in enumerate(atoms) if atom.isdecimal()), None)
-                found[".".join(atoms[: number + 1]) if number is not None else path] = None
+            if weights:
+                found[layer_of(op.module) or op.module] = None
         return tuple(found)
 
     def _one_device_seconds(self) -> float:

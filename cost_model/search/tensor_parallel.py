@@ -61,7 +61,6 @@ class TensorParallelSearch:
         self.sizes = dict(sizes)
         self.layouts = layouts or LayoutTable(graph, tp, RuleTable())
         self._specs: dict[TensorRef, TensorSpec] = {}
-        self._from_weights = _depends_on_weights(graph)
         self._whole = deciding_ops(graph)
         self.experts = find_experts(graph, tp, self.layouts.rules)
         self._seconds: dict[tuple[object, ...], float] = {}
@@ -91,7 +90,7 @@ class TensorParallelSearch:
             dims = range(len(op.outputs[0].shape))
             cuts = [shard(d) for d in dims if self.layouts.layout(TensorRef(op.name), d) is not None]
             return [plain, *(Strategy(str(p), (), (p,), (False,)) for p in cuts)]
-        if op.kind in SOURCES or op.name not in self._from_weights or op.name in self._whole:
+        if op.kind in SOURCES or op.name not in self.graph.from_weights or op.name in self._whole:
             # Derived from the graph's inputs alone (masks, rotary tables): small, the same for every layer, and cheaper
             # to have whole everywhere. Left as variables they would tie all layers to each other.
             return [plain]
@@ -387,12 +386,3 @@ def busiest_share(siblings: Siblings, rows: float, tp: int) -> float:
     total = siblings.count * rows
     mean = total * siblings.share
     return min(1.0, (mean + math.sqrt(2 * mean * math.log(tp))) / total) if total else siblings.share
-
-
-def _depends_on_weights(graph: OpGraph) -> set[str]:
-    """Returns the parameters, and the ops downstream of one."""
-    found: set[str] = set()
-    for op in graph:
-        if op.kind == "param" or any(ref.op in found for ref in op.inputs):
-            found.add(op.name)
-    return found
