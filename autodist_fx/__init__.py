@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autodist_fx.api.artifact import Artifact, load
     from autodist_fx.api.choose_mesh import choose_mesh
+    from autodist_fx.api.choose_training import choose_training
     from autodist_fx.api.compile import compile
     from autodist_fx.api.compiled_model import CompiledModel
     from autodist_fx.api.from_pretrained import from_pretrained
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from autodist_fx.training.engine import Engine, Resumed, StepResult
     from cost_model.partition_plan import PartitionPlan
     from cost_model.search.mesh_choice import MeshChoice
+    from cost_model.training.choice import TrainingChoice
 
 __all__ = [
     "Artifact",
@@ -33,7 +35,9 @@ __all__ = [
     "Resumed",
     "StepResult",
     "Trainer",
+    "TrainingChoice",
     "choose_mesh",
+    "choose_training",
     "compile",
     "from_pretrained",
     "load",
@@ -53,7 +57,9 @@ _HOMES = {
     "Resumed": "autodist_fx.training.engine",
     "StepResult": "autodist_fx.training.engine",
     "Trainer": "autodist_fx.trainer.trainer",
+    "TrainingChoice": "cost_model.training.choice",
     "choose_mesh": "autodist_fx.api.choose_mesh",
+    "choose_training": "autodist_fx.api.choose_training",
     "compile": "autodist_fx.api.compile",
     "from_pretrained": "autodist_fx.api.from_pretrained",
     "load": "autodist_fx.api.artifact",

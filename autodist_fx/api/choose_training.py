@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from autodist_fx.calls.input_shapes import label_specs
+from autodist_fx.calls.input_shapes import answers_once
+from autodist_fx.calls.input_spec import InputSpec
 from autodist_fx.compiler.examples import planned_graph, traced_once
 from autodist_fx.compiler.peft import without_wrapper
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.default_hardware import default_hardware
 from autodist_fx.runtime.training.schedules import make_schedule
-from autodist_fx.tracing import empty_model, input_facts, meta_copy
+from autodist_fx.tracing import empty_model, meta_copy
 from autodist_fx.tracing.example_inputs import default_inputs
 from cost_model.costs.hardware import Hardware
 from cost_model.request.devices import Memory
@@ -34,9 +36,9 @@ def choose_training(
     dp: int | None = None,
     microbatches: int | None = None,
     schedule: str | None = None,
-    recompute: bool | None = None,
-    zero: bool | None = None,
-    masters: bool | None = None,
+    recompute: str | None = None,
+    zero_stage: int | None = None,
+    master_weights: bool = True,
     hardware: str | Hardware | None = None,
     objective: str = "shard",
     sizes: Mapping[str, int] | None = None,
@@ -49,8 +51,7 @@ def choose_training(
 
     model: a PreTrainedModel with weights or on meta, or a config; weights are never read.
     devices: number of devices, all alike, all of them used. global_batch: sequences of a step, over all of them.
-    tp, pp, dp, microbatches, schedule, recompute, zero: what is given is kept; None: chosen.
-    masters: float32 copies of 16-bit weights beside the optimizer's states; None: where the model's dtype has 16 bits.
+    tp, pp, dp, microbatches, schedule, recompute, zero_stage, master_weights: as in `train`; those of None are chosen.
     hardware, objective, pin, strict, input_names: as in `compile`; cuts are the search's, another on each mesh.
     sizes: lengths to predict at, {"S": 2048}; B is chosen. max_memory: one amount, per device; without it 90 % of it.
 
@@ -61,8 +62,8 @@ def choose_training(
     wanted = PlanOptions.from_keywords(
         hardware=hardware, objective=objective, sizes=sizes, pin=pin, max_memory=max_memory, strict=strict
     )
-    wishes = TrainingWishes(devices, global_batch, tp, pp, dp, microbatches, schedule, recompute, zero)
-    return choose_training_for(model, wanted, wishes, masters=masters, input_names=input_names)
+    wishes = TrainingWishes(devices, global_batch, tp, pp, dp, microbatches, schedule, recompute, zero_stage)
+    return choose_training_for(model, wanted, wishes, master_weights=master_weights, input_names=input_names)
 
 
 def choose_training_for(
@@ -70,7 +71,7 @@ def choose_training_for(
     wanted: PlanOptions,
     wishes: TrainingWishes,
     *,
-    masters: bool | None = None,
+    master_weights: bool = True,
     input_names: Sequence[str] | None = None,
 ) -> TrainingChoice:
     """Choose how to train for options that were read already; see `choose_training`."""
@@ -79,12 +80,14 @@ def choose_training_for(
     names = tuple(input_names or (*default_inputs(shape, use_cache=False), "labels"))
     if "labels" not in names:
         raise AutodistError("a step of training needs a loss: give input_names with what it is computed from (labels)")
-    traced, _ = traced_once(shape, False, names, {}, specs=label_specs(names, input_facts(shape)) or None)
+    specs = {"labels": InputSpec(("B",), torch.long)} if answers_once(type(shape).__name__) else None
+    traced, _ = traced_once(shape, False, names, {}, specs=specs)
     graph = planned_graph(traced, trains=True)
+    has_masters = master_weights and shape.dtype in (torch.bfloat16, torch.float16)
     return choice.choose_training(
         graph,
         wanted.resolve(default_hardware()),
-        _with_states(wishes, shape.dtype, masters),
+        replace(wishes, state_bytes=ADAM_STATES_WITH_MASTERS if has_masters else ADAM_STATES),
         make_schedule,
         model=traced.model_class,
         fingerprint=fingerprint(graph),

@@ -100,6 +100,24 @@ def choice_specs(names: Collection[str]) -> dict[str, InputSpec]:
     }
 
 
+# Mappings of transformers' auto classes whose heads give one answer for a sequence: a label each.
+_ONE_ANSWER = (
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES",
+)
+
+
+def answers_once(model_class: str) -> bool:
+    """Return whether a model of this class gives one answer for a sequence or an image, so that its labels are [B]."""
+    from transformers.models.auto import modeling_auto
+
+    names = (getattr(modeling_auto, mapping, {}) for mapping in _ONE_ANSWER)
+    return any(model_class in ({v} if isinstance(v, str) else set(v)) for found in names for v in found.values())
+
+
 def _input_features(config: PretrainedConfig) -> Dims | None:
     """Return the shape of spectrograms: [B, bins, frames] where the number of frames is fixed or follows from that
     of tokens, else [B, frames, bins]."""

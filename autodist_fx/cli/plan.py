@@ -19,6 +19,7 @@ from autodist_fx.cli.arguments import (
     compile_config,
     plan_options,
 )
+from autodist_fx.cli.plan_training import add_training_arguments, plan_training, refuse_without_train
 from autodist_fx.compiler.compile import as_used
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.errors import AutodistError
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--past", type=at_least(0), help="tokens cached before that step (512)")
     parser.add_argument("--save", metavar="FILE", help="write the plan, as JSON, for --plan")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    add_training_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,11 +56,14 @@ def run(args: argparse.Namespace) -> int:
     be_quiet()
     if args.from_file and args.plan:
         raise AutodistError("--plan uses a plan as it is, --from makes it anew: give one of them")
+    refuse_without_train(args)
     by_symbol = {"B": args.batch, "S": args.seq, "P": args.past}
     sizes = tuple((symbol, n) for symbol, n in by_symbol.items() if n is not None)
     wanted = replace(plan_options(args), sizes=sizes)
     if args.from_file:
         wanted = wanted.or_else(PlanOptions.from_file(args.from_file))  # the command line wins over the file
+    if args.train:
+        return plan_training(args, wanted)
     loaded = args.devices is not None and args.objective == "throughput"
     if args.sequences is not None and not loaded:
         both = "--devices N --objective throughput"

@@ -6,10 +6,7 @@ FILE is what `autodist-fx plan --save` wrote. Neither torch nor the model is nee
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
-from autodist_fx.errors import AutodistError
 from cost_model.partition_plan import PartitionPlan
 
 
@@ -24,26 +21,16 @@ def run(args: argparse.Namespace) -> int:
     """Print a plan as tables, or write it as HTML or DOT; return the exit code."""
     plan = PartitionPlan.load(args.plan)
     if args.html:
-        from autodist_fx.report.page import plan_page
+        from autodist_fx.report.page import write_page
 
-        _write(args.html, plan_page(plan))
+        write_page(args.html, plan)
     if args.dot:
         from autodist_fx.report.dot import plan_dot
+        from autodist_fx.report.page import write_text
 
-        _write(args.dot, plan_dot(plan))
+        write_text(args.dot, plan_dot(plan))
     if not (args.html or args.dot):
         from autodist_fx.report.terminal import print_plan
 
         print_plan(plan)
     return 0
-
-
-def _write(path: str, text: str) -> None:
-    if path == "-":
-        print(text, end="")
-        return
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise AutodistError(f"cannot write {path}: {error.strerror or error}") from error
-    print(f"wrote {path}", file=sys.stderr)

@@ -4,13 +4,17 @@ no library, light and dark, readable without its script."""
 from __future__ import annotations
 
 import hashlib
+import sys
 from base64 import b64encode
 from importlib.resources import files
+from pathlib import Path
 from xml.etree.ElementTree import Element
 
+from autodist_fx.errors import AutodistError
 from autodist_fx.report.html_parts import note, section, show_name
 from autodist_fx.report.memory import memory_section
 from autodist_fx.report.overview import overview
+from autodist_fx.report.schedule import schedule_section
 from autodist_fx.report.stage_transfers import borders_section
 from autodist_fx.report.stages import stages_section
 from autodist_fx.report.timeline import timeline_section
@@ -19,12 +23,13 @@ from cost_model.explain.breakdown import whole_sections
 from cost_model.explain.html import element, section_table, shorten, to_html
 from cost_model.explain.plan_text import plan_sections
 from cost_model.partition_plan import PartitionPlan
+from cost_model.schedule.timeline import Timeline
 from cost_model.text_tables import Section
 
 
-def plan_page(plan: PartitionPlan) -> str:
-    """Return the page as text, under 3 MB however large the plan:
-    repeated layers share a row, long lists are cut short."""
+def plan_page(plan: PartitionPlan, step: Timeline | None = None) -> str:
+    """Return the page as text, under 3 MB however large the plan: repeated layers share a row, long lists are cut
+    short. `step`: of a training step that was predicted with the plan."""
     script, style = _file("page.js"), _file("page.css")
     # A plan file may come from anywhere. Its texts are escaped; should that fail, no script but this one runs.
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -32,6 +37,7 @@ def plan_page(plan: PartitionPlan) -> str:
     sections = [
         stages_section(plan),
         timeline_section(plan),
+        None if step is None else schedule_section(step),
         memory_section(plan),
         borders_section(plan),
         *weights_section(plan),
@@ -58,6 +64,23 @@ def plan_page(plan: PartitionPlan) -> str:
         element("script", script),
     )
     return "<!doctype html>\n" + to_html(element("html", head, body, lang="en")) + "\n"
+
+
+def write_page(path: str, plan: PartitionPlan, step: Timeline | None = None) -> None:
+    """Write a plan's page to a file, or to standard output for "-". Raises AutodistError where it cannot be written."""
+    write_text(path, plan_page(plan, step))
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a text to a file, or to standard output for "-". Raises AutodistError where it cannot be written."""
+    if path == "-":
+        print(text, end="")
+        return
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise AutodistError(f"cannot write {path}: {error.strerror or error}") from error
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def _file(name: str) -> str:
@@ -100,4 +123,4 @@ def _footer(plan: PartitionPlan) -> str:
     )
 
 
-__all__ = ["plan_page"]
+__all__ = ["plan_page", "write_page", "write_text"]

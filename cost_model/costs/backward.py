@@ -21,7 +21,7 @@ KEEPS_OUTPUT = frozenset({
 # Kinds whose gradient depends on no value: linear ones, and copies. A `where` or `masked_fill` keeps its condition.
 KEEPS_NOTHING = frozenset({
     "add", "sub", "neg", "scale", "identity", "reduce", "cumsum", "output", "seeded_uniform", "floor", "round", "ceil",
-    "trunc", "sign", "pool", "dropout",
+    "trunc", "sign", "pool", "dropout", "cross_entropy",  # the last two keep what is no tensor of the graph
 }) | VIEWS | COPIES  # fmt: skip
 _CONDITIONS = {"where": 0, "masked_fill": 1}  # kind -> the input that is a mask, which is kept
 _PRODUCTS = frozenset(MATMULS) | {"mul", "div", "einsum", "conv"}

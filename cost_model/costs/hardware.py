@@ -41,6 +41,7 @@ class Hardware:
     ranks_per_node: int
     inter_node: Link
     dispatches_ahead: bool = False  # a host dispatches while the device computes: an op takes the longer of both
+    fuses_norms: bool = True  # rms_norm is one kernel: its backward pass needs what it read, and no more
     ranks_share_device: bool = False  # ranks are threads of one CPU: a process alone would have all of it
 
     def flops_of(self, dtype: str) -> float:
@@ -110,6 +111,7 @@ CPU_GLOO = Hardware(
     pp_link=Link(latency_seconds=100 * MICROSECOND, bandwidth=2.7 * GB, tree=False),
     ranks_per_node=64,  # loopback: however many are started
     inter_node=Link(latency_seconds=300 * MICROSECOND, bandwidth=1.1 * GB, tree=False),  # TCP over 10 Gbit Ethernet
+    fuses_norms=False,  # torch 2.13 composes rms_norm, and keeps what is normalized, too
     ranks_share_device=True,
 )
 

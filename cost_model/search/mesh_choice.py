@@ -171,7 +171,7 @@ class _Chooser:
         self.request = request
         self.devices = devices
         self.sequences = sequences
-        self.names = {"model": model, "fingerprint": fingerprint}
+        self.model, self.fingerprint = model, fingerprint
         self.shared: SharedSearches = {}
         own = int(USABLE * request.hardware.memory_bytes)
         self.max_memory = request.max_memory[0] if request.max_memory else own
@@ -212,9 +212,9 @@ class _Chooser:
             self.request, mesh=mesh, sizes=sizes, in_flight=in_flight, max_memory=(self.max_memory,) * mesh.pp
         )
         try:
-            planned = plan(self.graph, wanted, **self.names, shared=self.shared)
+            planned = self._plan(wanted)
         except NoPlanFits:
-            planned = plan(self.graph, replace(wanted, max_memory=None), **self.names, shared=self.shared)
+            planned = self._plan(replace(wanted, max_memory=None))
         used = dict(planned.sizes)
         pace = max(stage.seconds for stage in planned.stages) if in_flight > 1 else planned.predicted_seconds
         return Candidate(
@@ -226,6 +226,9 @@ class _Chooser:
             prompt_seconds=self._prompt_seconds(planned, wanted, used) if used.get("P") and "S" in used else None,
             tokens_per_second=copies * used["B"] * used.get("S", 1) / pace,
         )
+
+    def _plan(self, wanted: PlanRequest) -> PartitionPlan:
+        return plan(self.graph, wanted, model=self.model, fingerprint=self.fingerprint, shared=self.shared)
 
     def _prompt_seconds(self, planned: PartitionPlan, wanted: PlanRequest, used: Mapping[str, int]) -> float:
         """Predicts the seconds to compute what the cache holds as one prompt of one sequence."""

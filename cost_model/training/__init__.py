@@ -1,1 +1,1 @@
-"""Predicts a training step: forward and backward passes on a schedule, gradients over replicas, the optimizer, memory."""
+"""Predicts a training step: passes on a schedule, gradients over replicas, the optimizer; seconds and memory."""

@@ -53,14 +53,17 @@ class TrainingWishes:
     dp: int | None = None
     microbatches: int | None = None
     schedule: str | None = None
-    recompute: bool | None = None
-    zero: bool | None = None
+    recompute: str | None = None
+    zero_stage: int | None = None
     state_bytes: float = ADAM_STATES
 
     def __post_init__(self) -> None:
         for name in ("devices", "global_batch"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} is {getattr(self, name)}: there must be one at least")
+        for name, known in (("recompute", ("none", "layers")), ("zero_stage", (0, 1))):
+            if getattr(self, name) not in (None, *known):
+                raise PlanError(f"{name} is {getattr(self, name)!r}: it is one of {', '.join(map(str, known))}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ def choose_training(
     Raises PlanError (a bad request), MeshError (no mesh can be planned), NoPlanFits (none fits).
     """
     roles_by_pin(graph, request.pin)  # raises here for wrong pins, which every mesh would refuse
-    chooser = _Chooser(graph, request, wishes, make_schedule, {"model": model, "fingerprint": fingerprint})
+    chooser = _Chooser(graph, request, wishes, make_schedule, model, fingerprint)
     found: list[StepEstimate] = []
     impossible: list[tuple[Mesh, AutodistError]] = []
     for mesh in _meshes(wishes, request.hardware):
@@ -166,9 +169,11 @@ class _Chooser:
         request: PlanRequest,
         wishes: TrainingWishes,
         make_schedule: ScheduleMaker,
-        names: dict[str, str],
+        model: str,
+        fingerprint: str,
     ) -> None:
-        self.graph, self.request, self.wishes, self.names = graph, request, wishes, names
+        self.graph, self.request, self.wishes = graph, request, wishes
+        self.model, self.fingerprint = model, fingerprint
         self.make_schedule = make_schedule
         own = int(USABLE * request.hardware.memory_bytes)
         self.limit = request.max_memory[0] if request.max_memory else own
@@ -204,18 +209,18 @@ class _Chooser:
 
     def explained(self, made: PartitionPlan) -> PartitionPlan:
         """Returns a plan with all that could have been chosen in it, too."""
-        return plan(self.graph, self._wanted(made.mesh), **self.names, shared=self.shared)
+        return self._plan(made.mesh, explained=True)
 
     def _counts(self, mesh: Mesh, replica: int) -> list[int]:
         """Returns the numbers of microbatches to try: those that keep a pipeline busy, the fewest first."""
         if self.wishes.microbatches is not None:
             if replica % self.wishes.microbatches:
-                raise MeshError(f"{replica} rows of a replica are no {self.wishes.microbatches} microbatches, all alike")
+                raise MeshError(f"{replica} rows of a replica are not {self.wishes.microbatches} microbatches alike")
             return [self.wishes.microbatches]
         every = _divisors(replica)
         busy = [n for n in every if n >= mesh.pp] or every[-1:]
         # One row a microbatch needs least memory, and is tried in any case.
-        return [n for n in busy if mesh.pp > 1 and n <= _BUSY * mesh.pp or mesh.pp == 1 or n == every[-1]]
+        return [n for n in busy if mesh.pp == 1 or n <= _BUSY * mesh.pp or n == every[-1]]
 
     def _estimates(
         self, mesh: Mesh, schedule: str, counts: Sequence[int], replica: int, *, strict: bool = True
@@ -245,11 +250,11 @@ class _Chooser:
         assert last is not None
         return last
 
-    def _savings(self, mesh: Mesh) -> list[tuple[bool, bool]]:
-        """Returns (ZeRO-1?, recomputation?) in the order in which they are tried."""
-        zero, recompute = self.wishes.zero, self.wishes.recompute
-        zeros = [zero] if zero is not None else [False, True] if mesh.dp > 1 else [False]
-        recomputes = [recompute] if recompute is not None else [False, True]
+    def _savings(self, mesh: Mesh) -> list[tuple[int, str]]:
+        """Returns (zero_stage, recompute) in the order in which they are tried."""
+        zero, recompute = self.wishes.zero_stage, self.wishes.recompute
+        zeros = [zero] if zero is not None else [0, 1] if mesh.dp > 1 else [0]
+        recomputes = [recompute] if recompute is not None else ["none", "layers"]
         return [*((z, recomputes[0]) for z in zeros), *((zeros[-1], r) for r in recomputes[1:])]
 
     def _analysis(self, tp: int, stages: int, rows: int) -> WorkAnalysis:
@@ -257,9 +262,19 @@ class _Chooser:
         if key not in self.analyses:
             wanted = self._wanted(Mesh(tp, stages))
             if (tp, stages) not in self.plans:
-                self.plans[tp, stages] = plan(self.graph, wanted, **self.names, shared=self.shared, explained=False)
+                self.plans[tp, stages] = self._plan(wanted.mesh, explained=False)
             self.analyses[key] = WorkAnalysis(self.graph, self.plans[tp, stages], wanted, rows, self.shared)
         return self.analyses[key]
+
+    def _plan(self, mesh: Mesh, *, explained: bool) -> PartitionPlan:
+        return plan(
+            self.graph,
+            self._wanted(mesh),
+            model=self.model,
+            fingerprint=self.fingerprint,
+            shared=self.shared,
+            explained=explained,
+        )
 
     def _wanted(self, mesh: Mesh) -> PlanRequest:
         """Returns the request for a plan of one replica; of one row, since the step is predicted at others anyway."""
@@ -271,7 +286,7 @@ class _Chooser:
         """Raises NoPlanFits for a mesh whose weights, gradients and optimizer alone are too large, before it is
         planned."""
         whole = sum(op.outputs[0].nbytes for op in self.graph if op.kind == "param")
-        zero = self.wishes.zero is not False and mesh.dp > 1
+        zero = self.wishes.zero_stage != 0 and mesh.dp > 1
         share = 2 + self.wishes.state_bytes / (mesh.dp if zero else 1)
         least = whole * share / (mesh.tp * mesh.pp)
         if least > self.limit:
@@ -296,15 +311,15 @@ def choice_text(choice: TrainingChoice) -> str:
         + (f"; predicted at {sizes}" if sizes else ""),
         "",
     ]
-    rows = [["", "mesh", "schedule", "microbatches", "recompute", "zero", "a step", "idle", per_second, "memory", ""]]
+    rows = [["", "mesh", "schedule", "microbatches", "recompute", "ZeRO", "a step", "idle", per_second, "memory", ""]]
     for number, c in enumerate(choice.candidates[:_SHOWN], 1):
         rows.append([
             str(number),
             str(c.setup.mesh),
             c.setup.schedule.name if c.setup.mesh.pp > 1 else "-",
             f"{c.setup.schedule.microbatches} of {c.setup.rows}",
-            "layers" if c.setup.recompute else "none",
-            "1" if c.setup.zero else "0",
+            c.setup.recompute,
+            str(c.setup.zero_stage),
             seconds_text(c.seconds),
             f"{100 * c.timeline.idle_share:.0f} %",
             f"{c.tokens_per_second:.0f}",

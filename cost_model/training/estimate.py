@@ -29,15 +29,15 @@ ADAM_STATES_WITH_MASTERS = 6.0  # of a 16-bit parameter: its float32 copy, and b
 class StepSetup:
     """How a step is run: on which mesh, in which order, `rows` sequences a microbatch.
 
-    `recompute`: the layers' activations are computed again in backward; `zero`: each replica holds and steps 1 / dp of
-    the optimizer's states (ZeRO-1); `state_bytes`: bytes of these a byte of parameters.
+    `recompute` is "none", or "layers": the layers' activations are computed again in backward. `zero_stage` 1: each
+    replica holds and steps 1 / dp of the optimizer's states. `state_bytes`: bytes of these a byte of parameters.
     """
 
     mesh: Mesh
     schedule: Schedule
     rows: int
-    recompute: bool = False
-    zero: bool = False
+    recompute: str = "none"
+    zero_stage: int = 0
     state_bytes: float = ADAM_STATES
 
 
@@ -99,8 +99,8 @@ class StepEstimate:
             "stages_per_rank": setup.schedule.stages // setup.schedule.ranks,
             "microbatches": setup.schedule.microbatches,
             "rows": setup.rows,
-            "recompute": "layers" if setup.recompute else "none",
-            "zero": int(setup.zero),
+            "recompute": setup.recompute,
+            "zero_stage": setup.zero_stage,
             "seconds": self.seconds,
             "idle_share": self.timeline.idle_share,
             "reduce_seconds": self.reduce_seconds,
@@ -123,7 +123,7 @@ class StepEstimate:
 def estimate_step(analysis: WorkAnalysis, setup: StepSetup) -> StepEstimate:
     """Predicts a step of the plan behind `analysis`, whose stages are those of the setup's schedule."""
     schedule, mesh = setup.schedule, setup.mesh
-    work = [analysis.stage(k, recompute=setup.recompute) for k in range(schedule.stages)]
+    work = [analysis.stage(k, recompute=setup.recompute == "layers") for k in range(schedule.stages)]
     timeline = simulate(schedule, [w.costs for w in work], analysis.transfers(mesh))
     reducing = stepping = 0.0
     memory: list[RankMemory] = []
@@ -139,7 +139,7 @@ def estimate_step(analysis: WorkAnalysis, setup: StepSetup) -> StepEstimate:
 def state_bytes_of(own: Sequence[StageWork], setup: StepSetup) -> int:
     """Returns the bytes of the optimizer's states on one rank; with ZeRO-1 of the fullest share."""
     whole = sum(w.parameter_bytes for w in own) * setup.state_bytes
-    return -(-int(whole) // setup.mesh.dp) if setup.zero else int(whole)
+    return -(-int(whole) // setup.mesh.dp) if setup.zero_stage else int(whole)
 
 
 def _memory(own: Sequence[StageWork], setup: StepSetup, activations: int) -> RankMemory:
@@ -167,5 +167,5 @@ def _optimizer_seconds(own: Sequence[StageWork], setup: StepSetup, hardware: Har
     gradients written): both are bound by memory."""
     parameters = sum(w.parameter_bytes for w in own)
     clipping = 3 * parameters
-    stepping = (3 * parameters + 2 * parameters * setup.state_bytes) / (setup.mesh.dp if setup.zero else 1)
+    stepping = (3 * parameters + 2 * parameters * setup.state_bytes) / (setup.mesh.dp if setup.zero_stage else 1)
     return (clipping + stepping) / hardware.memory_bandwidth

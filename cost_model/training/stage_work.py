@@ -52,7 +52,7 @@ class WorkAnalysis:
     def __init__(
         self, graph: OpGraph, plan: PartitionPlan, request: PlanRequest, rows: int, shared: SharedSearches
     ) -> None:
-        sizes = {**dict(plan.sizes), "B": rows}
+        sizes = {**dict(plan.sizes), **dict(request.sizes), "B": rows}
         self.graph, self.plan = graph, plan
         self.planned = PlanSearch(graph, replace(request, mesh=plan.mesh, sizes=tuple(sizes.items())), shared)
         self.search = self.planned.search
@@ -147,7 +147,7 @@ class WorkAnalysis:
 
     def _owed(self, ops: Iterable[OpPlan]) -> set[str]:
         """Returns the parameters that every rank has whole and reads in parts, so that their gradients are terms."""
-        found = set()
+        found: set[str] = set()
         for planned in ops:
             if _in_parts(planned):
                 read = [ref.op for ref in self.graph[planned.name].inputs if self.graph[ref.op].kind == "param"]
@@ -186,7 +186,7 @@ class WorkAnalysis:
 
         sdpa: log-sum-exps; where its mask has a gradient (a learned bias), which fused kernels do not compute, the
         probabilities, and q and k as they are multiplied. cross_entropy: the log-probabilities. dropout: a byte for
-        each element that is drawn.
+        each element that is drawn. rms_norm, where it is no kernel of its own: what is normalized, before its scale.
         """
         inputs = [self.search.local(ref, p) for ref, p in zip(op.inputs, self._strategies[op.name].inputs, strict=True)]
         kind = op.kind.removeprefix("opaque.")
@@ -194,6 +194,8 @@ class WorkAnalysis:
             return inputs[0].nbytes
         if kind == "dropout":
             return prod(inputs[0].shape[: int(op.attrs["drawn"])])
+        if _is_norm(self.graph, op):
+            return 0 if self.search.hardware.fuses_norms else sum(map(self._bytes, outputs_of(op)))
         if kind != "sdpa":
             return 0
         if not any(needed[3:]):
@@ -263,3 +265,8 @@ class _Storages:
 def _in_parts(op: OpPlan) -> bool:
     """Returns whether each rank computes a part, or a term, of what an op computes."""
     return any(not p.is_replicate for p in (*op.inputs, *op.outputs))
+
+
+def _is_norm(graph: OpGraph, op: Op) -> bool:
+    """Returns whether an op is the last of a chain that fuse_ops makes a norm of: it scales what the others normalize."""
+    return op.kind == "mul" and any(ref.op in graph.fused for ref in op.inputs)
