@@ -22,7 +22,6 @@ from cost_model.request.devices import Memory
 from cost_model.request.plan_options import PlanOptions
 from cost_model.training import choice
 from cost_model.training.choice import TrainingChoice, TrainingWishes
-from cost_model.training.estimate import ADAM_STATES, ADAM_STATES_WITH_MASTERS
 from passes.op_graph.build import fingerprint
 
 
@@ -87,7 +86,7 @@ def choose_training_for(
     return choice.choose_training(
         graph,
         wanted.resolve(default_hardware()),
-        replace(wishes, state_bytes=ADAM_STATES_WITH_MASTERS if has_masters else ADAM_STATES),
+        replace(wishes, has_masters=has_masters),
         make_schedule,
         model=traced.model_class,
         fingerprint=fingerprint(graph),

@@ -29,7 +29,7 @@ CLASSES = {
 def schedule_text(timeline: Timeline, columns: int = COLUMNS) -> str:
     """Format a step as a line a rank, to scale, in `columns` columns: "F0--F1--....B0------", with dots for idle time.
 
-    Where ranks have several stages, an action's stage stands before it: "2F0".
+    Where ranks have several stages, an action's stage stands before it: "2F0". Where there is no room for that, "F".
     """
     scale = columns / timeline.seconds if timeline.seconds else 0.0
     rows = [_summary(timeline)]
@@ -37,7 +37,10 @@ def schedule_text(timeline: Timeline, columns: int = COLUMNS) -> str:
         row, width = "", len(str(len(timeline.spans) - 1))
         for span in spans:
             start, stop = round(span.start * scale), round(span.stop * scale)
-            row = row.ljust(start, ".") + _label(timeline, span)[: stop - start].ljust(stop - start, "-")
+            label, width_of_span = _label(timeline, span), stop - start
+            if width_of_span < len(label):  # too many actions for their names: their kinds alone
+                label = span.action.kind.value[:width_of_span]
+            row = row.ljust(start, ".") + label.ljust(width_of_span, "-")
         rows.append(f"rank {rank:>{width}}  {row.ljust(columns, '.')}")
     return "\n".join(rows)
 

@@ -1,4 +1,4 @@
-"""What an op's backward pass costs, and which tensors autograd keeps for it, on one rank.
+"""Tells what an op's backward pass costs, and which tensors autograd keeps for it, on one rank.
 
 Work is told in multiples of the op's own forward pass: a product's gradients are products of the same size, one for
 each factor. S. Narayanan et al., "Efficient large-scale language model training on GPU clusters using Megatron-LM", SC

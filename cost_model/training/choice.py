@@ -24,7 +24,7 @@ from cost_model.search.mesh_choice import USABLE
 from cost_model.search.plan_search import SharedSearches
 from cost_model.search.planner import plan
 from cost_model.text_tables import table
-from cost_model.training.estimate import ADAM_STATES, StepEstimate, StepSetup, estimate_step
+from cost_model.training.estimate import StepEstimate, StepSetup, estimate_step
 from cost_model.training.stage_work import WorkAnalysis
 
 PLAIN = "1f1b"
@@ -41,9 +41,9 @@ class ScheduleMaker(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrainingWishes:
-    """What is to be trained on what: `devices`, alike, and `global_batch` sequences a step over all of them.
+    """A wish: to train on `devices`, all alike, with `global_batch` sequences a step over all of them.
 
-    A field that is None is chosen. `state_bytes`: of the optimizer, a byte of parameters.
+    A field that is None is chosen. `has_masters`: as in StepSetup.
     """
 
     devices: int
@@ -55,7 +55,7 @@ class TrainingWishes:
     schedule: str | None = None
     recompute: str | None = None
     zero_stage: int | None = None
-    state_bytes: float = ADAM_STATES
+    has_masters: bool = False
 
     def __post_init__(self) -> None:
         for name in ("devices", "global_batch"):
@@ -243,7 +243,7 @@ class _Chooser:
         analysis = self._analysis(mesh.tp, schedule.stages, rows)
         last = None
         for zero, recompute in self._savings(mesh):
-            setup = StepSetup(mesh, schedule, rows, recompute, zero, self.wishes.state_bytes)
+            setup = StepSetup(mesh, schedule, rows, recompute, zero, self.wishes.has_masters)
             last = estimate_step(analysis, setup)
             if last.memory_bytes <= self.limit:
                 break
@@ -287,7 +287,8 @@ class _Chooser:
         planned."""
         whole = sum(op.outputs[0].nbytes for op in self.graph if op.kind == "param")
         zero = self.wishes.zero_stage != 0 and mesh.dp > 1
-        share = 2 + self.wishes.state_bytes / (mesh.dp if zero else 1)
+        setup = StepSetup(mesh, self.make_schedule(PLAIN, 1, 1), 1, has_masters=self.wishes.has_masters)
+        share = 1 + setup.gradient_bytes + setup.state_bytes / (mesh.dp if zero else 1)
         least = whole * share / (mesh.tp * mesh.pp)
         if least > self.limit:
             raise NoPlanFits(

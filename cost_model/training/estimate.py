@@ -21,16 +21,14 @@ from cost_model.schedule.schedule import ActionKind, Schedule
 from cost_model.schedule.timeline import Timeline, simulate
 from cost_model.training.stage_work import StageWork, WorkAnalysis
 
-ADAM_STATES = 2.0  # bytes of AdamW's states a byte of parameters: two tensors of the same dtype
-ADAM_STATES_WITH_MASTERS = 6.0  # of a 16-bit parameter: its float32 copy, and both states in float32
-
 
 @dataclass(frozen=True, slots=True)
 class StepSetup:
     """How a step is run: on which mesh, in which order, `rows` sequences a microbatch.
 
     `recompute` is "none", or "layers": the layers' activations are computed again in backward. `zero_stage` 1: each
-    replica holds and steps 1 / dp of the optimizer's states. `state_bytes`: bytes of these a byte of parameters.
+    replica holds and steps 1 / dp of the optimizer's states. `has_masters`: 16-bit parameters are stepped as float32
+    copies, with float32 gradients.
     """
 
     mesh: Mesh
@@ -38,7 +36,17 @@ class StepSetup:
     rows: int
     recompute: str = "none"
     zero_stage: int = 0
-    state_bytes: float = ADAM_STATES
+    has_masters: bool = False
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of AdamW's states a byte of parameters: two tensors like them, or the float32 copy and both."""
+        return 6 if self.has_masters else 2
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of gradients a byte of parameters."""
+        return 2 if self.has_masters else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,7 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.transient
 
 
@@ -139,14 +147,14 @@ def estimate_step(analysis: WorkAnalysis, setup: StepSetup) -> StepEstimate:
 def state_bytes_of(own: Sequence[StageWork], setup: StepSetup) -> int:
     """Returns the bytes of the optimizer's states on one rank; with ZeRO-1 of the fullest share."""
     whole = sum(w.parameter_bytes for w in own) * setup.state_bytes
-    return -(-int(whole) // setup.mesh.dp) if setup.zero_stage else int(whole)
+    return -(-whole // setup.mesh.dp) if setup.zero_stage else whole
 
 
 def _memory(own: Sequence[StageWork], setup: StepSetup, activations: int) -> RankMemory:
     parameters = sum(w.parameter_bytes for w in own)
     return RankMemory(
         weights=parameters + sum(w.buffer_bytes for w in own),
-        gradients=parameters,
+        gradients=parameters * setup.gradient_bytes,
         optimizer=state_bytes_of(own, setup),
         activations=activations,
         transient=max(w.transient_bytes for w in own),
@@ -156,7 +164,8 @@ def _memory(own: Sequence[StageWork], setup: StepSetup, activations: int) -> Ran
 def _reduce_seconds(own: Sequence[StageWork], setup: StepSetup, hardware: Hardware) -> float:
     """Returns the seconds of a rank's sums over dp that its last backward pass does not hide, and of those over tp."""
     mesh = setup.mesh
-    over_dp = all_reduce_seconds(sum(w.parameter_bytes for w in own), mesh.dp, hardware.dp_link_on(mesh))
+    gradients = setup.gradient_bytes * sum(w.parameter_bytes for w in own)
+    over_dp = all_reduce_seconds(gradients, mesh.dp, hardware.dp_link_on(mesh))
     hidden = min(w.costs.seconds(ActionKind.BACKWARD) for w in own)
     over_tp = all_reduce_seconds(sum(w.owed_bytes for w in own), mesh.tp, hardware.tp_link_on(mesh))
     return max(0.0, over_dp - hidden) + over_tp
@@ -166,6 +175,9 @@ def _optimizer_seconds(own: Sequence[StageWork], setup: StepSetup, hardware: Har
     """Returns the seconds of clipping (gradients read, then scaled) and of the optimizer (all read, and all but the
     gradients written): both are bound by memory."""
     parameters = sum(w.parameter_bytes for w in own)
-    clipping = 3 * parameters
-    stepping = (3 * parameters + 2 * parameters * setup.state_bytes) / (setup.mesh.dp if setup.zero_stage else 1)
+    gradients = parameters * setup.gradient_bytes
+    clipping = 3 * gradients
+    stepping = (2 * parameters + gradients + 2 * parameters * setup.state_bytes) / (
+        setup.mesh.dp if setup.zero_stage else 1
+    )
     return (clipping + stepping) / hardware.memory_bandwidth

@@ -1,4 +1,4 @@
-"""What one microbatch's forward and backward passes take on each stage of a plan, and what the stage keeps for them.
+"""Predicts a microbatch's forward and backward pass on each stage of a plan, and what the stage keeps for it.
 
 Seconds and bytes are of the stage's slowest and fullest tp rank. The forward pass is the plan's own prediction; the
 backward pass follows from it (costs/backward.py), with the all_reduces that gradients are owed: one where a whole value
@@ -39,7 +39,7 @@ class StageWork:
     costs: StageCosts
     parameter_bytes: int  # of parameters, each of which has a gradient and optimizer states
     buffer_bytes: int
-    transient_bytes: int  # beside what is kept: the gradients that are alive while one op goes backward
+    transient_bytes: int  # beside what is kept: gradients while an op goes backward, or a layer that is recomputed
     owed_bytes: int  # of parameters whose gradients are terms of a sum over the tp ranks
 
 
@@ -87,13 +87,13 @@ class WorkAnalysis:
         sums = sum(all_reduce_seconds(self.search.spec(ref).nbytes, tp, link) for ref in self._summed(ops))
         parameters = {name: self._held(name) for name in self._read(ops, "param")}
         adding = 3 * sum(parameters.values()) / search.hardware.memory_bandwidth  # to the other microbatches' gradients
-        kept, within = self._kept(ops, recompute)
+        kept, transient = self._kept(ops, recompute)
         for_weights = min(kept, self._kept_for_weights(ops))
         return StageWork(
             costs=StageCosts(forward, back_inputs + again + sums, back_weights + adding, kept, for_weights),
             parameter_bytes=sum(parameters.values()),
             buffer_bytes=sum(self.search.spec(TensorRef(name)).nbytes for name in self._read(ops, "buffer")),
-            transient_bytes=within + max((self._gradients_alive(self.graph[op.name]) for op in ops), default=0),
+            transient_bytes=transient,
             owed_bytes=sum(parameters[name] for name in self._owed(ops)),
         )
 
@@ -165,8 +165,9 @@ class WorkAnalysis:
         return self.search.held_bytes(self.graph[parameter], self._strategies[parameter])
 
     def _kept(self, ops: Iterable[OpPlan], recompute: bool) -> tuple[int, int]:
-        """Returns (bytes kept of a microbatch from forward to backward, bytes more while one layer is recomputed)."""
-        outside, inside = _Storages(self), dict[str, _Storages]()
+        """Returns (bytes kept of a microbatch from forward to backward, bytes more at the worst moment of backward)."""
+        outside, borders, layers = _Storages(self), _Storages(self), dict[str, _Storages]()
+        worst: dict[str, int] = {}  # by layer, "" for what is none: most bytes of gradients that are alive at once
         for planned in ops:
             op = self.graph[planned.name]
             if op.name in self.graph.fused:
@@ -174,12 +175,16 @@ class WorkAnalysis:
             inputs = self._really_read(op)
             needed = self._inputs_needed(op, inputs)
             layer = layer_of(op.module) if recompute else ""
-            of_op = inside.setdefault(layer, _Storages(self)) if layer else outside
             inside_op = self._kept_inside(op, self._inputs_needed(op, op.inputs)) if any(needed) else 0
+            of_op = layers.setdefault(layer, _Storages(self)) if layer else outside
             of_op.add(kept_tensors(op, inputs, needed), inside_op)
             if layer:  # what enters a layer from another one, or from outside of all
-                outside.add([ref for ref in inputs if layer_of(self.graph[ref.op].module) != layer])
-        return outside.nbytes, max((layer.nbytes for layer in inside.values()), default=0)
+                borders.add([ref for ref in inputs if layer_of(self.graph[ref.op].module) != layer])
+            worst[layer] = max(worst.get(layer, 0), self._gradients_alive(op))
+        kept = outside.union(borders)
+        # What is kept outside of the layers is mostly the head's, which has gone backward when they come to it.
+        again = max((own.nbytes + worst[layer] for layer, own in layers.items()), default=0) - (kept - borders.nbytes)
+        return kept, max(worst.get("", 0), again)
 
     def _kept_inside(self, op: Op, needed: Sequence[bool]) -> int:
         """Returns the bytes that an op keeps beside its inputs and outputs; `needed[i]`: input i has a gradient.
@@ -256,9 +261,13 @@ class _Storages:
             self._found[ref] = self._analysis.storage_bytes(ref)
         self._more += more
 
+    def union(self, other: _Storages) -> int:
+        """Returns the bytes of both, what both have once."""
+        return sum((self._found | other._found).values()) + self._more + other._more
+
     @property
     def nbytes(self) -> int:
-        """Bytes of all."""
+        """Bytes of all storages."""
         return sum(self._found.values()) + self._more
 
 
@@ -268,5 +277,6 @@ def _in_parts(op: OpPlan) -> bool:
 
 
 def _is_norm(graph: OpGraph, op: Op) -> bool:
-    """Returns whether an op is the last of a chain that fuse_ops makes a norm of: it scales what the others normalize."""
+    """Returns whether an op is the last of a chain that fuse_ops makes a norm of: it scales
+    what the others normalize."""
     return op.kind == "mul" and any(ref.op in graph.fused for ref in op.inputs)

@@ -25,17 +25,21 @@ WITHIN = 0.15  # of what is measured
 
 
 @pytest.mark.parametrize(
-    ("family", "tp", "pp", "schedule", "microbatches"),
+    ("family", "tp", "pp", "schedule", "microbatches", "recompute"),
     [
-        ("llama", 2, 1, "1f1b", 1),
-        ("llama", 1, 2, "1f1b", 4),
-        ("qwen3", 1, 2, "gpipe", 4),
-        ("gpt2", 2, 1, "1f1b", 1),
-        ("gpt2", 1, 2, "1f1b", 4),
+        ("llama", 2, 1, "1f1b", 1, "none"),
+        ("llama", 1, 2, "1f1b", 4, "none"),
+        ("llama", 1, 2, "1f1b", 4, "layers"),
+        ("qwen3", 1, 2, "gpipe", 4, "none"),
+        ("qwen3", 2, 1, "gpipe", 1, "layers"),
+        ("gpt2", 2, 1, "1f1b", 1, "none"),
+        ("gpt2", 1, 2, "gpipe", 4, "layers"),
     ],
 )
 @pytest.mark.drawn(2)
-def test_a_step_holds_what_is_predicted(family: str, tp: int, pp: int, schedule: str, microbatches: int) -> None:
+def test_a_step_holds_what_is_predicted(
+    family: str, tp: int, pp: int, schedule: str, microbatches: int, recompute: str
+) -> None:
     model = tiny_model(family, torch.float32, num_hidden_layers=LAYERS, vocab_size=512)
     batch = text(ROWS, LENGTH, 0)
     made = compiled_for_training(model, batch, (tp, pp), verify=False)
@@ -47,8 +51,13 @@ def test_a_step_holds_what_is_predicted(family: str, tp: int, pp: int, schedule:
         own = {stage: made.main.programs[rank]}
         parameters = list(own[stage].graph_module.parameters())
         optimizers: list[torch.optim.Optimizer] = []
+
+        def optimizer(named) -> torch.optim.Optimizer:
+            optimizers.append(adamw(named))
+            return optimizers[0]
+
         trainer = RankTrainer(
-            mesh, rank, own, made.source.trained_parameters(), lambda named: optimizers.append(adamw(named)) or optimizers[0]
+            mesh, rank, own, made.source.trained_parameters(), optimizer, recompute=recompute
         )
         parts = [Microbatch(batch, own, made.plan.hops)] * microbatches
         trainer.step(communicator, order, parts)  # makes the optimizer's states
@@ -62,7 +71,8 @@ def test_a_step_holds_what_is_predicted(family: str, tp: int, pp: int, schedule:
     measured = ThreadWorld(mesh).run(work)
     request = PlanOptions.from_keywords(tp=tp, pp=pp, sizes={"B": ROWS, "S": LENGTH}).resolve(default_hardware())
     graph = planned_graph(made.main.traced, trains=True)
-    predicted = estimate_step(WorkAnalysis(graph, made.plan, request, ROWS, {}), StepSetup(mesh, order, ROWS)).memory
+    setup = StepSetup(mesh, order, ROWS, recompute)
+    predicted = estimate_step(WorkAnalysis(graph, made.plan, request, ROWS, {}), setup).memory
     for stage, memory in enumerate(predicted):
         of_ranks = [measured[mesh.rank(stage, t)] for t in range(tp)]
         assert memory.gradients == max(weights for _, weights, _ in of_ranks)  # the fullest rank's
