@@ -23,6 +23,11 @@ class EngineModel(nn.Module):
         """Return what the model in evaluation mode returns."""
         return self.__dict__["engine"]().evaluate({name: x for name, x in inputs.items() if x is not None})
 
+    def train(self, mode: bool = True) -> EngineModel:
+        """Switch the mode of what it stands for, by which subclasses know what the loop does; the engine needs none."""
+        self.__dict__["stands_for"].train(mode)
+        return self
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return self.__dict__["stands_for"].parameters(recurse)
 

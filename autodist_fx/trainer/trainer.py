@@ -111,6 +111,7 @@ class EngineTrainer(_Base):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, *_: Any) -> torch.Tensor:
         """Collect a batch; with the last one that is accumulated, take the engine's step, and return its loss."""
+        model.train()
         self._batches.append(dict(inputs))
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             self._batches[-1]["num_items_in_batch"] = torch.as_tensor(num_items_in_batch)

@@ -19,6 +19,7 @@ import transformers
 from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
@@ -106,10 +107,37 @@ def trl(directory: Path) -> bool:
     return all(line == lines[0] and line and "\n" not in line for line in lines)
 
 
+class SplitSFT(adx.EngineTrainer, SFTTrainer):
+    """TRL's trainer over an engine."""
+
+
+def trl_over_an_engine(directory: Path) -> bool:
+    """SFTTrainer with an adapter, over tp=2: losses, evaluations and token accuracy of these as in one process."""
+    tokenizer, curves = AutoTokenizer.from_pretrained(directory), []
+    texts = [" ".join(f"w{3 + (7 * row + n) % 90}" for n in range(4 + row % 5)) for row in range(16)]
+    rows = Dataset.from_list([{"text": text} for text in texts])
+    options: dict[str, Any] = {
+        "max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "logging_steps": 1,
+        "learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 2, "report_to": "none", "use_cpu": True,
+        "bf16": False, "disable_tqdm": True, "save_strategy": "no",
+    }  # fmt: skip
+    for kind, mesh in ((SFTTrainer, {}), (SplitSFT, {"tp": 2, "simulate": True})):
+        torch.manual_seed(0)
+        trainer = kind(
+            model=AutoModelForCausalLM.from_pretrained(directory), processing_class=tokenizer, train_dataset=rows,
+            args=SFTConfig(str(directory.parent / kind.__name__), **options), eval_dataset=rows,
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"), **mesh,
+        )  # fmt: skip
+        trainer.train()
+        names = ("loss", "grad_norm", "eval_loss", "eval_mean_token_accuracy")
+        curves.append([line[name] for line in trainer.state.log_history for name in names if name in line])
+    return len(curves[0]) == 12 and torch.allclose(*map(torch.tensor, curves), atol=1e-4)
+
+
 def main() -> int:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    checks: tuple[Callable[[Path], bool], ...] = (lm_eval, sentence_transformers, trl)
+    checks: tuple[Callable[[Path], bool], ...] = (lm_eval, sentence_transformers, trl, trl_over_an_engine)
     right = []
     with tempfile.TemporaryDirectory() as folder:
         directory = save_tiny(Path(folder) / "model", "llama", num_hidden_layers=1)
