@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, TextStreamer
 
 from autodist_fx.api.from_pretrained import from_pretrained
 from autodist_fx.cli.arguments import be_quiet
-from autodist_fx.cli.prompts import encode, split_answers
+from autodist_fx.cli.generation.prompts import encode, split_answers
 from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.compile import compile_for_generation
 from autodist_fx.compiler.compile_options import CompileOptions

@@ -32,8 +32,8 @@ from autodist_fx.cli.arguments import (
     plan_options,
     probability,
 )
-from autodist_fx.cli.command_start import VARIABLE, command_started, process_started
-from autodist_fx.cli.prompts import Answer, TimedStreamer, encode, split_answers
+from autodist_fx.cli.generation.command_start import VARIABLE, command_started, process_started
+from autodist_fx.cli.generation.prompts import Answer, TimedStreamer, encode, split_answers
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import agree, digest, over

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from autodist_fx.cli.prompts import split_answers
+from autodist_fx.cli.generation.prompts import split_answers
 
 
 class Words:

@@ -50,8 +50,8 @@ def test_beams_of_states_that_have_their_layers_in_front() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["mamba", "lfm2"])
+def test_prompts_shorter_than_the_convolution(family: str) -> None:
     """Prompts of one token and of two: the state begins with zeros. The truth is the model without a cache."""
-    """Of one token and of two: the state begins with zeros. The truth is the model without a cache."""
     lfm2 = Lfm2Config(**{**CONFIG.to_dict(), "conv_L_cache": 5})
     model = state_space_model("mamba") if family == "mamba" else randomized(Lfm2ForCausalLM(lfm2).double().eval())
     options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}

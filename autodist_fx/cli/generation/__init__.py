@@ -1,0 +1,1 @@
+"""Prompts and answers of `run` and `demo`, and the time since which they run."""
