@@ -96,7 +96,7 @@ def _proxy_of(node: Any, tracer: Any) -> SymbolicProxy:
     return proxy
 
 
-def _masks_nothing(padding_mask: Any, kv_length: Any, local_attention_size: int | None = None) -> bool:
+def _masks_nothing(padding_mask: Any, kv_length: Any = None, local_attention_size: int | None = None) -> bool:
     """Return whether a mask in both directions hides no token of any input."""
     return padding_mask is None and local_attention_size is None
 

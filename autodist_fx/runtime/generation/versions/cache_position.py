@@ -1,4 +1,5 @@
-"""The methods that transformers 4.57's generate asks of a model, where a step is the tokens at `cache_position`."""
+"""The methods that the generate of transformers 4.57, and of the first of 5, asks of a model: a step is the tokens at
+`cache_position`."""
 
 from __future__ import annotations
 
@@ -32,8 +33,10 @@ class GenerationHooks(GenerationMixin):
         assert cache_position is not None
         if self._leader is not None:
             self._leader.prepare_step()
+        # The first of 5 say that, too.
+        first = {name: kwargs.pop(name) for name in ("is_first_iteration",) if name in kwargs}
         if self.family is not None:
-            given = {"past_key_values": past_key_values, "attention_mask": attention_mask}
+            given = {"past_key_values": past_key_values, "attention_mask": attention_mask, **first}
             return family_inputs(self.family, input_ids, {**kwargs, **given, "cache_position": cache_position})
         tokens = cache_position.shape[0]
         if past_key_values is not None and input_ids.shape[1] != tokens:
