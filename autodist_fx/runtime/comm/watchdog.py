@@ -41,6 +41,7 @@ class Watchdog:
         self._closing = False
         self._lock = threading.Lock()
         self._speaking = threading.Lock()  # two threads' lines must not mix
+        self._breaking = threading.Lock()  # held while waits are broken off
         self._left: set[int] = set()  # ranks that have ended in good order
         self._incidents: dict[str, ErrorReport] = {}  # by epoch, until the next one of the same communicator
         self._told = threading.Condition()
@@ -124,8 +125,9 @@ class Watchdog:
             self._incidents.setdefault(epoch, report)
             break_off = self._breakers.get(epoch)
             self._told.notify_all()
-        if break_off is not None:
-            break_off(report)
+        with self._breaking:
+            if break_off is not None and not self._closing:
+                break_off(report)
 
     def _heard_incident(self, line: str) -> tuple[str, ErrorReport] | None:
         words = line.split(" ", 2)
@@ -145,6 +147,8 @@ class Watchdog:
             if self._closing:
                 return
             self._closing = True
+        with self._breaking:  # torch aborts a process that ends while a thread of it is inside of Gloo
+            pass
         word = "bye" if failure is None else f"dead {self.rank} failed: {_one_line(failure)}"
         word = f"dead {self.rank} {_SAID}" if failure is not None and is_said else word
         for peer in self._peers.values():
