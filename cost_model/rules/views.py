@@ -32,8 +32,12 @@ def permute(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[st
 
 
 def expand(inputs: Sequence[Shape], outputs: Sequence[Shape], attrs: Mapping[str, Any]) -> OpRule:
-    """x [...] -> x broadcast to the output's shape."""
-    return OpRule(broadcast_factors(inputs[:1], outputs[0]), ((0,),))
+    """x [...] -> x broadcast to the output's shape. A dim that is made by repeating one element is a factor that runs
+    through no input: each rank makes as many as it has."""
+    kept = broadcast_factors(inputs[:1], outputs[0])
+    through = {link.dim for factor in kept for link in factor.outputs}
+    made = [Factor(f"d{d}", n, (), (DimLink(0, d),)) for d, n in enumerate(outputs[0]) if d not in through and n > 1]
+    return OpRule((*kept, *made), ((0,),))
 
 
 def view_groups(source: Shape, target: Shape) -> list[tuple[list[int], list[int]]]:

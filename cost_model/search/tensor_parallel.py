@@ -107,7 +107,7 @@ class TensorParallelSearch:
                 else:
                     outputs[link.slot] = REPLICATE
             covers = any(link.cover for link in factor.inputs)
-            if all(p.is_replicate for p in inputs) and not covers:
+            if all(p.is_replicate for p in inputs) and factor.inputs and not covers:
                 continue  # no input is sharded: each rank would only slice what it computes whole
             if any(p is None for p in outputs):
                 continue

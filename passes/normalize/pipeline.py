@@ -20,6 +20,7 @@ from passes.fx.node_meta import Phase
 from passes.fx.run_passes import Pass, run_passes
 from passes.fx.shape_propagation import Example, NormalizeContext, shape_propagation
 from passes.normalize.canonicalize_calls import canonicalize_calls
+from passes.normalize.concatenate_writes import concatenate_writes
 from passes.normalize.decompose_modules import decompose_modules
 from passes.normalize.eliminate_common_subexpressions import eliminate_common_subexpressions
 from passes.normalize.eliminate_dead_code import eliminate_dead_code
@@ -44,7 +45,8 @@ PASSES: tuple[Pass[NormalizeContext], ...] = (
     canonicalize_calls,  # so that the passes after it look for one form of each call
     unpack_tuples,  # before lengths: elements of a tuple have lengths of their own
     fold_lengths,  # before views: these are written in literals and in the nodes that it leaves
-    eliminate_dead_code,  # most of the arithmetic on sizes
+    concatenate_writes,  # when the bounds of what is written are numbers
+    eliminate_dead_code,  # most of the arithmetic on sizes, and the tensors that were written into
     static_view_sizes,  # from here on a view says its whole shape
     unmerge_batch,  # reads those shapes, and leaves reshapes that change nothing
     remove_no_ops,  # before patterns are looked for, which no-ops would lie in the middle of

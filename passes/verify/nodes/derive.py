@@ -9,9 +9,10 @@ import torch.fx
 from torch.fx import Node
 
 from cost_model.graph.op_graph import Op
+from cost_model.rules.rule import OpRule
 from passes.fx import node_meta
 from passes.fx.arguments import argument, tensor_arguments
-from passes.verify.core.held import Derivation, Held
+from passes.verify.core.held import WHOLE, Derivation, Held
 from passes.verify.core.report import Duty, fail
 from passes.verify.core.state import RankState, named
 
@@ -25,6 +26,8 @@ def derived(state: RankState, node: Node, op: Op, types: tuple[Held, ...], expec
             return derivation
         if all(map(state.may_count_as, derivation.outputs, expected)):
             return Derivation(expected)
+    if op.kind == "expand" and types[0] == WHOLE and _is_made(rule, expected[0]):
+        return Derivation(expected)
     lie = ", ".join(f"{named(r)} is {t}" for r, t in zip(op.inputs, types, strict=False))
     if not judged.derivations:
         fail(state.program, node, f"{op.kind} cannot be run here: {lie}; {judged.reason}", missing=Duty.COLLECTIVES)
@@ -34,6 +37,12 @@ def derived(state: RankState, node: Node, op: Op, types: tuple[Held, ...], expec
         f"its output is {out}, and the plan says {', '.join(map(str, expected))}; of its inputs {lie}",
         missing=Duty.COLLECTIVES,
     )  # fmt: skip
+
+
+def _is_made(rule: OpRule, lies: Held) -> bool:
+    """Returns whether a dim is cut that an op makes by repeating one element: then any part of it is so many of these,
+    and check_shape counts them."""
+    return any(not f.inputs and any(link.dim == lies.dim for link in f.outputs) for f in rule.factors)
 
 
 def check_shape(state: RankState, node: Node, expected: Any) -> None:
