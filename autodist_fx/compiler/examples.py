@@ -191,7 +191,7 @@ def planned_graph(traced: TracedModel, trains: bool = False) -> OpGraph:
     """
     normalized(traced)
     _refuse_random(traced, trains and not traced.use_cache)
-    return build_op_graph(traced.graph_module, fused=removed_by_fusing(traced.graph_module))
+    return build_op_graph(traced.graph_module, chains=removed_by_fusing(traced.graph_module))
 
 
 def normalized(traced: TracedModel) -> TracedModel:

@@ -85,21 +85,35 @@ class Op:
         return f"{self.kind} ({self.name}, {shapes or 'no tensor'}{', ' + self.source if self.source else ''})"
 
 
+@dataclass(frozen=True, slots=True)
+class FusedChain:
+    """A chain that is one op in the emitted graph, because the op that reads the last of `ops` does their work: they
+    cost nothing, and it reads their inputs in their place.
+
+    `scaled` is the op that multiplies a tensor by a number of its own (a norm's), in `ops` or right behind. Where that
+    is cut along `dim`, over which the number is taken, collectives come to stand in the chain, and all of it runs.
+    """
+
+    ops: tuple[str, ...]
+    scaled: str = ""
+    dim: int = -1
+
+
 class OpGraph:
     """Ops in execution order over a `networkx.DiGraph` whose edges are data dependencies (attribute `refs`).
 
-    `fused`: ops that the emitted graph will not have, because the op that reads them does their work: they cost
-    nothing, and their reader reads their inputs in their place.
+    `chains`: those that the emitted graph will have as one op; `fused`: the ops that it will not have for that.
     Raises ValueError when two ops share a name, or when an op reads one that does not stand before it.
     """
 
-    def __init__(self, ops: list[Op], outputs: list[TensorRef], fused: Collection[str] = ()) -> None:
+    def __init__(self, ops: list[Op], outputs: list[TensorRef], chains: Collection[FusedChain] = ()) -> None:
         self.ops: dict[str, Op] = {}
         self.graph: nx.DiGraph[str] = nx.DiGraph()
         self.users: dict[TensorRef, list[tuple[str, int]]] = {}  # tensor -> (op, input slot) of each of its readers
         self.number_users: dict[str, list[str]] = {}
         self.outputs = tuple(outputs)
-        self.fused = frozenset(fused)
+        self.fused = frozenset(name for chain in chains for name in chain.ops)
+        self.chains = {chain.scaled: chain for chain in chains if chain.scaled}  # by the op that can break them
         for op in ops:
             if op.name in self.ops:
                 raise ValueError(f"two ops named {op.name}")

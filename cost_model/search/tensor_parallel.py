@@ -22,7 +22,7 @@ from cost_model.costs.communication import all_gather_seconds, all_reduce_second
 from cost_model.costs.compute import op_seconds
 from cost_model.costs.hardware import Hardware
 from cost_model.errors import PlanError
-from cost_model.graph.op_graph import SOURCES, Op, OpGraph, TensorRef, TensorSpec
+from cost_model.graph.op_graph import SOURCES, FusedChain, Op, OpGraph, TensorRef, TensorSpec
 from cost_model.graph.placement import PARTIAL, REPLICATE, Layout, Placement, shard
 from cost_model.graph.repeated_ops import repeated_ops
 from cost_model.graph.roles import EXPERT, role_of
@@ -186,7 +186,12 @@ class TensorParallelSearch:
         return known
 
     def _compute_seconds(self, op: Op, strategy: Strategy) -> float:
-        if op.kind in SOURCES or op.name in self.graph.fused:
+        if op.kind in SOURCES:
+            return 0.0
+        chain = self.graph.chains.get(op.name)
+        if chain is not None and strategy.outputs[0] == shard(chain.dim):
+            return self._unfused_seconds(op, chain, strategy.outputs[0])
+        if op.name in self.graph.fused:
             return 0.0
         ins = tuple(self.local(self._read(r), p) for r, p in zip(op.inputs, strategy.inputs, strict=True))
         outs = tuple(self.local(TensorRef(op.name, j), p) for j, p in enumerate(strategy.outputs))
@@ -205,6 +210,20 @@ class TensorParallelSearch:
             fixed *= siblings.share
             share = siblings.share if rows is None else busiest_share(siblings, rows, self.tp)
         return fixed + work * share
+
+    def _unfused_seconds(self, op: Op, chain: FusedChain, cut: Placement) -> float:
+        """Returns the seconds of a whole chain that is cut as `op` is, wherever its tensors have the shape of that."""
+        shape = self.spec(TensorRef(op.name)).shape
+
+        def local(ref: TensorRef) -> TensorSpec:
+            return self.local(ref, cut if self.spec(ref).shape == shape else REPLICATE)
+
+        total = 0.0
+        for name in dict.fromkeys((*chain.ops, op.name)):
+            one = self.graph[name]
+            outs = tuple(local(TensorRef(name, j)) for j in range(len(one.outputs)))
+            total += op_seconds(one, tuple(map(local, one.inputs)), outs, self.hardware)
+        return total
 
     def _rows_expected(self, op: Op) -> float | None:
         """Returns the expected number of rows of the op's tensors, if that depends on values; else None."""

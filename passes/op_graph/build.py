@@ -16,7 +16,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
-from cost_model.graph.op_graph import Op, OpGraph, TensorRef, TensorSpec
+from cost_model.graph.op_graph import FusedChain, Op, OpGraph, TensorRef, TensorSpec
 from passes.fx import node_meta
 from passes.fx.arguments import fetch, submodule
 from passes.fx.nodes import is_pure, op_name
@@ -28,13 +28,13 @@ _READS_THROUGH = ("slice", "view", "permute", "split", "unbind", "to", "identity
 
 
 def build_op_graph(
-    graph_module: torch.fx.GraphModule, names: dict[int, str] | None = None, fused: Collection[str] = ()
+    graph_module: torch.fx.GraphModule, names: dict[int, str] | None = None, chains: Collection[FusedChain] = ()
 ) -> OpGraph:
     """Returns the OpGraph of a normalised graph. Op names are node names; parameters and buffers go by their path.
 
-    `names`: `parameter_names` of the model, where the graph is a part of it. `fused`: nodes that fuse_ops will remove.
+    `names`: `parameter_names` of the model, where the graph is a part of it. `chains`: `removed_by_fusing` of it.
     """
-    return _Builder(graph_module, names).build(fused)
+    return _Builder(graph_module, names).build(chains)
 
 
 def fingerprint(graph: OpGraph) -> str:
@@ -67,7 +67,7 @@ class _Builder:
         self.names = parameter_names(graph_module) if names is None else names
         self.matmul_weights: set[str] = set()
 
-    def build(self, fused: Collection[str]) -> OpGraph:
+    def build(self, chains: Collection[FusedChain]) -> OpGraph:
         outputs: list[TensorRef] = []
         for node in self.module.graph.nodes:
             if node.op == "output":
@@ -84,7 +84,7 @@ class _Builder:
             else o
             for o in self.ops
         ]
-        return OpGraph(ops, [ref for ref in dict.fromkeys(outputs) if self._has_tensor(ref, ops)], fused)
+        return OpGraph(ops, [ref for ref in dict.fromkeys(outputs) if self._has_tensor(ref, ops)], chains)
 
     @staticmethod
     def _has_tensor(ref: TensorRef, ops: list[Op]) -> bool:

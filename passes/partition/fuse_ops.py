@@ -21,6 +21,7 @@ import torch.fx
 from torch.fx import Node
 from torch.nn import functional as F
 
+from cost_model.graph.op_graph import FusedChain
 from passes.fx import node_meta
 from passes.fx.arguments import argument
 from passes.fx.nodes import op_name
@@ -42,23 +43,25 @@ def fuse_ops(module: torch.fx.GraphModule, ctx: RankContext) -> PassResult:
     return edit.result(matches)
 
 
-def removed_by_fusing(module: torch.fx.GraphModule) -> frozenset[str]:
-    """Returns the names of the nodes of `module` that fuse_ops would remove: as ops of their own they cost nothing."""
-    removed: set[str] = set()
+def removed_by_fusing(module: torch.fx.GraphModule) -> tuple[FusedChain, ...]:
+    """Returns the chains of `module` that fuse_ops would make one op of: as ops of their own they cost nothing."""
+    found: list[FusedChain] = []
     attentions: set[Node] = set()
     for node in module.graph.nodes:
         if op_name(node) == "rsqrt" and (chain := _rms_norm_chain(node)) is not None:
-            removed.update(n.name for n in chain.nodes if n is not chain.last)
+            removed = tuple(n.name for n in chain.nodes if n is not chain.last)
+            found.append(FusedChain(removed, chain.scaled.name, node_meta.tensor(chain.x).dim() - 1))
         elif op_name(node) == "scaled_dot_product_attention" and _repeated_heads(node):
             attentions.add(node)
     for attention in attentions:
-        removed.update(n.name for n in _repeated_heads(attention) if n.users.keys() <= attentions)
-    return frozenset(removed)
+        found += [FusedChain((n.name,)) for n in _repeated_heads(attention) if n.users.keys() <= attentions]
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
 class _RmsNormChain:
     x: Node
+    scaled: Node  # x times its own scale
     weight: Node | None
     eps: float
     last: Node
@@ -105,7 +108,7 @@ def _rms_norm_chain(rsqrt: Node) -> _RmsNormChain | None:
             and node_meta.tensor(other).dtype == value.dtype
         ):
             last, weight = user, other
-    return _RmsNormChain(x, weight, float(eps), last, tuple(dict.fromkeys((last, *chain))))
+    return _RmsNormChain(x, scaled, weight, float(eps), last, tuple(dict.fromkeys((last, *chain))))
 
 
 def _fuse_rms_norm(graph: torch.fx.Graph, chain: _RmsNormChain) -> None:

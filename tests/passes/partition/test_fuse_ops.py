@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
 from torch.nn import functional as F
 
 from cost_model.costs.hardware import CPU_GLOO
-from cost_model.graph.op_graph import SOURCES
+from cost_model.graph.op_graph import SOURCES, FusedChain
 from cost_model.search.tensor_parallel import TensorParallelSearch
 from passes.fx.text import graph_text
 from passes.op_graph.build import build_op_graph
@@ -121,14 +122,43 @@ def test_what_fusing_will_remove_is_known_before_and_costs_nothing() -> None:
         (Grouped(each_v=6), {"q": ("B", 6, "S", 4), "k": ("B", 2, "S", 4), "v": ("B", 1, "S", 4)}),
     ):
         before, after = fused(module, **inputs)
-        removed = removed_by_fusing(before)
+        chains = removed_by_fusing(before)
+        removed = {name for chain in chains for name in chain.ops}
         names = {node.name for node in after.graph.nodes}
         gone = {node.name for node in before.graph.nodes} - names
         made = {name.removeprefix("fused_") for name in names if name.startswith("fused_")}  # in the place of the last
         assert removed == gone - made
         search = TensorParallelSearch(
-            build_op_graph(before, fused=removed), 2, CPU_GLOO, {"B": 2, "S": 8, "B*S": 16}
+            build_op_graph(before, chains=chains), 2, CPU_GLOO, {"B": 2, "S": 8, "B*S": 16}
         )
         for op in search.graph:
             for strategy in search.domain(op):
                 assert (search.compute_seconds(op, strategy) == 0) == (op.name in removed or op.kind in SOURCES)
+
+
+class NormOfParts(nn.Module):
+    """x [B, S, 8] -> y [B, S, 8], with a norm over what a product leaves in parts (OLMo-2's, of all heads)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(8, 12, bias=False), RmsNorm(), nn.Linear(12, 8, bias=False)
+        self.norm.weight = nn.Parameter(torch.rand(12) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": self.down(self.norm(self.up(x))["y"])}
+
+
+def test_a_norm_that_is_cut_is_not_fused_and_costs_what_all_its_ops_cost() -> None:
+    whole = normalized(NormOfParts(), x=("B", "S", 8))
+    chains = removed_by_fusing(whole)
+    cut = {"pow_1": "S(2)", "mean": "P", "add": "R", "rsqrt": "R", "mul": "S(2)"}
+
+    def seconds(name: str, placement: str, chains: tuple[FusedChain, ...]) -> float:
+        search = TensorParallelSearch(build_op_graph(whole, chains=chains), 2, CPU_GLOO, {"B": 9, "S": 8})
+        op = search.graph[name]
+        return next(search.compute_seconds(op, s) for s in search.domain(op) if str(s.outputs[0]) == placement)
+
+    each = [seconds(name, placement, ()) for name, placement in cut.items()]
+    assert seconds("mul", "S(2)", chains) == pytest.approx(sum(each))
+    assert all(seconds(name, placement, chains) == 0 for name, placement in cut.items() if name != "mul")
+    assert seconds("mul", "R", chains) == 0
