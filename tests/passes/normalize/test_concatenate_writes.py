@@ -7,9 +7,14 @@ import torch
 from expecttest import assert_expected_inline
 from torch import nn
 
+from cost_model.errors import VerificationError
 from passes.fx import node_meta
 from passes.fx.text import graph_text
 from passes.normalize.pipeline import normalize
+from passes.op_graph.build import build_op_graph
+from passes.partition.pipeline import emit_rank
+from passes.verify.verify import verify
+from tests.support.graphs.gradients import check_and_plan
 from tests.support.graphs.small import assert_split_equals_whole, examples, plan_for, traced
 
 
@@ -17,9 +22,9 @@ class SharedKeys(nn.Module):
     """x [B, S, 12] -> y [B, S, 12]: attention whose keys are a part of each head's own, and one that all heads share
     (DeepSeek's latent attention, as transformers 5 writes it)."""
 
-    def __init__(self, heads: int = 4) -> None:
+    def __init__(self, heads: int = 4, written: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.written = heads, written
         self.q, self.k, self.shared = nn.Linear(12, heads * 5), nn.Linear(12, heads * 3), nn.Linear(12, 2)
         self.o = nn.Linear(heads * 3, 12)
 
@@ -28,9 +33,12 @@ class SharedKeys(nn.Module):
         q = self.q(x).view(batch, seq, self.heads, 5).transpose(1, 2)
         own = self.k(x).view(batch, seq, self.heads, 3).transpose(1, 2)
         shared = self.shared(x).view(batch, 1, seq, 2).expand(-1, self.heads, -1, -1)
-        keys = own.new_empty(batch, self.heads, seq, 5)
-        keys[..., :3].copy_(own)
-        keys[..., 3:].copy_(shared)
+        if self.written:
+            keys = own.new_empty(batch, self.heads, seq, 5)
+            keys[..., :3].copy_(own)
+            keys[..., 3:].copy_(shared)
+        else:
+            keys = torch.cat([own, shared], -1)
         y = nn.functional.scaled_dot_product_attention(q, keys, own)
         return {"y": self.o(y.transpose(1, 2).reshape(batch, seq, -1))}
 
@@ -63,6 +71,22 @@ def test_heads_that_ranks_share_unevenly() -> None:
     assert_split_equals_whole(
         whole, plan_for(whole, 3), {"x": torch.randn(2, 5, 12, dtype=torch.float64)}
     )
+
+
+def test_the_shared_part_has_the_whole_gradient() -> None:
+    """Each rank has a term of it, from the heads that it has."""
+    _, plan = check_and_plan(SharedKeys(written=False), 12, 2)
+    assert str(plan.op("expand").outputs[0]) == "S(1)"
+
+
+def test_a_rank_that_repeats_what_is_shared_for_too_many_heads_is_refused() -> None:
+    whole = whole_graph(SharedKeys())
+    plan = plan_for(whole, 2)
+    programs = [emit_rank(whole, plan, rank) for rank in range(2)]
+    broken = next(n for n in programs[1].graph_module.graph.nodes if n.name == "expand")
+    broken.args = (broken.args[0], tuple(4 if size == 2 else size for size in broken.args[1]))
+    with pytest.raises(VerificationError, match=r"expand .*localize_shapes"):
+        verify(programs, plan, build_op_graph(whole), whole)
 
 
 class Written(nn.Module):
