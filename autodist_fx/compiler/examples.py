@@ -23,9 +23,9 @@ from passes.fx import node_meta
 from passes.fx.guards import Guards, with_fixed
 from passes.fx.randomness import seeded_nodes, unseeded_nodes
 from passes.fx.shape_propagation import Example, bending_points
-from passes.normalize.functionalize import functionalize
 from passes.normalize.pipeline import normalize
 from passes.normalize.random.seed_random_ops import why_unseeded
+from passes.normalize.writes.functionalize import functionalize
 from passes.op_graph.build import build_op_graph
 from passes.partition.fuse_ops import removed_by_fusing
 

@@ -25,7 +25,7 @@ from autodist_fx.tracing.tracer import Tracer
 from autodist_fx.tracing.versions.forwards import is_given_cache
 from autodist_fx.tracing.versions.tracer_base import get_concrete_args
 from passes.fx import node_meta
-from passes.normalize.functionalize import functionalize
+from passes.normalize.writes.functionalize import functionalize
 
 
 @dataclass

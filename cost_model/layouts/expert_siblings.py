@@ -15,6 +15,7 @@ experts on that rank.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -229,3 +230,14 @@ def _dim(size: int, symbol: str) -> int | str:
     """Returns the part of a dim that must be equal in alike experts: a constant length, or a size symbol; of a symbol
     "?7~B*S/4" the expected "B*S/4" only, since each expert has its own number of rows."""
     return symbol[symbol.find("~") + 1 :] if symbol else size
+
+
+def busiest_share(siblings: Siblings, rows: float, tp: int) -> float:
+    """Returns the share of all rows that the busiest rank is expected to have, if each of `siblings` gets `rows`.
+
+    m rows thrown into n ranks: the fullest has about m/n + sqrt(2 m/n ln n) (M. Raab, A. Steger, "Balls into bins - a
+    simple and tight analysis", 1998).
+    """
+    total = siblings.count * rows
+    mean = total * siblings.share
+    return min(1.0, (mean + math.sqrt(2 * mean * math.log(tp))) / total) if total else siblings.share

@@ -13,7 +13,6 @@ of layers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,7 +26,7 @@ from cost_model.graph.placement import PARTIAL, REPLICATE, Layout, Placement, sh
 from cost_model.graph.repeated_ops import repeated_ops
 from cost_model.graph.roles import EXPERT, role_of
 from cost_model.graph.symbols import expected_length
-from cost_model.layouts.expert_siblings import Siblings, find_experts
+from cost_model.layouts.expert_siblings import Siblings, busiest_share, find_experts
 from cost_model.layouts.layout_table import LayoutTable
 from cost_model.layouts.routing import deciding_ops
 from cost_model.rules.table import RuleTable
@@ -394,14 +393,3 @@ def _number_table(producers: Sequence[Strategy], consumers: Sequence[Strategy]) 
     return np.array([
         [INFEASIBLE if p.factor == EXPERT != c.factor else 0.0 for c in consumers] for p in producers
     ])  # fmt: skip
-
-
-def busiest_share(siblings: Siblings, rows: float, tp: int) -> float:
-    """Returns the share of all rows that the busiest rank is expected to have, if each of `siblings` gets `rows`.
-
-    m rows thrown into n ranks: the fullest has about m/n + sqrt(2 m/n ln n) (M. Raab, A. Steger, "Balls into bins - a
-    simple and tight analysis", 1998).
-    """
-    total = siblings.count * rows
-    mean = total * siblings.share
-    return min(1.0, (mean + math.sqrt(2 * mean * math.log(tp))) / total) if total else siblings.share

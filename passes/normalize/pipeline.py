@@ -20,13 +20,11 @@ from passes.fx.node_meta import Phase
 from passes.fx.run_passes import Pass, run_passes
 from passes.fx.shape_propagation import Example, NormalizeContext, shape_propagation
 from passes.normalize.canonicalize_calls import canonicalize_calls
-from passes.normalize.concatenate_writes import concatenate_writes
 from passes.normalize.decompose_modules import decompose_modules
 from passes.normalize.eliminate_common_subexpressions import eliminate_common_subexpressions
 from passes.normalize.eliminate_dead_code import eliminate_dead_code
 from passes.normalize.extract_guards import extract_guards
 from passes.normalize.fold_lengths import fold_lengths
-from passes.normalize.functionalize import functionalize
 from passes.normalize.match_repeat_kv import match_repeat_kv
 from passes.normalize.random.decompose_attention import decompose_attention
 from passes.normalize.random.seed_random_ops import seed_random_ops
@@ -34,6 +32,8 @@ from passes.normalize.remove_no_ops import remove_no_ops
 from passes.normalize.static_view_sizes import static_view_sizes
 from passes.normalize.unmerge_batch import unmerge_batch
 from passes.normalize.unpack_tuples import unpack_tuples
+from passes.normalize.writes.concatenate_writes import concatenate_writes
+from passes.normalize.writes.functionalize import functionalize
 from passes.ops.data_dependent import selected, split_rows
 
 PASSES: tuple[Pass[NormalizeContext], ...] = (

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from passes.fx import node_meta
-from passes.normalize.functionalize import functionalize
+from passes.normalize.writes.functionalize import functionalize
 
 
 def _tensor(graph: Graph, target: object, *args: object) -> Node:
