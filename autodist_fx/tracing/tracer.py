@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 from autodist_fx.calls.value_guards import ValueGuard
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.control_flow.conditions import lengths_for_tensors
-from autodist_fx.tracing.control_flow.constants import OtherExample, constant_or_none, within_range
+from autodist_fx.tracing.control_flow.constants import OtherExample, check_fill, constant_or_none, within_range
 from autodist_fx.tracing.control_flow.data_dependent import rewritten, unrolled
 from autodist_fx.tracing.control_flow.experts import experts_forward
 from autodist_fx.tracing.control_flow.random_calls import drawn_in_graph
@@ -293,6 +293,8 @@ class Tracer(SymbolicTracer):
         if kind == "call_function" and getattr(target, "__name__", "") in _TAKE_SIZES:
             args, kwargs = lengths_for_tensors(args), {k: lengths_for_tensors(v) for k, v in kwargs.items()}
             args = within_range(args, kwargs.get("dtype")) if target.__name__ == "full" else args
+        if kind == "call_method" and target == "fill_":
+            check_fill(*args, **kwargs)
         if (target if kind == "call_method" else getattr(target, "__name__", "")) in _OF_SIZES:
             args = (*args[:1], *lengths_for_tensors(args[1:]))  # x.split([torch.tensor(length), ...])
         if kind == "call_function" and target is operator.getitem and len(args) == 2:

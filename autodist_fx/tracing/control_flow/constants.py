@@ -160,6 +160,15 @@ def numpy_ufunc(proxy: SymbolicProxy, ufunc: np.ufunc, method: str, *inputs: Any
     return getattr(ufunc, method)(*(constant(x) if isinstance(x, SymbolicProxy) else x for x in inputs), **kwargs)
 
 
+def check_fill(filled: Any, value: Any = None) -> None:
+    """Raise TypeError where `filled.fill_(value)` is of a number that its dtype has not, as it does when it runs: a
+    meta tensor takes any."""
+    known, number = getattr(filled, "_metadata", None), getattr(value, "_metadata", value)
+    if isinstance(known, torch.Tensor) and known.dtype.is_floating_point and type(number) is float:
+        if math.isfinite(number) and abs(number) > torch.finfo(known.dtype).max:
+            raise TypeError(f"{str(known.dtype).removeprefix('torch.')} has no number {number:.3g}")
+
+
 def within_range(args: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
     """Return arguments of torch.full whose value is infinite where the dtype has none such: `full(n,
     finfo(float64).min)`.

@@ -250,6 +250,19 @@ def test_masks_hold_zeros_and_ones_and_padding_may_be_there() -> None:
         assert relative_error(compiled.simulate(**inputs).logits[kept], expected[kept]) < 1e-12
 
 
+class FillsTooLargeANumber(nn.Module):
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return x + x.float().fill_(torch.finfo(x.dtype).min).type_as(x)
+
+
+def test_a_number_that_a_dtype_has_not_is_refused_while_tracing() -> None:
+    """The model raises, too, when it runs; a meta tensor takes any number."""
+    model = model_with(nn.Identity())
+    model.__class__, model.asks = Asking, FillsTooLargeANumber()
+    with pytest.raises(TracingError, match=r"float32 has no number -1.8e\+308"):
+        adx.compile(model, tp=2, input_names=("input_ids", "attention_mask"))
+
+
 class Scaled(nn.Module):
     """A module with parameters, of which one branch is traced alone."""
 
