@@ -272,13 +272,14 @@ def _sizes(
 ) -> tuple[Sizes, Sizes]:
     """Return both example sizes, with `past` of the second beyond every attention
     window: the number of keys that a layer with a window sees grows no longer
-    there. Encoder lengths are at least the fewest frames that the model accepts."""
+    there. Encoder lengths are at least the fewest frames that the model accepts, and
+    all are the multiples that it folds into parts."""
     longest = max((int(kind.partition(":")[2]) for kind in traced.layer_kinds if ":" in kind), default=0)
     first = replace(first, source=first.source + traced.fewest_frames)
     # It grows by whole multiples, which keeps its divisors, until convolutions give more frames than in the first.
     further = second.source * math.ceil(2 * traced.fewest_frames / second.source)
     second = replace(second, past=second.past + longest, source=second.source + further)
-    return first, second
+    return first.times(traced.multiples), second.times(traced.multiples)
 
 
 def _sizes_of(lengths: Lengths) -> Sizes:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Node
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from autodist_fx.calls.cache_kinds import CROSS, one_cache
@@ -38,6 +41,11 @@ class Sizes:
     source: int = 1
     kept: int = 1  # positions that logits are wanted of, where an input lists them
 
+    def times(self, multiples: Mapping[str, int]) -> Sizes:
+        """Return sizes that are multiples of these numbers, by size symbol."""
+        b, s, e = (multiples.get(symbol, 1) for symbol in "BSE")
+        return replace(self, batch=self.batch * b, seq=self.seq * s, source=self.source * e)
+
 
 def input_facts(model: PreTrainedModel) -> ModelFacts:
     """Return what the specs of a model's inputs depend on."""
@@ -60,6 +68,7 @@ class ExampleInputs:
     fewest_frames: int = 0  # of sound, that convolutions over time leave something of
     states: tuple[StateTensor, ...] = ()  # of a cache of the model's own, which are inputs one by one
     counts_past: bool = False  # masks cover `past` tokens, too, whatever the cache is
+    multiples: Mapping[str, int] = field(default_factory=dict)  # of which lengths are, by size symbol
     specs: Mapping[str, InputSpec] = field(default_factory=dict)  # of inputs that are not as input_shapes has them
 
     def spec(self, name: str) -> InputSpec | None:
@@ -208,6 +217,27 @@ def unmistakable_sizes(model: PreTrainedModel, other_than: Sizes | None = None) 
         f"{type(model).__name__}: no example sizes are left that differ from every dimension of the model. Please "
         f"report its config"
     )
+
+
+def multiple_wanted(node: Node | None, known: Mapping[Node, Any], sizes: Sizes) -> dict[str, int]:
+    """Return which length has to be a multiple of a number for this node, which cannot be computed at `sizes`, by its
+    size symbol: {"E": 16} of `samples.view(batch, -1, 16)`; {} where it folds no length into parts of one size.
+
+    `known` are the values of nodes at these sizes.
+    """
+    if node is None or node.op != "call_method" or node.target not in ("view", "reshape"):
+        return {}
+    folded, *shape = node.args
+    shape = list(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+    example = known.get(folded) if isinstance(folded, Node) else None
+    left = list(example.shape) if isinstance(example, torch.Tensor) else []
+    for part in (known.get(part) for part in shape if isinstance(part, Node)):
+        if part in left:
+            left.remove(part)
+    lengths = {"B": sizes.batch, "S": sizes.seq, "E": sizes.source}
+    symbols = [symbol for symbol, length in lengths.items() if length in left]
+    number = math.prod(part for part in shape if type(part) is int and part > 0)
+    return {symbols[0]: number} if len(symbols) == 1 and number > 1 else {}
 
 
 _FRAMES = 47  # that an example of sound should have left; more than any other example size

@@ -24,7 +24,7 @@ from transformers import (
 from autodist_fx.errors import TracingError
 from autodist_fx.tracing.hooks import left_as_they_are, watch
 from autodist_fx.tracing.patches import PATCH_LOCK
-from autodist_fx.tracing.versions.forwards import no_init_weights
+from autodist_fx.tracing.versions.forwards import no_init_weights, with_cache_named_as_before
 
 _LEFT_BY_CALLS: WeakKeyDictionary[type[nn.Module], frozenset[str]] = WeakKeyDictionary()  # see names_left_by_calls
 
@@ -219,3 +219,12 @@ def class_of(model: PreTrainedModel | PretrainedConfig) -> type[PreTrainedModel]
 
 def config_of(model: PreTrainedModel | PretrainedConfig) -> PretrainedConfig:
     return model if isinstance(model, PretrainedConfig) else model.config
+
+
+def model_to_trace(model: PreTrainedModel | PretrainedConfig) -> PreTrainedModel:
+    """Make a copy on meta whose forward takes its cache as `past_key_values`, and whose attention is plain torch: the
+    others (flash, flex) call kernels that a graph cannot hold."""
+    made = with_cache_named_as_before(empty_model(model) if isinstance(model, PretrainedConfig) else meta_copy(model))
+    if made.config._attn_implementation not in ("sdpa", "eager"):
+        made.set_attn_implementation("sdpa" if made._supports_sdpa else "eager")
+    return made

@@ -34,6 +34,7 @@ from autodist_fx.tracing.hooks import (
     register_parametrization,
     remove_parametrizations,
 )
+from autodist_fx.tracing.in_place import IN_PLACE
 from autodist_fx.tracing.versions.convolution_states import pad_every_prompt
 from autodist_fx.tracing.versions.forwards import own_forward, with_older_names, without_checks, without_return_dict
 from autodist_fx.tracing.versions.masks import patch_masks
@@ -136,6 +137,8 @@ def traceable(
         patch(DeviceAttribute, "index", None)  # the first of its kind, or the only one
         for name, convert in CONVERSIONS.items():
             patch(SymbolicProxy, name, convert)
+        for name, write in IN_PLACE.items():
+            patch(SymbolicProxy, name, write)
         patch(SymbolicProxy, "__array_ufunc__", numpy_ufunc)
         patch(SymbolicProxy, "__bool__", decide)
         patch(torch._dynamo, "mark_static_address", _nothing)  # a hint for torch.compile, which takes tensors only

@@ -17,10 +17,11 @@ from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import recurrent_states as states
 from autodist_fx.tracing.example_inputs import ExampleInputs, Sizes, embedding_dim, unmistakable_sizes
 from autodist_fx.tracing.hooks import refuse_global_hooks
-from autodist_fx.tracing.meta_model import class_of
+from autodist_fx.tracing.in_place import read_what_was_written
+from autodist_fx.tracing.meta_model import class_of, model_to_trace
 from autodist_fx.tracing.patches import traceable
 from autodist_fx.tracing.recurrent_states import StateTensor
-from autodist_fx.tracing.traced_model import TracedModel, graph_module_of, model_to_trace, tracing_error
+from autodist_fx.tracing.traced_model import TracedModel, graph_module_of, tracing_error
 from autodist_fx.tracing.tracer import Tracer
 from autodist_fx.tracing.versions.forwards import is_given_cache
 from autodist_fx.tracing.versions.tracer_base import get_concrete_args
@@ -183,6 +184,7 @@ def _trace(
         raise
     except Exception as error:
         raise tracing_error(model, error, tracer) from error
+    read_what_was_written(graph, tracer.written_in_place)
     _placeholders_first(graph)
     return tracer, graph
 

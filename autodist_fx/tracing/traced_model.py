@@ -31,15 +31,16 @@ from autodist_fx.tracing.example_inputs import (
     fewest_frames,
     has_encoder,
     image_shape,
+    multiple_wanted,
     unmistakable_sizes,
 )
 from autodist_fx.tracing.hooks import refuse_global_hooks
-from autodist_fx.tracing.meta_model import empty_model, meta_copy
+from autodist_fx.tracing.in_place import read_what_was_written
+from autodist_fx.tracing.meta_model import model_to_trace
 from autodist_fx.tracing.passing_cache import PassingCache, shares_keys_between_layers
 from autodist_fx.tracing.patches import FLAGS_SET_FOR_TRACING, traceable
 from autodist_fx.tracing.recurrent_states import has_own_cache
 from autodist_fx.tracing.tracer import Tracer, model_source_files
-from autodist_fx.tracing.versions.forwards import with_cache_named_as_before
 from autodist_fx.tracing.versions.tracer_base import get_concrete_args
 from passes.fx import node_meta
 from passes.fx.lazy_graph_module import LazyGraphModule
@@ -65,6 +66,11 @@ class TracedModel:
         """Return whether an encoder reads the main input (size "E"), and a decoder the decoder_... inputs (size
         "S")."""
         return self._examples.has_encoder
+
+    @property
+    def multiples(self) -> Mapping[str, int]:
+        """Return the numbers that lengths are multiples of, by size symbol."""
+        return self._examples.multiples
 
     @property
     def fewest_frames(self) -> int:
@@ -161,8 +167,12 @@ def _trace(
     sizes: tuple[Sizes, Sizes] | None,
     values: Mapping[str, torch.Tensor] | None,
     passing_cache: bool,
+    multiples: Mapping[str, int] | None = None,
 ) -> tuple[TracedModel, bool]:
-    """Return the traced model, and whether each value in its graph could be computed on the example inputs."""
+    """Return the traced model, and whether each value in its graph could be computed on the example inputs.
+
+    `multiples`: numbers that lengths have to be multiples of, by size symbol; found out where None.
+    """
     meta_model = model_to_trace(model)
     if use_cache and has_own_cache(type(meta_model), meta_model.config):
         raise TracingError(
@@ -182,7 +192,7 @@ def _trace(
     by_config = {n: getattr(meta_model.config, n, False) for n in OUTPUT_FLAGS if n not in FLAGS_SET_FOR_TRACING}
     records = any(name.startswith("output_") and value for name, value in {**by_config, **concrete_args}.items())
     records |= "input_ids" in names and _reads_media(meta_model, names, specs)  # whose encoder's layers it may ask for
-    tracer = None
+    tracer, used, error = None, None, None
     try:
         with traceable(meta_model, use_cache=use_cache, records=records, keywords=more), torch.no_grad():
             examples = ExampleInputs(
@@ -194,15 +204,18 @@ def _trace(
                 image_shape=image_shape(meta_model.config),
                 has_encoder=has_encoder(meta_model),
                 fewest_frames=fewest_frames(meta_model),
+                multiples=multiples or {},
                 specs=dict(specs),
             )
             if use_cache:
                 layers, added_kinds = _cache_layers(meta_model, examples)
                 examples = replace(examples, cache_layers=layers, added_kinds=added_kinds)
-            if sizes is None:
+            used = sizes
+            if used is None:
                 first = unmistakable_sizes(meta_model)
-                sizes = first, unmistakable_sizes(meta_model, other_than=first)
-            inputs, others = (examples.for_model(each) for each in sizes)
+                second = unmistakable_sizes(meta_model, other_than=first)
+                used = first.times(examples.multiples), second.times(examples.multiples)
+            inputs, others = (examples.for_model(each) for each in used)
             tracer = Tracer(meta_model, inputs, others, keywords, values)
             with refuse_python_draws(meta_model, tracer.source_files):
                 graph = tracer.trace(
@@ -211,13 +224,20 @@ def _trace(
                     dummy_inputs=inputs,
                     complete_concrete_args_with_inputs_not_in_dummy_inputs=False,
                 )
+            read_what_was_written(graph, tracer.written_in_place)
             if examples.has_encoder:
                 merge_caches(graph)
             _spell_out_outputs(graph, tracer)
     except AutodistError:
         raise
-    except Exception as error:
+    except Exception as raised:
+        error = raised
+    if tracer is not None and used is not None and sizes is None and multiples is None:
+        if wanted := multiple_wanted(tracer.first_unknown, tracer.examples_of, used[0]):
+            return _trace(model, input_names, use_cache, concrete_args, specs, sizes, values, passing_cache, wanted)
+    if error is not None:
         raise tracing_error(meta_model, error, tracer) from error
+    assert tracer is not None
     traced = TracedModel(
         graph_module=graph_module_of(meta_model, graph),
         input_names=tuple(node.target for node in graph.nodes if node.op == "placeholder"),
@@ -271,7 +291,7 @@ def _cache_layers(
     if not examples.has_encoder:
         return cache_layers(model)
     without_cache = replace(examples, input_names=tuple(n for n in examples.input_names if n != "past_key_values"))
-    source = max(5, examples.fewest_frames)
+    source = max(5, examples.fewest_frames) * examples.multiples.get("E", 1)
     return written_layers(model, without_cache.make(Sizes(batch=2, seq=3, past=0, source=source))), ()
 
 
@@ -279,15 +299,6 @@ def _layer_kinds(examples: ExampleInputs) -> tuple[str, ...]:
     if examples.has_encoder:
         return both_kinds(examples.config, len(examples.cache_layers))
     return layer_kinds(examples.config) + examples.added_kinds
-
-
-def model_to_trace(model: PreTrainedModel | PretrainedConfig) -> PreTrainedModel:
-    """Make a copy on meta whose forward takes its cache as `past_key_values`, and whose attention is plain torch: the
-    others (flash, flex) call kernels that a graph cannot hold."""
-    made = with_cache_named_as_before(empty_model(model) if isinstance(model, PretrainedConfig) else meta_copy(model))
-    if made.config._attn_implementation not in ("sdpa", "eager"):
-        made.set_attn_implementation("sdpa" if made._supports_sdpa else "eager")
-    return made
 
 
 def _input_names(

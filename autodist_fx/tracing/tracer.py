@@ -184,6 +184,7 @@ class Tracer(SymbolicTracer):
         self.value_guards: list[ValueGuard] = []  # of the conditions that were decided by them
         self.source_files = model_source_files(model)
         self.data_dependent_calls = 0  # how many lengths were made up so far (see data_dependent.py)
+        self.written_in_place: list[tuple[torch.fx.Node, torch.fx.Node]] = []  # (a tensor, what it became)
         self.whole_of_split: dict[torch.fx.Node, Any] = {}  # split_rows -> what it splits
         self.runs: dict[tuple[torch.fx.Node, torch.fx.Node], Any] = {}  # (rows, counts) -> split_rows of them
         self.first_failure: str | None = None  # why the first value that could not be computed on meta could not
