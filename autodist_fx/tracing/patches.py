@@ -81,7 +81,9 @@ def traceable(
             undo.callback(_restore_attributes, config, dict(config.__dict__))
             flags = use_cache and not _is_of_encoder(config, model.config), True, False, False
             for name, value in zip(FLAGS_SET_FOR_TRACING, flags, strict=True):
-                setattr(config, name, value)
+                # A part that keeps no cache takes no use_cache, which 4.57 hands on where the config has it.
+                if name != "use_cache" or config is model.config or hasattr(config, name):
+                    setattr(config, name, value)
 
         of_root = next(cls for cls in type(model).__mro__ if "forward" in cls.__dict__)
         for cls in {cls for module in model.modules() for cls in type(module).__mro__ if "forward" in cls.__dict__}:
