@@ -224,7 +224,7 @@ def subject(family: str, mesh: Mesh, form: str = "forward") -> Subject:
                 inputs = {name: value[:1, 2:9] for name, value in inputs.items()}
         else:
             ids, mask = padded_batch(batch, seq)
-            if family.startswith(("bloom", "falcon", "mixtral", "gemma2")):  # NaN, or a lost token, in their own padding
+            if family.startswith(("bloom", "falcon", "mixtral", "gemma2")):  # NaN or a lost token in padding
                 mask = torch.ones_like(ids)
             inputs = {"input_ids": ids, "attention_mask": mask}
             if use_cache:
