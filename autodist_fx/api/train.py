@@ -80,7 +80,8 @@ def train(
     master_weights: parameters in bfloat16 or float16 are stepped as float32 copies, which they are rounded from after
         each step, and their gradients are added up in float32; False: both in their own dtype, as in one process.
     recompute: "layers": what the backward pass needs of a layer (an element of the outermost nn.ModuleList) is computed
-        again when it comes there, from the layer's inputs, which alone are kept; "none": all that it needs is kept.
+        again when it comes there, from the layer's inputs, which alone are kept; "none": all that it needs is kept;
+        "auto": "layers" where a device is predicted to be too small otherwise (max_memory, or 90 % of the hardware's).
     seed: of the random numbers that training mode draws (dropout): with the step and a row's place in the batch it
         decides them, on any mesh and for any number of microbatches alike. torch's own generators are left alone.
     simulate: run all ranks in this process, a thread each; else this process is one of the ranks (torchrun).

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,11 +36,13 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS
 from autodist_fx.runtime.comm.launch import launch_local
 from autodist_fx.runtime.comm.process_group import started_by_torchrun
+from autodist_fx.runtime.training.autograd.recompute import RECOMPUTE
 from autodist_fx.runtime.training.schedules import SCHEDULES
 from autodist_fx.training.engine import Engine
 from autodist_fx.training.text_batches import TextBatches, read_rows
 from autodist_fx.weights.checkpoint import load_tokenizer
 from autodist_fx.weights.resolve import resolve
+from cost_model.format import bytes_text, seconds_text
 
 _RUN, _LOG = "run", "log.jsonl"
 
@@ -52,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mesh.add_argument("--schedule", choices=tuple(SCHEDULES), default="1f1b", help="of the pipeline's passes (1f1b)")
     mesh.add_argument("--microbatches", type=at_least(1), metavar="N", help="parts of a replica's rows (pp)")
     mesh.add_argument("--zero-stage", type=int, choices=(0, 1), default=0, help="1: optimizer states once over dp (0)")
-    mesh.add_argument("--recompute", choices=("none", "layers"), default="none", help="layers: less memory (none)")
+    mesh.add_argument("--recompute", choices=tuple(RECOMPUTE), default="none", help="layers: less memory (none)")
     data = parser.add_argument_group("the data")
     data.add_argument("--data", required=True, metavar="FILE.jsonl", help='lines of {"text"}, {"prompt", "completion"} '
                       'or {"messages"}')  # fmt: skip
@@ -136,6 +139,7 @@ def _train(args: argparse.Namespace, out: Path) -> None:
         raise AutodistError(f"the run in {out} has taken {begin} steps of {steps}: raise --epochs or --steps")
     if is_first:
         out.mkdir(parents=True, exist_ok=True)
+    taken: list[float] = []
     with _shown(steps, begin, is_first) as show:
         for step in range(begin, steps):
             batch, started = batches.batch(step), time.perf_counter()
@@ -143,6 +147,7 @@ def _train(args: argparse.Namespace, out: Path) -> None:
             seconds = time.perf_counter() - started
             line = StepLine(result.step, result.loss, result.grad_norm, int(batch["attention_mask"].sum()), seconds)
             show(line)
+            taken.append(seconds)
             if is_first:
                 with (out / _LOG).open("a", encoding="utf-8") as log:
                     log.write(json.dumps(asdict(line)) + "\n")
@@ -152,7 +157,13 @@ def _train(args: argparse.Namespace, out: Path) -> None:
     engine.save_pretrained(out)
     if is_first:
         tokenizer.save_pretrained(out)
-        print(f"{steps} steps; the model is in {out}", flush=True)
+        # The first step compiles; batches are padded to their own longest text, so one of them stands for all.
+        measured, predicted = statistics.median(taken[1:] or taken), engine.estimate(batches.batch(begin))
+        print(
+            f"{steps} steps; a step took {seconds_text(measured)}, and was predicted to take "
+            f"{seconds_text(predicted.seconds)} and {bytes_text(predicted.memory_bytes)} a rank; the model is in {out}",
+            flush=True,
+        )
 
 
 def _engine(args: argparse.Namespace, steps: int) -> Engine:

@@ -16,6 +16,7 @@ from autodist_fx.compiler.torch_state import refuse_ambient
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import Facts, digest
+from autodist_fx.runtime.training.autograd.recompute import AUTO, LAYERS, NONE
 from autodist_fx.runtime.training.rank_trainer import RankTrainer
 from autodist_fx.runtime.training.replica_communicator import TrainingCommunicator
 from autodist_fx.runtime.training.schedules import make_schedule
@@ -35,6 +36,7 @@ from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.write_json import plan_to_text
 from cost_model.schedule.schedule import Schedule
+from cost_model.training.estimate import StepEstimate, StepSetup
 from passes.ops.random import RANDOM_STATE, random_state
 
 
@@ -150,6 +152,22 @@ class Engine:
         labels, since the model is split for training first.
         """
         return self._host.call("evaluate", {"batch": batch}, lambda: self._evaluate(batch))
+
+    def estimate(self, batch: Batch) -> StepEstimate:
+        """Predict a step with AdamW on a batch: seconds, the schedule's timeline, and bytes on each pipeline rank.
+
+        Raises AutodistError before the first step, which splits the model.
+        """
+        self._programs.compiled  # noqa: B018  (raises before the first step)
+        read = self._programs.read(batch)
+        part = deal(batch, read.specs, self.mesh.dp, self._microbatches)[0][0]
+        return self._estimate(self._programs.read(part), self.schedule(), self._host.options.recompute)
+
+    def _estimate(self, batch: ReadBatch, schedule: Schedule, recompute: str) -> StepEstimate:
+        options, dtype = self._host.options, self._programs.model.dtype
+        has_masters = options.master_weights and dtype in (torch.bfloat16, torch.float16)
+        setup = StepSetup(self.mesh, schedule, 1, recompute, options.zero_stage, has_masters)
+        return self._programs.estimate(batch, setup)
 
     def gather(self) -> TrainingState:
         """Return the whole model's parameters, but those that nothing of the loss is computed from, and optimizer
@@ -342,6 +360,9 @@ class Engine:
             return variant, {"the plan": digest(plan_to_text(variant.plan))}
 
         variant = self._host.together(made, programs.verify if self._verify else None)
+        if self._host.options.recompute == AUTO:
+            estimate = self._estimate(batch, schedule, NONE)
+            self._host.settle(NONE if estimate.memory_bytes <= self._programs.limit() else LAYERS)
         self._host.take(programs.compiled, variant, schedule.stages_of)
         self._taken.append(variant)
         return variant

@@ -65,7 +65,7 @@ class RankShare:
     """One rank's programs, of every variant that is used, and its trainer, made of the first of them."""
 
     def __init__(self, rank: int, device: torch.device, options: ShareOptions) -> None:
-        self._rank, self._device, self._options = rank, device, options
+        self._rank, self._device, self.options = rank, device, options
         self._loaded: dict[int, dict[int, RankProgram]] = {}  # by id of a variant, by stage
         self._keep: list[Variant] = []  # so that their ids stay theirs
         self.trainer: RankTrainer | None = None
@@ -79,7 +79,7 @@ class RankShare:
             self._keep.append(variant)
             self._loaded[id(variant)] = {s: self._load(compiled, variant, s) for s in stages}
             if self.trainer is None:
-                options = self._options
+                options = self.options
                 self.trainer = RankTrainer(
                     options.mesh, self._rank, self._loaded[id(variant)], _names(options.model), options.optimizer,
                     options.scheduler, options.max_grad_norm, options.zero_stage, options.master_weights,
@@ -89,7 +89,7 @@ class RankShare:
 
     def forward(self, communicator: TrainingCommunicator, schedule: Schedule, part: Part) -> dict[str, Any]:
         """Return what the programs of a variant give, of all stages, on all ranks."""
-        given = communicator, self._options.mesh, self._rank, schedule, self.microbatch(part), self._device
+        given = communicator, self.options.mesh, self._rank, schedule, self.microbatch(part), self._device
         return run_forward(*given)
 
     def by_hand(self, communicator: TrainingCommunicator, part: Part) -> torch.Tensor:
@@ -104,7 +104,7 @@ class RankShare:
         return Microbatch(inputs, self._loaded[id(part.variant)], part.variant.plan.hops)
 
     def _load(self, compiled: Compilation, variant: Variant, stage: int) -> RankProgram:
-        mesh = self._options.mesh
+        mesh = self.options.mesh
         program = compiled.program_of(variant, compiled.mesh.rank(stage, mesh.coordinates(self._rank)[1]))
         if mesh.dp_rank(self._rank):  # another replica in the same process may have it
             program = replace(program, graph_module=_fresh(program.graph_module))
@@ -119,10 +119,10 @@ class RankShare:
                 )
         if left.param_shards:
             buffers = compiled.buffers | dict(variant.traced.graph_module.named_buffers(remove_duplicate=False))
-            source = self._options.open_weights()
+            source = self.options.open_weights()
             try:
                 load_program(
-                    self._options.model, source, buffers, left, device=self._device, requires_grad=None
+                    self.options.model, source, buffers, left, device=self._device, requires_grad=None
                 )
             finally:
                 source.close()
@@ -147,7 +147,11 @@ class Host(Protocol):
 
     mesh: Mesh
     ranks: tuple[int, ...]  # those in this process
+    options: ShareOptions  # of every rank
     open_weights: Callable[[], WeightSource]  # that training started from
+
+    def settle(self, recompute: str) -> None:
+        """Decide what "auto" left open, before the first programs are taken."""
 
     def call(self, name: str, arguments: Mapping[str, Any], work: Callable[[], T]) -> T:
         """Return `work()`, which all ranks do alike, given the same arguments; what one raises all raise."""
@@ -176,8 +180,13 @@ class SimulatedHost:
 
     def __init__(self, options: ShareOptions) -> None:
         self.mesh, self.ranks = options.mesh, tuple(range(options.mesh.size))
-        self.open_weights = options.open_weights
+        self.options, self.open_weights = options, options.open_weights
         self._shares = [RankShare(rank, torch.device("cpu"), options) for rank in range(self.mesh.size)]
+
+    def settle(self, recompute: str) -> None:
+        self.options = replace(self.options, recompute=recompute)
+        for share in self._shares:
+            share.options = self.options
 
     def call(self, name: str, arguments: Mapping[str, Any], work: Callable[[], T]) -> T:
         return work()
@@ -216,10 +225,12 @@ class ProcessHost:
     def __init__(self, joined: JoinedRank, options: ShareOptions) -> None:
         self.mesh, self._joined = joined.mesh, joined
         self.ranks: tuple[int, ...] = (joined.rank,)
-        self.open_weights = options.open_weights
+        self.options, self.open_weights = options, options.open_weights
         self._share = RankShare(joined.rank, joined.device, options)
-        self._recomputes = options.recompute != NONE
         self._calls = CollectiveCalls(joined.communicator, joined.mesh, joined.rank, joined.device)
+
+    def settle(self, recompute: str) -> None:
+        self.options = self._share.options = replace(self.options, recompute=recompute)
 
     def call(self, name: str, arguments: Mapping[str, Any], work: Callable[[], T]) -> T:
         return self._calls.run(name, lambda: arguments, work)
@@ -234,7 +245,7 @@ class ProcessHost:
             facts: dict[str, str] = {}
             for program in programs.values():
                 facts |= shared_weight_facts(variant.plan, program)
-                if self._recomputes:
+                if self.options.recompute != NONE:
                     facts[f"collectives of stage {program.stage}'s layers"] = collectives_of(program.graph_module)
             return None, facts
 

@@ -18,6 +18,7 @@ from autodist_fx.calls.lengths import lengths_of
 from autodist_fx.calls.model_signature import signature_of
 from autodist_fx.compiler.compilation import Compilation
 from autodist_fx.compiler.compile_options import CompileOptions
+from autodist_fx.compiler.examples import planned_graph
 from autodist_fx.compiler.source import TracingSource
 from autodist_fx.compiler.torch_state import compiler_state
 from autodist_fx.compiler.variant import Variant
@@ -26,6 +27,9 @@ from autodist_fx.tracing import input_facts
 from cost_model.partition_plan import PartitionPlan
 from cost_model.request.plan_request import PlanRequest
 from cost_model.schedule.schedule import Schedule
+from cost_model.search.mesh_choice import USABLE
+from cost_model.training.estimate import StepEstimate, StepSetup, estimate_step
+from cost_model.training.stage_work import WorkAnalysis
 from passes.losses.divide_losses import LOSS, SHARE
 from passes.verify.schedule import verify_schedule
 
@@ -87,6 +91,21 @@ class TrainingPrograms:
                 f"{variant.traced.model_class} returned no loss: give what it computes one from (labels=...)"
             )
         return variant
+
+    def estimate(self, batch: ReadBatch, setup: StepSetup) -> StepEstimate:
+        """Predict a step of microbatches like this one; `setup.rows` is left to it."""
+        variant = self.variant_for(batch)
+        lengths = lengths_of(batch.specs, batch.call.tensors, 0)
+        request = replace(self._request, sizes=tuple(lengths.items()))
+        graph = planned_graph(variant.traced, trains=True)
+        analysis = WorkAnalysis(graph, variant.plan, request, lengths["B"], {})
+        return estimate_step(analysis, replace(setup, rows=lengths["B"]))
+
+    def limit(self) -> int:
+        """Return the bytes that training may take on the smallest device: `max_memory` where that is given, else the
+        share of it that is usable."""
+        devices = self._request.stage_devices
+        return min(self._request.max_memory or (int(USABLE * device.memory_bytes) for device in devices))
 
     def for_evaluation(self) -> TrainingPrograms:
         """Return the programs that evaluate the same model, whose weights lie as these have them."""

@@ -33,8 +33,12 @@ from passes.fx.nodes import op_name
 from passes.ops.buffers import written_buffers
 from passes.ops.comm import COLLECTIVES, Communicator, current, recv, send, using
 
-NONE, LAYERS = "none", "layers"
-RECOMPUTE = {NONE: "keep all that a backward pass needs", LAYERS: "compute each layer's forward pass again"}
+NONE, LAYERS, AUTO = "none", "layers", "auto"
+RECOMPUTE = {
+    NONE: "keep all that a backward pass needs",
+    LAYERS: "compute each layer's forward pass again",
+    AUTO: "do so where a device is predicted to be too small otherwise",
+}
 
 _WRITES = (
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior
