@@ -39,6 +39,7 @@ OPTIONS = (
 def test_a_run_is_resumed(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ("train", "--model", model, "--data", data, *OPTIONS)
     told = succeeds(capsys, *given, "--epochs", 2, "--out", tmp_path / "whole")
+    assert "8 steps; a step took " in told and " and was predicted to take " in told
     assert told.startswith("step 1/8: loss ") and "tokens/s" in told
     wanted = losses(tmp_path / "whole")
     assert len(wanted) == 8 and wanted[-1] < wanted[0]
