@@ -8,21 +8,33 @@ from __future__ import annotations
 import argparse
 import inspect
 import time
+from typing import Any
 
 from autodist_fx.api.artifact import Artifact
 from autodist_fx.api.compiled_model import CompiledModel
-from autodist_fx.cli.arguments import add_model_arguments, be_quiet, checkpoint_source, compile_config, plan_options
+from autodist_fx.cli.arguments import (
+    add_model_arguments,
+    at_least,
+    be_quiet,
+    checkpoint_source,
+    compile_config,
+    plan_keywords,
+    plan_options,
+)
 from autodist_fx.compiler.compile import compile_model
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.errors import AutodistError
 from autodist_fx.numeric.verify_numeric import verify_numeric_of
 from autodist_fx.runtime.default_hardware import default_hardware
+from autodist_fx.runtime.training.schedules import SCHEDULES
 from autodist_fx.simulation.simulator import Simulator
 from autodist_fx.tracing import empty_model
 from autodist_fx.tracing.example_inputs import default_inputs
 from autodist_fx.weights.dtype import wanted_dtype
 from autodist_fx.weights.resolve import resolve_config
 from cost_model.request.plan_options import PlanOptions
+
+_OF_STEPS = ("dp", "schedule", "microbatches", "zero_stage", "recompute")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,12 +48,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train", action="store_true", help="verify programs for training, and what their backward pass owes"
     )
+    steps = parser.add_argument_group("steps of training, in float64 on drawn weights, against one process")
+    steps.add_argument("--steps", type=at_least(1), metavar="N", help="train so many steps, and compare after each")
+    steps.add_argument("--dp", type=at_least(1), metavar="D", help="replicas (1)")
+    steps.add_argument("--schedule", choices=tuple(SCHEDULES), help="of the pipeline's passes (1f1b)")
+    steps.add_argument("--microbatches", type=at_least(1), metavar="N", help="parts of a replica's rows (pp)")
+    steps.add_argument("--zero-stage", type=int, choices=(0, 1), help="1: optimizer states once over dp (0)")
+    steps.add_argument("--recompute", choices=("none", "layers"), help="layers: computed again in backward (none)")
+
 
 def run(args: argparse.Namespace) -> int:
     """Prove the programs of a model or an artifact, report the seconds it took, and return the exit code."""
     be_quiet()
     if (args.model is None) == (args.artifact is None) or (args.artifact and args.train):
         raise AutodistError("name a model with --model, or a split on disk with --artifact, which is for inference")
+    of_steps = [name for name in _OF_STEPS if getattr(args, name) is not None]
+    if (args.steps is not None and not args.train) or (of_steps and args.steps is None):
+        raise AutodistError("--steps N trains, and the options beside it say how: give --train --steps N, or leave out "
+                            f"--{(of_steps or ['steps'])[0].replace('_', '-')}")  # fmt: skip
     if args.artifact and plan_options(args) != PlanOptions():
         raise AutodistError("a split on disk has its mesh and its plan: leave the options of a split out")
     if args.artifact:
@@ -61,7 +85,36 @@ def run(args: argparse.Namespace) -> int:
         verify_numeric_of(compiled)
         seconds = time.perf_counter() - began
         print(f"run in float64 against the model's own graph: all that leaves a rank is equal ({seconds:.1f} s)")
+    if args.steps is not None:
+        _compare_steps(args)
     return 0
+
+
+def _compare_steps(args: argparse.Namespace) -> None:
+    """Train on the mesh, all ranks in this process, and in one process, and print each step on which they agree."""
+    from autodist_fx.api.train import train
+    from autodist_fx.training.check_steps import MAX_NORM, adamw, compare_steps, drawn_model, tolerance_of, truth_of
+
+    began = time.perf_counter()
+    model = drawn_model(resolve_config(checkpoint_source(args)))
+    microbatches = args.microbatches or args.pp or 1
+    common: dict[str, Any] = {
+        "simulate": True, "optimizer": adamw, "max_grad_norm": MAX_NORM, "verify": False, "microbatches": microbatches
+    }  # fmt: skip
+    engine = train(
+        model, dp=args.dp or 1, schedule=args.schedule or "1f1b", zero_stage=args.zero_stage or 0,
+        recompute=args.recompute or "none", **common,
+        **{**plan_keywords(args), "tp": args.tp or 1, "pp": args.pp or 1, "objective": args.objective or "shard"},
+    )  # fmt: skip
+    truth, said = truth_of(model, train(model, **common))
+    print(f"trained in float64 on drawn weights; the truth is {said}")
+    rows = (args.dp or 1) * microbatches + 1  # so that microbatches differ in rows
+    for done in compare_steps(model, engine, truth, args.steps, rows, tolerance_of(model)):
+        print(
+            f"step {done.step}: loss {done.loss:.6f}; all parameters and states are equal, {done.tensor} least: "
+            f"{done.error:.1g}"
+        )
+    print(f"{args.steps} steps on {engine.mesh} are those of one process ({time.perf_counter() - began:.1f} s)")
 
 
 def _compile_for_training(args: argparse.Namespace) -> CompiledModel:
