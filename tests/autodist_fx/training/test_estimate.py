@@ -1,4 +1,4 @@
-"""What an engine predicts of its steps, and recompute="auto", which goes by it."""
+"""Predictions of an engine of its steps, and recompute="auto", which goes by them."""
 
 from __future__ import annotations
 
