@@ -69,6 +69,7 @@ def test_forward_of_odd_attention(family: str, mesh: tuple[int, int]) -> None:
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.drawn(6)
 @pytest.mark.parametrize(
     "family, mesh",
     [("t5", (2, 1)), ("t5", (1, 2)), ("t5", (2, 2)), ("t5", (1, 5)), ("bart", (3, 1)), ("bart", (2, 2))]

@@ -98,6 +98,7 @@ def test_decoding_with_a_cache_equals_eager(family: str, mesh: tuple[int, int]) 
     _check_plan_and_graphs(compiled)
 
 
+@pytest.mark.drawn(14)
 @pytest.mark.parametrize("family, changes, mesh", UNEVEN_CASES)
 @torch.no_grad()
 def test_uneven_shapes_forward_and_decoding(family: str, changes: dict[str, Any], mesh: tuple[int, int]) -> None:

@@ -148,6 +148,7 @@ def _plain(family: str, heads: int, kv_heads: int, tp: int, attention: str = "sd
     )  # fmt: skip
 
 
+@pytest.mark.drawn(8)
 @pytest.mark.parametrize("kv_heads", [1, 2, 3])
 @pytest.mark.parametrize(
     "family, attention", [*((f, "sdpa") for f in (*SEPARATE, "phi3", "falcon")), ("llama", "eager"), ("phi3", "eager")]
@@ -162,6 +163,7 @@ def test_fewer_kv_heads_than_ranks(family: str, attention: str, kv_heads: int) -
     _check(case, use_cache=False, hardware=FREE)
 
 
+@pytest.mark.drawn(8)
 @pytest.mark.parametrize("tp", [2, 3, 4, 5])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()

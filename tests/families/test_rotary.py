@@ -131,6 +131,7 @@ def test_there_is_a_config_of_every_type() -> None:
     assert found == {"default", *ROPE_INIT_FUNCTIONS}
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("name", CHANGE)
 def test_frequencies_that_change_with_the_length(name: str) -> None:
     """Without a cache and with one, in turn, on one split: what "dynamic" remembers is of both."""

@@ -29,6 +29,7 @@ def test_correct_programs_are_accepted_and_right(which: Any) -> None:
     assert made.behaviour(programs) == ""
 
 
+@pytest.mark.drawn(30)
 @pytest.mark.parametrize("kind", MUTATIONS)
 def test_mutants_are_refused(kind: str) -> None:
     order = list(SUBJECTS)

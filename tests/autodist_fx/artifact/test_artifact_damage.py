@@ -263,6 +263,7 @@ GRAPHS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
+@pytest.mark.drawn(20)
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_an_edited_graph(kind: str, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(artifact.parent)

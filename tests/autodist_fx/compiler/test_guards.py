@@ -282,6 +282,7 @@ def asked(*questions: str) -> Guards:
     return Guards(torch.fx.GraphModule({}, graph), ("S", "P"), (True,) * count, ("",) * count)
 
 
+@pytest.mark.drawn(14)
 @pytest.mark.parametrize("call", [(1, 5), (6, 0), (8, 0), (3, 64), (2049, 0), (17, 1), (4, 4), (512, 513)])
 @pytest.mark.parametrize(
     "questions", [("P > 0",), ("S > 2048", "S + P > 2048"), ("S % 8 == 0",), ("S * P == 16",), ("(S + 7) // 8 > 2",)]

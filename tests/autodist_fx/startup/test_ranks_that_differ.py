@@ -120,6 +120,7 @@ def told(work: Callable[[], Any]) -> tuple[str, float]:
     return "it went well", time.monotonic() - began
 
 
+@pytest.mark.drawn(8)
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks(name: str, models: Path) -> None:

@@ -72,6 +72,7 @@ def test_graph_with_cache_equals_eager_without(model_type: str) -> None:
     torch.testing.assert_close(torch.cat(logits, 1)[kept], expected[kept], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.drawn(8)
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_no_example_size_is_in_the_graph(model_type: str, use_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:

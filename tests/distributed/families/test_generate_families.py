@@ -52,6 +52,7 @@ WAYS = ("greedy", "sampled")
 TOKENS = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(
     "shapes, tp, pp",
     ((SHAPES, 2, 1), (OWN_CACHES, 2, 1), (OWN_CACHES, 1, 2)),

@@ -338,6 +338,7 @@ def test_picked_kv_heads_give_what_the_whole_gives(
     assert_split_equals_whole(whole, plan, {"x": torch.randn(2, 5, 16, dtype=torch.float64)})
 
 
+@pytest.mark.drawn(20)
 @pytest.mark.parametrize("fused", ["", "thirds", "groups"])
 @pytest.mark.parametrize("heads, groups", [(4, 4), (6, 3), (6, 2), (5, 1), (7, 7)])
 @pytest.mark.parametrize("tp", [2, 3, 4])

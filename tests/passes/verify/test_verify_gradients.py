@@ -315,6 +315,7 @@ def sums_in_a_ring(programs: Programs) -> None:
         program.grad_sums = own
 
 
+@pytest.mark.drawn(14)
 @pytest.mark.parametrize(("family", "tp", "pp", "change", "message"), CASES)
 def test_broken_programs_are_refused(family: str, tp: int, pp: int, change: Break, message: str) -> None:
     programs = _emitted(family, tp, pp)

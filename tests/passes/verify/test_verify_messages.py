@@ -221,6 +221,7 @@ def another_axis(programs: Programs) -> None:
         with_keyword(calls(program, all_reduce)[0], axis="pp")
 
 
+@pytest.mark.drawn(14)
 @pytest.mark.parametrize("case", broken.cases, ids=str)
 def test_broken_programs_are_refused(case) -> None:
     check_refused(case)

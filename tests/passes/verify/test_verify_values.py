@@ -186,6 +186,7 @@ def attention_without_its_groups(programs: Programs) -> None:
         with_keyword(node, enable_gqa=False)
 
 
+@pytest.mark.drawn(14)
 @pytest.mark.parametrize("case", broken.cases, ids=str)
 def test_broken_programs_are_refused(case) -> None:
     check_refused(case)

@@ -200,6 +200,7 @@ def another_output(programs: Programs) -> None:
     output.args = ({"logits": output.args[0]["logits"].args[0]},)
 
 
+@pytest.mark.drawn(14)
 @pytest.mark.parametrize("case", broken.cases, ids=str)
 def test_broken_programs_are_refused(case) -> None:
     check_refused(case)
