@@ -57,9 +57,9 @@ class OneProcess(Protocol):
 def compare_steps(
     model: PreTrainedModel, engine: Engine, truth: OneProcess, steps: int, rows: int, tolerance: float
 ) -> Iterator[ComparedStep]:
-    """Takes `steps` steps on both, of two batches of `rows` rows and of two lengths each, padded at the end.
+    """Take `steps` steps on both, of two batches of `rows` rows and of two lengths each, padded at the end.
 
-    Yields each step on which loss, norm of the gradient, every parameter and every state of AdamW (which holds every
+    Yield each step on which loss, norm of the gradient, every parameter and every state of AdamW (which holds every
     gradient) agree to within `tolerance`. Raises VerificationError, which names the step and the first parameter, in
     the model's order, that differs; AutodistError for a model that reads anything but tokens.
     """
@@ -79,7 +79,7 @@ def compare_steps(
 
 
 def drawn_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Returns the model that a config describes, in float64, every parameter drawn: biases and scales, too, which
+    """Return the model that a config describes, in float64, every parameter drawn: biases and scales, too, which
     would otherwise hide what is added or multiplied twice. Raises AutodistError where it is too large to train here."""
     shape = empty_model(config)
     needs = 8 * _COPIES * sum(p.numel() for p in shape.parameters())
@@ -103,7 +103,7 @@ def drawn_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def tolerance_of(model: PreTrainedModel) -> float:
-    """Returns 1e-9, or 1e-6 for a model that computes some of its forward pass in a dtype of fewer bits."""
+    """Return 1e-9, or 1e-6 for a model that computes some of its forward pass in a dtype of fewer bits."""
     watch = _Narrow()
     with torch.random.fork_rng(devices=()), torch.no_grad(), watch:
         model(**_batch(model, 2, LENGTHS[0], 0))
@@ -111,7 +111,7 @@ def tolerance_of(model: PreTrainedModel) -> float:
 
 
 class _Narrow(TorchDispatchMode):
-    """Watches for floating-point results of fewer bits than float64."""
+    """Watch for floating-point results of fewer bits than float64."""
 
     found = False
 
@@ -123,7 +123,7 @@ class _Narrow(TorchDispatchMode):
 
 
 def truth_of(model: PreTrainedModel, on_one_rank: Engine) -> tuple[OneProcess, str]:
-    """Returns (what a split model is held against, its name): transformers, or, where `model` draws random numbers in
+    """Return (what a split model is held against, its name): transformers, or, where `model` draws random numbers in
     training mode, `on_one_rank`."""
     batch = dict(_batch(model, 2, LENGTHS[0], 0))
     whole = copy.deepcopy(model).train()
@@ -135,7 +135,7 @@ def truth_of(model: PreTrainedModel, on_one_rank: Engine) -> tuple[OneProcess, s
 
 
 def state_errors(got: TrainingState, wanted: TrainingState) -> dict[str, float]:
-    """Returns the largest error of each tensor, by "name" or "name, state", relative to its largest element.
+    """Return the largest error of each tensor, by "name" or "name, state", relative to its largest element.
 
     In the order of the model's parameters. A tensor that one of them lacks has an infinite error.
     """
@@ -208,7 +208,7 @@ class _OneRank:
 
 
 def _batch(model: PreTrainedModel, rows: int, length: int, seed: int) -> Batch:
-    """Returns token ids, a mask that leaves out the ends of some rows, and labels. Raises AutodistError for a model
+    """Return token ids, a mask that leaves out the ends of some rows, and labels. Raises AutodistError for a model
     whose main input is something else."""
     config = model.config.get_text_config()
     if model.main_input_name != "input_ids":
@@ -228,7 +228,7 @@ def _batch(model: PreTrainedModel, rows: int, length: int, seed: int) -> Batch:
 
 
 def _labels_that_count(model: PreTrainedModel, batch: Batch) -> int:
-    """Returns how many labels the mean in the model's loss is over: a causal language model's first one is no next
+    """Return how many labels the mean in the model's loss is over: a causal language model's first one is no next
     token."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
