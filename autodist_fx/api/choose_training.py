@@ -14,6 +14,7 @@ from autodist_fx.compiler.examples import planned_graph, traced_once
 from autodist_fx.compiler.peft import without_wrapper
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.default_hardware import default_hardware
+from autodist_fx.runtime.training.optimizer import wants_master
 from autodist_fx.runtime.training.schedules import make_schedule
 from autodist_fx.tracing import empty_model, meta_copy
 from autodist_fx.tracing.example_inputs import default_inputs
@@ -82,7 +83,7 @@ def choose_training_for(
     specs = {"labels": InputSpec(("B",), torch.long)} if answers_once(type(shape).__name__) else None
     traced, _ = traced_once(shape, False, names, {}, specs=specs)
     graph = planned_graph(traced, trains=True)
-    has_masters = master_weights and shape.dtype in (torch.bfloat16, torch.float16)
+    has_masters = master_weights and wants_master(shape.dtype)
     return choice.choose_training(
         graph,
         wanted.resolve(default_hardware()),

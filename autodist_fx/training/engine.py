@@ -17,6 +17,7 @@ from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import Facts, digest
 from autodist_fx.runtime.training.autograd.recompute import AUTO, LAYERS, NONE
+from autodist_fx.runtime.training.optimizer import wants_master
 from autodist_fx.runtime.training.rank_trainer import RankTrainer
 from autodist_fx.runtime.training.replica_communicator import TrainingCommunicator
 from autodist_fx.runtime.training.schedules import make_schedule
@@ -165,7 +166,7 @@ class Engine:
 
     def _estimate(self, batch: ReadBatch, schedule: Schedule, recompute: str) -> StepEstimate:
         options, dtype = self._host.options, self._programs.model.dtype
-        has_masters = options.master_weights and dtype in (torch.bfloat16, torch.float16)
+        has_masters = options.master_weights and wants_master(dtype)
         setup = StepSetup(self.mesh, schedule, 1, recompute, options.zero_stage, has_masters)
         return self._programs.estimate(batch, setup)
 

@@ -27,7 +27,6 @@ from autodist_fx.tracing import input_facts
 from cost_model.partition_plan import PartitionPlan
 from cost_model.request.plan_request import PlanRequest
 from cost_model.schedule.schedule import Schedule
-from cost_model.search.mesh_choice import USABLE
 from cost_model.training.estimate import StepEstimate, StepSetup, estimate_step
 from cost_model.training.stage_work import WorkAnalysis
 from passes.losses.divide_losses import LOSS, SHARE
@@ -102,10 +101,8 @@ class TrainingPrograms:
         return estimate_step(analysis, replace(setup, rows=lengths["B"]))
 
     def limit(self) -> int:
-        """Return the bytes that training may take on the smallest device: `max_memory` where that is given, else the
-        share of it that is usable."""
-        devices = self._request.stage_devices
-        return min(self._request.max_memory or (int(USABLE * device.memory_bytes) for device in devices))
+        """Return the bytes that training may take on the smallest device."""
+        return min(self._request.limits)
 
     def for_evaluation(self) -> TrainingPrograms:
         """Return the programs that evaluate the same model, whose weights lie as these have them."""

@@ -18,12 +18,12 @@ from cost_model.graph.op_graph import Op, TensorRef
 KEEPS_OUTPUT = frozenset({
     "softmax", "log_softmax", "exp", "expm1", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "reciprocal", "hardsigmoid",
 })  # fmt: skip
-# Kinds whose gradient depends on no value: linear ones, and copies. A `where` or `masked_fill` keeps its condition.
+_CONDITIONS = {"where": 0, "masked_fill": 1}  # kind -> the input that is a mask, which is all that is kept
+# Kinds whose gradient depends on no value: linear ones, and copies.
 KEEPS_NOTHING = frozenset({
     "add", "sub", "neg", "scale", "identity", "reduce", "cumsum", "output", "seeded_uniform", "floor", "round", "ceil",
     "trunc", "sign", "pool", "dropout", "cross_entropy",  # the last two keep what is no tensor of the graph
-}) | VIEWS | COPIES  # fmt: skip
-_CONDITIONS = {"where": 0, "masked_fill": 1}  # kind -> the input that is a mask, which is kept
+}) | VIEWS | (COPIES - _CONDITIONS.keys())  # fmt: skip
 _PRODUCTS = frozenset(MATMULS) | {"mul", "div", "einsum", "conv"}
 ATTENTION_PRODUCTS = 2.5  # of a backward pass, for each of the forward pass
 
@@ -63,7 +63,7 @@ def kept_tensors(op: Op, inputs: Sequence[TensorRef], needed: Sequence[bool]) ->
     it; the condition of a choice; else every input. A parameter among them is there anyway.
     """
     kind = op.kind.removeprefix("opaque.")
-    if not any(needed) or kind in KEEPS_NOTHING - set(_CONDITIONS):
+    if not any(needed) or kind in KEEPS_NOTHING:
         return []
     if kind in _CONDITIONS:
         return list(inputs[_CONDITIONS[kind] : _CONDITIONS[kind] + 1])

@@ -20,6 +20,7 @@ from cost_model.request.pins import Pin
 #   memory       as shard, but cuts make the fullest device as empty as can be, not the slowest stage as fast as can be
 PRICES = {"shard": 1e-6, "latency": 0.0, "throughput": 0.0, "memory": 1e-6}
 OBJECTIVES = tuple(PRICES)
+USABLE = 0.9  # share of a device's memory: the rest is for its context, the allocator and collectives (vLLM's default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +62,8 @@ class PlanRequest:
     def stage_devices(self) -> tuple[Hardware, ...]:
         """The hardware of each stage, pp entries."""
         return self.devices or (self.hardware,) * self.mesh.pp
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """The bytes that a device of each stage may hold in all: `max_memory`, else USABLE of its memory."""
+        return self.max_memory or tuple(int(USABLE * device.memory_bytes) for device in self.stage_devices)

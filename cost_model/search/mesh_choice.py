@@ -29,7 +29,6 @@ from cost_model.text_tables import table
 
 OBJECTIVES = ("latency", "throughput", "memory")
 LOAD = 256  # sequences in flight a device, at most: what vLLM admits by default (max_num_seqs)
-USABLE = 0.9  # share of a device's memory: the rest is for its context, the allocator and collectives (vLLM's default)
 NEAR = 1.1  # times the best mesh's seconds: a mesh of fewer devices within that is named in a remark
 
 
@@ -173,8 +172,7 @@ class _Chooser:
         self.sequences = sequences
         self.model, self.fingerprint = model, fingerprint
         self.shared: SharedSearches = {}
-        own = int(USABLE * request.hardware.memory_bytes)
-        self.max_memory = request.max_memory[0] if request.max_memory else own
+        self.max_memory = request.limits[0]
         self.is_loaded = request.objective == "throughput"
 
     def candidate(self, mesh: Mesh) -> Candidate:

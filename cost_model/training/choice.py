@@ -20,11 +20,10 @@ from cost_model.partition_plan import PartitionPlan
 from cost_model.request.pins import roles_by_pin
 from cost_model.request.plan_request import PlanRequest
 from cost_model.schedule.schedule import Schedule
-from cost_model.search.mesh_choice import USABLE
 from cost_model.search.plan_search import SharedSearches
 from cost_model.search.planner import plan
 from cost_model.text_tables import table
-from cost_model.training.estimate import StepEstimate, StepSetup, estimate_step
+from cost_model.training.estimate import StepEstimate, StepSetup, estimate_step, gradient_bytes, state_bytes
 from cost_model.training.stage_work import WorkAnalysis
 
 PLAIN = "1f1b"
@@ -175,8 +174,8 @@ class _Chooser:
         self.graph, self.request, self.wishes = graph, request, wishes
         self.model, self.fingerprint = model, fingerprint
         self.make_schedule = make_schedule
-        own = int(USABLE * request.hardware.memory_bytes)
-        self.limit = request.max_memory[0] if request.max_memory else own
+        self.limit = request.limits[0]
+        self.parameter_bytes = sum(op.outputs[0].nbytes for op in graph if op.kind == "param")
         self.shared: SharedSearches = {}
         self.plans: dict[tuple[int, int], PartitionPlan] = {}
         self.analyses: dict[tuple[int, int, int], WorkAnalysis] = {}
@@ -285,11 +284,9 @@ class _Chooser:
     def _refuse_too_large(self, mesh: Mesh) -> None:
         """Raises NoPlanFits for a mesh whose weights, gradients and optimizer alone are too large, before it is
         planned."""
-        whole = sum(op.outputs[0].nbytes for op in self.graph if op.kind == "param")
-        zero = self.wishes.zero_stage != 0 and mesh.dp > 1
-        setup = StepSetup(mesh, self.make_schedule(PLAIN, 1, 1), 1, has_masters=self.wishes.has_masters)
-        share = 1 + setup.gradient_bytes + setup.state_bytes / (mesh.dp if zero else 1)
-        least = whole * share / (mesh.tp * mesh.pp)
+        zero, has_masters = self.wishes.zero_stage != 0 and mesh.dp > 1, self.wishes.has_masters
+        share = 1 + gradient_bytes(has_masters) + state_bytes(has_masters) / (mesh.dp if zero else 1)
+        least = self.parameter_bytes * share / (mesh.tp * mesh.pp)
         if least > self.limit:
             raise NoPlanFits(
                 f"weights, gradients and optimizer take {bytes_text(least)} a rank at least, and a device holds "

@@ -10,7 +10,7 @@ microbatch goes backward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cost_model.costs.communication import all_reduce_seconds
@@ -38,15 +38,15 @@ class StepSetup:
     zero_stage: int = 0
     has_masters: bool = False
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of AdamW's states a byte of parameters: two tensors like them, or the float32 copy and both."""
-        return 6 if self.has_masters else 2
 
-    @property
-    def gradient_bytes(self) -> int:
-        """Bytes of gradients a byte of parameters."""
-        return 2 if self.has_masters else 1
+def state_bytes(has_masters: bool) -> int:
+    """Returns the bytes of AdamW's states a byte of parameters: two tensors like them, or the float32 copy and both."""
+    return 6 if has_masters else 2
+
+
+def gradient_bytes(has_masters: bool) -> int:
+    """Returns the bytes of gradients a byte of parameters."""
+    return 2 if has_masters else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +115,7 @@ class StepEstimate:
             "optimizer_seconds": self.optimizer_seconds,
             "tokens_per_second": self.tokens_per_second,
             "memory_bytes": self.memory_bytes,
-            "memory": [
-                {
-                    "weights": m.weights,
-                    "gradients": m.gradients,
-                    "optimizer": m.optimizer,
-                    "activations": m.activations,
-                    "transient": m.transient,
-                }
-                for m in self.memory
-            ],
+            "memory": [asdict(memory) for memory in self.memory],
         }
 
 
@@ -144,18 +135,13 @@ def estimate_step(analysis: WorkAnalysis, setup: StepSetup) -> StepEstimate:
     return StepEstimate(analysis.plan, setup, timeline, tuple(memory), reducing, stepping)
 
 
-def state_bytes_of(own: Sequence[StageWork], setup: StepSetup) -> int:
-    """Returns the bytes of the optimizer's states on one rank; with ZeRO-1 of the fullest share."""
-    whole = sum(w.parameter_bytes for w in own) * setup.state_bytes
-    return -(-whole // setup.mesh.dp) if setup.zero_stage else whole
-
-
 def _memory(own: Sequence[StageWork], setup: StepSetup, activations: int) -> RankMemory:
     parameters = sum(w.parameter_bytes for w in own)
+    states = parameters * state_bytes(setup.has_masters)
     return RankMemory(
         weights=parameters + sum(w.buffer_bytes for w in own),
-        gradients=parameters * setup.gradient_bytes,
-        optimizer=state_bytes_of(own, setup),
+        gradients=parameters * gradient_bytes(setup.has_masters),
+        optimizer=-(-states // setup.mesh.dp) if setup.zero_stage else states,
         activations=activations,
         transient=max(w.transient_bytes for w in own),
     )
@@ -164,7 +150,7 @@ def _memory(own: Sequence[StageWork], setup: StepSetup, activations: int) -> Ran
 def _reduce_seconds(own: Sequence[StageWork], setup: StepSetup, hardware: Hardware) -> float:
     """Returns the seconds of a rank's sums over dp that its last backward pass does not hide, and of those over tp."""
     mesh = setup.mesh
-    gradients = setup.gradient_bytes * sum(w.parameter_bytes for w in own)
+    gradients = gradient_bytes(setup.has_masters) * sum(w.parameter_bytes for w in own)
     over_dp = all_reduce_seconds(gradients, mesh.dp, hardware.dp_link_on(mesh))
     hidden = min(w.costs.seconds(ActionKind.BACKWARD) for w in own)
     over_tp = all_reduce_seconds(sum(w.owed_bytes for w in own), mesh.tp, hardware.tp_link_on(mesh))
@@ -175,9 +161,8 @@ def _optimizer_seconds(own: Sequence[StageWork], setup: StepSetup, hardware: Har
     """Returns the seconds of clipping (gradients read, then scaled) and of the optimizer (all read, and all but the
     gradients written): both are bound by memory."""
     parameters = sum(w.parameter_bytes for w in own)
-    gradients = parameters * setup.gradient_bytes
+    gradients = parameters * gradient_bytes(setup.has_masters)
     clipping = 3 * gradients
-    stepping = (2 * parameters + gradients + 2 * parameters * setup.state_bytes) / (
-        setup.mesh.dp if setup.zero_stage else 1
-    )
-    return (clipping + stepping) / hardware.memory_bandwidth
+    stepping = 2 * parameters + gradients + 2 * parameters * state_bytes(setup.has_masters)
+    share = 1 / setup.mesh.dp if setup.zero_stage else 1.0
+    return (clipping + stepping * share) / hardware.memory_bandwidth

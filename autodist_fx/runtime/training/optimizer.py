@@ -64,9 +64,9 @@ class Stepped:
         return whole.reshape(-1)[self.start : self.stop]
 
 
-def wants_master(parameter: torch.Tensor) -> bool:
-    """Return whether a parameter is of a dtype in which small steps are lost."""
-    return parameter.dtype in (torch.bfloat16, torch.float16)
+def wants_master(dtype: torch.dtype) -> bool:
+    """Return whether parameters are of a dtype in which small steps are lost."""
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 class ShardOptimizer:
@@ -218,7 +218,7 @@ def _stepped(
     start, stop = (0, parameter.numel()) if range_of is None else range_of(parameter)
     if start == stop and parameter.numel():
         return None
-    is_whole, is_master = stop - start == parameter.numel(), masters and wants_master(parameter)
+    is_whole, is_master = stop - start == parameter.numel(), masters and wants_master(parameter.dtype)
     if is_whole and not is_master:
         return Stepped(parameter, start, stop, parameter)
     part = parameter.detach() if is_whole else parameter.detach().view(-1)[start:stop]

@@ -290,7 +290,7 @@ def _own_dtype(parameter: torch.Tensor) -> torch.dtype:
 
 
 def _float32_for_16_bits(parameter: torch.Tensor) -> torch.dtype:
-    return torch.float32 if wants_master(parameter) else parameter.dtype
+    return torch.float32 if wants_master(parameter.dtype) else parameter.dtype
 
 
 def _trained(program: RankProgram) -> list[tuple[str, nn.Parameter]]:
