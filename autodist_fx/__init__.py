@@ -7,6 +7,8 @@ import importlib.metadata
 import re
 from typing import TYPE_CHECKING, Any
 
+from autodist_fx.own_packages import warn_if_shadowed
+
 if TYPE_CHECKING:
     from autodist_fx.api.artifact import Artifact, load
     from autodist_fx.api.choose_mesh import choose_mesh
@@ -85,6 +87,7 @@ def _check_versions() -> None:
 
 
 _check_versions()
+warn_if_shadowed()
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -163,6 +164,26 @@ def compile_config(args: argparse.Namespace, wanted: PlanOptions) -> CompiledMod
     from autodist_fx.weights.resolve import resolve_config
 
     return compile_for(args, resolve_config(checkpoint_source(args)), wanted)
+
+
+def compile_for_training(args: argparse.Namespace) -> CompiledModel:
+    """Compile the model whose config --model has to train it, with labels among the inputs where forward takes them;
+    without its weights and without verifying."""
+    from autodist_fx.api.compiled_model import CompiledModel
+    from autodist_fx.compiler.compile import compile_model
+    from autodist_fx.compiler.compile_options import CompileOptions
+    from autodist_fx.tracing import empty_model
+    from autodist_fx.tracing.example_inputs import default_inputs
+    from autodist_fx.weights.dtype import wanted_dtype
+    from autodist_fx.weights.resolve import resolve_config
+
+    config = resolve_config(checkpoint_source(args))
+    model = empty_model(config, wanted_dtype(args.dtype, config))
+    names = default_inputs(model, use_cache=False)
+    if "labels" in inspect.signature(model.forward).parameters:
+        names = (*names, "labels")
+    wanted, options = plan_options(args), CompileOptions(input_names=names, train=True, verify=False)
+    return compile_model(model, CompiledModel, wanted.resolve(default_hardware()), options, wanted.plan)
 
 
 def compile_for(

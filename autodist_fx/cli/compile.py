@@ -20,6 +20,11 @@ from autodist_fx.weights.resolve import resolve
 from autodist_fx.weights.versions import named_as_in
 from passes.program.rank_program import RankProgram
 
+EXAMPLES = (
+    ("autodist-fx compile --model smollm2 --tp 2 --out smollm2-tp2", "all that the ranks need, as files"),
+    ("autodist-fx run --artifact smollm2-tp2 --prompt Hello", "start from them"),
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `autodist-fx compile`."""

@@ -7,6 +7,11 @@ import json
 
 from autodist_fx.cli.arguments import add_model_arguments, at_least, be_quiet, compile_config, plan_options
 
+EXAMPLES = (
+    ("autodist-fx graph-diff --model smollm2 --tp 2 --rank 0", "9 heads become 6 on this rank: see the views"),
+    ("autodist-fx graph-diff --model smollm2 --tp 2 --pp 2 --rank 3 --json", "how many nodes of each op changed"),
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `autodist-fx graph-diff`."""

@@ -7,7 +7,6 @@ Starts the ranks itself, on this machine. Under torchrun it is one of them inste
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -15,12 +14,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import transformers
-from transformers import PreTrainedTokenizerBase
 
 from autodist_fx.api.artifact import Artifact
 from autodist_fx.cli.arguments import (
@@ -28,32 +25,23 @@ from autodist_fx.cli.arguments import (
     add_model_arguments,
     at_least,
     be_quiet,
-    checkpoint_source,
-    plan_options,
     probability,
 )
 from autodist_fx.cli.generation.command_start import VARIABLE, command_started, process_started
 from autodist_fx.cli.generation.prompts import Answer, TimedStreamer, encode, split_answers
-from autodist_fx.compiler.compile_options import CompileOptions
+from autodist_fx.cli.generation.sources import FromCheckpoint, Saved, Source
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import agree, digest, over
-from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
 from autodist_fx.runtime.comm.launch import launch_local
 from autodist_fx.runtime.comm.process_group import choose_device, started_by_torchrun
-from autodist_fx.runtime.default_hardware import default_hardware
-from autodist_fx.startup.from_artifact import start_from_artifact
-from autodist_fx.startup.split_cache import ENVIRONMENT, CacheEntry, cache_entry
-from autodist_fx.startup.start_rank import start_rank
 from cost_model.mesh import Mesh
-from cost_model.request.plan_options import PlanOptions
 
-_DAY = 86400.0  # seconds: the timeout with --rank, where somebody may sit at a breakpoint
-
-# Options that an artifact has settled.
-_DECIDED = (
-    "model", "plan", "hardware", "objective", "pin", "cut", "max_memory", "device_map", "strict", "revision",
-    "cache_dir", "dump_dir", "trust_remote_code", "attn_implementation",
-)  # fmt: skip
+EXAMPLES = (
+    ('autodist-fx run --model smollm2 --tp 2 --prompt "What is the capital of France?"', "two ranks of this machine"),
+    ("autodist-fx run --model DIR --tp 2 --pp 2 --batch-file prompts.txt --json", "one prompt a line, answers as JSON"),
+    ("autodist-fx run --model DIR --tp 2 --prompt Hello --dry-run", "what would be started and read; no ranks"),
+    ("torchrun --nproc-per-node 2 -m autodist_fx.cli.main run --model DIR --tp 2 --prompt Hello", "ranks of torchrun"),
+)
 
 # Options of transformers' GenerationConfig, by their own names.
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
@@ -98,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     ranks.add_argument("--dump-dir", metavar="DIR", help="each rank's graph after each pass, as text")
     ranks.add_argument("--no-verify", action="store_true", help="do not prove the ranks' programs first")
+    ranks.add_argument("--dry-run", action="store_true", help="print the plan, and what would be started; no ranks")
     ranks.add_argument("--rank", type=at_least(0), metavar="R", help="run this rank only, here")
     ranks.add_argument("--world-size", type=at_least(1), metavar="W", help="ranks in all, with --rank")
     ranks.add_argument("--master-addr", metavar="A", help="address of rank 0, with --rank")
@@ -116,7 +105,12 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     if args.rank is None and (args.world_size, args.master_addr, args.master_port) != (None, None, None):
         raise AutodistError("--world-size, --master-addr and --master-port say where --rank R belongs: add --rank")
-    source: _Source = _Saved(args, Artifact(args.artifact)) if args.artifact else _Checkpoint(args)
+    source: Source = Saved(args, Artifact(args.artifact)) if args.artifact else FromCheckpoint(args)
+    if args.dry_run:
+        from autodist_fx.cli.dry_run.generate import print_dry_run  # a rank does without what it imports
+
+        print_dry_run(args, prompts, source)
+        return 0
     if args.rank is None and not started_by_torchrun() and source.mesh.size > 1:
         return _start_ranks(args, prompts, source)
     _generate(args, prompts, source)
@@ -139,112 +133,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-class _Source(Protocol):
-    """A source of the ranks' programs: an artifact or a checkpoint."""
-
-    mesh: Mesh
-
-    def tokenizer(self) -> PreTrainedTokenizerBase: ...
-
-    def share(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        """Start this process as its rank of the model."""
-
-    def for_ranks(self, scratch: Path) -> list[str]:
-        """Check all inputs in this process, so that an error is printed
-        once; return further arguments for the ranks' processes."""
-
-
-class _Saved:
-    """Programs from an artifact, or from an entry of the split cache."""
-
-    def __init__(self, args: argparse.Namespace, artifact: Artifact) -> None:
-        self.args, self.artifact, self.mesh = args, artifact, artifact.mesh
-        if args.artifact and (given := [f"--{name.replace('_', '-')}" for name in _DECIDED if getattr(args, name)]):
-            raise AutodistError(f"--artifact holds the model, split and loaded: leave {' and '.join(given)} out")
-        if args.artifact and args.dtype != "auto":
-            raise AutodistError("--artifact holds the weights in their dtype: leave --dtype out, or compile it anew")
-        if (args.tp or self.mesh.tp, args.pp or self.mesh.pp) != (self.mesh.tp, self.mesh.pp):
-            raise AutodistError(f"{artifact.directory} is split for {self.mesh}: leave --tp and --pp out")
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return _right_if(self.artifact.tokenizer(), self.artifact.config.is_encoder_decoder)
-
-    def share(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        return start_from_artifact(self.artifact, _join_options(self.args))
-
-    def for_ranks(self, scratch: Path) -> list[str]:
-        return []
-
-
-class _Checkpoint:
-    """Programs of the model that --model names; they come from the split cache where it has an entry."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        if args.model is None:
-            raise AutodistError("name a model with --model, or a split on disk with --artifact")
-        self.args, self.source = args, checkpoint_source(args)
-        planned = PlanOptions.from_keywords(plan=args.planned, strict=args.strict) if args.planned else None
-        self.wanted = planned or plan_options(args)
-        self.mesh = self.wanted.mesh
-        self.entry: CacheEntry | None = None
-        if args.cache_entry:
-            self.entry = CacheEntry(Path(args.cache_entry))
-        elif not (args.no_cache or args.dump_dir or args.trust_remote_code or os.environ.get(ENVIRONMENT) == "0"):
-            request = self.wanted.resolve(default_hardware())
-            self.entry = cache_entry(True, self.source, args.dtype, request, self.wanted.plan)
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.entry is not None and self.entry.is_there:
-            with contextlib.suppress(AutodistError):  # a damaged entry is dealt with when the ranks read it
-                cached = Artifact(self.entry.path)
-                return _right_if(cached.tokenizer(), cached.config.is_encoder_decoder)
-        from autodist_fx.weights.checkpoint import load_tokenizer
-        from autodist_fx.weights.resolve import resolve
-
-        checkpoint = resolve(self.source)
-        return _right_if(load_tokenizer(checkpoint), checkpoint.config.is_encoder_decoder)
-
-    def share(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        args = self.args
-        return start_rank(
-            self.source,
-            args.dtype,
-            self.wanted,
-            _join_options(args),
-            CompileOptions(verify=not args.no_verify, dump_dir=args.dump_dir),
-            cache=False if self.entry is None else replace(self.entry, tokenizer=tokenizer),
-        )
-
-    def for_ranks(self, scratch: Path) -> list[str]:
-        further = [] if self.entry is None else ["--cache-entry", str(self.entry.path)]
-        if self.entry is not None and self.entry.is_there:
-            return further
-        from autodist_fx.cli.arguments import compile_for
-        from autodist_fx.weights.resolve import resolve
-
-        compile_for(self.args, resolve(self.source).config, self.wanted).plan.save(scratch)
-        return [*further, "--planned", str(scratch)]  # so that no rank searches
-
-
-def _right_if(tokenizer: PreTrainedTokenizerBase, has_encoder: bool) -> PreTrainedTokenizerBase:
-    """Pad on the right for a model with an encoder."""
-    if has_encoder:
-        tokenizer.padding_side = "right"  # an encoder counts its positions from the left
-    return tokenizer
-
-
-def _join_options(args: argparse.Namespace) -> JoinOptions:
-    return JoinOptions(
-        device=args.device,
-        rank=args.rank,
-        world_size=args.world_size,
-        master_addr=args.master_addr,
-        master_port=args.master_port,
-        timeout=args.timeout or (DEFAULT_TIMEOUT_SECONDS if args.rank is None else _DAY),
-    )
-
-
-def _start_ranks(args: argparse.Namespace, prompts: list[str], source: _Source) -> int:
+def _start_ranks(args: argparse.Namespace, prompts: list[str], source: Source) -> int:
     """Start all ranks as processes on this machine, and return the exit code."""
     if args.device and ":" in args.device:
         raise AutodistError(f"--device {args.device} is one rank's: add --rank, or say cuda: a device for each")
@@ -257,7 +146,7 @@ def _start_ranks(args: argparse.Namespace, prompts: list[str], source: _Source) 
         return launch_local(command, source.mesh.size, started, keep_open=(scratch.fileno(),))
 
 
-def _generate(args: argparse.Namespace, prompts: list[str], source: _Source) -> None:
+def _generate(args: argparse.Namespace, prompts: list[str], source: Source) -> None:
     """Generate as one rank, and print the answers where this rank is the one that prints."""
     spent = {"imports": time.monotonic() - process_started()}
     if os.environ.get(VARIABLE):

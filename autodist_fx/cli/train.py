@@ -41,9 +41,15 @@ from autodist_fx.runtime.training.schedules import SCHEDULES
 from autodist_fx.training.engine import Engine
 from autodist_fx.training.text_batches import TextBatches, read_rows
 from autodist_fx.weights.checkpoint import load_tokenizer
-from autodist_fx.weights.resolve import resolve
+from autodist_fx.weights.resolve import is_on_hub, resolve
 from cost_model.format import bytes_text, seconds_text
 
+EXAMPLES = (
+    ("autodist-fx train --model smollm2 --data texts.jsonl --tp 2 --out tuned", "two ranks of this machine"),
+    ("autodist-fx train --model smollm2 --data texts.jsonl --pp 2 --out tuned --resume", "go on, on another mesh"),
+    ("autodist-fx train --model DIR --data texts.jsonl --tp 2 --dp 2 --zero-stage 1 --out tuned", "two replicas"),
+    ("autodist-fx train --model DIR --data texts.jsonl --tp 2 --out tuned --dry-run", "what would be started and read"),
+)
 _RUN, _LOG = "run", "log.jsonl"
 
 
@@ -79,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks.add_argument("--timeout", type=above_zero, default=DEFAULT_TIMEOUT_SECONDS, metavar="S",
                        help="seconds to wait for a rank (600)")  # fmt: skip
     ranks.add_argument("--no-verify", action="store_true", help="do not prove the ranks' programs first")
+    ranks.add_argument("--dry-run", action="store_true", help="print the plan, and what would be started; no ranks")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,6 +101,13 @@ def run(args: argparse.Namespace) -> int:
         transformers.SchedulerType(args.lr_scheduler)
     except ValueError as error:
         raise AutodistError(f"--lr-scheduler: {error}") from None
+    if args.dry_run:
+        from autodist_fx.cli.dry_run.train import print_dry_run  # plans, which a run does later and otherwise
+
+        if is_on_hub(checkpoint_source(args)):
+            raise AutodistError(f"--dry-run counts tokens, and {args.model} is not on this machine: download it first")
+        print_dry_run(args, read_texts(args)[0])
+        return 0
     if size > 1 and not started_by_torchrun():
         read_texts(args)  # so that an error is printed once
         return launch_local([sys.executable, "-m", "autodist_fx.cli.main", *args.argv], size)

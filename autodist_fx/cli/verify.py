@@ -6,46 +6,45 @@ With --artifact: read a split from the disk, every file of it, and prove the sam
 from __future__ import annotations
 
 import argparse
-import inspect
 import time
 from typing import Any
 
 from autodist_fx.api.artifact import Artifact
-from autodist_fx.api.compiled_model import CompiledModel
 from autodist_fx.cli.arguments import (
     add_model_arguments,
     at_least,
     be_quiet,
     checkpoint_source,
     compile_config,
+    compile_for_training,
     plan_keywords,
     plan_options,
 )
-from autodist_fx.compiler.compile import compile_model
-from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.errors import AutodistError
 from autodist_fx.numeric.verify_numeric import verify_numeric_of
-from autodist_fx.runtime.default_hardware import default_hardware
 from autodist_fx.runtime.training.schedules import SCHEDULES
 from autodist_fx.simulation.simulator import Simulator
-from autodist_fx.tracing import empty_model
-from autodist_fx.tracing.example_inputs import default_inputs
-from autodist_fx.weights.dtype import wanted_dtype
 from autodist_fx.weights.resolve import resolve_config
 from cost_model.request.plan_options import PlanOptions
 
+EXAMPLES = (
+    ("autodist-fx verify --model smollm2 --tp 2 --pp 2", "the static proof, of all ranks, from the config alone"),
+    ("autodist-fx verify --model smollm2 --tp 2 --numeric", "and all ranks run in float64, against the model's graph"),
+    ("autodist-fx verify --model smollm2 --tp 2 --train --steps 3", "steps of training, against one process"),
+)
 _OF_STEPS = ("dp", "schedule", "microbatches", "zero_stage", "recompute")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `autodist-fx verify`."""
     add_model_arguments(parser, required=False)
-    parser.add_argument("--artifact", metavar="DIR", help="what `autodist-fx compile --out DIR` wrote; no --model")
-    parser.add_argument(
+    what = parser.add_argument_group("what is verified")
+    what.add_argument("--artifact", metavar="DIR", help="what `autodist-fx compile --out DIR` wrote; no --model")
+    what.add_argument(
         "--numeric", action="store_true",
         help="also run all ranks in this process, in float64 on drawn weights, and compare with the model's own graph",
     )  # fmt: skip
-    parser.add_argument(
+    what.add_argument(
         "--train", action="store_true", help="verify programs for training, and what their backward pass owes"
     )
     steps = parser.add_argument_group("steps of training, in float64 on drawn weights, against one process")
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.artifact:
         compiled: Simulator = Artifact(args.artifact).whole
     else:
-        compiled = _compile_for_training(args) if args.train else compile_config(args, plan_options(args))
+        compiled = compile_for_training(args) if args.train else compile_config(args, plan_options(args))
     began = time.perf_counter()
     compiled.verify()
     ranks = compiled.mesh.size
@@ -115,14 +114,3 @@ def _compare_steps(args: argparse.Namespace) -> None:
             f"{done.error:.1g}"
         )
     print(f"{args.steps} steps on {engine.mesh} are those of one process ({time.perf_counter() - began:.1f} s)")
-
-
-def _compile_for_training(args: argparse.Namespace) -> CompiledModel:
-    """Compile the programs for training, with labels among the inputs where forward takes them."""
-    config = resolve_config(checkpoint_source(args))
-    model = empty_model(config, wanted_dtype(args.dtype, config))
-    names = default_inputs(model, use_cache=False)
-    if "labels" in inspect.signature(model.forward).parameters:
-        names = (*names, "labels")
-    wanted, options = plan_options(args), CompileOptions(input_names=names, train=True, verify=False)
-    return compile_model(model, CompiledModel, wanted.resolve(default_hardware()), options, wanted.plan)

@@ -69,6 +69,12 @@ def resolve_config(source: CheckpointSource) -> PretrainedConfig:
     return _with_attention(gguf_config(ggufs[0]), source) if ggufs else _config_of(source, path)
 
 
+def is_on_hub(source: CheckpointSource) -> bool:
+    """Return whether a checkpoint can only be the hub's: nothing on this machine has its name. Raises CheckpointError
+    for a path that is not there."""
+    return _local(source.name) is None
+
+
 def _local(name: str | Path) -> Path | None:
     """Return the file or directory that `name` means; None where it can only be a hub id."""
     if name == SMOLLM2:

@@ -48,7 +48,7 @@ def test_an_error_of_several_ranks(
         with open(2, "w", closefd=False) as stream:
             monkeypatch.setattr("sys.stderr", stream)
             joining = JoinOptions(device="cpu", timeout=30)
-            monkeypatch.setattr("autodist_fx.cli.show.run", lambda args: work(join(Mesh(tp=3), joining)))
+            monkeypatch.setattr("autodist_fx.cli.plans.show.run", lambda args: work(join(Mesh(tp=3), joining)))
             return main(["show", "a plan"])
 
     codes = on_processes(3, rank, seconds=30)

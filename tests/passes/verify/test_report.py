@@ -148,7 +148,7 @@ def test_the_command_line_prints_the_lines_indented_under_its_one(
     def raise_it(args: object) -> int:
         raise error
 
-    monkeypatch.setattr("autodist_fx.cli.show.run", raise_it)
+    monkeypatch.setattr("autodist_fx.cli.plans.show.run", raise_it)
     assert cli.main(["show", "plan.json"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "autodist-fx: error: rank 0: mul is wrong", "    around mul:", "      x = input", "    > mul = mul(x)",

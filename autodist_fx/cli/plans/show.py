@@ -9,6 +9,12 @@ import argparse
 
 from cost_model.partition_plan import PartitionPlan
 
+EXAMPLES = (
+    ("autodist-fx show plan.json", "tables, with colours and bars in a terminal"),
+    ("autodist-fx show plan.json --html plan.html", "one page: stages, timeline, memory, every weight's split"),
+    ("autodist-fx show plan.json --dot - | dot -Tsvg > plan.svg", "a drawing by Graphviz"),
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `autodist-fx show`."""

@@ -8,9 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 
+from autodist_fx.cli.parser import DIFFERENT, SUCCESS
 from cost_model.partition_plan import PartitionPlan
 
-DIFFERENT = 1
+EXAMPLES = (
+    ("autodist-fx diff a100.json h100.json", "what other hardware changes in the plan"),
+    ("autodist-fx diff before.json after.json --json", "the same as values; exit code 1 if anything differs"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,4 +31,4 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(diff.to_dict(), indent=1))
     elif diff:
         print(diff)
-    return DIFFERENT if diff else 0
+    return DIFFERENT if diff else SUCCESS

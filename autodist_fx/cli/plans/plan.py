@@ -19,7 +19,7 @@ from autodist_fx.cli.arguments import (
     compile_config,
     plan_options,
 )
-from autodist_fx.cli.plan_training import add_training_arguments, plan_training, refuse_without_train
+from autodist_fx.cli.plans.plan_training import add_training_arguments, plan_training, refuse_without_train
 from autodist_fx.compiler.compile import as_used
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.errors import AutodistError
@@ -30,24 +30,33 @@ from cost_model.plan.write_json import plan_to_text
 from cost_model.request.plan_options import PlanOptions
 from cost_model.search.mesh_choice import MeshChoice
 
+EXAMPLES = (
+    ("autodist-fx plan --model smollm2 --tp 2 --pp 2", "stages, roles, bytes, seconds and memory of one mesh"),
+    ("autodist-fx plan --model DIR --devices 8 --hardware h100", "which tp and pp to use, and the runners-up"),
+    ('autodist-fx plan --model DIR --tp 2 --pin "*.q_proj=replicate" --save plan.json', "fix choices, keep the plan"),
+    ("autodist-fx plan --model DIR --train --devices 8 --global-batch 128", "how to train: mesh, schedule, savings"),
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `autodist-fx plan`."""
     add_model_arguments(parser)
-    parser.add_argument(
+    asked = parser.add_argument_group("what is asked")
+    asked.add_argument(
         "--devices", type=at_least(1), metavar="N", help="choose tp and pp for so many devices, and show the runners-up"
     )
-    parser.add_argument(
+    asked.add_argument(
         "--sequences", type=at_least(1), metavar="N", help="in flight over all --devices, by throughput (what fits)"
     )
-    parser.add_argument(
+    asked.add_argument(
         "--from", dest="from_file", metavar="FILE", help="plan anew what this plan file asks for, as edited by hand"
     )
-    parser.add_argument("--batch", type=at_least(1), help="sequences to predict for (1)")
-    parser.add_argument("--seq", type=at_least(1), help="tokens a step to predict for (1: decoding)")
-    parser.add_argument("--past", type=at_least(0), help="tokens cached before that step (512)")
-    parser.add_argument("--save", metavar="FILE", help="write the plan, as JSON, for --plan")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    asked.add_argument("--batch", type=at_least(1), help="sequences to predict for (1)")
+    asked.add_argument("--seq", type=at_least(1), help="tokens a step to predict for (1: decoding)")
+    asked.add_argument("--past", type=at_least(0), help="tokens cached before that step (512)")
+    output = parser.add_argument_group("what is printed")
+    output.add_argument("--save", metavar="FILE", help="write the plan, as JSON, for --plan")
+    output.add_argument("--json", action="store_true", help="print the plan as JSON")
     add_training_arguments(parser)
 
 

@@ -17,6 +17,12 @@ from cost_model.explain.plan_text import plan_header
 from cost_model.partition_plan import PartitionPlan
 from cost_model.text_tables import Section, sections_text
 
+EXAMPLES = (
+    ("autodist-fx explain plan.json", "where seconds and bytes go, and why the stages end where they do"),
+    ("autodist-fx explain plan.json --op q_proj", "each role that these linears could have had, and its cost"),
+    ("autodist-fx explain plan.json --cut 0", "the places next to the first cut, and what each would cost"),
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `autodist-fx explain`."""

@@ -1,0 +1,1 @@
+"""Commands that make, show, explain and compare plans."""

@@ -1,0 +1,1 @@
+"""The command line about itself: completion, man page and reference, all made from the parser."""
