@@ -1,4 +1,4 @@
-"""Sets up every test process: one thread, the same random numbers for each test, no cache of splits.
+"""Sets up every test process: one thread, the same random numbers for each test, no cache of splits, a preset's plans.
 
 Not every case of every test is run each time. One case for each family is run of a test that is marked
 `one_for_each("family")`, three of one that is marked `drawn(3)`, drawn by the cases' names; with `--one-case`, which
@@ -16,6 +16,7 @@ import torch
 from hypothesis import settings
 
 os.environ["ADX_CACHE"] = "0"  # a test that wants splits kept says where
+os.environ["ADX_HARDWARE"] = "cpu-gloo"  # and not what this machine was measured to be
 
 # No deadline: two test processes share two cores with whatever else runs. Derandomized: a red test is red again.
 settings.register_profile("tests", deadline=None, derandomize=True, print_blob=False)

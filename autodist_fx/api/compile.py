@@ -44,8 +44,9 @@ def compile(
     model: a PreTrainedModel, with weights or on meta (never changed), or a config. A PeftModel stands for the model
         inside it, adapters included.
     tp, pp: ranks that share each tensor; pipeline stages. Global rank = stage * tp + tp_rank.
-    hardware: the device that seconds and memory are predicted for ("cpu-gloo", "a100", "h100", "generic", or a
-        Hardware); by default "generic" where CUDA is there, "cpu-gloo" where not.
+    hardware: the device that seconds and memory are predicted for ("cpu-gloo", "a100", "h100", "generic", a file of
+        `autodist-fx measure --save`, or a Hardware); by default this machine where it was measured, else "generic"
+        where CUDA is there, "cpu-gloo" where not.
     objective: "shard" (shard every matmul weight that can be, as fast as can be); "latency" or "throughput" (time alone
         decides, it may replicate; the two differ in choose_mesh, not on one mesh); "memory" (as "shard", with stages
         cut so that the fullest device is as empty as can be, instead of the slowest as fast).

@@ -76,7 +76,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     model.add_argument("--tp", type=at_least(1), metavar="N", help="ranks that share each tensor (1)")
     model.add_argument("--pp", type=at_least(1), metavar="M", help="pipeline stages (1)")
     model.add_argument("--plan", metavar="FILE", help="use this plan, made by `autodist-fx plan --save`")
-    model.add_argument("--hardware", metavar="NAME", help="predict for cpu-gloo, a100, h100 or generic")
+    model.add_argument("--hardware", metavar="NAME", help="predict for cpu-gloo, a100, h100, generic or a FILE")
     model.add_argument(
         "--objective", choices=OBJECTIVES, help="objective of the search (shard; with --devices: latency)"
     )

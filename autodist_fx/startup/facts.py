@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from autodist_fx.calls.tensor_digest import tensor_digest
 from autodist_fx.runtime.comm.agreement import digest
 from autodist_fx.weights.sources.source import WeightSource
+from cost_model.costs.hardware import Hardware
 from cost_model.graph.placement import Interval
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.data import PlanData
@@ -34,11 +35,11 @@ def request_facts(
     facts = {
         "the function called": entry,
         "objective": request.objective,
-        "hardware": request.hardware.name,
+        "hardware": _hardware_text(request.hardware),
         "pin": request.pin,
         "cuts": request.cuts,
         "max_memory": request.max_memory,
-        "device_map": tuple(device.name for device in request.devices),
+        "device_map": tuple(map(_hardware_text, request.devices)),
         "plan": "" if plan is None else digest(plan_to_text(plan)),
         "verify": verify,
         **more,
@@ -122,6 +123,11 @@ def _place(
 def _of_config(fields: Mapping[str, object]) -> str:
     kept = {name: value for name, value in fields.items() if name not in _OF_THE_FILE}
     return digest(json.dumps(kept, sort_keys=True, default=str))
+
+
+def _hardware_text(hardware: Hardware) -> str:
+    """Format hardware so that machines of one kind that were measured apart have two texts: their plans may differ."""
+    return hardware.name if hardware.measured is None else f"{hardware.name} {digest(repr(hardware))}"
 
 
 def _shown(value: object) -> str:

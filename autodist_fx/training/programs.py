@@ -95,7 +95,7 @@ class TrainingPrograms:
         """Predict a step of microbatches like this one; `setup.rows` is left to it."""
         variant = self.variant_for(batch)
         lengths = lengths_of(batch.specs, batch.call.tensors, 0)
-        request = replace(self._request, sizes=tuple(lengths.items()))
+        request = replace(self._request, sizes=tuple(lengths.items()), ranks_at_once=setup.mesh.size)
         graph = planned_graph(variant.traced, trains=True)
         analysis = WorkAnalysis(graph, variant.plan, request, lengths["B"], {})
         return estimate_step(analysis, replace(setup, rows=lengths["B"]))

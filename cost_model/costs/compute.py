@@ -1,7 +1,8 @@
 """FLOPs and seconds of one op on one rank: a roofline (S. Williams et al., CACM 52(4), 2009) plus a fixed cost per op.
 
-`seconds = max(FLOPs / peak, bytes / memory bandwidth) + fixed cost`, from the shapes that the rank really holds. A
-multiply and an add count as two FLOPs.
+`seconds = max(FLOPs / peak, bytes / memory bandwidth) / utilisation + fixed cost`, from the shapes that the rank really
+holds. A multiply and an add count as two FLOPs. Utilisation is 1 for a preset, and comes from tables for a machine that
+was measured (costs/tables.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from math import log, prod, sqrt
 
 from cost_model.costs.hardware import Hardware
+from cost_model.costs.tables import Bound, Sizes, Table
 from cost_model.graph.op_graph import DTYPE_BYTES, SOURCES, Op, TensorSpec
 
 # Kinds below are those of cost_model/rules. An op that no handler knows is "opaque.<torch's name>", and costs what that
@@ -39,6 +41,11 @@ PER_ELEMENT = {
 # Calls of torch that passes/ops/experts.py makes for each expert: rows, two products, halves, the activation.
 _CALLS_PER_EXPERT = 7
 SOFTMAX_FLOPS = PER_ELEMENT["softmax"]
+# Kinds of measured tables, and what they are measured with (autodist_fx/measure).
+PRODUCT, ATTENTION, GROUPED_ATTENTION, STREAM = "linear", "sdpa", "sdpa_gqa", "add"
+HEAD_DIM, GQA_GROUP = 64, 4
+_TRANSCENDENTAL = 4  # FLOPs per element from which on arithmetic shows
+_BATCHED = ("matmul", "bmm", "baddbmm", "addbmm")  # a product for each of a batch, where the right side has one
 
 
 def op_flops(op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> float:
@@ -101,14 +108,86 @@ def op_seconds(op: Op, local_inputs: Sequence[TensorSpec], local_outputs: Sequen
         return hw.view_seconds
     # The inputs' dtype, not the output's: a bfloat16 product that is written as float32 runs at bfloat16's rate.
     dtype = _compute_dtype(local_inputs, local_outputs)
-    compute = op_flops(op, local_inputs, local_outputs) / hw.flops_of(dtype)
-    memory = op_bytes(op, local_inputs, local_outputs) / hw.memory_bandwidth
-    fixed = hw.op_seconds
+    work = _work_seconds(op, local_inputs, local_outputs, dtype, hw)
+    fixed = hw.fixed_seconds(measured_as(op, local_inputs), dtype)
     if op.kind == "experts":  # several for each expert that some row was sent to
         fixed *= _CALLS_PER_EXPERT * max(1.0, _experts_met(op, local_inputs))
     if hw.dispatches_ahead:  # the host dispatches the next op meanwhile: the longer of both counts
-        return max(compute, memory, fixed)
-    return max(compute, memory) + fixed
+        return max(work, fixed)
+    return work + fixed
+
+
+def measured_as(op: Op, inputs: Sequence[TensorSpec] = ()) -> tuple[str, ...]:
+    """Returns the kinds of tables that an op's seconds are looked up in: its own, then those that stand for it."""
+    kind = _plain(op.kind)
+    if kind in MATMULS or kind in ("conv", "einsum", "experts"):
+        return (PRODUCT,)
+    if kind == ATTENTION:
+        grouped = len(inputs) > 1 and inputs[0].shape[-3:-2] != inputs[1].shape[-3:-2]
+        return (GROUPED_ATTENTION, ATTENTION) if grouped else (ATTENTION,)
+    if kind in GATHERS:
+        return (kind, "embedding", STREAM)
+    if kind in COPIES:
+        return (kind, "cat", STREAM)
+    return (kind, "silu", STREAM) if PER_ELEMENT.get(kind, 1) >= _TRANSCENDENTAL else (kind, STREAM)
+
+
+def table_bound(table: Table, hw: Hardware) -> Bound:
+    """Returns the seconds that the peak rates of `hw` allow, by the sizes along the axes of a table of this kind.
+
+    linear          (rows, inner, columns)
+    sdpa, sdpa_gqa  (queries, keys, heads), heads of HEAD_DIM elements; GQA_GROUP query heads to one of the keys
+    otherwise       (bytes read and written,)
+    """
+    kind, peak, bandwidth = table.kind, hw.flops_of(table.dtype), hw.memory_bandwidth
+    element = DTYPE_BYTES.get(table.dtype, 4)
+
+    def product(at: Sizes) -> float:
+        m, k, n = at
+        return max(2 * m * k * n / peak, element * (m * k + k * n + m * n) / bandwidth)
+
+    def attention(at: Sizes) -> float:
+        queries, keys, heads = at
+        key_heads = heads / GQA_GROUP if kind == GROUPED_ATTENTION else heads
+        flops = heads * queries * keys * (4 * HEAD_DIM + SOFTMAX_FLOPS)
+        return max(flops / peak, 2 * element * HEAD_DIM * (heads * queries + key_heads * keys) / bandwidth)
+
+    if kind == PRODUCT:
+        return product
+    return attention if kind in (ATTENTION, GROUPED_ATTENTION) else lambda at: at[0] / bandwidth
+
+
+def _work_seconds(
+    op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], dtype: str, hw: Hardware
+) -> float:
+    """Returns the seconds of an op without its fixed cost."""
+    flops, nbytes = op_flops(op, inputs, outputs), op_bytes(op, inputs, outputs)
+    bound = max(flops / hw.flops_of(dtype), nbytes / hw.memory_bandwidth)
+    if hw.measured is None or not bound:
+        return bound
+    kinds, sizes = measured_as(op, inputs), _table_sizes(op, inputs, outputs, flops, nbytes)
+    if len(sizes) == 1:  # an elementwise op's arithmetic is in its utilisation of the memory's bandwidth
+        bound = nbytes / hw.memory_bandwidth
+    return bound / hw.utilisation(kinds, dtype, sizes, lambda table: table_bound(table, hw))
+
+
+def _table_sizes(
+    op: Op, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], flops: float, nbytes: float
+) -> Sizes:
+    """Returns an op's sizes along the axes of its table (see `table_bound`)."""
+    kind, out = _plain(op.kind), outputs[0].shape if outputs else ()
+    if kind == ATTENTION:
+        q, k = inputs[0].shape, inputs[1].shape
+        return (q[-2], k[-2], prod(q[:-2]))
+    if kind == "experts":
+        rows = rows_of_experts(op, inputs) / max(1.0, _experts_met(op, inputs))
+        return (max(1.0, rows), inputs[0].shape[-1], max(inputs[3].shape[1:]))
+    if measured_as(op) != (PRODUCT,):
+        return (max(1.0, nbytes),)
+    batched = kind in _BATCHED and len(inputs) > 1 and len(inputs[-1].shape) > 2
+    columns = out[-1] if out else 1
+    rows = out[-2] if batched and len(out) > 1 else prod(out) / max(1, columns)
+    return (max(1.0, rows), max(1.0, flops / 2 / max(1, prod(out))), max(1.0, columns))
 
 
 def rows_of_experts(op: Op, inputs: Sequence[TensorSpec]) -> float:

@@ -1,13 +1,17 @@
 """Hardware of one rank: FLOP/s, bytes/s, bytes of memory, fixed costs. Presets by name; every constant has a source.
 
-FLOP/s and bandwidths are what programs reach, not what the datasheet says: datasheet peak x the fraction given beside
-it. A prediction is only as good as these, so `benchmarks/measure_hardware.py` measures them on a machine at hand.
+FLOP/s and bandwidths of presets are what programs reach, not what the datasheet says: datasheet peak x the fraction
+given beside it. Of a machine that `autodist-fx measure` measured they are peaks, and tables say how near an op or a
+message of some size comes to them (its utilisation, which is 1 for a preset).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cost_model.costs.measured import BoundOf, Measured
+from cost_model.costs.tables import Bound, Sizes, Table
 from cost_model.errors import PlanError
 from cost_model.mesh import Mesh
 
@@ -24,6 +28,16 @@ class Link:
     bandwidth: float  # bytes/s per rank and direction
     launch_seconds: float = 0.0  # per collective or send, whatever its number of steps
     tree: bool = True  # small messages may take log2(ranks) steps instead of the ring's; Gloo only has the ring
+    # Measured seconds by (ranks, bytes), of the kinds all_reduce, all_gather and send: the formula is then the bound.
+    tables: tuple[Table, ...] = ()
+
+    def utilisation(self, kind: str, sizes: Sizes, bound: Bound) -> float:
+        """Returns the share of what the formula promises that a message reaches; 1.0 where that was not measured.
+
+        sizes: (ranks, bytes); `bound` gives the formula's seconds for such sizes.
+        """
+        table = next((t for t in self.tables if t.kind == kind), None)
+        return 1.0 if table is None else table.utilisation(sizes, bound)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +57,39 @@ class Hardware:
     dispatches_ahead: bool = False  # a host dispatches while the device computes: an op takes the longer of both
     fuses_norms: bool = True  # rms_norm is one kernel: its backward pass needs what it read, and no more
     ranks_share_device: bool = False  # ranks are threads of one CPU: a process alone would have all of it
+    measured: Measured | None = None  # how near ops come to these rates; None: they reach them, whatever their size
+    busy: int = 1  # ranks of this machine that compute at once
+    threads: int = 1  # that share the work of one op, each at these rates
+
+    def fixed_seconds(self, kinds: Sequence[str], dtype: str) -> float:
+        """Returns the fixed cost of an op of the first of `kinds` that was measured."""
+        if self.measured is None:
+            return self.op_seconds
+        return self.measured.fixed_seconds(kinds, dtype, self.busy)
+
+    def utilisation(self, kinds: Sequence[str], dtype: str, sizes: Sizes, bound_of: BoundOf) -> float:
+        """Returns the share of the peak rates that an op reaches; 1.0 where that was not measured.
+
+        kinds: the op's, then those that stand for it; `bound_of` says for a table what these rates allow.
+        """
+        if self.measured is None:
+            return 1.0
+        return self.measured.utilisation(kinds, dtype, sizes, bound_of, self.busy) * self.threads
+
+    def stream_seconds(self, nbytes: float, kind: str = "add") -> float:
+        """Returns the seconds to read and write so many bytes in all, as an op of some kind does on large tensors."""
+        if nbytes <= 0:
+            return 0.0
+        bandwidth = self.memory_bandwidth
+        share = self.utilisation((kind, "add"), "float32", (nbytes,), lambda _: lambda sizes: sizes[0] / bandwidth)
+        return nbytes / bandwidth / share
+
+    def computing(self, ranks: int) -> Hardware:
+        """Returns this hardware while `ranks` ranks of the machine compute at once; a preset is meant for that."""
+        if self.measured is None:
+            return self
+        op, view = (self.measured.fixed_seconds((kind,), "float32", ranks) for kind in ("add", "view"))
+        return replace(self, busy=ranks, op_seconds=op, view_seconds=view)
 
     def flops_of(self, dtype: str) -> float:
         """Returns the FLOP/s for a dtype; a dtype that is not listed runs at float32's rate."""
@@ -80,7 +127,9 @@ class Hardware:
         One core for each rank is assumed: with more ranks than cores, all ranks are slower than predicted.
         """
         if not self.ranks_share_device or ranks == 1:
-            return self
+            return self.computing(1)
+        if self.measured is not None:
+            return replace(self.computing(ranks), threads=ranks, memory_bytes=self.memory_bytes * ranks)
         return replace(
             self,
             flops=tuple((dtype, rate * ranks) for dtype, rate in self.flops),
@@ -89,8 +138,8 @@ class Hardware:
         )
 
 
-# Measured with `python benchmarks/measure_hardware.py`: 2 ranks x 1 thread at once, torch 2.13.0, Gloo on loopback, a
-# virtual machine with 2 cores of an AMD EPYC (Zen 4). Each line says what was measured.
+# Measured by hand, before there were tables: 2 ranks x 1 thread at once, torch 2.13.0, Gloo on loopback, a virtual
+# machine with 2 cores of an AMD EPYC (Zen 4). Each line says what was measured.
 CPU_GLOO = Hardware(
     name="cpu-gloo",
     flops=(
@@ -188,6 +237,14 @@ GENERIC = Hardware(  # no product: round numbers of a current accelerator, for a
 )
 
 PRESETS = {preset.name: preset for preset in (CPU_GLOO, A100, H100, GENERIC)}
+
+
+MEASURED = "measured-"  # what names of measured machines begin with, then the kind of device
+
+
+def shares_cpu(name: str) -> bool:
+    """Returns whether ranks on the hardware of this name are threads of one CPU."""
+    return name.startswith(f"{MEASURED}cpu-") or (name in PRESETS and PRESETS[name].ranks_share_device)
 
 
 def hardware(name: str | Hardware) -> Hardware:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cost_model.costs.hardware import PRESETS
+from cost_model.costs.hardware import shares_cpu
 from cost_model.format import bytes_text, name_pattern, ranges_text, seconds_text
 from cost_model.plan.data import ParamPlan, PlanData
 from cost_model.plan.weights import param_bytes, sharded_share, whole_param_bytes
@@ -86,5 +86,5 @@ def whole_device(plan: PlanData) -> str:
     """Returns what a message adds to "one device": " with 4 cores" where the ranks share a CPU, a core for each
     rank, else ""."""
     names = plan.hardware.split(", ")
-    shares = any(name in PRESETS and PRESETS[name].ranks_share_device for name in names)
+    shares = any(shares_cpu(name) for name in names)
     return f" with {plan.mesh.size} cores" if shares and len(names) == 1 and plan.mesh.size > 1 else ""

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from cost_model.costs.hardware import Hardware, hardware
+from cost_model.costs.hardware import Hardware
 from cost_model.errors import PlanError
 from cost_model.mesh import Mesh
+from cost_model.request.hardware_file import named_hardware
 
 Device = str | Hardware | Mapping[str, object]
 DeviceMap = Sequence[Device] | Mapping[int | str, Device]
@@ -55,9 +56,10 @@ def memory_of_stages(given: Memory | None, mesh: Mesh, devices: Sequence[Hardwar
 def devices_of_stages(given: DeviceMap | None, mesh: Mesh) -> tuple[Hardware, ...]:
     """Returns the hardware of each stage, pp entries; () for None.
 
-    `given` has presets by name, Hardware, or {"hardware": NAME, "memory": AMOUNT}: one entry a stage, in order or by
-    the stage's number, or one for each of tp * pp ranks. Raises PlanError, also where the ranks of one stage differ:
-    their collectives would wait for the slowest, so that a faster one gains nothing.
+    `given` has presets by name, files of `autodist-fx measure`, Hardware, or {"hardware": ANY OF THESE, "memory":
+    AMOUNT}: one entry a stage, in order or by the stage's number, or one for each of tp * pp ranks. Raises PlanError,
+    also where the ranks of one stage differ: their collectives would wait for the slowest, so that a faster one gains
+    nothing.
     """
     if given is None:
         return ()
@@ -103,11 +105,11 @@ def _by_stage(given: Sequence[object] | Mapping[int | str, object], mesh: Mesh, 
 def _device(given: object, what: str) -> Hardware:
     """Reads one entry of a device map. Raises PlanError naming it, `what`, when it is malformed."""
     if isinstance(given, str | Hardware):
-        return hardware(given)
+        return named_hardware(given)
     if not isinstance(given, Mapping) or not isinstance(given.get("hardware"), str | Hardware):
         raise PlanError(f'{what} is {given!r}: name a preset, or give {{"hardware": NAME, "memory": "80GiB"}}')
     unknown = set(given) - {"hardware", "memory"}
     if unknown:
         raise PlanError(f"{what} has {', '.join(sorted(map(str, unknown)))}: there are hardware and memory")
-    found = hardware(given["hardware"])
+    found = named_hardware(given["hardware"])
     return replace(found, memory_bytes=bytes_of(given["memory"], f"memory in {what}")) if "memory" in given else found

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cost_model.costs.hardware import PRESETS, Hardware, hardware
+from cost_model.costs.hardware import MEASURED, PRESETS, Hardware
 from cost_model.errors import AutodistError, PlanError, reason_text
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.data import PLAN_VERSION
 from cost_model.request.cuts import Cut
 from cost_model.request.devices import DeviceMap, Memory, devices_of_stages, memory_of_stages
+from cost_model.request.hardware_file import named_hardware
 from cost_model.request.pins import Pin
 from cost_model.request.plan_request import PlanRequest
 
@@ -115,10 +116,13 @@ class PlanOptions:
         for name in ("objective", "hardware"):
             if not isinstance(data.get(name, ""), str):
                 raise PlanError(f"{path}: {name} is {data[name]!r}: expected a name")
+        named = data.get("hardware")
+        if named is not None and named.startswith(MEASURED):
+            named = None  # what was measured is not in the file: as it is here
         return cls(
             tp=mesh.get("tp", 1),  # Mesh refuses what is no number; resolve, what is wrong with the others
             pp=mesh.get("pp", 1),
-            hardware=None if requested.get("device_map") else data.get("hardware"),
+            hardware=None if requested.get("device_map") else named,
             objective=data.get("objective", "shard"),
             sizes=tuple(sizes.items()),
             pin=tuple(pin.items()),
@@ -183,7 +187,7 @@ class PlanOptions:
         _check_sizes(self.sizes)
         devices = devices_of_stages(self.device_map, mesh)
         usual = devices[0] if devices else default_hardware
-        of_all = hardware(usual if self.hardware is None else self.hardware)
+        of_all = named_hardware(usual if self.hardware is None else self.hardware)
         max_memory = memory_of_stages(self.max_memory, mesh, devices or (of_all,) * mesh.pp)
         if devices:
             device_bytes = tuple(device.memory_bytes for device in devices)

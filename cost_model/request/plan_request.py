@@ -35,6 +35,8 @@ class PlanRequest:
     `like`: a plan of another variant of the model: weights and caches are to lie as in that plan (like_plan.py).
     `strict`: refuses a plan with ops that have no sharding rule (plan/missing_rules.py).
     `in_flight`: micro-batches whose caches a stage holds at once; as many as there are stages keep a pipeline full.
+    `ranks_at_once`: ranks that compute at a time, on a machine whose cores and memory they share; 0: those of a stage,
+    which stages that wait for each other take turns with.
 
     Raises PlanError for an unknown objective, and for `devices` or `max_memory` that are not one for each stage.
     """
@@ -48,6 +50,7 @@ class PlanRequest:
     cuts: tuple[Cut, ...] = ()
     devices: tuple[Hardware, ...] = ()
     in_flight: int = 1
+    ranks_at_once: int = 0
     like: PlanData | None = None
     strict: bool = False
 

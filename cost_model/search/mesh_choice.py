@@ -207,7 +207,12 @@ class _Chooser:
         sizes = self.request.sizes if batch is None else (*dict(self.request.sizes, B=batch).items(),)
         in_flight = mesh.pp if batch is not None else 1
         wanted = replace(
-            self.request, mesh=mesh, sizes=sizes, in_flight=in_flight, max_memory=(self.max_memory,) * mesh.pp
+            self.request,
+            mesh=mesh,
+            sizes=sizes,
+            in_flight=in_flight,
+            max_memory=(self.max_memory,) * mesh.pp,
+            ranks_at_once=copies * mesh.size if batch is not None else 0,
         )
         try:
             planned = self._plan(wanted)

@@ -24,6 +24,8 @@ from cost_model.search.prediction_sizes import DECODE_SIZES, FORWARD_SIZES, SOUR
 from cost_model.search.strategy import Strategy
 from cost_model.search.tensor_parallel import TensorParallelSearch
 
+STEP_MESSAGE_BYTES = 256  # what tells a rank of a step: numbers and token ids (runtime/generation/step_messages.py)
+
 # Tensor-parallel searches by all that they depend on but the graph, so that several plans of one graph share them.
 SharedSearches = dict[tuple[object, ...], TensorParallelSearch]
 
@@ -57,7 +59,8 @@ class PlanSearch:
 
     def _search(self, device: Hardware, shared: SharedSearches) -> TensorParallelSearch:
         """Returns the tensor-parallel search on a device, from `shared` if it was made already."""
-        on_mesh = replace(device, tp_link=device.tp_link_on(self.mesh))
+        at_once = self.request.ranks_at_once or self.mesh.tp
+        on_mesh = replace(device, tp_link=device.tp_link_on(self.mesh)).computing(at_once)
         fixed = (self.mesh.tp, tuple(self.sizes.items()), tuple(self.roles.items()))
         key = (*fixed, on_mesh)
         if key not in shared:
@@ -193,6 +196,15 @@ class PlanSearch:
         outs = self.strategies[op.name].outputs
         per_batch = sum(self.search.local(TensorRef(op.name, j), p).nbytes for j, p in enumerate(outs))
         return per_batch * self.request.in_flight
+
+    def step_seconds(self, stage: int) -> float:
+        """Returns what a step of generating takes beside its graph, on the stage that leads it: the loop, and telling
+        the other ranks. 0.0 on other stages, in models that do not generate, and where it was not measured."""
+        device = self.of_stage[stage].hardware
+        if stage != self.mesh.pp - 1 or device.measured is None or "P" not in self.lengths:
+            return 0.0
+        told = send_seconds(STEP_MESSAGE_BYTES, device.pp_link) if self.mesh.size > 1 else 0.0
+        return device.measured.step_seconds + told
 
     def hop_link(self, source: int, target: int) -> Link:
         """Returns the link between two stages; for devices of two kinds, in two machines, the slower one's."""

@@ -167,7 +167,8 @@ class PlanWriter:
         return StageSummary(
             index=k,
             layers=self._layers(ops),
-            compute_seconds=sum(search.compute_seconds(op, self.strategies[op.name]) for op in ops),
+            compute_seconds=sum(search.compute_seconds(op, self.strategies[op.name]) for op in ops)
+            + self.planned.step_seconds(k),
             comm_seconds=sum(search.gather_seconds(op, self.strategies[op.name]) for op in ops) + hop_seconds,
             recomputed=stage.recomputed,
             flops=flops,

@@ -57,7 +57,7 @@ def forward_seconds(
     `plan` was made of `graph` for `request`; `sizes` maps size symbols to lengths.
     """
     planned = PlanSearch(graph, replace(request, sizes=tuple(sizes.items())), shared)
-    total = 0.0
+    total = planned.step_seconds(plan.mesh.pp - 1)
     for op in plan.ops:
         s = Strategy(op.factor, op.inputs, op.outputs, op.gather)
         for stage in op.stages:

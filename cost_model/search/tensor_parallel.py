@@ -283,7 +283,7 @@ class TensorParallelSearch:
         if wanted.is_owned and ref.op in self.experts.ways:
             return INFEASIBLE  # an expert is dealt whole or not at all
         if wanted.is_partial:  # rank 0 has it and the others zeros: an op that writes them
-            return self.hardware.op_seconds + self.spec(ref).nbytes / self.hardware.memory_bandwidth
+            return self.hardware.op_seconds + self.hardware.stream_seconds(self.spec(ref).nbytes)
         return self.slice_seconds(have, wanted)
 
     # -- the search ------------------------------------------------------------------------------------------------

@@ -279,7 +279,10 @@ class _Chooser:
         """Returns the request for a plan of one replica; of one row, since the step is predicted at others anyway."""
         sizes = tuple({**dict(self.request.sizes), "B": 1}.items())
         devices = (self.request.hardware,) * mesh.pp
-        return replace(self.request, mesh=mesh, sizes=sizes, max_memory=None, devices=devices)
+        at_once = self.wishes.devices
+        return replace(
+            self.request, mesh=mesh, sizes=sizes, max_memory=None, devices=devices, ranks_at_once=at_once
+        )
 
     def _refuse_too_large(self, mesh: Mesh) -> None:
         """Raises NoPlanFits for a mesh whose weights, gradients and optimizer alone are too large, before it is

@@ -165,4 +165,4 @@ def _optimizer_seconds(own: Sequence[StageWork], setup: StepSetup, hardware: Har
     clipping = 3 * gradients
     stepping = 2 * parameters + gradients + 2 * parameters * state_bytes(setup.has_masters)
     share = 1 / setup.mesh.dp if setup.zero_stage else 1.0
-    return (clipping + stepping * share) / hardware.memory_bandwidth
+    return hardware.stream_seconds(clipping + stepping * share, "adamw")

@@ -86,7 +86,8 @@ class WorkAnalysis:
         link, tp = search.hardware.tp_link, self.plan.mesh.tp
         sums = sum(all_reduce_seconds(self.search.spec(ref).nbytes, tp, link) for ref in self._summed(ops))
         parameters = {name: self._held(name) for name in self._read(ops, "param")}
-        adding = 3 * sum(parameters.values()) / search.hardware.memory_bandwidth  # to the other microbatches' gradients
+        # to the other microbatches' gradients
+        adding = search.hardware.stream_seconds(3 * sum(parameters.values()))
         kept, transient = self._kept(ops, recompute)
         for_weights = min(kept, self._kept_for_weights(ops))
         return StageWork(
@@ -110,8 +111,9 @@ class WorkAnalysis:
 
     @property
     def hardware(self) -> tuple[Hardware, ...]:
-        """The hardware of each stage."""
-        return self.planned.request.stage_devices
+        """The hardware of each stage, while all ranks compute that do so at once."""
+        request = self.planned.request
+        return tuple(d.computing(request.ranks_at_once or request.mesh.tp) for d in request.stage_devices)
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
