@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,8 @@ def patch_masks(patch: Patch, *, both_ways: bool, use_cache: bool) -> None:
     for name in ("_vmap_for_bhqkv", "_vmap_expansion_sdpa"):  # 4.57's name, and 5's
         if hasattr(masking_utils, name):
             patch(masking_utils, name, _broadcast_for_bhqkv)
-    skips = functools.partial(_hides_nothing, use_cache) if both_ways else _never
+    own = inspect.signature(masking_utils._ignore_causal_mask_sdpa)
+    skips = functools.partial(_hides_nothing, own, use_cache) if both_ways else _never
     patch(masking_utils, "_ignore_causal_mask_sdpa", skips)
     if both_ways:
         patch(masking_utils, "find_packed_sequence_indices", _packed(masking_utils.find_packed_sequence_indices))
@@ -74,20 +76,21 @@ def _reads(value: Any, name: str) -> bool:
     return False
 
 
-def _hides_nothing(
-    use_cache: bool, padding_mask: Any, *args: Any, local_attention_size: int | None = None, **kwargs: Any
-) -> bool:
-    """Return whether transformers skips a causal mask: of a whole sequence, within a window, without any padding."""
-    traced = [value for value in (padding_mask, *args, *kwargs.values()) if isinstance(value, SymbolicProxy)]
+def _hides_nothing(signature: inspect.Signature, use_cache: bool, *args: Any, **kwargs: Any) -> bool:
+    """Return whether transformers skips a causal mask: of a whole sequence, within a window, without any padding.
+    `signature`: that of transformers' own function, whose arguments have other places in 4.57 than in 5."""
+    given = signature.bind(*args, **kwargs).arguments
+    padding_mask, window = given["padding_mask"], given.get("local_attention_size")
     if not isinstance(padding_mask, SymbolicProxy) and not use_cache:
-        return True
+        return window is None or bool(given["kv_length"] < window)  # of a traced length: a guard on it
+    traced = [value for value in given.values() if isinstance(value, SymbolicProxy)]
     inputs = {str(n.target): n for n in traced[0].tracer.graph.nodes if n.op == "placeholder"} if traced else {}
     if not {"input_ids", "attention_mask"} <= inputs.keys():
         return False
     ids, mask = (_proxy_of(inputs[name], traced[0].tracer) for name in ("input_ids", "attention_mask"))
     seen, length = mask.shape[-1], ids.shape[1]
     whole = (mask.all() & (length > 1)) & (seen == length)
-    return assumed(whole if local_attention_size is None else whole & (seen < local_attention_size), False)
+    return assumed(whole if window is None else whole & (seen < window), False)
 
 
 def _proxy_of(node: Any, tracer: Any) -> SymbolicProxy:
