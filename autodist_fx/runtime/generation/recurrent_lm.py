@@ -61,19 +61,29 @@ def row_dims(program: RankProgram) -> dict[str, int | None]:
     return {name: dims.index("B") if "B" in dims else None for name, dims in found.items()}
 
 
+def mixing_line(program: RankProgram) -> str | None:
+    """Return the model's line at which a program first combines each row of a batch with every other, as a tensor
+    [B, B, ...] shows; None where it does not (RWKV's step does, by how it broadcasts)."""
+    nodes = program.graph_module.graph.nodes
+    return next((node_meta.where(node) for node in nodes if node_meta.symbols(node).count("B") > 1), None)
+
+
 class StatesCache(SplitCache):
     """One rank's states by name. `row_dims` has the dim that counts the batch's rows, of each state that this rank's
-    steps read; None for one that has them in no dim of their own."""
+    steps read; None for one that has them in no dim of their own. `mixing`: the line at which steps mix rows."""
 
-    def __init__(self, row_dims: Mapping[str, int | None] | None = None) -> None:
+    def __init__(self, row_dims: Mapping[str, int | None] | None = None, mixing: str | None = None) -> None:
         super().__init__()
-        self._row_dims = row_dims or {}
+        self._row_dims, self._mixing = row_dims or {}, mixing
         self.states: dict[str, torch.Tensor] = {}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows for beam search: `beam_idx` [batch], int64, has the row that each row continues. Raises
-        AutodistError for a state whose rows cannot be told apart."""
+        AutodistError for a state whose rows cannot be told apart, and for a model whose step mixes them: what it makes
+        of a row then depends on the other beams, and transformers has no answer with a cache either."""
         super().reorder_cache(beam_idx)
+        if self._mixing is not None:
+            raise AutodistError(f"a step of this model mixes the rows of a batch ({self._mixing}): generate without beams")
         for name in self.states.keys() & self._row_dims.keys():  # the others are read elsewhere, or by nobody
             state, dim = self.states[name], self._row_dims[name]
             if dim is None:
@@ -107,7 +117,7 @@ class DistributedOwnCacheLM(DistributedCausalLM):
         self.prompt_module = self.prompt_program.graph_module.eval()
         self._inputs |= frozenset(self.prompt_program.input_names)
         self._after_step = after_step
-        self._row_dims = row_dims(self.program)
+        self._row_dims, self._mixing = row_dims(self.program), mixing_line(self.program)
 
     def _programs_for(self, lengths: Lengths) -> GuardedPrograms[Any]:
         return self._programs if lengths["P"] else self._prompts
@@ -157,4 +167,4 @@ class DistributedOwnCacheLM(DistributedCausalLM):
 
     def empty_cache(self) -> StatesCache:
         """Return a cache without states."""
-        return StatesCache(self._row_dims)
+        return StatesCache(self._row_dims, self._mixing)

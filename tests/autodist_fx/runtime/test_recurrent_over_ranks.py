@@ -49,6 +49,21 @@ def test_beams_of_states_that_have_their_layers_in_front() -> None:
 
 
 @torch.no_grad()
+def test_beams_of_a_model_whose_step_mixes_rows_are_refused() -> None:
+    """RWKV's step broadcasts [batch, hidden] with [batch, 1, hidden]: a row's tokens follow from its neighbours, too,
+    which greedily are those of transformers' own generate. With beams transformers refuses."""
+    model, options = state_space_model("rwkv"), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    wanted = model.generate(IDS, **options).tolist()
+
+    def both(split: Any) -> Any:
+        with pytest.raises(AutodistError, match=r"mixes the rows of a batch \(modeling_rwkv.py:\d+\)"):
+            split.generate(IDS, **options, num_beams=2)
+        return split.generate(IDS, **options).tolist()
+
+    assert on_ranks(model, Mesh(pp=2), both) == [wanted] * 2
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["mamba", "lfm2"])
 def test_prompts_shorter_than_the_convolution(family: str) -> None:
     """Prompts of one token and of two: the state begins with zeros. The truth is transformers' own generate, which from
