@@ -83,7 +83,9 @@ class StatesCache(SplitCache):
         of a row then depends on the other beams, and transformers has no answer with a cache either."""
         super().reorder_cache(beam_idx)
         if self._mixing is not None:
-            raise AutodistError(f"a step of this model mixes the rows of a batch ({self._mixing}): generate without beams")
+            raise AutodistError(
+                f"a step of this model mixes the rows of a batch ({self._mixing}): generate without beams"
+            )
         for name in self.states.keys() & self._row_dims.keys():  # the others are read elsewhere, or by nobody
             state, dim = self.states[name], self._row_dims[name]
             if dim is None:

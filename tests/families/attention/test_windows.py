@@ -1,13 +1,13 @@
-"""Sliding windows in models whose masks transformers skips where nothing is hidden: a window hides what is before it."""
+"""Sliding windows in models whose masks transformers skips where nothing is hidden: a window hides tokens, too."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tests.support.models import randomized, relative_error
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import autodist_fx as adx
+from tests.support.models import randomized, relative_error
 
 WINDOW, TOKENS = 4, 11
 
