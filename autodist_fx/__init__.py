@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from autodist_fx.api.from_pretrained import from_pretrained
     from autodist_fx.api.train import train
     from autodist_fx.errors import AutodistError
+    from autodist_fx.runtime.distributed_model import DistributedModel
     from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
     from autodist_fx.trainer.trainer import EngineTrainer, Trainer
     from autodist_fx.training.engine import Engine, Resumed, StepResult
@@ -30,6 +31,7 @@ __all__ = [
     "AutodistError",
     "CompiledModel",
     "DistributedCausalLM",
+    "DistributedModel",
     "Engine",
     "EngineTrainer",
     "MeshChoice",
@@ -52,6 +54,7 @@ _HOMES = {
     "AutodistError": "autodist_fx.errors",
     "CompiledModel": "autodist_fx.api.compiled_model",
     "DistributedCausalLM": "autodist_fx.runtime.generation.causal_lm",
+    "DistributedModel": "autodist_fx.runtime.distributed_model",
     "Engine": "autodist_fx.training.engine",
     "EngineTrainer": "autodist_fx.trainer.trainer",
     "MeshChoice": "cost_model.search.mesh_choice",

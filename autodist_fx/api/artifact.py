@@ -13,7 +13,7 @@ from autodist_fx.artifact.reader import ArtifactReader
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
 from autodist_fx.runtime.comm.process_group import fail_to_join, started_by_torchrun
-from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+from autodist_fx.startup.build_model import RankModel
 from autodist_fx.startup.from_artifact import start_from_artifact
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Artifact(ArtifactReader):
         world_size: int | None = None,
         master_addr: str | None = None,
         master_port: int | None = None,
-    ) -> DistributedCausalLM:
+    ) -> RankModel:
         """Start this process as its rank of the mesh, ready to generate; the
         arguments are those of `load`. Raises ArtifactError, RuntimeSetupError."""
         options = JoinOptions(device, rank, world_size, master_addr, master_port, timeout)
@@ -76,7 +76,7 @@ def load(
     world_size: int | None = None,
     master_addr: str | None = None,
     master_port: int | None = None,
-) -> Artifact | DistributedCausalLM:
+) -> Artifact | RankModel:
     """Read the artifact that `compiled.save(directory)` or `autodist-fx compile --out` wrote.
 
     Under torchrun, or with `rank`, ... given, returns this process's rank of the model on `device`, like

@@ -19,8 +19,8 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.numeric.verify_numeric import verify_numeric_of
 from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
 from autodist_fx.runtime.comm.process_group import fail_to_join, join
-from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.simulation.simulator import Simulator
+from autodist_fx.startup.build_model import RankModel
 from autodist_fx.startup.facts import request_facts
 from autodist_fx.startup.from_checkpoint import distribute
 from passes.fx.changes import GraphChanges, graph_changes
@@ -109,7 +109,7 @@ class CompiledModel(Simulator):
         world_size: int | None = None,
         master_addr: str | None = None,
         master_port: int | None = None,
-    ) -> DistributedCausalLM:
+    ) -> RankModel:
         """Start this process as its rank of the mesh, from the
         model that every process has in memory; see from_pretrained.
 

@@ -14,7 +14,7 @@ from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
 from autodist_fx.runtime.comm.process_group import fail_to_join
-from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+from autodist_fx.startup.build_model import RankModel
 from autodist_fx.startup.split_cache import CacheEntry
 from autodist_fx.startup.start_rank import start_rank
 from autodist_fx.weights.checkpoint_source import CheckpointSource
@@ -56,7 +56,7 @@ def from_pretrained(
     progress: Callable[[int, int], None] | None = None,
     cache: bool | str | Path | CacheEntry | None = None,
     **others: Any,
-) -> DistributedCausalLM:
+) -> RankModel:
     """Load this process's rank of a checkpoint's model, split over `tp * pp` processes. Every process calls it alike.
 
     name: a directory with safetensors, a .gguf file, an id on the Hugging Face hub, or "smollm2".
@@ -81,7 +81,8 @@ def from_pretrained(
         An entry takes as much room as the model. It excludes `dump_dir`: a cached start runs no passes. See
         docs/artifact.md.
 
-    The result's `.load_report` has the bytes and seconds that loading took. Raises AutodistError, in one line, on every
+    A model that does not generate (an encoder, a classifier) is a DistributedModel, which is called alone. The
+    result's `.load_report` has the bytes and seconds that loading took. Raises AutodistError, in one line, on every
     rank.
 
     """

@@ -14,6 +14,7 @@ from autodist_fx.artifact.variant_format import DECODE, ENCODE, PROMPT, STEP, WH
 from autodist_fx.calls.call import FILLED_IN
 from autodist_fx.compiler.generation_traits import step_arguments
 from autodist_fx.compiler.variant import Variant
+from autodist_fx.errors import TracingError
 
 if TYPE_CHECKING:
     from autodist_fx.compiler.compilation import Compilation
@@ -37,17 +38,24 @@ def parts_of(compiled: Compilation, model: PreTrainedModel) -> list[Part]:
     variants = [v for v in compiled.variants if not v.traced.value_guards or v is compiled.main]
     cached = [v for v in variants if v.traced.use_cache and _is_step(v)]
     if isinstance(model, GenerationMixin) and model.can_generate():
-        if not cached and compiled.source.has_own_cache:
-            cached = [*compiled.phases()]
-            variants += cached
-        elif not cached:
-            cached = [compiled.new_variant(use_cache=True, fixed=step_arguments(model))]
+        if not cached:
+            cached = _cached(compiled, model)
             variants += cached
         asked = ["input_ids", "attention_mask"]
         takes = set(asked) <= inspect.signature(model.forward).parameters.keys()
-        if takes and cached[0].encoder is None and not any(_is_whole(v, set(asked)) for v in variants):
+        if takes and cached and cached[0].encoder is None and not any(_is_whole(v, set(asked)) for v in variants):
             variants.append(compiled.new_variant(use_cache=False, input_names=asked))
     return named_parts(variants)
+
+
+def _cached(compiled: Compilation, model: PreTrainedModel) -> list[Variant]:
+    """Compile the variants that generate; none for a model that has no graph with a cache."""
+    try:
+        if compiled.source.has_own_cache:
+            return [*compiled.phases()]
+        return [compiled.new_variant(use_cache=True, fixed=step_arguments(model))]
+    except TracingError:
+        return []
 
 
 def named_parts(variants: Sequence[Variant]) -> list[Part]:

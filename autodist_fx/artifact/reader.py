@@ -199,14 +199,17 @@ class ArtifactReader:
         """Return the guards of a saved variant; None where it has none."""
         return guards_from_dict(saved.guards, str(self.directory / saved.folder / "variant.json"))
 
-    def generating_variant(self) -> SavedVariant:
-        """Return the saved variant of a decode step. Raises AutodistError where there is none."""
+    def usual_variant(self) -> SavedVariant:
+        """Return the saved variant of a decode step; where there is none, that of a call without a cache. Raises
+        AutodistError where all have one and none is a step."""
         encoders = {saved.encoder for saved in self.variants.values()}
         for saved in self.variants.values():
             if saved.use_cache and saved.phase != "prompt" and saved.name not in encoders and _is_usual(saved):
                 return saved
+        if (called := next((saved for saved in self.variants.values() if not saved.use_cache), None)) is not None:
+            return called
         raise AutodistError(
-            f"{self.directory} holds {self.manifest.model} in no variant that processes generate with: use "
+            f"{self.directory} holds {self.manifest.model} in no variant that processes run: use "
             "adx.load(directory).simulate(...) in one process"
         )
 
@@ -216,7 +219,7 @@ class ArtifactReader:
 
         Raises AutodistError where there is none, or where an input has a shape or dtype that the model does not take.
         """
-        step = self.generating_variant()
+        step = self.usual_variant()
         facts = ModelFacts(self.config, step.has_encoder, step.embedding_dim, getattr(torch, step.dtype))
         asked = specs_of(call.tensors, facts, past)
         found = [saved for saved in self.variants.values() if saved.made_for.takes(call, asked)]

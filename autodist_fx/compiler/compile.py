@@ -15,7 +15,7 @@ from autodist_fx.compiler.generation_traits import keeps_cache, step_arguments
 from autodist_fx.compiler.peft import without_wrapper
 from autodist_fx.compiler.source import TracingSource
 from autodist_fx.compiler.torch_state import compiler_state
-from autodist_fx.errors import AutodistError
+from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import empty_model
 from autodist_fx.tracing.versions.forwards import is_named_as_generate_does
 from cost_model.partition_plan import PartitionPlan
@@ -46,6 +46,23 @@ def compile_model(
     return compiled
 
 
+def compile_to_run(
+    model: PreTrainedModel,
+    kind: type[C],
+    request: PlanRequest,
+    options: CompileOptions,
+    plan: PartitionPlan | None = None,
+) -> tuple[C, str | None]:
+    """Compile a model for ranks that run it: to generate, or where it does not, or has no graph with a cache, to be
+    called. Returns the reason for the latter, too."""
+    if not model.can_generate():
+        return compile_model(model, kind, request, options, plan), f"{type(model).__name__} does not generate"
+    try:
+        return compile_for_generation(model, kind, request, options, plan), None
+    except TracingError as error:
+        return compile_model(model, kind, request, options, plan), str(error)
+
+
 def compile_for_generation(
     model: PreTrainedModel | PretrainedConfig,
     kind: type[C],
@@ -54,16 +71,15 @@ def compile_for_generation(
     plan: PartitionPlan | None = None,
 ) -> C:
     """Compile a model with a KV cache, and logits of the last position only where its forward has an argument for that.
-    Raises AutodistError for a model that keeps no cache, or whose own forward calls it otherwise than transformers'
+    Raises TracingError for a model that keeps no cache, or whose own forward calls it otherwise than transformers'
     generate."""
     shape = empty_model(model) if isinstance(model, PretrainedConfig) else model
     if not keeps_cache(shape):
-        raise AutodistError(
-            f"{type(shape).__name__} keeps no cache of the tokens before, so it cannot generate over processes: split "
-            f"it with adx.compile (or `autodist-fx compile`), and run the split with its simulate"
+        raise TracingError(
+            f"{type(shape).__name__} keeps no cache of the tokens before, so it cannot generate over processes"
         )
     if not is_named_as_generate_does(type(shape)):
-        raise AutodistError(
+        raise TracingError(
             f"{type(shape).__name__}.forward calls its cache past_key_values, and the generate of transformers "
             f"{transformers.__version__} passes it as {CACHE_FIELD}: give forward an argument of that name"
         )

@@ -16,20 +16,22 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from autodist_fx.calls.call import Call
 from autodist_fx.calls.model_signature import ModelSignature
+from autodist_fx.runtime.distributed_model import DistributedModel
 from autodist_fx.runtime.generation.call_programs import CallProgram
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.collective_call import CallCommunicator
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.runtime.generation.recurrent_lm import DistributedOwnCacheLM, handovers
 from autodist_fx.runtime.generation.seq2seq_lm import DistributedSeq2SeqLM, seq2seq_class
-from autodist_fx.runtime.generation.step_runner import RunnerParts
+from autodist_fx.runtime.generation.step_runner import RunnerParts, StepRunner
 from autodist_fx.weights.load import LoadReport
 from cost_model.partition_plan import PartitionPlan
 from passes.program.rank_program import RankProgram
 
 V = TypeVar("V")
 T = TypeVar("T")
-D = TypeVar("D", bound=DistributedCausalLM)
+D = TypeVar("D", bound=StepRunner)
+RankModel = DistributedCausalLM | DistributedModel
 
 
 class RankPrograms(Protocol[V]):
@@ -38,7 +40,7 @@ class RankPrograms(Protocol[V]):
 
     @property
     def step(self) -> V:
-        """Return the variant that generates tokens."""
+        """Return the variant that generates tokens; in a model that does not, the one for its usual call."""
 
     @property
     def prompt(self) -> V | None:
@@ -85,7 +87,8 @@ class RankParts:
 
     `main_input_name`: what the encoder reads, in a model that has one. `skeleton`: the model on meta, where its family
     has a generate of its own, which asks it for sizes, or prepares the inputs of a decoder's steps by itself; None
-    where transformers' own methods serve.
+    where transformers' own methods serve. `no_generate` says why a model whose programs have no cache has none; ""
+    where that is not known.
     """
 
     programs: RankPrograms[Any]
@@ -98,10 +101,12 @@ class RankParts:
     positions_follow_mask: bool
     main_input_name: str = "input_ids"
     skeleton: nn.Module | None = None
+    no_generate: str = ""
 
 
-def build_model(parts: RankParts) -> DistributedCausalLM:
-    """Return the model of one rank, ready to generate: with an encoder, with a cache of its own, or with a KV cache."""
+def build_model(parts: RankParts) -> RankModel:
+    """Return the model of one rank, ready to generate: with an encoder, with a cache of its own, or with a KV cache;
+    or to be called alone."""
     programs = parts.programs
     runner = RunnerParts(
         program=programs.program(programs.step),
@@ -127,11 +132,13 @@ class _Kind(NamedTuple):
     """A way to generate: the programs that a rank runs for it, and the model that runs them."""
 
     programs: Callable[[RankPrograms[Any]], GuardedPrograms[Any]]
-    model: Callable[[RankParts, RunnerParts], DistributedCausalLM]
+    model: Callable[[RankParts, RunnerParts], RankModel]
 
 
 def _kind(programs: RankPrograms[Any]) -> _Kind:
     """Choose how a rank generates: the one place that does."""
+    if not programs.step.made_for.use_cache:
+        return _Kind(_step_programs, _called_model)
     if programs.encoder_of(programs.step) is not None:
         return _Kind(_seq2seq_programs, _seq2seq_model)
     if programs.prompt is not None:
@@ -143,6 +150,11 @@ def _called(kind: type[D], parts: RankParts) -> type[D]:
     """Return a class called like the model's own, by which pipelines and generate's code know what a model can do."""
     name = parts.programs.signature.model_class
     return type(name, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _called_model(parts: RankParts, runner: RunnerParts) -> DistributedModel:
+    why = parts.no_generate or f"{parts.programs.signature.model_class} was split without a cache"
+    return _called(DistributedModel, parts)(runner, _step_programs(parts.programs), why)
 
 
 def _causal_model(parts: RankParts, runner: RunnerParts) -> DistributedCausalLM:

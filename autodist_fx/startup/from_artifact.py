@@ -21,9 +21,8 @@ from autodist_fx.runtime.comm.agreement import digest
 from autodist_fx.runtime.comm.join_options import JoinOptions
 from autodist_fx.runtime.comm.process_group import JoinedRank, join
 from autodist_fx.runtime.generation.call_programs import CallProgram
-from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
-from autodist_fx.startup.build_model import RankParts, build_model
+from autodist_fx.startup.build_model import RankModel, RankParts, build_model
 from autodist_fx.weights.load import LoadReport
 from autodist_fx.weights.process_memory import peak_rss_bytes, rss_bytes
 from cost_model.partition_plan import PartitionPlan
@@ -33,7 +32,7 @@ from passes.program.rank_program import RankProgram
 T = TypeVar("T")
 
 
-def start_from_artifact(artifact: ArtifactReader, options: JoinOptions) -> DistributedCausalLM:
+def start_from_artifact(artifact: ArtifactReader, options: JoinOptions) -> RankModel:
     """Join the ranks that the artifact is for, all with the same artifact, and return this process's model."""
     asked = {"the function called": "load", "the artifact": digest(artifact.manifest.to_text())}
     joined = join(artifact.mesh, options, asked)
@@ -42,7 +41,7 @@ def start_from_artifact(artifact: ArtifactReader, options: JoinOptions) -> Distr
 
 def share(
     artifact: ArtifactReader, joined: JoinedRank, maker: Callable[[], ProgramMaker] | None = None
-) -> DistributedCausalLM:
+) -> RankModel:
     """Return the model of `joined`, with its weights. `maker()` makes what the artifact lacks; without it that is
     refused."""
     began, rss_before = time.perf_counter(), rss_bytes()
@@ -111,7 +110,7 @@ class ArtifactPrograms:
     ) -> None:
         self._artifact, self._joined, self._maker = artifact, joined, maker
         self._read: dict[str, RankProgram] = {}
-        self.step = artifact.generating_variant()
+        self.step = artifact.usual_variant()
 
     @property
     def prompt(self) -> SavedVariant | None:

@@ -8,13 +8,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from autodist_fx.compiler.compilation import Compilation
-from autodist_fx.compiler.compile import compile_for_generation
+from autodist_fx.compiler.compile import compile_for_generation, compile_to_run
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.generation_traits import follow_mask, is_asked
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.process_group import JoinedRank
-from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
-from autodist_fx.startup.build_model import RankParts, build_model
+from autodist_fx.startup.build_model import RankModel, RankParts, build_model
 from autodist_fx.startup.facts import model_facts
 from autodist_fx.startup.keep_compiled import keep_compiled
 from autodist_fx.startup.model_snapshot import ModelSnapshot
@@ -30,11 +29,12 @@ from autodist_fx.weights.sources.source import WeightSource
 from autodist_fx.weights.versions import named_as_in
 from cost_model.partition_plan import PartitionPlan
 from cost_model.request.plan_request import PlanRequest
+from passes.program.rank_program import RankProgram
 
 
 def distribute(
     model: PreTrainedModel, joined: JoinedRank, request: PlanRequest, options: CompileOptions
-) -> DistributedCausalLM:
+) -> RankModel:
     """Return this rank's share of a model that every rank has in memory; see CompiledModel.to_distributed."""
     snapshot = ModelSnapshot.of(model)
     startup = RankStartup(model, lambda: ModuleSource(model), joined, request, options, snapshot=snapshot)
@@ -67,18 +67,20 @@ def start(
     generation_config: GenerationConfig | None,
     plan: PartitionPlan | None = None,
     entry: CacheEntry | None = None,
-) -> DistributedCausalLM:
+    *,
+    generates: bool = False,
+) -> RankModel:
     """Return this rank's model: compiled (by `plan`, if there is one), agreed upon and loaded; kept in the cache
-    where there is an entry for it."""
+    where there is an entry for it. Raises AutodistError, before weights are read, where it `generates` and cannot."""
     model, joined = startup.model, startup.joined
-    if not model.can_generate():
-        raise AutodistError(
-            f"{type(model).__name__} does not generate, and over processes a model is run for that: name a checkpoint "
-            "of a language model, or use compile(model).simulate(...) in one process"
-        )
-    main, program = startup.agreed(
-        lambda: compile_for_generation(model, Compilation, startup.request, startup.unverified, plan)
-    )
+    if generates and not model.can_generate():
+        raise AutodistError(f"{type(model).__name__} does not generate: name a checkpoint of a language model")
+
+    def compiled() -> tuple[Compilation, str | None]:
+        given = model, Compilation, startup.request, startup.unverified, plan
+        return (compile_for_generation(*given), None) if generates else compile_to_run(*given)
+
+    main, program, no_generate = startup.agreed(compiled)
     encoder, prompt = main.encoder_program(joined.rank), main.prompt_program(joined.rank)
     report = startup.loaded(main, program, encoder or prompt)
     if entry is not None:
@@ -92,8 +94,13 @@ def start(
             generation_config=generation_config,
             plan=main.plan,
             load_report=report,
-            positions_follow_mask=follow_mask(type(model)),
+            positions_follow_mask=no_generate is not None or follow_mask(type(model)),
             main_input_name=model.main_input_name,
-            skeleton=meta_copy(model) if is_asked(model, with_encoder=encoder is not None) else None,
+            skeleton=meta_copy(model) if _is_asked(model, no_generate, encoder) else None,
+            no_generate=no_generate or "",
         )
     )
+
+
+def _is_asked(model: PreTrainedModel, no_generate: str | None, encoder: RankProgram | None) -> bool:
+    return no_generate is None and is_asked(model, with_encoder=encoder is not None)

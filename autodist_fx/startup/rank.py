@@ -14,7 +14,7 @@ from autodist_fx.calls.call import Call
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.calls.value_guards import hold
 from autodist_fx.compiler.compilation import Compilation
-from autodist_fx.compiler.compile import compile_for_generation
+from autodist_fx.compiler.compile import compile_to_run
 from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.errors import AutodistError
@@ -63,21 +63,24 @@ class RankStartup:
         (`agreed`)."""
         return replace(self.options, verify=False)
 
-    def agreed(self, compile: Callable[[], Compilation]) -> tuple[Compilation, RankProgram]:
-        """Return what `compile()` makes, and this rank's program of it, when all ranks have made the same."""
+    def agreed(
+        self, compile: Callable[[], tuple[Compilation, str | None]]
+    ) -> tuple[Compilation, RankProgram, str | None]:
+        """Return what `compile()` makes, this rank's program of it, and why it does not generate (None: it does), when
+        all ranks have made the same."""
 
         began = time.perf_counter()
 
-        def made() -> tuple[tuple[Compilation, RankProgram], Facts]:
-            compiled = compile()
+        def made() -> tuple[tuple[Compilation, RankProgram, str | None], Facts]:
+            compiled, no_generate = compile()
             for variant in (each for group in compiled.variant_groups for each in group):
                 self._keep_state(variant)
             program = compiled.program(self.joined.rank)
             self.spent["trace and plan"] = time.perf_counter() - began
             plans = [p for p in (compiled.prompt_plan, compiled.plan) if p is not None]
-            return (compiled, program), {"the plan": digest("".join(map(plan_to_text, plans)))}
+            return (compiled, program, no_generate), {"the plan": digest("".join(map(plan_to_text, plans)))}
 
-        def check(value: tuple[Compilation, RankProgram]) -> None:
+        def check(value: tuple[Compilation, RankProgram, str | None]) -> None:
             value[0].verify()
 
         agreed = self.joined.together(made, check=check if self.options.verify else None)
@@ -155,8 +158,8 @@ class RankStartup:
             source.close()
 
     def programs_beside(self, plan: PartitionPlan, loaded: Sequence[RankProgram]) -> CompiledPrograms:
-        """Return the programs of a rank that generates by `plan`, with the weights of those that are `loaded`."""
-        compiled = compile_for_generation(self.model, Compilation, self.request, self.unverified, plan)
+        """Return the programs of a rank that runs by `plan`, with the weights of those that are `loaded`."""
+        compiled, _ = compile_to_run(self.model, Compilation, self.request, self.unverified, plan)
         return CompiledPrograms(self, compiled, list(loaded))
 
 
@@ -213,7 +216,7 @@ class CompiledPrograms:
         """Return the program for a call; see CallPrograms."""
         compiled = self._compiled
         variant = compiled.known_for(call, 0)
-        if variant is None or not any(variant is known for known in self._calls):
+        if variant is None or not any(variant is known for known in (self.step, *self._calls)):
             variant = self._startup.made_alike(compiled, lambda: compiled.variant_for(call, 0), self._loaded)
             self._calls.append(variant)
             self._loaded.append(self.program(variant))

@@ -15,7 +15,7 @@ from autodist_fx.runtime.comm.agreement import Facts
 from autodist_fx.runtime.comm.join_options import JoinOptions
 from autodist_fx.runtime.comm.process_group import fail_to_join, join
 from autodist_fx.runtime.default_hardware import default_hardware
-from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
+from autodist_fx.startup.build_model import RankModel
 from autodist_fx.startup.facts import model_facts, request_facts
 from autodist_fx.startup.from_artifact import share
 from autodist_fx.startup.split_cache import CacheEntry, cache_entry, from_cache, is_kept
@@ -37,8 +37,10 @@ def start_rank(
     *,
     progress: Callable[[int, int], None] | None = None,
     cache: bool | str | Path | CacheEntry | None = None,
-) -> DistributedCausalLM:
-    """Return this process's share of a checkpoint's model; see autodist_fx.from_pretrained."""
+    generates: bool = False,
+) -> RankModel:
+    """Return this process's share of a checkpoint's model; see autodist_fx.from_pretrained. `generates`: one that only
+    can be called is refused."""
     try:
         request, plan = wanted.resolve(default_hardware()), wanted.plan
         keeps = options.dump_dir is None and not source.trust_remote_code and is_kept(cache)
@@ -72,4 +74,4 @@ def start_rank(
         startup, generation_config = opened()
         return (startup, generation_config), model_facts(startup.model, generation_config, startup.open_weights)
 
-    return start(*joined.together(opened_alike), plan, entry)
+    return start(*joined.together(opened_alike), plan, entry, generates=generates)

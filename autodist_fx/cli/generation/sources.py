@@ -123,6 +123,7 @@ class FromCheckpoint:
             join_options(args),
             CompileOptions(verify=not args.no_verify, dump_dir=args.dump_dir),
             cache=False if self.entry is None else replace(self.entry, tokenizer=tokenizer),
+            generates=True,
         )
 
     def for_ranks(self, scratch: Path) -> list[str]:

@@ -28,7 +28,7 @@ def on_ranks(model: PreTrainedModel, mesh: Mesh, work: Callable[[Any], object]) 
         with torch.no_grad():
             work(from_checkpoint.distribute(model, joined, PlanRequest(mesh, CPU_GLOO), options))
 
-    with mock.patch.object(from_checkpoint, "compile_for_generation", _once(from_checkpoint.compile_for_generation)):
+    with mock.patch.object(from_checkpoint, "compile_to_run", _once(from_checkpoint.compile_to_run)):
         ThreadWorld(mesh).run(run)
 
 

@@ -14,7 +14,7 @@ from autodist_fx.api.artifact import Artifact
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.simulation.thread_communicator import ThreadWorld
 from autodist_fx.startup.from_artifact import share
-from tests.support.models import randomized, tiny_model
+from tests.support.models import randomized, relative_error, tiny_model
 from tests.support.seq2seq import seq2seq_inputs, tiny_seq2seq
 
 IDS = torch.tensor([[9, 10, 11, 12, 13], [0, 0, 14, 15, 16]])
@@ -82,9 +82,17 @@ def test_a_loop_over_a_prompt(tmp_path: Path) -> None:
     _same_tokens(model, tmp_path / "saved", given)
 
 
-def test_a_model_without_generation_is_refused(tmp_path: Path) -> None:
+@torch.no_grad()
+def test_a_model_without_generation_is_called(tmp_path: Path) -> None:
     from tests.support.encoders import tiny_encoder
 
-    adx.compile(tiny_encoder("BertModel", "bert"), tp=2).save(tmp_path / "saved")
-    with pytest.raises(adx.AutodistError, match="holds BertModel in no variant that processes generate with"):
-        _on_each_rank(tmp_path / "saved", lambda split: None)
+    model = tiny_encoder("BertModel", "bert")
+    adx.compile(model, tp=2, input_names=("input_ids",)).save(tmp_path / "saved")
+
+    def call(split: Any) -> torch.Tensor:
+        with pytest.raises(adx.AutodistError, match="BertModel was split without a cache"):
+            split.generate(IDS)
+        return split(IDS).last_hidden_state
+
+    for found in _on_each_rank(tmp_path / "saved", call):
+        assert relative_error(found, model(IDS).last_hidden_state) <= 1e-9

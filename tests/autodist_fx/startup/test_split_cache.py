@@ -30,9 +30,9 @@ def llama(tmp_path: Path) -> Path:
 def _start(checkpoint: Path, directory: Path | bool | None, **options: Any) -> tuple[list[int], bool]:
     """The tokens that a start gives, and whether it had to compile."""
     compiled = []
-    original = from_checkpoint.compile_for_generation
+    original = from_checkpoint.compile_to_run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(from_checkpoint, "compile_for_generation", lambda *a: compiled.append(1) or original(*a))
+        patch.setattr(from_checkpoint, "compile_to_run", lambda *a: compiled.append(1) or original(*a))
         split = adx.from_pretrained(checkpoint, device="cpu", cache=directory, **options)
     return split.generate(IDS, max_new_tokens=6, do_sample=False)[0].tolist(), bool(compiled)
 
