@@ -55,8 +55,9 @@ def _labels(model: PreTrainedModel, task: str, shown: Inputs) -> torch.Tensor:
     if task == "sequence-classification":
         return torch.arange(BATCH) % model.config.num_labels
     labels = shown.get("decoder_input_ids", shown["input_ids"]).clone()
-    if "decoder_input_ids" not in shown and "attention_mask" in shown:
-        labels[shown["attention_mask"] == 0] = _NO_LABEL
+    mask = shown.get("attention_mask")
+    if "decoder_input_ids" not in shown and mask is not None and mask.shape == labels.shape:  # not a row a codebook
+        labels[mask == 0] = _NO_LABEL
     labels[0, ::3] = _NO_LABEL
     return labels
 
