@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PreTrainedModel
 
 
 class PassingCache(DynamicCache):
@@ -32,6 +33,10 @@ class PassingCache(DynamicCache):
         return (tokens.shape[0] if isinstance(known, torch.Tensor) else tokens), 0
 
 
-def shares_keys_between_layers(config: PretrainedConfig) -> bool:
-    """Return whether later layers of the model attend to the keys and values of earlier ones."""
-    return bool(getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0))
+def shares_keys_by_cache(model: PreTrainedModel) -> bool:
+    """Return whether later layers of the model take the keys and values of earlier ones from a cache. In transformers 5
+    they are handed on as an argument of attention, shared_kv_states, and there is no need of one."""
+    if not getattr(model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0):
+        return False
+    kinds = {type(module) for module in model.modules()}
+    return not any("shared_kv_states" in inspect.signature(kind.forward).parameters for kind in kinds)

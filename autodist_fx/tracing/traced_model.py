@@ -37,7 +37,7 @@ from autodist_fx.tracing.example_inputs import (
 from autodist_fx.tracing.hooks import refuse_global_hooks
 from autodist_fx.tracing.in_place import read_what_was_written
 from autodist_fx.tracing.meta_model import model_to_trace
-from autodist_fx.tracing.passing_cache import PassingCache, shares_keys_between_layers
+from autodist_fx.tracing.passing_cache import PassingCache, shares_keys_by_cache
 from autodist_fx.tracing.patches import FLAGS_SET_FOR_TRACING, traceable
 from autodist_fx.tracing.recurrent_states import has_own_cache
 from autodist_fx.tracing.tracer import Tracer, model_source_files
@@ -340,7 +340,7 @@ def _fixed_arguments(
     fixed = get_concrete_args(model, [n for n in names if n in inspect.signature(model.forward).parameters])
     if "use_cache" in fixed:
         fixed["use_cache"] = use_cache
-    if not use_cache and "past_key_values" in fixed and shares_keys_between_layers(model.config):
+    if not use_cache and "past_key_values" in fixed and shares_keys_by_cache(model):
         fixed["past_key_values"] = PassingCache(config=model.config)
     return {**fixed, **{k: v for k, v in concrete_args.items() if k not in names and k not in keywords}}, keywords
 

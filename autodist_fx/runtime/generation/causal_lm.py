@@ -180,11 +180,15 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
             further["position_ids"], position_ids = position_ids, None
         if position_ids is None:
             position_ids = cache_position[None]
-        if position_ids.shape[0] != batch:
+        if position_ids.shape[0] == 1:
             position_ids = position_ids.expand(batch, tokens)
         shows_all = attention_mask is None
         if attention_mask is None:
             attention_mask = torch.ones(batch, cache.get_seq_length() + tokens, dtype=torch.long)
+        if position_ids.shape[0] != batch or attention_mask.shape[0] != batch:  # input_ids: a row a codebook (Dia's)
+            rows = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in rows.items())
+            raise AutodistError(f"a step over ranks has as many rows of each input, and got {shapes}: use one process")
         step = Step(cache, input_ids, attention_mask, position_ids, cache_position, encoded, shows_all, further)
         is_usual = self.is_usual(step)
         variant = self._choose(step) if is_usual else None
