@@ -91,7 +91,7 @@ libraries: $(READY)  ## the real lm-eval, sentence-transformers and TRL over mod
 
 docs: $(READY) $(DOCS_READY)  ## the site, into build/site; strict about links, and needs no network
 	@echo "==> docs: plots, plan pages, the command line's reference"
-	@PYTHONPATH="$(CURDIR):$(CURDIR)/benchmarks:$(CURDIR)/tools/site" HF_HUB_OFFLINE=1 $(BIN)/python tools/site/generate.py
+	@PYTHONPATH="$(CURDIR):$(CURDIR)/benchmarks" HF_HUB_OFFLINE=1 $(BIN)/python tools/site/generate.py
 	@echo "==> docs: the site"
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
 	@echo "build/site/index.html: $$(find build/site -name '*.html' | wc -l) pages"

@@ -78,7 +78,8 @@ def difference(block: Block, output: str) -> str:
 def run(command: str, home: str) -> str:
     """Run a command as a user with nothing kept yet would, and return its standard output."""
     environment = {**os.environ, "HF_HOME": home, "COLUMNS": "120", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
-    environment.pop("ADX_CACHE", None)
+    for name in ("ADX_CACHE", "ADX_HARDWARE"):
+        environment.pop(name, None)
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=TIMEOUT_SECONDS, cwd=ROOT
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from plots import write_plots
 from shapes import bench_llama, llama_3_70b
 
 import autodist_fx as adx
@@ -16,6 +15,7 @@ from autodist_fx.cli.arguments import be_quiet
 from autodist_fx.cli.reference.facts import read_commands
 from autodist_fx.cli.reference.markdown import markdown
 from autodist_fx.report.page import plan_page
+from tools.site.plots import write_plots
 
 PARTS = Path(__file__).resolve().parents[2] / "build" / "site_parts"
 

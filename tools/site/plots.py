@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import charts
+from tools.site import charts
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 OURS = "autodist_fx"
