@@ -8,7 +8,7 @@ from typing import Any
 
 def escaped(text: str) -> str:
     """So that markdown shows it as it is."""
-    return text.replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+    return text.replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("](", "]\\(")
 
 
 def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:

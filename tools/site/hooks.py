@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = ROOT / "build" / "site_parts"  # what tools/site/generate.py writes
 ELSEWHERE = {"contributing.md": ROOT / ".github" / "CONTRIBUTING.md", "changelog.md": ROOT / "CHANGELOG.md"}
 COURSE = "course/"
+SHIM = "https://unpkg.com/iframe-worker/shim"  # material's search asks for it where pages are read as files; we have it
 
 
 def on_config(config: Any) -> Any:
@@ -46,3 +47,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     if page.file.src_uri in ELSEWHERE:
         markdown = re.sub(r"\]\((\.\./)?docs/", "](", markdown)
     return re.sub(r"\]\((\.\./)*\.github/CONTRIBUTING\.md", f"]({up}contributing.md", markdown)
+
+
+def on_post_build(config: Any) -> None:
+    """Let every page take the search's shim from the site itself. Raises PluginError for a page that fetches more."""
+    site = Path(config.site_dir)
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        up = "../" * (len(path.relative_to(site).parts) - 1)
+        text = text.replace(SHIM, f"{up}javascripts/iframe-worker.js")
+        if fetched := re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="?(https?://[^">]+)', text):
+            raise PluginError(f"{path} fetches {fetched[0]}: a page of ours needs no network")
+        path.write_text(text, encoding="utf-8")

@@ -51,7 +51,7 @@ def predictions() -> str:
     """Draw predicted against measured seconds, a colour for each kind of work."""
     path, title = DOCS / "data" / "predictions.json", "Predicted against measured"
     if not path.is_file():
-        return charts.empty(title, f"docs/data/{path.name} is not there: `make bench` writes it")
+        return charts.empty(title, f"docs/data/{path.name} is not there yet: make bench writes it")
     by_kind: dict[str, list[tuple[float, float]]] = {}
     for point in json.loads(path.read_text(encoding="utf-8"))["points"]:
         by_kind.setdefault(point["kind"], []).append((point["measured_seconds"], point["predicted_seconds"]))

@@ -10,7 +10,6 @@ import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from autodist_fx.own_packages import OWN, shadowed
@@ -45,13 +44,15 @@ class Finding:
 
 
 def look() -> list[Finding]:
-    """Look at everything. It imports torch where that is installed."""
+    """Look at everything; where a package is missing without which nothing runs, at packages alone."""
     found = [*_versions(), *_names()]
+    if any(finding.state == MISSING for finding in found):
+        return found
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that torch is linked with is not there
-        return [*found, Finding("Devices", "torch", MISSING, str(error), "pip install torch"), *_kept()]
-    return [*found, *_devices(torch), *_transports(torch), *_kept()]
+        return [*found, Finding("Devices", "torch", MISSING, str(error), "install torch anew")]
+    return [*found, *_devices(torch), *_transports(torch), *_kept(torch)]
 
 
 def _versions() -> Iterator[Finding]:
@@ -136,14 +137,19 @@ def _loopback() -> Finding:
         return Finding("Transports", "loopback", MISSING, str(error), "allow connections to 127.0.0.1")
 
 
-def _kept() -> Iterator[Finding]:
+def _kept(torch: Any) -> Iterator[Finding]:
     """Report measured hardware and kept splits."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "autodist_fx"
-    named = os.environ.get("ADX_CACHE", "")
-    kept_in = home if named in ("", "0", "1") else Path(named).expanduser()
-    splits = list(kept_in.glob("*/manifest.json"))
+    from autodist_fx.runtime.default_hardware import default_hardware, measured_file
+    from autodist_fx.startup.split_cache import cache_directory
+
+    folder = cache_directory(True)
+    splits = [] if folder is None else list(folder.glob("*/manifest.json"))
     size = sum(file.stat().st_size for path in splits for file in path.parent.rglob("*") if file.is_file())
-    yield Finding("Kept on disk", "splits", OK, f"{len(splits)} in {kept_in}, {bytes_text(size)}")
-    measured = sorted((home / "hardware").glob("*.json"))
-    said = ", ".join(path.stem for path in measured) or "none: plans are predicted for the presets"
-    yield Finding("Kept on disk", "hardware", OK if measured else OPTIONAL, said)
+    yield Finding("Kept on disk", "splits", OK, f"{len(splits)} in {folder}, {bytes_text(size)}")
+    file = measured_file("cuda" if torch.cuda.is_available() else "cpu")
+    used = default_hardware()
+    said = f"plans are predicted for {used if isinstance(used, str) else used.name}"
+    if file.is_file():
+        yield Finding("Kept on disk", "hardware", OK, f"{said}; measured here: {file}")
+    else:
+        yield Finding("Kept on disk", "hardware", OPTIONAL, f"{said}; this machine was not measured")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Sequence
 
 from autodist_fx.cli.commands import GROUPS
@@ -33,14 +34,16 @@ def _command(command: CommandFacts) -> Iterable[str]:
         is_table = any(line.startswith(" ") for line in paragraph.splitlines())
         yield from (*(["```text", *paragraph.splitlines(), "```"] if is_table else [_escaped(paragraph)]), "")
     for title, options in command.groups:
-        header = (title, "")
-        yield from (*_table(header, ((_usage(option), _cell(option.summary)) for option in options)), "")
+        rows = [(_usage(option), _cell(option.summary)) for option in options if "--help" not in option.flags]
+        if rows:
+            yield from (*_table((title, ""), rows), "")
     if command.examples:
         yield from ("```sh", *(f"{line}    # {meaning}" for line, meaning in command.examples), "```", "")
 
 
 def _usage(option: OptionFacts) -> str:
-    return f"`{option.usage.replace('|', chr(92) + '|')}`" + (" (required)" if option.is_required else "")
+    said = html.escape(option.usage).replace("|", "&#124;")  # in a table a bar ends the cell, also in backticks
+    return f"<code>{said}</code>" + (" (required)" if option.is_required else "")
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

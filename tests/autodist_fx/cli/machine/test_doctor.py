@@ -9,22 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from autodist_fx.cli.main import main
 
 
 def test_what_is_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.delenv("ADX_CACHE")
-    (tmp_path / "autodist_fx" / "hardware").mkdir(parents=True)
-    (tmp_path / "autodist_fx" / "hardware" / "my-desk.json").write_text("{}")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setenv("ADX_CACHE", "1")
+    monkeypatch.setenv("ADX_HARDWARE", "h100")
     assert main(["doctor", "--json"]) == 0
     found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
     assert found["torch"]["said"] == importlib.metadata.version("torch")
     assert found["cpu"]["said"].startswith(f"{len(os.sched_getaffinity(0))} cores, ")
     assert (found["cuda:0"]["state"] == "ok") if torch.cuda.is_available() else (found["cuda"]["state"] == "not there")
     assert found["gloo"]["state"] == found["loopback"]["state"] == found["passes"]["state"] == "ok"
-    assert found["hardware"]["said"] == "my-desk" and found["splits"]["said"].startswith("0 in ")
+    assert found["hardware"]["said"] == "plans are predicted for h100; this machine was not measured"
+    assert found["splits"]["said"].startswith(f"0 in {tmp_path}")
 
 
 def test_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
