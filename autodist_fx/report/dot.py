@@ -14,6 +14,7 @@ from autodist_fx.report.html_parts import ranks_text, show_name
 from autodist_fx.report.stage_transfers import sent_tensors
 from autodist_fx.report.stages import layer_of
 from cost_model.explain.html import shorten
+from cost_model.explain.op import collectives_of
 from cost_model.format import bytes_text, compress_names, name_pattern
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.data import OpPlan
@@ -65,8 +66,7 @@ class _Stage:
                 self.nodes.setdefault(key, []).append(module)
                 self._edge(at, key, collectives)
                 at, collectives = key, Counter()
-            for placement, gather in zip(op.outputs, op.gather):
-                collectives["all_reduce" if placement.is_partial else "all_gather"] += gather
+            collectives.update(collectives_of(op))
         self._edge(at, None, collectives)
 
     def _edge(self, source: _Key | None, target: _Key | None, collectives: Counter[str]) -> None:

@@ -16,6 +16,7 @@ from autodist_fx.errors import OutOfTableError
 from passes.fx import node_meta
 from passes.fx.arguments import argument
 from passes.fx.nodes import op_name
+from passes.ops.losses import cross_entropy_part
 from passes.ops.parallel_layers import VocabParallelEmbedding
 
 
@@ -92,6 +93,8 @@ def _lookup(whole: torch.fx.GraphModule, node: Node) -> tuple[Node, int, int] | 
         scores = node_meta.val(node.args[0])
         classes = scores.shape[min(1, scores.dim() - 1)]
         return argument(node, 1, "target"), classes, argument(node, 4, "ignore_index", -100)
+    if node.target is cross_entropy_part:
+        return node.args[1], node.args[3][0], node.kwargs["ignore_index"]
     return None
 
 

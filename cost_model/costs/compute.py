@@ -35,7 +35,7 @@ MATMULS = {"linear": 0, "conv1d": 0, "matmul": 0, "bmm": 0, "mm": 0, "dot": 0, "
 # Kind -> FLOPs per element: exp, sum, subtract, divide and so on. Kinds that are not listed count one.
 PER_ELEMENT = {
     "softmax": 5, "log_softmax": 5, "layer_norm": 8, "rms_norm": 5, "group_norm": 8, "batch_norm": 4, "gelu": 10,
-    "silu": 5, "sigmoid": 4, "tanh": 5, "exp": 4, "cos": 4, "sin": 4, "rsqrt": 2, "pow": 2,
+    "silu": 5, "sigmoid": 4, "tanh": 5, "exp": 4, "cos": 4, "sin": 4, "rsqrt": 2, "pow": 2, "cross_entropy": 5,
     "dropout": 27, "seeded_uniform": 27,  # Philox: ten rounds of ten for four elements (passes/ops/random.py)
 }  # fmt: skip
 # Calls of torch that passes/ops/experts.py makes for each expert: rows, two products, halves, the activation.

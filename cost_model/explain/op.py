@@ -9,6 +9,7 @@ from cost_model.format import bytes_text, compress_names, name_pattern, ranges_t
 from cost_model.graph.roles import MEANING
 from cost_model.plan.data import Alternative, OpPlan, PlanData
 from cost_model.plan.weights import local_shape, weight_of
+from cost_model.rules.losses import EXCHANGED
 from cost_model.rules.table import has_rule, plain_kind
 from cost_model.text_tables import Section
 
@@ -27,8 +28,10 @@ def alike(plan: PlanData, ops: Sequence[OpPlan]) -> list[list[OpPlan]]:
 
 
 def collectives_of(op: OpPlan) -> list[str]:
-    """Returns the names of the op's collectives, one for each output that is made whole."""
-    return ["all_reduce" if p.is_partial else "all_gather" for p, whole in zip(op.outputs, op.gather) if whole]
+    """Returns the names of the op's collectives: what ranks tell each other while it runs (rules/losses.py), and one
+    for each output that is made whole."""
+    inside = ["all_gather"] if op.factor and EXCHANGED.get(op.kind) == op.factor else []
+    return inside + ["all_reduce" if p.is_partial else "all_gather" for p, whole in zip(op.outputs, op.gather) if whole]
 
 
 def op_facts(plan: PlanData, ops: Sequence[OpPlan]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from cost_model.graph.op_graph import Op, TensorSpec
-from cost_model.rules import convolutions, elementwise, indexing, matmuls, random, reductions, views
+from cost_model.rules import convolutions, elementwise, indexing, losses, matmuls, random, reductions, views
 from cost_model.rules.replicated import REPLICATED
 from cost_model.rules.rule import OpRule, RuleFunction, Shape
 
@@ -45,6 +45,7 @@ RULES: dict[str, RuleFunction] = one_table(
     convolutions=convolutions.RULES,
     elementwise=elementwise.RULES,
     indexing=indexing.RULES,
+    losses=losses.RULES,
     matmuls=matmuls.RULES,
     random=random.RULES,
     reductions=reductions.RULES,

@@ -21,7 +21,7 @@ from cost_model.request.plan_request import PRICES, PlanRequest
 from cost_model.search.alternatives import refuse_impossible_roles
 from cost_model.search.pipeline import OpCost, PipelineSearch, Stage
 from cost_model.search.prediction_sizes import DECODE_SIZES, FORWARD_SIZES, SOURCE_SIZE, all_lengths, lengths_of
-from cost_model.search.strategy import Strategy
+from cost_model.search.strategy import Strategy, exchanged_bytes
 from cost_model.search.tensor_parallel import TensorParallelSearch
 
 STEP_MESSAGE_BYTES = 256  # what tells a rank of a step: numbers and token ids (runtime/generation/step_messages.py)
@@ -178,8 +178,11 @@ class PlanSearch:
         return OpCost(
             seconds=self._seconds(self.search, op),
             state_bytes=self.cache_bytes(op),
-            repeatable=not (op.mutates or stays or any(strategy.gather)),
+            repeatable=not (op.mutates or stays or any(strategy.gather) or self._exchanges(op)),
         )
+
+    def _exchanges(self, op: Op) -> bool:
+        return exchanged_bytes(op, self.strategies[op.name], self.search.spec, self.search.tp) > 0
 
     def _seconds(self, search: TensorParallelSearch, op: Op) -> float:
         strategy = self.strategies[op.name]

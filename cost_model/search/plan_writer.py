@@ -20,6 +20,7 @@ from cost_model.search.alternatives import AlternativeCosts
 from cost_model.search.cut_options import cut_plans
 from cost_model.search.pipeline import Stage
 from cost_model.search.plan_search import PlanSearch, unsplit_seconds
+from cost_model.search.strategy import exchanged_bytes
 from cost_model.search.tensor_parallel import TensorParallelSearch
 
 
@@ -107,7 +108,8 @@ class PlanWriter:
             output_layouts=tuple(self._layout_index(TensorRef(op.name, j), p) for j, p in enumerate(s.outputs)),
             compute_seconds=rounded(self.search.compute_seconds(op, s)),
             comm_seconds=rounded(self.search.gather_seconds(op, s)),
-            comm_bytes=sum(self.search.spec(TensorRef(op.name, j)).nbytes for j, whole in enumerate(s.gather) if whole),
+            comm_bytes=exchanged_bytes(op, s, self.search.spec, self.mesh.tp)
+            + sum(self.search.spec(TensorRef(op.name, j)).nbytes for j, whole in enumerate(s.gather) if whole),
             choice=self.choices.setdefault(choice, len(self.choices)) if choice else -1,
         )
 
@@ -149,6 +151,9 @@ class PlanWriter:
             outs = tuple(self.search.local(TensorRef(op.name, j), p) for j, p in enumerate(s.outputs))
             flops += op_flops(op, ins, outs) * self.search.on_slowest(op, s)
             workspace = max(workspace, workspace_bytes(op, ins, outs))
+            if exchanged := exchanged_bytes(op, s, self.search.spec, self.mesh.tp):
+                count, nbytes = collectives.get("all_gather", (0, 0))
+                collectives["all_gather"] = (count + 1, nbytes + exchanged)
             for j, (placement, gather) in enumerate(zip(s.outputs, s.gather, strict=True)):
                 if gather:
                     name = "all_reduce" if placement.is_partial else "all_gather"

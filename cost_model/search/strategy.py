@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from cost_model.graph.op_graph import Op, TensorRef, TensorSpec
 from cost_model.graph.placement import Placement
+from cost_model.rules.losses import EXCHANGED
 from cost_model.search.elimination import Elimination, Table
 
 INFEASIBLE = np.inf
@@ -36,6 +38,15 @@ def whole_strategy(strategies: Sequence[Strategy]) -> int | None:
     """Returns the index of the strategy whose inputs and outputs are all whole; None without any."""
     whole = (k for k, s in enumerate(strategies) if all(p.is_replicate for p in (*s.inputs, *s.outputs)))
     return next(whole, None)
+
+
+def exchanged_bytes(op: Op, strategy: Strategy, spec: Callable[[TensorRef], TensorSpec], tp: int) -> int:
+    """Returns the bytes of all ranks' numbers that each has to have before it can compute its part of an op
+    (rules/losses.py), where `spec` gives whole tensors; 0 for most ops."""
+    if not strategy.factor or EXCHANGED.get(op.kind) != strategy.factor:
+        return 0
+    whole = spec(op.inputs[0])
+    return tp * whole.nbytes // whole.shape[strategy.inputs[0].dim]
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from cost_model.layouts.layout_table import LayoutTable
 from cost_model.layouts.routing import deciding_ops
 from cost_model.rules.table import RuleTable
 from cost_model.search.elimination import Elimination, Table, TooWideError
-from cost_model.search.strategy import INFEASIBLE, Strategy, TensorParallelResult, form, whole_strategy
+from cost_model.search.strategy import INFEASIBLE, Strategy, TensorParallelResult, exchanged_bytes, form, whole_strategy
 
 # Breaks ties towards whole tensors: a residual that stays a sum over ranks costs no more to move, but a later
 # all_reduce then adds up values that have grown, and loses more of a 16-bit dtype. Far below any real difference.
@@ -244,8 +244,9 @@ class TensorParallelSearch:
         return ref
 
     def gather_seconds(self, op: Op, strategy: Strategy) -> float:
-        """Returns the seconds of the collectives that make the op's outputs whole."""
-        total = 0.0
+        """Returns the seconds of the collectives that make the op's outputs whole, and of those inside of the op."""
+        inside = exchanged_bytes(op, strategy, self.spec, self.tp)
+        total = all_gather_seconds(inside, self.tp, self.hardware.tp_link) if inside else 0.0
         for j, (placement, gather) in enumerate(zip(strategy.outputs, strategy.gather, strict=True)):
             if gather:
                 nbytes = self.spec(TensorRef(op.name, j)).nbytes

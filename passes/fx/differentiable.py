@@ -16,6 +16,7 @@ from passes.fx.nodes import op_name
 # Their results have no gradient, whatever they are made from.
 _CONSTANT = (
     "detach", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
+    "log_sum_exp",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 
 from cost_model.rules.replicated import REPLICATED
 from cost_model.rules.table import RULES, one_table
-from passes.op_graph import convolutions, elementwise, indexing, matmuls, random, reductions, views
+from passes.op_graph import convolutions, elementwise, indexing, losses, matmuls, random, reductions, views
 from passes.op_graph.handlers import Handler, ModuleHandler
 
 # By the name of a function or a method, as `op_name` gives it.
@@ -17,6 +17,7 @@ HANDLERS: dict[str, Handler] = one_table(
     convolutions=convolutions.HANDLERS,
     elementwise=elementwise.HANDLERS,
     indexing=indexing.HANDLERS,
+    losses=losses.HANDLERS,
     matmuls=matmuls.HANDLERS,
     random=random.HANDLERS,
     reductions=reductions.HANDLERS,
@@ -34,6 +35,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "convolutions": convolutions.KINDS,
     "elementwise": elementwise.KINDS,
     "indexing": indexing.KINDS,
+    "losses": losses.KINDS,
     "matmuls": matmuls.KINDS,
     "random": random.KINDS,
     "reductions": reductions.KINDS,

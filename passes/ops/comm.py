@@ -16,6 +16,7 @@ import torch
 import torch.fx.node
 
 from passes.ops.comm_autograd import AllGather, AllReduce, CopyToTp, Parts
+from passes.ops.losses import widened
 
 
 class Communicator(Protocol):
@@ -93,6 +94,14 @@ def copy_to_tp(x: torch.Tensor, axis: str) -> torch.Tensor:
     return x
 
 
+def log_sum_exp(x: torch.Tensor, axis: str, dim: int, ranks: int) -> torch.Tensor:
+    """Returns log(sum(exp(x))) over `dim`, of which each of the `ranks` ranks of `axis` has a part: x's shape without
+    it, the same on each; in float32 where x has 16 bits. No gradient comes through it."""
+    own = torch.logsumexp(widened(x.detach()), dim, keepdim=True)
+    parts = tuple(((rank, rank + 1),) for rank in range(ranks))
+    return torch.logsumexp(current().all_gather(own, axis, dim, parts), dim)
+
+
 def _has_gradient(x: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
@@ -124,7 +133,7 @@ def recv(
     return x
 
 
-COLLECTIVES = (all_reduce, all_gather)
+COLLECTIVES = (all_reduce, all_gather, log_sum_exp)
 COMM_OPS = (*COLLECTIVES, send, recv)
 CALLED = (*COMM_OPS, copy_to_tp)  # by graphs: what a saved one may name as "comm.<function>"
 

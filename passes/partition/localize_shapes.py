@@ -18,11 +18,15 @@ from torch.fx import Node
 
 from cost_model.graph.placement import Layout
 from cost_model.plan.data import OpPlan
+from cost_model.rules.losses import CLASSES
 from passes.fx import node_meta
 from passes.fx.arguments import argument, map_tensor_arguments, tensor_arguments
 from passes.fx.nodes import op_name
 from passes.fx.run_passes import GraphEdit, PassResult
+from passes.op_graph.losses import loss_settings
 from passes.op_graph.reductions import reduced_dims
+from passes.ops.comm import log_sum_exp
+from passes.ops.losses import cross_entropy_part, widened
 from passes.ops.parallel_layers import partial_mean
 from passes.partition.context import RankContext
 
@@ -187,6 +191,24 @@ def _dropout(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpP
         node.args = (*node.args[:6], (op.outputs[0].dim, layout.size, tuple(layout.parts[ctx.tp_rank])))
 
 
+def _cross_entropy(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
+    """Makes a loss over sharded classes this rank's term of it, behind the log of the sum of all classes' exps, which
+    the ranks tell each other."""
+    if op.factor != CLASSES:
+        return
+    settings = loss_settings(node)
+    assert settings is not None
+    layout, (scores, target) = _layout(ctx, op.input_layouts[0]), tensor_arguments(node)
+    with module.graph.inserting_before(node):
+        sums = module.graph.call_function(log_sum_exp, (scores,), {"axis": "tp", "dim": 1, "ranks": ctx.mesh.tp})
+    node_meta.copy(scores, sums, only=("source",))
+    node_meta.set_val(sums, widened(node_meta.tensor(scores).select(1, 0)))
+    node_meta.set_symbols(sums, tuple(s for dim, s in enumerate(node_meta.symbols(scores)) if dim != 1))
+    node_meta.set_reads_for(sums, op, 0)
+    node.target, node.kwargs = cross_entropy_part, settings
+    node.args = (scores, target, sums, (layout.size, tuple(layout.parts[ctx.tp_rank])))
+
+
 def _groups(position: int) -> Callable[[torch.fx.GraphModule, RankContext, Node, OpPlan], None]:
     """Makes the handler of convolutions and norms in groups of channels: the number of groups becomes the rank's,
     which are whole ones."""
@@ -240,6 +262,7 @@ _REWRITES: dict[str, Callable[[torch.fx.GraphModule, RankContext, Node, OpPlan],
     "sdpa": _sdpa,
     "experts": _experts,
     "dropout": _dropout,
+    "cross_entropy": _cross_entropy,
     "conv": _groups(6),
     "group_norm": _groups(1),
 }

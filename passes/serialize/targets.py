@@ -17,7 +17,17 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from passes.ops import attention, buffers, data_dependent, experts, functional_writes, parallel_layers, random, strided
+from passes.ops import (
+    attention,
+    buffers,
+    data_dependent,
+    experts,
+    functional_writes,
+    losses,
+    parallel_layers,
+    random,
+    strided,
+)
 from passes.ops import comm as comm_ops
 
 _TORCH = """
@@ -64,6 +74,7 @@ _OURS: dict[Any, str] = {
     data_dependent: "selected split_rows join_rows join_own_rows bincount",
     experts: "experts",
     functional_writes: "with_item copied changed_by",
+    losses: "cross_entropy_part",
     parallel_layers: "partial_mean one_term one_gradient",
     random: "seeded_dropout seeded_uniform",
     strided: "strided",

@@ -17,7 +17,7 @@ from torch.fx import Node
 from cost_model.plan.data import PlanData
 from passes.fx import node_meta
 from passes.fx.arguments import argument
-from passes.ops.comm import COLLECTIVES, COMM_OPS, all_gather, recv, send
+from passes.ops.comm import COLLECTIVES, COMM_OPS, all_gather, log_sum_exp, recv, send
 from passes.program.rank_program import RankProgram
 from passes.verify.core.report import REPORT, Duty, described, fail, fail_plainly, on_rank, with_lines
 
@@ -152,6 +152,8 @@ def collective_words(node: Node) -> tuple[Any, ...]:
     if node.target is all_gather:
         parts = argument(node, 3, "parts")
         return name, argument(node, 1, "axis"), argument(node, 2, "dim"), tuple(map(tuple, parts)), *of_value
+    if node.target is log_sum_exp:
+        return name, argument(node, 1, "axis"), argument(node, 2, "dim"), argument(node, 3, "ranks"), *of_value
     return name, argument(node, 1, "axis"), None, None, *of_value
 
 

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from torch.fx import Node
 
 from cost_model.graph.op_graph import TensorRef
 from passes.fx.arguments import argument
 from passes.ops import comm as comm_ops
+from passes.ops.losses import widened
 from passes.ops.parallel_layers import one_gradient
 from passes.verify.core.held import PARTIAL, WHOLE, held
 from passes.verify.core.messages import message
+from passes.verify.core.meta_shapes import Tensor
 from passes.verify.core.report import Duty, fail
 from passes.verify.core.state import RankState, Sent, Value, named
 
@@ -49,6 +52,22 @@ def _all_gather(state: RankState, node: Node) -> None:
         fail(state.program, node, f"element {int(np.argmin(covered))} of dim {dim} is in no rank's part")
     state.facts.collectives.append((node, value.ref))
     state.set(node, Value(value.ref, WHOLE))
+
+
+def _log_sum_exp(state: RankState, node: Node) -> None:
+    """Checks that ranks tell each other of the dim that is sharded. What comes is no tensor of the model: same_op.py
+    checks that the loss of the same scores reads it, and groups.py that the ranks' parts are all of the dim."""
+    value = state.value(node, node.args[0])
+    dim, ranks = argument(node, 2, "dim"), argument(node, 3, "ranks")
+    if value.held.dim != dim or ranks != state.program.mesh.tp:
+        fail(
+            state.program, node,
+            f"sums over dim {dim} on {ranks} ranks, and {node.args[0].name} is {value.held} on "
+            f"{state.program.mesh.tp}",
+        )  # fmt: skip
+    shape, dtype = state.local(value)
+    state.facts.collectives.append((node, value.ref))
+    state.known[node] = Tensor(((*shape[:dim], *shape[dim + 1 :]), widened(torch.empty((), dtype=dtype)).dtype))
 
 
 def _send(state: RankState, node: Node) -> None:
@@ -113,6 +132,7 @@ def _same(state: RankState, node: Node) -> None:
 EXCHANGES: dict[Any, Callable[[RankState, Node], None]] = {
     comm_ops.all_reduce: _all_reduce,
     comm_ops.all_gather: _all_gather,
+    comm_ops.log_sum_exp: _log_sum_exp,
     comm_ops.send: _send,
     comm_ops.recv: _recv,
     comm_ops.copy_to_tp: _same,

@@ -13,6 +13,8 @@ from torch.fx import Node
 from cost_model.graph.op_graph import Op
 from passes.fx.arguments import argument, submodule
 from passes.fx.nodes import op_name
+from passes.ops.comm import log_sum_exp
+from passes.ops.losses import cross_entropy_part
 from passes.ops.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, partial_mean
 from passes.verify.core.held import PARTIAL, WHOLE, Derivation, Held, elements, held
 from passes.verify.core.report import Duty, fail
@@ -189,6 +191,24 @@ def _mean(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: D
             fail(state.program, node, f"computes in {node.kwargs.get('dtype')}, unlike the model", untouched=Duty.SIZES)
 
 
+def _cross_entropy(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
+    """Checks that a rank's part of a loss is of the classes that it holds, and goes by the sum over all of them."""
+    if (types[0].dim == 1) != (node.target is cross_entropy_part):
+        fail(state.program, node, f"its scores are {types[0]}, and it is a loss of other classes", untouched=Duty.SIZES)
+    if node.target is not cross_entropy_part:
+        return
+    scores, _, sums, (count, runs) = node.args
+    classes = state.graph.spec(op.inputs[0]).shape[1]
+    if count != classes or held(1, runs, classes) != types[0]:
+        fail(
+            state.program, node, f"is told that its scores are those of classes {list(runs)} of {count}, and they are "
+            f"{types[0]} of {classes}",
+            untouched=Duty.SIZES,
+        )  # fmt: skip
+    if not isinstance(sums, Node) or sums.target is not log_sum_exp or sums.args[0] is not scores:
+        fail(state.program, node, f"goes by {sums}, which is no sum over all classes of its scores")
+
+
 def _cache_update(state: RankState, node: Node, op: Op, types: tuple[Held, ...], done: Derivation) -> None:
     position, does = (1, "reads") if op.kind == "cache_read" else (3, "writes")
     layer, layers = argument(node, position, "layer_idx"), state.program.cache_layers
@@ -207,6 +227,7 @@ FURTHER_CHECKS: dict[str, Callable[[RankState, Node, Op, tuple[Held, ...], Deriv
     "experts": _experts,
     "reduce": _mean,
     "dropout": _dropout,
+    "cross_entropy": _cross_entropy,
     "cache_update": _cache_update,
     "cache_read": _cache_update,
 }

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import autodist_fx as adx
 import cost_model.rules.table
-from cost_model.rules import convolutions, elementwise, indexing, matmuls, reductions, views
+from cost_model.rules import convolutions, elementwise, indexing, losses, matmuls, reductions, views
 from cost_model.rules.table import RULES
 from passes.op_graph.build import build_op_graph
 from passes.op_graph.table import HANDLERS, KINDS, MODULES, check_kinds
@@ -28,8 +28,8 @@ from tests.support.moe import tiny_moe_model
 from tests.support.seq2seq import tiny_seq2seq
 
 RULE_FILES = {
-    "convolutions": convolutions, "elementwise": elementwise, "indexing": indexing, "matmuls": matmuls,
-    "reductions": reductions, "views": views,
+    "convolutions": convolutions, "elementwise": elementwise, "indexing": indexing, "losses": losses,
+    "matmuls": matmuls, "reductions": reductions, "views": views,
 }  # fmt: skip
 
 
@@ -149,6 +149,7 @@ EXPRESSIONS: tuple[Callable[[torch.Tensor], Any], ...] = (
     lambda x: experts(x[0, 0], x[0, 0, :, :2].long(), x[0, 0, :, :2], x[0, 0].view(3, 2, 4), x[0, 0, :3, :, None],
                       None, None, (("silu", "gate"), ("mul", "%0", "up")), "halves", False, 3),
     lambda x: F.conv1d(x[0], x[0, :, :, :3]), lambda x: F.pad(x, (1, 1)),
+    lambda x: F.cross_entropy(x.flatten(0, 2), x[..., 0].flatten().long()),
 )  # fmt: skip
 NOT_OF_EXPRESSIONS = {("matmuls", "cache_update"), ("matmuls", "cache_read")}  # methods of a cache
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from passes.ops.experts import PARTS, Gate, experts
+from passes.ops.losses import cross_entropy_part
 from passes.ops.random import random_state, seeded_dropout
 from tests.support.rule_cases.case import (
     Case,
@@ -164,6 +165,27 @@ def _embedding(data: st.DataObject) -> Case:
         return found
 
     return Case((ids, values(rows, width)), run)
+
+
+@case("cross_entropy")
+def _cross_entropy(data: st.DataObject) -> Case:
+    rows, classes, more = data.draw(dims), data.draw(dims), data.draw(st.lists(dims, max_size=1))
+    scores, target = values(rows, classes, *more), torch.randint(0, classes, (rows, *more))
+    target.view(-1)[1::2] = -100  # one at least counts
+    settings = {
+        "ignore_index": -100,
+        "reduction": data.draw(st.sampled_from(["none", "sum", "mean"])),
+        "label_smoothing": data.draw(st.sampled_from([0.0, 0.2])),
+    }
+
+    def run(x: Sequence[torch.Tensor], share: Share) -> torch.Tensor:
+        own = share.ins.get((0, 1))
+        if own is None:
+            return F.cross_entropy(x[0], x[1], **settings)
+        cut = classes, [(c, c + 1) for c in own.tolist()]
+        return cross_entropy_part(x[0], x[1], scores.logsumexp(1), cut, **settings)
+
+    return Case((scores, target), run, settings)
 
 
 # -- norms, reductions, scans ------------------------------------------------------------------------------------------

@@ -54,6 +54,10 @@ SAMPLES: tuple[Sample, ...] = (
     Sample("cat", ((2, 3, 4), (2, 5, 4)), ((2, 8, 4),), {"dim": 1}),
     Sample("conv", (_IMAGE, (8, 6, 3, 3), (8,)), ((2, 8, 7, 7),), {"groups": 1, "transposed": False}),
     Sample("conv", (_IMAGE, (12, 2, 3, 3), (12,)), ((2, 12, 7, 7),), {"groups": 3, "transposed": False}),
+    *(
+        Sample("cross_entropy", ((6, 10), (6,)), ((6,) if how == "none" else (),), {"reduction": how})
+        for how in ("mean", "none", "sum")
+    ),
     Sample("cumsum", (_X,), (_X,), {"dims": (1,), "linear": True}),
     Sample("embedding", ((2, 3), (9, 4)), ((2, 3, 4),)),
     Sample("expand", ((2, 1, 4),), ((2, 3, 4),)),
