@@ -5,25 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
 import autodist_fx as adx
 from autodist_fx.runtime.training import rank_trainer
+from autodist_fx.runtime.training.flat_weights import FlatWeights
 from autodist_fx.simulation.thread_communicator import ThreadCommunicator
 from autodist_fx.training import engine as engines
 from autodist_fx.training.check_steps import MAX_NORM, adamw, compare_steps, drawn_model, tolerance_of, truth_of
 from cost_model.errors import VerificationError
+from passes.ops.comm_autograd import CopyToTp
 from tests.support.models import tiny_config
+from tests.support.moe import SIZES
 
-STEPS = 2
+STEPS, EXPERTS = 2, 5
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 COMMON = {"simulate": True, "optimizer": adamw, "max_grad_norm": MAX_NORM, "verify": False, "microbatches": 2}
 
 
-def compared(plant: Plant = lambda monkeypatch: None, **mesh: int) -> list[str]:
-    """Compares STEPS steps of a Llama with tied tables; returns the tensor of each step that differs most."""
-    model = drawn_model(tiny_config("llama", num_hidden_layers=2, tie_word_embeddings=True))
+def compared(plant: Plant = lambda monkeypatch: None, moe: bool = False, **mesh: int) -> list[str]:
+    """Compares STEPS steps of a Llama with tied tables, or of a Mixtral; returns the tensor of each step that differs
+    most."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}  # so that two ranks have as much each
+    llama = tiny_config("llama", num_hidden_layers=2, tie_word_embeddings=True, **heads)
+    model = drawn_model(tiny_config("mixtral", **{**SIZES, "num_hidden_layers": 1}) if moe else llama)
     truth, said = truth_of(model, adx.train(model, **COMMON))
     assert said.startswith("transformers and torch.optim")
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -61,6 +68,27 @@ def replicas_not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ThreadCommunicator, "start_all_reduce", lambda self, x, axis: lambda: x)
 
 
+def routers_gradient_not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of routing weights, [tokens, experts a token], each rank has those of its own experts alone."""
+    right = CopyToTp.backward
+
+    def backward(ctx, gradient: torch.Tensor):
+        return (gradient, None, None) if gradient.shape[-1] <= EXPERTS else right(ctx, gradient)
+
+    monkeypatch.setattr(CopyToTp, "backward", staticmethod(backward))
+
+
+def replicas_of_another_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over dp go over the ranks of a tp group, of which there are as many."""
+    right = ThreadCommunicator.start_all_reduce
+    monkeypatch.setattr(ThreadCommunicator, "start_all_reduce", lambda self, x, axis: right(self, x, "tp"))
+
+
+def stale_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other replica has stepped never comes."""
+    monkeypatch.setattr(FlatWeights, "gather", lambda self, communicator: None)
+
+
 @pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     ("plant", "mesh"),
@@ -70,6 +98,9 @@ def replicas_not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
         (sums_paid_twice, {"pp": 2}),
         (sums_not_paid, {"pp": 2}),
         (replicas_not_summed, {"dp": 2}),
+        (replicas_of_another_group, {"tp": 2, "dp": 2}),
+        (stale_weights, {"dp": 2, "zero_stage": 1}),
+        (routers_gradient_not_summed, {"tp": 2, "moe": True}),
     ],
 )
 def test_planted_bugs_are_named(plant: Plant, mesh: dict[str, int]) -> None:
@@ -77,7 +108,7 @@ def test_planted_bugs_are_named(plant: Plant, mesh: dict[str, int]) -> None:
         compared(plant, **mesh)
 
 
-@pytest.mark.parametrize("mesh", [{"tp": 2, "pp": 2}, {"dp": 2, "zero_stage": 1}])
+@pytest.mark.parametrize("mesh", [{"tp": 2, "pp": 2}, {"dp": 2, "zero_stage": 1}, {"tp": 2, "moe": True}])
 def test_what_is_right_is_right(mesh: dict[str, int]) -> None:
     assert len(compared(**mesh)) == STEPS
 
