@@ -69,7 +69,7 @@ def replicas_not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def routers_gradient_not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of routing weights, [tokens, experts a token], each rank has those of its own experts alone."""
+    """Each rank keeps its own term of the gradient of routing weights, [tokens, experts a token]."""
     right = CopyToTp.backward
 
     def backward(ctx, gradient: torch.Tensor):
@@ -85,7 +85,7 @@ def replicas_of_another_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stale_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the other replica has stepped never comes."""
+    """The part that the other replica has stepped never comes."""
     monkeypatch.setattr(FlatWeights, "gather", lambda self, communicator: None)
 
 

@@ -34,7 +34,7 @@ def test_steps_are_those_of_one_process(family: str, mesh: dict[str, Any]) -> No
 
 @pytest.mark.parametrize(("family", "tp"), [("llama", 2), ("gpt2", 3)])
 def test_no_rank_gets_all_logits(family: str, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each row it gets a number from each rank; what else is gathered is as wide as a hidden state."""
+    """It gets a number a row from each rank; all else that is gathered is as wide as a hidden state."""
     model, batch, gathered = model_of(family).float(), text(4, 9, 0), []
     right = ThreadCommunicator.all_gather
 
