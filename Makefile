@@ -42,7 +42,7 @@ RUN_TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 DOCS_READY := $(abspath .venv-docs)/.ready
 DIST_READY := $(abspath .venv-dist)/.ready
 
-.PHONY: help demo test test-4 lint bench coverage libraries docs dist readme-check setup clean check-venv
+.PHONY: help demo test test-4 lint bench coverage libraries docs course dist readme-check setup clean check-venv
 
 help:  ## this list
 	@sed -n 's/^#   \([A-Z_]*=.*\)/  \1/p' Makefile
@@ -83,11 +83,14 @@ coverage: $(READY) $(READY4) libraries  ## every case of drawn tests, then each 
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/coverage.py --jobs $(JOBS)
 	@PATH="$(abspath .venv4)/bin:$$PATH" HF_HUB_OFFLINE=1 $(abspath .venv4)/bin/python benchmarks/coverage.py --jobs $(JOBS)
 
-libraries: $(READY)  ## the real lm-eval, sentence-transformers and TRL over models that are split
+libraries: $(READY)  ## the real lm-eval, sentence-transformers and TRL over models that are split, and the server of examples/
 	@echo "==> libraries: into .libraries, beside the environment, whose packages they leave as they are"
 	@$(BIN)/python -m pip install --quiet --no-deps --target .libraries -r tests/libraries/requirements.txt
 	@PYTHONPATH="$(CURDIR):$(CURDIR)/.libraries" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 	    $(BIN)/python tests/libraries/run_libraries.py
+	@echo "==> libraries: the examples that need them, the server with a rank that is killed"
+	@PYTHONPATH="$(CURDIR):$(CURDIR)/.libraries" $(RUN_TESTS) $(BIN)/python -m pytest -q tests/examples -k evaluate
+	@PYTHONPATH="$(CURDIR):$(CURDIR)/.libraries" $(RUN_TESTS) $(BIN)/python tests/libraries/run_server.py
 
 docs: $(READY) $(DOCS_READY)  ## the site, into build/site; strict about links, and needs no network
 	@echo "==> docs: plots, plan pages, the command line's reference"
@@ -103,8 +106,13 @@ dist: $(DIST_READY)  ## sdist and wheel, into dist/; tried in an empty environme
 readme-check: $(READY)  ## run the README's marked commands, and compare what they print with what stands there
 	@$(BIN)/python tools/readme_check.py
 
+course: $(READY)  ## run the course's notebooks and write them, and their pages, into docs/course (some minutes)
+	@echo "==> course: docs/course, of autodist_fx/course/lesson_N/lesson.md"
+	@$(BIN)/python -m pip install --quiet --target .notebooks -r tools/course_requirements.txt
+	@PYTHONPATH="$(CURDIR):$(CURDIR)/.notebooks" $(BIN)/python tools/make_course.py
+
 clean:  ## remove .venv, builds and caches
-	rm -rf .venv .venv4 .venv-docs .venv-dist .libraries build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv4 .venv-docs .venv-dist .libraries .notebooks build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(abspath .venv)/.ready: pyproject.toml constraints.txt

@@ -15,11 +15,13 @@ from autodist_fx.cli.parser import parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FOLDERS = ("autodist_fx", "passes", "cost_model", "tests", "benchmarks", "tools", "docs", "typings", ".github", ".ci")
+FOLDERS = ("autodist_fx", "passes", "cost_model", "tests", "benchmarks", "tools", "docs", "typings", ".github", ".ci",
+           "examples")  # fmt: skip
 ENDINGS = (".py", ".md", ".json", ".txt", ".js", ".css", ".toml")
 TEMPLATE = re.compile(r"[<{A-Z*]")  # NAME, <family>, rankR: no file's own name
 MADE = re.compile(  # what our programs or transformers write or read, beside what is in the repository
     r"(manifest|plan|model|config|generation_config|variant|graph|rank\d*|index|split)\.json|.*\.index\.json|dump.*|/tmp/.*"
+    r"|lesson_\d\.(py|ipynb)"
 )
 
 

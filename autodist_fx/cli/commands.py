@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GENERATE, PLAN, CHECK, MACHINE = "generate and train", "plans", "proof", "this machine"
-GROUPS = (GENERATE, PLAN, CHECK, MACHINE)
+GENERATE, PLAN, CHECK, LEARN, MACHINE = "generate and train", "plans", "proof", "learn", "this machine"
+GROUPS = (GENERATE, PLAN, CHECK, LEARN, MACHINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ COMMANDS = (
     Command("diff", PLAN, "what differs between two saved plans; exit code 1 if they differ", "plans"),
     Command("verify", CHECK, "prove every rank's program of a split"),
     Command("graph-diff", CHECK, "what the passes changed in one rank's graph"),
+    Command("course", LEARN, "lessons in which you write what the compiler does, and have it graded", "course"),
     Command("doctor", MACHINE, "versions, devices, transports, and what is missing", "machine"),
     Command("completion", MACHINE, "a script that completes commands and options in bash, zsh or fish", "reference"),
     Command("manual", MACHINE, "the manual of all commands, as a man page or as Markdown", "reference"),

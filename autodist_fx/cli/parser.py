@@ -16,7 +16,7 @@ DESCRIPTION = "Splits an unmodified Hugging Face model over tensor- and pipeline
 SUCCESS, DIFFERENT, USER_ERROR, LOST_ANOTHER_RANK, INTERRUPTED = 0, 1, 2, 70, 130
 EXIT_CODES = (
     (str(SUCCESS), "done"),
-    (str(DIFFERENT), "diff found differences; doctor found something missing; or a traceback, which is a bug"),
+    (str(DIFFERENT), "diff found differences, doctor something missing, course something wrong; or a traceback: a bug"),
     (str(USER_ERROR), "an error that the user can mend, said in one line"),
     (str(LOST_ANOTHER_RANK), "this rank lost another one, which says why"),
     ("128+N", "a rank was killed by signal N"),

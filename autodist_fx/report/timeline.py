@@ -26,7 +26,7 @@ def timeline_section(plan: PartitionPlan) -> Element | None:
     rows, at = [], 0.0
     for s in plan.stages:
         if s.index < STAGES_SHOWN:
-            pieces = _pieces(plan, s, total / PIECES_ACROSS)
+            pieces = pieces_of(plan, s, total / PIECES_ACROSS)
             rows.append(_row(f"Stage {s.index}", ranks_text(plan.mesh.tp, s.index), pieces, at, total))
         at += s.seconds
     kinds = ["compute", *(["comm"] if plan.mesh.tp > 1 else []), *(["receive"] if plan.mesh.pp > 1 else [])]
@@ -61,7 +61,7 @@ def _against_one_device(plan: PartitionPlan) -> list[Element]:
     return [element("h3", "Against one device"), element("div", *rows, cls="timeline", role="list")]
 
 
-def _pieces(plan: PartitionPlan, stage: StageSummary, shortest: float) -> list[tuple[str, float]]:
+def pieces_of(plan: PartitionPlan, stage: StageSummary, shortest: float) -> list[tuple[str, float]]:
     """List (kind, seconds) in the order in which they happen: the receive, then ops and the collectives behind them.
 
     Collectives that follow each other within `shortest` seconds are merged into one, behind the compute between them.

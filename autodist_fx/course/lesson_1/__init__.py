@@ -1,0 +1,1 @@
+"""Lesson 1: two ranks and one model; send and recv."""

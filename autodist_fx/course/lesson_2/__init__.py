@@ -1,0 +1,1 @@
+"""Lesson 2: stages; where to cut a model, and what crosses a cut."""

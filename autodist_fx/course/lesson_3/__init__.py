@@ -1,0 +1,1 @@
+"""Lesson 3: column parallel, row parallel, and the all_reduce behind them."""

@@ -1,0 +1,1 @@
+"""Lesson 4: a whole Llama over tensor parallel ranks."""

@@ -1,0 +1,1 @@
+"""Lesson 5: training on a pipeline; the 1F1B schedule."""
