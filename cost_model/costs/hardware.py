@@ -60,12 +60,13 @@ class Hardware:
     measured: Measured | None = None  # how near ops come to these rates; None: they reach them, whatever their size
     busy: int = 1  # ranks of this machine that compute at once
     threads: int = 1  # that share the work of one op, each at these rates
+    speed: float = 1.0  # share of what was measured that a rank gets
 
     def fixed_seconds(self, kinds: Sequence[str], dtype: str) -> float:
         """Returns the fixed cost of an op of the first of `kinds` that was measured."""
         if self.measured is None:
             return self.op_seconds
-        return self.measured.fixed_seconds(kinds, dtype, self.busy)
+        return self.measured.fixed_seconds(kinds, dtype, self.busy) / self.speed
 
     def utilisation(self, kinds: Sequence[str], dtype: str, sizes: Sizes, bound_of: BoundOf) -> float:
         """Returns the share of the peak rates that an op reaches; 1.0 where that was not measured.
@@ -74,7 +75,7 @@ class Hardware:
         """
         if self.measured is None:
             return 1.0
-        return self.measured.utilisation(kinds, dtype, sizes, bound_of, self.busy) * self.threads
+        return self.measured.utilisation(kinds, dtype, sizes, bound_of, self.busy) * self.threads * self.speed
 
     def stream_seconds(self, nbytes: float, kind: str = "add") -> float:
         """Returns the seconds to read and write so many bytes in all, as an op of some kind does on large tensors."""
@@ -88,8 +89,22 @@ class Hardware:
         """Returns this hardware while `ranks` ranks of the machine compute at once; a preset is meant for that."""
         if self.measured is None:
             return self
-        op, view = (self.measured.fixed_seconds((kind,), "float32", ranks) for kind in ("add", "view"))
-        return replace(self, busy=ranks, op_seconds=op, view_seconds=view)
+        found = replace(self, busy=ranks)
+        op, view = (found.fixed_seconds((kind,), "float32") for kind in ("add", "view"))
+        return replace(found, op_seconds=op, view_seconds=view)
+
+    def at_share(self, share: float) -> Hardware:
+        """Returns this hardware where a rank has a share of its speed only, above 0: half of a core, say, the other
+        half of which somebody else has. Links stay as they are."""
+        if self.measured is not None:
+            return replace(self, speed=self.speed * share).computing(self.busy)
+        return replace(
+            self,
+            flops=tuple((dtype, rate * share) for dtype, rate in self.flops),
+            memory_bandwidth=self.memory_bandwidth * share,
+            op_seconds=self.op_seconds / share,
+            view_seconds=self.view_seconds / share,
+        )
 
     def flops_of(self, dtype: str) -> float:
         """Returns the FLOP/s for a dtype; a dtype that is not listed runs at float32's rate."""

@@ -41,12 +41,14 @@ class Measured:
     node_factor: how much longer a call takes in a graph of many kinds of ops than in one of many alike, which its
     tables are of.
     step_seconds: what a step of generating takes beside its graph: the loop, the sampling, the cache's bookkeeping.
+    start_seconds: what generating takes besides before its first step, which reads the prompt.
     """
 
     cores: int
     runs: tuple[Run, ...]
     node_factor: float = 1.0
     step_seconds: float = 0.0
+    start_seconds: float = 0.0
 
     def fixed_seconds(self, kinds: Sequence[str], dtype: str, ranks: int) -> float:
         """Returns the seconds of a call of the first of `kinds` that was measured, while `ranks` ranks compute."""

@@ -160,3 +160,9 @@ class OpGraph:
     def input_specs(self, op: Op) -> tuple[TensorSpec, ...]:
         """Returns the specs of the op's inputs, in the order of their slots."""
         return tuple(self.spec(ref) for ref in op.inputs)
+
+
+def is_norm(graph: OpGraph, op: Op) -> bool:
+    """Returns whether an op is the last of a chain that fuse_ops makes a norm of: it scales
+    what the others normalize."""
+    return op.kind == "mul" and any(ref.op in graph.fused for ref in op.inputs)

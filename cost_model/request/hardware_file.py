@@ -83,6 +83,7 @@ def hardware_to_text(machine: Hardware, about: About) -> str:
         "cores": machine.measured.cores,
         "node_factor": machine.measured.node_factor,
         "step_seconds": machine.measured.step_seconds,
+        "start_seconds": machine.measured.start_seconds,
     }
     lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
     lines += [f'  "{name}": {_link_text(link)}' for name, link in _links(machine).items()]
@@ -109,6 +110,7 @@ def hardware_from_data(data: object) -> tuple[Hardware, About]:
         runs=tuple(top.objects("runs", _run)),
         node_factor=_above_zero(top, "node_factor"),
         step_seconds=top.number("step_seconds"),
+        start_seconds=top.number("start_seconds"),
     )
     if [run.ranks for run in measured.runs] != sorted({run.ranks for run in measured.runs}) or not measured.runs:
         raise top.error("runs", "expected one or more, by ascending ranks")

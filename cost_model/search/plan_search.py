@@ -201,13 +201,15 @@ class PlanSearch:
         return per_batch * self.request.in_flight
 
     def step_seconds(self, stage: int) -> float:
-        """Returns what a step of generating takes beside its graph, on the stage that leads it: the loop, and telling
-        the other ranks. 0.0 on other stages, in models that do not generate, and where it was not measured."""
+        """Returns what a step of generating takes beside its graph, on the stage that leads it: the loop, telling the
+        other ranks, and, where nothing is cached, what comes before a first step. 0.0 on other stages, in models that
+        do not generate, and where it was not measured."""
         device = self.of_stage[stage].hardware
         if stage != self.mesh.pp - 1 or device.measured is None or "P" not in self.lengths:
             return 0.0
         told = send_seconds(STEP_MESSAGE_BYTES, device.pp_link) if self.mesh.size > 1 else 0.0
-        return device.measured.step_seconds + told
+        start = 0.0 if self.lengths["P"] else device.measured.start_seconds
+        return device.measured.step_seconds + start + told
 
     def hop_link(self, source: int, target: int) -> Link:
         """Returns the link between two stages; for devices of two kinds, in two machines, the slower one's."""

@@ -14,6 +14,7 @@ of layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from cost_model.costs.communication import all_gather_seconds, all_reduce_second
 from cost_model.costs.compute import op_seconds
 from cost_model.costs.hardware import Hardware
 from cost_model.errors import PlanError
-from cost_model.graph.op_graph import SOURCES, FusedChain, Op, OpGraph, TensorRef, TensorSpec
+from cost_model.graph.op_graph import SOURCES, FusedChain, Op, OpGraph, TensorRef, TensorSpec, is_norm
 from cost_model.graph.placement import PARTIAL, REPLICATE, Layout, Placement, shard
 from cost_model.graph.repeated_ops import repeated_ops
 from cost_model.graph.roles import EXPERT, role_of
@@ -194,6 +195,8 @@ class TensorParallelSearch:
             return 0.0
         ins = tuple(self.local(self._read(r), p) for r, p in zip(op.inputs, strategy.inputs, strict=True))
         outs = tuple(self.local(TensorRef(op.name, j), p) for j, p in enumerate(strategy.outputs))
+        if self.hardware.measured is not None and is_norm(self.graph, op):
+            op = replace(op, kind="rms_norm")
         key = (op.kind, ins, outs, tuple(sorted(op.attrs.items())))
         total = self._seconds.get(key)
         if total is None:

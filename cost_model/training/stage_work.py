@@ -18,7 +18,7 @@ from cost_model.costs.compute import VIEWS
 from cost_model.costs.hardware import Hardware
 from cost_model.costs.memory import workspace_bytes
 from cost_model.format import layer_of
-from cost_model.graph.op_graph import SOURCES, Op, OpGraph, TensorRef
+from cost_model.graph.op_graph import SOURCES, Op, OpGraph, TensorRef, is_norm
 from cost_model.graph.placement import REPLICATE
 from cost_model.graph.roles import EXPERT
 from cost_model.mesh import Mesh
@@ -201,7 +201,7 @@ class WorkAnalysis:
             return inputs[0].nbytes
         if kind == "dropout":
             return prod(inputs[0].shape[: int(op.attrs["drawn"])])
-        if _is_norm(self.graph, op):
+        if is_norm(self.graph, op):
             return 0 if self.search.hardware.fuses_norms else sum(map(self._bytes, outputs_of(op)))
         if kind != "sdpa":
             return 0
@@ -276,9 +276,3 @@ class _Storages:
 def _in_parts(op: OpPlan) -> bool:
     """Returns whether each rank computes a part, or a term, of what an op computes."""
     return any(not p.is_replicate for p in (*op.inputs, *op.outputs))
-
-
-def _is_norm(graph: OpGraph, op: Op) -> bool:
-    """Returns whether an op is the last of a chain that fuse_ops makes a norm of: it scales
-    what the others normalize."""
-    return op.kind == "mul" and any(ref.op in graph.fused for ref in op.inputs)

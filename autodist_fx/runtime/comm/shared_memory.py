@@ -4,7 +4,7 @@ A rank writes its tensor into a slot of its own and then the number of the excha
 for the counter and read the slot. Two slots a rank, taken in turns: who begins exchange n + 1 has read all of n, so
 when everyone is seen to have begun n + 1, the slots of n may be written again. Nothing else needs to be agreed upon.
 
-Measured with 2 ranks on 2 cores (`benchmarks/measure_hardware.py`): see CPU_GLOO in cost_model/costs/hardware.py. A
+Measured with 2 ranks on 2 cores: see CPU_GLOO in cost_model/costs/hardware.py (`autodist-fx measure` does it anew). A
 socket on loopback takes several hundred microseconds for the 3 KB of a decode step, since the system wakes the other
 side up.
 """
