@@ -42,7 +42,7 @@ RUN_TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 DOCS_READY := $(abspath .venv-docs)/.ready
 DIST_READY := $(abspath .venv-dist)/.ready
 
-.PHONY: help demo test test-4 lint bench coverage libraries docs course dist readme-check setup clean check-venv
+.PHONY: help demo test test-4 lint bench predictions coverage libraries docs course dist readme-check setup clean check-venv
 
 help:  ## this list
 	@sed -n 's/^#   \([A-Z_]*=.*\)/  \1/p' Makefile
@@ -75,6 +75,13 @@ lint: $(READY)  ## ruff, mypy (strict on cost_model) and the import contracts
 bench: $(READY)  ## measure against transformers' tp_plan, DTensor and a hand-written split (some minutes)
 	@echo "==> bench: writes docs/benchmarks.md"
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/run.py
+	@$(MAKE) predictions
+
+predictions: $(READY)  ## measure this machine, then plans that were predicted for it (some minutes)
+	@echo "==> predictions: writes docs/predictions.md and its data"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m autodist_fx.cli.main measure --device cpu --save build/machine.json
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/predictions.py --hardware build/machine.json
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/uneven.py --hardware build/machine.json
 
 coverage: $(READY) $(READY4) libraries  ## every case of drawn tests, then each type of both transformers on four meshes (an hour)
 	@echo "==> coverage: every case of the tests of which \`make test\` runs one for each family"
