@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"^<!-- readme-check(?:, varies: (?P<varies>.+?))? -->\n```\w*\n(?P<body>.*?)^```$", re.M | re.S)
 ANYTHING = "..."
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 900
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,22 @@ SHIM = "https://unpkg.com/iframe-worker/shim"  # material's search asks for it w
 
 
 def on_config(config: Any) -> Any:
-    """Put the course's pages into the navigation, or take its place out."""
+    """Put the course's pages into the navigation, or take its place out; and under "More" what nobody has placed."""
     pages = sorted((ROOT / "docs" / COURSE).rglob("*.md"), key=lambda path: (path.name != "index.md", path))
     config.nav = [item for entry in config.nav if (item := _entry(entry, pages)) is not None]
+    named = set(_pages(config.nav))
+    if others := [path.name for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in named]:
+        config.nav.append({"More": others})
     return config
+
+
+def _pages(entry: Any) -> Iterator[str]:
+    """Yield the pages that a part of the navigation names."""
+    if isinstance(entry, str):
+        yield entry
+    else:
+        for part in entry.values() if isinstance(entry, dict) else entry:
+            yield from _pages(part)
 
 
 def _entry(entry: dict[str, Any], pages: list[Path]) -> dict[str, Any] | None:
