@@ -12,7 +12,11 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ROOT / "build" / "site_parts"  # what tools/site/generate.py writes
-ELSEWHERE = {"contributing.md": ROOT / ".github" / "CONTRIBUTING.md", "changelog.md": ROOT / "CHANGELOG.md"}
+ELSEWHERE = {
+    "contributing.md": ROOT / ".github" / "CONTRIBUTING.md",
+    "changelog.md": ROOT / "CHANGELOG.md",
+    "examples/index.md": ROOT / "examples" / "README.md",
+}
 COURSE = "course/"
 SHIM = "https://unpkg.com/iframe-worker/shim"  # material's search asks for it where pages are read as files; we have it
 
@@ -49,6 +53,8 @@ def on_files(files: Files, config: Any) -> Files:
         raise PluginError(f"{PARTS} is not there: `make docs` runs tools/site/generate.py first")
     for path in sorted(path for path in PARTS.rglob("*") if path.is_file()):
         files.append(File.generated(config, path.relative_to(PARTS).as_posix(), abs_src_path=str(path)))
+    for path in sorted((ROOT / "examples").rglob("*.py")):
+        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     for name, path in ELSEWHERE.items():
         files.append(File.generated(config, name, content=path.read_text(encoding="utf-8")))
     return files
@@ -57,6 +63,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Let links into other folders of the repository lead to the site's own pages."""
     up = "../" * page.file.src_uri.count("/")
+    if page.file.src_uri == "examples/index.md":  # names of scripts become links to them
+        markdown = re.sub(r"(?m)^\| `(\w+\.py)` \|", r"| [\1](\1) |", markdown)
     if page.file.src_uri in ELSEWHERE:
         markdown = re.sub(r"\]\((\.\./)?docs/", "](", markdown)
     return re.sub(r"\]\((\.\./)*\.github/CONTRIBUTING\.md", f"]({up}contributing.md", markdown)
