@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tests.support.processes import free_port
@@ -51,6 +52,48 @@ def on_processes(ranks: int, work: Callable[[int], Any], seconds: float = 60.0) 
             process.kill()
         stacks.close()
     return results
+
+
+AFTER_SECONDS = 15.0  # within which the others end, when one rank has died
+
+
+def exits(ranks: int, work: Callable[[int], Any], directory: Path) -> list[tuple[int, str]]:
+    """Returns (exit code, what it wrote to stderr) of each rank that runs `work(rank)`, as `on_processes` starts them.
+
+    Raises AssertionError for ranks that still run AFTER_SECONDS after the first that ended with an error, or after
+    three minutes.
+    """
+    environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    logs = [directory / f"rank {rank}" for rank in range(ranks)]
+    processes = [FORK.Process(target=_logged, args=(rank, work, environment, log)) for rank, log in enumerate(logs)]
+    deadline = time.monotonic() + 180
+    try:
+        for process in processes:
+            process.start()
+        while any(process.exitcode is None for process in processes):
+            assert time.monotonic() < deadline, [p.exitcode for p in processes] + [log.read_text() for log in logs]
+            if any(process.exitcode for process in processes):
+                deadline = min(deadline, time.monotonic() + AFTER_SECONDS)
+            time.sleep(0.05)
+        return [(process.exitcode or 0, log.read_text()) for process, log in zip(processes, logs, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _logged(rank: int, work: Callable[[int], Any], environment: dict[str, str], log: Path) -> None:
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    gc.freeze()  # as in _run
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=environment["WORLD_SIZE"])
+    code = 0
+    try:
+        work(rank)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    __import__("autodist_fx.runtime.comm.process_group", fromlist=["leave"]).leave()
+    os._exit(code)
 
 
 def _stacks(processes: list[Any], stacks: Any) -> str:

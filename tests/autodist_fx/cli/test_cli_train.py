@@ -1,8 +1,11 @@
-"""`autodist-fx train`: a curve in one process, stopped and resumed; over ranks that the command starts; refusals."""
+"""`autodist-fx train`: a curve in one process, stopped and resumed; over two ranks, under torchrun too; refusals."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.checkpoint import save_tiny
 from tests.support.command_line import fails, succeeds
+from tests.support.processes import ENV, free_port
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +59,37 @@ def test_a_run_is_resumed(model: Path, data: Path, tmp_path: Path, capsys: pytes
     assert losses(tmp_path / "parts") == wanted[:5]
 
 
+def under_torchrun(capsys: pytest.CaptureFixture[str], *words: object) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    command = [*torchrun, str(free_port()), "-m", "autodist_fx.cli.main", *map(str, words)]
+    done = subprocess.run(command, env=ENV, timeout=200, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("steps; a step took") == 1  # rank 0 alone speaks
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_ranks_that_the_command_starts(
-    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.one_for_each()
+@pytest.mark.parametrize("start", [succeeds, under_torchrun], ids=["own launcher", "torchrun"])
+@pytest.mark.parametrize("mesh", ["--tp", "--pp"])
+def test_two_ranks_go_on_with_a_run_of_one(
+    start: Callable[..., object],
+    mesh: str,
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = ("train", "--model", model, "--data", data, *OPTIONS, "--steps", 4)
-    succeeds(capsys, *given, "--out", tmp_path / "one")
-    succeeds(capsys, *given, "--out", tmp_path / "two", "--tp", 2, "--device", "cpu", "--timeout", 60)
-    pairs = zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True)
+    given = ("train", "--model", model, "--data", data, *OPTIONS)
+    succeeds(capsys, *given, "--steps", 4, "--out", tmp_path / "whole")
+    succeeds(capsys, *given, "--steps", 2, "--out", tmp_path / "parts")
+    start(
+        capsys, *given, "--steps", 4, "--out", tmp_path / "parts", "--resume", mesh, 2, "--device", "cpu",
+        "--timeout", 60,
+    )  # fmt: skip
+    pairs = zip(losses(tmp_path / "whole"), losses(tmp_path / "parts"), strict=True)
     assert all(abs(a - b) <= 1e-5 for a, b in pairs)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "parts")
 
 
 def test_data_that_is_none(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
