@@ -1,5 +1,7 @@
 """Ops and messages of a measured machine take what its tables say; presets know no utilisation."""
 
+from dataclasses import replace
+
 import pytest
 
 from cost_model.costs.communication import all_gather_seconds, all_reduce_seconds, send_seconds
@@ -69,6 +71,14 @@ def test_calls_take_longer_in_a_graph_of_many_kinds():
     small = (spec(1, 1),), spec(1, 1)
     assert timed("add", *small, machine(node_factor=3.0)) - timed("add", *small) == pytest.approx(2 * FIXED)
     assert timed("view", *small, machine(node_factor=3.0)) == pytest.approx(3e-6)
+
+
+def test_a_device_that_is_dispatched_to_ahead_takes_what_was_measured_or_the_dispatch():
+    ahead = replace(machine(node_factor=3.0), dispatches_ahead=True)
+    product = (spec(16, 1024), spec(1024, 1024)), spec(16, 1024)
+    measured = FIXED + product_bound(PEAK, 4)((16, 1024, 1024)) / utilisation((16, 1024, 1024), 1)
+    assert timed("linear", *product, ahead) == pytest.approx(measured, rel=1e-9) and measured > 3 * FIXED
+    assert timed("add", (spec(1, 1),), spec(1, 1), ahead) == pytest.approx(3 * FIXED)
 
 
 def test_more_ranks_than_cores_wait_for_each_other():
