@@ -16,6 +16,7 @@ import loading
 import report
 import turns
 from contenders import ENTRIES
+from pipelines import full
 from processes import HERE
 
 TURNS_TEXT = f"""\
@@ -31,10 +32,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--contenders", default=",".join(ENTRIES), help="of: %(default)s")
-    parser.add_argument("--skip", default="", help="of: turns,compile,loading")
+    parser.add_argument("--skip", default="", help="of: turns,pipeline,compile,loading")
     parser.add_argument("--large", action="store_true", help="compile the largest mixture of experts, too: minutes")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
+    parser.add_argument("--pipeline-rank", help=argparse.SUPPRESS)  # a checkpoint: this process is a rank of it
     args = parser.parse_args()
+    if args.pipeline_rank:
+        full.serve_rank(args.pipeline_rank)
+        return 0
     skip = args.skip.split(",")
 
     command = shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]])
@@ -50,6 +55,14 @@ def main() -> int:
             "Collectives on rank 0, counted by torch.profiler as ops of the `c10d` namespace; ours, which go over the "
             "backend itself,\nby its communicator (send: the step's token ids):",
             report.collectives_table(results),
+        ]
+    if "pipeline" not in skip:
+        filled = full.run(list(full.WORKS), args.rounds)
+        wrong |= not all(r.agrees for r in filled)
+        sections += [
+            "## A pipeline that is kept full\n\npp=2 with one microbatch at a time and with as many as the plan "
+            "chooses, in turns; the forecast is the plan's own.",
+            full.results_table(filled),
         ]
     if "compile" not in skip:
         compiled = compile_time.run(args.large)

@@ -13,6 +13,7 @@ from autodist_fx.artifact.reader import ArtifactReader
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
 from autodist_fx.runtime.comm.process_group import fail_to_join, started_by_torchrun
+from autodist_fx.runtime.microbatches.count import Microbatches, checked
 from autodist_fx.startup.build_model import RankModel
 from autodist_fx.startup.from_artifact import start_from_artifact
 
@@ -56,6 +57,7 @@ class Artifact(ArtifactReader):
         *,
         device: str | torch.device | None = None,
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        microbatches: Microbatches = "auto",
         rank: int | None = None,
         world_size: int | None = None,
         master_addr: str | None = None,
@@ -64,7 +66,7 @@ class Artifact(ArtifactReader):
         """Start this process as its rank of the mesh, ready to generate; the
         arguments are those of `load`. Raises ArtifactError, RuntimeSetupError."""
         options = JoinOptions(device, rank, world_size, master_addr, master_port, timeout)
-        return start_from_artifact(self, options)
+        return _started(self, options, microbatches)
 
 
 def load(
@@ -72,6 +74,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
+    microbatches: Microbatches = "auto",
     rank: int | None = None,
     world_size: int | None = None,
     master_addr: str | None = None,
@@ -80,7 +83,8 @@ def load(
     """Read the artifact that `compiled.save(directory)` or `autodist-fx compile --out` wrote.
 
     Under torchrun, or with `rank`, ... given, returns this process's rank of the model on `device`, like
-    `from_pretrained`. Every process calls it alike; each reads its own graph and weights only. Otherwise returns an
+    `from_pretrained`, whose `microbatches` this is, too. Every process calls it alike; each reads its own graph and
+    weights only. Otherwise returns an
     `Artifact`, which has all ranks. `timeout` is in seconds, per wait for another rank.
 
     Nothing in the directory is run or unpickled; a file whose digest is not the manifest's is refused by name. Raises
@@ -93,4 +97,14 @@ def load(
         fail_to_join(error, options)
     if options.rank is None and not started_by_torchrun() and not dist.is_initialized():
         return artifact
-    return start_from_artifact(artifact, options)
+    return _started(artifact, options, microbatches)
+
+
+def _started(artifact: Artifact, options: JoinOptions, microbatches: Microbatches) -> RankModel:
+    try:
+        in_flight = checked(microbatches)
+    except AutodistError as error:
+        fail_to_join(error, options)
+    model = start_from_artifact(artifact, options)
+    model.microbatches = in_flight
+    return model

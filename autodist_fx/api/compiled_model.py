@@ -19,6 +19,7 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.numeric.verify_numeric import verify_numeric_of
 from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
 from autodist_fx.runtime.comm.process_group import fail_to_join, join
+from autodist_fx.runtime.microbatches.count import Microbatches, checked
 from autodist_fx.simulation.simulator import Simulator
 from autodist_fx.startup.build_model import RankModel
 from autodist_fx.startup.facts import request_facts
@@ -105,6 +106,7 @@ class CompiledModel(Simulator):
         *,
         device: str | torch.device | None = None,
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        microbatches: Microbatches = "auto",
         rank: int | None = None,
         world_size: int | None = None,
         master_addr: str | None = None,
@@ -120,13 +122,16 @@ class CompiledModel(Simulator):
         options = JoinOptions(device, rank, world_size, master_addr, master_port, timeout)
         request = replace(self.source.request, sizes=())
         try:
+            in_flight = checked(microbatches)
             self.source.check_weights("to_distributed")
         except AutodistError as error:
             fail_to_join(error, options)
         facts = request_facts("to_distributed", request, None, verify=self.verifies)
         joined = join(self.mesh, options, facts)
         compiling = CompileOptions(verify=self.verifies, dump_dir=self.options.dump_dir)
-        return distribute(self.source.shape, joined, request, compiling)
+        model = distribute(self.source.shape, joined, request, compiling)
+        model.microbatches = in_flight
+        return model
 
     def save(self, directory: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write plan, graphs and weights of all ranks as an artifact (docs/artifact.md), for `adx.load(directory)`.

@@ -14,6 +14,7 @@ from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS, JoinOptions
 from autodist_fx.runtime.comm.process_group import fail_to_join
+from autodist_fx.runtime.microbatches.count import Microbatches, checked
 from autodist_fx.startup.build_model import RankModel
 from autodist_fx.startup.split_cache import CacheEntry
 from autodist_fx.startup.start_rank import start_rank
@@ -55,6 +56,7 @@ def from_pretrained(
     master_port: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache: bool | str | Path | CacheEntry | None = None,
+    microbatches: Microbatches = "auto",
     **others: Any,
 ) -> RankModel:
     """Load this process's rank of a checkpoint's model, split over `tp * pp` processes. Every process calls it alike.
@@ -80,6 +82,9 @@ def from_pretrained(
         that ADX_CACHE names, or one beside the hub's cache), or False; None follows ADX_CACHE, by default False.
         An entry takes as much room as the model. It excludes `dump_dir`: a cached start runs no passes. See
         docs/artifact.md.
+    microbatches: with pp > 1, in how many parts a batch (its rows) goes through the stages, so that they work at the
+        same time: a number, or "auto", by which the plan's costs decide. The result's attribute of that name, too; a
+        call's own `microbatches=` comes before it.
 
     A model that does not generate (an encoder, a classifier) is a DistributedModel, which is called alone. The
     result's `.load_report` has the bytes and seconds that loading took. Raises AutodistError, in one line, on every
@@ -92,6 +97,7 @@ def from_pretrained(
     joining = JoinOptions(device, rank, world_size, master_addr, master_port, timeout)
     try:
         refuse_habits(others)
+        in_flight = checked(microbatches)
         dtype = one_dtype(dtype, torch_dtype)
         device_map, device = placed(device_map, device)
         joining = replace(joining, device=device)
@@ -102,4 +108,6 @@ def from_pretrained(
     except (AutodistError, TypeError) as error:
         fail_to_join(error, joining)
     options = CompileOptions(verify=verify, dump_dir=dump_dir)
-    return start_rank(source, dtype, wanted, joining, options, progress=progress, cache=cache)
+    model = start_rank(source, dtype, wanted, joining, options, progress=progress, cache=cache)
+    model.microbatches = in_flight
+    return model

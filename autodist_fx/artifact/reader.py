@@ -26,6 +26,7 @@ from autodist_fx.artifact.variant_format import (
     SavedVariant,
     guards_from_dict,
     program_from_dict,
+    read_graph,
     saved_variant_from_dict,
 )
 from autodist_fx.calls.call import FILLED_IN, Call
@@ -33,10 +34,12 @@ from autodist_fx.calls.input_specs import ModelFacts, specs_of
 from autodist_fx.calls.model_signature import ModelSignature
 from autodist_fx.errors import AutodistError
 from cost_model.errors import PlanError
+from cost_model.graph.op_graph import OpGraph
 from cost_model.mesh import Mesh
 from cost_model.partition_plan import PartitionPlan
 from cost_model.plan.read_json import plan_from_text
 from passes.fx.guards import Guards
+from passes.op_graph.build import build_op_graph
 from passes.program.rank_program import RankProgram
 
 TOKENIZER = "tokenizer"
@@ -177,6 +180,17 @@ class ArtifactReader:
         """Read the program of one rank for one saved variant; its parameters are on meta where `weights` is None."""
         name = f"{saved.folder}/rank{rank}.json"
         return program_from_dict(self._files.read_json(name), rank, self.mesh, weights, str(self.directory / name))
+
+    def op_graph(self, saved: SavedVariant) -> OpGraph:
+        """Read the whole graph of a saved variant as its plan's ops; without weights."""
+        name = f"{saved.folder}/graph.json"
+
+        def empty(_: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        graph = read_graph(self._files.read_json(name), empty, str(self.directory / name))
+        named = dict((*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)))
+        return build_op_graph(graph, {id(t): saved.sources.get(path, path) for path, t in named.items()})
 
     def rank(self, rank: int) -> torch.fx.GraphModule:
         """Return the GraphModule of global rank `rank`, with its weights."""

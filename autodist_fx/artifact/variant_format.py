@@ -23,6 +23,7 @@ from cost_model.mesh import Mesh
 from passes.fx.guards import Guards
 from passes.program.param_shard import ParamShard
 from passes.program.rank_program import RankProgram
+from passes.program.row_division import RowDivision
 from passes.serialize.modules import KINDS
 from passes.serialize.read_graph import graph_from_json
 from passes.serialize.write_graph import graph_to_json
@@ -115,6 +116,8 @@ def program_to_dict(program: RankProgram, keys: Mapping[str, str]) -> dict[str, 
         "cache_layers": list(program.cache_layers),
         "cache_kinds": list(program.cache_kinds),
         "length_kinds": list(program.length_kinds),
+        "rows": asdict(program.rows),
+        "whole_steps": program.whole_steps,
         "shards": [asdict(shard) for shard in program.param_shards.values()],
         "keys": dict(keys),
         "graph": graph_to_json(program.graph_module, LAYERS),
@@ -162,6 +165,8 @@ def program_from_dict(
             cache_layers=tuple(_whole(n) for n in data["cache_layers"]),
             cache_kinds=_texts(data["cache_kinds"]),
             length_kinds=_texts(data["length_kinds"]),
+            rows=_rows(data["rows"]),
+            whole_steps=_text(data["whole_steps"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where} is malformed ({error}): make the artifact again") from error
@@ -198,6 +203,11 @@ def _shard(fields: Mapping[str, Any]) -> ParamShard:
         intervals=tuple((_whole(a), _whole(b)) for a, b in fields["intervals"]),
         is_buffer=bool(fields["is_buffer"]),
     )
+
+
+def _rows(fields: Mapping[str, Any]) -> RowDivision:
+    inputs, outputs = ({_text(n): _whole(dim) for n, dim in fields[k].items()} for k in ("inputs", "outputs"))
+    return RowDivision(inputs, outputs, _text(fields["reason"]))
 
 
 def _whole(value: Any) -> int:

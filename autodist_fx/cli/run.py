@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from torch.nn import functional as F
 
 from autodist_fx.api.artifact import Artifact
 from autodist_fx.cli.arguments import (
@@ -34,6 +36,7 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import agree, digest, over
 from autodist_fx.runtime.comm.launch import launch_local
 from autodist_fx.runtime.comm.process_group import choose_device, started_by_torchrun
+from autodist_fx.runtime.microbatches.count import Microbatches, checked
 from cost_model.mesh import Mesh
 
 EXAMPLES = (
@@ -42,6 +45,8 @@ EXAMPLES = (
     ("autodist-fx run --model DIR --tp 2 --prompt Hello --dry-run", "what would be started and read; no ranks"),
     ("torchrun --nproc-per-node 2 -m autodist_fx.cli.main run --model DIR --tp 2 --prompt Hello", "ranks of torchrun"),
 )
+
+_BATCH = 32  # prompts of a batch, of which the command keeps some in flight
 
 # Options of transformers' GenerationConfig, by their own names.
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
@@ -72,6 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--max-new-tokens", type=at_least(1), default=128, metavar="K", help="tokens to generate per prompt (128)"
     )
+    text.add_argument(
+        "--microbatches", type=_microbatches, default="auto", metavar="N",
+        help="with --pp, groups of prompts that go round the stages; auto (the default): as the plan's costs say",
+    )  # fmt: skip
     text.add_argument("--no-chat-template", action="store_true", help="continue the prompt as it stands")
     text.add_argument("--json", action="store_true", help="print one JSON object: texts, token ids, timings")
     sampling = parser.add_argument_group("sampling, as in transformers; what is not given is the checkpoint's default")
@@ -91,6 +100,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks.add_argument("--world-size", type=at_least(1), metavar="W", help="ranks in all, with --rank")
     ranks.add_argument("--master-addr", metavar="A", help="address of rank 0, with --rank")
     ranks.add_argument("--master-port", type=at_least(1, 65535), metavar="P", help="a free port there, with --rank")
+
+
+def _microbatches(text: str) -> Microbatches:
+    try:
+        return checked(text if text == "auto" else int(text))
+    except (ValueError, AutodistError):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of 1 and more") from None
 
 
 def _device(text: str) -> str:
@@ -166,16 +182,18 @@ def _generate(args: argparse.Namespace, prompts: list[str], source: Source) -> N
     one_beam = (args.num_beams or model.generation_config.num_beams or 1) == 1
     streams = speaks and not args.json and len(prompts) == 1 and one_beam
     text = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
-    streamer = TimedStreamer(text) if one_beam else None
+    in_groups = mesh.pp > 1 and len(prompts) > 1 and args.microbatches != 1  # steps have no time of their own then
+    streamer = TimedStreamer(text) if one_beam and not in_groups else None
+    model.microbatches = args.microbatches
     if args.seed is not None:
         transformers.set_seed(args.seed)
     start = time.perf_counter()
     try:
-        output = model.generate(
-            **{name: value.to(model.device) for name, value in inputs.items()},
-            streamer=streamer,
-            **options,
-        )
+        rows = {name: value.to(model.device) for name, value in inputs.items()}
+        if in_groups and len(prompts) > 2 * _BATCH and not options.get("do_sample"):
+            output = _in_batches(model, rows, options)
+        else:
+            output = model.generate(**rows, streamer=streamer, **options)
     except AutodistError:
         raise
     except Exception as error:  # from generate's own checks, or from the model's code with a note that names the node
@@ -195,6 +213,15 @@ def _generate(args: argparse.Namespace, prompts: list[str], source: Source) -> N
         print(json.dumps({**_as_dict(args, mesh, model, answers, timings), "start": spent}, ensure_ascii=False))
     else:
         _print(answers, timings, spent, mesh, streamed=streams)
+
+
+def _in_batches(model: Any, rows: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> torch.Tensor:
+    """Generate for many prompts, int64 [prompts, tokens], some of them at a time: a batch that ends makes room."""
+    count = len(rows["input_ids"])
+    batches = [{name: x[at : at + _BATCH] for name, x in rows.items()} for at in range(0, count, _BATCH)]
+    found = model.generate_many(batches, **options)
+    width = max(sequences.shape[1] for sequences in found)
+    return torch.cat([F.pad(x, (0, width - x.shape[1]), value=options.get("pad_token_id") or 0) for x in found])
 
 
 def _options(args: argparse.Namespace, defaults: transformers.GenerationConfig, tokenizer: Any) -> dict[str, Any]:

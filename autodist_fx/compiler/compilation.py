@@ -28,6 +28,7 @@ from passes.fx.run_passes import history_text
 from passes.partition.pipeline import emit_rank
 from passes.program.rank_program import RankProgram
 from passes.verify.cache_handover import verify_handover
+from passes.verify.schedule import verify_in_flight
 from passes.verify.verify import verify as verify_programs
 
 MOST_STRUCTURES = 8  # kept for a model that goes back and forth between some: adapters on, off, merged
@@ -178,6 +179,11 @@ class Compilation:
         alike = self._alike(call, self._specs(call, past), past)
         return next((v for v in alike if v.fits(_lengths(v, call, past, None))), None)
 
+    def serves(self, variant: Variant, call: Call, past: int) -> bool:
+        """True if `variant` is for this call, too, with `past` tokens in its cache."""
+        alike = self._alike(call, self._specs(call, past), past)
+        return any(variant is each for each in alike) and variant.fits(_lengths(variant, call, past, None))
+
     def _specs(self, call: Call, past: int) -> dict[str, InputSpec]:
         self.main.traced.check_images(call.tensors)
         return specs_of(call.tensors, self.main.traced.facts, past)
@@ -247,6 +253,10 @@ class Compilation:
                 train=self.options.train and not variant.traced.use_cache,
                 stage_uses={s: uses for p in variant.programs.values() for s, uses in p.stage_uses.items()},
             )
+            if self.mesh.pp > 1 and not self.options.train:
+                variant.programs[rank].rows = variant.rows
+                if variant.traced.use_cache:
+                    variant.programs[rank].whole_steps = variant.whole_steps
             if self.options.verbose:
                 print(_passes_text(variant, rank))
         return variant.programs[rank]
@@ -256,6 +266,8 @@ class Compilation:
         """Prove the programs of one variant, and of its encoder where it has one. Raises VerificationError."""
         programs = self.all_programs(variant)
         verify_programs(programs, variant.plan, variant.graph, variant.traced.graph_module)
+        if self.mesh.pp > 1 and not variant.rows.reason and not self.options.train:
+            verify_in_flight(programs)
         if variant.encoder is not None:
             self.verify_variant(variant.encoder)
             writers = self.all_programs(variant.encoder)

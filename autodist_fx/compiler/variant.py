@@ -3,6 +3,7 @@ or without a cache), normalised, with its plan and programs."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,7 +36,10 @@ from passes.fx import node_meta
 from passes.fx.guards import Guards
 from passes.normalize.split_encoder import split_encoder
 from passes.op_graph.build import build_op_graph, fingerprint, parameter_names
+from passes.op_graph.divide_rows import divide_rows
+from passes.op_graph.divide_tokens import why_tokens_stay
 from passes.program.rank_program import RankProgram
+from passes.program.row_division import RowDivision
 
 
 @dataclass
@@ -222,6 +226,16 @@ class Variant:
     def guards(self) -> Guards | None:
         """The guards on the lengths of this graph; None where it has none."""
         return node_meta.guards(self.traced.graph_module)
+
+    @functools.cached_property
+    def rows(self) -> RowDivision:
+        """Where a batch may be cut into parts that run one after the other, or why it may not."""
+        return divide_rows(self.traced.graph_module, self.graph)
+
+    @functools.cached_property
+    def whole_steps(self) -> str:
+        """Why a step's tokens are to be run at once, in words; "" where they may be run in parts."""
+        return why_tokens_stay(self.traced.graph_module, self.graph)
 
     def fits(self, lengths: Lengths) -> bool:
         """True if all guards hold at these lengths."""

@@ -9,6 +9,7 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.generation.collective_call import collective
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.runtime.generation.step_runner import RunnerParts, StepRunner
+from autodist_fx.runtime.microbatches.count import Microbatches
 
 
 class DistributedModel(StepRunner):
@@ -24,12 +25,12 @@ class DistributedModel(StepRunner):
         return False
 
     @collective
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, microbatches: Microbatches | None = None, **kwargs: Any) -> Any:
         """Run one forward pass; called on every rank with the same arguments.
 
         Takes what the model's own forward takes, and returns what that returns, on every rank. A call unlike those
-        before is compiled first. Raises AutodistError for an argument that there can be no program for, and for a
-        cache.
+        before is compiled first. `microbatches`: into how many parts its rows are divided on pp > 1, where that is not
+        the attribute's. Raises AutodistError for an argument that there can be no program for, and for a cache.
         """
         assert self._call_programs is not None
         signature = self._call_programs.signature
@@ -37,7 +38,7 @@ class DistributedModel(StepRunner):
         call = read_call(signature, by_name(signature.argument_names, args, given), {})
         if call.use_cache:
             raise AutodistError(f"this model runs without a cache, use_cache=False: {self.no_generate}")
-        return self._run_call(self._call_programs, call)
+        return self._run_call(self._call_programs, call, microbatches)
 
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise AutodistError, which says why the model does not generate over ranks."""

@@ -24,6 +24,7 @@ from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.runtime.generation.recurrent_lm import DistributedOwnCacheLM, handovers
 from autodist_fx.runtime.generation.seq2seq_lm import DistributedSeq2SeqLM, seq2seq_class
 from autodist_fx.runtime.generation.step_runner import RunnerParts, StepRunner
+from autodist_fx.runtime.microbatches.forecast import StageSeconds
 from autodist_fx.weights.load import LoadReport
 from cost_model.partition_plan import PartitionPlan
 from passes.program.rank_program import RankProgram
@@ -73,6 +74,10 @@ class RankPrograms(Protocol[V]):
     def program_for(self, call: Call) -> CallProgram:
         """Return the program for a call, with the weights of the step's program, where both hold them alike; see
         CallPrograms."""
+
+    @property
+    def step_seconds(self) -> StageSeconds:
+        """Return what predicts the seconds of each stage in a step that generates."""
 
     def is_usual(self, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Return whether what the step's graph assumes of values holds; see CallPrograms."""

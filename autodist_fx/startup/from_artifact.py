@@ -20,12 +20,16 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import digest
 from autodist_fx.runtime.comm.join_options import JoinOptions
 from autodist_fx.runtime.comm.process_group import JoinedRank, join
+from autodist_fx.runtime.default_hardware import default_hardware
 from autodist_fx.runtime.generation.call_programs import CallProgram
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.startup.build_model import RankModel, RankParts, build_model
+from autodist_fx.startup.stage_forecast import StageForecast
 from autodist_fx.weights.load import LoadReport
 from autodist_fx.weights.process_memory import peak_rss_bytes, rss_bytes
+from cost_model.costs.hardware import PRESETS, hardware
 from cost_model.partition_plan import PartitionPlan
+from cost_model.request.plan_request import PlanRequest
 from passes.fx.guards import Guards
 from passes.program.rank_program import RankProgram
 
@@ -111,6 +115,7 @@ class ArtifactPrograms:
         self._artifact, self._joined, self._maker = artifact, joined, maker
         self._read: dict[str, RankProgram] = {}
         self.step = artifact.usual_variant()
+        self._forecasts: dict[str, StageForecast] = {}
 
     @property
     def prompt(self) -> SavedVariant | None:
@@ -153,7 +158,24 @@ class ArtifactPrograms:
         if self._maker is not None:
             return self._made.program_for(call)
         saved = self._saved_for(call, 0)
-        return CallProgram(self.program(saved), saved.output_order)
+        return CallProgram(
+            self.program(saved), saved.output_order, lambda other: self._serves(saved, other), self._forecast(saved)
+        )
+
+    @property
+    def step_seconds(self) -> StageForecast:
+        """Return what predicts the seconds of each stage in a step; see CallPrograms."""
+        return self._forecast(self.step)
+
+    def _forecast(self, saved: SavedVariant) -> StageForecast:
+        if saved.name not in self._forecasts:
+            artifact = self._artifact
+            plan = artifact.read_plan(f"{saved.folder}/plan.json")
+            known = PRESETS.get(plan.hardware) or hardware(default_hardware())
+            devices = tuple(PRESETS.get(device.hardware, known) for device in plan.request.device_map)
+            request = PlanRequest(plan.mesh, known, devices=devices)
+            self._forecasts[saved.name] = StageForecast(lambda: artifact.op_graph(saved), plan, request)
+        return self._forecasts[saved.name]
 
     def is_usual(self, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Return True: files hold no graph that assumes any values of inputs."""
@@ -175,6 +197,13 @@ class ArtifactPrograms:
             if guards is None or not guards.violated(lengths):
                 return saved
         raise self._guard_error(variants[0], lengths)
+
+    def _serves(self, saved: SavedVariant, call: Call) -> bool:
+        """Return whether a saved variant is for this call without a cache, too."""
+        try:
+            return self._saved_for(call, 0) is saved
+        except AutodistError:
+            return False
 
     @cached_property
     def _made(self) -> MadePrograms:

@@ -25,6 +25,7 @@ from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, gua
 from autodist_fx.startup.build_model import generating_programs
 from autodist_fx.startup.facts import shared_weight_facts
 from autodist_fx.startup.model_snapshot import ModelSnapshot
+from autodist_fx.startup.stage_forecast import StageForecast
 from autodist_fx.weights.load import LoadReport
 from autodist_fx.weights.load_program import load_beside, load_program
 from autodist_fx.weights.share import share_weights
@@ -170,6 +171,7 @@ class CompiledPrograms:
     def __init__(self, startup: RankStartup, compiled: Compilation, loaded: list[RankProgram]) -> None:
         self._startup, self._compiled, self._loaded = startup, compiled, loaded
         self._calls: list[Variant] = []  # made and loaded by all ranks
+        self._forecasts: dict[int, StageForecast] = {}  # by id of the variant, which the compilation keeps
         self.signature = compiled.source.signature
 
     @property
@@ -220,7 +222,24 @@ class CompiledPrograms:
             variant = self._startup.made_alike(compiled, lambda: compiled.variant_for(call, 0), self._loaded)
             self._calls.append(variant)
             self._loaded.append(self.program(variant))
-        return CallProgram(self.program(variant), variant.output_order)
+        return CallProgram(
+            self.program(variant),
+            variant.output_order,
+            lambda other: compiled.serves(variant, other, 0),
+            self._forecast(variant),
+        )
+
+    @property
+    def step_seconds(self) -> StageForecast:
+        """Return what predicts the seconds of each stage in a step; see CallPrograms."""
+        return self._forecast(self.step)
+
+    def _forecast(self, variant: Variant) -> StageForecast:
+        key = id(variant)
+        if key not in self._forecasts:
+            request = self._startup.request
+            self._forecasts[key] = StageForecast(lambda: variant.graph, variant.plan, request)
+        return self._forecasts[key]
 
     def is_usual(self, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Return whether what the step's graph assumes of values holds; see CallPrograms."""

@@ -155,7 +155,8 @@ def prediction_lines(plan: PlanData) -> tuple[str, ...]:
     if plan.mesh.pp > 1 and total > 0:
         slowest = max(plan.stages, key=lambda s: s.seconds)
         lines.append(
-            f"slowest stage {slowest.index} with {seconds_text(slowest.seconds)}: what bounds a pipeline kept full"
+            f"slowest stage {slowest.index} with {seconds_text(slowest.seconds)}: what bounds a pipeline kept full, "
+            f"{total / slowest.seconds:.1f}x the pace of one microbatch at a time"
         )
     if plan.device_memory_bytes and plan.stages:
         fullest = max(plan.stages, key=lambda s: s.memory_bytes)

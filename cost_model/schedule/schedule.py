@@ -44,7 +44,8 @@ class Schedule:
     """One step of training on a pipeline: `actions[r]` are those of pipeline rank r, in order.
 
     `stage_ranks[s]` is the pipeline rank that has stage s; a rank has one stage or several. Each stage runs each of
-    the `microbatches` forward once, and backward once: in one pass, or gradients of inputs and then of weights.
+    the `microbatches` forward once, and backward once: in one pass, or gradients of inputs and then of weights. With
+    `forward_only` nothing goes backward: microbatches of a model that runs.
 
     Raises ScheduleError, which names rank and action, for actions that are missing, come twice, are another rank's, or
     go backward before they went forward. Whether the ranks' orders fit together is `timeline.simulate`'s to find out.
@@ -54,6 +55,7 @@ class Schedule:
     microbatches: int
     stage_ranks: tuple[int, ...]
     actions: tuple[tuple[Action, ...], ...]
+    forward_only: bool = False
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -98,6 +100,14 @@ class Schedule:
         """Formats a line a rank: "rank 0: 0F0 0F1 0B0 0B1"."""
         return "\n".join(f"rank {rank}: {' '.join(map(str, actions))}" for rank, actions in enumerate(self.actions))
 
+    @classmethod
+    def in_order(cls, stages: int, microbatches: int) -> Schedule:
+        """Returns the schedule of a model that runs: each stage on a rank of its own, microbatches in order."""
+        actions = tuple(
+            tuple(Action(ActionKind.FORWARD, stage, m) for m in range(microbatches)) for stage in range(stages)
+        )
+        return cls("in order", microbatches, tuple(range(stages)), actions, forward_only=True)
+
     def _check_sizes(self) -> None:
         count = self.microbatches
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -134,7 +144,7 @@ class Schedule:
     def _check_complete(self, stage: int, microbatch: int, done: set[tuple[ActionKind, int, int]]) -> None:
         forward, backward = ActionKind.FORWARD, ActionKind.BACKWARD
         split = (ActionKind.BACKWARD_INPUT, stage, microbatch) in done
-        for kind in (forward, ActionKind.BACKWARD_WEIGHT if split else backward):
+        for kind in (forward, *([] if self.forward_only else [ActionKind.BACKWARD_WEIGHT if split else backward])):
             if (kind, stage, microbatch) not in done:
                 raise ScheduleError(
                     f"schedule {self.name}, rank {self.stage_ranks[stage]}: action {Action(kind, stage, microbatch)} "

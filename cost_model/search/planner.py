@@ -10,6 +10,7 @@ from cost_model.errors import NoPlanFits
 from cost_model.graph.op_graph import OpGraph, TensorRef
 from cost_model.graph.placement import REPLICATE
 from cost_model.partition_plan import PartitionPlan
+from cost_model.plan.data import PlanData
 from cost_model.plan.missing_rules import refuse_missing_rules
 from cost_model.request.pins import pin_text, to_blame
 from cost_model.request.plan_request import PlanRequest
@@ -56,18 +57,25 @@ def forward_seconds(
 
     `plan` was made of `graph` for `request`; `sizes` maps size symbols to lengths.
     """
+    return sum(stage_seconds(graph, plan, request, sizes, shared))
+
+
+def stage_seconds(
+    graph: OpGraph, plan: PlanData, request: PlanRequest, sizes: Mapping[str, int], shared: SharedSearches
+) -> list[float]:
+    """Predicts the seconds of each stage in that forward, with what it receives."""
     planned = PlanSearch(graph, replace(request, sizes=tuple(sizes.items())), shared)
-    total = planned.step_seconds(plan.mesh.pp - 1)
+    found = [planned.step_seconds(stage) for stage in range(plan.mesh.pp)]
     for op in plan.ops:
         s = Strategy(op.factor, op.inputs, op.outputs, op.gather)
         for stage in op.stages:
             search = planned.of_stage[stage]
-            total += search.compute_seconds(graph[op.name], s) + search.gather_seconds(graph[op.name], s)
+            found[stage] += search.compute_seconds(graph[op.name], s) + search.gather_seconds(graph[op.name], s)
     for hop in plan.hops:
         placement = REPLICATE if hop.whole else plan.op(hop.op).outputs[hop.index]
         nbytes = planned.search.local(TensorRef(hop.op, hop.index), placement).nbytes
-        total += send_seconds(nbytes, planned.hop_link(hop.source, hop.target))
-    return total
+        found[hop.target] += send_seconds(nbytes, planned.hop_link(hop.source, hop.target))
+    return found
 
 
 def _fails(graph: OpGraph, request: PlanRequest, shared: SharedSearches) -> bool:

@@ -10,6 +10,7 @@ import torch.fx
 from cost_model.mesh import Mesh
 from passes.program.gradient_sums import GradSum, ParamUse
 from passes.program.param_shard import ParamShard
+from passes.program.row_division import UNKNOWN, RowDivision
 
 
 @dataclass
@@ -34,6 +35,9 @@ class RankProgram:
     grad_sums: tuple[GradSum, ...] | None = None  # owed after a backward pass; None: the program has none
     # what each stage does with its parameters, as far as emitting this program found out; only of one to be trained
     stage_uses: Mapping[int, tuple[ParamUse, ...]] = field(default_factory=dict)
+    # where a batch may be cut into parts that run one after the other; of a pipeline's programs alone
+    rows: RowDivision = UNKNOWN
+    whole_steps: str = UNKNOWN.reason  # why a step's tokens are to be run at once; "" where they may be run in parts
 
     @property
     def stage(self) -> int:

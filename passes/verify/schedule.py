@@ -1,4 +1,5 @@
-"""Proves, before anything runs, that the ranks of a pipeline never wait for each other for ever in a training step.
+"""Proves, before anything runs, that the ranks of a pipeline never wait for each other for ever, neither in a training
+step nor with several microbatches of a model that runs in flight.
 
 The messages are those of the programs' own sends and recvs: forward as they stand in the graph; backward a stage waits
 for the gradients of all that it sent, goes back, and sends those of all that it received. A rank goes through the
@@ -55,6 +56,18 @@ def verify_schedule(programs: Sequence[Programs], schedule: Schedule) -> None:
     except ScheduleError as error:
         raise VerificationError(str(error)) from None
     _Run(ranks, _by_rendezvous(ranks, steps)).run()
+
+
+def verify_in_flight(programs: Programs) -> None:
+    """Proves that microbatches of the same programs, of all ranks of a mesh, may follow each other through the stages:
+    each rank runs them in order, and lets go of what one has sent before the one after the next.
+
+    Events repeat with every microbatch: gone through are more than can be in the stages at once. Raises
+    VerificationError as `verify_schedule` does.
+    """
+    stages = programs[0].mesh.pp
+    ranks = _ranks([programs] * (2 * stages + 2), Schedule.in_order(stages, 2 * stages + 2))
+    _Run(ranks, _bounded(ranks)).run()
 
 
 def check_rendezvous(
@@ -160,6 +173,7 @@ class _Kind(enum.Enum):
     SEND = "sends"
     RECEIVE = "waits for"
     MEET = "comes to"  # all ranks of a group at once
+    LET_GO = "lets go of"  # waits until all that it has sent with an action, or before, is received
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +199,21 @@ def _in_place(ranks: _Ranks) -> _Events:
         for rank in range(schedule.ranks)
         for t in range(ranks.tp)
     }
+
+
+def _bounded(ranks: _Ranks) -> _Events:
+    """Returns the same where a rank lets go of what an action has sent before the action after the next."""
+    found: _Events = {}
+    for (rank, t), own in _in_place(ranks).items():
+        found[rank, t] = bounded = []
+        before = None
+        for event in own:
+            action = event.action
+            if action is not None and action is not before and action.microbatch > 1:
+                bounded.append(_Event(_Kind.LET_GO, Action(action.kind, action.stage, action.microbatch - 2)))
+            bounded.append(event)
+            before = action
+    return found
 
 
 def _by_rendezvous(ranks: _Ranks, steps: Sequence[Sequence[Sequence[Step]]]) -> _Events:
@@ -287,6 +316,11 @@ class _Run:
                     self.at[other] += 1
                 woken += [other for other in here if other != place]
                 continue
+            if event.kind is _Kind.LET_GO:
+                if self._unread(place, event) is not None:
+                    break
+                self.at[place] += 1
+                continue
             assert event.message is not None
             mail = self.mail.setdefault(self._channel(place[1], event.message), deque())
             if event.kind is _Kind.SEND:
@@ -296,8 +330,15 @@ class _Run:
                 break
             else:
                 self._take(place, event, mail.popleft())
+                woken.append((self.ranks.schedule.stage_ranks[event.message.sender], place[1]))
             self.at[place] += 1
         return woken
+
+    def _unread(self, place: Place, event: _Event) -> Message | None:
+        """Returns a message that a rank has sent with an action, or before, and that nobody has received yet."""
+        assert event.action is not None
+        own = (message for (t, source, *_), mail in self.mail.items() if (source, t) == place for message in mail)
+        return next((message for message in own if message.microbatch <= event.action.microbatch), None)
 
     def _channel(self, t: int, message: Message) -> tuple[object, ...]:
         owners = self.ranks.schedule.stage_ranks
@@ -326,6 +367,10 @@ class _Run:
         event = self.events[place][self.at[place]]
         if event.kind is _Kind.MEET:
             return next(p for p in event.ranks if not self._is_at(p, event))
+        if event.kind is _Kind.LET_GO:
+            unread = self._unread(place, event)
+            assert unread is not None
+            return self.ranks.schedule.stage_ranks[unread.receiver], place[1]
         assert event.message is not None
         return self.ranks.schedule.stage_ranks[event.message.sender], place[1]
 
@@ -337,6 +382,8 @@ class _Run:
         event = self.events[place][self.at[place]]
         other = self.ranks.name(self._awaited(place))
         at = event.action if event.action is not None else self._next_action(place)
+        if event.kind is _Kind.LET_GO:
+            return f"{self.ranks.name(place)} waits behind {at} for {other} to receive {self._unread(place, event)}"
         if event.message is None:
             return f"{self.ranks.name(place)} waits at {at} for {other} to come to a collective"
         if event.kind is _Kind.MEET and self.ranks.schedule.stage_ranks[event.message.sender] == place[0]:

@@ -69,7 +69,16 @@ def alive(pid):
     ("how", "ranks", "dead"), [(launched, 2, 1), (torchrun, 2, 1), (terminals, 2, 0), (terminals, 3, 1)]
 )
 def test_kill_9(how, ranks, dead):
-    processes = how(ranks, "talk")
+    kill_one(how, ranks, dead, "talk")
+
+
+@pytest.mark.slow
+def test_kill_9_while_groups_of_rows_are_in_flight():
+    kill_one(terminals, 2, 0, "groups")
+
+
+def kill_one(how, ranks, dead, what):
+    processes = how(ranks, what)
     try:
         ranks = pids(processes, ranks)
         time.sleep(0.5)  # in the middle of it

@@ -27,6 +27,7 @@ def arguments_of(signature: inspect.Signature, model: object, args: Sequence[Any
         kind = signature.parameters[name].kind
         given.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
     found = {name: value for name, value in given.items() if value is not None and name not in _MAY_DIFFER}
+    found["the model's microbatches"] = getattr(model, "microbatches", 1)
     if "synced_gpus" in signature.parameters:  # of generate, whose defaults are the model's
         found["the model's generation_config"] = getattr(model, "generation_config", None)
     return found

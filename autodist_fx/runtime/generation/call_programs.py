@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,15 +10,20 @@ import torch
 
 from autodist_fx.calls.call import Call
 from autodist_fx.calls.model_signature import ModelSignature
+from autodist_fx.runtime.microbatches.forecast import StageSeconds
 from passes.program.rank_program import RankProgram
 
 
 @dataclass(frozen=True, slots=True)
 class CallProgram:
-    """This rank's program for a call, and the names of the outputs of all ranks, flat, in the model's order."""
+    """This rank's program for a call, and the names of the outputs of all ranks, flat, in the model's order.
+    `serves(other)` says, alike on all ranks, whether it is the program for another call, too; `stage_seconds` what each
+    stage is predicted to take."""
 
     program: RankProgram
     output_order: Sequence[str]
+    serves: Callable[[Call], bool]
+    stage_seconds: StageSeconds
 
 
 class CallPrograms(Protocol):
@@ -38,6 +43,10 @@ class CallPrograms(Protocol):
 
         Called on all ranks alike, and raises AutodistError on all ranks alike where there can be none.
         """
+
+    @property
+    def step_seconds(self) -> StageSeconds:
+        """Return what predicts the seconds of each stage in a step that generates."""
 
     def is_usual(self, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Return whether what the graphs that generate assume of values holds for a step with these inputs."""

@@ -36,13 +36,17 @@ from autodist_fx.runtime.generation.leader import Leader
 from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.step_runner import RunnerParts, StepRunner
 from autodist_fx.runtime.generation.versions import GenerationHooks
+from autodist_fx.runtime.microbatches.announced import OneByOne
+from autodist_fx.runtime.microbatches.bounded_sends import BoundedSends
+from autodist_fx.runtime.microbatches.count import Microbatches, checked
+from autodist_fx.runtime.microbatches.grouped_generation import GroupedGeneration
 
 _GENERATE = inspect.signature(GenerationMixin.generate)
 _SYNCED_GPUS = [*_GENERATE.parameters].index("synced_gpus") - 1  # its position, after self
 _AS_GENERATING = (("logits_to_keep", 1),)  # arguments that the programs which fill a cache are made for
 
 
-class DistributedCausalLM(StepRunner, GenerationHooks):
+class DistributedCausalLM(GroupedGeneration, StepRunner, GenerationHooks):
     """The model that `adx.from_pretrained` and `adx.compile(...).to_distributed()` return, on every rank. `family`: a
     model without weights, where its class prepares its own inputs for generating (family_inputs.py)."""
 
@@ -82,6 +86,7 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        microbatches: Microbatches | None = None,
         **keywords: Any,
     ) -> Any:
         """Run one forward pass; called on every rank with the same arguments.
@@ -112,7 +117,7 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
             }
             call = read_call(self._call_programs.signature, self._given(others, {**named, **keywords}), {})
             if not call.use_cache:
-                return self._run_call(self._call_programs, call)
+                return self._run_call(self._call_programs, call, microbatches)
             self._refuse_with_cache(call, ("input_ids", "attention_mask", "position_ids", "cache_position"))
             get = call.tensors.get
             input_ids, attention_mask, position_ids = get("input_ids"), get("attention_mask"), get("position_ids")
@@ -124,8 +129,9 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
         if input_ids is None:
             raise AutodistError("a distributed model takes input_ids, and got none")
         found = self._forward(
-            input_ids, attention_mask, position_ids, past_key_values, cache_position, use_cache, further=further
-        )
+            input_ids, attention_mask, position_ids, past_key_values, cache_position, use_cache,
+            further=further, microbatches=microbatches,
+        )  # fmt: skip
         return found.to_tuple() if return_dict is False else found
 
     def _given(self, others: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,6 +168,7 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
         use_cache: bool | None,
         encoded: Encoded | None = None,
         further: Mapping[str, torch.Tensor] | None = None,
+        microbatches: Microbatches | None = None,
     ) -> CausalLMOutputWithPast:
         """Run a step, which reads `encoded` in a model with an encoder. `further`: inputs that no usual step has, by
         forward's names."""
@@ -190,11 +197,14 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in rows.items())
             raise AutodistError(f"a step over ranks has as many rows of each input, and got {shapes}: use one process")
         step = Step(cache, input_ids, attention_mask, position_ids, cache_position, encoded, shows_all, further)
-        is_usual = self.is_usual(step)
-        variant = self._choose(step) if is_usual else None
-        if self._leader is not None:
-            self._leader.announce_step(step, cache_kept=past_key_values is not None or use_cache is not False)
-        logits = self.run_variant(step, variant) if is_usual else self._run_unusual(step)
+        is_usual, cache_kept = self.is_usual(step), past_key_values is not None or use_cache is not False
+        if is_usual and (parts := self._chunked(step, microbatches)) is not None:
+            logits = self._run_chunks(parts, cache_kept=cache_kept)
+        else:
+            variant = self._choose(step) if is_usual else None
+            if self._leader is not None:
+                self._leader.announce_steps((step,), cache_kept=cache_kept)
+            logits = self.run_variant(step, variant) if is_usual else self._run_unusual(step)
         if self._leader is not None:
             logits = None if logits is None else logits[:, -1:, :]
         elif self.logits_on_every_rank:
@@ -211,21 +221,63 @@ class DistributedCausalLM(StepRunner, GenerationHooks):
         alone. With `return_dict_in_generate`, scores and logits are the driver's, the sequences everyone's. What any
         rank raises, all ranks raise, and the next call works. Arguments that differ are named on all ranks. Assisted
         generation is refused: the graphs give the logits of one position.
+
+        `microbatches` (None: the attribute): on pp > 1 a batch is generated in so many groups of rows, which go round
+        the stages in turns; tokens are the same for greedy search and beams. With do_sample each group has a random
+        state of its own, drawn from the caller's, so that tokens are others than in one: "auto" leaves such a batch
+        whole. `in_flight` says how the last call was divided, and why.
         """
         if self._leader is not None:  # called by transformers' generate itself: to heal tokens, say
             return super().generate(*args, **kwargs)
+        wanted = self._asked = checked(kwargs.pop("microbatches", None), self.microbatches)
+        given = _GENERATE.bind(self, *args, **kwargs).arguments
+        given = {**given.pop("kwargs", {}), **given}
+        given.pop("self")
         if not self.is_driver and self._channel is not None:
-            given = _GENERATE.bind(self, *args, **kwargs).arguments
-            given |= given.pop("kwargs", {})
             follower = Follower(
                 self, self._channel, self._outputs, streamer=given.get("streamer"), prompt=self._prompt(given)
             )
-            return follower.follow(self._finish_sends)
-        self._leader = Leader(self._channel, self._finish_sends, self._inputs)
+            result = follower.follow(BoundedSends(self.communicator))
+            self._finish_sends()
+            return result
+        drive = functools.partial(self._drive, super().generate)
+        self._leader = Leader(self._channel, OneByOne(self._finish_sends), self._inputs)
         try:
-            return self._leader.lead(functools.partial(self._drive, super().generate, *args, **kwargs))
+            if (groups := self._groups(given, wanted)) is not None:
+                return self._lead_groups(drive, groups, given)
+            return self._leader.lead(functools.partial(drive, *args, **kwargs))
         finally:
-            self._leader = None
+            self._leader = self._asked = None
+
+    @collective
+    @torch.no_grad()
+    def generate_many(
+        self,
+        inputs: Sequence[Mapping[str, Any] | torch.Tensor],
+        *,
+        microbatches: Microbatches | None = None,
+        **options: Any,
+    ) -> list[torch.Tensor]:
+        """Generate for many batches, so that a pipeline is kept full: as soon as one ends, the next takes its place.
+
+        Each of `inputs` is a batch as generate takes it: a dict of tensors (input_ids [rows, tokens], attention_mask,
+        ...), or token ids [rows, tokens] or [tokens]. `microbatches` batches are in flight at a time ("auto": one more
+        than there are stages). `options` are generate's. Returns the sequences of each batch, int64 [rows, tokens], on
+        every rank, as generate gives them for it alone; with do_sample each batch has a random state of its own, drawn
+        from the caller's. Raises AutodistError for options that are not of one batch (a streamer, processors, a cache,
+        return_dict_in_generate).
+        """
+        wanted = checked(microbatches, self.microbatches)
+        batches = [dict(each) if isinstance(each, Mapping) else {"inputs": torch.atleast_2d(each)} for each in inputs]
+        if not batches:
+            return []
+        if not self.is_driver and self._channel is not None:
+            follower, sends = Follower(self, self._channel, self._outputs), BoundedSends(self.communicator)
+            found = [follower.follow(sends) for _ in batches]
+            self._finish_sends()
+            return found
+        drive = functools.partial(self._drive, super().generate)
+        return self._lead_many(drive, [{**options, **batch} for batch in batches], wanted)
 
     def _drive(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
         """Run transformers' `generate` on the driver, with what ranks can be given."""

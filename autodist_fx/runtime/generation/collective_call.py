@@ -20,6 +20,7 @@ from autodist_fx.runtime.comm.agreement import Facts, agree, over
 from autodist_fx.runtime.comm.channels import Channel
 from autodist_fx.runtime.comm.remote_error import CallBroken, ErrorReport
 from autodist_fx.runtime.generation.call_facts import arguments_of, facts_of_call
+from autodist_fx.runtime.microbatches.bounded_sends import SendingCommunicator
 from cost_model.mesh import Mesh
 from passes.ops.comm import Communicator, Parts
 
@@ -28,7 +29,7 @@ _WORDS = 4  # int64 of an exchange: a digest of 24 bytes, and whether all is wel
 _WAY_OUT = "call every rank with the same arguments (a streamer may differ)"
 
 
-class CallCommunicator(Communicator, Protocol):
+class CallCommunicator(Communicator, SendingCommunicator, Protocol):
     """A communicator that can end what all ranks wait for, and be used again afterwards."""
 
     def begin(self) -> None:

@@ -8,7 +8,7 @@ programs of all ranks meet in their collectives.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,12 +26,15 @@ from autodist_fx.runtime.generation.step_messages import (
     CropMessage,
     EncodeMessage,
     EndMessage,
+    ForgetMessage,
+    GroupsMessage,
     InputsMessage,
     OutputKind,
     PrepareMessage,
     ReorderMessage,
     StepMessage,
 )
+from autodist_fx.runtime.microbatches.bounded_sends import BoundedSends
 
 
 class FollowingModel(Protocol):
@@ -68,16 +71,17 @@ class Follower:
         self._model, self._channel, self._outputs = model, channel, outputs
         self._streamer, self._prompt, self._prompt_streamed = streamer, prompt, False
         self._kept: dict[int, SplitCache] = {}  # alive until the end: a logits processor may have one of its own
-        self._encoded: Encoded | None = None  # alive as long as the leader's
+        self._encoded: dict[int, Encoded] = {}  # alive as long as the leader's
+        self._streams_at_end: int | None = None  # columns of the prompt, where rows are generated in groups
         self._further: dict[str, torch.Tensor] = {}  # inputs of the step that comes, beside tokens
 
-    def follow(self, finish_sends: Callable[[], None]) -> Any:
+    def follow(self, sends: BoundedSends) -> Any:
         """Do what the leader says until it says that this is the end; return the same result as on the driver.
-        `finish_sends` lets go of what was sent. What the leader raises, ends the waits here (collective_call.py)."""
+        `sends` are those of this rank's programs. What the leader raises, ends the waits here (collective_call.py)."""
         while True:
-            finish_sends()
             match self._channel.hear():
                 case StepMessage() as message:
+                    sends.begin_action()
                     self._step(message)
                 case ReorderMessage() as message:
                     self._model.caches.numbered(message.cache).reorder_cache(message.rows)
@@ -88,7 +92,15 @@ class Follower:
                         name: self._channel.receive(spec, Channel.STEP_INPUTS) for name, spec in message.inputs
                     }
                 case EncodeMessage() as message:
-                    self._encoded = self._model.follow_encoding(message)
+                    sends.begin_action()
+                    if self._streams_at_end is None:
+                        self._encoded.clear()
+                    self._encoded[message.encoded] = self._model.follow_encoding(message)
+                case GroupsMessage() as message:
+                    self._streams_at_end = message.prompt_tokens
+                case ForgetMessage() as message:
+                    self._kept.pop(message.cache, None)
+                    self._encoded.pop(message.encoded, None)
                 case PrepareMessage() as message:
                     with contextlib.suppress(AutodistError):  # the leader has the same, and says it
                         self._model.prepare(message.lengths)
@@ -124,7 +136,7 @@ class Follower:
         self._stream(message.input_ids, new=message.new_tokens)
 
     def _stream(self, input_ids: torch.Tensor, *, new: bool) -> None:
-        if self._streamer is None:
+        if self._streamer is None or self._streams_at_end is not None:
             return
         if not self._prompt_streamed:
             self._streamer.put((input_ids if self._prompt is None else self._prompt).cpu())
@@ -135,7 +147,12 @@ class Follower:
     def _end(self, message: EndMessage) -> Any:
         sequences = message.sequences
         if self._streamer is not None:
-            self._streamer.put(sequences[:, -1].cpu())
+            columns = [sequences[:, -1]]
+            if (prompt := self._streams_at_end) is not None:
+                self._streamer.put(sequences[:, :prompt].cpu())
+                columns = list(sequences[:, prompt:].unbind(1))
+            for column in columns:
+                self._streamer.put(column.cpu())
             self._streamer.end()
         if message.kind is OutputKind.SEQUENCES:
             return sequences

@@ -32,14 +32,19 @@ class GuardedPrograms(Generic[T]):
         """Return the variant whose guards hold at these sizes; guards on sizes that are not given are not asked.
         Each variant's guards are evaluated once, up to those that hold. `before_making(lengths)` is called where
         there is none yet, so that other ranks can be told to make it, too."""
-        for guards, variant in self.found:
-            if guards is None or not guards.violated(lengths):
-                return variant
+        if (known := self.known(lengths)) is not None:
+            return known
         assert self.make is not None, "without guards there is one variant, for all lengths"
         if before_making is not None:
             before_making(lengths)
+            if (known := self.known(lengths)) is not None:  # made meanwhile, for another group of rows
+                return known
         self.found.append(self.make(lengths))
         return self.found[-1][1]
+
+    def known(self, lengths: Lengths) -> T | None:
+        """Return the first variant whose guards hold; None where there is none."""
+        return next((v for guards, v in self.found if guards is None or not guards.violated(lengths)), None)
 
 
 def only(variant: T) -> GuardedPrograms[T]:

@@ -25,6 +25,8 @@ from autodist_fx.runtime.generation.step_messages import (
     CropMessage,
     EncodeMessage,
     EndMessage,
+    ForgetMessage,
+    GroupsMessage,
     InputsMessage,
     Message,
     OutputKind,
@@ -33,6 +35,7 @@ from autodist_fx.runtime.generation.step_messages import (
     StepMessage,
     TensorSpec,
 )
+from autodist_fx.runtime.microbatches.announced import Announcements, OneByOne
 
 
 class GrowingMask:
@@ -62,13 +65,21 @@ class GrowingMask:
 
 
 class Leader:
-    """Leads one generation. `channel` goes to all other ranks, None where there are none; `finish_sends` lets go of
-    what was sent; `inputs` are what the graphs of any rank take, by the decoder's plain names."""
+    """Leads one generation. `channel` goes to all other ranks, None where there are none; `announcements` lets go of
+    what was sent; `inputs` are what the graphs of any rank take, by the decoder's plain names. `divides_rows`: it
+    generates some of a batch's rows, by graphs that compute each row by itself."""
 
     def __init__(
-        self, channel: StepChannel | None, finish_sends: Callable[[], None], inputs: frozenset[str]
+        self,
+        channel: StepChannel | None,
+        announcements: Announcements,
+        inputs: frozenset[str],
+        *,
+        divides_rows: bool = False,
     ) -> None:
-        self._channel, self._finish_sends = channel, finish_sends
+        self.divides_rows = divides_rows
+        self._channel, self._announcements = channel, announcements
+        self._caches: set[int] = set()  # numbers of those that others keep for it
         self._takes_positions, self._takes_mask = "position_ids" in inputs, "attention_mask" in inputs
         self.mask = GrowingMask()
         self._chosen = False  # tokens, since the last step of transformers' loop
@@ -78,9 +89,25 @@ class Leader:
     def lead(self, generate: Callable[[], Any]) -> Any:
         """Return what transformers' `generate` returns, which then all ranks have."""
         result = generate()
-        self._say(self._end(result))
-        self._finish_sends()
+        self.end(result)
         return result
+
+    def end(self, result: Any) -> None:
+        """Say that this is the end, and what it has come to."""
+        self._say(self._end(result))
+        self._announcements.begin()
+
+    def begin_groups(self, prompt_tokens: int) -> None:
+        """Say that rows are generated in groups, after a prompt of so many columns."""
+        self._announcements.begin()
+        self._say(GroupsMessage(prompt_tokens))
+
+    def forget(self) -> None:
+        """Say that what was kept for this generation goes, since a group of rows has ended."""
+        encoded, self.encoded = 0 if self.encoded is None else self.encoded.number, None
+        for cache in sorted(self._caches) or ([0] if encoded else []):
+            self._say(ForgetMessage(cache, encoded))
+        self._caches.clear()
 
     @staticmethod
     def _end(result: Any) -> EndMessage:
@@ -99,10 +126,22 @@ class Leader:
         """Take note that a step of transformers' loop comes next; other calls (a processor's, say) choose none."""
         self._new_tokens, self._chosen = self._chosen, False
 
-    def announce_step(self, step: Step, *, cache_kept: bool) -> None:
-        """Announce a step before the driver runs it. Raises AutodistError on a mask that is not [batch, tokens]."""
+    @property
+    def is_alone(self) -> bool:
+        """Return whether no other generation is in flight beside this one."""
+        return isinstance(self._announcements, OneByOne)
+
+    def announce_steps(self, steps: Sequence[Step], *, cache_kept: bool) -> None:
+        """Announce steps before the driver runs the first of them: one, or the chunks of one. Raises AutodistError on a
+        mask that is not [batch, tokens]."""
         if self._channel is None:
             return
+        self._announcements.begin()
+        for step in steps:
+            self._announce(step, cache_kept=cache_kept, is_last=step is steps[-1])
+        self._announcements.end()
+
+    def _announce(self, step: Step, *, cache_kept: bool, is_last: bool) -> None:
         mask, cache, grown = step.attention_mask, step.cache, False
         assert mask is not None
         if self._takes_mask:
@@ -110,10 +149,12 @@ class Leader:
                 raise AutodistError(f"attention_mask must be [batch, tokens]; got {list(mask.shape)}")
             grown = self.mask.is_grown(mask) and cache.mask_tokens == mask.shape[1] - 1
             cache.mask_tokens = mask.shape[1]
+        if cache_kept:
+            self._caches.add(cache.number)
         self._announce_further(step)
         told = self._takes_mask and not grown and not step.shows_all
-        new_tokens, self._new_tokens = self._new_tokens, False
-        self._finish_sends()
+        new_tokens = self._new_tokens and is_last
+        self._new_tokens = self._new_tokens and not is_last
         self._say(
             StepMessage(
                 cache=cache.number,
@@ -132,7 +173,6 @@ class Leader:
     def _announce_further(self, step: Step) -> None:
         """Announce the inputs that no usual step has, and send them."""
         if step.further and self._channel is not None:
-            self._finish_sends()
             specs = ((name, TensorSpec(value.dtype, tuple(value.shape))) for name, value in step.further.items())
             self._say(InputsMessage(tuple(specs)))
             for value in step.further.values():
@@ -140,20 +180,22 @@ class Leader:
 
     def announce_preparing(self, lengths: Lengths) -> None:
         """Announce that all ranks are to make a program for these sizes, which they do together."""
-        self._finish_sends()
+        self._announcements.begin()
         self._say(PrepareMessage(lengths))
+        self._announcements.end()
 
     def announce_encoding(self, encoded: int, inputs: Sequence[torch.Tensor | None]) -> None:
         """Announce that the encoder runs on `inputs`, None for what it is not given; they are sent, too. `encoded`
         is the number of what it will give."""
         if self._channel is None:
             return
-        self._finish_sends()
+        self._announcements.begin()
         specs = (None if value is None else TensorSpec(value.dtype, tuple(value.shape)) for value in inputs)
         self._say(EncodeMessage(encoded, tuple(specs)))
         for value in inputs:
             if value is not None:
                 self._channel.send(value, Channel.ENCODER_INPUTS)
+        self._announcements.end()
 
     def announce_cache_change(self, what: str, cache: SplitCache, numbers: torch.Tensor) -> None:
         """Announce a change of a cache: `what` is "reorder", with rows, or "crop", with one length."""

@@ -121,6 +121,9 @@ class DistributedOwnCacheLM(DistributedCausalLM):
         self._after_step = after_step
         self._row_dims, self._mixing = row_dims(self.program), mixing_line(self.program)
 
+    def _why_one_stage(self) -> str:
+        return super()._why_one_stage() or "a model with a cache of its own hands states over between its steps"
+
     def _programs_for(self, lengths: Lengths) -> GuardedPrograms[Any]:
         return self._programs if lengths["P"] else self._prompts
 

@@ -36,6 +36,7 @@ from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.step_messages import EncodeMessage
 from autodist_fx.runtime.generation.step_runner import RunnerParts
+from autodist_fx.runtime.microbatches.count import Microbatches
 from passes.program.rank_program import RankProgram
 
 
@@ -87,6 +88,9 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
                 raise
             return getattr(skeleton, name)
 
+    def _why_rows_stay(self) -> str:
+        return self.encoder_program.rows.reason or super()._why_rows_stay()
+
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Return the stand-in that runs the encoder on all ranks."""
         return self._encoder
@@ -110,6 +114,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        microbatches: Microbatches | None = None,
         **keywords: Any,
     ) -> Any:
         """Run one forward pass; called on every rank with the same arguments.
@@ -147,7 +152,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
                 given.setdefault("past_key_values", None)  # the encoder has filled a cache
             call = read_call(self._call_programs.signature, given, {})
             if not call.use_cache:
-                return self._run_call(self._call_programs, call)
+                return self._run_call(self._call_programs, call, microbatches)
             decoders = (*self._names.values(), "cache_position")
             self._refuse_with_cache(call, (*self._encoder_inputs, self.main_input_name, "attention_mask", *decoders))
             get = call.tensors.get
@@ -235,7 +240,7 @@ class DistributedSeq2SeqLM(DistributedCausalLM):
         given = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in given.items()}
         lengths = self._read(given)
         encoder, _ = self._programs.get(lengths, self._announce_preparing)
-        number = self._encoded_count + 1
+        number = self._encoded_count = self._encoded_count + 1
         if self._leader is not None:
             self._leader.announce_encoding(number, [given.get(name) for name in self._encoder_inputs])
         encoded = self._encode(number, given, lengths, encoder)

@@ -24,6 +24,7 @@ class StepChannel:
     ) -> None:
         self._communicator, self._leader, self._followers = communicator, leader, tuple(followers)
         self._device = device
+        self.sent = 0  # sends so far, of messages and tensors
 
     def say(self, message: Message) -> None:
         """Start sending a message to every follower; called on the leader."""
@@ -32,6 +33,7 @@ class StepChannel:
         for rank in self._followers:
             for piece in pieces:
                 self._communicator.send(piece, rank, Channel.STEPS)
+                self.sent += 1
 
     def hear(self) -> Message:
         """Return the leader's next message; waits for it. Raises CommunicationError where it is damaged."""
@@ -44,6 +46,7 @@ class StepChannel:
         """Send a tensor that a message announced, to every follower."""
         for rank in self._followers:
             self._communicator.send(tensor.contiguous(), rank, channel)
+            self.sent += tensor.numel() > 0
 
     def receive(self, spec: TensorSpec, channel: Channel) -> torch.Tensor:
         """Return a tensor that a message of the leader's announced."""

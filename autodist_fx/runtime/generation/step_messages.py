@@ -47,6 +47,8 @@ class Command(IntEnum):
     ENCODE = 5
     PREPARE = 6
     INPUTS = 7
+    GROUPS = 8
+    FORGET = 9
 
 
 class OutputKind(IntEnum):
@@ -330,10 +332,48 @@ class PrepareMessage(Message):
         return cls({symbol: n for symbol, n in lengths.items() if n >= 0})
 
 
+@dataclass(frozen=True, slots=True)
+class GroupsMessage(Message):
+    """The rows are generated in groups: steps of several come in turns. A streamer gets all tokens at the end."""
+
+    command: ClassVar[Command] = Command.GROUPS
+
+    prompt_tokens: int  # columns of the sequences that a streamer gets first
+
+    def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
+        return (self.prompt_tokens,), ()
+
+    @classmethod
+    def _from_content(cls, numbers: Sequence[int], payload: torch.Tensor) -> GroupsMessage:
+        _check(cls, 0, _MOST, prompt_tokens=numbers[0])
+        _check_payload(cls, payload, 0)
+        return cls(numbers[0])
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetMessage(Message):
+    """A group has ended, and what it held goes: a cache, and what an encoder gave (0: nothing)."""
+
+    command: ClassVar[Command] = Command.FORGET
+
+    cache: int
+    encoded: int = 0
+
+    def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
+        return (self.cache, self.encoded), ()
+
+    @classmethod
+    def _from_content(cls, numbers: Sequence[int], payload: torch.Tensor) -> ForgetMessage:
+        _check(cls, 0, _MOST, cache=numbers[0], encoded=numbers[1])
+        _check_payload(cls, payload, 0)
+        return cls(*numbers[:2])
+
+
 _KINDS: dict[int, type[Message]] = {
     kind.command: kind
     for kind in (
-        StepMessage, ReorderMessage, CropMessage, EndMessage, EncodeMessage, PrepareMessage, InputsMessage
+        StepMessage, ReorderMessage, CropMessage, EndMessage, EncodeMessage, PrepareMessage, InputsMessage,
+        GroupsMessage, ForgetMessage,
     )
 }  # fmt: skip
 

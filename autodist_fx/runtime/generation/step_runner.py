@@ -29,6 +29,10 @@ from autodist_fx.runtime.generation.leader import Leader
 from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.step_channel import StepChannel
 from autodist_fx.runtime.generation.step_messages import EncodeMessage
+from autodist_fx.runtime.microbatches.bounded_sends import BoundedSends
+from autodist_fx.runtime.microbatches.count import Microbatches, checked
+from autodist_fx.runtime.microbatches.divided_call import joined
+from autodist_fx.runtime.microbatches.in_flight import InFlight, divided_call
 from autodist_fx.runtime.pretrained_members import PretrainedMembers
 from autodist_fx.runtime.share_outputs import share_outputs
 from autodist_fx.runtime.table_checks import lookups_checked
@@ -66,10 +70,12 @@ class StepRunner(PretrainedMembers):
 
     _names: Mapping[str, str] = {}  # what the graph calls an input of the decoder, where it is not the plain name
     logits_on_every_rank = False
+    in_flight = InFlight(1, "nothing was called yet")  # how the last call was divided; of generate, on the driver
 
     def __init__(self, parts: RunnerParts, programs: GuardedPrograms[Any]) -> None:
         super().__init__()
         self._call_programs, self._programs = parts.call_programs, programs
+        self._microbatches: Microbatches = "auto"
         program, communicator, config = parts.program, parts.communicator, parts.config
         self.program, self.communicator, self.config = program, communicator, config
         self.plan, self.load_report = parts.plan, parts.load_report
@@ -151,6 +157,10 @@ class StepRunner(PretrainedMembers):
 
     def _run_program(self, program: RankProgram, step: Step, further: Mapping[str, Any]) -> torch.Tensor | None:
         """Run a program with a step's inputs; `further`: what it takes besides, by its own names."""
+        if self._leader is not None and self._leader.divides_rows and program.rows.reason:
+            raise AutodistError(
+                f"for these sizes the graph mixes a batch's rows ({program.rows.reason}): generate with microbatches=1"
+            )
         given = {
             "input_ids": step.input_ids,
             "attention_mask": step.attention_mask,
@@ -181,12 +191,32 @@ class StepRunner(PretrainedMembers):
         self._finish_sends()
         return share_outputs(self.communicator, self.mesh, self.rank, outputs, self.device)
 
-    def _run_call(self, programs: CallPrograms, call: Call) -> CallOutput | tuple[Any, ...]:
+    @property
+    def microbatches(self) -> Microbatches:
+        """The number of microbatches that calls are divided into, on pp > 1: "auto", or 1 and more, the same on all
+        ranks. A call's own `microbatches=` comes before it. Raises AutodistError when set to anything else."""
+        return self._microbatches
+
+    @microbatches.setter
+    def microbatches(self, value: object) -> None:
+        self._microbatches = checked(value)
+
+    def _run_call(
+        self, programs: CallPrograms, call: Call, microbatches: Microbatches | None = None
+    ) -> CallOutput | tuple[Any, ...]:
         """Run a call without a cache; return what the model returns, on all ranks. Called on all."""
         call = programs.completed(call)
         made = programs.program_for(call)
-        outputs = self._call(made.program, {name: call.tensors[name] for name in made.program.input_names})
-        return returned(call, self._share(outputs), made.output_order)
+        program, wanted = made.program, checked(microbatches, self._microbatches)
+        parts, self.in_flight = divided_call(
+            call, program.rows, made.serves, made.stage_seconds, wanted, self.mesh.pp
+        )
+        sends, outputs = BoundedSends(self.communicator), []
+        for part in parts:
+            if len(parts) > 1:
+                sends.begin_action()
+            outputs.append(self._call(program, {name: part.tensors[name] for name in program.input_names}))
+        return returned(call, self._share(joined(outputs, program.rows)), made.output_order)
 
     def encoded_of(self, number: int) -> Encoded | None:
         """Return what the encoder gave under that number; None for 0, as in a model without one."""

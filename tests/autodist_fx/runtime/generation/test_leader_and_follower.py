@@ -13,6 +13,7 @@ from autodist_fx.calls.lengths import Lengths
 from autodist_fx.errors import AutodistError, CommunicationError
 from autodist_fx.runtime.cache.cache_table import CacheTable
 from autodist_fx.runtime.cache.kv_cache import SplitCache
+from autodist_fx.runtime.comm.alone_communicator import AloneCommunicator
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.follower import Follower
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
@@ -28,6 +29,7 @@ from autodist_fx.runtime.generation.step_messages import (
     StepMessage,
 )
 from autodist_fx.runtime.generation.step_runner import RunnerParts
+from autodist_fx.runtime.microbatches.bounded_sends import BoundedSends
 from autodist_fx.simulation.thread_communicator import ThreadWorld
 from autodist_fx.weights.load import load_rank
 from autodist_fx.weights.sources.module_source import ModuleSource
@@ -113,7 +115,7 @@ class Ran:
 
 def follow(model: Ran, *messages: Message, **options: Any) -> Any:
     follower = Follower(model, Heard(*messages), (dict, dict), **options)  # type: ignore[arg-type]
-    return follower.follow(lambda: None)
+    return follower.follow(BoundedSends(AloneCommunicator()))
 
 
 def step(cache: int = 1, at: int = 0, ids: torch.Tensor = IDS, **fields: Any) -> StepMessage:

@@ -18,6 +18,8 @@ from autodist_fx.runtime.generation.step_messages import (
     CropMessage,
     EncodeMessage,
     EndMessage,
+    ForgetMessage,
+    GroupsMessage,
     InputsMessage,
     Message,
     OutputKind,
@@ -79,6 +81,8 @@ MESSAGES = st.one_of(
     st.builds(CropMessage, NUMBERS, st.integers(-(1 << 40), 1 << 40)),
     st.builds(EncodeMessage, NUMBERS, st.lists(st.none() | SPECS, max_size=40).map(tuple)),
     st.builds(PrepareMessage, LENGTHS),
+    st.builds(GroupsMessage, st.integers(0, 1 << 20)),
+    st.builds(ForgetMessage, st.integers(0, 1 << 20), st.integers(0, 1 << 20)),
     st.builds(InputsMessage, st.lists(st.tuples(NAMES, SPECS), min_size=1, max_size=9).map(tuple)),
 )
 
@@ -119,6 +123,7 @@ def damaged(at: int, value: int, message: Message | None = None) -> torch.Tensor
     return packed
 
 
+GROUPS, FORGET = GroupsMessage(7), ForgetMessage(3, 1)
 CROP, PREPARE = CropMessage(3, 5), PrepareMessage({"B": 2, "S": 3})
 END = EndMessage(OutputKind.BEAMS, torch.arange(8).view(2, 4))
 ENCODE = EncodeMessage(1, (TensorSpec(torch.long, (2, 3)), None))
@@ -126,7 +131,7 @@ INPUTS = InputsMessage((("pixel_values", TensorSpec(torch.float32, (1, 3, 8, 8))
 DAMAGED = {
     "of format 0x41445803 came, and this rank reads 0x41445804": damaged(0, FORMAT - 1),
     "is a command 0, where a Message": damaged(1, 0),
-    "is a command 9, where a Message": damaged(1, 9),
+    "is a command 10, where a Message": damaged(1, 10),
     "a payload of -1 integers": damaged(2, -1),
     "a payload of 1152921504606846976 integers": damaged(2, 1 << 60),
     "a message of 315 integers came with 128": damaged(2, 300),
@@ -188,7 +193,7 @@ def test_a_message_cut_off_or_of_another_class_is_refused() -> None:
 
 
 def test_every_command_has_its_message() -> None:
-    examples = [step(), CROP, PREPARE, ENCODE, INPUTS, END, ReorderMessage(1, torch.arange(3))]
+    examples = [step(), CROP, PREPARE, ENCODE, INPUTS, END, ReorderMessage(1, torch.arange(3)), GROUPS, FORGET]
     assert sorted(message.command for message in examples) == sorted(Command)
     assert all(type(Message.unpack(message.pack())) is type(message) for message in examples)
 

@@ -1,0 +1,1 @@
+"""Pipelines of two ranks, kept full."""
