@@ -1,16 +1,18 @@
-"""The course: answers pass and holes fail, common mistakes are found."""
+"""The course: answers pass and holes fail, common mistakes are found, pages and notebooks are of the lessons' texts."""
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from autodist_fx.cli.main import main
 from autodist_fx.course.grading import Mark, grade_text
 from autodist_fx.course.lessons import LESSONS, lesson
-from autodist_fx.course.notebook import make_notebook
+from autodist_fx.course.notebook import make_notebook, make_page
 from tests.support.command_line import fails, succeeds
 
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "course"
 every_lesson = pytest.mark.parametrize("number", [each.number for each in LESSONS])
 
 # Mistakes that people make, as (lesson, what the answer says, what they write): some check fails.
@@ -94,3 +96,25 @@ def test_the_command_line(capsys, tmp_path):
     assert "is there already" in fails(capsys, "course", "start", 3, tmp_path)
     assert "which lesson? `autodist-fx course check 1`" in fails(capsys, "course", "check")
     assert "course start 1`" in fails(capsys, "course", "check", 1, tmp_path / "nowhere.py")
+
+
+@every_lesson
+def test_page_and_notebook_are_of_the_text(number):
+    """They were made of the text that is here (`make course`), by running it."""
+    asked = lesson(number)
+    notebook = json.loads((DOCS / f"{asked.page}.ipynb").read_text(encoding="utf-8"))
+    fresh = make_notebook(asked)
+    assert [("".join(c["source"]), c["id"]) for c in notebook["cells"]] == [
+        ("".join(c["source"]), c["id"]) for c in fresh["cells"]
+    ]
+    assert [c["execution_count"] for c in notebook["cells"] if c["cell_type"] == "code"] == [
+        n + 1 for n in range(sum(c["cell_type"] == "code" for c in fresh["cells"]))
+    ]
+    drawn = {}
+
+    def save(n, svg):
+        drawn[f"images/lesson_{number}_{n}.svg"] = svg + "\n"
+        return f"images/lesson_{number}_{n}.svg"
+
+    assert make_page(notebook, save) == (DOCS / f"{asked.page}.md").read_text(encoding="utf-8")
+    assert drawn == {f"images/{p.name}": p.read_text(encoding="utf-8") for p in DOCS.glob(f"images/lesson_{number}_*")}
