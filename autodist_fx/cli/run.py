@@ -30,6 +30,7 @@ from autodist_fx.cli.arguments import (
     probability,
 )
 from autodist_fx.cli.generation.command_start import VARIABLE, command_started, process_started
+from autodist_fx.cli.generation.forecast import forecast_text
 from autodist_fx.cli.generation.prompts import Answer, TimedStreamer, encode, split_answers
 from autodist_fx.cli.generation.sources import FromCheckpoint, Saved, Source
 from autodist_fx.errors import AutodistError
@@ -212,7 +213,7 @@ def _generate(args: argparse.Namespace, prompts: list[str], source: Source) -> N
     if args.json:
         print(json.dumps({**_as_dict(args, mesh, model, answers, timings), "start": spent}, ensure_ascii=False))
     else:
-        _print(answers, timings, spent, mesh, streamed=streams)
+        _print(answers, timings, spent, mesh, forecast_text(model.plan, len(prompts)), streamed=streams)
 
 
 def _in_batches(model: Any, rows: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> torch.Tensor:
@@ -270,7 +271,13 @@ def _as_dict(
 
 
 def _print(
-    answers: list[Answer], timings: dict[str, Any], spent: Mapping[str, float], mesh: Mesh, *, streamed: bool
+    answers: list[Answer],
+    timings: dict[str, Any],
+    spent: Mapping[str, float],
+    mesh: Mesh,
+    forecast: str,
+    *,
+    streamed: bool,
 ) -> None:
     if not streamed:
         for number, answer in enumerate(answers, 1):
@@ -282,7 +289,7 @@ def _print(
     if first is not None:
         parts.append(f"first token after {first * 1e3:.0f} ms")
     if each is not None:
-        parts.append(f"{each * 1e3:.1f} ms a token")
+        parts.append(f"{each * 1e3:.1f} ms a token{forecast}")
     parts.append(f"{timings['new_tokens']} tokens, {timings['tokens_per_second']:.1f} tokens/s")
     print("; ".join(parts), flush=True)
 
