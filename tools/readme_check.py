@@ -75,6 +75,13 @@ def difference(block: Block, output: str) -> str:
     return "\n".join(difflib.unified_diff(expected, printed, "written", "printed", lineterm="", n=1))
 
 
+def stale_figures(readme: str, benchmarks: str) -> list[str]:
+    """Return the figures of the README's row of measurements that are no medians in the benchmarks' page."""
+    row = re.search(r"(?m)^\| decode, .*$", readme)
+    figures = re.findall(r"(?<![\d.])\d+\.\d(?![\d.])", row[0]) if row else ["the row itself"]
+    return [figure for figure in figures if f" {figure} (" not in benchmarks]
+
+
 def run(command: str, home: str) -> str:
     """Run a command as a user with nothing kept yet would, and return its standard output."""
     environment = {**os.environ, "HF_HOME": home, "COLUMNS": "120", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
@@ -89,6 +96,9 @@ def run(command: str, home: str) -> str:
 def main(paths: Sequence[str]) -> int:
     """Check the documents; return the exit code."""
     wrong = 0
+    if stale := stale_figures((ROOT / "README.md").read_text(), (ROOT / "docs" / "benchmarks.md").read_text()):
+        print(f"DIFFERS          README.md, decode: docs/benchmarks.md has no {', '.join(stale)}")
+        wrong += 1
     for path in paths or [str(ROOT / "README.md")]:
         blocks = list(blocks_of(Path(path).read_text(encoding="utf-8")))
         if not blocks:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.readme_check import blocks_of, difference
+from tools.readme_check import blocks_of, difference, stale_figures
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = """
@@ -47,3 +47,11 @@ def test_the_readme_has_marked_blocks_and_the_test_command() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [block.command.split()[:2] for block in blocks_of(text)] == [["autodist-fx", "plan"], ["autodist-fx", "run"]]
     assert "\n    make test " in text and "make test " in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_a_figure_that_was_measured_otherwise_is_named() -> None:
+    row = "| decode, tp=2 | **40.0 tokens/s** | 11.8 (4.57.6) | 16.3 |"
+    table = "| a | 40.0 (36 to 41) | 11.8 (11 to 12) |"
+    assert stale_figures(row, table) == ["16.3"]
+    assert stale_figures(row, table + " 16.3 (15 to 17) |") == []
+    assert stale_figures("no row", table) != []
