@@ -25,8 +25,11 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def rank_environment(rank: int, world_size: int, port: int, threads: int) -> dict[str, str]:
-    """Returns what torchrun would set, on loopback, with the given number of threads for each rank."""
+def rank_environment(
+    rank: int, world_size: int, port: int, threads: int, checkout: Path = HERE.parent
+) -> dict[str, str]:
+    """Returns what torchrun would set, on loopback, with the given number of threads for each rank, for the code of
+    `checkout`."""
     return {
         **os.environ,
         "RANK": str(rank),
@@ -40,21 +43,31 @@ def rank_environment(rank: int, world_size: int, port: int, threads: int) -> dic
         "MKL_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # This checkout is measured, not an installed copy.
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")])),
+        # The checkout is measured, not an installed copy.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")])),
     }
 
 
 class Ranks:
     """The processes of one contender: commands go to every rank's stdin, one JSON line comes back from each."""
 
-    def __init__(self, script: str, args: list[str], world_size: int, threads: int, log: Path) -> None:
+    def __init__(
+        self,
+        script: str,
+        args: list[str],
+        world_size: int,
+        threads: int,
+        log: Path,
+        *,
+        python: str = sys.executable,
+        checkout: Path = HERE.parent,
+    ) -> None:
         port = free_port()
         self.log = log
         self.processes = [
             subprocess.Popen(
-                [sys.executable, str(HERE / script), *args],
-                env=rank_environment(rank, world_size, port, threads),
+                [python, str(HERE / script), *args],
+                env=rank_environment(rank, world_size, port, threads, checkout),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log.open("a"),

@@ -16,6 +16,7 @@ from typing import IO, Any
 import torch
 
 from autodist_fx.artifact.manifest import ArtifactError, FileRecord, Manifest, json_object
+from autodist_fx.runtime.large_memory import empty_large
 from autodist_fx.weights.sources.safetensors_file import DTYPES
 
 _WINDOW_BYTES = 8 << 20
@@ -147,7 +148,7 @@ class CheckedFiles:
             metadata = header.pop("__metadata__", {})
             tensors = {}
             for key, dtype, shape in _entries(header, stream.left, path):
-                tensor = torch.empty(shape, dtype=dtype)
+                tensor = empty_large(shape, dtype)
                 if tensor.numel():
                     stream.fill(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
                 tensors[key] = tensor.to(device)

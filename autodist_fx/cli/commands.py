@@ -40,6 +40,7 @@ COMMANDS = (
     Command("course", LEARN, "lessons in which you write what the compiler does, and have it graded", "course"),
     Command("doctor", MACHINE, "versions, devices, transports, and what is missing", "machine"),
     Command("measure", MACHINE, "measure this machine, so that plans are predicted for what it is", "machine"),
+    Command("profile", MACHINE, "what a split spends here, by op, beside what its plan predicts", "machine"),
     Command("completion", MACHINE, "a script that completes commands and options in bash, zsh or fish", "reference"),
     Command("manual", MACHINE, "the manual of all commands, as a man page or as Markdown", "reference"),
 )

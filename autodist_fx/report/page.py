@@ -14,6 +14,7 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.report.html_parts import note, section, show_name
 from autodist_fx.report.memory import memory_section
 from autodist_fx.report.overview import overview
+from autodist_fx.report.profile import Profile, profile_section
 from autodist_fx.report.schedule import schedule_section
 from autodist_fx.report.stage_transfers import borders_section
 from autodist_fx.report.stages import stages_section
@@ -27,9 +28,9 @@ from cost_model.schedule.timeline import Timeline
 from cost_model.text_tables import Section
 
 
-def plan_page(plan: PartitionPlan, step: Timeline | None = None) -> str:
+def plan_page(plan: PartitionPlan, step: Timeline | None = None, profile: Profile | None = None) -> str:
     """Return the page as text, under 3 MB however large the plan: repeated layers share a row, long lists are cut
-    short. `step`: of a training step that was predicted with the plan."""
+    short. `step`: of a training step that was predicted with the plan; `profile`: of the split as it ran."""
     script, style = _file("page.js"), _file("page.css")
     # A plan file may come from anywhere. Its texts are escaped; should that fail, no script but this one runs.
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -38,6 +39,7 @@ def plan_page(plan: PartitionPlan, step: Timeline | None = None) -> str:
         stages_section(plan),
         timeline_section(plan),
         None if step is None else schedule_section(step),
+        None if profile is None else profile_section(profile),
         memory_section(plan),
         borders_section(plan),
         *weights_section(plan),
@@ -66,9 +68,11 @@ def plan_page(plan: PartitionPlan, step: Timeline | None = None) -> str:
     return "<!doctype html>\n" + to_html(element("html", head, body, lang="en")) + "\n"
 
 
-def write_page(path: str, plan: PartitionPlan, step: Timeline | None = None) -> None:
+def write_page(
+    path: str, plan: PartitionPlan, step: Timeline | None = None, profile: Profile | None = None
+) -> None:
     """Write a plan's page to a file, or to standard output for "-". Raises AutodistError where it cannot be written."""
-    write_text(path, plan_page(plan, step))
+    write_text(path, plan_page(plan, step, profile))
 
 
 def write_text(path: str, text: str) -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autodist_fx.report.memory import memory_rows, share_of_device
+from autodist_fx.report.profile import Profile, profile_header, profile_sections
 from cost_model.explain.plan_text import plan_header, plan_sections
 from cost_model.format import bytes_text, ranges_text, seconds_text
 from cost_model.partition_plan import PartitionPlan
@@ -35,6 +36,18 @@ def print_plan(plan: PartitionPlan, console: Console | None = None) -> None:
         if section.title.startswith("Stages"):
             console.print(Text("\nTimeline of one forward", style="bold"), _timeline(plan), sep="\n")
             console.print(Text("\nMemory of each rank", style="bold"), _memory(plan), sep="\n")
+
+
+def print_profile(profile: Profile, console: Console | None = None) -> None:
+    """Print what was measured of a split, as `print_plan` prints a plan."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = WIDTH
+    first, *more = profile_header(profile)
+    console.print(Text(first, style="bold"), *map(Text, more), sep="\n")
+    for section in profile_sections(profile):
+        console.print(Text("\n" + section.title, style="bold"))
+        console.print(_section(section))
 
 
 def _section(section: Section) -> RenderableType:

@@ -13,13 +13,21 @@ from torch import fx
 from passes.fx.text import node_text
 
 
-def name_failing_node(error: Exception, graph_module: fx.GraphModule, rank: int) -> None:
+def name_failing_node(
+    error: Exception, graph_module: fx.GraphModule, rank: int, bound: fx.GraphModule | None = None
+) -> None:
     """Add a note to what a run of `graph_module` raised: rank, node, and the dtype and shape (of whole numbers on
-    the CPU also the range) of each tensor that the node was given."""
-    node, values = _failing(error.__traceback__, graph_module)
+    the CPU also the range) of each tensor that the node was given. `bound`: the graph made of it that was run
+    (execution/bound_graph.py), whose nodes are called by the names that they have in `graph_module`."""
+    running = graph_module if bound is None else bound
+    node, values = _failing(error.__traceback__, running)
+    if node is None:
+        node, values = _failing(error.__traceback__, graph_module)
     if node is not None:
+        emitted = {n.name: n for n in graph_module.graph.nodes}.get(node.name)
+        text = node_text(running, node) if emitted is None else node_text(graph_module, emitted)
         given = ", ".join(_described(values[arg.name]) for arg in node.all_input_nodes if arg.name in values)
-        error.add_note(f"on rank {rank}, in {node_text(graph_module, node)}, which was given {given}")
+        error.add_note(f"on rank {rank}, in {text}, which was given {given}")
 
 
 def _failing(

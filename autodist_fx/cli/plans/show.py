@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 
+from autodist_fx.errors import AutodistError
 from cost_model.partition_plan import PartitionPlan
 
 EXAMPLES = (
@@ -20,16 +21,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `autodist-fx show`."""
     parser.add_argument("plan", metavar="FILE", help="a plan, as JSON")
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page; - is standard output")
+    parser.add_argument(
+        "--profile", metavar="FILE", help="show on the page what `autodist-fx profile --save FILE` measured"
+    )
     parser.add_argument("--dot", metavar="FILE", help="write a graph for Graphviz; - is standard output")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a plan as tables, or write it as HTML or DOT; return the exit code."""
     plan = PartitionPlan.load(args.plan)
+    if args.profile and not args.html:
+        raise AutodistError("--profile is shown on the page: add --html FILE")
     if args.html:
         from autodist_fx.report.page import write_page
+        from autodist_fx.report.profile import Profile
 
-        write_page(args.html, plan)
+        write_page(args.html, plan, profile=Profile.load(args.profile) if args.profile else None)
     if args.dot:
         from autodist_fx.report.dot import plan_dot
         from autodist_fx.report.page import write_text

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from autodist_fx.calls.cache_kinds import CROSS, one_cache
+from autodist_fx.runtime.cache.growing_layer import GrowingLayer
 from passes.program.rank_program import RankProgram
 
 C = TypeVar("C", bound="ReadableCache")
@@ -41,7 +42,8 @@ def local_cache(config: PretrainedConfig, program: RankProgram, cache_class: typ
     """Return an empty cache for `program`, whose layer i is the model's layer `program.cache_layers[i]`, of that
     layer's kind.
 
-    The shapes come with the first tokens, so that the rank's own heads are all it ever holds.
+    The shapes come with the first tokens, so that the rank's own heads are all it ever holds. A layer that keeps all
+    tokens has room for more of them (GrowingLayer).
     """
     cache = one_cache(program.cache_kinds, cache_class) if CROSS in program.cache_kinds else cache_class(config=config)
     if cache.layers and max(program.cache_layers, default=-1) >= len(cache.layers):  # some are the model's to add
@@ -53,6 +55,7 @@ def local_cache(config: PretrainedConfig, program: RankProgram, cache_class: typ
             cache = one_cache(program.cache_kinds, cache_class)
         cache.layers += one_cache(program.length_kinds).layers
         cache.counting = len(program.length_kinds)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 

@@ -9,6 +9,7 @@ import torch
 
 from autodist_fx.runtime.comm.gather import GatherLayout, glue
 from autodist_fx.runtime.comm.shared_memory import SLOT_BYTES, SharedMemory
+from autodist_fx.runtime.large_memory import empty_large
 
 
 class SharedCollectives:
@@ -20,14 +21,15 @@ class SharedCollectives:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum, added up in rank order: every rank gets the same bits. x: contiguous; may be written to."""
-        x = x.detach()
+        if x.requires_grad:
+            x = x.detach()
         length, step = x.numel(), self.slot_bytes // x.element_size()
         if length <= step:
-            parts = self._memory.exchange(x, (length,) * self._ranks)
+            parts = self._memory.exchange_alike(x)
             total = torch.add(parts[0], parts[1])
             for part in parts[2:]:
                 total.add_(part)
-            return total.view(x.shape)
+            return total
         flat = x.view(-1)
         for start in range(0, length, step):
             mine = flat[start : start + step]
@@ -68,7 +70,7 @@ class SharedCollectives:
     ) -> torch.Tensor:
         """Return the whole tensor, gathered `step` rows (elements of the dims before `dim`) at a time, each piece
         put straight into its place."""
-        whole = x.new_empty(*x.shape[:dim], sum(layout.local_sizes), *x.shape[dim + 1 :])
+        whole = empty_large((*x.shape[:dim], sum(layout.local_sizes), *x.shape[dim + 1 :]), x.dtype)
         wide, mine = whole.view(rows, -1), x.view(rows, -1)
         for start in range(0, rows, step):
             count, at = min(step, rows - start), 0

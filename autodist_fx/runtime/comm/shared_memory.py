@@ -32,6 +32,7 @@ _TOKEN_START, _TOKEN_BYTES = 4080, 16  # at the end of the first page; before it
 _SLOTS_START = 4096
 _SPINS = 2000  # looks at a counter, some 0.1 ms, before the core is offered to others
 _YIELDS = 500  # then so many times offered, before sleeping
+_SHAPES_KEPT = 64  # of tensors that all ranks have alike
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 20e-6, 1e-3  # seconds
 
 # A plain store of the data, then one of the counter, is seen in this order by other cores on x86; elsewhere it is not.
@@ -59,6 +60,7 @@ class SharedMemory:
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self._ranks, self._count = ranks, 0
         self._typed: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        self._alike: dict[tuple[torch.dtype, torch.Size], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         self._spins = 0 if patient else _SPINS
 
     def exchange(self, x: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
@@ -72,6 +74,28 @@ class SharedMemory:
         slots = (self._typed.get(x.dtype) or self._typed_slots(x.dtype))[count % 2]
         if x.numel():
             slots[self._rank][: x.numel()].copy_(x.view(-1))
+        self._meet(count)
+        return [slot[:length] for slot, length in zip(slots, lengths)]
+
+    def exchange_alike(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return every rank's tensor, in rank order, where all are of x's shape; as `exchange` does, in half the time
+        for what a decode step exchanges: the views are kept."""
+        self._count = count = self._count + 1
+        views = (self._alike.get((x.dtype, x.shape)) or self._alike_views(x.dtype, x.shape))[count % 2]
+        views[self._rank].copy_(x)
+        self._meet(count)
+        return views
+
+    def _alike_views(self, dtype: torch.dtype, shape: torch.Size) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        if len(self._alike) >= _SHAPES_KEPT:
+            self._alike.clear()
+        slots, count = self._typed.get(dtype) or self._typed_slots(dtype), shape.numel()
+        found = tuple([slot[:count].view(shape) for slot in slots[turn]] for turn in (0, 1))
+        self._alike[dtype, shape] = found  # type: ignore[assignment]
+        return found  # type: ignore[return-value]
+
+    def _meet(self, count: int) -> None:
+        """Say that this rank's tensor is there, and wait for the others'."""
         counters = self._counters
         counters[self._rank * 8] = count
         for peer in self._peers:
@@ -82,7 +106,6 @@ class SharedMemory:
             else:
                 if counters[at] < count:
                     self._wait(peer, count)
-        return [slot[:length] for slot, length in zip(slots, lengths)]
 
     def _typed_slots(self, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         def slot(rank: int, turn: int) -> torch.Tensor:

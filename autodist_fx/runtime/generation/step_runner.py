@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
 from transformers import GenerationConfig, PretrainedConfig
 
 from autodist_fx.calls.call import Call
@@ -21,6 +22,8 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.cache_table import CacheTable
 from autodist_fx.runtime.cache.cross_cache import Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache, local_cache, one_of_each_kind
+from autodist_fx.runtime.execution.bound_graph import BoundGraph
+from autodist_fx.runtime.execution.timed_graph import TimedGraph
 from autodist_fx.runtime.failing_node import name_failing_node
 from autodist_fx.runtime.generation.call_programs import CallPrograms
 from autodist_fx.runtime.generation.collective_call import CallCommunicator, CollectiveCalls
@@ -94,6 +97,8 @@ class StepRunner(PretrainedMembers):
         self._inputs = frozenset(plain.get(name, name) for name in program.input_names)
         self._leader: Leader | None = None  # on the driver, while it generates
         self.caches = CacheTable(self._announced_cache)
+        self._bound: dict[GraphModule, BoundGraph] = {}  # by the graph of a program
+        self.timed_graphs: dict[GraphModule, TimedGraph] | None = None  # where nodes are timed (time_nodes)
         self.calls = CollectiveCalls(communicator, mesh, program.rank, self.device)
         self.eval()
 
@@ -177,14 +182,30 @@ class StepRunner(PretrainedMembers):
         """Run one of this rank's programs, on its device; return what it gives back, by name."""
         if self.device.type != "cpu":
             inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+        bound = self._bound_graph(program.graph_module)
         try:
             with using(self.communicator), lookups_checked(program.graph_module, inputs):
-                outputs: dict[str, Any] = program.graph_module(**inputs)
+                outputs: dict[str, Any] = bound(inputs)
         except Exception as error:
             if not isinstance(error, AutodistError):
-                name_failing_node(error, program.graph_module, self.rank)
+                name_failing_node(error, program.graph_module, self.rank, bound.module)
             raise
         return outputs
+
+    def time_nodes(self, on: bool) -> None:
+        """Note how long each node takes from now on, in the TimedGraphs of `timed_graphs`; or do so no more."""
+        self.timed_graphs = {} if on else None
+
+    def _bound_graph(self, graph_module: GraphModule) -> BoundGraph | TimedGraph:
+        """Return what runs a program's graph; made at its first run."""
+        bound = self._bound.get(graph_module)
+        if bound is None:
+            bound = self._bound[graph_module] = BoundGraph(graph_module)
+        if self.timed_graphs is None:
+            return bound
+        if graph_module not in self.timed_graphs:
+            self.timed_graphs[graph_module] = TimedGraph(bound)
+        return self.timed_graphs[graph_module]
 
     def _share(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the flat outputs of all ranks, on all ranks; called on all, with what each has."""

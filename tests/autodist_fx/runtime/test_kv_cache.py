@@ -2,8 +2,9 @@
 
 import torch
 from transformers import LlamaConfig, MistralConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from autodist_fx.runtime.cache.growing_layer import GrowingLayer
 from autodist_fx.runtime.cache.kv_cache import SplitCache, local_cache
 from cost_model.mesh import Mesh
 from passes.program.rank_program import RankProgram
@@ -15,7 +16,7 @@ def program(cache_layers):
 
 def test_only_the_layers_of_the_stage():
     cache = local_cache(LlamaConfig(num_hidden_layers=5), program((2, 3)))
-    assert [type(layer) for layer in cache.layers] == [DynamicLayer] * 2
+    assert [type(layer) for layer in cache.layers] == [GrowingLayer] * 2
     assert local_cache(LlamaConfig(num_hidden_layers=5), program(())).layers == []
 
 
@@ -23,7 +24,7 @@ def test_sliding_layers_stay_sliding():
     config = MistralConfig(num_hidden_layers=4, sliding_window=8)
     config.layer_types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
     cache = local_cache(config, program((1, 2)))
-    assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, DynamicLayer]
+    assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, GrowingLayer]
     assert cache.layers[0].sliding_window == 8
 
 

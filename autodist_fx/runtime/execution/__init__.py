@@ -1,0 +1,1 @@
+"""A rank's proven graph, made ready to be run many times."""
