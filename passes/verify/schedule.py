@@ -60,13 +60,11 @@ def verify_schedule(programs: Sequence[Programs], schedule: Schedule) -> None:
 
 def verify_in_flight(programs: Programs) -> None:
     """Proves that microbatches of the same programs, of all ranks of a mesh, may follow each other through the stages:
-    each rank runs them in order, and lets go of what one has sent before the one after the next.
-
-    Events repeat with every microbatch: gone through are more than can be in the stages at once. Raises
-    VerificationError as `verify_schedule` does.
+    each rank runs them in order, and lets go of what one has sent before the one after the next. More are gone through
+    than there are stages. Raises VerificationError as `verify_schedule` does.
     """
     stages = programs[0].mesh.pp
-    ranks = _ranks([programs] * (2 * stages + 2), Schedule.in_order(stages, 2 * stages + 2))
+    ranks = _ranks([programs] * (stages + 3), Schedule.in_order(stages, stages + 3))
     _Run(ranks, _bounded(ranks)).run()
 
 
@@ -285,6 +283,7 @@ class _Run:
     events: _Events
     at: dict[Place, int] = field(default_factory=dict)
     mail: dict[tuple[object, ...], deque[Message]] = field(default_factory=dict)  # by channel, in the order of sends
+    sent: dict[Place, dict[int, deque[Message]]] = field(default_factory=dict)  # the same, of each sender
     met: dict[_Event, set[Place]] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -325,6 +324,7 @@ class _Run:
             mail = self.mail.setdefault(self._channel(place[1], event.message), deque())
             if event.kind is _Kind.SEND:
                 mail.append(event.message)
+                self.sent.setdefault(place, {})[id(mail)] = mail
                 woken.append((self.ranks.schedule.stage_ranks[event.message.receiver], place[1]))
             elif not mail:
                 break
@@ -337,7 +337,7 @@ class _Run:
     def _unread(self, place: Place, event: _Event) -> Message | None:
         """Returns a message that a rank has sent with an action, or before, and that nobody has received yet."""
         assert event.action is not None
-        own = (message for (t, source, *_), mail in self.mail.items() if (source, t) == place for message in mail)
+        own = (message for mail in self.sent.get(place, {}).values() for message in mail)
         return next((message for message in own if message.microbatch <= event.action.microbatch), None)
 
     def _channel(self, t: int, message: Message) -> tuple[object, ...]:
