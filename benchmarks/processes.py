@@ -44,7 +44,7 @@ def rank_environment(
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         # The checkout is measured, not an installed copy.
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(checkout), str(HERE), os.environ.get("PYTHONPATH")])),
     }
 
 

@@ -1,6 +1,6 @@
-"""One rank of one checkout for `decode_against.py`: loads the model, then decodes on command.
+"""One rank of one checkout for `decode/against.py`: loads the model, then decodes on command.
 
-decode_worker.py CHECKOUT MODEL TPxPP ROWS PROMPT_TOKENS; CHECKOUT stands first in PYTHONPATH.
+worker.py CHECKOUT MODEL TPxPP ROWS PROMPT_TOKENS; CHECKOUT stands first in PYTHONPATH.
 """
 
 import sys
@@ -14,7 +14,7 @@ from processes import answer, serve
 
 
 class DecodeWorker:
-    """The commands that decode_against.py gives."""
+    """The commands that against.py gives."""
 
     def build(self, checkout: str, path: str, mesh: str, rows: int, prompt: int) -> dict[str, Any]:
         import autodist_fx as adx
@@ -44,7 +44,7 @@ class DecodeWorker:
 
 
 def main() -> None:
-    """`decode_worker.py CHECKOUT MODEL TPxPP ROWS PROMPT_TOKENS`"""
+    """`worker.py CHECKOUT MODEL TPxPP ROWS PROMPT_TOKENS`"""
     worker, (checkout, path, mesh, rows, prompt) = DecodeWorker(), sys.argv[1:]
     answer(worker.build, checkout=checkout, path=path, mesh=mesh, rows=int(rows), prompt=int(prompt))
     serve({"decode": worker.decode})

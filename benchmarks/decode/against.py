@@ -1,6 +1,6 @@
 """Decode with this checkout and with another one in turns, and print the ratios of their medians.
 
-python benchmarks/decode_against.py OTHER [--python BIN] [--other-python BIN] [--meshes 2x1,1x1] [--rounds 7] [--rows 1]
+cd benchmarks; python -m decode.against OTHER [--other-python BIN] [--meshes 2x1,1x1] [--rounds 7] [--rows 1]
 
 Both load one checkpoint of the 125M Llama shape, stay alive, and compute one at a time, in every round each of them
 once and first in every other round. OTHER is a checkout of an earlier commit; one that needs other versions of
@@ -64,7 +64,7 @@ def _one_mesh(
             print(f"{mesh}: start {TITLES[side]} ({checkout}) ...", flush=True)
             worker = [str(checkout), str(directory / "model"), mesh, str(args.rows), str(args.prompt)]
             log = directory / f"{mesh}-{side}.log"
-            ranks = Ranks("decode_worker.py", worker, tp * pp, 1, log, python=python, checkout=checkout)
+            ranks = Ranks("decode/worker.py", worker, tp * pp, 1, log, python=python, checkout=checkout)
             stack.callback(ranks.close)
             ranks.read()
             alive.append(ranks)

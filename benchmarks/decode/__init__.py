@@ -1,0 +1,1 @@
+"""Decode with this checkout and with another one in turns."""
