@@ -26,6 +26,7 @@ from passes.normalize.eliminate_dead_code import eliminate_dead_code
 from passes.normalize.extract_guards import extract_guards
 from passes.normalize.fold_lengths import fold_lengths
 from passes.normalize.match_repeat_kv import match_repeat_kv
+from passes.normalize.place_factories import place_factories
 from passes.normalize.random.decompose_attention import decompose_attention
 from passes.normalize.random.seed_random_ops import seed_random_ops
 from passes.normalize.remove_no_ops import remove_no_ops
@@ -45,6 +46,7 @@ PASSES: tuple[Pass[NormalizeContext], ...] = (
     canonicalize_calls,  # so that the passes after it look for one form of each call
     unpack_tuples,  # before lengths: elements of a tuple have lengths of their own
     fold_lengths,  # before views: these are written in literals and in the nodes that it leaves
+    place_factories,  # when all devices that are asked for are one node
     concatenate_writes,  # when the bounds of what is written are numbers
     eliminate_dead_code,  # most of the arithmetic on sizes, and the tensors that were written into
     static_view_sizes,  # from here on a view says its whole shape

@@ -82,7 +82,8 @@ def experts(
     runs = ((0, count),) if held is None else tuple(held)
     chosen = index.reshape(-1)
     order = chosen.argsort(stable=True)
-    ends = torch.searchsorted(chosen[order], torch.arange(count + 1).to(chosen)).tolist()
+    numbers = torch.arange(count + 1, dtype=chosen.dtype, device=chosen.device)
+    ends = torch.searchsorted(chosen[order], numbers).tolist()
     pairs = torch.cat([order[ends[start] : ends[stop]] for start, stop in (*runs, (0, 0))])
     rows, scale = pairs // index.shape[1], weights.reshape(-1, 1)[pairs]
     given, made, at = x[rows], [], 0

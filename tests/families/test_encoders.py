@@ -9,25 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
-from tests.support.encoders import output_error, segments, text_batch, tiny_encoder
+from tests.support.encoders import ENCODERS, output_error, segments, text_batch, tiny_encoder
 
 MESHES = ((2, 1), (3, 1), (1, 2), (2, 2))
-_DISENTANGLED = {
-    "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4, "norm_rel_ebd": "layer_norm",
-    "share_att_key": True, "type_vocab_size": 0,
-}  # fmt: skip
-ENCODERS = {
-    "BertForMaskedLM": ("bert", {}),
-    "RobertaForMaskedLM": ("roberta", {"type_vocab_size": 1}),
-    "DistilBertForMaskedLM": ("distilbert", {}),
-    "ElectraForMaskedLM": ("electra", {"embedding_size": 24}),
-    "AlbertForMaskedLM": ("albert", {"embedding_size": 24, "num_hidden_layers": 3}),  # one layer's weights, three times
-    "DebertaV2ForMaskedLM": ("deberta-v2", _DISENTANGLED),
-    "XLMWithLMHeadModel": ("xlm", {"emb_dim": 48}),  # asserts what depends on the ids; makes a cache of its own
-    "IBertForMaskedLM": ("ibert", {"type_vocab_size": 1}),  # calls linear with keyword arguments
-    "BertForSequenceClassification": ("bert", {}),
-    "RobertaForSequenceClassification": ("roberta", {"type_vocab_size": 1}),
-}
 
 
 @functools.cache

@@ -10,32 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 import autodist_fx as adx
-from tests.support.encoders import images, output_error, tiny_encoder
+from tests.support.encoders import VISION, images, output_error, tiny_encoder
 
 MESHES = ((2, 1), (3, 1), (1, 2), (2, 2))
-_WINDOWS = {
-    "embed_dim": 12, "hidden_size": 24, "depths": [1, 2], "num_layers": 2, "num_heads": [2, 3], "window_size": 2,
-    "patch_size": 2,
-}  # fmt: skip
-_MOBILE = {
-    "hidden_sizes": [12, 24, 36], "neck_hidden_sizes": [8, 8, 8, 12, 12, 24, 48], "image_size": 64, "patch_size": 2,
-    "num_attention_heads": 3,
-}  # fmt: skip
-_CONVOLUTIONS = {"image_size": 32, "embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 2]}
-VISION = {
-    "ViTForImageClassification": ("vit", {}),
-    "Dinov2ForImageClassification": ("dinov2", {}),
-    "DeiTForImageClassificationWithTeacher": ("deit", {}),
-    "BeitForImageClassification": ("beit", {}),
-    "SwinForImageClassification": ("swin", _WINDOWS),  # attention within windows: batches of B * (number of windows)
-    "MobileViTForImageClassification": ("mobilevit", _MOBILE),  # rounds the image's height up to whole patches
-    "ResNetForImageClassification": ("resnet", _CONVOLUTIONS),  # convolutions and batch norms
-    "RegNetForImageClassification": ("regnet", {**_CONVOLUTIONS, "groups_width": 4}),  # in groups of channels
-    "MobileNetV1ForImageClassification": ("mobilenet_v1", {"depth_multiplier": 0.25}),  # one channel a group
-    "PoolFormerForImageClassification": (
-        "poolformer", {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1], "image_size": 64},
-    ),
-}  # fmt: skip
 
 
 @functools.cache

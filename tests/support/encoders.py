@@ -18,6 +18,45 @@ _TINY = {
     "num_labels": 5,
 }  # fmt: skip
 BATCH, SEQ = 2, 12
+_DISENTANGLED = {
+    "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4, "norm_rel_ebd": "layer_norm",
+    "share_att_key": True, "type_vocab_size": 0,
+}  # fmt: skip
+ENCODERS = {
+    "BertForMaskedLM": ("bert", {}),
+    "RobertaForMaskedLM": ("roberta", {"type_vocab_size": 1}),
+    "DistilBertForMaskedLM": ("distilbert", {}),
+    "ElectraForMaskedLM": ("electra", {"embedding_size": 24}),
+    "AlbertForMaskedLM": ("albert", {"embedding_size": 24, "num_hidden_layers": 3}),  # one layer's weights, three times
+    "DebertaV2ForMaskedLM": ("deberta-v2", _DISENTANGLED),
+    "XLMWithLMHeadModel": ("xlm", {"emb_dim": 48}),  # asserts what depends on the ids; makes a cache of its own
+    "IBertForMaskedLM": ("ibert", {"type_vocab_size": 1}),  # calls linear with keyword arguments
+    "BertForSequenceClassification": ("bert", {}),
+    "RobertaForSequenceClassification": ("roberta", {"type_vocab_size": 1}),
+}
+_WINDOWS = {
+    "embed_dim": 12, "hidden_size": 24, "depths": [1, 2], "num_layers": 2, "num_heads": [2, 3], "window_size": 2,
+    "patch_size": 2,
+}  # fmt: skip
+_MOBILE = {
+    "hidden_sizes": [12, 24, 36], "neck_hidden_sizes": [8, 8, 8, 12, 12, 24, 48], "image_size": 64, "patch_size": 2,
+    "num_attention_heads": 3,
+}  # fmt: skip
+_CONVOLUTIONS = {"image_size": 32, "embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 2]}
+VISION = {
+    "ViTForImageClassification": ("vit", {}),
+    "Dinov2ForImageClassification": ("dinov2", {}),
+    "DeiTForImageClassificationWithTeacher": ("deit", {}),
+    "BeitForImageClassification": ("beit", {}),
+    "SwinForImageClassification": ("swin", _WINDOWS),  # attention within windows: batches of B * (number of windows)
+    "MobileViTForImageClassification": ("mobilevit", _MOBILE),  # rounds the image's height up to whole patches
+    "ResNetForImageClassification": ("resnet", _CONVOLUTIONS),  # convolutions and batch norms
+    "RegNetForImageClassification": ("regnet", {**_CONVOLUTIONS, "groups_width": 4}),  # in groups of channels
+    "MobileNetV1ForImageClassification": ("mobilenet_v1", {"depth_multiplier": 0.25}),  # one channel a group
+    "PoolFormerForImageClassification": (
+        "poolformer", {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1], "image_size": 64},
+    ),
+}  # fmt: skip
 
 
 def tiny_config(kind: str, **changes: Any) -> PretrainedConfig:
