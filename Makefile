@@ -42,7 +42,7 @@ RUN_TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 DOCS_READY := $(abspath .venv-docs)/.ready
 DIST_READY := $(abspath .venv-dist)/.ready
 
-.PHONY: help demo test test-4 lint bench predictions coverage libraries docs course dist readme-check setup clean check-venv
+.PHONY: help demo test test-4 lint bench gpu-check predictions coverage libraries docs course dist readme-check setup clean check-venv
 
 help:  ## this list
 	@sed -n 's/^#   \([A-Z_]*=.*\)/  \1/p' Makefile
@@ -82,6 +82,9 @@ predictions: $(READY)  ## measure this machine, then plans that were predicted f
 	@OMP_NUM_THREADS=1 $(BIN)/python -m autodist_fx.cli.main measure --device cpu --save build/machine.json
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/predictions.py --hardware build/machine.json
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/uneven.py --hardware build/machine.json
+
+gpu-check:  ## on a machine with a GPU, all that runs there: tokens, CUDA graphs, predictions (8 minutes)
+	@if $(PYTHON) benchmarks/gpu/gpu_check.py --is-there; then $(MAKE) setup && $(BIN)/python benchmarks/gpu/gpu_check.py; fi
 
 coverage: $(READY) $(READY4) libraries  ## every case of drawn tests, then each type of both transformers on four meshes (an hour)
 	@echo "==> coverage: every case of the tests of which \`make test\` runs one for each family"

@@ -19,6 +19,11 @@ OTHERS_PRIVATE_MEMBERS = {  # which tests may use: ours have a public way, or ar
     *("_exit", "_replace", "_asdict", "_fields", "_repr_html_"),  # Python, IPython
     *("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_ConvNd"),  # torch
     *("_Action", "_add_send_recv"),  # torch.distributed.pipelining
+    *("_allgather_base", "_timeout"),  # process groups, of which tests/support/device/driver.py pretends one
+    # what torch's own fake tensors take, and its ops, for the pretended GPU (tests/support/device/pretended.py)
+    *("_C", "_ensureCUDADeviceGuardSet", "_only_lift_cpu_tensors", "_set_only_lift_cpu_tensors", "_getframe"),
+    *("_make_wrapper_subclass", "_meta_in_tls_dispatch_include", "_set_meta_in_tls_dispatch_include", "_pytree"),
+    *("_local_scalar_dense", "_unique2", "_index_put_impl_", "_fused_sdp_choice", "_pin_memory", "_to_copy"),
     *("_attn_implementation", "_model_mapping", "_TORCH_METHODS_TO_PATCH"),  # transformers
     *("_prepare_attention_mask_for_generation", "_update_model_kwargs_for_generation", "_apply_gate"),
 }

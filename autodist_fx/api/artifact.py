@@ -58,6 +58,7 @@ class Artifact(ArtifactReader):
         device: str | torch.device | None = None,
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         microbatches: Microbatches = "auto",
+        cuda_graphs: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
         master_addr: str | None = None,
@@ -65,7 +66,7 @@ class Artifact(ArtifactReader):
     ) -> RankModel:
         """Start this process as its rank of the mesh, ready to generate; the
         arguments are those of `load`. Raises ArtifactError, RuntimeSetupError."""
-        options = JoinOptions(device, rank, world_size, master_addr, master_port, timeout)
+        options = JoinOptions(device, rank, world_size, master_addr, master_port, timeout, cuda_graphs)
         return _started(self, options, microbatches)
 
 
@@ -75,6 +76,7 @@ def load(
     device: str | torch.device | None = None,
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
     microbatches: Microbatches = "auto",
+    cuda_graphs: bool = False,
     rank: int | None = None,
     world_size: int | None = None,
     master_addr: str | None = None,
@@ -90,7 +92,7 @@ def load(
     Nothing in the directory is run or unpickled; a file whose digest is not the manifest's is refused by name. Raises
     ArtifactError, RuntimeSetupError.
     """
-    options = JoinOptions(device, rank, world_size, master_addr, master_port, timeout)
+    options = JoinOptions(device, rank, world_size, master_addr, master_port, timeout, cuda_graphs)
     try:
         artifact = Artifact(directory)
     except AutodistError as error:

@@ -107,6 +107,7 @@ class CompiledModel(Simulator):
         device: str | torch.device | None = None,
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         microbatches: Microbatches = "auto",
+        cuda_graphs: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
         master_addr: str | None = None,
@@ -119,7 +120,7 @@ class CompiledModel(Simulator):
         calls it alike, under torchrun or with `rank`, ... given. The model itself may be freed afterwards. Raises
         AutodistError, in one line, on every rank.
         """
-        options = JoinOptions(device, rank, world_size, master_addr, master_port, timeout)
+        options = JoinOptions(device, rank, world_size, master_addr, master_port, timeout, cuda_graphs)
         request = replace(self.source.request, sizes=())
         try:
             in_flight = checked(microbatches)

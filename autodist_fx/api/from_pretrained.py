@@ -50,6 +50,7 @@ def from_pretrained(
     verify: bool = True,
     dump_dir: str | Path | None = None,
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
+    cuda_graphs: bool = False,
     rank: int | None = None,
     world_size: int | None = None,
     master_addr: str | None = None,
@@ -65,7 +66,8 @@ def from_pretrained(
     tp, pp: as in `compile` (1 where not given). Global rank = stage * tp + tp_rank.
     dtype: dtype of the weights ("bfloat16", torch.bfloat16, ...); None or "auto": the checkpoint's, float32 for GGUF.
         transformers' older name for it, torch_dtype, is taken, too.
-    device: "cpu", or "cuda" (one device per rank, of those that CUDA_VISIBLE_DEVICES shows); None: CUDA if available.
+    device: "cpu", or "cuda" (of the devices that CUDA_VISIBLE_DEVICES shows one per rank; where there are fewer, ranks
+        share, and talk over Gloo); None: CUDA if available.
     hardware, objective, pin, cuts, max_memory, device_map, plan, strict: as in `compile`; `plan` may be a file. A
         device_map of "auto" says nothing: each rank has a device. One that names a device ("cpu") is `device`.
     dump_dir: directory into which each rank's graph is written after each pass, as text.
@@ -76,6 +78,8 @@ def from_pretrained(
     others: whatever else transformers' from_pretrained takes is refused with the way out.
     verify: rank 0 proves the programs of all ranks before any runs.
     timeout: seconds to wait for another rank, at the start and in every later wait.
+    cuda_graphs: generate by captured steps over a KV cache of constant size, on CUDA devices (docs/gpu.md); a model
+        without such a form is refused by name.
     rank, world_size, master_addr, master_port: this process's place; torchrun sets it in environment variables.
     progress: called with (bytes loaded, bytes in all) after each tensor.
     cache: where splits are kept, so that a later start neither traces, plans nor slices: a directory, True (the place
@@ -94,7 +98,7 @@ def from_pretrained(
     source = CheckpointSource(
         name, revision, token, cache_dir, local_files_only, bool(trust_remote_code), attn_implementation
     )
-    joining = JoinOptions(device, rank, world_size, master_addr, master_port, timeout)
+    joining = JoinOptions(device, rank, world_size, master_addr, master_port, timeout, cuda_graphs)
     try:
         refuse_habits(others)
         in_flight = checked(microbatches)

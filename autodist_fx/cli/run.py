@@ -36,7 +36,8 @@ from autodist_fx.cli.generation.sources import FromCheckpoint, Saved, Source
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import agree, digest, over
 from autodist_fx.runtime.comm.launch import launch_local
-from autodist_fx.runtime.comm.process_group import choose_device, started_by_torchrun
+from autodist_fx.runtime.comm.process_group import started_by_torchrun
+from autodist_fx.runtime.device.choice import choose_device
 from autodist_fx.runtime.microbatches.count import Microbatches, checked
 from cost_model.mesh import Mesh
 
@@ -93,6 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks.add_argument("--device", type=_device, help="cpu, or cuda (the default where it is); cuda:N with --rank")
     ranks.add_argument(
         "--timeout", type=above_zero, metavar="S", help="seconds to wait for a rank (600; with --rank a day)"
+    )
+    ranks.add_argument(
+        "--cuda-graphs", action="store_true", help="capture the steps of decoding once, and replay them (CUDA)"
     )
     ranks.add_argument("--dump-dir", metavar="DIR", help="each rank's graph after each pass, as text")
     ranks.add_argument("--no-verify", action="store_true", help="do not prove the ranks' programs first")
@@ -154,7 +158,7 @@ def _start_ranks(args: argparse.Namespace, prompts: list[str], source: Source) -
     """Start all ranks as processes on this machine, and return the exit code."""
     if args.device and ":" in args.device:
         raise AutodistError(f"--device {args.device} is one rank's: add --rank, or say cuda: a device for each")
-    choose_device(args.device, source.mesh.size - 1, source.mesh.size)
+    choose_device(args.device, source.mesh.size - 1)
     encode(source.tokenizer(), prompts, chat=not args.no_chat_template)
     with tempfile.TemporaryFile() as scratch:  # it has no name, so nothing is left however this process ends
         further = source.for_ranks(Path(f"/dev/fd/{scratch.fileno()}"))

@@ -16,6 +16,8 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from autodist_fx.calls.call import Call
 from autodist_fx.calls.model_signature import ModelSignature
+from autodist_fx.errors import AutodistError
+from autodist_fx.runtime.device.decode_graphs import DecodeGraphs
 from autodist_fx.runtime.distributed_model import DistributedModel
 from autodist_fx.runtime.generation.call_programs import CallProgram
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
@@ -93,7 +95,7 @@ class RankParts:
     `main_input_name`: what the encoder reads, in a model that has one. `skeleton`: the model on meta, where its family
     has a generate of its own, which asks it for sizes, or prepares the inputs of a decoder's steps by itself; None
     where transformers' own methods serve. `no_generate` says why a model whose programs have no cache has none; ""
-    where that is not known.
+    where that is not known. `cuda_graphs`: steps that generate are captured.
     """
 
     programs: RankPrograms[Any]
@@ -107,12 +109,20 @@ class RankParts:
     main_input_name: str = "input_ids"
     skeleton: nn.Module | None = None
     no_generate: str = ""
+    cuda_graphs: bool = False
 
 
 def build_model(parts: RankParts) -> RankModel:
     """Return the model of one rank, ready to generate: with an encoder, with a cache of its own, or with a KV cache;
     or to be called alone."""
     programs = parts.programs
+    kind = _kind(programs)
+    if parts.cuda_graphs and kind.model is not _causal_model:
+        raise AutodistError(
+            f"cuda_graphs captures the steps of a decoder with a KV cache, and {programs.signature.model_class} is "
+            "none: leave it out"
+        )
+    whole = getattr(parts.communicator, "is_captured", False)
     runner = RunnerParts(
         program=programs.program(programs.step),
         communicator=parts.communicator,
@@ -123,8 +133,9 @@ def build_model(parts: RankParts) -> RankModel:
         load_report=parts.load_report,
         positions_follow_mask=parts.positions_follow_mask,
         call_programs=programs,
+        graphs=DecodeGraphs(parts.device, whole=whole) if parts.cuda_graphs else None,
     )
-    return _kind(programs).model(parts, runner)
+    return kind.model(parts, runner)
 
 
 def generating_programs(programs: RankPrograms[V]) -> GuardedPrograms[Any]:

@@ -66,6 +66,7 @@ def share(
             programs=programs,
             communicator=joined.communicator,
             device=joined.device,
+            cuda_graphs=joined.cuda_graphs,
             config=artifact.config,
             generation_config=artifact.generation_config,
             plan=artifact.plan,

@@ -90,6 +90,7 @@ def start(
             programs=CompiledPrograms(startup, main, [p for p in (program, encoder, prompt) if p is not None]),
             communicator=joined.communicator,
             device=joined.device,
+            cuda_graphs=joined.cuda_graphs,
             config=main.config,
             generation_config=generation_config,
             plan=main.plan,

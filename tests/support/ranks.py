@@ -17,11 +17,13 @@ from cost_model.mesh import Mesh
 from cost_model.request.plan_request import PlanRequest
 
 
-def on_ranks(model: PreTrainedModel, mesh: Mesh, work: Callable[[Any], Any]) -> list[Any]:
+def on_ranks(
+    model: PreTrainedModel, mesh: Mesh, work: Callable[[Any], Any], device: str = "cpu", cuda_graphs: bool = False
+) -> list[Any]:
     """`work(the rank's share)`, by rank; a thread each."""
 
     def run(rank: int, communicator: Any) -> Any:
-        joined = JoinedRank(mesh, rank, torch.device("cpu"), communicator)
+        joined = JoinedRank(mesh, rank, torch.device(device), communicator, cuda_graphs)
         with torch.no_grad():
             return work(distribute(model, joined, PlanRequest(mesh, CPU_GLOO), CompileOptions()))
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from autodist_fx.cli.dry_run.facts import print_facts, refuse_dry_rank, started_text, weights_text
 from autodist_fx.cli.generation.prompts import encode
 from autodist_fx.cli.generation.sources import FromCheckpoint, Source
-from autodist_fx.runtime.comm.process_group import choose_device
+from autodist_fx.runtime.device.choice import choose_device
 from autodist_fx.weights.resolve import is_on_hub
 
 
@@ -16,7 +16,7 @@ def print_dry_run(args: argparse.Namespace, prompts: Sequence[str], source: Sour
     """Print the plan and what the command would start and read. Raises AutodistError where the command would, as far
     as that can be known without weights."""
     refuse_dry_rank(args.rank)
-    device = choose_device(args.device, source.mesh.size - 1, source.mesh.size).type
+    device = choose_device(args.device, source.mesh.size - 1).type
     plan = source.plan()
     is_remote = isinstance(source, FromCheckpoint) and is_on_hub(source.source)
     tokens = "" if is_remote else _tokens(args, prompts, source)

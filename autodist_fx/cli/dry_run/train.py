@@ -9,7 +9,7 @@ from pathlib import Path
 from autodist_fx.api.choose_training import choose_training_for
 from autodist_fx.cli.arguments import checkpoint_source, compile_for_training, plan_options
 from autodist_fx.cli.dry_run.facts import print_facts, refuse_dry_rank, started_text, weights_text
-from autodist_fx.runtime.comm.process_group import choose_device
+from autodist_fx.runtime.device.choice import choose_device
 from autodist_fx.tracing import empty_model
 from autodist_fx.training.text_batches import TextBatches
 from autodist_fx.weights.dtype import wanted_dtype
@@ -26,7 +26,7 @@ def print_dry_run(args: argparse.Namespace, batches: TextBatches) -> None:
     command would, as far as that can be known without weights."""
     refuse_dry_rank(None)
     mesh = Mesh(tp=args.tp or 1, pp=args.pp or 1, dp=args.dp)
-    device = choose_device(args.device, mesh.size - 1, mesh.size).type
+    device = choose_device(args.device, mesh.size - 1).type
     step = _predicted(args, mesh, batches)
     plan = compile_for_training(args).plan if isinstance(step, str) else step.plan
     print(plan)

@@ -175,5 +175,6 @@ def join_options(args: argparse.Namespace) -> JoinOptions:
         world_size=args.world_size,
         master_addr=args.master_addr,
         master_port=args.master_port,
+        cuda_graphs=args.cuda_graphs,
         timeout=args.timeout or (DEFAULT_TIMEOUT_SECONDS if args.rank is None else _DAY),
     )

@@ -76,6 +76,7 @@ class DistCommunicator:
         self._sum = dist.AllreduceOptions()
         self._sum.timeout = timeout
         self.exchanges = device.type == "cpu"  # NCCL knows better itself
+        self.is_captured = device.type == "cuda"  # NCCL's collectives may be part of a CUDA graph
         self.exchange_bytes = EXCHANGE_BYTES // max(1, mesh.tp - 1)
         self.chunked_bytes, self.chunk_bytes = CHUNKED_BYTES, CHUNK_BYTES
         self._last_exchange: list[Any] = []
@@ -93,16 +94,16 @@ class DistCommunicator:
     def _connect(self) -> None:
         """Make process groups as backends: going through the dispatcher costs some 20 us more per call."""
         store = dist.PrefixStore(f"epoch{self._epoch}", self._store)
-        kind = self.device.type
+        own, main = self.device, torch.device("cpu")
         try:
-            self._world = {kind: make_group(self._timeout, store, "world", self.rank, self.mesh.size, kind)}
-            if kind != "cpu":  # what a generation tells of its steps is in main memory, whatever the model is in
-                self._world["cpu"] = make_group(self._timeout, store, "cpu", self.rank, self.mesh.size, "cpu")
+            self._world = {own.type: make_group(self._timeout, store, "world", self.rank, self.mesh.size, own)}
+            if own != main:  # what a generation tells of its steps is in main memory, whatever the model is in
+                self._world["cpu"] = make_group(self._timeout, store, "cpu", self.rank, self.mesh.size, main)
             if not self._alone:
-                self._tp = make_group(self._timeout, store, f"tp{self._ranks[0]}", self.tp_rank, self.mesh.tp, kind)
+                self._tp = make_group(self._timeout, store, f"tp{self._ranks[0]}", self.tp_rank, self.mesh.tp, own)
             if self.mesh.dp > 1:
                 place = self._replicas.index(self.rank)
-                self._dp = make_group(self._timeout, store, f"dp{self._replicas[0]}", place, self.mesh.dp, kind)
+                self._dp = make_group(self._timeout, store, f"dp{self._replicas[0]}", place, self.mesh.dp, own)
         except RuntimeError as error:
             self._broken = True
             raise self._failure("connecting", range(self.mesh.size), error) from None

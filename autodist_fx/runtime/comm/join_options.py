@@ -14,8 +14,9 @@ class JoinOptions:
     """The options of `join`: this process's rank, device and meeting point; None where torchrun's environment variables
     say it.
 
-    device: "cpu", "cuda" (a device a rank), or None for CUDA where there is some.
+    device: "cpu", "cuda" (those that are visible, in turn), or None for CUDA where there is some.
     timeout: seconds to wait for another rank, at the start and ever after.
+    cuda_graphs: steps that generate are captured and replayed, on CUDA devices.
     """
 
     device: str | torch.device | None = None
@@ -24,3 +25,4 @@ class JoinOptions:
     master_addr: str | None = None
     master_port: int | None = None
     timeout: float = DEFAULT_TIMEOUT_SECONDS
+    cuda_graphs: bool = False

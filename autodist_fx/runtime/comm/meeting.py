@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from autodist_fx.errors import RuntimeSetupError
 from autodist_fx.runtime.comm.agreement import Facts, name_ranks, raise_difference, statement
 from autodist_fx.runtime.comm.remote_error import said_by
+from autodist_fx.runtime.device import cuda
 
 _PAUSE_SECONDS = 0.02  # between two looks for who has come
 _GRACE_SECONDS = 2.0  # for the others to come too, once something is wrong: so that all ranks name all of them
@@ -148,12 +150,10 @@ def _is_environment(place: Place) -> bool:
     return same and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def make_group(timeout: timedelta, store: dist.Store, name: str, rank: int, size: int, kind: str) -> Any:
-    """Return a new process group of `size` ranks, which meet under `name`: Gloo's for the kind of device "cpu", else
-    NCCL's."""
+def make_group(timeout: timedelta, store: dist.Store, name: str, rank: int, size: int, device: torch.device) -> Any:
+    """Return a new process group of `size` ranks, which meet under `name`: Gloo's for the CPU, else NCCL's on
+    `device`."""
     store = dist.PrefixStore(name, store)
-    if kind == "cpu":
+    if device.type == "cpu":
         return dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return dist.ProcessGroupNCCL(store, rank, size, options)
+    return cuda.nccl_group(store, rank, size, timeout, device)

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +30,9 @@ from autodist_fx.runtime.comm.launch import ONE_STDERR
 from autodist_fx.runtime.comm.meeting import MeetingPlace, Place, open_meeting_place
 from autodist_fx.runtime.comm.remote_error import speaker
 from autodist_fx.runtime.comm.watchdog import Watchdog
+from autodist_fx.runtime.device import cuda
+from autodist_fx.runtime.device.choice import choose_device, shared_devices
+from autodist_fx.runtime.device.staged_communicator import StagedCommunicator
 from cost_model.mesh import Mesh
 
 T = TypeVar("T")
@@ -43,7 +47,8 @@ class JoinedRank:
     mesh: Mesh
     rank: int
     device: torch.device
-    communicator: DistCommunicator | AloneCommunicator
+    communicator: DistCommunicator | StagedCommunicator | AloneCommunicator
+    cuda_graphs: bool = False  # steps that generate are captured
 
     def everyone(self, text: str) -> list[str]:
         """Return every rank's text, by rank; called on every rank."""
@@ -68,7 +73,7 @@ class _World:
     def __init__(self) -> None:
         self.watchdog: Watchdog | None = None
         self.owns_group = False
-        self.communicators: list[DistCommunicator] = []
+        self.communicators: list[DistCommunicator | StagedCommunicator] = []
 
     def start(self, place: Place, store: dist.Store, device: torch.device, timeout_seconds: float) -> Watchdog:
         """Start the process group, where there is none yet, and the watchdog."""
@@ -116,7 +121,7 @@ def join(mesh: Mesh, options: JoinOptions, facts: Facts | None = None) -> Joined
     if place.world_size == 1 and not dist.is_initialized():
         if mesh.size > 1:
             raise RuntimeSetupError(_wrong_world_size(mesh, 1))
-        return JoinedRank(mesh, 0, _own_device(options, place), AloneCommunicator())
+        return JoinedRank(mesh, 0, _own_device(options, place), AloneCommunicator(), options.cuda_graphs)
     meeting, failure, chosen = _meeting_place(place, options.timeout), None, torch.device("cpu")
     try:
         if place.world_size != mesh.size:
@@ -128,16 +133,23 @@ def join(mesh: Mesh, options: JoinOptions, facts: Facts | None = None) -> Joined
         "mesh": f"tp={mesh.tp}, pp={mesh.pp}" + (f", dp={mesh.dp}" if mesh.dp > 1 else ""),
         "device": torch.device(options.device).type if options.device is not None else chosen.type,
         "timeout": f"{options.timeout:g} s",
+        "cuda_graphs": str(options.cuda_graphs),
         **_versions(),
         **(facts or {}),
     }
     name = meeting.meet(asked, options.timeout, failure)
     store, timeout = dist.PrefixStore(name, meeting.store), timedelta(seconds=options.timeout)
     world = _world = _world or _World()
-    watchdog = world.start(place, store, chosen, options.timeout)
-    communicator = DistCommunicator(mesh, place.rank, chosen, store, watchdog, timeout, name)
+    transport = _transport(place, store, chosen)
+    watchdog = world.start(place, store, transport, options.timeout)
+    communicator: DistCommunicator | StagedCommunicator
+    if transport == chosen:
+        communicator = DistCommunicator(mesh, place.rank, chosen, store, watchdog, timeout, name)
+    else:
+        inner = DistCommunicator(mesh, place.rank, transport, store, watchdog, timeout, name)
+        communicator = StagedCommunicator(inner, chosen)
     world.communicators.append(communicator)
-    return JoinedRank(mesh, place.rank, chosen, communicator)
+    return JoinedRank(mesh, place.rank, chosen, communicator, options.cuda_graphs)
 
 
 def fail_to_join(error: Exception, options: JoinOptions) -> NoReturn:
@@ -230,15 +242,28 @@ def _versions() -> dict[str, str]:
 
 
 def _own_device(options: JoinOptions, place: Place) -> torch.device:
-    chosen = choose_device(options.device, place.local_rank, _ranks_here(place))
+    chosen = choose_device(options.device, place.local_rank)
+    if options.cuda_graphs and chosen.type != "cuda":
+        raise RuntimeSetupError(
+            f"cuda_graphs=True captures steps on CUDA devices, and rank {place.rank} runs on {chosen}: leave it out"
+        )
     if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+        cuda.claim(chosen)
     return chosen
 
 
-def _ranks_here(place: Place) -> int:
-    """Return how many ranks share this machine's devices, as far as is known."""
-    return _number("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_WORLD_SIZE")) or place.local_rank + 1
+def _transport(place: Place, store: dist.Store, device: torch.device) -> torch.device:
+    """Return the device whose process groups carry the ranks' tensors, the same kind on all ranks: the rank's own, or
+    the CPU where ranks share a GPU, of which rank 0 warns."""
+    if device.type == "cpu":
+        return device
+    store.set(f"device/{place.rank}", cuda.identity(device))
+    told = shared_devices({rank: store.get(f"device/{rank}").decode() for rank in range(place.world_size)})
+    if told is None:
+        return device
+    if place.rank == 0:
+        warnings.warn(told, stacklevel=3)
+    return torch.device("cpu")
 
 
 def _number(name: str, text: str | None) -> int | None:
@@ -257,42 +282,16 @@ def _wrong_world_size(mesh: Mesh, world_size: int) -> str:
     )
 
 
-def choose_device(device: str | torch.device | None, local_rank: int, ranks_here: int) -> torch.device:
-    """Return this rank's own device. CUDA devices are those that CUDA_VISIBLE_DEVICES leaves visible, one per rank."""
-    wanted = torch.device(device) if device is not None else None
-    if wanted is None:
-        wanted = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted.type not in ("cpu", "cuda"):
-        raise RuntimeSetupError(f"device {wanted} was asked for: ranks run on cpu or cuda")
-    if wanted.type == "cpu":
-        return wanted
-    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    by = f" (CUDA_VISIBLE_DEVICES={shown})" if shown is not None else ""
-    if not visible:
-        raise RuntimeSetupError(f"device cuda was asked for, and no CUDA device is visible{by}: use device cpu")
-    if wanted.index is not None:
-        if wanted.index >= visible:
-            raise RuntimeSetupError(f"device {wanted} was asked for, and {visible} are visible{by}")
-        return wanted
-    if max(ranks_here, local_rank + 1) > visible:
-        raise RuntimeSetupError(
-            f"{max(ranks_here, local_rank + 1)} ranks on this machine, and {visible} CUDA device"
-            f"{'s are' if visible > 1 else ' is'} visible{by}: use fewer ranks, show more devices, or use device cpu "
-            "(ranks on several machines: set LOCAL_RANK, or name cuda:N)"
-        )
-    return torch.device("cuda", local_rank)
-
-
 def _start_group(place: Place, store: dist.Store, device: torch.device, timeout_seconds: float) -> None:
     """Start torch.distributed's default group, for whoever asks it for ranks; our own traffic has groups of its own."""
+    backend = cuda.default_group_options(device) if device.type == "cuda" else {"backend": "gloo"}
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=store,
             rank=place.rank,
             world_size=place.world_size,
             timeout=timedelta(seconds=timeout_seconds),
+            **backend,
         )
     except (RuntimeError, ValueError, dist.DistError) as error:
         raise _not_met(place, timeout_seconds, error) from error

@@ -20,6 +20,7 @@ import torch
 
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.errors import CommunicationError
+from autodist_fx.runtime.device.cuda import to_device, to_host
 
 FORMAT = 0x41445804  # "ADX", and the version of this layout
 BLOCK = 128  # integers of the first piece of a message: 1 KiB, which a socket takes at once
@@ -71,7 +72,7 @@ class Message:
         count = sum(tensor.numel() for tensor in payload)
         header = _HEADER.pack(FORMAT, self.command, count, *numbers, *[0] * (_NUMBERS - len(numbers)))
         # as bytes: half of what tensor operations take, for so few integers
-        parts = [header, *(tensor.to("cpu", torch.long).numpy().tobytes() for tensor in payload)]
+        parts = [header, *(tensor.long().numpy().tobytes() for tensor in to_host(payload))]
         unused = BLOCK - _HEADER_INTEGERS - count
         return torch.frombuffer(bytearray().join([*parts, bytes(8 * max(0, unused))]), dtype=torch.long)
 
@@ -95,7 +96,8 @@ class Message:
         if kind is None or not issubclass(kind, cls):
             came = f"command {command}" if kind is None else kind.__name__
             raise CommunicationError(f"a message came that is a {came}, where a {cls.__name__} was expected")
-        return kind._from_content(numbers, packed[_HEADER_INTEGERS : _HEADER_INTEGERS + count].to(device))
+        payload = packed[_HEADER_INTEGERS : _HEADER_INTEGERS + count]
+        return kind._from_content(numbers, to_device(payload, torch.device(device)))
 
     def _content(self) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
         """Return (up to 12 numbers, payload: int64 tensors of any dims)."""

@@ -22,6 +22,8 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.cache.cache_table import CacheTable
 from autodist_fx.runtime.cache.cross_cache import Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache, local_cache, one_of_each_kind
+from autodist_fx.runtime.device.cuda import to_device
+from autodist_fx.runtime.device.decode_graphs import DecodeGraphs
 from autodist_fx.runtime.execution.bound_graph import BoundGraph
 from autodist_fx.runtime.execution.timed_graph import TimedGraph
 from autodist_fx.runtime.failing_node import name_failing_node
@@ -50,7 +52,8 @@ class RunnerParts:
     """The parts that a rank's model is made of, of whatever class. `program`'s parameters are loaded, on `device`.
 
     `positions_follow_mask`: generate counts the tokens that the mask shows, and tells the model its positions.
-    `call_programs` are for calls without a cache; without them a call always fills one. `plan` and `load_report` (a
+    `call_programs` are for calls without a cache; without them a call always fills one. `graphs`: those of steps of one
+    token, where they are captured. `plan` and `load_report` (a
     LoadReport) are for whoever asks.
     """
 
@@ -63,6 +66,7 @@ class RunnerParts:
     load_report: Any = None
     positions_follow_mask: bool = True
     call_programs: CallPrograms | None = None
+    graphs: DecodeGraphs | None = None
 
 
 class StepRunner(PretrainedMembers):
@@ -77,7 +81,7 @@ class StepRunner(PretrainedMembers):
 
     def __init__(self, parts: RunnerParts, programs: GuardedPrograms[Any]) -> None:
         super().__init__()
-        self._call_programs, self._programs = parts.call_programs, programs
+        self._call_programs, self._programs, self._graphs = parts.call_programs, programs, parts.graphs
         self._microbatches: Microbatches = "auto"
         program, communicator, config = parts.program, parts.communicator, parts.config
         self.program, self.communicator, self.config = program, communicator, config
@@ -174,18 +178,23 @@ class StepRunner(PretrainedMembers):
             "cache_position": step.cache_position,
         }
         given = {self._names.get(name, name): value for name, value in given.items()} | dict(further)
-        outputs = self._call(program, {name: given[name] for name in program.input_names})
+        outputs = self._call(program, {name: given[name] for name in program.input_names}, step)
         step.cache.note(step.input_ids)
         return outputs.get("logits")
 
-    def _call(self, program: RankProgram, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Run one of this rank's programs, on its device; return what it gives back, by name."""
+    def _call(self, program: RankProgram, inputs: dict[str, Any], step: Step | None = None) -> dict[str, Any]:
+        """Run one of this rank's programs, on its device; return what it gives back, by name. `step`: the one that it
+        is for, which may be captured."""
         if self.device.type != "cpu":
-            inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+            inputs = {n: to_device(x, self.device) if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
         bound = self._bound_graph(program.graph_module)
         try:
             with using(self.communicator), lookups_checked(program.graph_module, inputs):
-                outputs: dict[str, Any] = bound(inputs)
+                outputs: dict[str, Any]
+                if self._graphs is not None and step is not None and self._graphs.takes(program, step):
+                    outputs = self._graphs.run(program, inputs, step.cache, lambda: bound(inputs))
+                else:
+                    outputs = bound(inputs)
         except Exception as error:
             if not isinstance(error, AutodistError):
                 name_failing_node(error, program.graph_module, self.rank, bound.module)

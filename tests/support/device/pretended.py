@@ -38,7 +38,7 @@ _LOOKUPS = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_) 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What is of interest when code runs on a GPU. kind: "to device", "to host", "wait", or "host" for an op
+    """An event of interest when code runs on a GPU. kind: "to device", "to host", "wait", or "host" for an op
     that a tensor in main memory, which has elements, takes part in. `line`: of the rank's graph that it happened in; ""
     outside of any."""
 
@@ -102,6 +102,28 @@ class OnDevice(torch.Tensor):
 
     def __invert__(self) -> torch.Tensor:
         return torch.bitwise_not(self)
+
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
+        return self if self.held.is_contiguous(memory_format=memory_format) else self.clone(memory_format=memory_format)
+
+    def copy_(self, other: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        return aten.copy_.default(self, other, non_blocking)
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __index__(self) -> int:
+        return int(self.item())
+
+    def item(self) -> Any:
+        self.events.seen.append(Event("wait", "item", _graph_line()))
+        return self.held.item()
 
     def tolist(self) -> Any:
         self.events.seen.append(Event("wait", "tolist", _graph_line()))

@@ -58,8 +58,8 @@ def _weights_on_the_device(
 
 
 def _unexpected(events: Sequence[Event], ranks: int) -> list[Event]:
-    """What is neither a wait of a function of ours that deals rows out, nor the number that a sliding layer of
-    transformers' takes along when it is first written, once on each rank."""
+    """Leaves out waits of functions of ours that deal rows out, and the number that a sliding layer of transformers'
+    takes along when it is first written, once on each rank."""
     lines = Counter(event.line for event in events)
 
     def is_expected(event: Event) -> bool:
