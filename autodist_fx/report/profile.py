@@ -65,7 +65,7 @@ class PhaseProfile:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What was measured of a model on a mesh. `about` has the sizes in words."""
+    """A measurement of a model on a mesh. `about` has the sizes in words."""
 
     model: str
     mesh: str
