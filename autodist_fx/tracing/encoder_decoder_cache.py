@@ -10,6 +10,7 @@ which the model writes them. So the passes need to know of one cache only.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -44,7 +45,9 @@ def written_layers(model: PreTrainedModel, inputs: Mapping[str, object]) -> tupl
     meta_buffers = {name: buffer.to("meta") for name, buffer in model.named_buffers()}
     # Without masks: some are looked at, unless traced. They change no shape.
     given: dict[str, object] = {name: value for name, value in inputs.items() if "mask" not in name}
-    given |= {"past_key_values": cache, "use_cache": True}
+    given["past_key_values"] = cache
+    if "use_cache" in inspect.signature(model.forward).parameters:  # among **kwargs the encoder gets it, too
+        given["use_cache"] = True
     with torch.no_grad():
         torch.func.functional_call(model, meta_buffers, (), given)
     pairs = zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=False)
