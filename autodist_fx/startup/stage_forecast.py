@@ -15,8 +15,8 @@ from cost_model.search.planner import stage_seconds
 from cost_model.search.prediction_sizes import lengths_of
 
 # A step of generating beside its graph, where the machine was not measured (`autodist-fx measure` says it of others):
-# transformers' loop, its processors, and the announcement to the other ranks. At c1e3df6 a step of GPT-2's size took
-# 1.5 to 2.5 ms more than its programs (2 ranks, AMD EPYC, Zen 4).
+# transformers' loop, its processors, and the announcement to the other ranks. An estimate, of the size that GPT-2's
+# steps took beyond their programs on two ranks of a server's CPU.
 LOOP_SECONDS = 2e-3
 
 

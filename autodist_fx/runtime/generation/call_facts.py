@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from autodist_fx.calls.tensor_digest import tensor_digest
 from autodist_fx.runtime.cache.kv_cache import SplitCache
 
+_OF_MODEL = "the model's "  # begins what a call goes by and is no argument of it
 _MAY_DIFFER = ("streamer",)  # each rank shows the tokens as it likes
 _MOST_DEEP = 3
 
@@ -27,15 +28,16 @@ def arguments_of(signature: inspect.Signature, model: object, args: Sequence[Any
         kind = signature.parameters[name].kind
         given.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
     found = {name: value for name, value in given.items() if value is not None and name not in _MAY_DIFFER}
-    found["the model's microbatches"] = getattr(model, "microbatches", 1)
+    found[f"{_OF_MODEL}microbatches"] = getattr(model, "microbatches", 1)
     if "synced_gpus" in signature.parameters:  # of generate, whose defaults are the model's
-        found["the model's generation_config"] = getattr(model, "generation_config", None)
+        found[f"{_OF_MODEL}generation_config"] = getattr(model, "generation_config", None)
     return found
 
 
 def facts_of_call(arguments: Mapping[str, Any]) -> dict[str, str]:
     """Return a text for each argument, and one for their names."""
-    facts = {"the list of arguments": ", ".join(sorted(arguments)) or "empty"}
+    names = sorted(name for name in arguments if not name.startswith(_OF_MODEL))
+    facts = {"the list of arguments": ", ".join(names) or "empty"}
     for name in sorted(arguments):
         facts |= dict(_facts(name, arguments[name], 0))
     return facts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,8 +65,9 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_from_pretrained_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[PlanOptions] = []
 
-    def start_rank(source: object, dtype: object, wanted: PlanOptions, *rest: Any, **further: Any) -> None:
+    def start_rank(source: object, dtype: object, wanted: PlanOptions, *rest: Any, **further: Any) -> Any:
         asked.append(wanted)
+        return SimpleNamespace()
 
     monkeypatch.setattr("autodist_fx.api.from_pretrained.start_rank", start_rank)
     adx.from_pretrained("a checkpoint", tp=2, strict=True)
