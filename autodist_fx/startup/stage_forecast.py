@@ -6,13 +6,16 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from typing import TYPE_CHECKING
 
 from cost_model.graph.op_graph import OpGraph
 from cost_model.plan.data import PlanData
 from cost_model.request.plan_request import PlanRequest
-from cost_model.search.plan_search import SharedSearches
-from cost_model.search.planner import stage_seconds
-from cost_model.search.prediction_sizes import lengths_of
+
+if TYPE_CHECKING:
+    from cost_model.search.plan_search import SharedSearches
+
+# The search is imported where something is predicted: a rank that starts from the cache of splits needs none of it.
 
 # A step of generating beside its graph, where the machine was not measured (`autodist-fx measure` says it of others):
 # transformers' loop, its processors, and the announcement to the other ranks. An estimate, of the size that GPT-2's
@@ -37,6 +40,8 @@ class StageForecast:
 
     def __call__(self, sizes: Mapping[str, int], /, *, at_once: bool = False) -> Sequence[float]:
         """Return the seconds by stage, at lengths by size symbol; `at_once`: while all stages compute."""
+        from cost_model.search.prediction_sizes import lengths_of
+
         if self._symbols is None:
             self._symbols = lengths_of(self._graph())
         sizes = {symbol: length for symbol, length in sizes.items() if symbol in self._symbols}
@@ -49,6 +54,8 @@ class StageForecast:
         return total
 
     def _at(self, sizes: tuple[tuple[str, int], ...], at_once: bool) -> Sequence[float]:
+        from cost_model.search.planner import stage_seconds
+
         if (sizes, at_once) not in self._known:
             request, graph = replace(self._request, ranks_at_once=self._plan.mesh.size if at_once else 0), self._graph()
             found = stage_seconds(graph, self._plan, request, dict(sizes), self._shared)
