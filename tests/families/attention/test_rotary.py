@@ -71,7 +71,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 if "proportional" in ROPE_INIT_FUNCTIONS:  # transformers 5
     CONFIGS["gemma-4"] = ("gemma4_text", {"rope_parameters": {
         "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}})
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        "vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8})
 CHANGE = ("internlm3", "phi-3-128k", "phi-4-mini", "phi-3.5-moe")  # with the length: one of each kind
 
 

@@ -42,7 +42,7 @@ def _replayed(model: PreTrainedModel, mesh: Mesh, **options: Any) -> tuple[list[
     return found, made.calls
 
 
-@pytest.mark.drawn(3)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("mesh", [Mesh(), Mesh(tp=2), Mesh(pp=2)], ids=str)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "qwen3", "phi3"])
 @in_float64()

@@ -50,7 +50,7 @@ def test_who_shares_a_device_is_said() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.drawn(2)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=lambda m: f"{m[0]}x{m[1]}")
 @pytest.mark.parametrize("shared", [False, True], ids=["a GPU each", "one GPU"])
 def test_tokens_are_those_of_one_process(shared: bool, mesh: tuple[int, int]) -> None:

@@ -18,7 +18,7 @@ from tests.support.ranks import on_ranks
 IDS, MASK = padded_batch(3, 13)
 
 
-@pytest.mark.drawn(2)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(
     "make, tolerance",
     [

@@ -25,7 +25,7 @@ def tiny_bert() -> PreTrainedModel:
     return randomized(BertLMHeadModel(config).double().eval())
 
 
-@pytest.mark.drawn(2)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(
     "make, mesh, tolerance",
     [

@@ -32,7 +32,7 @@ def ending(model: PreTrainedModel) -> int:
     return found
 
 
-@pytest.mark.drawn(2)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(
     "make, mesh",
     [
