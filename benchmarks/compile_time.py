@@ -46,16 +46,7 @@ def measure(shape: str, layers: int, tp: int, pp: int) -> dict[str, Any]:
     emitted = time.perf_counter()
     compiled.verify()
     verified = time.perf_counter()
-    return {
-        "plan_seconds": planned - start,
-        "emit_seconds": emitted - planned,
-        "verify_seconds": verified - emitted,
-        "total_seconds": verified - start,
-        "cpu_seconds": time.process_time() - start_cpu,
-        "nodes": nodes,
-        "imports_rss": imports_rss,
-        "peak_rss": peak_rss_bytes(),
-    }
+    return _figures((start, planned, emitted, verified), start_cpu, nodes, imports_rss)
 
 
 def measure_training(shape: str, layers: int, tp: int, pp: int, dp: int) -> dict[str, Any]:
@@ -83,6 +74,15 @@ def measure_training(shape: str, layers: int, tp: int, pp: int, dp: int) -> dict
     made.verify(variant)
     made.verify_schedule([[variant] * MICROBATCHES] * dp, make_schedule("1f1b", pp, MICROBATCHES))
     verified = time.perf_counter()
+    return _figures((start, planned, emitted, verified), start_cpu, nodes, imports_rss)
+
+
+def _figures(
+    moments: tuple[float, float, float, float], start_cpu: float, nodes: int, imports_rss: int
+) -> dict[str, Any]:
+    """A row of the table: `moments` are when it began, and when all was planned, emitted and verified, in seconds;
+    resident memory is in bytes."""
+    start, planned, emitted, verified = moments
     return {
         "plan_seconds": planned - start,
         "emit_seconds": emitted - planned,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.bar import Bar
 from rich.console import Console, Group, RenderableType
@@ -25,14 +27,9 @@ BAR_WIDTH = 44
 def print_plan(plan: PartitionPlan, console: Console | None = None) -> None:
     """Print a plan, to standard output by default; without colours
     and as wide as the plain text where that is no terminal."""
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = WIDTH
-    first, *more = plan_header(plan)
-    console.print(Text(first, style="bold"), *map(Text, more), sep="\n")
+    console = _begun(plan_header(plan), console)
     for section in plan_sections(plan):
-        console.print(Text("\n" + section.title, style="bold"))
-        console.print(_section(section))
+        _print_section(console, section)
         if section.title.startswith("Stages"):
             console.print(Text("\nTimeline of one forward", style="bold"), _timeline(plan), sep="\n")
             console.print(Text("\nMemory of each rank", style="bold"), _memory(plan), sep="\n")
@@ -40,14 +37,24 @@ def print_plan(plan: PartitionPlan, console: Console | None = None) -> None:
 
 def print_profile(profile: Profile, console: Console | None = None) -> None:
     """Print what was measured of a split, as `print_plan` prints a plan."""
+    console = _begun(profile_header(profile), console)
+    for section in profile_sections(profile):
+        _print_section(console, section)
+
+
+def _begun(header: Sequence[str], console: Console | None) -> Console:
+    """Print a header; return the console, as wide as the plain text where it is no terminal."""
     console = console or Console()
     if not console.is_terminal:
         console.width = WIDTH
-    first, *more = profile_header(profile)
+    first, *more = header
     console.print(Text(first, style="bold"), *map(Text, more), sep="\n")
-    for section in profile_sections(profile):
-        console.print(Text("\n" + section.title, style="bold"))
-        console.print(_section(section))
+    return console
+
+
+def _print_section(console: Console, section: Section) -> None:
+    console.print(Text("\n" + section.title, style="bold"))
+    console.print(_section(section))
 
 
 def _section(section: Section) -> RenderableType:

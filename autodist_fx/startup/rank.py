@@ -217,11 +217,7 @@ class CompiledPrograms:
     def program_for(self, call: Call) -> CallProgram:
         """Return the program for a call; see CallPrograms."""
         compiled = self._compiled
-        variant = compiled.known_for(call, 0)
-        if variant is None or not any(variant is known for known in (self.step, *self._calls)):
-            variant = self._startup.made_alike(compiled, lambda: compiled.variant_for(call, 0), self._loaded)
-            self._calls.append(variant)
-            self._loaded.append(self.program(variant))
+        variant = self._known_or(lambda: compiled.variant_for(call, 0), call, 0)
         return CallProgram(
             self.program(variant),
             variant.output_order,
@@ -256,9 +252,13 @@ class CompiledPrograms:
             self.step.check_caches(variant)
             return variant
 
-        variant = compiled.known_for(call, past)
+        return self.program(self._known_or(make, call, past))
+
+    def _known_or(self, make: Callable[[], Variant], call: Call, past: int) -> Variant:
+        """Return the variant for a call that is loaded already; else what `make` makes, on all ranks, and loads."""
+        variant = self._compiled.known_for(call, past)
         if variant is None or not any(variant is known for known in (self.step, *self._calls)):
-            variant = self._startup.made_alike(compiled, make, self._loaded)
+            variant = self._startup.made_alike(self._compiled, make, self._loaded)
             self._calls.append(variant)
             self._loaded.append(self.program(variant))
-        return self.program(variant)
+        return variant
