@@ -44,8 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _leave(failure: str, *, is_said: bool = False) -> None:
-    """Tell the other ranks why this one ends, so that they end,
+def main_of_fork(argv: Sequence[str]) -> int:
+    """Run one command as a rank that was forked, and return its exit code; see launch_local."""
+    code = main(argv)
+    _leave(None)  # a new process does so at its exit
+    return code
+
+
+def _leave(failure: str | None, *, is_said: bool = False) -> None:
+    """Leave the other ranks; with `failure`, which tells them why, they end,
     too. Does nothing where the runtime was never imported."""
     runtime = sys.modules.get(_RUNTIME)
     if runtime is not None:

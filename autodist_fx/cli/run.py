@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -33,9 +32,9 @@ from autodist_fx.cli.generation.command_start import VARIABLE, command_started, 
 from autodist_fx.cli.generation.forecast import forecast_text
 from autodist_fx.cli.generation.prompts import Answer, TimedStreamer, encode, split_answers
 from autodist_fx.cli.generation.sources import FromCheckpoint, Saved, Source
+from autodist_fx.cli.start_ranks import compute_alone, start_ranks
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import agree, digest, over
-from autodist_fx.runtime.comm.launch import launch_local
 from autodist_fx.runtime.comm.process_group import started_by_torchrun
 from autodist_fx.runtime.device.choice import choose_device
 from autodist_fx.runtime.microbatches.count import Microbatches, checked
@@ -158,13 +157,13 @@ def _start_ranks(args: argparse.Namespace, prompts: list[str], source: Source) -
     """Start all ranks as processes on this machine, and return the exit code."""
     if args.device and ":" in args.device:
         raise AutodistError(f"--device {args.device} is one rank's: add --rank, or say cuda: a device for each")
-    choose_device(args.device, source.mesh.size - 1)
+    device = choose_device(args.device, source.mesh.size - 1)
+    compute_alone()
     encode(source.tokenizer(), prompts, chat=not args.no_chat_template)
     with tempfile.TemporaryFile() as scratch:  # it has no name, so nothing is left however this process ends
         further = source.for_ranks(Path(f"/dev/fd/{scratch.fileno()}"))
-        command = [sys.executable, "-m", "autodist_fx.cli.main", *args.argv, *further]
         started = {VARIABLE: str(command_started())}
-        return launch_local(command, source.mesh.size, started, keep_open=(scratch.fileno(),))
+        return start_ranks([*args.argv, *further], source.mesh.size, device, started, keep_open=(scratch.fileno(),))
 
 
 def _generate(args: argparse.Namespace, prompts: list[str], source: Source) -> None:

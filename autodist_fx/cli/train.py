@@ -10,7 +10,6 @@ import argparse
 import functools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,10 +31,11 @@ from autodist_fx.cli.arguments import (
     checkpoint_source,
     plan_keywords,
 )
+from autodist_fx.cli.start_ranks import compute_alone, start_ranks
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.join_options import DEFAULT_TIMEOUT_SECONDS
-from autodist_fx.runtime.comm.launch import launch_local
 from autodist_fx.runtime.comm.process_group import started_by_torchrun
+from autodist_fx.runtime.device.choice import choose_device
 from autodist_fx.runtime.training.autograd.recompute import RECOMPUTE
 from autodist_fx.runtime.training.schedules import SCHEDULES
 from autodist_fx.training.engine import Engine
@@ -109,8 +109,10 @@ def run(args: argparse.Namespace) -> int:
         print_dry_run(args, read_texts(args)[0])
         return 0
     if size > 1 and not started_by_torchrun():
-        read_texts(args)  # so that an error is printed once
-        return launch_local([sys.executable, "-m", "autodist_fx.cli.main", *args.argv], size)
+        device = choose_device(args.device, size - 1)  # these two so that an error is printed once
+        compute_alone()
+        read_texts(args)
+        return start_ranks(args.argv, size, device)
     _train(args, out)
     return 0
 

@@ -33,6 +33,12 @@ def launched(world_size, what):
     return [start([sys.executable, str(WORKERS / "launch_worker.py"), str(world_size), WORKER, str(world_size), what])]
 
 
+def forked(world_size, what):
+    """The launcher, by forks of itself: what `autodist-fx run` does on the CPU."""
+    worker = str(WORKERS / "launch_worker.py")
+    return [start([sys.executable, worker, "--fork", str(world_size), WORKER, str(world_size), what])]
+
+
 def torchrun(world_size, what):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size)]
     return [start([*command, "--master-port", str(free_port()), WORKER, str(world_size), what])]
@@ -66,7 +72,7 @@ def alive(pid):
 
 
 @pytest.mark.parametrize(
-    ("how", "ranks", "dead"), [(launched, 2, 1), (torchrun, 2, 1), (terminals, 2, 0), (terminals, 3, 1)]
+    ("how", "ranks", "dead"), [(launched, 2, 1), (forked, 3, 1), (torchrun, 2, 1), (terminals, 2, 0), (terminals, 3, 1)]
 )
 def test_kill_9(how, ranks, dead):
     kill_one(how, ranks, dead, "talk")
@@ -91,7 +97,7 @@ def kill_one(how, ranks, dead, what):
             assert f"rank {dead} died without a word (killed, out of memory, or crashed); rank {rank} ends" in "".join(
                 said
             )
-        if how is launched:
+        if how in (launched, forked):
             assert f"rank {dead} was killed by signal 9 (SIGKILL); all ranks ended" in said[0]
             assert processes[0].returncode == 137
     finally:
@@ -99,14 +105,15 @@ def kill_one(how, ranks, dead, what):
             process.kill()
 
 
-def run(what):
-    [launcher] = launched(2, what)
+def run(what, how=launched):
+    [launcher] = how(2, what)
     _, said = launcher.communicate(timeout=90)
     return launcher.returncode, said
 
 
-def test_a_rank_that_raises():
-    code, said = run("raise")
+@pytest.mark.parametrize("how", [launched, forked])
+def test_a_rank_that_raises(how):
+    code, said = run("raise", how)
     assert code == 1
     assert "rank 1 failed: ArithmeticError: no such number; rank 0 ends with it" in said
     assert "rank 1 failed with exit code 1; all ranks ended" in said
@@ -118,14 +125,16 @@ def test_a_rank_that_says_nothing_for_too_long():
     assert re.search(r"all_reduce of float32\[64\] with rank 1 failed: Timed out", said)
 
 
-def test_a_good_end_is_no_death():
-    code, said = run("finish")
+@pytest.mark.parametrize("how", [launched, forked])
+def test_a_good_end_is_no_death(how):
+    code, said = run("finish", how)
     assert code == 0
     assert "ends with it" not in said
 
 
-def test_the_launchers_death_ends_the_ranks():
-    [launcher] = launched(2, "talk")
+@pytest.mark.parametrize("how", [launched, forked])
+def test_the_launchers_death_ends_the_ranks(how):
+    [launcher] = how(2, "talk")
     ranks = pids([launcher], 2)
     launcher.kill()
     deadline = time.monotonic() + SECONDS
@@ -134,8 +143,9 @@ def test_the_launchers_death_ends_the_ranks():
     assert not any(alive(pid) for pid in ranks.values())
 
 
-def test_ctrl_c_ends_the_ranks():
-    [launcher] = launched(2, "talk")
+@pytest.mark.parametrize("how", [launched, forked])
+def test_ctrl_c_ends_the_ranks(how):
+    [launcher] = how(2, "talk")
     ranks = pids([launcher], 2)
     launcher.send_signal(signal.SIGINT)
     _, said = launcher.communicate(timeout=SECONDS)

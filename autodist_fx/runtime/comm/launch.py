@@ -1,4 +1,7 @@
-"""Starts the ranks of this machine: what torchrun does, for our command line, without elasticity."""
+"""Starts the ranks of this machine: what torchrun does, for our command line, without elasticity.
+
+A rank is a new process, or a fork of this one, which has imported torch and transformers already: seconds a rank.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
+from typing import IO, NoReturn, Protocol
 
 from autodist_fx.runtime.comm.watchdog import EXIT_CODE as LOST_ANOTHER_RANK
 
@@ -30,8 +34,13 @@ def launch_local(
     env: Mapping[str, str] | None = None,
     output_rank: int = 0,
     keep_open: Sequence[int] = (),
+    forked: Callable[[], int] | None = None,
 ) -> int:
     """Run `argv` once per rank, as processes of this machine, until all have ended; return the exit code.
+
+    `forked` is called instead where the system is Linux: it does the same as `argv`, in a fork of this process, and
+    returns the exit code. Nothing is run at such a process's exit, and this one must not have used CUDA, nor threads
+    for computing (torch.set_num_threads(1)).
 
     Each finds its rank where torchrun puts it, in RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
     MASTER_PORT; `env` adds to this process's environment. The cores are shared out by OMP_NUM_THREADS unless that is
@@ -50,25 +59,19 @@ def launch_local(
         "MASTER_PORT": str(_free_port()),
         ONE_STDERR: "1",
     }
-    ranks: list[subprocess.Popen[bytes]] = []
+    ranks: list[_Process] = []
     readers: list[threading.Thread] = []
     try:
         with _ended_by_sigterm():
             for rank in range(world_size):
-                quiet = rank != output_rank
-                process = subprocess.Popen(
-                    list(argv),
-                    env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdin=subprocess.DEVNULL if quiet else None,
-                    stdout=subprocess.DEVNULL if quiet else None,
-                    stderr=subprocess.PIPE if quiet else None,
-                    pass_fds=tuple(keep_open),
-                    start_new_session=True,  # Ctrl-C reaches them through us, once
-                    preexec_fn=_die_with_parent,
-                )
-                ranks.append(process)
-                if quiet:
-                    readers.append(threading.Thread(target=_forward, args=(process, rank), daemon=True))
+                own, quiet = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, rank != output_rank
+                if forked is not None and _libc is not None:
+                    ranks.append(_Fork(forked, own, quiet))
+                else:
+                    ranks.append(_started(argv, own, quiet, keep_open))
+            for rank, process in enumerate(ranks):  # threads, which a fork would not have, but perhaps their locks
+                if process.stderr is not None:
+                    readers.append(threading.Thread(target=_forward, args=(process.stderr, rank), daemon=True))
                     readers[-1].start()
             return _wait(ranks)
     except KeyboardInterrupt:
@@ -80,7 +83,90 @@ def launch_local(
             reader.join(_GRACE_SECONDS)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+class _Process(Protocol):
+    """A running rank, as subprocess.Popen has it."""
+
+    pid: int
+    stderr: IO[bytes] | None
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+def _started(argv: Sequence[str], env: Mapping[str, str], quiet: bool, keep_open: Sequence[int]) -> _Process:
+    return subprocess.Popen(
+        list(argv),
+        env=env,
+        stdin=subprocess.DEVNULL if quiet else None,
+        stdout=subprocess.DEVNULL if quiet else None,
+        stderr=subprocess.PIPE if quiet else None,
+        pass_fds=tuple(keep_open),
+        start_new_session=True,  # Ctrl-C reaches them through us, once
+        preexec_fn=_die_with_parent,
+    )
+
+
+class _Fork:
+    """A process that goes on from here with `work`, whose result is its exit code."""
+
+    stderr: IO[bytes] | None = None
+
+    def __init__(self, work: Callable[[], int], env: Mapping[str, str], quiet: bool) -> None:
+        self._code: int | None = None
+        read, write = os.pipe() if quiet else (None, None)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _be_fork(work, env, write)
+        if read is not None and write is not None:
+            os.close(write)
+            self.stderr = os.fdopen(read, "rb")
+
+    def poll(self) -> int | None:
+        """Return the exit code, -n where signal n killed it; None while it runs."""
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit code. Raises subprocess.TimeoutExpired."""
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a rank", timeout or 0.0)
+            time.sleep(_POLL_SECONDS)
+        return code
+
+
+def _be_fork(work: Callable[[], int], env: Mapping[str, str], stderr: int | None) -> NoReturn:
+    """Be a rank, in the forked process: as a new one would be, with `env` for its environment. `stderr`: the file that
+    it writes errors to where it is a quiet one."""
+    code = 1
+    try:
+        _die_with_parent()
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if stderr is not None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for file, number in ((nothing, 0), (nothing, 1), (stderr, 2)):
+                os.dup2(file, number)
+        os.environ.clear()
+        os.environ.update(env)
+        if (torch := sys.modules.get("torch")) is not None:  # reads OMP_NUM_THREADS when it is imported alone
+            torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+        code = work()
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        with contextlib.suppress(OSError):  # `autodist-fx run ... | head`
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(ranks: Sequence[_Process]) -> int:
     """Wait until all have ended well, or one has not: then name it, and give the others time to say what they saw."""
     while True:
         codes = [process.poll() for process in ranks]
@@ -111,7 +197,7 @@ def _report(codes: Sequence[int | None]) -> int:
     return code
 
 
-def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+def _end(ranks: Sequence[_Process]) -> None:
     """End the ranks by SIGTERM, and by SIGKILL those that have not ended in time. They are stopped while they are
     asked: none sees another end, and says that it did."""
     for asked in ((signal.SIGSTOP, signal.SIGTERM, signal.SIGCONT), (signal.SIGKILL,)):
@@ -142,9 +228,8 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _forward(process: subprocess.Popen[bytes], rank: int) -> None:
-    assert process.stderr is not None
-    for line in process.stderr:
+def _forward(stderr: IO[bytes], rank: int) -> None:
+    for line in stderr:
         sys.stderr.buffer.write(f"[rank {rank}] ".encode() + line)
         sys.stderr.flush()
 

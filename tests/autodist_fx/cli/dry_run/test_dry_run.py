@@ -23,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for command in ("run", "train"):
-        monkeypatch.setattr(f"autodist_fx.cli.{command}.launch_local", lambda *_, **__: pytest.fail("started ranks"))
+        monkeypatch.setattr(f"autodist_fx.cli.{command}.start_ranks", lambda *_, **__: pytest.fail("started ranks"))
 
 
 def test_run(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
