@@ -42,7 +42,7 @@ def measure(shape: str, layers: int, tp: int, pp: int) -> dict[str, Any]:
     compiled = adx.compile(config, tp=tp, pp=pp, use_cache=True, verify=False)  # verified below, timed apart
     assert compiled.plan is not None
     planned = time.perf_counter()
-    nodes = sum(len(compiled.rank(rank).graph.nodes) for rank in range(tp * pp))
+    nodes = sum(len(compiled.program(rank).graph_module.graph.nodes) for rank in range(tp * pp))
     emitted = time.perf_counter()
     compiled.verify()
     verified = time.perf_counter()

@@ -80,10 +80,10 @@ def speed_table(results: Sequence[Result]) -> str:
 
 
 def ratio_table(results: Sequence[Result]) -> str:
-    """How much longer the others take than ours, round by round; without ours, than the hand-written split."""
+    """How much longer the others take than ours on as many stages, round by round; without ours, than the hand-written
+    split."""
     usable = {result.name: result for result in results if not result.error}
-    base = next((usable[name] for name in ("ours", "megatron_tp") if name in usable), None)
-    if base is None:
+    if "ours" not in usable and "megatron_tp" not in usable:
         return "No ratios: the contender to compare with gave no figures."
 
     def ratios(theirs: list[float], ours: list[float]) -> str:
@@ -91,13 +91,15 @@ def ratio_table(results: Sequence[Result]) -> str:
 
     rows = []
     for other in usable.values():
-        title = ENTRIES[other.name].title
+        title, against = ENTRIES[other.name].title, ENTRIES[other.name].against
+        base = usable.get(against) or usable.get("ours") or usable["megatron_tp"]
+        named = f"{title} / {ENTRIES[base.name].title}"
         if other is not base:
             pairs = zip(other.measures, base.measures, strict=True)
-            rows.append([title, *(ratios(theirs, ours) for theirs, ours in pairs)])
+            rows.append([named, *(ratios(theirs, ours) for theirs, ours in pairs)])
         if other.forward_sharded:
             rows.append([title + SHARDED, ratios(other.forward_sharded, base.forward), *[""] * 3])
-    return table([f"time / {ENTRIES[base.name].title}", "forward", "prefill", "decode step", "decode"], rows)
+    return table(["time / time", "forward", "prefill", "decode step", "decode"], rows)
 
 
 def collectives_table(results: Sequence[Result]) -> str:

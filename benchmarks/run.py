@@ -35,10 +35,10 @@ def main() -> int:
     parser.add_argument("--skip", default="", help="of: turns,pipeline,compile,loading")
     parser.add_argument("--large", action="store_true", help="compile the largest mixture of experts, too: minutes")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
-    parser.add_argument("--pipeline-rank", help=argparse.SUPPRESS)  # a checkpoint: this process is a rank of it
+    parser.add_argument("--pipeline-rank", nargs=2, help=argparse.SUPPRESS)  # whose, and of which checkpoint
     args = parser.parse_args()
     if args.pipeline_rank:
-        full.serve_rank(args.pipeline_rank)
+        full.serve_rank(*args.pipeline_rank)
         return 0
     skip = args.skip.split(",")
 
@@ -60,8 +60,8 @@ def main() -> int:
         filled = full.run(list(full.WORKS), args.rounds)
         wrong |= not all(r.agrees for r in filled)
         sections += [
-            "## A pipeline that is kept full\n\npp=2 with one microbatch at a time and with as many as the plan "
-            "chooses, in turns; the forecast is the plan's own.",
+            "## A pipeline that is kept full\n\npp=2 with one microbatch at a time, with as many as the plan "
+            "chooses, and transformers' own pp=2, in turns;\nthe forecast is the plan's own.",
             full.results_table(filled),
         ]
     if "compile" not in skip:

@@ -32,6 +32,7 @@ class Entry:
     world_size: int = 2
     threads: int = 1
     sharded_logits: bool = False  # also timed without gathering the logits, which `generate` never needs
+    against: str = "ours"  # whose time its own is divided by
 
 
 ENTRIES = {
@@ -40,6 +41,8 @@ ENTRIES = {
     "transformers_tp": Entry('transformers tp_plan="auto"'),
     "dtensor_tp": Entry("DTensor parallelize_module"),
     "megatron_tp": Entry("hand-written Megatron-style", sharded_logits=True),
+    "ours_pp": Entry("autodist_fx, pp=2"),
+    "transformers_pp": Entry("transformers pp_size=2", against="ours_pp"),
 }
 
 

@@ -47,8 +47,8 @@ class OursContender:
         return counted
 
 
-def build(path: str) -> OursContender:
+def build(path: str, tp: int = 2, pp: int = 1) -> OursContender:
     """Each rank reads its own slices and compiles its own program."""
     import autodist_fx as adx
 
-    return OursContender(adx.from_pretrained(path, tp=2, pp=1))
+    return OursContender(adx.from_pretrained(path, tp=tp, pp=pp))

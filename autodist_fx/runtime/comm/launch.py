@@ -157,6 +157,8 @@ def _be_fork(work: Callable[[], int], env: Mapping[str, str], stderr: int | None
         if (torch := sys.modules.get("torch")) is not None:  # reads OMP_NUM_THREADS when it is imported alone
             torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
         code = work()
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
     finally:

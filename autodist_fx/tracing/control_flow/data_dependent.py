@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from autodist_fx.calls.value_guards import known_value
 from autodist_fx.tracing.control_flow.constants import constant
+from autodist_fx.tracing.control_flow.same_selection import selected_before
 from autodist_fx.tracing.control_flow.value_ranges import value_range
 from autodist_fx.tracing.versions.tracer_base import SymbolicProxy, SymbolicTracer
 from passes.ops.data_dependent import bincount, expectation, join_rows, piece_length, selected, split_rows
@@ -301,6 +302,8 @@ def _selected(tracer: SymbolicTracer, mask: SymbolicProxy) -> SymbolicProxy:
     if mask.tracer.values and (count := known_value((mask != 0).sum())) is not None:
         places = tracer.create_proxy("call_function", torch.nonzero_static, (mask,), {"size": count})
         return tracer.create_proxy("call_method", "unbind", (places, -1), {})
+    if (before := selected_before(tracer, mask.node)) is not None:
+        return before
     one_hot = _one_hot_of(mask.node, _PART)
     share = 1 if one_hot is None else _occurring(one_hot, tracer)
     return tracer.create_proxy("call_function", selected, (mask, _number(tracer, 1), share), {})

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import autodist_fx as adx
 from autodist_fx.errors import AutodistError
@@ -81,3 +83,40 @@ def test_everything_frozen_has_no_gradients() -> None:
     model = tiny_encoder("BertForSequenceClassification", "bert").requires_grad_(False)
     with pytest.raises(AutodistError, match="loss depends on no parameter that wants a gradient"):
         adx.compile(model, tp=2, pp=2, train=True).gradients(**text_batch(), labels=torch.tensor([0, 1]))
+
+
+class LossOfMarkedTokens(LlamaForCausalLM):
+    """A model whose loss leaves padding out by a mask that it writes twice, as LLaVA's and Granite Speech's do."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        logits, seen = output.logits, attention_mask[:, 1:]
+        chosen = logits[:, :-1][seen.to(logits.device) != 0]
+        wanted = labels[:, 1:][seen.to(labels.device) != 0]
+        loss = torch.nn.functional.cross_entropy(chosen.view(-1, chosen.shape[-1]), wanted.view(-1))
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def test_a_mask_that_is_written_twice_selects_as_many() -> None:
+    with in_float64():
+        model = LossOfMarkedTokens(tiny_model("llama").config).double().eval()
+        ids, mask = padded_batch()
+        check_gradients(model, {"input_ids": ids, "attention_mask": mask, "labels": ids}, (2, 2))
+
+
+class LossOfTwoParts(LlamaForCausalLM):
+    """A model that selects by a mask, changes the mask in place, and selects by it again."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        seen = attention_mask.clone()
+        first = output.logits[seen != 0].square().sum()
+        seen[:, 0] = 0
+        return CausalLMOutputWithPast(loss=first + output.logits[seen != 0].sum(), logits=output.logits)
+
+
+def test_a_mask_that_is_changed_in_between_selects_anew() -> None:
+    with in_float64():
+        model = LossOfTwoParts(tiny_model("llama").config).double().eval()
+        ids, mask = padded_batch()
+        check_gradients(model, {"input_ids": ids, "attention_mask": mask, "labels": ids}, (2, 2))
