@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from autodist_fx.tracing.control_flow.conditions import decide, is_instance, longest
 from autodist_fx.tracing.control_flow.constants import CONVERSIONS, numpy_ufunc
-from autodist_fx.tracing.control_flow.range_loops import outlined_loops
+from autodist_fx.tracing.control_flow.loops.range_loops import outlined_loops
 from autodist_fx.tracing.control_flow.rotary import updating_frequencies
 from autodist_fx.tracing.control_flow.value_branches import hide_buffer, set_attribute
 from autodist_fx.tracing.gradient_regions import patch_contexts

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import autodist_fx as adx
 from autodist_fx.tracing import trace
-from autodist_fx.tracing.control_flow.range_loops import outlined_loops
+from autodist_fx.tracing.control_flow.loops.range_loops import outlined_loops
 from tests.support.graphs.loops import Chunked, InPlaceScan, KeywordScan, ListScan, traced_loop
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from autodist_fx.tracing.control_flow.range_loops import outlined_loops
+from autodist_fx.tracing.control_flow.loops.range_loops import outlined_loops
 from autodist_fx.tracing.tracer import Tracer
 
 

@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from autodist_fx.tracing.control_flow.loop_analysis import (
+from autodist_fx.tracing.control_flow.loops.loop_analysis import (
     changed_names,
     exposed_names,
     filled_lists,
@@ -17,7 +17,7 @@ from autodist_fx.tracing.control_flow.loop_analysis import (
     stored_names,
     uses_of_lists,
 )
-from autodist_fx.tracing.control_flow.outlined_call import OutlinedCall, as_large_as_before
+from autodist_fx.tracing.control_flow.loops.outlined_call import OutlinedCall, as_large_as_before
 from passes.ops.loops import LoopSource, own_copy
 
 COUNTS, FITS, _LEAF, _OWN = "_is_outlined_", "_fit_a_node_", "_outlined_", "_own_"

@@ -26,8 +26,8 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from autodist_fx.tracing.control_flow.outline_loop import COUNTS, FITS, LoopOutliner
-from autodist_fx.tracing.control_flow.outlined_call import fit_a_node, is_outlined
+from autodist_fx.tracing.control_flow.loops.outline_loop import COUNTS, FITS, LoopOutliner
+from autodist_fx.tracing.control_flow.loops.outlined_call import fit_a_node, is_outlined
 
 
 @contextlib.contextmanager
