@@ -8,6 +8,7 @@ adds, and a case named on the command line run them all.
 
 from __future__ import annotations
 
+import gc
 import os
 import zlib
 
@@ -39,6 +40,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = {item for group in groups.values() for item in sorted(group, key=_draw)[: _count(group[0])]}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what is there by now, torch and transformers and all tests, out of every later search for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def _group(item: pytest.Item, one_case: bool) -> tuple[object, ...]:

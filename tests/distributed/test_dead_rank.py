@@ -71,6 +71,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     ("how", "ranks", "dead"), [(launched, 2, 1), (forked, 3, 1), (torchrun, 2, 1), (terminals, 2, 0), (terminals, 3, 1)]
 )

@@ -43,6 +43,7 @@ def t5(tmp_path_factory):
     return directory
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(
     ("family", "tp", "pp", "how"),
     [("t5", 2, 1, "--memory"), ("t5", 2, 2, "")]

@@ -74,6 +74,7 @@ def test_a_prompt_and_a_step_equal_eager(family: str, mesh: tuple[int, int]) -> 
         assert set(lie) in ({"D(0)"}, {"S(0)"})  # by a loop over them, or in one node
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "dbrx", "granitemoe"])
 @in_float64()
 def test_a_rank_has_no_node_and_no_weight_of_other_ranks_experts(family: str) -> None:

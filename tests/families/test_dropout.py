@@ -76,6 +76,7 @@ CASES: dict[str, tuple[Callable[[], tuple[PreTrainedModel, Inputs]], float]] = {
 }  # fmt: skip
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     ("family", "mesh"),
     [("gpt2", (2, 2)), ("gpt2", (3, 1)), ("llama", (2, 1)), ("bert", (1, 2)), ("t5", (2, 1)), ("dinov2", (2, 1))],

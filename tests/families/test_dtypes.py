@@ -11,7 +11,7 @@ import autodist_fx as adx
 from tests.support.models import padded_batch, tiny_model
 
 
-@pytest.mark.drawn(8)
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("family, mesh", [("llama", (2, 2)), ("gpt2", (3, 1))])

@@ -53,6 +53,7 @@ def test_forward_equals_eager(family: str, mesh: tuple[int, int]) -> None:
         assert all(p.placement.is_shard for p in weights)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("family, mesh", [("longt5", (2, 2)), ("prophetnet", (2, 1)), ("pegasus_x", (2, 1))])
 @torch.no_grad()
 def test_forward_of_odd_attention(family: str, mesh: tuple[int, int]) -> None:
@@ -69,7 +70,7 @@ def test_forward_of_odd_attention(family: str, mesh: tuple[int, int]) -> None:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.drawn(6)
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     "family, mesh",
     [("t5", (2, 1)), ("t5", (1, 2)), ("t5", (2, 2)), ("t5", (1, 5)), ("bart", (3, 1)), ("bart", (2, 2))]
@@ -98,6 +99,7 @@ def test_decoding_with_a_cache_equals_eager(family: str, mesh: tuple[int, int]) 
     assert of_encoder <= _names_of_the_table(model)  # which the decoder reads, too
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
 def test_two_sums_an_encoder_layer_and_three_a_decoder_layer(family: str) -> None:
     """Counted as what two more layers of each cost: embeddings and the head have sums of their own."""

@@ -98,7 +98,7 @@ def test_decoding_with_a_cache_equals_eager(family: str, mesh: tuple[int, int]) 
     _check_plan_and_graphs(compiled)
 
 
-@pytest.mark.drawn(14)
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("family, changes, mesh", UNEVEN_CASES)
 @torch.no_grad()
 def test_uneven_shapes_forward_and_decoding(family: str, changes: dict[str, Any], mesh: tuple[int, int]) -> None:
@@ -107,6 +107,7 @@ def test_uneven_shapes_forward_and_decoding(family: str, changes: dict[str, Any]
     _check_decoding(model, mesh, relative_tolerance(family))
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     "window, prefill, total",
     [(4, 2, 9), (4, 5, 9), (40, 30, 45), (40, 43, 46), (100, 97, 104)],
@@ -127,6 +128,7 @@ def test_a_sliding_window_whatever_its_length(window: int, prefill: int, total: 
     assert relative_error(decoded_logits(compiled, model, ids, mask, prefill)[kept], expected[kept]) <= 1e-6
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("family, mesh", [("llama", (2, 7)), ("opt", (1, 8)), ("phi3", (1, 12))])
 @torch.no_grad()
 def test_more_stages_than_layers(family: str, mesh: tuple[int, int]) -> None:
@@ -136,6 +138,7 @@ def test_more_stages_than_layers(family: str, mesh: tuple[int, int]) -> None:
     _check_decoding(model, mesh, relative_tolerance(family))
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("family, mesh", [("llama", (3, 2)), ("gpt2", (2, 2)), ("phi3", (4, 1))])
 @torch.no_grad()
 def test_float32(family: str, mesh: tuple[int, int]) -> None:

@@ -58,6 +58,7 @@ def test_forward_equals_eager(family: str, mesh: tuple[int, int]) -> None:
         assert _sharded(compiled) >= 0.9
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_with_the_models_own_casts(family: str) -> None:
@@ -70,6 +71,7 @@ def test_with_the_models_own_casts(family: str) -> None:
     assert relative_error(found, expected) <= (1e-5 if family in FLOAT32 else 1e-6)
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 @in_float64()

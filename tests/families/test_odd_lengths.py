@@ -46,7 +46,7 @@ CASES = {
 }
 
 
-@pytest.mark.drawn(4)
+@pytest.mark.drawn(1)
 @pytest.mark.filterwarnings("ignore:for these lengths")  # which need no padding to whole chunks, as the traced ones do
 @pytest.mark.parametrize("case", CASES)
 def test_equal_to_the_model(case: str) -> None:

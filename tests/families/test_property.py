@@ -126,6 +126,7 @@ def _check_shares(compiled: CompiledModel, case: Case) -> None:
             assert any(n >= param.shape[dim] for dim, n in limit.items()), f"{param.name} is on every rank"
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("family", FAMILIES)  # a test each: one of 300 examples would run into a test's time limit
 @_property
 @given(data=st.data())
@@ -148,7 +149,7 @@ def _plain(family: str, heads: int, kv_heads: int, tp: int, attention: str = "sd
     )  # fmt: skip
 
 
-@pytest.mark.drawn(8)
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("kv_heads", [1, 2, 3])
 @pytest.mark.parametrize(
     "family, attention", [*((f, "sdpa") for f in (*SEPARATE, "phi3", "falcon")), ("llama", "eager"), ("phi3", "eager")]
@@ -163,7 +164,7 @@ def test_fewer_kv_heads_than_ranks(family: str, attention: str, kv_heads: int) -
     _check(case, use_cache=False, hardware=FREE)
 
 
-@pytest.mark.drawn(8)
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("tp", [2, 3, 4, 5])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
@@ -174,6 +175,7 @@ def test_seven_heads(family: str, tp: int) -> None:
         _check(_plain(family, 7, 1, tp), use_cache=True)
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("mesh", [(8, 1), (3, 2), (1, 4)], ids=lambda m: f"{m[0]}x{m[1]}")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @torch.no_grad()

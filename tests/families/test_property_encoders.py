@@ -36,6 +36,7 @@ def fields(draw: st.DrawFn, family: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(
     max_examples=-(-EXAMPLES // 12), phases=(Phase.explicit, Phase.generate), suppress_health_check=list(HealthCheck)

@@ -19,7 +19,7 @@ from tests.support.state_space import CONFIGS, state_space_model
 MESHES = {"recurrent_gemma": ((3, 1),), "mamba": ((3, 1), (1, 2)), "bamba": ((3, 1), (1, 2))}  # others: (2, 2)
 
 
-@pytest.mark.drawn(6)
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("family", CONFIGS)
 @torch.no_grad()
 def test_forward_equals_eager(family: str) -> None:
@@ -71,7 +71,7 @@ def _eager_decoding_5(
     return torch.cat(logits, 1)
 
 
-@pytest.mark.drawn(6)
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("family", CONFIGS)
 @torch.no_grad()
 def test_decoding_with_the_models_own_cache_equals_eager(family: str) -> None:

@@ -20,6 +20,7 @@ SUBJECTS: tuple[tuple[str, tuple[int, int], str], ...] = (
 EACH = 1  # mutants of a kind
 
 
+@pytest.mark.drawn(5)
 @pytest.mark.parametrize("which", SUBJECTS, ids=lambda w: f"{w[0]}-{w[1][0]}x{w[1][1]}-{w[2]}")
 def test_correct_programs_are_accepted_and_right(which: Any) -> None:
     made = subject(*which)
@@ -29,7 +30,7 @@ def test_correct_programs_are_accepted_and_right(which: Any) -> None:
     assert made.behaviour(programs) == ""
 
 
-@pytest.mark.drawn(30)
+@pytest.mark.drawn(18)
 @pytest.mark.parametrize("kind", MUTATIONS)
 def test_mutants_are_refused(kind: str) -> None:
     order = list(SUBJECTS)

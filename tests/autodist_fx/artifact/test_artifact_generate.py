@@ -47,6 +47,7 @@ def test_a_decoder(tmp_path: Path) -> None:
         _on_each_rank(tmp_path / "saved", lambda split: split(inputs_embeds=torch.zeros(1, 2, 72)))
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("family", ["t5", "whisper"])  # the latter with a generate of its own
 @torch.no_grad()
 def test_encoder_decoders(family: str, tmp_path: Path) -> None:

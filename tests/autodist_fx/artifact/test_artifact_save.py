@@ -43,7 +43,7 @@ def _reloaded(compiled: CompiledModel, directory: Path) -> adx.Artifact:
     return artifact
 
 
-@pytest.mark.drawn(6)
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("family", [*FAMILIES, *MOE])
 @torch.no_grad()
 def test_decoders(family: str, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def damaged(directory):
     edit_json(directory, "variants/decode/rank1.json", change)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("options", [(), ("--numeric",), ("--train",), ("--train", "--numeric")], ids="".join)
 def test_a_model(capsys, config_only, options):
     said = succeeds(capsys, "verify", "--model", config_only, "--tp", 2, *options).splitlines()

@@ -122,6 +122,7 @@ def model_of(cls: type[LlamaForCausalLM]) -> Any:
     return randomized(cls(tiny_config("llama")).double().eval())
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(("kind", "ways"), [(Doubling, 4), (DoublingByPosition, 2)])
 @torch.no_grad()
 def test_whole_sequences_of_any_length(kind: type[LlamaForCausalLM], ways: int) -> None:
@@ -134,6 +135,7 @@ def test_whole_sequences_of_any_length(kind: type[LlamaForCausalLM], ways: int) 
     assert len(compiled.variants) == ways, "one for each way, and no more"
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(("kind", "ways"), [(Remembering, 3), (AskingALayer, 2)])
 @torch.no_grad()
 def test_guards_on_cached_tokens_choose_variants_that_share_a_cache(kind: type[LlamaForCausalLM], ways: int) -> None:
@@ -148,6 +150,7 @@ def test_guards_on_cached_tokens_choose_variants_that_share_a_cache(kind: type[L
     assert len(compiled.variants) == ways
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("mesh", (Mesh(tp=2), Mesh(pp=2)), ids=str)
 def test_generating_over_ranks(mesh: Mesh) -> None:
     """The ways change while it generates; whole sequences have theirs, too."""

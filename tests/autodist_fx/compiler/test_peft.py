@@ -26,6 +26,7 @@ def _adapted(family: str) -> peft.PeftModel:
     return peft.get_peft_model(tiny_model(family), config).double().eval()
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("family, mesh, tolerance", [("llama", (2, 2), 1e-6), ("gpt2", (2, 1), 1e-9)])
 @torch.no_grad()
 def test_active_merged_and_disabled_adapters(family: str, mesh: tuple[int, int], tolerance: float) -> None:
@@ -56,6 +57,7 @@ def test_adapters_that_drop_out_while_training_are_refused() -> None:
         adx.compile(_adapted("llama").train(), tp=2)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(
     "config",
     [

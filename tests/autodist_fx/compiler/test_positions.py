@@ -41,6 +41,7 @@ def llama() -> PreTrainedModel:
     return tiny_model("llama")
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("make", [git, llama])
 def test_rows_padded_on_the_left(make: Any, tmp_path: Path) -> None:
     model = make()

@@ -80,6 +80,7 @@ def varied_plan():
     return replace(plan, layouts=layouts, params=tuple(map(changed, plan.params)))
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("width, dark", [(1400, False), (700, True)])
 def test_readable_at_8_x_4_ranks(tmp_path, width, dark):
     assert_sound(look_at(plan_page(varied_plan()), tmp_path, width=width, dark=dark))

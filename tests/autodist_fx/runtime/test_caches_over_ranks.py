@@ -42,6 +42,7 @@ def turns(model: Any, cache: Any) -> list[list[list[int]]]:
     return [x.tolist() for x in (first, second, third)]
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(pp=3)], ids=str)
 def test_turns_that_share_a_cache_and_take_one_back(mesh: Mesh, llama: PreTrainedModel) -> None:
     """On 3 stages of 2 layers, one has no cache layer to ask."""

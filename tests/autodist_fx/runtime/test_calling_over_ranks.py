@@ -58,6 +58,7 @@ def test_every_rank_returns_what_the_model_does() -> None:
     check(model, calls, MESH)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(
     "make, mesh",
     [
@@ -77,7 +78,7 @@ def test_packed_rows(make: Callable[[], PreTrainedModel], mesh: Mesh) -> None:
     check(model, calls, mesh, tolerance=1e-6)  # they compute norms in float32
 
 
-@pytest.mark.drawn(3)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(
     "make",
     [

@@ -27,6 +27,7 @@ def classifier() -> PreTrainedModel:
     return randomized(AutoModelForSequenceClassification.from_config(config).double().eval())
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("mesh", (Mesh(tp=2), Mesh(pp=2)), ids=str)
 def test_a_classifier_and_its_loss(mesh: Mesh) -> None:
     model = classifier()

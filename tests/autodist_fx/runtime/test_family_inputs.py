@@ -73,6 +73,7 @@ def _generated(model: Any, **options: Any) -> list[Any]:
     ]
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("make", [phi3, phimoe, xlm_roberta_xl])
 def test_the_same_tokens_as_the_model(make: Any) -> None:
     model = make()

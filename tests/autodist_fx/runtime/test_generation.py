@@ -209,6 +209,7 @@ def test_processors_that_call_the_model(llama):
     llama.same(input_ids=prompts(), max_new_tokens=6, do_sample=False, guidance_scale=1.5, repetition_penalty=1.2)
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     ("make", "tp", "pp"),
     [(tiny_gpt2, 2, 1), (tiny_gpt2, 3, 1), (tiny_opt, 1, 2), (tiny_mistral, 2, 2), (tiny_llama, 1, 1)],

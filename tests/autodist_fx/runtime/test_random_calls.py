@@ -99,7 +99,7 @@ def _assert_alike(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor],
         assert got[name].shape == value.shape and relative_error(got[name], value) <= TOLERANCE, (name, said)
 
 
-@pytest.mark.drawn(3)
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_drawn_calls(family: str) -> None:

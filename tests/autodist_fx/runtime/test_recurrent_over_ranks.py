@@ -63,6 +63,7 @@ def test_beams_of_a_model_whose_step_mixes_rows_are_refused() -> None:
     assert on_ranks(model, Mesh(pp=2), both) == [wanted] * 2
 
 
+@pytest.mark.drawn(1)
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["mamba", "lfm2"])
 def test_prompts_shorter_than_the_convolution(family: str) -> None:

@@ -87,6 +87,7 @@ def ranks(request: pytest.FixtureRequest) -> Ranks:
     return Ranks(*request.param)
 
 
+@pytest.mark.drawn(2)
 def test_greedy_with_padding_and_early_ends(ranks: Ranks) -> None:
     given = {**prompt(ranks.model), "max_new_tokens": 12, "do_sample": False}
     tokens = ranks.same(**given)

@@ -32,6 +32,7 @@ def _lie(compiled: CompiledModel) -> set[str]:
     return {str(p.placement) for p in compiled.plan.params if p.matmul and any(part in p.name for part in experts)}
 
 
+@pytest.mark.drawn(2)
 # Loops over the experts that were hit, one with a shared expert beside them (Qwen2); rows that are sorted and joined
 # (DeepSeek-V2); a loop over all, and groups (V3); parts of one weight (DBRX, and all of them in transformers 5).
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v2", "deepseek_v3", "dbrx"])

@@ -45,7 +45,7 @@ DECODERS: list[tuple[str, dict[str, Any], tuple[Mesh, ...]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.drawn(6)
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(
     "family, changes, meshes", [pytest.param(*c, id=f"{c[0]}-{'-'.join(map(str, c[1].values()))}") for c in DECODERS]
 )

@@ -82,6 +82,7 @@ _CHANGES: dict[str, Callable[[PreTrainedModel], object]] = {
 }
 
 
+@pytest.mark.drawn(6)
 @pytest.mark.parametrize("change", _CHANGES)
 def test_simulate_computes_what_the_model_does_after_a_change(change: str) -> None:
     model = tiny_model("gpt2")
@@ -165,6 +166,7 @@ def _freeze(model: PreTrainedModel) -> None:
     model.transformer.h[0].requires_grad_(False)
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("change", [_step, _freeze, _untied, lambda model: model.float()])
 def test_gradients_are_those_of_the_model_as_it_is(change: Callable[[PreTrainedModel], Any]) -> None:
     model = tiny_model("gpt2")

@@ -51,6 +51,7 @@ def lfm2() -> PreTrainedModel:
     return randomized(Lfm2ForCausalLM(config).eval())
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     ("make", "kind", "name"),
     [

@@ -30,6 +30,7 @@ _CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("change", _CHANGES)
 def test_a_graph_that_is_made_after_a_change_is_refused_on_every_rank(change: str) -> None:
     model = tiny_model("llama")

@@ -179,6 +179,7 @@ def device_map_with_a_hook(m: Any) -> None:
     m.lm_head.register_forward_hook(lambda module, args, output: output * 2)
 
 
+@pytest.mark.drawn(5)
 @torch.no_grad()
 @pytest.mark.parametrize("name", CHANGES)
 def test_is_part_of_the_graph(name: str) -> None:

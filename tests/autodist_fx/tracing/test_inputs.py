@@ -92,7 +92,7 @@ def _assert_equal(found: Any, expected: Any, tolerance: float) -> None:
             assert relative_error(a[name], value) <= tolerance, name
 
 
-@pytest.mark.drawn(8)
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_simulate_equals_eager_for_each_kind_of_input(case: str) -> None:
@@ -100,7 +100,7 @@ def test_simulate_equals_eager_for_each_kind_of_input(case: str) -> None:
     _assert_equal(found, _model("llama")(**CASES[case], use_cache=False), 1e-6)
 
 
-@pytest.mark.drawn(8)
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("family, mesh", [("gpt2", (2, 1)), ("gpt2", (2, 2)), ("opt", (1, 2)), ("mistral", (2, 1))])
 @pytest.mark.parametrize("case", FEWER)
 @torch.no_grad()
@@ -118,6 +118,7 @@ def test_segments() -> None:
     _assert_equal(_compiled("gpt2", (2, 2)).simulate(**inputs), _model("gpt2")(**inputs, use_cache=False), 1e-9)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("family, mesh", [("llama", (2, 2)), ("gpt2", (2, 1)), ("opt", (2, 1))])
 @torch.no_grad()
 def test_attention_maps(family: str, mesh: tuple[int, int]) -> None:

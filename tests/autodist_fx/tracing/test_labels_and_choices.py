@@ -18,6 +18,7 @@ from tests.support.moe import tiny_moe_model
 from tests.support.training.gradients import batch_of, check_gradients
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     "changes, labels",
     [
@@ -33,6 +34,7 @@ def test_labels_of_a_classifier(changes: dict[str, Any], labels: torch.Tensor) -
     check_gradients(model, {**text_batch(), "labels": labels}, (2, 2))
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("class_name", ["BertForMultipleChoice", "RobertaForMultipleChoice"])
 def test_multiple_choice(class_name: str) -> None:
     model = tiny_encoder(class_name, class_name.partition("For")[0].lower())
@@ -65,6 +67,7 @@ def test_losses_of_routers(family: str) -> None:
                 assert relative_error(found[name], wanted[name]) < 1e-9, name
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_loss_over_a_number_of_items(family: str) -> None:
     with in_float64():

@@ -33,6 +33,7 @@ def signature(graph: torch.fx.Graph) -> list[tuple[object, ...]]:
     return [(node.op, node.name, node.target, str(node.args), str(node.kwargs)) for node in graph.nodes]
 
 
+@pytest.mark.drawn(5)
 @pytest.mark.parametrize("model_type", FAMILIES)
 @torch.no_grad()
 def test_graph_equals_eager_bit_for_bit(model_type: str) -> None:
@@ -44,6 +45,7 @@ def test_graph_equals_eager_bit_for_bit(model_type: str) -> None:
         assert torch.equal(graph_module(input_ids=ids, attention_mask=mask)["logits"], expected)
 
 
+@pytest.mark.drawn(5)
 @pytest.mark.parametrize("model_type", FAMILIES)
 @torch.no_grad()
 def test_graph_with_cache_equals_eager_without(model_type: str) -> None:
@@ -72,7 +74,7 @@ def test_graph_with_cache_equals_eager_without(model_type: str) -> None:
     torch.testing.assert_close(torch.cat(logits, 1)[kept], expected[kept], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.drawn(8)
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_no_example_size_is_in_the_graph(model_type: str, use_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +86,7 @@ def test_no_example_size_is_in_the_graph(model_type: str, use_cache: bool, monke
     assert signature(one.graph_module.graph) == signature(trace(config, use_cache=use_cache).graph_module.graph)
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_node_knows_where_it_comes_from(model_type: str) -> None:
     graph_module = trace(tiny_config(model_type), use_cache=True).graph_module

@@ -183,6 +183,7 @@ def error_of(module: nn.Module, tp: int = 2, pp: int = 1, length: int = 7) -> fl
     return relative_error(got, expected)
 
 
+@pytest.mark.drawn(5)
 @pytest.mark.parametrize("make", [Guarded, Warned, Nothing, Numpy, Table, Kept, Windows, Normed, RowByRow, Languages])
 def test_it_has_one_graph_and_computes_the_same(make: type[nn.Module]) -> None:
     assert error_of(make()) < 1e-12

@@ -90,6 +90,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_peak_memory_while_loading(checkpoint, dtype):

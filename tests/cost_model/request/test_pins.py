@@ -33,7 +33,7 @@ GRAPHS = {
 CASES = [(name, tuple(pins.items())) for name, (_, cases) in GRAPHS.items() for pins in cases]
 
 
-@pytest.mark.drawn(5)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("price", [0.0, 1e-6])
 @pytest.mark.parametrize(("name", "pins"), CASES)
 def test_the_rest_is_the_best_around_what_is_pinned(
@@ -49,6 +49,7 @@ def test_the_rest_is_the_best_around_what_is_pinned(
     assert made.request.pin == pins
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     ("family", "tp", "pp", "options"),
     [

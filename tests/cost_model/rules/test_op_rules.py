@@ -109,7 +109,7 @@ def check_factor(made: Case, outputs: Outputs, factor: Factor, owner: np.ndarray
             pytest.fail(f"factor {factor.name} says nothing of output {slot}")
 
 
-@pytest.mark.drawn(60)
+@pytest.mark.drawn(30)
 @pytest.mark.filterwarnings("ignore:std.*degrees of freedom")  # a rank without elements
 @pytest.mark.parametrize("kind", CASES)
 @settings(max_examples=30)
@@ -124,7 +124,7 @@ def test_every_factor_falls_apart(kind: str, data: st.DataObject) -> None:
         check_factor(made, outputs, factor, np.array(data.draw(deal), dtype=np.int64), ranks)
 
 
-@pytest.mark.drawn(60)
+@pytest.mark.drawn(30)
 @pytest.mark.parametrize("kind", CASES)
 @settings(max_examples=15)
 @given(data=st.data())

@@ -92,6 +92,7 @@ def test_a_plan_as_it_is_passes() -> None:
     assert adx.compile(CONFIG, plan=edited(lambda data: None), use_cache=True).plan == PLAN
 
 
+@pytest.mark.drawn(8)
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_contradiction_is_named(name: str) -> None:
     edit, said = BROKEN[name]

@@ -298,6 +298,7 @@ def test_numbers_are_never_sent() -> None:
 # -- whole models ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("use_cache", [False, True], ids=["forward", "cache"])
 @pytest.mark.parametrize("pp", [2, 3])
 def test_hidden_states_are_sent_and_the_rest_is_computed_again(pp: int, use_cache: bool) -> None:

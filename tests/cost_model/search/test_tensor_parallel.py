@@ -94,7 +94,7 @@ def test_elimination_of_a_long_chain_is_quick() -> None:
 # -- the search against all strategies ---------------------------------------------------------------------------------
 
 
-@pytest.mark.drawn(12)
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("price", [0.0, 1e-9, 1e-6])
 @pytest.mark.parametrize("hardware", [CPU_GLOO, A100], ids=lambda h: h.name)
 @pytest.mark.parametrize("tp", [2, 3])
@@ -138,7 +138,7 @@ def layers(count: int) -> dict[str, int]:
     return {"num_hidden_layers": count, "n_layer": count}
 
 
-@pytest.mark.drawn(10)
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("use_cache", [False, True], ids=["forward", "cache"])
 @pytest.mark.parametrize("tp", [2, 3])
 @pytest.mark.parametrize("family", MEGATRON)

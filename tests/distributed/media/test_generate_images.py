@@ -14,7 +14,7 @@ from tests.support.processes import WORKERS, run_ranks
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-@pytest.mark.drawn(2)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2)], ids=["tp", "pp"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_tokens_on_two_ranks(family: str, tp: int, pp: int) -> None:

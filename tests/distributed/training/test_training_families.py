@@ -26,7 +26,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.drawn(2)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("name", CASES)
 def test_steps_are_those_of_one_process(name: str) -> None:
     family, layers, keywords = CASES[name]

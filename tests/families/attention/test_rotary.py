@@ -132,7 +132,7 @@ def test_there_is_a_config_of_every_type() -> None:
     assert found == {"default", *ROPE_INIT_FUNCTIONS}
 
 
-@pytest.mark.drawn(3)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("name", CHANGE)
 def test_frequencies_that_change_with_the_length(name: str) -> None:
     """Without a cache and with one, in turn, on one split: what "dynamic" remembers is of both."""
@@ -144,7 +144,7 @@ def test_frequencies_that_change_with_the_length(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.drawn(3)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(("rope_type", "name"), [(_rope_type(said), name) for name, (_, said) in CONFIGS.items()])
 def test_every_config_end_to_end(rope_type: str, name: str, tmp_path: Path) -> None:
     """Compiled without a cache and with one, proven, run, saved, loaded, proven and run again."""

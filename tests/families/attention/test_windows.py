@@ -27,6 +27,7 @@ def windowed(family: str) -> PreTrainedModel:
     return randomized(AutoModelForCausalLM.from_config(config).double().eval())
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("family", ["gemma4_unified_text", "gemma3_text"])
 def test_rows_longer_than_the_window(family: str) -> None:
     if family not in CONFIG_MAPPING:

@@ -13,7 +13,7 @@ from tests.support.models import relative_error
 TOLERANCE = 1e-6  # norms and rotary tables of most of these are float32 whatever the model's dtype
 
 
-@pytest.mark.drawn(3)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_of_text_and_images(family: str) -> None:
     """Rows with one image, with none, and with two; then the cache of a prompt, and a token that goes on with it."""

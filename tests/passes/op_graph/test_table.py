@@ -85,6 +85,7 @@ def emitted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emitted]:
 DECLARED = {(file, kind) for file, own in KINDS.items() for kind in own}
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     "make, among",
     [

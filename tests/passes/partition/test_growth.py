@@ -21,6 +21,7 @@ def calls(**sizes: int) -> int:
     return sum(entry.callcount for entry in profile.getstats())
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("size", ["num_hidden_layers", "num_experts"])
 def test_each_layer_and_expert_takes_as_much_as_the_one_before(size: str) -> None:
     calls(num_hidden_layers=1)  # fills what is cached for the process

@@ -17,7 +17,7 @@ from tests.support.models import padded_batch, tiny_model
 FAMILIES = ("llama", "gpt2", "opt", "qwen3", "phi3")
 
 
-@pytest.mark.drawn(12)
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("mesh", [(2, 1), (3, 1), (1, 2), (2, 2)], ids=str)
 @pytest.mark.parametrize("family", (*FAMILIES, "uneven", "tuples"))
 def test_right_programs_pass(family: str, mesh: tuple[int, int]) -> None:

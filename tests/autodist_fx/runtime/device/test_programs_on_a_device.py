@@ -74,7 +74,7 @@ def test_so_many_families() -> None:
     assert len({family_of(name) for name in SUBJECTS}) >= 60
 
 
-@pytest.mark.drawn(3)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[0]}x{m[1]}")
 @pytest.mark.parametrize("name", SUBJECTS)
 @torch.no_grad()

@@ -47,6 +47,7 @@ def kept(compiled, batch, schedule: Schedule, recompute: str) -> list[list[int]]
     return world.run(work)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(("name", "recompute"), [("gpipe", "none"), ("1f1b", "none"), ("1f1b", "layers")])
 def test_ranks_keep_what_the_timeline_says(compiled, name: str, recompute: str) -> None:
     made, batch = compiled
