@@ -16,7 +16,7 @@ def test_what_it_computes(tp, pp):
 
 
 def test_a_backward_pass_under_the_launcher():
-    command = [sys.executable, str(WORKERS / "launch_worker.py"), "4", "gradients_worker.py"]
+    command = [sys.executable, str(WORKERS / "launch_worker.py"), "--fork", "4", "gradients_worker.py"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENV)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "all well\n"

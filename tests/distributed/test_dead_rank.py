@@ -121,14 +121,13 @@ def test_a_rank_that_raises(how):
 
 
 def test_a_rank_that_says_nothing_for_too_long():
-    code, said = run("silent")
+    code, said = run("silent", forked)
     assert code == 1
     assert re.search(r"all_reduce of float32\[64\] with rank 1 failed: Timed out", said)
 
 
-@pytest.mark.parametrize("how", [launched, forked])
-def test_a_good_end_is_no_death(how):
-    code, said = run("finish", how)
+def test_a_good_end_is_no_death():
+    code, said = run("finish", forked)
     assert code == 0
     assert "ends with it" not in said
 
@@ -144,9 +143,8 @@ def test_the_launchers_death_ends_the_ranks(how):
     assert not any(alive(pid) for pid in ranks.values())
 
 
-@pytest.mark.parametrize("how", [launched, forked])
-def test_ctrl_c_ends_the_ranks(how):
-    [launcher] = how(2, "talk")
+def test_ctrl_c_ends_the_ranks():
+    [launcher] = forked(2, "talk")
     ranks = pids([launcher], 2)
     launcher.send_signal(signal.SIGINT)
     _, said = launcher.communicate(timeout=SECONDS)
