@@ -27,6 +27,7 @@ from autodist_fx.startup.build_model import RankModel, RankParts, build_model
 from autodist_fx.startup.stage_forecast import StageForecast
 from autodist_fx.weights.load import LoadReport
 from autodist_fx.weights.process_memory import peak_rss_bytes, rss_bytes
+from autodist_fx.weights.share import share_weights
 from cost_model.costs.hardware import PRESETS, hardware
 from cost_model.partition_plan import PartitionPlan
 from cost_model.request.plan_request import PlanRequest
@@ -132,7 +133,10 @@ class ArtifactPrograms:
 
     def program(self, saved: SavedVariant) -> RankProgram:
         if saved.name not in self._read:
-            self._read[saved.name] = self._artifact.program(self._joined.rank, saved.name, self._joined.device)
+            program = self._artifact.program(self._joined.rank, saved.name, self._joined.device)
+            for before in self._read.values():
+                share_weights(before, program)  # one parameter, which moves in memory where either has it laid out anew
+            self._read[saved.name] = program
         return self._read[saved.name]
 
     def of_column(self, saved: SavedVariant) -> list[RankProgram]:

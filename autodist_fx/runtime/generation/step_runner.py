@@ -104,6 +104,7 @@ class StepRunner(PretrainedMembers):
         self._bound: dict[GraphModule, BoundGraph] = {}  # by the graph of a program
         self.timed_graphs: dict[GraphModule, TimedGraph] | None = None  # where nodes are timed (time_nodes)
         self.calls = CollectiveCalls(communicator, mesh, program.rank, self.device)
+        self._bound_graph(program.graph_module)  # lays weights out anew: a part of loading, not of the first call
         self.eval()
 
     def train(self, mode: bool = True) -> StepRunner:
