@@ -1,5 +1,6 @@
 """Rank processes that stay alive and compute only when told to, so that contenders can take turns on one machine."""
 
+import contextlib
 import json
 import os
 import selectors
@@ -7,11 +8,32 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+_HALF_BUSY = """
+import time
+while True:
+    until = time.perf_counter() + 0.005
+    while time.perf_counter() < until:
+        pass
+    time.sleep(0.005)
+"""
 REPLY_SECONDS = 600  # a contender that needs longer than this for one command hangs
+
+
+@contextlib.contextmanager
+def half_busy_core() -> Iterator[None]:
+    """Keep the last core half busy, in turns of 5 ms, as other work on the machine would."""
+    loop = subprocess.Popen([sys.executable, "-c", _HALF_BUSY])
+    os.sched_setaffinity(loop.pid, {max(os.sched_getaffinity(0))})
+    try:
+        yield
+    finally:
+        loop.kill()
+        loop.wait()
 
 
 class RankError(RuntimeError):

@@ -1,12 +1,13 @@
 """Measure autodist_fx against other ways to split a model; print the tables and write docs/benchmarks.md.
 
-python benchmarks/run.py [--rounds 5] [--contenders ours,megatron_tp,...] [--skip compile,loading] [--large]
-                         [--out FILE]
+python benchmarks/run.py [--rounds 5] [--contenders ours,megatron_tp,...] [--skip compile,loading] [--busy]
+                         [--large] [--out FILE]
 
 Some minutes on two cores. Ends with 1 when a contender failed or gave other output than the single process.
 """
 
 import argparse
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import report
 import turns
 from contenders import ENTRIES
 from pipelines import full
-from processes import HERE
+from processes import HERE, half_busy_core
 
 TURNS_TEXT = f"""\
 Llama shape: hidden 768, intermediate 2048, 12 layers, 12 heads, 4 KV heads, vocabulary 32000, float32, random weights.
@@ -27,12 +28,15 @@ prefill ends with the first token, and a decode step is (decode - prefill) / {tu
 Contenders take turns in {{rounds}} rounds and compute one at a time.
 Median, and in parentheses lowest and highest; ratios are taken within a round."""
 
+BUSY_TEXT = " One of the two cores was kept half busy."
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--contenders", default=",".join(ENTRIES), help="of: %(default)s")
     parser.add_argument("--skip", default="", help="of: turns,pipeline,compile,loading")
+    parser.add_argument("--busy", action="store_true", help="keep one core half busy while contenders take turns")
     parser.add_argument("--large", action="store_true", help="compile the largest mixture of experts, too: minutes")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
     parser.add_argument("--pipeline-rank", nargs=2, help=argparse.SUPPRESS)  # whose, and of which checkpoint
@@ -46,10 +50,11 @@ def main() -> int:
     sections = ["# Benchmarks\n\nWritten by `make bench`.", report.machine(command)]
     wrong = False
     if "turns" not in skip:
-        results = turns.run(args.contenders.split(","), args.rounds)
+        with half_busy_core() if args.busy else contextlib.nullcontext():
+            results = turns.run(args.contenders.split(","), args.rounds)
         wrong = any(r.error or not r.agrees for r in results)
         sections += [
-            "## Forward and decode\n\n" + TURNS_TEXT.format(rounds=args.rounds),
+            "## Forward and decode\n\n" + TURNS_TEXT.format(rounds=args.rounds) + (BUSY_TEXT if args.busy else ""),
             report.speed_table(results),
             report.ratio_table(results),
             "Collectives on rank 0, counted by torch.profiler as ops of the `c10d` namespace; ours, which go over the "
