@@ -72,16 +72,21 @@ lint: $(READY)  ## ruff, mypy (strict on cost_model) and the import contracts
 	@echo "==> [3/4] lint-imports: autodist_fx -> passes -> cost_model, and nothing back"
 	@$(BIN)/lint-imports --no-logo
 
-bench: $(READY)  ## measure against transformers' tp_plan, DTensor and a hand-written split (some minutes)
+bench: build/machine.json  ## measure against transformers' tp_plan and pipeline, DTensor and a hand-written split (some minutes)
 	@echo "==> bench: writes docs/benchmarks.md"
-	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/run.py
+	@ADX_HARDWARE=$(abspath $<) HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/run.py
 	@$(MAKE) predictions
 
-predictions: $(READY)  ## measure this machine, then plans that were predicted for it (some minutes)
+predictions: build/machine.json  ## plans that were predicted for this machine, against what it takes (some minutes)
 	@echo "==> predictions: writes docs/predictions.md and its data"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m autodist_fx.cli.main measure --device cpu --save build/machine.json
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/predictions.py --hardware build/machine.json
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/uneven.py --hardware build/machine.json
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/predictions.py --hardware $<
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/uneven.py --hardware $<
+
+# This machine as `autodist-fx measure` finds it: what plans are made for, as they are for a user who has measured.
+build/machine.json: $(READY)
+	@echo "==> measure this machine, two minutes: into $@"
+	@mkdir -p $(@D)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m autodist_fx.cli.main measure --device cpu --save $@
 
 gpu-check:  ## on a machine with a GPU, all that runs there: tokens, CUDA graphs, predictions (8 minutes)
 	@if $(PYTHON) benchmarks/gpu/gpu_check.py --is-there; then $(MAKE) setup && $(BIN)/python benchmarks/gpu/gpu_check.py; fi

@@ -44,8 +44,14 @@ def machine(command: str) -> str:
             f"- {datetime.date.today().isoformat()}, `{command}`",
             f"- {cpu}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
             f"- Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}",
+            f"- ours: plans for {_planned_for()}",
         ]
     )
+
+
+def _planned_for() -> str:
+    said = os.environ.get("ADX_HARDWARE", "")
+    return "this machine as `autodist-fx measure` finds it" if Path(said).is_file() else said or "the default hardware"
 
 
 def spread(values: Sequence[float], form: str) -> str:
