@@ -13,17 +13,20 @@ import torch
 from torch.fx import Node
 
 from autodist_fx.tracing.versions.tracer_base import SymbolicProxy, SymbolicTracer
+from passes.fx.random_ops import draws
 from passes.ops.data_dependent import selected
 
 _NEARBY = 48  # nodes back that a mask is looked for among
-_CHANGING = ("setitem", "iadd", "imul")
+_CHANGING = (
+    "setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
+)  # fmt: skip
 
 
 def selected_before(tracer: SymbolicTracer, mask: Node) -> SymbolicProxy | None:
     """Return what a mask that is written alike selected shortly before; None where none did, or where a tensor was
     changed since, perhaps one that the mask is made of."""
     for node in itertools.islice(reversed(tracer.graph.nodes), _NEARBY):
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+        name = _name(node)
         if name in _CHANGING or (name.endswith("_") and not name.startswith("_")):
             return None
         if node.target is selected and _are_alike(tracer, node.args[0], mask):
@@ -34,13 +37,13 @@ def selected_before(tracer: SymbolicTracer, mask: Node) -> SymbolicProxy | None:
 
 
 def _are_alike(tracer: SymbolicTracer, a: Any, b: Any) -> bool:
-    """Return whether two expressions are the same, of the same values."""
+    """Return whether two expressions are the same, of the same values; none is that draws random numbers."""
     if isinstance(a, Node) and isinstance(b, Node):
         a, b = _where_it_was(tracer, a), _where_it_was(tracer, b)
         if a is b:
             return True
         of_a, of_b = (a.args, a.kwargs), (b.args, b.kwargs)
-        is_called = a.op in ("call_function", "call_method")
+        is_called = a.op in ("call_function", "call_method") and not draws(a, _name(a), None)
         return is_called and (a.op, a.target) == (b.op, b.target) and _are_alike(tracer, of_a, of_b)
     if type(a) is not type(b):
         return False
@@ -51,6 +54,10 @@ def _are_alike(tracer: SymbolicTracer, a: Any, b: Any) -> bool:
     if isinstance(a, slice):
         return _are_alike(tracer, (a.start, a.stop, a.step), (b.start, b.stop, b.step))
     return bool(a == b)
+
+
+def _name(node: Node) -> str:
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 
 def _where_it_was(tracer: SymbolicTracer, node: Node) -> Node:

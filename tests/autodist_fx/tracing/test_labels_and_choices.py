@@ -11,6 +11,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import autodist_fx as adx
 from autodist_fx.errors import AutodistError
+from autodist_fx.tracing import trace
+from passes.ops.data_dependent import selected
 from tests.support.encoders import output_error, text_batch, tiny_encoder
 from tests.support.float64 import in_float64
 from tests.support.models import padded_batch, relative_error, tiny_model
@@ -123,3 +125,18 @@ def test_a_mask_that_is_changed_in_between_selects_anew() -> None:
         model = LossOfTwoParts(tiny_model("llama").config).double().eval()
         ids, mask = padded_batch()
         check_gradients(model, {"input_ids": ids, "attention_mask": mask, "labels": ids}, (2, 2))
+
+
+class LossOfDrawnTokens(LlamaForCausalLM):
+    """A model that selects by two masks that are drawn alike, and differ."""
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        logits = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits
+        draws = [logits[torch.rand_like(attention_mask, dtype=logits.dtype) > 0.5].sum() for _ in range(2)]
+        return CausalLMOutputWithPast(loss=draws[0] + draws[1], logits=logits)
+
+
+def test_masks_that_are_drawn_are_two() -> None:
+    model = LossOfDrawnTokens(tiny_model("llama").config).train()
+    graph = trace(model, input_names=("input_ids", "attention_mask")).graph_module.graph
+    assert sum(node.target is selected for node in graph.nodes) == 2
