@@ -85,9 +85,10 @@ transformers' own generate of the whole model: two rows of three tokens and thre
 type has one; one padded on the left; rows of 14 tokens, one with five pads, and eight more, past the window. Calls
 without a cache: no mask; a row padded on the right; two sequences packed into a row by position ids, without a mask;
 labels. Each is simulated and, where the type generates, made over those ranks; all outputs are compared with those of
-the whole model called with use_cache=False. **right\\***: transformers' own generate fails, or gives other tokens with
-its cache than without; the truth is its generate with use_cache=False, and a line says so. **-**: transformers itself
-cannot do it, or the model takes no positions or labels.
+the whole model called with use_cache=False. **right\\***: transformers itself fails, or answers in two ways, where it
+should in one: generate with its cache and without it, or by sdpa and by eager attention; a call with use_cache=False
+and by default. The truth is then the other way, and a line says which. **-**: transformers itself cannot do it, or the
+model takes no positions or labels.
 
 A run writes the section of its version of transformers."""
 

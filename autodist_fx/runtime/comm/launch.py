@@ -146,6 +146,8 @@ def _be_fork(work: Callable[[], int], env: Mapping[str, str], stderr: int | None
     code = 1
     try:
         _die_with_parent()
+        if _libc is not None:
+            _libc.prctl(15, f"rank {env['RANK']}".encode())  # PR_SET_NAME: what `top` calls it
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if stderr is not None:

@@ -34,7 +34,7 @@ KINDS = (  # windows are of six tokens: the first four stay within
     Kind("past the window, beams", 14, 8, pads=5, beams=2),
 )
 SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 2}
-WITHOUT_CACHE = "without its cache"  # the name of a truth
+WITHOUT_CACHE, EAGER = "without its cache", "by eager attention"  # names of truths
 
 
 def questions(model: PreTrainedModel, task: str, padded: bool) -> Iterator[Question]:
@@ -64,6 +64,9 @@ def _question(model: PreTrainedModel, task: str, kind: Kind) -> Question:
             why = f"raises {own}" if isinstance(own, str) else "gives other tokens with its cache than without it"
             reason = f"transformers' own generate {why}; equal to it with use_cache=False"
             return {"verdict": "right", "truth": WITHOUT_CACHE, "reason": reason}
+        if torch.equal(answer, _eager_tokens(model, arguments)):
+            reason = "transformers' own generate gives other tokens by sdpa than eagerly; equal to the latter"
+            return {"verdict": "right", "truth": EAGER, "reason": reason}
         wanted = truth if isinstance(own, str) else own
         return {"verdict": "wrong", "reason": f"{answer.tolist()} for {_listed(wanted)}"}
 
@@ -92,8 +95,21 @@ def _tokens(model: PreTrainedModel, arguments: dict[str, Any]) -> torch.Tensor |
         return f"{type(error).__name__}: {error}"
 
 
+def _eager_tokens(model: PreTrainedModel, arguments: dict[str, Any]) -> torch.Tensor:
+    """The tokens by eager attention, which never leaves a mask out; none where the model has no other attention."""
+    before = model.config._attn_implementation
+    if before == "eager":
+        return torch.empty(0)
+    try:
+        model.set_attn_implementation("eager")
+        found = _tokens(model, arguments)
+    finally:
+        model.set_attn_implementation(before)
+    return torch.empty(0) if isinstance(found, str) else found
+
+
 def _listed(tokens: torch.Tensor | str) -> object:
     return tokens if isinstance(tokens, str) else tokens.tolist()
 
 
-__all__ = ["KINDS", "WITHOUT_CACHE", "questions"]
+__all__ = ["EAGER", "KINDS", "WITHOUT_CACHE", "questions"]
