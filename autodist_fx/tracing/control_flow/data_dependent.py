@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from autodist_fx.calls.value_guards import known_value
 from autodist_fx.tracing.control_flow.constants import constant
+from autodist_fx.tracing.control_flow.fixed_bounds import guard_bounds
 from autodist_fx.tracing.control_flow.same_selection import selected_before
 from autodist_fx.tracing.control_flow.value_ranges import value_range
 from autodist_fx.tracing.versions.tracer_base import SymbolicProxy, SymbolicTracer
@@ -176,6 +177,7 @@ def rewritten(tracer: SymbolicTracer, kind: str, target: Any, args: tuple[Any, .
     if name == "getitem" and _has_unrolled(args[1]):
         return tracer.create_proxy(kind, target, (args[0], _as_index(args[1])), kwargs)
     if name == "getitem" and isinstance(args[0], SymbolicProxy):
+        guard_bounds(tracer, args[0], args[1])
         items = args[1] if isinstance(args[1], tuple) else (args[1],)
         if any(map(_ends_before_the_end, items)) and all(isinstance(i, (slice, int)) for i in items):
             counted = tuple(_from_the_start(args[0], d, i) for d, i in enumerate(items))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaForCausalLM, T5ForConditionalGeneration
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import autodist_fx as adx
 from autodist_fx.calls.cache_names import CACHE_FIELD
@@ -312,3 +313,26 @@ def test_a_length_is_fixed_only_where_no_two_will_do() -> None:
 def test_a_forward_that_generate_would_hand_no_cache_is_refused_on_every_rank() -> None:
     with pytest.raises(AutodistError, match=r"AskingALayer.forward calls its cache past_key_values"):
         on_ranks(model_of(AskingALayer), Mesh(tp=2), lambda split: split.generate(IDS))
+
+
+class Cut(LlamaForCausalLM):
+    """A model that counts what is left of its mask when it is cut at fixed places."""
+
+    cut = slice(None)
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        logits = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits
+        return CausalLMOutputWithPast(logits=logits * (1 + attention_mask[:, self.cut].shape[-1]))
+
+
+@pytest.mark.parametrize("cut", [slice(-6, None), slice(6), slice(4, None), slice(-6, -2)], ids=str)
+@torch.no_grad()
+def test_slices_with_fixed_bounds_of_sequences_of_any_length(cut):
+    model = randomized(Cut(tiny_config("llama"))).double().eval()
+    model.cut = cut
+    compiled = adx.compile(model, tp=2)
+    for tokens in (9, 3, 6, 5, 2, 12):
+        ids = torch.randint(5, 50, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        assert relative_error(compiled.simulate(**inputs).logits, model(**inputs).logits) < 1e-9, tokens
+    assert len(compiled.variants) <= 4
