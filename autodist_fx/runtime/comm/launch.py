@@ -157,7 +157,7 @@ def _be_fork(work: Callable[[], int], env: Mapping[str, str], stderr: int | None
         os.environ.clear()
         os.environ.update(env)
         if (torch := sys.modules.get("torch")) is not None:  # reads OMP_NUM_THREADS when it is imported alone
-            torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+            torch.set_num_threads(int(env["OMP_NUM_THREADS"].partition(",")[0]))  # "4,2": of nested regions, too
         code = work()
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
