@@ -16,9 +16,12 @@ class DistributedModel(StepRunner):
     """The model that `adx.from_pretrained` and `adx.compile(...).to_distributed()` return, on every rank, where it does
     not generate, or cannot over ranks. `no_generate` says why, in a sentence."""
 
-    def __init__(self, parts: RunnerParts, programs: GuardedPrograms[Any], no_generate: str) -> None:
+    def __init__(
+        self, parts: RunnerParts, programs: GuardedPrograms[Any], no_generate: str, main_input_name: str
+    ) -> None:
         super().__init__(parts, programs)
         self.no_generate = no_generate
+        self.main_input_name = main_input_name
 
     def can_generate(self) -> bool:
         """Return False, which transformers asks."""

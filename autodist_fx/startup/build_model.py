@@ -92,7 +92,7 @@ class RankPrograms(Protocol[V]):
 class RankParts:
     """The parts that one rank's model is made of.
 
-    `main_input_name`: what the encoder reads, in a model that has one. `skeleton`: the model on meta, where its family
+    `main_input_name`: the model's first input. `skeleton`: the model on meta, where its family
     has a generate of its own, which asks it for sizes, or prepares the inputs of a decoder's steps by itself; None
     where transformers' own methods serve. `no_generate` says why a model whose programs have no cache has none; ""
     where that is not known. `cuda_graphs`: steps that generate are captured.
@@ -170,7 +170,7 @@ def _called(kind: type[D], parts: RankParts) -> type[D]:
 
 def _called_model(parts: RankParts, runner: RunnerParts) -> DistributedModel:
     why = parts.no_generate or f"{parts.programs.signature.model_class} was split without a cache"
-    return _called(DistributedModel, parts)(runner, _step_programs(parts.programs), why)
+    return _called(DistributedModel, parts)(runner, _step_programs(parts.programs), why, parts.main_input_name)
 
 
 def _causal_model(parts: RankParts, runner: RunnerParts) -> DistributedCausalLM:

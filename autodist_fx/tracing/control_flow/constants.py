@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
+from transformers import Cache
 
 from autodist_fx.tracing.versions.tracer_base import SymbolicProxy, SymbolicTracer
 from passes.fx import node_meta
@@ -40,9 +41,16 @@ class OtherExample:
             if one not in needed and one not in self._values:
                 needed.add(one)
                 pending += one.all_input_nodes
+                pending += self._asked_before(one)
         for one in [n for n in self.tracer.graph.nodes if n in needed]:
             self._values[one] = self._computed(one)
         return self._values[node]
+
+    def _asked_before(self, node: Node) -> list[Node]:
+        """Return what is asked of a cache before the node, which may add to it: how long it is has to be computed
+        first, though nothing needs it yet."""
+        caches = [n for n in node.all_input_nodes if isinstance(self.inputs.get(str(n.target)), Cache)]
+        return [user for cache in caches for user in cache.users if user < node]
 
     def _computed(self, node: Node) -> Any:
         if node.op == "placeholder":

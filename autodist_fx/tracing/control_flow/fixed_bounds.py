@@ -44,9 +44,19 @@ def _bounds(x: SymbolicProxy, index: Any) -> Iterator[tuple[int, int]]:
             dim += example.dim() - taken
         elif item is not None:
             for bound in (item.start, item.stop) if isinstance(item, slice) else ():
-                if type(bound) is int and abs(bound) > 1:
-                    yield dim, abs(bound)
+                number = _number(bound)
+                if number is not None and abs(number) > 1:
+                    yield dim, abs(number)
             dim += 1
+
+
+def _number(bound: Any) -> int | None:
+    """Return a bound that is the same number for all inputs; None for others."""
+    if isinstance(bound, SymbolicProxy):
+        known = getattr(bound, "_metadata", None)
+        same = type(known) is int and bound.tracer.other_example.value(bound.node) == known
+        return known if same else None
+    return bound if type(bound) is int else None
 
 
 def _is_basic(item: Any) -> bool:
