@@ -68,13 +68,19 @@ class OtherExample:
             for name, value in before.items():
                 setattr(self.tracer, name, value)
 
+    def _attribute(self, path: str) -> Any:
+        """Return what the graph reads there: the model's own, where it has set the attribute to something traced, or
+        hides a buffer behind that (a "dynamic" rotary table)."""
+        for tensor, name in self.tracer.tensor_attrs.items():
+            if name == path:
+                return tensor
+        parent, _, name = path.rpartition(".")
+        owner = self.tracer.root.get_submodule(parent)
+        return owner._buffers[name] if owner._buffers.get(name) is not None else getattr(owner, name)
+
     def _run(self, node: Node) -> Any:
         if node.op == "get_attr":
-            value: Any = next((t for t, name in self.tracer.tensor_attrs.items() if name == node.target), None)
-            if value is None:  # no plain attribute, which the traced model may have set to something traced
-                value = self.tracer.root
-                for atom in str(node.target).split("."):
-                    value = getattr(value, atom)
+            value = self._attribute(str(node.target))
             return value.to("meta") if isinstance(value, torch.Tensor) else value
         args, kwargs = map_arg((node.args, node.kwargs), self._values.__getitem__)
         if node.op == "call_module":
