@@ -17,6 +17,10 @@ class NoPlanFits(AutodistError):
     """No plan keeps within the memory limits."""
 
 
+class AmbiguousLengthsError(AutodistError):
+    """Two sizes in a graph are equal at both lengths that it was looked at with, and not at others."""
+
+
 class ScheduleError(AutodistError):
     """A pipeline schedule does not exist, does not take these ranks, stages and microbatches, or is not complete."""
 

@@ -119,8 +119,8 @@ def _encoders(artifact: ArtifactReader) -> set[str]:
 
 def _set_of(main: Variant, variants: Sequence[Variant]) -> VariantSet:
     prompts = [v for v in variants if v.traced.phase == "prompt"]
-    step = next((v for v in variants if v.traced.phase == "step"), None)
-    return VariantSet((), main, prompts, step, [v for v in variants if not v.traced.phase and v is not main])
+    steps = [v for v in variants if v.traced.phase == "step"]
+    return VariantSet((), main, prompts, steps, [v for v in variants if not v.traced.phase and v is not main])
 
 
 def _variant(

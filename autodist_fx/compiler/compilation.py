@@ -196,10 +196,10 @@ class Compilation:
     @compiler_state()
     def phases(self) -> tuple[Variant, Variant]:
         """Return (prompt, step) of a model with its own recurrent cache; made on first use."""
-        if not self._set.prompts or self._set.step is None:
+        if not self._set.prompts or not self._set.steps:
             prompt, step = self.source.phases()
-            self._set.prompts, self._set.step = [self._checked(prompt)], self._checked(step)
-        return self._set.prompts[0], self._set.step
+            self._set.prompts, self._set.steps = [self._checked(prompt)], [self._checked(step)]
+        return self._set.prompts[0], self._set.steps[0]
 
     @compiler_state()
     def prompt_for(self, lengths: Lengths) -> Variant:
@@ -207,15 +207,21 @@ class Compilation:
         return self._fitting(self._set.prompts, lengths, self._set.prompts)
 
     @compiler_state()
+    def step_for(self, lengths: Lengths) -> Variant:
+        """Return the variant of a step at these lengths of a model with its own recurrent cache; made on first use."""
+        return self._fitting(self._set.steps, lengths, self._set.steps)
+
+    @compiler_state()
     def at_lengths(self, lengths: Lengths) -> Variant:
-        """Return the main variant (prefill, in a model with its own recurrent cache) at these lengths, by size symbol.
+        """Return the main variant at these lengths, by size symbol; in a model with its own recurrent cache the
+        prefill variant, or where tokens are cached that of a step.
 
         Raises AutodistError where the model is no longer the one that was compiled.
         """
         if self.source.structure() != self._set.structure:
             raise AutodistError(f"{self.plan.model} is no longer as it was compiled: compile it again")
         if self._set.prompts:
-            return self.prompt_for(lengths)
+            return self.step_for(lengths) if lengths["P"] else self.prompt_for(lengths)
         main = self.main
         alike = [
             v for v in self._set.of_calls if v.traced.use_cache == main.traced.use_cache and v.specs == main.specs

@@ -18,6 +18,7 @@ from autodist_fx.calls.lengths import Lengths, with_total
 from autodist_fx.compiler.guard_examples import examples_like, leaves_remainders, tells_apart
 from autodist_fx.errors import AutodistError, TracingError
 from autodist_fx.tracing import InputSpec, Sizes, TracedModel, trace, trace_phases
+from cost_model.errors import AmbiguousLengthsError
 from cost_model.graph.op_graph import OpGraph
 from passes.fx import node_meta
 from passes.fx.guards import Guards, with_fixed
@@ -52,7 +53,7 @@ def traced_at(
     `known_guards` are those of the variants made so far, which come out otherwise. Each try adds the guards that its
     own trace met. Returns None after MOST_TRIES tries.
     """
-    known_guards, points = list(known_guards), frozenset[int]()
+    known_guards, points, alone = list(known_guards), frozenset[int](), frozenset[str]()
     windows = any(":" in kind for kind in alike.layer_kinds)
     usual = [_used_sizes(alike, sizes) for sizes in _sizes(alike)]
     frames = min(alike.fewest_frames, lengths.get("E", 0))
@@ -62,7 +63,7 @@ def traced_at(
             lengths,
             (usual[0], usual[1]),
             points,
-            frozenset("P") if windows else frozenset(),  # the keys inside a window are no function of a size symbol
+            alone | frozenset("P" if windows else ""),  # the keys inside a window are no function of a size symbol
             {"E": frames} if frames else None,
         )
         sizes = _sizes_of(first), _sizes_of(second)
@@ -74,13 +75,30 @@ def traced_at(
         if new and not (tells_apart(first, second, points | new) and leaves_remainders(first, new)):
             points |= new
             continue
-        _normalize(traced, examples)
+        try:
+            _normalize(traced, examples, _near(traced, sizes, fixed))
+        except AmbiguousLengthsError:
+            if alone:
+                raise
+            alone = frozenset(lengths) - {"B", "T"}  # a graph for just these lengths
+            continue
         guards = with_fixed(node_meta.guards(traced.graph_module), fixed)
         node_meta.set_guards(traced.graph_module, guards)
         if guards is None or not guards.violated(lengths):
             return traced
         known_guards.append(guards)
     return None
+
+
+def _near(traced: TracedModel, sizes: tuple[Sizes, Sizes], fixed: Lengths) -> list[Example]:
+    """Return examples a few tokens longer than both, where that length is not fixed."""
+    fields = {"S": "seq", "P": "past", "E": "source"}
+    longer = [
+        replace(each, **{name: getattr(each, name) + more for symbol, name in fields.items() if symbol not in fixed})
+        for each in sizes
+        for more in (1, 2, 3)
+    ]
+    return [_example(traced, each) for each in longer]
 
 
 def _used_sizes(traced: TracedModel, sizes: Sizes) -> Lengths:
@@ -201,10 +219,12 @@ def normalized(traced: TracedModel) -> TracedModel:
     return traced
 
 
-def _normalize(traced: TracedModel, examples: tuple[Example, Example] | None = None) -> None:
+def _normalize(
+    traced: TracedModel, examples: tuple[Example, Example] | None = None, others: Sequence[Example] = ()
+) -> None:
     examples = examples or _examples_for(traced)
     with _naming_refusals(traced):
-        normalize(traced.graph_module, examples)
+        normalize(traced.graph_module, examples, others)
 
 
 @contextlib.contextmanager

@@ -161,7 +161,7 @@ class TracingSource:
         if options.use_cache and self.has_own_cache:
             prompt, step = Variant.make_phases(self.model, self.request, self.always, self.plan)
             self._left_by_calls = prompt.traced.left_by_calls | step.traced.left_by_calls
-            return VariantSet(self.structure(), step, [prompt], step)
+            return VariantSet(self.structure(), step, [prompt], [step])
         main = Variant.make(
             self.model, self.request, options.use_cache, options.input_names, self.always, self.plan, self.specs,
             in_parts=options.in_parts, trains=options.train,

@@ -103,7 +103,9 @@ class Variant:
         fixed = unusual(_parameters(model), concrete_args or {})
         prompt = cls.of(traced, request, None, fixed)
         prompt.trace_again = lambda sizes: trace_phases(model, concrete_args, sizes)[0]
-        return prompt, cls.of(step, request, plan, fixed)
+        after = cls.of(step, request, plan, fixed)
+        after.trace_again = lambda sizes: trace_phases(model, concrete_args, step_sizes=sizes)[1]
+        return prompt, after
 
     def at_lengths(self, lengths: Lengths, request: PlanRequest, others: Sequence[Variant]) -> Variant:
         """Make the variant for the same call at `lengths`, where guards of this one and of `others` come out otherwise.

@@ -13,7 +13,7 @@ class VariantSet:
     """The variants made so far for a model in one structure (tracing/model_structure.py).
 
     `main` is the variant that was asked for first. A model with its own recurrent cache has `prompts`, prefill variants
-    with different guards, and one `step`, which follows any of them; both are missing until they are needed. `others`
+    with different guards, and `steps`, any of which follows any of them; both are empty until they are needed. `others`
     are for other calls, or for lengths at which guards come out otherwise. `state` has the buffers that calls write, by
     (tp rank, name in the model); all variants share them.
     """
@@ -21,15 +21,14 @@ class VariantSet:
     structure: Hashable
     main: Variant
     prompts: list[Variant] = field(default_factory=list)
-    step: Variant | None = None
+    steps: list[Variant] = field(default_factory=list)
     others: list[Variant] = field(default_factory=list)
     state: dict[tuple[int, str], object] = field(default_factory=dict)
 
     @property
     def all(self) -> tuple[Variant, ...]:
         """Every variant, the main one first, then those of prompts."""
-        apart = [v for v in (self.step, *self.others) if v is not None and v is not self.main]
-        return (self.main, *(v for v in self.prompts if v is not self.main), *apart)
+        return (self.main, *(v for v in (*self.prompts, *self.steps, *self.others) if v is not self.main))
 
     @property
     def of_calls(self) -> list[Variant]:
@@ -40,7 +39,7 @@ class VariantSet:
     @property
     def groups(self) -> list[list[Variant]]:
         """The main variants in groups, each of which runs in order: prompt and step form one group."""
-        if not self.prompts or self.step is None:
+        if not self.prompts or not self.steps:
             return [[self.main]]
-        phases = [self.prompts[0], self.step]
-        return [phases] if self.main is self.step else [phases, [self.main]]
+        phases = [self.prompts[0], self.steps[0]]
+        return [phases] if self.main is self.steps[0] else [phases, [self.main]]

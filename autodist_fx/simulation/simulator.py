@@ -137,10 +137,7 @@ class Simulator(Compilation):
             )
         filled = with_positions(variant, given, past)
         lengths = lengths_of(variant.specs, filled, past)
-        if not past:
-            variant = self.prompt_for(lengths)
-        elif not variant.fits(lengths):
-            raise AutodistError(variant.guards_text(lengths))
+        variant = self.step_for(lengths) if past else self.prompt_for(lengths)
         self._fill(variant)
         states = [dict(own) for own in cache.ranks] if cache is not None else [{} for _ in range(self.mesh.size)]
         found = run_with_states(variant, filled, states)

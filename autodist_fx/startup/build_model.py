@@ -23,7 +23,7 @@ from autodist_fx.runtime.generation.call_programs import CallProgram
 from autodist_fx.runtime.generation.causal_lm import DistributedCausalLM
 from autodist_fx.runtime.generation.collective_call import CallCommunicator
 from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
-from autodist_fx.runtime.generation.recurrent_lm import DistributedOwnCacheLM, handovers
+from autodist_fx.runtime.generation.recurrent_lm import DistributedOwnCacheLM, Phase, check_reads, handovers
 from autodist_fx.runtime.generation.seq2seq_lm import DistributedSeq2SeqLM, seq2seq_class
 from autodist_fx.runtime.generation.step_runner import RunnerParts, StepRunner
 from autodist_fx.runtime.microbatches.forecast import StageSeconds
@@ -62,9 +62,6 @@ class RankPrograms(Protocol[V]):
 
     def guarded(self, first: V, run: Callable[[V], T]) -> GuardedPrograms[T]:
         """Return what `run` makes of `first` and, where its guards do not hold, of its like for other sizes."""
-
-    def fixed(self, variant: V) -> GuardedPrograms[RankProgram]:
-        """Return the variant's program for sizes at which its guards hold; for others AutodistError."""
 
     @property
     def signature(self) -> ModelSignature:
@@ -183,18 +180,26 @@ def _step_programs(programs: RankPrograms[Any]) -> GuardedPrograms[Any]:
 
 def _own_cache_model(parts: RankParts, runner: RunnerParts) -> DistributedCausalLM:
     programs = parts.programs
-    steps = programs.of_column(programs.step)
     return _called(DistributedOwnCacheLM, parts)(
-        runner,
-        _prompt_programs(programs),
-        steps=programs.fixed(programs.step),
-        after_step=handovers(steps, steps),
+        runner, _prompt_programs(programs), steps=_phase_programs(programs, programs.step)
     )
 
 
 def _prompt_programs(programs: RankPrograms[Any]) -> GuardedPrograms[Any]:
-    readers = programs.of_column(programs.step)
-    return programs.guarded(programs.prompt, lambda v: (programs.program(v), handovers(programs.of_column(v), readers)))
+    return _phase_programs(programs, programs.prompt)
+
+
+def _phase_programs(programs: RankPrograms[V], first: V) -> GuardedPrograms[Any]:
+    """Return the programs of a prompt, or of a step, and what is handed over after each to where the usual step reads
+    it."""
+    usual = programs.of_column(programs.step)
+
+    def with_handovers(variant: V) -> Phase:
+        column = programs.of_column(variant)
+        check_reads(column, usual)
+        return programs.program(variant), handovers(column, usual)
+
+    return programs.guarded(first, with_handovers)
 
 
 def _seq2seq_model(parts: RankParts, runner: RunnerParts) -> DistributedCausalLM:

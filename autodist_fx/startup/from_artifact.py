@@ -146,9 +146,6 @@ class ArtifactPrograms:
     def guarded(self, first: SavedVariant, run: Callable[[SavedVariant], T]) -> GuardedPrograms[T]:
         return self._guarded(first, run, self._refuse(first) if self._maker is None else self._make)
 
-    def fixed(self, saved: SavedVariant) -> GuardedPrograms[RankProgram]:
-        return self._guarded(saved, self.program, self._refuse(saved))
-
     @property
     def signature(self) -> ModelSignature:
         return self._artifact.signature

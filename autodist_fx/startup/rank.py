@@ -21,7 +21,7 @@ from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.comm.agreement import Facts, agree, digest
 from autodist_fx.runtime.comm.process_group import JoinedRank
 from autodist_fx.runtime.generation.call_programs import CallProgram
-from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms, guarded_only
+from autodist_fx.runtime.generation.guarded_programs import GuardedPrograms
 from autodist_fx.startup.build_model import generating_programs
 from autodist_fx.startup.facts import shared_weight_facts
 from autodist_fx.startup.model_snapshot import ModelSnapshot
@@ -200,9 +200,6 @@ class CompiledPrograms:
             return variant.guards, run(variant)
 
         return GuardedPrograms([(first.guards, run(first))], make, first.specs)
-
-    def fixed(self, variant: Variant) -> GuardedPrograms[RankProgram]:
-        return guarded_only(variant.guards, self.program(variant), variant.guards_text)
 
     def at_lengths(self, lengths: Lengths) -> tuple[Guards | None, Any]:
         """Return (guards, programs that generate) for sizes that there is no program for yet."""

@@ -44,8 +44,10 @@ def trace_phases(
     model: PreTrainedModel | PretrainedConfig,
     concrete_args: Mapping[str, object] | None = None,
     sizes: tuple[Sizes, Sizes] | None = None,
+    step_sizes: tuple[Sizes, Sizes] | None = None,
 ) -> tuple[TracedModel, TracedModel]:
-    """Return (prompt, step) of a model that `states.has_own_cache`; see autodist_fx.tracing.trace.
+    """Return (prompt, step) of a model that `states.has_own_cache`; see autodist_fx.tracing.trace. `sizes` are those
+    of the prompt, `step_sizes` of the step.
 
     Errors: TracingError, also where the model keeps no state between calls.
     """
@@ -56,7 +58,7 @@ def trace_phases(
         prompt, left = _trace_prompt(model, concrete_args or {}, sizes, given_cache=True)
     if not left.tensors:
         raise TracingError(f"{prompt.model_class} was traced with use_cache=True, and leaves no state: use_cache=False")
-    return prompt, _trace_step(model, concrete_args or {}, left)
+    return prompt, _trace_step(model, concrete_args or {}, left, step_sizes)
 
 
 def _trace_prompt(
@@ -96,10 +98,13 @@ def _trace_prompt(
 
 
 def _trace_step(
-    model: PreTrainedModel | PretrainedConfig, concrete_args: Mapping[str, object], left: _Left
+    model: PreTrainedModel | PretrainedConfig,
+    concrete_args: Mapping[str, object],
+    left: _Left,
+    sizes_of_both: tuple[Sizes, Sizes] | None,
 ) -> TracedModel:
     meta_model, accepted = _meta(model)
-    sizes, other = (replace(each, seq=1) for each in _two_sizes(meta_model))
+    sizes, other = (replace(each, seq=1) for each in sizes_of_both or _two_sizes(meta_model))
 
     def example(path: str, value: Any) -> Any:
         tensor = left.tensors.get(states.state_name(path))

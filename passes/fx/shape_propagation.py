@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -135,13 +136,16 @@ class NormalizeContext(PassContext):
     there."""
 
     examples: tuple[Example, Example]
+    others: Sequence[Example] = ()  # at which the graph may be checked, where its guards hold there
     # every node's value at the second example, set by shape_propagation; passes add those of the nodes that they make
     second: dict[torch.fx.Node, Any] = field(default_factory=dict)
+    # each of `others` at which the guards hold, and every node's value there before sizes became nodes and literals
+    elsewhere: list[tuple[Example, dict[torch.fx.Node, Any]]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, examples: tuple[Example, Example]) -> NormalizeContext:
+    def of(cls, examples: tuple[Example, Example], others: Sequence[Example] = ()) -> NormalizeContext:
         """Returns the context of a graph as a front end made it."""
-        return cls(Phase.TRACED, examples)
+        return cls(Phase.TRACED, examples, others)
 
 
 def shape_propagation(graph_module: torch.fx.GraphModule, ctx: NormalizeContext) -> PassResult:
@@ -167,7 +171,21 @@ def shape_propagation(graph_module: torch.fx.GraphModule, ctx: NormalizeContext)
             node_meta.set_symbols(node, known)
     node_meta.drop_ended(graph_module, Phase.ANNOTATED)
     ctx.phase, ctx.second = Phase.ANNOTATED, second
+    for example in ctx.others:
+        again = replace(example, inputs=copy.deepcopy(dict(example.inputs)))  # a run adds to the cache that it is given
+        if (values := _where_guards_hold(interpreter, example)) is not None:
+            ctx.elsewhere.append((again, values))
     return PassResult(graph_module, len(first))
+
+
+def _where_guards_hold(interpreter: ShapeInterpreter, example: Example) -> dict[torch.fx.Node, Any] | None:
+    """Returns every node's value at an example; None where a guard comes out otherwise, and where an op refuses it."""
+    try:
+        values = interpreter.values(example)
+    except Exception:  # whatever an op says of sizes that it does not take
+        return None
+    asked = ((value, node_meta.guard_outcome(node)) for node, value in values.items() if node_meta.is_guard(node))
+    return values if all(bool(value) == outcome for value, outcome in asked) else None
 
 
 def shaped_node(

@@ -11,11 +11,14 @@ become one op; equal computations become one; what nothing uses goes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.fx
 
 from cost_model.errors import PlanError
 from passes.fx import node_meta
+from passes.fx.check_lengths import check_lengths
 from passes.fx.node_meta import Phase
 from passes.fx.run_passes import Pass, run_passes
 from passes.fx.shape_propagation import Example, NormalizeContext, shape_propagation
@@ -50,6 +53,7 @@ PASSES: tuple[Pass[NormalizeContext], ...] = (
     concatenate_writes,  # when the bounds of what is written are numbers
     eliminate_dead_code,  # most of the arithmetic on sizes, and the tensors that were written into
     static_view_sizes,  # from here on a view says its whole shape
+    check_lengths,  # when all sizes are literals and nodes, and no node has become another tensor yet
     unmerge_batch,  # reads those shapes, and leaves reshapes that change nothing
     remove_no_ops,  # before patterns are looked for, which no-ops would lie in the middle of
     eliminate_dead_code,
@@ -63,14 +67,18 @@ PASSES: tuple[Pass[NormalizeContext], ...] = (
 )
 
 
-def normalize(graph_module: torch.fx.GraphModule, examples: tuple[Example, Example]) -> torch.fx.GraphModule:
+def normalize(
+    graph_module: torch.fx.GraphModule, examples: tuple[Example, Example], others: Sequence[Example] = ()
+) -> torch.fx.GraphModule:
     """Rewrites `graph_module` in place and returns it. Afterwards every value has its `val` and every tensor `symbols`.
 
     `examples` are two sets of meta inputs of different sizes; what is equal in both is constant. Guards on lengths that
     were decided while tracing are `node_meta.guards(graph_module)`, None without any; what each pass did is
-    `node_meta.history(graph_module)`. Raises PlanError for a selection whose size looks constant and is not.
+    `node_meta.history(graph_module)`. `others`: further sizes, at which its values are to have the sizes that they had
+    before, where its guards hold there. Raises PlanError for a selection whose size looks constant and is not,
+    AmbiguousLengthsError where `examples` do not tell two sizes apart that differ in `others`.
     """
-    ctx = NormalizeContext.of(examples)
+    ctx = NormalizeContext.of(examples, others)
     node_meta.check(graph_module, ctx.phase)
     run_passes(PASSES, graph_module, ctx)
     _refuse_choices_among_constants(graph_module.graph)

@@ -8,7 +8,6 @@ from typing import Generic, TypeVar
 
 from autodist_fx.calls.input_spec import InputSpec
 from autodist_fx.calls.lengths import Lengths
-from autodist_fx.errors import AutodistError
 from passes.fx.guards import Guards
 
 T = TypeVar("T")
@@ -50,13 +49,3 @@ class GuardedPrograms(Generic[T]):
 def only(variant: T) -> GuardedPrograms[T]:
     """Return the programs of a model without guards: one variant for all sizes."""
     return GuardedPrograms([(None, variant)])
-
-
-def guarded_only(guards: Guards | None, variant: T, text: Callable[[Lengths], str]) -> GuardedPrograms[T]:
-    """Return the programs of one variant, for sizes at which its guards hold; for others AutodistError, with the
-    `text` that they have."""
-
-    def refuse(lengths: Lengths) -> tuple[Guards | None, T]:
-        raise AutodistError(text(lengths))
-
-    return GuardedPrograms([(guards, variant)], refuse)

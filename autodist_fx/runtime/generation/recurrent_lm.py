@@ -25,7 +25,7 @@ from passes.fx import node_meta
 from passes.program.rank_program import RankProgram
 
 Handover = tuple[str, int, int]  # a state, the stage that made it, the stage that reads it next
-Prompt = tuple[RankProgram, tuple[Handover, ...]]
+Phase = tuple[RankProgram, tuple[Handover, ...]]  # of a prompt or a step, and what is handed over after it
 
 
 def states_made(program: RankProgram) -> set[str]:
@@ -51,6 +51,19 @@ def handovers(makers: Sequence[RankProgram], readers: Sequence[RankProgram]) -> 
             if source is not None:  # else nobody changed it: it is where it was
                 found.append((name, source, target))
     return tuple(found)
+
+
+def check_reads(readers: Sequence[RankProgram], usual: Sequence[RankProgram]) -> None:
+    """Raise AutodistError where a step's or prompt's programs, one for each stage, read a state on another stage than
+    the usual step's, to which it is handed."""
+    if len(usual) == 1:  # all states are here
+        return
+    for stage, (reader, its_usual) in enumerate(zip(readers, usual, strict=True)):
+        if moved := states_read(reader) - states_read(its_usual):
+            raise AutodistError(
+                f"for these lengths stage {stage} reads {min(moved)}, which goes to another stage at all others: use "
+                "pp=1, or longer prompts"
+            )
 
 
 def row_dims(program: RankProgram) -> dict[str, int | None]:
@@ -101,24 +114,16 @@ class StatesCache(SplitCache):
 
 
 class DistributedOwnCacheLM(DistributedCausalLM):
-    """One rank's share of a model with a cache of its own. The program of `parts` is the step's. `prompts` has the
-    prompt's programs, one for each outcome of the guards on a prompt's length, and what is handed over after each;
-    `steps` has the step's, after which `after_step` is handed over."""
+    """One rank's share of a model with a cache of its own. The program of `parts` is the usual step's. `prompts` has
+    the prompt's programs, one for each outcome of the guards on its length, and what is handed over after each; `steps`
+    has the steps'."""
 
-    def __init__(
-        self,
-        parts: RunnerParts,
-        prompts: GuardedPrograms[Prompt],
-        *,
-        steps: GuardedPrograms[RankProgram],
-        after_step: tuple[Handover, ...],
-    ) -> None:
+    def __init__(self, parts: RunnerParts, prompts: GuardedPrograms[Phase], *, steps: GuardedPrograms[Phase]) -> None:
         super().__init__(parts, steps)
         self._prompts = prompts
         self.prompt_program = prompts.found[0][1][0]
         self.prompt_module = self.prompt_program.graph_module.eval()
         self._inputs |= frozenset(self.prompt_program.input_names)
-        self._after_step = after_step
         self._row_dims, self._mixing = row_dims(self.program), mixing_line(self.program)
 
     def _why_one_stage(self) -> str:
@@ -127,19 +132,17 @@ class DistributedOwnCacheLM(DistributedCausalLM):
     def _programs_for(self, lengths: Lengths) -> GuardedPrograms[Any]:
         return self._programs if lengths["P"] else self._prompts
 
-    def _choose(self, step: Step) -> Prompt:
+    def _choose(self, step: Step) -> Phase:
         """Return (program, what is handed over after it)."""
         tokens = step.input_ids.shape[1]
-        if not step.cache.tokens:
-            prompt: Prompt = super()._choose(step)
-            return prompt
-        if tokens != 1:
+        if step.cache.tokens and tokens != 1:
             raise AutodistError(
                 f"a model with a cache of its own takes one token at a time after its prompt; got {tokens}"
             )
-        return super()._choose(step), self._after_step
+        chosen: Phase = super()._choose(step)
+        return chosen
 
-    def run_variant(self, step: Step, variant: Prompt) -> torch.Tensor | None:
+    def run_variant(self, step: Step, variant: Phase) -> torch.Tensor | None:
         """Run the program on this rank's states, and hand over what the next step reads elsewhere."""
         program, after = variant
         cache = step.cache
