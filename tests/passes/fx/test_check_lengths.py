@@ -15,7 +15,7 @@ from tests.support.graphs.small import traced
 
 
 class Chunked(nn.Module):
-    """What the last of its chunks of 4 lacks, from 1 to 4, and one more than there are chunks."""
+    """Counts what its last chunk of 4 lacks, from 1 to 4, and one more than there are chunks."""
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         n = x.shape[0]
