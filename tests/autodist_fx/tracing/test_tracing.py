@@ -82,7 +82,8 @@ def test_no_example_size_is_in_the_graph(model_type: str, use_cache: bool, monke
     one = trace(config, use_cache=use_cache)
     sizes, other = Sizes(batch=29, seq=31, past=17), Sizes(batch=37, seq=41, past=23)
     assert unmistakable_sizes(empty_model(config)) != sizes
-    monkeypatch.setattr(traced_model, "unmistakable_sizes", lambda model, other_than=None: other if other_than else sizes)
+    chosen = lambda model, other_than=None: other if other_than else sizes  # noqa: E731
+    monkeypatch.setattr(traced_model, "unmistakable_sizes", chosen)
     assert signature(one.graph_module.graph) == signature(trace(config, use_cache=use_cache).graph_module.graph)
 
 
