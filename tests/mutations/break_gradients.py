@@ -147,13 +147,11 @@ def gradient_sum_missing(programs: Programs, rng: random.Random) -> str:
 
 @mutation
 def gradient_summed_twice(programs: Programs, rng: random.Random) -> str:
-    """Once more under a box of its own: of one row less."""
+    """One of its terms is added once more."""
     old = _sum(programs, rng)
-    dim = pick(rng, [d for d, (a, b) in enumerate(old.box) if b - a > 1])
-    a, b = old.box[dim]
-    again = dataclasses.replace(old, box=(*old.box[:dim], (a, b - 1), *old.box[dim + 1 :]))
-    _replace(programs, old, (old, again))
-    return f"{old.source} {again.box}"
+    again = pick(rng, list(old.terms))
+    _replace(programs, old, (dataclasses.replace(old, terms=(*old.terms, again)),))
+    return f"{old.source}, rank {again[0]} again"
 
 
 @mutation
@@ -171,14 +169,3 @@ def gradient_sum_of_fewer_elements(programs: Programs, rng: random.Random) -> st
     a, b = old.box[dim]
     _replace(programs, old, (dataclasses.replace(old, box=(*old.box[:dim], (a + 1, b), *old.box[dim + 1 :])),))
     return f"{old.source}, dim {dim}"
-
-
-@mutation
-def gradient_sums_in_another_order(programs: Programs, rng: random.Random) -> str:
-    """On one rank: the ranks would add up different tensors, or wait for each other."""
-    program = pick(rng, [p for p in programs if len(p.grad_sums or ()) > 1])
-    sums = list(program.grad_sums)
-    i = rng.randrange(len(sums) - 1)
-    sums[i], sums[i + 1] = sums[i + 1], sums[i]
-    program.grad_sums = tuple(sums)
-    return f"{sums[i].source} and {sums[i + 1].source} on rank {program.rank}"
