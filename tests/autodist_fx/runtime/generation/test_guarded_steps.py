@@ -17,6 +17,7 @@ from tests.support.models import relative_error
 from tests.support.ranks import on_ranks
 from tests.support.state_space import state_space_model
 
+pytestmark = pytest.mark.slow
 IDS = torch.randint(5, 50, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -55,6 +56,7 @@ def expected(model: Counting, prompt: int) -> torch.Tensor:
     return torch.cat([model(x, attention_mask=mask, use_cache=False).logits[:, -1:] for x, mask in asked], 1)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=["tp", "pp"])
 @torch.no_grad()
 def test_steps_before_and_behind_the_bound(mesh: tuple[int, int], tmp_path: Path) -> None:
@@ -80,6 +82,7 @@ def test_an_artifact_refuses_steps_that_it_has_no_graph_of(tmp_path: Path) -> No
         decoded(adx.load(tmp_path / "long"), 3)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(pp=2)], ids=["tp", "pp"])
 def test_generating_over_ranks(mesh: Mesh) -> None:
     """Prompts shorter than the bound are shorter than two chunks, too, where sizes are alike by chance."""
