@@ -76,7 +76,7 @@ def traced_at(
             points |= new
             continue
         try:
-            _normalize(traced, examples, _near(traced, sizes, fixed))
+            _normalize(traced, examples, _further(traced, sizes, lengths, fixed))
         except AmbiguousLengthsError:
             if alone:
                 raise
@@ -90,15 +90,18 @@ def traced_at(
     return None
 
 
-def _near(traced: TracedModel, sizes: tuple[Sizes, Sizes], fixed: Lengths) -> list[Example]:
-    """Return examples a few tokens longer than both, where that length is not fixed."""
-    fields = {"S": "seq", "P": "past", "E": "source"}
-    longer = [
-        replace(each, **{name: getattr(each, name) + more for symbol, name in fields.items() if symbol not in fixed})
+def _further(
+    traced: TracedModel, sizes: tuple[Sizes, Sizes], lengths: Lengths, fixed: Lengths
+) -> list[Example]:
+    """Return examples a few tokens shorter and longer than both, and as long as a call, where a length is not fixed."""
+    fields = {symbol: name for symbol, name in (("S", "seq"), ("P", "past"), ("E", "source")) if symbol not in fixed}
+    asked = replace(sizes[0], **{name: lengths[symbol] for symbol, name in fields.items() if lengths.get(symbol)})
+    near = [
+        replace(each, **{name: max(getattr(each, name) + more, 2) for name in fields.values()})
         for each in sizes
-        for more in (1, 2, 3)
+        for more in (-3, -2, -1, 1, 2, 3)
     ]
-    return [_example(traced, each) for each in longer]
+    return [_example(traced, each) for each in (asked, *near)]
 
 
 def _used_sizes(traced: TracedModel, sizes: Sizes) -> Lengths:

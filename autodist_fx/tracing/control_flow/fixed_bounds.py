@@ -21,10 +21,9 @@ from passes.fx import node_meta
 def guard_bounds(tracer: SymbolicTracer, x: SymbolicProxy, index: Any) -> None:
     """Make a guard of each fixed bound in x[index] on a length, where the model's own code says it: what transformers'
     common code cuts off (masks, caches) is of no consequence for shorter ones."""
-    bounds = list(_bounds(x, index))
-    if not bounds or not _is_the_models(tracer):
+    if not _is_the_models(tracer):
         return
-    for dim, bound in bounds:
+    for dim, bound in _bounds(x, index):
         size = x.size(dim)
         known = getattr(size, "_metadata", None)
         if type(known) is int and tracer.other_example.value(size.node) != known:
