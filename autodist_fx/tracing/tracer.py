@@ -183,6 +183,7 @@ class Tracer(SymbolicTracer):
         self.values = values or {}
         self.value_guards: list[ValueGuard] = []  # of the conditions that were decided by them
         self.source_files = model_source_files(model)
+        self.constant_dims: set[tuple[Any, ...]] = set()  # where bounds were found to be of no length (fixed_bounds.py)
         self.data_dependent_calls = 0  # how many lengths were made up so far (see data_dependent.py)
         self.written_in_place: list[tuple[torch.fx.Node, torch.fx.Node]] = []  # (a tensor, what it became)
         self.whole_of_split: dict[torch.fx.Node, Any] = {}  # split_rows -> what it splits

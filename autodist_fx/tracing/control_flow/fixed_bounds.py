@@ -21,20 +21,28 @@ from passes.fx import node_meta
 def guard_bounds(tracer: SymbolicTracer, x: SymbolicProxy, index: Any) -> None:
     """Make a guard of each fixed bound in x[index] on a length, where the model's own code says it: what transformers'
     common code cuts off (masks, caches) is of no consequence for shorter ones."""
-    if not _is_the_models(tracer):
-        return
-    for dim, bound in _bounds(x, index):
-        size = x.size(dim)
-        known = getattr(size, "_metadata", None)
-        if type(known) is int and tracer.other_example.value(size.node) != known:
-            node_meta.set_guard_outcome((size >= bound).node, known >= bound)
-
-
-def _bounds(x: SymbolicProxy, index: Any) -> Iterator[tuple[int, int]]:
-    """Yield (dim, how many elements there have to be) of each bound that is a number; 1 is there always."""
+    line = _line_of_the_model(tracer)
     example = getattr(x, "_metadata", None)
+    if line is None or not isinstance(example, torch.Tensor):
+        return
+    for dim, bound in _bounds(example, index):
+        known, number = example.shape[dim], _example_of(bound)
+        # Each layer of a deep model halves its heads on the same line: what was no length in one is none in the next.
+        place = (*line, example.shape, dim, number)
+        if type(number) is not int or abs(number) <= 1 or place in tracer.constant_dims:  # one element is there always
+            continue
+        if not _is_for_all(bound, number):
+            continue
+        if tracer.other_example.value(x.node).shape[dim] == known:
+            tracer.constant_dims.add(place)
+        else:
+            node_meta.set_guard_outcome((x.size(dim) >= abs(number)).node, known >= abs(number))
+
+
+def _bounds(example: torch.Tensor, index: Any) -> Iterator[tuple[int, Any]]:
+    """Yield (dim, bound) of each slice's bounds."""
     items = index if isinstance(index, tuple) else (index,)
-    if not isinstance(example, torch.Tensor) or not all(map(_is_basic, items)):
+    if not all(map(_is_basic, items)):
         return
     taken = sum(i is not None and i is not Ellipsis for i in items)
     dim = 0
@@ -42,39 +50,38 @@ def _bounds(x: SymbolicProxy, index: Any) -> Iterator[tuple[int, int]]:
         if item is Ellipsis:
             dim += example.dim() - taken
         elif item is not None:
-            for bound in (item.start, item.stop) if isinstance(item, slice) else ():
-                number = _number(bound)
-                if number is not None and abs(number) > 1:
-                    yield dim, abs(number)
+            if isinstance(item, slice):
+                yield from ((dim, bound) for bound in (item.start, item.stop))
             dim += 1
 
 
-def _number(bound: Any) -> int | None:
-    """Return a bound that is the same number for all inputs; None for others."""
-    if isinstance(bound, SymbolicProxy):
-        known = getattr(bound, "_metadata", None)
-        same = type(known) is int and bound.tracer.other_example.value(bound.node) == known
-        return known if same else None
-    return bound if type(bound) is int else None
+def _example_of(bound: Any) -> Any:
+    """Return what a bound, which may be traced, is for the example inputs; None where that is not known."""
+    return getattr(bound, "_metadata", None) if isinstance(bound, SymbolicProxy) else bound
+
+
+def _is_for_all(bound: Any, number: int) -> bool:
+    """Return whether a bound is the same number for all inputs."""
+    return not isinstance(bound, SymbolicProxy) or bound.tracer.other_example.value(bound.node) == number
 
 
 def _is_basic(item: Any) -> bool:
     """Return whether an index is a number, a slice, None or an ellipsis: tensors and lists have dims of their own."""
     if isinstance(item, SymbolicProxy):
-        return isinstance(getattr(item, "_metadata", None), int)
+        return isinstance(_example_of(item), int)
     return isinstance(item, (slice, int, types.EllipsisType, types.NoneType))
 
 
-def _is_the_models(tracer: SymbolicTracer) -> bool:
-    """Return whether the innermost line outside of torch and of the tracer is in the model's source."""
+def _line_of_the_model(tracer: SymbolicTracer) -> tuple[str, int] | None:
+    """Return the innermost line outside of torch and of the tracer, where it is in the model's source; else None."""
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_filename in tracer.source_files:
-            return True
+            return frame.f_code.co_filename, frame.f_lineno
         if "/transformers/" in frame.f_code.co_filename:
-            return False
+            return None
         frame = frame.f_back
-    return False
+    return None
 
 
 __all__ = ["guard_bounds"]
