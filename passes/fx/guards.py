@@ -33,7 +33,7 @@ class Guards:
         for node in self.graph_module.graph.nodes:
             own = [str(node.target)] if node.op == "placeholder" else []
             of[node] = frozenset(own).union(*(of[source] for source in node.all_input_nodes))
-        output = next(reversed(self.graph_module.graph.nodes))
+        output = self.graph_module.graph.output_node()
         return tuple(of.get(asked, frozenset()) for asked in output.args[0])
 
     @functools.cached_property
@@ -62,7 +62,7 @@ class Guards:
         of: dict[Any, bool] = {}
         for node in self.graph_module.graph.nodes:
             of[node] = node.target is operator.mod or any(of[source] for source in node.all_input_nodes)
-        return tuple(of.get(asked, False) for asked in next(reversed(self.graph_module.graph.nodes)).args[0])
+        return tuple(of.get(asked, False) for asked in self.graph_module.graph.output_node().args[0])
 
 
 def with_fixed(guards: Guards | None, fixed: Mapping[str, int]) -> Guards | None:

@@ -60,7 +60,7 @@ class LoopGraphs:
     def is_sound(self) -> bool:
         """Returns whether each body gives variables anew, and items for lists."""
         for body in self.bodies:
-            found = next(reversed(body.graph.nodes)).args[0]
+            found = body.graph.output_node().args[0]
             if not isinstance(found, dict) or found.keys() != {"set", "append"}:
                 return False
             sets, appends = found["set"], found["append"]
