@@ -21,9 +21,12 @@ from torch.fx.node import map_aggregate
 from torch.optim import Optimizer
 from transformers import Cache
 
+from autodist_fx.runtime.device import cuda
+
 _CHAIN_SECONDS = 3e-3  # of a chain, where its nodes are short: far more than reading a clock takes
 _LONGEST = 64  # nodes
 _LONG_SECONDS = 0.1  # of a node that is run as seldom as can be
+_LAUNCH_FACTOR = 2.0  # of what launching a chain takes: how long a GPU is kept busy meanwhile
 _REPEATS = ((0.03, 7), (0.15, 3), (float("inf"), 1))  # (seconds of a chain up to which, how often it is run)
 
 
@@ -70,22 +73,40 @@ class Clock:
 
 def effort_for(make: MakeCall, clock: Clock) -> Effort:
     """Return how to measure a node, from what one of it takes."""
-    once = Effort(1, 1)
-    seconds = node_seconds(make, clock, once)
-    if seconds < _LONG_SECONDS:  # at the first call libraries choose their kernels
-        seconds = node_seconds(make, clock, once)
+    seconds = min(_runs(make, clock, Effort(1, 1)))
+    if seconds < _LONG_SECONDS:  # in the first runs libraries choose their kernels, a GPU takes memory
+        seconds = min(_runs(make, clock, Effort(1, 4)))
     nodes = min(max(1, round(_CHAIN_SECONDS / seconds)), _LONGEST)
     return Effort(nodes, next(repeats for most, repeats in _REPEATS if nodes * seconds <= most))
 
 
 def node_seconds(make: MakeCall, clock: Clock, effort: Effort) -> float:
-    """Return the median seconds of a node of a chain. Each run has tensors of its own, made before the clock runs."""
+    """Return the median seconds of a node of a chain."""
+    return statistics.median(_runs(make, clock, effort))
+
+
+def device_seconds(make: MakeCall, clock: Clock, effort: Effort) -> float:
+    """Return the median seconds that a GPU takes for a node, without what launching it takes the host: all nodes of a
+    chain are launched while it is busy with something else."""
+    launched = statistics.median(_runs(make, clock, effort)) * effort.nodes
+    chain: Any = _chain([make() for _ in range(effort.nodes)])
+    means = []
+    for _ in range(effort.repeats):
+        given = [x for _ in range(effort.nodes) for x in _inputs(make())]
+        clock.start()
+        work = functools.partial(chain, *given)
+        means.append(cuda.queued_seconds(work, clock.device, _LAUNCH_FACTOR * launched) / effort.nodes)
+    return statistics.median(means)
+
+
+def _runs(make: MakeCall, clock: Clock, effort: Effort) -> list[float]:
+    """Return a node's seconds in each run of a chain. Each has tensors of its own, made before the clock runs."""
     chain: Any = _chain([make() for _ in range(effort.nodes)])
     means = []
     for _ in range(effort.repeats):
         given = [x for _ in range(effort.nodes) for x in _inputs(make())]
         means.append(clock.seconds(functools.partial(chain, *given)) / effort.nodes)
-    return statistics.median(means)
+    return means
 
 
 def _is_input(x: object) -> bool:

@@ -23,6 +23,7 @@ from cost_model.costs.measured import Measured, Run
 from cost_model.costs.tables import Table
 from cost_model.request.hardware_file import About
 
+_LEAST_SECONDS = 1e-7  # of work: less, no clock tells from nothing
 _MOST_RANKS = 8  # by default, of a machine with more cores: the ranks then have several each
 
 
@@ -65,8 +66,10 @@ def _hardware(device: str, ranks: int, found: dict[str, Any]) -> Hardware:
     pp_link = _link(links["pp"], preset.pp_link) if links else preset.pp_link
     machine = Hardware(
         name=f"measured-{machine_name(device)}",
-        flops=tuple((t.dtype, _rate(t)) for t in runs[0].tables if t.kind == PRODUCT),
-        memory_bandwidth=max(at[0] / s for t in runs[0].tables if t.kind == STREAM for at, s in t.points()),
+        flops=tuple((t.dtype, _rate(t, on_cpu)) for t in runs[0].tables if t.kind == PRODUCT),
+        memory_bandwidth=max(
+            at[0] / _work(t, s, on_cpu) for t in runs[0].tables if t.kind == STREAM for at, s in t.points()
+        ),
         memory_bytes=memory,
         op_seconds=0.0,
         view_seconds=0.0,
@@ -92,9 +95,14 @@ def _table(found: dict[str, Any]) -> Table:
     )
 
 
-def _rate(products: Table) -> float:
+def _rate(products: Table, on_cpu: bool) -> float:
     """Return the most FLOP/s that any product reached."""
-    return max(2 * rows * inner * columns / seconds for (rows, inner, columns), seconds in products.points())
+    return max(2 * m * k * n / _work(products, seconds, on_cpu) for (m, k, n), seconds in products.points())
+
+
+def _work(table: Table, seconds: float, on_cpu: bool) -> float:
+    """Return the seconds of an op without its call, where the two were measured apart (measure/rank.py)."""
+    return seconds if on_cpu else max(seconds - table.fixed_seconds, _LEAST_SECONDS)
 
 
 def _link(tables: list[dict[str, Any]], preset: Link) -> Link:

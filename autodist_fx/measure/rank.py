@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from autodist_fx.measure.chain import Clock, Effort, MakeCall, effort_for, node_seconds
+from autodist_fx.measure.chain import Clock, Effort, MakeCall, device_seconds, effort_for, node_seconds
 from autodist_fx.measure.messages import Messages, message_tables
 from autodist_fx.measure.pool import Pool
 from autodist_fx.measure.subjects import Subject, subjects
@@ -31,6 +31,7 @@ from cost_model.mesh import Mesh
 MAIN = {"cpu": torch.float32, "cuda": torch.bfloat16}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Efforts = dict[tuple[str, ...], Effort]
+Seconds = Callable[[MakeCall, Clock, Effort], float]
 Advance = Callable[[str], None]
 
 
@@ -113,26 +114,27 @@ class _Rank:
             name = str(dtype).removeprefix("torch.")
             self.advance(f"{what}: {subject.kind} {name}")
 
-            def seconds(sizes: tuple[float, ...], subject: Subject = subject, pool: Pool = pool) -> float:
+            def seconds(
+                sizes: tuple[float, ...], how: Seconds, subject: Subject = subject, pool: Pool = pool
+            ) -> float:
                 def make() -> Any:
                     return subject.make(pool, sizes)
 
-                return self._seconds(make, (subject.kind, str(pool.dtype), str(sizes)), clock, efforts)
+                key = (subject.kind, str(pool.dtype), str(sizes))
+                if key not in efforts:  # rank 0, alone: the others take what it found right
+                    efforts[key] = effort_for(make, clock)
+                return how(make, clock, efforts[key])
 
-            fixed, values = seconds(subject.tiny), []
+            fixed, values = seconds(subject.tiny, node_seconds), []
             for sizes in product(*subject.axes):
-                values.append(seconds(sizes))
+                # A GPU computes while the host launches what comes next, so each is measured by itself.
+                apart = self.device.type == "cuda"
+                values.append(fixed + seconds(sizes, device_seconds) if apart else seconds(sizes, node_seconds))
                 self.advance(f"{what}: {subject.kind} {name}")
             found.append({
                 "kind": subject.kind, "dtype": name, "axes": subject.axes, "seconds": values, "fixed_seconds": fixed
             })  # fmt: skip
         return found
-
-    def _seconds(self, make: MakeCall, key: tuple[str, ...], clock: Clock, efforts: Efforts) -> float:
-        """Return the seconds of a node, measured with the effort that rank 0 found right when it was alone."""
-        if key not in efforts:
-            efforts[key] = effort_for(make, clock)
-        return node_seconds(make, clock, efforts[key])
 
     def _links(self, clock: Clock) -> dict[str, Any]:
         device = JoinOptions(device=self.device.type)

@@ -4,6 +4,8 @@ Where there is no GPU it says so, and ends with 0. Else it ends with 0 if all is
 
     one rank, and several that share the GPU (over Gloo): the same tokens as transformers' generate on this GPU
     CUDA graphs off and on: tokens per second, and the same tokens
+    bfloat16: logits that are no further from float32's than transformers' own, and tokens per second
+    three steps of training over two ranks: the losses of one process on this GPU
     predictions: the plan's seconds of a step of decoding against the measured ones
     autodist-fx measure --device cuda, where the command is there: what predictions are then made with
     NCCL: a group of one rank, its collectives, also within a captured graph
@@ -15,6 +17,7 @@ import argparse
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,6 +31,8 @@ ROOT = HERE.parents[2]
 PROMPT, NEW_TOKENS = 448, 128  # the middle of which has 512 tokens in its cache, which plans are made for
 SECONDS = 470.0  # for all of it
 STEP_SECONDS = 120.0  # for one check
+MOST_LOSS_DIFFERENCE = 1e-4  # relative: float32, added up in another order, after a step or two
+MOST_BF16_ERROR = 1.5  # times transformers' own
 MEASURE_SECONDS = 170.0
 
 
@@ -60,43 +65,79 @@ class Check:
 
     until: float
     directory: Path
+    logs: Path | None = None
     rows: list[Row] = field(default_factory=list)
-    tokens: list[int] | None = None  # of transformers' generate
+    wanted: dict[str, Any] = field(default_factory=dict)  # what transformers does
 
     def run(self, name: str, command: list[str], seconds: float = STEP_SECONDS, **env: str) -> tuple[int, str, str]:
-        """Return (exit code, the last line of stdout, the last of stderr) of a command; 124 when it took too long."""
+        """Return (exit code, the last line of stdout, stderr's that says what went wrong) of a command; 124 when it
+        took too long."""
         left = min(seconds, self.until - time.monotonic())
         if left <= 0:
             return 124, "", "no time was left"
         print(f"gpu-check: {name} ...", file=sys.stderr, flush=True)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **env}
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", **env}
+        began = time.monotonic()
         try:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=left, check=False)
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired as late:
+            self._log(name, f"longer than {left:.0f} s", late.stdout, late.stderr)
             return 124, "", f"longer than {left:.0f} s"
-        return done.returncode, _last(done.stdout), _last(done.stderr)
+        how = f"ended with {done.returncode} after {time.monotonic() - began:.1f} s"
+        self._log(name, how, done.stdout, done.stderr)
+        return done.returncode, _last(done.stdout), _error(done.stderr)
 
-    def ranks(self, name: str, *, tp: int = 1, pp: int = 1, graphs: bool = False) -> dict[str, Any] | None:
-        """Generate on `tp * pp` ranks, add a row, and return what was measured; None where it failed."""
-        asked = {"model": str(self.directory), "tp": tp, "pp": pp, "graphs": graphs}
-        command = [sys.executable, str(HERE), "--rank", json.dumps(asked)]
-        if tp * pp > 1:
-            run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp * pp)]
-            command = [sys.executable, *run, *command[1:]]
-        code, line, error = self.run(name, command)
+    def _log(self, name: str, how: str, *outputs: str | bytes | None) -> None:
+        if self.logs is not None:
+            texts = [x.decode(errors="replace") if isinstance(x, bytes) else x or "" for x in outputs]
+            with (self.logs / "gpu_check.log").open("a") as log:
+                log.write("\n".join([f"==== {name}: {how}", *texts, ""]))
+
+    def generate(self, name: str, *, tp: int = 1, pp: int = 1, graphs: bool = False, dtype: str = "float32") -> None:
+        """Generate on `tp * pp` ranks, and add a row."""
+        found = self._on_ranks(name, "--rank", tp * pp, tp=tp, pp=pp, graphs=graphs, dtype=dtype)
+        if found is None:
+            return
+        each, predicted = found["seconds_per_token"], found["predicted_seconds"]
+        right, note = (self._same_tokens if dtype == "float32" else self._as_near)(found)
+        self.rows.append(
+            Row(
+                name, "ok" if right else "WRONG", f"{each * 1e3:.2f} ms a token ({1 / each:.0f} tokens/s)",
+                f"{predicted * 1e3:.2f} ms (x{predicted / each:.2f}), with {found['hardware']}", note,
+            )
+        )  # fmt: skip
+
+    def _same_tokens(self, found: dict[str, Any]) -> tuple[bool, str]:
+        right = found["tokens"] == self.wanted["tokens"]
+        return right, f"{'the' if right else 'other'} tokens {'of' if right else 'than'} transformers' generate"
+
+    def _as_near(self, found: dict[str, Any]) -> tuple[bool, str]:
+        """Compare errors of bfloat16 logits, whose roundings may make another token the largest."""
+        ours, theirs = found["bf16_error"], self.wanted["bf16_error"]
+        return ours <= MOST_BF16_ERROR * theirs, f"logits {ours:.1e} from float32's, transformers' {theirs:.1e}"
+
+    def train(self, name: str, *, tp: int = 1, pp: int = 1) -> None:
+        """Train on `tp * pp` ranks, and add a row."""
+        found = self._on_ranks(name, "--train", tp * pp, tp=tp, pp=pp)
+        if found is None:
+            return
+        wanted = self.wanted["losses"]
+        worst = max(abs(a - b) / abs(b) for a, b in zip(found["losses"], wanted, strict=True))
+        right = worst <= MOST_LOSS_DIFFERENCE
+        losses = " ".join(f"{loss:.4f}" for loss in found["losses"])
+        note = f"losses {losses}; {worst:.0e} from one process's"
+        self.rows.append(Row(name, "ok" if right else "WRONG", f"{found['seconds'] * 1e3:.0f} ms a step", note=note))
+
+    def _on_ranks(self, name: str, what: str, ranks: int, **asked: Any) -> dict[str, Any] | None:
+        """Return what rank 0 printed; None, and a row, where a rank failed."""
+        command = [str(HERE), what, json.dumps({"model": str(self.directory), **asked})]
+        run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+        code, line, error = self.run(name, [sys.executable, *run, *command])
         if code:
             self.rows.append(Row(name, "FAILED", note=error or f"exit code {code}"))
             return None
         found: dict[str, Any] = json.loads(line)
-        right = found["tokens"] == self.tokens
-        each, predicted = found["seconds_per_token"], found["predicted_seconds"]
-        self.rows.append(
-            Row(
-                name, "ok" if right else "WRONG", f"{each * 1e3:.2f} ms a token ({1 / each:.0f} tokens/s)",
-                f"{predicted * 1e3:.2f} ms (x{predicted / each:.2f}), with {found['hardware']}",
-                "the tokens of transformers' generate" if right else "other tokens than transformers' generate",
-            )
-        )  # fmt: skip
         return found
 
 
@@ -104,6 +145,8 @@ def main() -> int:
     """Run all checks, print the table, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", help=argparse.SUPPRESS)  # one rank's part, as JSON
+    parser.add_argument("--train", help=argparse.SUPPRESS)
+    parser.add_argument("--logs", metavar="DIR", help="an existing directory: all that the checks print is kept there")
     parser.add_argument("--is-there", action="store_true", help="only say, by the exit code, whether there is a GPU")
     parser.add_argument("--nccl", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--reference", metavar="DIR", help=argparse.SUPPRESS)
@@ -115,12 +158,14 @@ def main() -> int:
         return 0
     if arguments.rank:
         return _rank(json.loads(arguments.rank))
+    if arguments.train:
+        return _train(json.loads(arguments.train))
     if arguments.nccl:
         return _nccl()
     if arguments.reference:
         return _reference(arguments.reference)
     with tempfile.TemporaryDirectory() as directory:
-        check = Check(time.monotonic() + SECONDS, Path(directory))
+        check = Check(time.monotonic() + SECONDS, Path(directory), Path(arguments.logs) if arguments.logs else None)
         _all(check)
     _print(check.rows)
     return int(any(row.verdict in ("FAILED", "WRONG") for row in check.rows))
@@ -131,19 +176,22 @@ def _all(check: Check) -> None:
     if code:
         check.rows.append(Row("transformers' own generate", "FAILED", note=error))
         return
-    found = json.loads(line)
-    check.tokens = found["tokens"]
-    check.rows.append(
-        Row("transformers' own generate", "ok", f"{found['seconds_per_token'] * 1e3:.2f} ms a token", note=found["gpu"])
-    )
+    check.wanted = found = json.loads(line)
+    each = f"{found['seconds_per_token'] * 1e3:.2f} ms a token"
+    bf16 = f"in bfloat16 {found['bf16_seconds_per_token'] * 1e3:.2f}"
+    check.rows.append(Row("transformers' own generate", "ok", f"{each}; {bf16}", note=found["gpu"]))
     code, line, error = check.run("NCCL", [sys.executable, str(HERE), "--nccl"])
     check.rows.append(Row("NCCL, a group of one", "FAILED" if code else "ok", note=error if code else line))
     _measure(check)
-    check.ranks("one rank")
-    check.ranks("one rank, CUDA graphs", graphs=True)
-    check.ranks("tp=2 on one GPU, Gloo", tp=2)
-    check.ranks("tp=2 on one GPU, Gloo, CUDA graphs", tp=2, graphs=True)
-    check.ranks("pp=2 on one GPU, Gloo", pp=2)
+    check.generate("one rank")
+    check.generate("one rank, CUDA graphs", graphs=True)
+    check.generate("one rank, bfloat16", dtype="bfloat16")
+    check.generate("one rank, bfloat16, CUDA graphs", dtype="bfloat16", graphs=True)
+    check.generate("tp=2 on one GPU, Gloo", tp=2)
+    check.generate("tp=2 on one GPU, Gloo, CUDA graphs", tp=2, graphs=True)
+    check.generate("pp=2 on one GPU, Gloo", pp=2)
+    check.train("training, tp=2 on one GPU", tp=2)
+    check.train("training, pp=2 on one GPU", pp=2)
 
 
 def _measure(check: Check) -> None:
@@ -182,6 +230,7 @@ def _timed(generate: Any) -> tuple[list[int], float]:
 
 def _reference(directory: str) -> int:
     """Write a checkpoint of the 125M shape with random weights, and generate with transformers, on the GPU."""
+    import numpy
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -196,34 +245,85 @@ def _reference(directory: str) -> int:
     with torch.no_grad():
         ids = _prompt().to("cuda")
         tokens, each = _timed(lambda **options: model.generate(ids, attention_mask=torch.ones_like(ids), **options))
+        logits = model(ids).logits
+    losses = _losses_of(model)
+    half = LlamaForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to("cuda").eval()
+    with torch.no_grad():
+        _, in_half = _timed(lambda **options: half.generate(ids, attention_mask=torch.ones_like(ids), **options))
+        error = _distance(half(ids).logits, logits)
+    numpy.save(f"{directory}/logits.npy", logits.cpu().numpy())
     properties = torch.cuda.get_device_properties(0)
     memory = f"{properties.total_memory / 2**30:.0f} GiB"
     gpu = f"{properties.name}, {memory}, CUDA {torch.version.cuda}, torch {torch.__version__}"
-    print(json.dumps({"tokens": tokens, "seconds_per_token": each, "gpu": gpu}))
+    found = {"tokens": tokens, "seconds_per_token": each, "losses": losses, "gpu": gpu}
+    print(json.dumps(found | {"bf16_error": error, "bf16_seconds_per_token": in_half}))
     return 0
+
+
+def _distance(x: Any, wanted: Any) -> float:
+    """Return the distance of two tensors, as part of the second's length."""
+    return float((x.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def _losses_of(model: Any) -> list[float]:
+    """Train a model for three steps as `adx.train` does by default, in one process, and return the losses."""
+    import torch
+
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
+    losses = []
+    for batch in _batches("cuda"):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def _batches(device: str) -> list[dict[str, Any]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randint(3, 32000, (4, 128), generator=generator).to(device) for _ in range(3)]
+    return [{"input_ids": ids, "labels": ids} for ids in rows]
 
 
 def _rank(asked: dict[str, Any]) -> int:
     """Generate as one rank; rank 0 prints what it measured."""
+    import numpy
     import torch
 
     import autodist_fx as adx
 
+    dtype = asked["dtype"]
     model = adx.from_pretrained(
-        asked["model"], tp=asked["tp"], pp=asked["pp"], device="cuda", cuda_graphs=asked["graphs"]
+        asked["model"], tp=asked["tp"], pp=asked["pp"], dtype=dtype, device="cuda", cuda_graphs=asked["graphs"]
     )
     ids = _prompt().to(model.device)
     tokens, each = _timed(lambda **options: model.generate(ids, attention_mask=torch.ones_like(ids), **options))
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
     if model.rank == 0:
-        plan = model.plan
-        print(
-            json.dumps(
-                {
-                    "tokens": tokens, "seconds_per_token": each, "predicted_seconds": plan.predicted_seconds,
-                    "hardware": getattr(plan.hardware, "name", str(plan.hardware)),
-                }
-            )
-        )  # fmt: skip
+        plan, wanted = model.plan, torch.from_numpy(numpy.load(f"{asked['model']}/logits.npy"))
+        found = {"tokens": tokens, "seconds_per_token": each, "predicted_seconds": plan.predicted_seconds}
+        found["hardware"] = getattr(plan.hardware, "name", str(plan.hardware))
+        print(json.dumps(found | {"bf16_error": _distance(logits.cpu(), wanted)}))
+    return 0
+
+
+def _train(asked: dict[str, Any]) -> int:
+    """Train as one rank; rank 0 prints the losses, and the seconds of the last step."""
+    import autodist_fx as adx
+
+    engine = adx.train(asked["model"], tp=asked["tp"], pp=asked["pp"], device="cuda")
+    losses, seconds = [], 0.0
+    for batch in _batches("cuda"):
+        began = time.perf_counter()
+        losses.append(float(engine.step(batch).loss))  # which waits for the device
+        seconds = time.perf_counter() - began
+    if 0 in engine.ranks:
+        print(json.dumps({"losses": losses, "seconds": seconds}))
     return 0
 
 
@@ -266,6 +366,12 @@ def _print(rows: list[Row]) -> None:
         style = {"ok": "green", "absent": "yellow"}.get(row.verdict, "bold red")
         table.add_row(row.check, f"[{style}]{row.verdict}[/]", row.measured, row.predicted, row.note)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _error(text: str) -> str:
+    """Return the last line that names an error; else the last. A launcher says more after it."""
+    named = [line.strip() for line in text.splitlines() if re.match(r"(\[rank\d+\]: )?[\w.]+(Error|Exception): ", line)]
+    return named[-1] if named else _last(text)
 
 
 def _last(text: str) -> str:

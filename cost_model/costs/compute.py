@@ -112,11 +112,8 @@ def op_seconds(op: Op, local_inputs: Sequence[TensorSpec], local_outputs: Sequen
     fixed = hw.fixed_seconds(measured_as(op, local_inputs), dtype)
     if op.kind == "experts":  # several for each expert that some row was sent to
         fixed *= _CALLS_PER_EXPERT * max(1.0, _experts_met(op, local_inputs))
-    if hw.dispatches_ahead:  # the host dispatches the next op meanwhile: the longer of both counts
-        # A table has what both took together, of which its fixed cost was taken off (costs/tables.py).
-        taken_off = 0.0 if hw.measured is None else fixed / hw.measured.node_factor
-        return max(work + taken_off, fixed)
-    return work + fixed
+    # Where the host dispatches the next op meanwhile, the longer of both counts.
+    return max(work, fixed) if hw.dispatches_ahead else work + fixed
 
 
 def measured_as(op: Op, inputs: Sequence[TensorSpec] = ()) -> tuple[str, ...]:

@@ -29,7 +29,8 @@ class Table:
     """The seconds of one kind of op, or of message, measured at all points of a grid.
 
     axes: ascending sizes along each dim of the grid; what they mean is the kind's (`compute.table_sizes`).
-    seconds: of one op at each point, the last axis fastest.
+    seconds: of one op at each point, the last axis fastest; on a GPU, which computes while the host calls, those of
+    the call and of the device, one after the other.
     fixed_seconds: of an op on tensors so small that only its call takes time.
     """
 

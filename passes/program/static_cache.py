@@ -27,6 +27,7 @@ from torch.fx.node import map_arg
 from cost_model.errors import PlanError
 from passes.fx import node_meta
 from passes.fx.nodes import op_name, writes
+from passes.ops.functional_writes import with_item
 
 PAST = "past_tokens"  # the input int64 [] that the program takes beside those of the original
 _SIZED = frozenset({
@@ -93,7 +94,7 @@ class _Rewrite:
             number = self._number(node)
             if number is not None:
                 self.known[node] = number
-            elif node.op == "call_function" and node.target is operator.getitem and node_meta.is_tensor(node.args[0]):
+            elif node.target in (operator.getitem, operator.setitem, with_item) and node_meta.is_tensor(node.args[0]):
                 self._index(node)
             elif any(n in self.known for n in node.all_input_nodes):
                 self._use(node)
@@ -184,8 +185,9 @@ class _Rewrite:
         node.target, node.args, node.kwargs = operator.add, (counted, self._sum_before(node, start.more)), {}
 
     def _index(self, node: Node) -> None:
-        """Rewrites `x[..., a:b]` where it counts tokens of T: from the end, which is elsewhere now, or from P."""
-        x, index = node.args
+        """Rewrites `x[..., a:b]`, read or written, where it counts tokens of T: from the end, which is elsewhere now,
+        or from P."""
+        x, index = node.args[:2]
         items = index if isinstance(index, tuple) else (index,)
         dims = node_meta.tensor(x).dim()
         dim, found = 0, []
@@ -232,7 +234,7 @@ class _Rewrite:
             else:
                 self._refuse(node, f"takes tokens {start} to {stop}")
         changed = (*items[:place], new, *items[place + 1 :])
-        node.args = (node.args[0], changed if isinstance(node.args[1], tuple) else changed[0])
+        node.args = (node.args[0], changed if isinstance(node.args[1], tuple) else changed[0], *node.args[2:])
 
     def _device(self, node: Node) -> dict[str, Any]:
         with self.graph.inserting_after(self.past):

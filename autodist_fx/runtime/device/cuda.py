@@ -14,7 +14,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from autodist_fx.errors import AutodistError
+
 T = TypeVar("T")
+_CYCLES = 2e9  # of a GPU's clock in a second, at least: fast ones have 1.98e9
 _WARM_UPS = 2  # runs before a capture: libraries choose kernels and take workspaces in them, which no capture may
 
 
@@ -73,6 +76,19 @@ def nccl_group(store: dist.Store, rank: int, size: int, timeout: timedelta, devi
     return group
 
 
+def queued_seconds(work: Callable[[], object], device: torch.device, launch_seconds: float) -> float:
+    """Return the seconds that a GPU takes for what `work` launches, which takes the host `launch_seconds` at most: it
+    begins when all is in the stream. `work` may not wait for the device."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        torch.cuda._sleep(int(launch_seconds * _CYCLES))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 class Pool:
     """The memory that a rank's captured graphs share: what one leaves in it, the next may read, in the order of their
     capture."""
@@ -85,8 +101,16 @@ class Pool:
 
         `run` is called some times first: it may write what it writes twice. Afterwards its tensors stay where they
         are, and hold new numbers after each replay, computed of what is then in the tensors that `run` read. Other
-        threads (NCCL's watchdog) may call CUDA meanwhile.
+        threads (NCCL's watchdog) may call CUDA meanwhile. Raises AutodistError for what a capture cannot hold: to wait
+        for the device, to copy from memory that is not page-locked.
         """
+        try:
+            return self._capture(run)
+        except RuntimeError as error:
+            said = str(error).partition("\n")[0].rstrip(".")
+            raise AutodistError(f"a CUDA graph cannot hold this step ({said}): generate without cuda_graphs") from error
+
+    def _capture(self, run: Callable[[], T]) -> tuple[Callable[[], None], T]:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):

@@ -3,8 +3,8 @@
 A step of decoding is hundreds of short kernels, and Python takes longer to launch each than a GPU to run it; a replay
 launches them all at once. A graph repeats addresses and sizes: so the program is the one for a cache of constant size
 (passes/program/static_cache.py), its inputs are copied to where they were at the capture, and what it gives is copied
-from there. Messages that a capture cannot hold (Gloo's; between stages) stand between graphs
-(passes/program/regions.py).
+from there. What a capture cannot hold stands between graphs (passes/program/regions.py): messages (Gloo's; between
+stages), and ops for whose numbers the host waits (experts, which get the rows that a router sent to them).
 """
 
 from __future__ import annotations
@@ -175,11 +175,13 @@ class CapturedStep:
 
     def _run_parts(self, run: Callable[[int, Region], tuple[Any, ...]]) -> dict[str, Any]:
         for place, part in enumerate(self._parts):
-            if isinstance(part, Region):
-                for node, value in zip(part.outputs, run(place, part), strict=True):
-                    self._values[node] = value
-            else:
+            if isinstance(part, Node):
                 self._message(part)
+            elif part.waits:
+                for node, value in zip(part.outputs, self._eagerly(place, part), strict=True):
+                    self._keep(node, value)
+            else:
+                self._values.update(zip(part.outputs, run(place, part), strict=True))
         output = next(node for node in reversed(self._module.graph.nodes) if node.op == "output")
         return {
             name: self._values[value] if isinstance(value, Node) else value
@@ -205,9 +207,12 @@ class CapturedStep:
         args, kwargs = arguments(node, self._values)
         if node.target is send:
             args = (args[0].clone(), *args[1:])
-        result = node.target(*args, **kwargs)
+        self._keep(node, node.target(*args, **kwargs))
+
+    def _keep(self, node: Node, result: Any) -> None:
+        """Let the graphs behind read a result: a tensor where it was at their capture, while its size is the same."""
         known = self._values.get(node)
-        if isinstance(result, torch.Tensor) and isinstance(known, torch.Tensor):
+        if isinstance(result, torch.Tensor) and isinstance(known, torch.Tensor) and known.shape == result.shape:
             known.copy_(result)
         else:
             self._values[node] = result.clone() if isinstance(result, torch.Tensor) else result

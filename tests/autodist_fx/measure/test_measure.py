@@ -46,6 +46,18 @@ def test_a_node_takes_what_its_function_takes() -> None:
     assert effort_for(sleeper(0.2), CLOCK) == Effort(1, 1)
 
 
+def test_slow_first_calls_do_not_count() -> None:
+    """A GPU's libraries choose kernels in them, at each new size."""
+
+    class Scripted(Clock):
+        runs = iter([0.02, 0.02, 0.02, 2e-5, 2e-5])
+
+        def seconds(self, work: Any) -> float:
+            return next(self.runs)
+
+    assert effort_for(sleeper(0.0), Scripted(torch.device("cpu"), lambda: None)) == Effort(64, 7)
+
+
 def test_each_node_reads_tensors_of_its_own_that_no_cache_has() -> None:
     seen: list[int] = []
     pool = Pool(torch.float32, torch.device("cpu"), 2**26)

@@ -45,7 +45,7 @@ def driver(uuid: str = "GPU-0", devices: int = 1) -> Iterator[Driver]:
             patches.enter_context(mock.patch.object(torch.cuda, name, function))
         patches.enter_context(mock.patch.object(dist, "ProcessGroupNCCL", _nccl(made), create=True))
         patches.enter_context(mock.patch.object(dist, "init_process_group", _init(made)))
-        patches.enter_context(mock.patch.object(cuda.Pool, "capture", _capture(made)))
+        patches.enter_context(mock.patch.object(cuda.Pool, "_capture", _capture(made)))
         yield made
 
 
@@ -104,15 +104,16 @@ def _nccl(made: Driver) -> type:
 
 
 def _capture(made: Driver) -> Callable[[cuda.Pool, Callable[[], Any]], tuple[Callable[[], None], Any]]:
-    """Returns what stands for Pool.capture: it calls `run` as often, and once more at each replay. A GPU's would refuse
-    to wait for it meanwhile, or to copy from memory that is not page-locked; so does this one."""
+    """Returns what stands for Pool._capture: it calls `run` as often, and once more at each replay. A GPU's would
+    refuse to wait for it meanwhile, or to copy from memory that is not page-locked; so does this one."""
 
     def capture(pool: cuda.Pool, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         run(), run()
         before = len(made.events.seen)
         result = made.note("capture", run())
         refused = made.events.seen[before:]
-        assert not refused, f"a stream that is captured cannot do this: {refused}"
+        if refused:
+            raise RuntimeError(f"a stream that is captured cannot do this: {refused[0]}")
 
         def replay() -> None:
             made.note("replay")

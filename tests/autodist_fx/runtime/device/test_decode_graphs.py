@@ -14,6 +14,7 @@ from autodist_fx.errors import AutodistError, RuntimeSetupError
 from autodist_fx.runtime.device import decode_graphs
 from cost_model.mesh import Mesh
 from passes.fx.nodes import op_name
+from passes.program import regions
 from passes.program.static_cache import static_cache
 from tests.support.device.driver import driver
 from tests.support.float64 import in_float64
@@ -82,6 +83,26 @@ def test_a_program_that_reads_rows_without_tokens_is_refused(monkeypatch: pytest
     monkeypatch.setattr(decode_graphs, "static_cache", without_masks)
     with pytest.raises(AutodistError, match=r"gives another logits than the step itself .*: generate without"):
         _replayed(tiny_model("gpt2", num_hidden_layers=1), Mesh())
+
+
+@pytest.mark.drawn(1)
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(tp=2)], ids=str)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_run_between_graphs(family: str, mesh: Mesh) -> None:
+    """Which rows an expert gets is known when the router has run: sizes of other steps."""
+    model = tiny_model(family, num_experts=4, num_local_experts=4, num_experts_per_tok=2)
+    tokens, logits = _generated(model)
+    found, calls = _replayed(model, mesh)
+    assert [each for each, _ in found] == [tokens] * mesh.size
+    (own,) = (x for _, x in found if x is not None)
+    assert logits is not None and relative_error(own, logits) <= 1e-6  # routers cast to float32
+    assert calls.count("replay") == 5 * calls.count("capture") >= 5 * 3 * mesh.size  # of 6 steps, the first as it is
+
+
+def test_what_no_graph_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regions, "WAITING", frozenset())
+    with pytest.raises(AutodistError, match=r"a CUDA graph cannot hold this step \(.*\): generate without cuda_graphs"):
+        _replayed(tiny_model("mixtral", num_hidden_layers=1), Mesh())
 
 
 def test_a_window_ends_the_replays_before_it_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:

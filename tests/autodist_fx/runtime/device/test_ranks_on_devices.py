@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 import autodist_fx as adx
 from autodist_fx.errors import RuntimeSetupError
 from autodist_fx.runtime.device.choice import choose_device, shared_devices
-from autodist_fx.runtime.device.cuda import to_device, to_host
+from autodist_fx.runtime.device.cuda import queued_seconds, to_device, to_host
 from tests.support.device.driver import driver
 from tests.support.device.pretended import OnDevice
 from tests.support.forked import on_processes
@@ -27,6 +29,29 @@ def test_copies_go_through_page_locked_memory_and_wait_for_nothing() -> None:
         assert [x.tolist() for x in here] == [[0, 1, 2, 3, 4, 5], [1.0, 1.0], [1, 2, 3, 4, 5, 6]]
         copies = [event for event in made.events.seen if event.kind in ("to device", "to host")]
         assert len(copies) == 3 and all(event.pinned and event.non_blocking for event in copies)
+
+
+def test_a_gpu_is_kept_busy_until_all_work_is_in_its_stream() -> None:
+    """Events stand around the work, behind a wait that ends when the host has launched all of it."""
+    order: list[Any] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("record")
+
+        def synchronize(self) -> None:
+            order.append("synchronize")
+
+        def elapsed_time(self, end: Any) -> float:
+            return 2.5  # ms
+
+    fakes = {"Event": Event, "_sleep": order.append, "device": lambda device: contextlib.nullcontext()}
+    with mock.patch.multiple(torch.cuda, **fakes):
+        found = queued_seconds(lambda: order.append("work"), torch.device("cuda:0"), 0.003)
+    assert found == 0.0025 and order == [6_000_000, "record", "work", "record", "synchronize"]
 
 
 def test_ranks_take_devices_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
