@@ -16,6 +16,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from cost_model.errors import PlanError
 from cost_model.graph.placement import Layout
 from cost_model.plan.data import OpPlan
 from cost_model.rules.losses import CLASSES
@@ -153,6 +154,8 @@ def _repeat(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPl
 
 def _sdpa(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
     """Picks keys and values for each query head in grouped attention whose groups are cut."""
+    if op.factor == "heads" and not _layout(ctx, op.input_layouts[0]).local_size(ctx.tp_rank):
+        _check_empty_attention(ctx, node)
     if not argument(node, 7, "enable_gqa", False) or op.factor != "heads":
         return
     q, k = tensor_arguments(node)[:2]
@@ -176,6 +179,16 @@ def _sdpa(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan
         return picked
 
     map_tensor_arguments(node, pick)
+
+
+def _check_empty_attention(ctx: RankContext, node: Node) -> None:
+    """Raises PlanError where attention without heads would end the process, as it does before torch 2.12: its CPU
+    kernels divide by their number."""
+    if torch.__version__ < "2.12":  # by the parts of a version: torch's own comparison
+        raise PlanError(
+            f"rank {ctx.rank} has no heads of {node.name}, and torch {torch.__version__} cannot run attention without "
+            "heads: take torch 2.12 or newer, a smaller tp, or pin the layer's projections to replicate"
+        )
 
 
 def _experts(module: torch.fx.GraphModule, ctx: RankContext, node: Node, op: OpPlan) -> None:
