@@ -4,7 +4,7 @@ Where there is no GPU it says so, and ends with 0. Else it ends with 0 if all is
 
     one rank, and several that share the GPU (over Gloo): the same tokens as transformers' generate on this GPU
     CUDA graphs off and on: tokens per second, and the same tokens
-    bfloat16: logits that are no further from float32's than transformers' own, and tokens per second
+    bfloat16: each step's logits no further from float32's than transformers' own, and tokens per second
     three steps of training over two ranks: the losses of one process on this GPU
     predictions: the plan's seconds of a step of decoding against the measured ones
     autodist-fx measure --device cuda, where the command is there: what predictions are then made with
@@ -28,7 +28,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
-PROMPT, NEW_TOKENS = 448, 128  # the middle of which has 512 tokens in its cache, which plans are made for
+WORKER = str(HERE.with_name("gpu_worker.py"))
 SECONDS = 470.0  # for all of it
 STEP_SECONDS = 120.0  # for one check
 MOST_LOSS_DIFFERENCE = 1e-4  # relative: float32, added up in another order, after a step or two
@@ -113,7 +113,8 @@ class Check:
         return right, f"{'the' if right else 'other'} tokens {'of' if right else 'than'} transformers' generate"
 
     def _as_near(self, found: dict[str, Any]) -> tuple[bool, str]:
-        """Compare errors of bfloat16 logits, whose roundings may make another token the largest."""
+        """Compare errors of bfloat16 steps, whose roundings may make another token the largest: of all steps' logits,
+        each of which goes on with float32's token."""
         ours, theirs = found["bf16_error"], self.wanted["bf16_error"]
         return ours <= MOST_BF16_ERROR * theirs, f"logits {ours:.1e} from float32's, transformers' {theirs:.1e}"
 
@@ -131,7 +132,7 @@ class Check:
 
     def _on_ranks(self, name: str, what: str, ranks: int, **asked: Any) -> dict[str, Any] | None:
         """Return what rank 0 printed; None, and a row, where a rank failed."""
-        command = [str(HERE), what, json.dumps({"model": str(self.directory), **asked})]
+        command = [WORKER, what, json.dumps({"model": str(self.directory), **asked})]
         run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
         code, line, error = self.run(name, [sys.executable, *run, *command])
         if code:
@@ -144,26 +145,14 @@ class Check:
 def main() -> int:
     """Run all checks, print the table, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rank", help=argparse.SUPPRESS)  # one rank's part, as JSON
-    parser.add_argument("--train", help=argparse.SUPPRESS)
     parser.add_argument("--logs", metavar="DIR", help="an existing directory: all that the checks print is kept there")
     parser.add_argument("--is-there", action="store_true", help="only say, by the exit code, whether there is a GPU")
-    parser.add_argument("--nccl", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--reference", metavar="DIR", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not gpus():
         print("no GPU: nothing was checked (the driver's libcuda.so.1 shows none)")
         return int(arguments.is_there)
     if arguments.is_there:
         return 0
-    if arguments.rank:
-        return _rank(json.loads(arguments.rank))
-    if arguments.train:
-        return _train(json.loads(arguments.train))
-    if arguments.nccl:
-        return _nccl()
-    if arguments.reference:
-        return _reference(arguments.reference)
     with tempfile.TemporaryDirectory() as directory:
         check = Check(time.monotonic() + SECONDS, Path(directory), Path(arguments.logs) if arguments.logs else None)
         _all(check)
@@ -172,7 +161,7 @@ def main() -> int:
 
 
 def _all(check: Check) -> None:
-    code, line, error = check.run("transformers", [sys.executable, str(HERE), "--reference", str(check.directory)])
+    code, line, error = check.run("transformers", [sys.executable, WORKER, "--reference", str(check.directory)])
     if code:
         check.rows.append(Row("transformers' own generate", "FAILED", note=error))
         return
@@ -180,7 +169,7 @@ def _all(check: Check) -> None:
     each = f"{found['seconds_per_token'] * 1e3:.2f} ms a token"
     bf16 = f"in bfloat16 {found['bf16_seconds_per_token'] * 1e3:.2f}"
     check.rows.append(Row("transformers' own generate", "ok", f"{each}; {bf16}", note=found["gpu"]))
-    code, line, error = check.run("NCCL", [sys.executable, str(HERE), "--nccl"])
+    code, line, error = check.run("NCCL", [sys.executable, WORKER, "--nccl"])
     check.rows.append(Row("NCCL, a group of one", "FAILED" if code else "ok", note=error if code else line))
     _measure(check)
     check.generate("one rank")
@@ -204,155 +193,6 @@ def _measure(check: Check) -> None:
     code, line, error = check.run(name, [*command, "--device", "cuda", "--ranks", "1"], MEASURE_SECONDS)
     seconds = f"{time.monotonic() - began:.0f} s"
     check.rows.append(Row(name, "FAILED" if code else "ok", seconds, note=error if code else line))
-
-
-def _prompt() -> Any:
-    import torch
-
-    return torch.randint(3, 32000, (1, PROMPT), generator=torch.Generator().manual_seed(1))
-
-
-def _timed(generate: Any) -> tuple[list[int], float]:
-    """Return (new tokens, seconds a token of decoding): of a second call, without the prompt's own time."""
-    import torch
-
-    def seconds(tokens: int) -> tuple[float, Any]:
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        found = generate(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
-        torch.cuda.synchronize()
-        return time.perf_counter() - began, found
-
-    seconds(NEW_TOKENS)  # kernels are chosen, graphs captured
-    (one, _), (all_of_them, found) = seconds(1), seconds(NEW_TOKENS)
-    return found[0, PROMPT:].tolist(), (all_of_them - one) / (NEW_TOKENS - 1)
-
-
-def _reference(directory: str) -> int:
-    """Write a checkpoint of the 125M shape with random weights, and generate with transformers, on the GPU."""
-    import numpy
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
-        num_key_value_heads=12, max_position_embeddings=2048, initializer_range=0.05, pad_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    model.save_pretrained(directory)
-    model = model.to("cuda")
-    with torch.no_grad():
-        ids = _prompt().to("cuda")
-        tokens, each = _timed(lambda **options: model.generate(ids, attention_mask=torch.ones_like(ids), **options))
-        logits = model(ids).logits
-    losses = _losses_of(model)
-    half = LlamaForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to("cuda").eval()
-    with torch.no_grad():
-        _, in_half = _timed(lambda **options: half.generate(ids, attention_mask=torch.ones_like(ids), **options))
-        error = _distance(half(ids).logits, logits)
-    numpy.save(f"{directory}/logits.npy", logits.cpu().numpy())
-    properties = torch.cuda.get_device_properties(0)
-    memory = f"{properties.total_memory / 2**30:.0f} GiB"
-    gpu = f"{properties.name}, {memory}, CUDA {torch.version.cuda}, torch {torch.__version__}"
-    found = {"tokens": tokens, "seconds_per_token": each, "losses": losses, "gpu": gpu}
-    print(json.dumps(found | {"bf16_error": error, "bf16_seconds_per_token": in_half}))
-    return 0
-
-
-def _distance(x: Any, wanted: Any) -> float:
-    """Return the distance of two tensors, as part of the second's length."""
-    return float((x.double() - wanted.double()).norm() / wanted.double().norm())
-
-
-def _losses_of(model: Any) -> list[float]:
-    """Train a model for three steps as `adx.train` does by default, in one process, and return the losses."""
-    import torch
-
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
-    losses = []
-    for batch in _batches("cuda"):
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def _batches(device: str) -> list[dict[str, Any]]:
-    import torch
-
-    generator = torch.Generator().manual_seed(2)
-    rows = [torch.randint(3, 32000, (4, 128), generator=generator).to(device) for _ in range(3)]
-    return [{"input_ids": ids, "labels": ids} for ids in rows]
-
-
-def _rank(asked: dict[str, Any]) -> int:
-    """Generate as one rank; rank 0 prints what it measured."""
-    import numpy
-    import torch
-
-    import autodist_fx as adx
-
-    dtype = asked["dtype"]
-    model = adx.from_pretrained(
-        asked["model"], tp=asked["tp"], pp=asked["pp"], dtype=dtype, device="cuda", cuda_graphs=asked["graphs"]
-    )
-    ids = _prompt().to(model.device)
-    tokens, each = _timed(lambda **options: model.generate(ids, attention_mask=torch.ones_like(ids), **options))
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits
-    if model.rank == 0:
-        plan, wanted = model.plan, torch.from_numpy(numpy.load(f"{asked['model']}/logits.npy"))
-        found = {"tokens": tokens, "seconds_per_token": each, "predicted_seconds": plan.predicted_seconds}
-        found["hardware"] = getattr(plan.hardware, "name", str(plan.hardware))
-        print(json.dumps(found | {"bf16_error": _distance(logits.cpu(), wanted)}))
-    return 0
-
-
-def _train(asked: dict[str, Any]) -> int:
-    """Train as one rank; rank 0 prints the losses, and the seconds of the last step."""
-    import autodist_fx as adx
-
-    engine = adx.train(asked["model"], tp=asked["tp"], pp=asked["pp"], device="cuda")
-    losses, seconds = [], 0.0
-    for batch in _batches("cuda"):
-        began = time.perf_counter()
-        losses.append(float(engine.step(batch).loss))  # which waits for the device
-        seconds = time.perf_counter() - began
-    if 0 in engine.ranks:
-        print(json.dumps({"losses": losses, "seconds": seconds}))
-    return 0
-
-
-def _nccl() -> int:
-    """Sum over a group of one rank, then within a captured graph."""
-    from datetime import timedelta
-
-    import torch
-    import torch.distributed as dist
-
-    from autodist_fx.runtime.device import cuda
-
-    device = torch.device("cuda", 0)
-    cuda.claim(device)
-    group = cuda.nccl_group(dist.HashStore(), 0, 1, timedelta(seconds=60), device)
-    x = torch.arange(4.0, device=device)
-
-    def doubled() -> torch.Tensor:
-        y = x * 2
-        group.allreduce([y]).wait()
-        return y
-
-    replay, y = cuda.Pool(device).capture(doubled)
-    x.fill_(3.0)
-    replay()
-    assert doubled().tolist() == y.tolist() == [6.0] * 4
-    version = ".".join(map(str, torch.cuda.nccl.version()))
-    print(f"NCCL {version}: all_reduce, and all_reduce within a captured graph; {cuda.identity(device)}")
-    return 0
 
 
 def _print(rows: list[Row]) -> None:
