@@ -35,6 +35,7 @@ class SavedSource:
     signature: ModelSignature
     saved: VariantSet
     has_own_cache: bool
+    positions_of_values: bool
     always: Mapping[str, object]
 
     def structure(self) -> Hashable:
@@ -56,12 +57,13 @@ class SavedSource:
         self._refuse([*(input_names or ()), *_fixed_texts(fixed or {})], use_cache, self.saved.all)
 
     def completed(self, call: Call) -> Call:
-        """See VariantSource. Files do not count positions: a call is to have what the saved variants take."""
-        return call
+        """See VariantSource. Python that counts positions is in no file: such a call is to have them."""
+        left_out = call.use_cache and "position_ids" not in call.tensors
+        return call.counted_by_model() if left_out and self.positions_of_values else call
 
     def for_call(self, call: Call, specs: Mapping[str, InputSpec], past: int, made: Sequence[Variant]) -> Variant:
         """See VariantSource."""
-        self._refuse([*specs, *_fixed_texts(call.fixed)], call.use_cache, made)
+        self._refuse([*specs, *_fixed_texts(call.fixed)], call.use_cache, made, call.way_out)
 
     def at_lengths(self, alike: Sequence[Variant], lengths: Lengths) -> Variant:
         """See VariantSource."""
@@ -83,11 +85,13 @@ class SavedSource:
         """See VariantSource. An artifact has no hooks."""
         return gradients
 
-    def _refuse(self, asked: Sequence[str], use_cache: bool, made: Sequence[Variant]) -> NoReturn:
+    def _refuse(
+        self, asked: Sequence[str], use_cache: bool, made: Sequence[Variant], way_out: str = ""
+    ) -> NoReturn:
         have = ["; ".join([*v.specs, *_fixed_texts(v.fixed)]) for v in made]
         raise AutodistError(
             f"this artifact has no variant for a call with {', '.join([*asked, *(['a cache'] if use_cache else [])])}; "
-            f"it has ({'), ('.join(have)}): save one by calling simulate like this before save"
+            f"it has ({'), ('.join(have)}): save one by calling simulate like this before save{way_out}"
         )
 
 
@@ -107,6 +111,7 @@ def load_whole(artifact: ArtifactReader, files: CheckedFiles) -> Simulator:
         signature=artifact.signature,
         saved=_set_of(main, [v for name, v in variants.items() if name not in _encoders(artifact)]),
         has_own_cache=fields["own_cache"],
+        positions_of_values=fields["positions_of_values"],
         always=fields.get("always") or {},
     )
     return Simulator(source, CompileOptions())

@@ -16,7 +16,7 @@ from typing import Any
 from autodist_fx.errors import AutodistError
 from autodist_fx.own_version import own_version
 
-FORMAT, FORMAT_VERSION = "autodist_fx artifact", 4
+FORMAT, FORMAT_VERSION = "autodist_fx artifact", 5
 MANIFEST = "manifest.json"
 _LARGEST_MANIFEST_BYTES = 16 << 20
 _MOST_RANKS = 65536

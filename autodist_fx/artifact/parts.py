@@ -36,7 +36,8 @@ def parts_of(compiled: Compilation, model: PreTrainedModel) -> list[Part]:
     main one, are left out.
     """
     variants = [v for v in compiled.variants if not v.traced.value_guards or v is compiled.main]
-    cached = [v for v in variants if v.traced.use_cache and _is_step(v)]
+    told = {"position_ids"} if compiled.source.positions_of_values else set()
+    cached = [v for v in variants if v.traced.use_cache and _is_step(v, told)]
     if isinstance(model, GenerationMixin) and model.can_generate():
         if not cached:
             cached = _cached(compiled, model)
@@ -76,13 +77,13 @@ def _is_whole(variant: Variant, asked: set[str]) -> bool:
     return not traced.use_cache and not traced.phase and set(traced.input_names) == asked and not variant.fixed
 
 
-def _is_step(variant: Variant) -> bool:
-    """Return whether this is a variant of tokens alone, which generates: images and positions of several kinds have
-    variants of their own beside it."""
+def _is_step(variant: Variant, told: set[str]) -> bool:
+    """Return whether this is a variant of tokens alone, which generates, and takes what it is `told`: images, positions
+    of several kinds and those that the model counts have variants of their own beside it."""
     if variant.encoder is not None or variant.traced.phase:
         return True
     positions = variant.specs.get("position_ids")
-    return variant.specs.keys() <= FILLED_IN and (positions is None or len(positions.dims) == 2)
+    return told <= variant.specs.keys() <= FILLED_IN and (positions is None or len(positions.dims) == 2)
 
 
 def _free(name: str, parts: Sequence[Part]) -> str:

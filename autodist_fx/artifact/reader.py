@@ -111,7 +111,7 @@ class ArtifactReader:
         """Facts about the model's class, from model.json: its name, forward's parameters, the main variant."""
         fields = self._files.read_json("model.json")
         texts = ("class", "main_input_name", "main")
-        flags = ("is_asked", "own_cache", "positions_follow_mask")
+        flags = ("is_asked", "own_cache", "positions_follow_mask", "positions_of_values")
         right = all(isinstance(fields.get(text), str) for text in texts)
         if not right or not all(type(fields.get(flag)) is bool for flag in flags):
             raise ArtifactError(f"{self.directory / 'model.json'} is malformed{MAKE_AGAIN}")
@@ -217,8 +217,9 @@ class ArtifactReader:
         """Return the saved variant of a decode step; where there is none, that of a call without a cache. Raises
         AutodistError where all have one and none is a step."""
         encoders = {saved.encoder for saved in self.variants.values()}
+        told = {"position_ids"} if self.model_fields["positions_of_values"] else set()
         for saved in self.variants.values():
-            if saved.use_cache and saved.phase != "prompt" and saved.name not in encoders and _is_usual(saved):
+            if saved.use_cache and saved.phase != "prompt" and saved.name not in encoders and _is_usual(saved, told):
                 return saved
         if (called := next((saved for saved in self.variants.values() if not saved.use_cache), None)) is not None:
             return called
@@ -242,7 +243,7 @@ class ArtifactReader:
         texts = [*asked, *(f"{name}={value!r}" for name, value in call.fixed.items())]
         raise AutodistError(
             f"{self.directory} has no variant for a call with {', '.join(texts)} (it has {self.described_variants()}): "
-            "save one by calling simulate with these first, or use from_pretrained"
+            f"save one by calling simulate with these first, or use from_pretrained{call.way_out}"
         )
 
     def described_variants(self) -> str:
@@ -250,12 +251,13 @@ class ArtifactReader:
         return "; ".join(f"{saved.name}: {', '.join(saved.inputs)}" for saved in self.variants.values())
 
 
-def _is_usual(saved: SavedVariant) -> bool:
-    """Return whether this is a step of tokens alone: without images and the like, and with one position a token."""
+def _is_usual(saved: SavedVariant, told: set[str]) -> bool:
+    """Return whether this is a step of tokens alone: without images and the like, and with one position a token; it
+    takes what it is `told`."""
     if saved.has_encoder or saved.phase:
         return True
     several = "position_ids" in saved.input_specs and len(saved.input_specs["position_ids"][0]) > 2
-    return set(saved.input_specs) <= FILLED_IN and not several
+    return told <= set(saved.input_specs) <= FILLED_IN and not several
 
 
 def _config_of(fields: dict[str, Any], directory: Path) -> PretrainedConfig:

@@ -42,6 +42,7 @@ from passes.serialize.write_graph import graph_to_json, used_tensors
 
 if TYPE_CHECKING:
     from autodist_fx.compiler.compilation import Compilation
+    from autodist_fx.compiler.source import VariantSource
 
 TOKENIZER = "tokenizer"
 # load(variant, program) puts weights into a program of this variant.
@@ -63,9 +64,9 @@ def save_compiled(
     ArtifactError where the directory holds something else or the disk is full; GraphFormatError where a graph has an op
     that no file can hold.
     """
-    parts, always = parts_of(compiled, model), compiled.source.always
+    parts = parts_of(compiled, model)
     with new_directory(Path(directory)) as staging:
-        write_common(staging, parts, compiled.plan, model, generation_config, tokenizer, always)
+        write_common(staging, parts, compiled.plan, model, generation_config, tokenizer, compiled.source)
         for rank in range(compiled.mesh.size):
             write_rank(staging, rank, list(_programs(parts, rank, load)))
         finish(staging, parts, compiled.plan, staging.records)
@@ -103,10 +104,10 @@ def write_common(
     model: PreTrainedModel,
     generation_config: GenerationConfig | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    always: Mapping[str, object],
+    source: VariantSource,
 ) -> None:
-    """Write all files that belong to no single rank. `always` holds
-    arguments of every call, which all variants were traced with."""
+    """Write all files that belong to no single rank. `source`
+    has made the variants."""
     config = parts[0].variant.traced.config
     name = type(model).__name__
     fields = {**config.to_diff_dict(), "architectures": [name]}
@@ -117,7 +118,7 @@ def write_common(
     if generation_config is not None:
         staging.write("generation_config.json", generation_config.to_json_string())
     staging.write("plan.json", plan_to_text(plan))
-    staging.write_json("model.json", _model_fields(model, parts, always))
+    staging.write_json("model.json", _model_fields(model, parts, source))
     for part in parts:
         saved, graph = _saved_variant(part, parts), part.variant.traced.graph_module
         staging.write_json(f"{saved.folder}/variant.json", saved.to_dict())
@@ -130,7 +131,7 @@ def write_common(
         _write_tokenizer(staging, tokenizer)
 
 
-def _model_fields(model: PreTrainedModel, parts: Sequence[Part], always: Mapping[str, object]) -> dict[str, Any]:
+def _model_fields(model: PreTrainedModel, parts: Sequence[Part], source: VariantSource) -> dict[str, Any]:
     """Return the facts about a model's class that calls and generation need, for model.json."""
     parameters = inspect.signature(model.forward).parameters.values()
     plain = (bool, int, float, str, type(None))
@@ -139,9 +140,10 @@ def _model_fields(model: PreTrainedModel, parts: Sequence[Part], always: Mapping
         "main_input_name": model.main_input_name,
         "is_asked": is_asked(model, with_encoder=any(part.variant.encoder is not None for part in parts)),
         "positions_follow_mask": not model.can_generate() or follow_mask(type(model)),
+        "positions_of_values": source.positions_of_values,
         "own_cache": any(part.variant.traced.phase for part in parts),
         "main": parts[0].name,
-        "always": {name: value for name, value in always.items() if isinstance(value, plain)},
+        "always": {name: value for name, value in source.always.items() if isinstance(value, plain)},
         # Each is [name, kind, True if it may be left out, its default where that is a plain value].
         "forward": [
             [p.name, p.kind.name, p.default is not p.empty, p.default if isinstance(p.default, plain) else None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,20 @@ class Call:
     use_cache: bool
     cache: Any  # the object passed as past_key_values (or cache), or None
     return_dict: bool
+    filled_in: frozenset[str] = FILLED_IN  # what of these the call may leave to us; a call without a cache nothing
+
+    def counted_by_model(self) -> Call:
+        """Return the call as one whose positions, which it leaves out, are the model's own to count: none are filled
+        in."""
+        return replace(self, filled_in=self.filled_in - {"position_ids"})
+
+    @property
+    def way_out(self) -> str:
+        """Return the end of an error that there is no graph for this call: how it could do with another; "" if it
+        cannot."""
+        if "position_ids" in self.filled_in | self.tensors.keys():
+            return ""
+        return "; or pass position_ids, which this model counts by its tokens or mask where they are left out"
 
     def with_mask(self, past: int) -> dict[str, torch.Tensor]:
         """Return the tensors, with the mask of ones that is filled in for a call which has a cache of `past` tokens."""
@@ -80,6 +94,11 @@ def read_call(model: ModelSignature, inputs: Mapping[str, Any], always: Mapping[
     return Call(tensors, unusual(model.parameters, fixed), use_cache, cache, bool(return_dict))
 
 
+def step_call(tensors: Mapping[str, torch.Tensor], fixed: Mapping[str, object]) -> Call:
+    """Return the call of a step over ranks, which has a cache, and positions unless its model counts them."""
+    return Call(dict(tensors), dict(fixed), use_cache=True, cache=None, return_dict=True).counted_by_model()
+
+
 def by_name(names: Sequence[str], positional: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by name; `names` are those of the positional ones, of which None is as if left
     out. Raises TypeError, as Python does, for too many, or one that is given twice."""
@@ -124,4 +143,4 @@ def _refuse_gaps(
                 raise AutodistError(f"{name} got neither {ids} nor {embeds}: pass one of them")
 
 
-__all__ = ["Call", "by_name", "read_call", "unusual"]
+__all__ = ["Call", "by_name", "read_call", "step_call", "unusual"]

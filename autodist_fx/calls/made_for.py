@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from autodist_fx.calls.call import FILLED_IN, Call
+from autodist_fx.calls.call import Call
 from autodist_fx.calls.constant_tensor import ConstantTensor
 from autodist_fx.calls.input_spec import InputSpec
 
@@ -23,7 +23,7 @@ class MadeFor:
 
     def takes(self, call: Call, specs: Mapping[str, InputSpec]) -> bool:
         """Return whether the graph was made for a call whose tensors have these specs: with a cache, tokens, masks and
-        positions that the call leaves out are filled in; without one nothing is."""
+        positions that the call leaves out are filled in, where `call.filled_in` has them; without one nothing is."""
         if self.use_cache != call.use_cache:
             return False
         constants = self.fixed.keys() & call.tensors.keys()
@@ -32,7 +32,7 @@ class MadeFor:
         given = specs.keys() - constants
         left_out = self.specs.keys() - given
         # What an encoder reads is given once: to its first step.
-        allowed = self.specs.keys() if "decoder_input_ids" in self.specs else FILLED_IN
+        allowed = self.specs.keys() if "decoder_input_ids" in self.specs else call.filled_in
         if not given <= self.specs.keys() or not left_out <= (allowed if self.use_cache else frozenset()):
             return False
         alike = all(_serves(self.specs[name], specs[name], call.tensors[name].shape) for name in given)

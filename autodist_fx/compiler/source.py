@@ -22,7 +22,7 @@ from autodist_fx.compiler.compile_options import CompileOptions
 from autodist_fx.compiler.variant import Variant
 from autodist_fx.compiler.variant_set import VariantSet
 from autodist_fx.errors import AutodistError, TracingError
-from autodist_fx.runtime.family_positions import counts_positions, family_positions
+from autodist_fx.runtime.family_positions import counts_positions, family_positions, positions_of_values
 from autodist_fx.tracing import InputSpec, empty_model, has_own_cache
 from autodist_fx.tracing.hooks import backward_hooks_of
 from autodist_fx.tracing.meta_model import class_of, config_of, meta_copy
@@ -78,8 +78,14 @@ class VariantSource(Protocol):
         """Make a variant for inputs of these names, with their usual input specs, planned for its own lengths."""
         ...
 
+    @property
+    def positions_of_values(self) -> bool:
+        """True if the model counts positions that a call leaves out by the values of its tokens or mask."""
+        ...
+
     def completed(self, call: Call) -> Call:
-        """Return the call with the positions that the model's own Python counts where it leaves them out."""
+        """Return the call with the positions that the model's own Python counts where it leaves them out; or marked as
+        one whose positions the model's graph counts."""
         ...
 
     def for_call(self, call: Call, specs: Mapping[str, InputSpec], past: int, made: Sequence[Variant]) -> Variant:
@@ -126,6 +132,7 @@ class TracingSource:
     _left_by_calls: frozenset[str] = field(default=frozenset(), init=False)  # the model's, see structure_of
     # The model without weights, and the structure that it has; made when it is asked for positions.
     _family: tuple[Hashable, PreTrainedModel] | None = field(default=None, init=False, repr=False)
+    _of_values: tuple[Hashable, bool] | None = field(default=None, init=False, repr=False)  # of that structure
     # For each rank's graph, copies of the model's buffers at the time they were put into it.
     _buffers_read: WeakKeyDictionary[torch.fx.GraphModule, dict[str, torch.Tensor]] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False
@@ -181,18 +188,33 @@ class TracingSource:
             self.model, self._own_lengths, use_cache, input_names, fixed, None, trains=self.options.train
         )
 
+    @property
+    def positions_of_values(self) -> bool:
+        """See VariantSource. Found out once for a structure, by running the model without weights."""
+        if self.has_own_cache or not {"position_ids", "input_ids"} <= set(self.signature.argument_names):
+            return False
+        structure = self.structure()
+        if self._of_values is None or self._of_values[0] != structure:
+            self._of_values = structure, positions_of_values(self._weightless(structure))
+        return self._of_values[1]
+
+    def _weightless(self, structure: Hashable) -> PreTrainedModel:
+        """Return a copy of the model without weights, which is asked for positions and keeps what it counted."""
+        if self._family is None or self._family[0] != structure:
+            self._family = structure, meta_copy(self.shape)
+        return self._family[1]
+
     def completed(self, call: Call) -> Call:
-        """See VariantSource. Such are models of images, which look at the values of token ids (family_positions.py)."""
+        """See VariantSource. Models of images count in Python, by the values of token ids (family_positions.py)."""
+        if call.use_cache and "position_ids" not in call.tensors and self.positions_of_values:
+            return call.counted_by_model()
         cached = call.cache is not None and call.cache.get_seq_length() > 0
         of_text = not cached and call.tensors.keys() <= FILLED_IN | {"labels"}  # whose positions a graph counts
         told = {"position_ids", "inputs_embeds"} & call.tensors.keys()
         if of_text or told or not counts_positions(self.shape):
             return call
-        structure = self.structure()
-        if self._family is None or self._family[0] != structure:
-            self._family = structure, meta_copy(self.shape)
         cache = {} if call.cache is None else {CACHE_FIELD: call.cache}
-        positions = family_positions(self._family[1], {**call.tensors, **cache})
+        positions = family_positions(self._weightless(self.structure()), {**call.tensors, **cache})
         return call if positions is None else replace(call, tensors={**call.tensors, "position_ids": positions})
 
     def for_call(self, call: Call, specs: Mapping[str, InputSpec], past: int, made: Sequence[Variant]) -> Variant:
@@ -238,8 +260,8 @@ class TracingSource:
         given = frozenset(specs)
         names: tuple[str, ...] | None = self._accepted(given)
         if call.use_cache:
-            filled_in = FILLED_IN - {"input_ids"} if "inputs_embeds" in given else FILLED_IN
-            names = None if given <= FILLED_IN else self._accepted(given | filled_in | {"past_key_values"})
+            filled_in = call.filled_in - {"input_ids"} if "inputs_embeds" in given else call.filled_in
+            names = None if given <= filled_in == FILLED_IN else self._accepted(given | filled_in | {"past_key_values"})
         request, in_parts = self.request, self.options.in_parts
         like = next((v.whole_plan or v.plan for v in made if v.traced.use_cache), None) if call.use_cache else None
         if in_parts and made:  # all of them are trained with the same parameters

@@ -67,6 +67,10 @@ class RankPrograms(Protocol[V]):
     def signature(self) -> ModelSignature:
         """Return the signature of calls; see CallPrograms."""
 
+    @property
+    def positions_of_values(self) -> bool:
+        """Return whether the model counts positions that a call leaves out; see CallPrograms."""
+
     def completed(self, call: Call) -> Call:
         """Return the call with the positions that the model counts; see CallPrograms."""
 

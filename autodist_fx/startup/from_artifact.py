@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from autodist_fx.artifact.manifest import ArtifactError
 from autodist_fx.artifact.reader import MAKE_AGAIN, SAVE_SUCH, ArtifactReader
 from autodist_fx.artifact.variant_format import SavedVariant
-from autodist_fx.calls.call import Call
+from autodist_fx.calls.call import Call, step_call
 from autodist_fx.calls.lengths import Lengths, guards_text, lengths_of
 from autodist_fx.calls.model_signature import ModelSignature
 from autodist_fx.errors import AutodistError
@@ -150,6 +150,11 @@ class ArtifactPrograms:
     def signature(self) -> ModelSignature:
         return self._artifact.signature
 
+    @property
+    def positions_of_values(self) -> bool:
+        """Return whether the model counts positions that a call leaves out; see CallPrograms."""
+        return bool(self._artifact.model_fields["positions_of_values"])
+
     def completed(self, call: Call) -> Call:
         """Return the call with the positions that the model counts, where it is at hand."""
         return call if self._maker is None else self._made.completed(call)
@@ -187,8 +192,7 @@ class ArtifactPrograms:
         """Return the program for a step, as `program_for` does for a call."""
         if self._maker is not None:
             return self._made.program_for_step(tensors, past)
-        call = Call(dict(tensors), dict(self.step.fixed), use_cache=True, cache=None, return_dict=True)
-        return self.program(self._saved_for(call, past))
+        return self.program(self._saved_for(step_call(tensors, self.step.fixed), past))
 
     def _saved_for(self, call: Call, past: int) -> SavedVariant:
         """Return the variant that was saved for a call, at lengths where its guards hold. Raises AutodistError."""

@@ -28,8 +28,7 @@ def keep_compiled(
 
     def write(staging: Staging) -> None:
         if joined.rank == 0:
-            always = main.source.always
-            write_common(staging, parts, main.plan, model, generation_config, entry.tokenizer, always)
+            write_common(staging, parts, main.plan, model, generation_config, entry.tokenizer, main.source)
         write_rank(staging, joined.rank, programs)
 
     def end(staging: Staging, files: Mapping[str, FileRecord], key: str) -> None:

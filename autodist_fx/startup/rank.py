@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from autodist_fx.calls.call import Call
+from autodist_fx.calls.call import Call, step_call
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.calls.value_guards import hold
 from autodist_fx.compiler.compilation import Compilation
@@ -207,6 +207,11 @@ class CompiledPrograms:
         assert make is not None, "programs of a model that is at hand are made when they are asked for"
         return make(lengths)
 
+    @property
+    def positions_of_values(self) -> bool:
+        """Return whether the model counts positions that a call leaves out; see CallPrograms."""
+        return self._compiled.source.positions_of_values
+
     def completed(self, call: Call) -> Call:
         """Return the call with the positions that the model counts; see CallPrograms."""
         return self._compiled.source.completed(call)
@@ -242,7 +247,7 @@ class CompiledPrograms:
     def program_for_step(self, tensors: Mapping[str, torch.Tensor], past: int) -> RankProgram:
         """Return the program for a step with these inputs; see CallPrograms."""
         compiled = self._compiled
-        call = Call(dict(tensors), dict(self.step.fixed), use_cache=True, cache=None, return_dict=True)
+        call = step_call(tensors, self.step.fixed)
 
         def make() -> Variant:
             variant = compiled.variant_for(call, past)

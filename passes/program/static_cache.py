@@ -94,7 +94,7 @@ class _Rewrite:
             number = self._number(node)
             if number is not None:
                 self.known[node] = number
-            elif node.target in (operator.getitem, operator.setitem, with_item) and node_meta.is_tensor(node.args[0]):
+            elif node.target in (operator.getitem, with_item) and node_meta.is_tensor(node.args[0]):
                 self._index(node)
             elif any(n in self.known for n in node.all_input_nodes):
                 self._use(node)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from autodist_fx.errors import AutodistError
 
 T = TypeVar("T")
-_CYCLES = 2e9  # of a GPU's clock in a second, at least: fast ones have 1.98e9
+_CYCLES = 2e9  # of a GPU's clock in a second, at most: fast ones have 1.98e9
 _WARM_UPS = 2  # runs before a capture: libraries choose kernels and take workspaces in them, which no capture may
 
 

@@ -34,6 +34,10 @@ class CallPrograms(Protocol):
     def signature(self) -> ModelSignature:
         """Return the signature of the model's forward."""
 
+    @property
+    def positions_of_values(self) -> bool:
+        """Return whether the model counts positions that a call leaves out by its tokens or mask."""
+
     def completed(self, call: Call) -> Call:
         """Return the call with the positions that the model's own Python counts where it leaves them out."""
 

@@ -64,6 +64,11 @@ class DistributedCausalLM(GroupedGeneration, StepRunner, GenerationHooks):
     def _told_positions(self) -> bool:
         return self.positions_follow_mask and "position_ids" in self._inputs
 
+    @property
+    def _counted_by_model(self) -> bool:
+        """Return whether positions that a call by hand leaves out are in no row 0, 1, 2, ...: generate gives them."""
+        return self._leader is None and self._call_programs is not None and self._call_programs.positions_of_values
+
     def can_generate(self) -> bool:
         """Return True, which transformers asks."""
         return True
@@ -97,8 +102,8 @@ class DistributedCausalLM(GroupedGeneration, StepRunner, GenerationHooks):
         With `use_cache` or a cache (`cache` and `past_key_values` are the same) the cache is filled, and `.logits` are
         those of the last position, [batch, 1, vocabulary], on the ranks of the last stage (elsewhere None, but for
         `logits_on_every_rank`). Then there are `input_ids` [batch, tokens], `attention_mask` [batch, cached + tokens]
-        (ones when None), `position_ids` [batch, tokens] (counted from the start of the row, padding included, when
-        None) and no others.
+        (ones when None), `position_ids` [batch, tokens] (when None counted as the model itself does: in most from the
+        start of the row, padding included) and no others.
 
         Raises AutodistError, which names the argument, where there is no such program.
         """
@@ -185,15 +190,16 @@ class DistributedCausalLM(GroupedGeneration, StepRunner, GenerationHooks):
         further = dict(further or {})
         if position_ids is not None and position_ids.dim() > 2:  # of several kinds: along height, width and time
             further["position_ids"], position_ids = position_ids, None
-        if position_ids is None:
+        if position_ids is None and not self._counted_by_model:
             position_ids = cache_position[None]
-        if position_ids.shape[0] == 1:
+        if position_ids is not None and position_ids.shape[0] == 1:
             position_ids = position_ids.expand(batch, tokens)
         shows_all = attention_mask is None
         if attention_mask is None:
             attention_mask = torch.ones(batch, cache.get_seq_length() + tokens, dtype=torch.long)
-        if position_ids.shape[0] != batch or attention_mask.shape[0] != batch:  # input_ids: a row a codebook (Dia's)
-            rows = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        rows = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        rows = {name: value for name, value in rows.items() if value is not None}
+        if any(value.shape[0] != batch for value in rows.values()):  # input_ids: a row a codebook (Dia's)
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in rows.items())
             raise AutodistError(f"a step over ranks has as many rows of each input, and got {shapes}: use one process")
         step = Step(cache, input_ids, attention_mask, position_ids, cache_position, encoded, shows_all, further)

@@ -19,7 +19,7 @@ class Step:
     cache: SplitCache
     input_ids: torch.Tensor  # int64 [batch, tokens]
     attention_mask: torch.Tensor | None  # int64 [batch, cached + tokens]
-    position_ids: torch.Tensor | None  # int64 [batch, tokens]
+    position_ids: torch.Tensor | None  # int64 [batch, tokens]; None: the model counts them
     cache_position: torch.Tensor  # int64 [tokens]: places in the cache
     encoded: Encoded | None = None  # what the encoder gave, in a model with one
     shows_all: bool = False  # the mask is ones, since the call gave none

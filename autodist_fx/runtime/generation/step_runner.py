@@ -131,9 +131,11 @@ class StepRunner(PretrainedMembers):
         return self.run_variant(step, self._choose(step)) if self.is_usual(step) else self._run_unusual(step)
 
     def is_usual(self, step: Step) -> bool:
-        """Return whether the programs that generate are made for a step like this: it has no inputs beside tokens, mask
-        and positions, and what these graphs assume of values holds."""
-        return not step.further and (self._call_programs is None or self._call_programs.is_usual(_tensors_of(step)))
+        """Return whether the programs that generate are made for a step like this: it has tokens, mask and positions,
+        no inputs beside, and what these graphs assume of values holds."""
+        if step.further or (step.position_ids is None and "position_ids" in self._inputs):
+            return False
+        return self._call_programs is None or self._call_programs.is_usual(_tensors_of(step))
 
     def _run_unusual(self, step: Step) -> torch.Tensor | None:
         """Run a step by a program for just its inputs, made by all ranks together."""

@@ -120,7 +120,7 @@ def test_paths_in_the_manifest(name: str, artifact: Path) -> None:
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda m: m.update(format_version=1), "has format version 1, and this autodist_fx reads 4"),
+        (lambda m: m.update(format_version=1), "has format version 1, and this autodist_fx reads 5"),
         (lambda m: m.update(format="zip"), "is no manifest of an artifact"),
         (lambda m: m.update(tp=2**40), "malformed"),
         (lambda m: m.update(tp=2.5), "malformed"),
