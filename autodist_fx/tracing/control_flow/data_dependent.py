@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from autodist_fx.calls.value_guards import known_value
 from autodist_fx.tracing.control_flow.constants import constant
-from autodist_fx.tracing.control_flow.fixed_bounds import guard_bounds
+from autodist_fx.tracing.control_flow.fixed_bounds import guard_bounds, guard_squeeze
 from autodist_fx.tracing.control_flow.same_selection import selected_before
 from autodist_fx.tracing.control_flow.value_ranges import value_range
 from autodist_fx.tracing.versions.tracer_base import SymbolicProxy, SymbolicTracer
@@ -174,6 +174,8 @@ def rewritten(tracer: SymbolicTracer, kind: str, target: Any, args: tuple[Any, .
             everywhere = tracer.create_proxy("call_function", torch.arange, (len_of(tracer, args[0]),), device)
             rows = _runs(tracer, everywhere, run)[run.index - 1]
             return tracer.create_proxy(kind, target, (args[0], rows, args[2]), {})
+    if name == "squeeze" and isinstance(args[0], SymbolicProxy):
+        guard_squeeze(tracer, args[0], (*args[1:], *kwargs.values()))
     if name == "getitem" and _has_unrolled(args[1]):
         return tracer.create_proxy(kind, target, (args[0], _as_index(args[1])), kwargs)
     if name == "getitem" and isinstance(args[0], SymbolicProxy):

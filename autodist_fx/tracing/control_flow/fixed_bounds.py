@@ -1,15 +1,17 @@
-"""Notices slices with fixed bounds along a dim that is a length: `mask[:, -window:]` is as long as the mask, or as the
-window.
+"""Notices ops that come out otherwise on the other side of a fixed number, along a dim that is a length.
 
-At both example sizes it is the window, a number, and so is what Python or the graph computes of its size. A guard says
-on which side of the bound the length is: a call on the other has a graph of its own.
+    mask[:, -window:]    is as long as the mask, or as the window
+    ids.squeeze(1)       has a dim less for a single token
+
+At both example sizes a length is on the same side, and so is what Python or the graph computes of what the op gives. A
+guard says on which: a call on the other has a graph of its own.
 """
 
 from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +39,22 @@ def guard_bounds(tracer: SymbolicTracer, x: SymbolicProxy, index: Any) -> None:
             tracer.constant_dims.add(place)
         else:
             node_meta.set_guard_outcome((x.size(dim) >= abs(number)).node, known >= abs(number))
+
+
+def guard_squeeze(tracer: SymbolicTracer, x: SymbolicProxy, dims: Sequence[Any]) -> None:
+    """Make a guard of each length that x.squeeze(*dims) would leave out if it were 1, wherever that is said."""
+    example = getattr(x, "_metadata", None)
+    if not isinstance(example, torch.Tensor):
+        return
+    chosen = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+    for dim in chosen or range(example.dim()):
+        place = ("squeeze", 0, example.shape, dim, 1)
+        if place in tracer.constant_dims:
+            continue
+        if tracer.other_example.value(x.node).shape[dim] == example.shape[dim]:
+            tracer.constant_dims.add(place)
+        else:  # in these words, since a comparison with 1 is taken for a shortcut (extract_guards)
+            node_meta.set_guard_outcome((x.size(dim) < 2).node, example.shape[dim] < 2)
 
 
 def _bounds(example: torch.Tensor, index: Any) -> Iterator[tuple[int, Any]]:
@@ -84,4 +102,4 @@ def _line_of_the_model(tracer: SymbolicTracer) -> tuple[str, int] | None:
     return None
 
 
-__all__ = ["guard_bounds"]
+__all__ = ["guard_bounds", "guard_squeeze"]

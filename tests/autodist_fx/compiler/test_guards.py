@@ -336,3 +336,26 @@ def test_slices_with_fixed_bounds_of_sequences_of_any_length(cut):
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         assert relative_error(compiled.simulate(**inputs).logits, model(**inputs).logits) < 1e-9, tokens
     assert len(compiled.variants) <= 4
+
+
+class Squeezed(LlamaForCausalLM):
+    """A model that computes otherwise where a dim of one element is left out."""
+
+    dims: Any = ()
+
+    def forward(self, input_ids=None, **kwargs):
+        logits = super().forward(input_ids=input_ids, **kwargs).logits
+        left = input_ids.squeeze(*self.dims)
+        return CausalLMOutputWithPast(logits=logits * (2 + left.dim()) + left.sum(0, keepdim=True).shape[-1])
+
+
+@pytest.mark.parametrize("dims", [(), (0,), (1,), (-1,), ((0, 1),)], ids=str)
+@torch.no_grad()
+def test_squeezed_lengths(dims):
+    model = randomized(Squeezed(tiny_config("llama", num_hidden_layers=1))).double().eval()
+    model.dims = dims
+    compiled = adx.compile(model, tp=2)
+    for rows, tokens in ((2, 9), (2, 1), (1, 9), (3, 4), (2, 1), (1, 5)):
+        inputs = {"input_ids": IDS.repeat(2, 1)[:rows, :tokens]}
+        assert relative_error(compiled.simulate(**inputs).logits, model(**inputs).logits) < 1e-9, (rows, tokens)
+    assert len(compiled.variants) <= 5
