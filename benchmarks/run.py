@@ -17,6 +17,7 @@ import loading
 import report
 import turns
 from contenders import ENTRIES
+from fine_tuning import ratios
 from pipelines import full
 from processes import HERE, half_busy_core
 
@@ -35,12 +36,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--contenders", default=",".join(ENTRIES), help="of: %(default)s")
-    parser.add_argument("--skip", default="", help="of: turns,pipeline,compile,loading")
+    parser.add_argument("--skip", default="", help="of: turns,pipeline,training,compile,loading")
     parser.add_argument("--busy", action="store_true", help="keep one core half busy while contenders take turns")
     parser.add_argument("--large", action="store_true", help="compile the largest mixture of experts, too: minutes")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
     parser.add_argument("--pipeline-rank", nargs=2, help=argparse.SUPPRESS)  # whose, and of which checkpoint
+    parser.add_argument("--training-rank", nargs=2, help=argparse.SUPPRESS)  # which way, and of which checkpoint
     args = parser.parse_args()
+    if args.training_rank:
+        ratios.serve_rank(*args.training_rank)
+        return 0
     if args.pipeline_rank:
         full.serve_rank(*args.pipeline_rank)
         return 0
@@ -68,6 +73,14 @@ def main() -> int:
             "## A pipeline that is kept full\n\npp=2 with one microbatch at a time, with as many as the plan "
             "chooses, and transformers' own pp=2, in turns;\nthe forecast is the plan's own.",
             full.results_table(filled),
+        ]
+    if "training" not in skip:
+        trained = ratios.run(args.rounds)
+        wrong |= not all(group.agrees for group in trained)
+        sections += [
+            "## Training\n\nSeconds of a step, AdamW, on two ranks of one thread each; the ways of a group in turns, "
+            "from one checkpoint\non the same rows. Ratios are taken within a round.",
+            ratios.results_table(trained),
         ]
     if "compile" not in skip:
         compiled = compile_time.run(args.large)

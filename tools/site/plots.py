@@ -21,7 +21,10 @@ def write_plots(folder: Path) -> None:
         "decode": against_peers("decode, tok/s", "Decode, tp=2: more is better", "tokens/s", "{:.1f}"),
         "forward": against_peers("forward, ms", "Forward pass, 4 x 128 tokens, tp=2: less is better", "ms", "{:.0f}"),
         "predictions": predictions(),
-        "loss_curves": loss_curves(),
+        "loss_curves": loss_curves("loss_curves.json", "Loss by step", "benchmarks/loss_curves.py"),
+        "training_curve": loss_curves(
+            "training_curve.json", "Fine-tuning SmolLM2", "benchmarks/fine_tuning/training_curve.py"
+        ),
         "coverage": coverage(),
     }
     for name, drawn in plots.items():
@@ -58,11 +61,11 @@ def predictions() -> str:
     return charts.scatter(title, "measured", "predicted", list(by_kind.items()))
 
 
-def loss_curves() -> str:
-    """Draw the loss of each step on several meshes."""
-    path, title = DOCS / "data" / "loss_curves.json", "Loss by step"
+def loss_curves(name: str, title: str, made_by: str) -> str:
+    """Draw the loss of each step on several meshes, of a file in docs/data/."""
+    path = DOCS / "data" / name
     if not path.is_file():
-        return charts.empty(title, f"docs/data/{path.name} is not there: benchmarks/loss_curves.py writes it")
+        return charts.empty(title, f"docs/data/{name} is not there: {made_by} writes it")
     data = json.loads(path.read_text(encoding="utf-8"))
     curves = [(name, losses) for name, losses in data["losses"].items()]
     furthest = max(max(step) - min(step) for step in zip(*(losses for _, losses in curves)))

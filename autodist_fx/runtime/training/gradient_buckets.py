@@ -66,13 +66,17 @@ class GradientBuckets:
         self._communicator: TrainingCommunicator | None = None
 
     def add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
-        """Add a microbatch's gradient of a parameter."""
-        view = self._views[id(parameter)]
-        if id(parameter) in self._seen:
-            view.add_(gradient)
-        else:
-            self._seen.add(id(parameter))
+        """Add a microbatch's gradient of a parameter, which may be sparse."""
+        view, is_first = self._views[id(parameter)], id(parameter) not in self._seen
+        self._seen.add(id(parameter))
+        if gradient.is_sparse:
+            if is_first:
+                view.zero_()
+            view.add_(gradient.to(view.dtype))
+        elif is_first:
             view.copy_(gradient)
+        else:
+            view.add_(gradient)
 
     @contextmanager
     def last(self, communicator: TrainingCommunicator) -> Iterator[None]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from autodist_fx.errors import AutodistError
 from autodist_fx.runtime.table_checks import lookups_checked
+from autodist_fx.runtime.training.autograd.sparse_lookups import SparseLookups
 from autodist_fx.runtime.training.autograd.split_backward import WeightGradients
 from autodist_fx.runtime.training.backward import go_back, go_back_to_inputs
 from autodist_fx.runtime.training.gradient_buckets import GradientBuckets
@@ -74,7 +75,7 @@ class StagePasses:
         program, tape = microbatch.programs[self._stage], Tape()
         inputs = microbatch.inputs_of(self._stage)
         graph = program.graph_module
-        with lookups_checked(graph, inputs), using(self._communicator, tape), torch.enable_grad():
+        with lookups_checked(graph, inputs), using(self._communicator, tape), torch.enable_grad(), SparseLookups():
             loss = self._graph_of(program)(**inputs).get(LOSS)
         if loss is not None and loss.numel() != 1:
             raise AutodistError(f"the loss has {loss.numel()} elements: a model is trained by one number")

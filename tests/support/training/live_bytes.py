@@ -25,15 +25,13 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for x in tree_leaves(found):
-            if isinstance(x, torch.Tensor) and self._counts:
-                storage = x.untyped_storage()
-                if storage.data_ptr() not in given and storage not in self._known:
-                    self._known[storage] = True
-                    self.now += storage.nbytes()
-                    self.most = max(self.most, self.now)
-                    weakref.finalize(storage, self._gone, storage.nbytes())
+        given = {storage.data_ptr() for storage in _storages((args, kwargs))}
+        for storage in _storages(found):
+            if self._counts and storage.data_ptr() not in given and storage not in self._known:
+                self._known[storage] = True
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, storage.nbytes())
         return found
 
     @contextmanager
@@ -45,3 +43,11 @@ class LiveBytes(TorchDispatchMode):
 
     def _gone(self, nbytes: int) -> None:
         self.now -= nbytes
+
+
+def _storages(values: Any) -> Iterator[Any]:
+    """Those of all tensors among `values`. A sparse one has none: its rows, and where they lie, are tensors before it is
+    made of them."""
+    for x in tree_leaves(values):
+        if isinstance(x, torch.Tensor) and not x.is_sparse:
+            yield x.untyped_storage()

@@ -1,0 +1,1 @@
+"""Training measured: the loss of each step against one process, and seconds a step against other ways to train."""
