@@ -46,8 +46,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(values: Any) -> Iterator[Any]:
-    """Those of all tensors among `values`. A sparse one has none: its rows, and where they lie, are tensors before it is
-    made of them."""
+    """Those of all tensors among `values`. A sparse one has none: its rows, and where they lie, are tensors before it
+    is made of them."""
     for x in tree_leaves(values):
         if isinstance(x, torch.Tensor) and not x.is_sparse:
             yield x.untyped_storage()
