@@ -34,6 +34,7 @@ from autodist_fx.runtime.generation.leader import Leader
 from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.step_channel import StepChannel
 from autodist_fx.runtime.generation.step_messages import EncodeMessage
+from autodist_fx.runtime.large_memory import give_back_freed
 from autodist_fx.runtime.microbatches.bounded_sends import BoundedSends
 from autodist_fx.runtime.microbatches.count import Microbatches, checked
 from autodist_fx.runtime.microbatches.divided_call import joined
@@ -105,6 +106,7 @@ class StepRunner(PretrainedMembers):
         self.timed_graphs: dict[GraphModule, TimedGraph] | None = None  # where nodes are timed (time_nodes)
         self.calls = CollectiveCalls(communicator, mesh, program.rank, self.device)
         self._bound_graph(program.graph_module)  # lays weights out anew: a part of loading, not of the first call
+        give_back_freed()  # where they lay before
         self.eval()
 
     def train(self, mode: bool = True) -> StepRunner:

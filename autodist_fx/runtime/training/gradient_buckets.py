@@ -63,6 +63,7 @@ class GradientBuckets:
         self._seen: set[int] = set()
         self._waiting = [{id(p) for p in members} for members in self.members]
         self._sums: list[Callable[[], torch.Tensor]] = []
+        self._taken: set[int] = set()  # of the microbatch at hand
         self._communicator: TrainingCommunicator | None = None
 
     def add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
@@ -79,22 +80,26 @@ class GradientBuckets:
             view.add_(gradient)
 
     @contextmanager
-    def last(self, communicator: TrainingCommunicator) -> Iterator[None]:
-        """Take, within, each gradient as backward comes to it, and start summing buckets over dp; those that nothing
-        came for go at the end."""
-        self._communicator = communicator
+    def taking(self, communicator: TrainingCommunicator | None = None) -> Iterator[None]:
+        """Take, within, each gradient of a microbatch as backward comes to it, so that no second set of them is held.
+
+        `communicator`: of the last microbatch, whose buckets start to be summed over dp when they are full; those that
+        nothing came for go at the end.
+        """
+        self._communicator, self._taken = communicator, set()
         hooks = [p.register_hook(functools.partial(self._arrived, p)) for p in self.parameters]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-        for parameter in self.parameters:
-            self._done(parameter)
+        if communicator is not None:
+            for parameter in self.parameters:
+                self._done(parameter)
 
     def took(self, parameter: nn.Parameter) -> bool:
-        """Return whether the last microbatch's gradient of a parameter was taken as it came."""
-        return id(parameter) not in self._waiting[self._bucket[id(parameter)]]
+        """Return whether the microbatch's gradient of a parameter was taken as it came."""
+        return id(parameter) in self._taken
 
     def whole(self, communicator: TrainingCommunicator) -> dict[int, torch.Tensor]:
         """Return the sums over microbatches and replicas, by id of a parameter; those without a gradient are left
@@ -109,9 +114,13 @@ class GradientBuckets:
         there = communicator.start_all_reduce(there, "dp")()
         return {id(p): self._views[id(p)] for p, seen in zip(self.parameters, there.tolist(), strict=True) if seen}
 
-    def _arrived(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+    def _arrived(self, parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor | None:
+        """Add a gradient; what autograd keeps in its place is one element."""
         self.add(parameter, gradient)
-        self._done(parameter)
+        self._taken.add(id(parameter))
+        if self._communicator is not None:
+            self._done(parameter)
+        return None if gradient.is_sparse else gradient.new_zeros(()).expand(gradient.shape)
 
     def _done(self, parameter: nn.Parameter) -> None:
         self._waiting[self._bucket[id(parameter)]].discard(id(parameter))

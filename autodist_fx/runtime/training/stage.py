@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +91,7 @@ class StagePasses:
         """Run the backward pass of a microbatch, whose forward pass has run; the gradients of the last one are summed
         over dp as they come."""
         passed = self._take(number)
-        with self._adding(is_last):
+        with self._gradients.taking(self._replicas if is_last else None):
             self._add(passed.parameters, go_back(passed.tape, self._communicator, passed.loss, passed.parameters))
 
     def backward_input(self, number: int) -> None:
@@ -104,7 +103,7 @@ class StagePasses:
     def backward_weight(self, number: int, *, is_last: bool) -> None:
         """Run the rest of a backward pass, which gives the gradients of parameters; `is_last` as for a whole one."""
         parameters, left = self._left.pop(number)
-        with self._adding(is_last):
+        with self._gradients.taking(self._replicas if is_last else None):
             self._add(parameters, left.finish())
 
     def _take(self, number: int) -> _Pass:
@@ -112,9 +111,6 @@ class StagePasses:
         if passed.loss is not None:
             self.loss += float(passed.loss.detach())
         return passed
-
-    def _adding(self, is_last: bool) -> AbstractContextManager[None]:
-        return self._gradients.last(self._replicas) if is_last else nullcontext()
 
     def _add(self, parameters: Sequence[nn.Parameter], found: Sequence[torch.Tensor | None]) -> None:
         for parameter, gradient in zip(parameters, found, strict=True):

@@ -48,19 +48,21 @@ def test_a_bucket_is_on_its_way_before_backward_comes_to_the_next() -> None:
             if number == 1:
                 y.register_hook(lambda g, name=name: notes.events.append(f"backward of {name}"))
         if number == 0:
-            for parameter, gradient in zip(read, torch.autograd.grad(y.sum(), read), strict=True):
+            once = torch.autograd.grad(y.sum(), read)
+            for parameter, gradient in zip(read, once, strict=True):
                 made.add(parameter, gradient)
         else:
-            with made.last(notes):
-                again = torch.autograd.grad(y.sum(), read)
+            with made.taking(notes):
+                held = torch.autograd.grad(y.sum(), read)
     assert notes.events == [
         "backward of third", "sum 0 begins", "backward of second", "sum 1 begins", "backward of first",
         "sum 2 begins", "sum 3 begins",
     ]  # fmt: skip
+    assert all(gradient.untyped_storage().nbytes() == gradient.itemsize for gradient in held), "no second set of them"
     found = made.whole(notes)
     assert notes.events[7:11] == [f"wait for {number}" for number in range(4)]
     assert set(found) == {id(first), id(second), id(third)} and id(unused) not in found
-    for parameter, gradient in zip(read, again, strict=True):
+    for parameter, gradient in zip(read, once, strict=True):
         torch.testing.assert_close(found[id(parameter)], 2 * gradient)
 
 
@@ -96,7 +98,7 @@ def test_replicas_get_sums_of_their_parts_alone() -> None:
         flat = FlatWeights(made.members, mesh.dp)
         for parameter in own:
             made.add(parameter, parameter.detach() * (rank + 1))
-        with made.last(communicator):
+        with made.taking(communicator):
             pass
         found = made.whole(communicator)
         for parameter in own:

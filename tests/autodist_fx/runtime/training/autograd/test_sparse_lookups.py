@@ -38,7 +38,7 @@ def test_microbatches_add_up_as_dense_gradients_do(tied: bool) -> None:
     buckets = GradientBuckets([table])
     for _ in range(2):  # steps: what the one before left is forgotten
         buckets.begin()
-        with buckets.last(Alone()):  # type: ignore[arg-type]
+        with buckets.taking(Alone()):  # type: ignore[arg-type]
             for given in (rows, dense, rows):
                 buckets.add(table, given)
         total = buckets.whole(Alone())[id(table)]  # type: ignore[arg-type]
