@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 
 from autodist_fx.artifact.manifest import ArtifactError, FileRecord, Manifest, json_object
-from autodist_fx.runtime.large_memory import empty_large
+from autodist_fx.large_memory import empty_large
 from autodist_fx.weights.sources.safetensors_file import DTYPES
 
 _WINDOW_BYTES = 8 << 20

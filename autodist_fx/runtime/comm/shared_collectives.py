@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from autodist_fx.large_memory import empty_large
 from autodist_fx.runtime.comm.gather import GatherLayout, glue
 from autodist_fx.runtime.comm.shared_memory import SLOT_BYTES, SharedMemory
-from autodist_fx.runtime.large_memory import empty_large
 
 
 class SharedCollectives:

@@ -22,7 +22,7 @@ import torch.fx
 from torch import nn
 from torch.fx import Graph, Node
 
-from autodist_fx.runtime.large_memory import empty_large
+from autodist_fx.large_memory import empty_large
 from passes.fx.arguments import argument
 
 _MOST = 8  # products that become one

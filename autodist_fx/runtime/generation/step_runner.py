@@ -19,6 +19,7 @@ from autodist_fx.calls.call import Call
 from autodist_fx.calls.lengths import Lengths
 from autodist_fx.calls.outputs import CallOutput, returned
 from autodist_fx.errors import AutodistError
+from autodist_fx.large_memory import give_back_freed
 from autodist_fx.runtime.cache.cache_table import CacheTable
 from autodist_fx.runtime.cache.cross_cache import Encoded
 from autodist_fx.runtime.cache.kv_cache import SplitCache, local_cache, one_of_each_kind
@@ -34,7 +35,6 @@ from autodist_fx.runtime.generation.leader import Leader
 from autodist_fx.runtime.generation.step import Step
 from autodist_fx.runtime.generation.step_channel import StepChannel
 from autodist_fx.runtime.generation.step_messages import EncodeMessage
-from autodist_fx.runtime.large_memory import give_back_freed
 from autodist_fx.runtime.microbatches.bounded_sends import BoundedSends
 from autodist_fx.runtime.microbatches.count import Microbatches, checked
 from autodist_fx.runtime.microbatches.divided_call import joined

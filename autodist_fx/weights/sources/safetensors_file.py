@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 
 from autodist_fx.errors import CheckpointError
-from autodist_fx.runtime.large_memory import empty_large
 from autodist_fx.weights.sources.sample import sampled
 from autodist_fx.weights.sources.source import sliced_shape
 from cost_model.graph.placement import Interval
@@ -103,7 +102,7 @@ class SafetensorsFile:
         entry = self.entries[name]
         shape = sliced_shape(name, entry.shape, dim, intervals, out)
         if out is None:
-            out = empty_large(shape, dtype or entry.dtype)
+            out = torch.empty(shape, dtype=dtype or entry.dtype)
         target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
         if dim is None:
             whole, intervals = (1, math.prod(entry.shape), 1), ((0, math.prod(entry.shape)),)
