@@ -17,7 +17,7 @@ import loading
 import report
 import turns
 from contenders import ENTRIES
-from fine_tuning import ratios
+from fine_tuning import bubbles, ratios
 from pipelines import full
 from processes import HERE, half_busy_core
 
@@ -44,7 +44,8 @@ def main() -> int:
     parser.add_argument("--training-rank", nargs=2, help=argparse.SUPPRESS)  # which way, and of which checkpoint
     args = parser.parse_args()
     if args.training_rank:
-        ratios.serve_rank(*args.training_rank)
+        name, path = args.training_rank
+        bubbles.serve_rank(path) if name == "bubbles" else ratios.serve_rank(name, path)
         return 0
     if args.pipeline_rank:
         full.serve_rank(*args.pipeline_rank)
@@ -81,6 +82,8 @@ def main() -> int:
             "## Training\n\nSeconds of a step, AdamW, on two ranks of one thread each; the ways of a group in turns, "
             "from one checkpoint\non the same rows. Ratios are taken within a round.",
             ratios.results_table(trained),
+            "What the ranks of a pipeline wait in a step, on each schedule (pp=2, 8 x 128, 8 microbatches):",
+            bubbles.results_table(bubbles.run(args.rounds)),
         ]
     if "compile" not in skip:
         compiled = compile_time.run(args.large)

@@ -188,6 +188,16 @@ class Engine:
             "optimizer_bytes", {}, lambda: self._host.each(lambda trainer, _: trainer.optimizer.nbytes)
         )
 
+    def idle_seconds(self) -> float:
+        """Return for how long this rank waited in the last step: for what other stages send, and for the last rank's
+        end. `estimate(batch).timeline` predicts it. Raises AutodistError before the first step, and where ranks are
+        simulated, which take turns."""
+        self._programs.compiled  # noqa: B018  (raises before the first step)
+        if len(self.ranks) > 1:
+            raise AutodistError("simulated ranks take turns in one process: how long one waits says nothing")
+        found = self._host.call("idle_seconds", {}, lambda: self._host.each(lambda trainer, _: trainer.idle_seconds))
+        return found[0]
+
     def save(self, directory: str | Path, *, data: Any = None, background: bool = False) -> None:
         """Save the run as `directory`/step-00000030: parameters, optimizer states, learning rates, steps and seed, for
         `load` on any mesh.

@@ -66,7 +66,7 @@ class DistributedCausalLM(GroupedGeneration, StepRunner, GenerationHooks):
 
     @property
     def _counted_by_model(self) -> bool:
-        """Return whether positions that a call by hand leaves out are in no row 0, 1, 2, ...: generate gives them."""
+        """Return whether the model counts the positions that a call by hand leaves out; generate gives them."""
         return self._leader is None and self._call_programs is not None and self._call_programs.positions_of_values
 
     def can_generate(self) -> bool:

@@ -7,6 +7,7 @@ backward it is that of what was sent.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,28 +27,33 @@ from passes.program.rank_program import RankProgram
 
 
 class PostedReceives:
-    """The tensors that a rank will receive, by the rank that sends each and its channel, in the order of posting."""
+    """The tensors that a rank will receive, by the rank that sends each and its channel, in the order of posting.
+    `waited_seconds`: for how long the rank has done nothing but wait for them."""
 
     def __init__(self, communicator: TrainingCommunicator) -> None:
         self._communicator = communicator
+        self.waited_seconds = 0.0
         self._posted: dict[tuple[int, int], deque[Callable[[], torch.Tensor]]] = {}
 
     def post(
         self, shape: Sequence[int | None], dtype: torch.dtype, device: Any, source: int, channel: int
     ) -> None:
-        """Post a receive of a tensor. Where a dim is None, the shape that goes ahead is waited for here."""
-        posted = self._posted.setdefault((source, channel), deque())
+        """Post a receive of a tensor. Where a dim is None, the shape that goes ahead is waited for here; a transport
+        that posts nothing waits for the tensor, too."""
+        posted, began = self._posted.setdefault((source, channel), deque()), time.perf_counter()
         if None in shape:
             ahead = self._communicator.recv((len(shape),), torch.long, device, source, channel)
             posted.append(lambda: ahead)
             shape = ahead.tolist()
         posted.append(self._communicator.start_recv(shape, dtype, device, source, channel))  # type: ignore[arg-type]
+        self.waited_seconds += time.perf_counter() - began
 
     def take(self, shape: Sequence[int], source: int, channel: int) -> torch.Tensor:
         """Return the next tensor of a channel, for which it waits. Raises CommunicationError where none was posted, or
         one of another shape."""
-        posted = self._posted.get((source, channel))
+        posted, began = self._posted.get((source, channel)), time.perf_counter()
         x = posted.popleft()() if posted else None
+        self.waited_seconds += time.perf_counter() - began
         if x is None or tuple(x.shape) != tuple(shape):
             found = "none was posted" if x is None else f"the one posted is of shape {list(x.shape)}"
             raise CommunicationError(

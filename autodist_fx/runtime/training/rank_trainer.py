@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -71,6 +72,7 @@ class RankTrainer:
         self._names, self._max_grad_norm = names, max_grad_norm
         self.zero_stage = zero_stage if mesh.dp > 1 else 0  # one replica holds everything, however it is asked
         self._recompute, self._graphs = recompute, dict[int, tuple[RankProgram, torch.fx.GraphModule]]()
+        self.idle_seconds = 0.0  # in the last step
         self._order: tuple[object, Sequence[Sequence[Step]], object] | None = None
         self._places = {stage: counted_places(program) for stage, program in self.programs.items()}
         self._dtype_of = _float32_for_16_bits if master_weights else _own_dtype
@@ -120,6 +122,7 @@ class RankTrainer:
         gradients = [self._whole(stage, communicator) for stage in self.programs]
         pay_sums_of(list(self.programs.values()), gradients, communicator, owner, self._dtype_of)
         loss = sum(each.loss for each in passes.values())
+        self.idle_seconds = posted.waited_seconds
         totals = self._totals(communicator, loss, gradients)
         self._update(gradients, totals)
         if self._flat is not None:
@@ -230,7 +233,9 @@ class RankTrainer:
                     counted[path] = places
             squares += sum_of_squares({path: self._known(stage, path, g) for path, g in own.items()}, counted)
         mine = loss if self.mesh.coordinates(self.rank)[1] == 0 else 0.0
+        began = time.perf_counter()
         loss, squares = total(communicator, self.mesh, self.rank, (mine, squares))
+        self.idle_seconds += time.perf_counter() - began  # until the last of all ranks is here
         if not math.isfinite(loss) or not math.isfinite(squares):
             what = f"the loss is {loss}" if not math.isfinite(loss) else "the norm of the gradients is not finite"
             first = self._first_not_finite(communicator, gradients)

@@ -39,3 +39,10 @@ def test_auto_recomputes_where_a_step_would_not_fit() -> None:
         found = engine.estimate(batch)
         assert found.setup.recompute == wanted
         assert (found.memory_bytes < needs) == (wanted == "layers")
+
+
+def test_simulated_ranks_have_no_idle_seconds() -> None:
+    engine = engine_with(None, "none")
+    engine.step(text(8, 32, 0))
+    with pytest.raises(AutodistError, match="simulated ranks take turns"):
+        engine.idle_seconds()
