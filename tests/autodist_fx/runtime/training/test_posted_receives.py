@@ -44,5 +44,5 @@ def test_waiting_counts_and_posting_does_not() -> None:
 
 def test_what_was_not_posted_is_named() -> None:
     receives = PostedReceives(Slow())  # type: ignore[arg-type]
-    with pytest.raises(CommunicationError, match="of rank 1 is wanted on channel .*none was posted"):
+    with pytest.raises(CommunicationError, match=r"of rank 1 is wanted on channel .*none was posted"):
         receives.take((2,), 1, 0)
