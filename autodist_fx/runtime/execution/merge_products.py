@@ -114,14 +114,11 @@ def _laid_out(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
         return None  # another program's, which has them otherwise
     if len(weights) == 1 and not by_columns:
         return None
-    rows = first.detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
-    if by_columns:
-        merged = empty_large((inputs, outputs), dtype).copy_(rows.t()).t()
-    else:
-        merged = empty_large((outputs, inputs), dtype).copy_(rows)
+    merged = empty_large((inputs, outputs), dtype).t() if by_columns else empty_large((outputs, inputs), dtype)
     start = 0
     for weight in weights:
-        weight.data = merged[start : start + weight.shape[0]]
+        place = merged[start : start + weight.shape[0]]
+        weight.data = place.copy_(weight.detach())
         start += weight.shape[0]
     return merged
 
