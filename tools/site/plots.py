@@ -18,8 +18,8 @@ def write_plots(folder: Path) -> None:
     """Write every plot into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     plots = {
-        "decode": against_peers("decode, tok/s", "Decode, tp=2: more is better", "tokens/s", "{:.1f}"),
-        "forward": against_peers("forward, ms", "Forward pass, 4 x 128 tokens, tp=2: less is better", "ms", "{:.0f}"),
+        "decode": against_peers("decode, tok/s", "Decode on two ranks: more is better", "tokens/s", "{:.1f}"),
+        "forward": against_peers("forward, ms", "Forward, 4 x 128 tokens, two ranks: less is better", "ms", "{:.0f}"),
         "predictions": predictions(),
         "loss_curves": loss_curves("loss_curves.json", "Loss by step", "benchmarks/loss_curves.py"),
         "training_curve": loss_curves(
