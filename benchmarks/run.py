@@ -77,7 +77,7 @@ def main() -> int:
         ]
     if "training" not in skip:
         trained = ratios.run(args.rounds)
-        wrong |= not all(group.agrees for group in trained)
+        wrong |= any(group.errors or not group.agrees for group in trained)
         sections += [
             "## Training\n\nSeconds of a step, AdamW, on two ranks of one thread each; the ways of a group in turns, "
             "from one checkpoint\non the same rows. Ratios are taken within a round.",

@@ -107,13 +107,14 @@ def results_table(found: list[Group]) -> str:
     """Format the results as Markdown: seconds a step, and how many times as fast ours is."""
     rows = []
     for group in found:
-        ours = group.seconds[group.ours]
+        ours = group.seconds.get(group.ours, [])
         for other in group.others:
             theirs = group.seconds.get(other.name, [])
             ratios = [a / b for a, b in zip(theirs, ours)]
             spread = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else "-"
             seconds = [f"{statistics.median(each):.2f}" if each else "-" for each in (ours, theirs)]
-            same = group.errors.get(other.name) or ("yes" if group.agrees else "**no**")
+            failed = group.errors.get(group.ours) or group.errors.get(other.name)
+            same = failed or ("yes" if group.agrees else "**no**")
             rows.append([
                 f"{group.title}, {group.rows} x {group.tokens}", other.title, *seconds, spread, f"{other.wanted:.2f}x",
                 same,
