@@ -106,8 +106,7 @@ def write_common(
     tokenizer: PreTrainedTokenizerBase | None,
     source: VariantSource,
 ) -> None:
-    """Write all files that belong to no single rank. `source`
-    has made the variants."""
+    """Write all files that belong to no single rank. `source` has made the variants."""
     config = parts[0].variant.traced.config
     name = type(model).__name__
     fields = {**config.to_diff_dict(), "architectures": [name]}

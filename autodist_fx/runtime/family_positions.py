@@ -13,6 +13,7 @@ weights (`family_positions`).
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -83,22 +84,25 @@ def positions_of_values(model: Any) -> bool:
     ids = torch.ones(1, 2, dtype=torch.long)
     call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     positions = torch.arange(2, device="meta")[None]  # where the embeddings are, of which models take the device
-    without, given = _integer_ops(model, call), _integer_ops(model, {**call, "position_ids": positions})
-    return bool(without - given)
+    without, told = _integer_ops(model, call), _integer_ops(model, call, position_ids=positions)
+    return bool(without - told)
 
 
-def _integer_ops(model: Any, call: Mapping[str, torch.Tensor]) -> Counter[str]:
+def _integer_ops(model: Any, call: Mapping[str, torch.Tensor], **positions: torch.Tensor) -> Counter[str]:
     """Return how often each op computes integers of tokens and mask in a forward, up to the first that fails."""
-    with _IntegerOps(call.get("input_ids"), call.get("attention_mask")) as seen, torch.no_grad():
+    given, parameters = {**call, **positions, "use_cache": False}, inspect.signature(model.forward).parameters.values()
+    if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+        given = {each.name: given[each.name] for each in parameters if each.name in given}
+    with _IntegerOps(*call.values()) as seen, torch.no_grad():
         with contextlib.suppress(Exception):  # whatever op, or Python, it is that takes no tensor without values
-            model(**call, use_cache=False)
+            model(**given)
     return seen.found
 
 
 class _IntegerOps(TorchDispatchMode):
     """Counts the ops that compute integers, or truths, of some tensors, by name."""
 
-    def __init__(self, *tensors: torch.Tensor | None) -> None:
+    def __init__(self, *tensors: torch.Tensor) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
         self._computed = {id(tensor): tensor for tensor in tensors}  # held, so that no other gets its id

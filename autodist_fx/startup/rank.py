@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -207,7 +208,7 @@ class CompiledPrograms:
         assert make is not None, "programs of a model that is at hand are made when they are asked for"
         return make(lengths)
 
-    @property
+    @cached_property  # a rank's model stays as it was compiled, and steps by hand ask each time
     def positions_of_values(self) -> bool:
         """Return whether the model counts positions that a call leaves out; see CallPrograms."""
         return self._compiled.source.positions_of_values

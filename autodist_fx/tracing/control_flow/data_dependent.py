@@ -174,8 +174,9 @@ def rewritten(tracer: SymbolicTracer, kind: str, target: Any, args: tuple[Any, .
             everywhere = tracer.create_proxy("call_function", torch.arange, (len_of(tracer, args[0]),), device)
             rows = _runs(tracer, everywhere, run)[run.index - 1]
             return tracer.create_proxy(kind, target, (args[0], rows, args[2]), {})
-    if name == "squeeze" and isinstance(args[0], SymbolicProxy):
-        guard_squeeze(tracer, args[0], (*args[1:], *kwargs.values()))
+    if name == "squeeze":
+        squeezed, *dims = args or (kwargs.get("input"),)
+        guard_squeeze(tracer, squeezed, dims or [kwargs[n] for n in ("dim",) if n in kwargs])
     if name == "getitem" and _has_unrolled(args[1]):
         return tracer.create_proxy(kind, target, (args[0], _as_index(args[1])), kwargs)
     if name == "getitem" and isinstance(args[0], SymbolicProxy):

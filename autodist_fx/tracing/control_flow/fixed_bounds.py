@@ -41,14 +41,14 @@ def guard_bounds(tracer: SymbolicTracer, x: SymbolicProxy, index: Any) -> None:
             node_meta.set_guard_outcome((x.size(dim) >= abs(number)).node, known >= abs(number))
 
 
-def guard_squeeze(tracer: SymbolicTracer, x: SymbolicProxy, dims: Sequence[Any]) -> None:
+def guard_squeeze(tracer: SymbolicTracer, x: Any, dims: Sequence[Any]) -> None:
     """Make a guard of each length that x.squeeze(*dims) would leave out if it were 1, wherever that is said."""
     example = getattr(x, "_metadata", None)
     if not isinstance(example, torch.Tensor):
         return
     chosen = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
     for dim in chosen or range(example.dim()):
-        place = ("squeeze", 0, example.shape, dim, 1)
+        place = ("squeeze", example.shape, dim)
         if place in tracer.constant_dims:
             continue
         if tracer.other_example.value(x.node).shape[dim] == example.shape[dim]:

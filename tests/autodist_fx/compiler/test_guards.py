@@ -345,11 +345,11 @@ class Squeezed(LlamaForCausalLM):
 
     def forward(self, input_ids=None, **kwargs):
         logits = super().forward(input_ids=input_ids, **kwargs).logits
-        left = input_ids.squeeze(*self.dims)
+        left = torch.squeeze(input=input_ids, dim=1) if self.dims == "by name" else input_ids.squeeze(*self.dims)
         return CausalLMOutputWithPast(logits=logits * (2 + left.dim()) + left.sum(0, keepdim=True).shape[-1])
 
 
-@pytest.mark.parametrize("dims", [(), (0,), (1,), (-1,), ((0, 1),)], ids=str)
+@pytest.mark.parametrize("dims", [(), (0,), (1,), (-1,), ((0, 1),), "by name"], ids=str)
 @torch.no_grad()
 def test_squeezed_lengths(dims):
     model = randomized(Squeezed(tiny_config("llama", num_hidden_layers=1))).double().eval()

@@ -98,3 +98,11 @@ def test_ranks_of_an_artifact(has_graph: bool, tmp_path: Path) -> None:
     else:
         with pytest.raises(AutodistError, match=r"no variant for a call with input_ids.*or pass position_ids"):
             ThreadWorld(compiled.mesh).run(on_rank)
+
+
+@pytest.mark.parametrize(("family", "differs"), [("roberta", True), ("llama", False)])
+def test_a_forward_without_mask_and_cache_is_asked_by_what_it_takes(family: str, differs: bool) -> None:
+    model = meta_copy(_model(family))
+    plain = model.forward
+    vars(model)["forward"] = lambda input_ids=None, position_ids=None: plain(input_ids, position_ids=position_ids)
+    assert positions_of_values(model) == differs
