@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from autodist_fx.errors import CheckpointError
-from autodist_fx.large_memory import empty_large
 from autodist_fx.weights.names import resolve_names
 from autodist_fx.weights.process_memory import peak_rss_bytes, rss_bytes
 from autodist_fx.weights.sources.module_source import ModuleSource
@@ -105,7 +104,8 @@ def load_rank(
                 "quantized in a way that its config does not say; use the unquantized checkpoint"
             )
         # A slice for a GPU is allocated there, and the file is read into it. A module may lend its own memory.
-        out = None if isinstance(origin, ModuleSource) else _empty(shard.local_shape, wanted_dtype, device)
+        lent = torch.device(device).type == "cpu" or isinstance(origin, ModuleSource)
+        out = None if lent else torch.empty(shard.local_shape, dtype=wanted_dtype, device=device)
         tensor = origin.read(name, dim, intervals, wanted_dtype, out).to(device)
         _install(module, [s.name for s in alike[key]], tensor, is_buffer=is_buffer, requires_grad=requires_grad)
         done_bytes += tensor.numel() * tensor.element_size()
@@ -120,11 +120,6 @@ def load_rank(
         rss_before_bytes=rss_before,
         peak_rss_bytes=peak_rss_bytes(),
     )
-
-
-def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    on_cpu = torch.device(device).type == "cpu"
-    return empty_large(shape, dtype) if on_cpu else torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
 def _dtype_of(shard: ParamShard, override: torch.dtype | None) -> torch.dtype:

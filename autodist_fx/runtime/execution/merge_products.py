@@ -114,11 +114,14 @@ def _laid_out(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
         return None  # another program's, which has them otherwise
     if len(weights) == 1 and not by_columns:
         return None
-    merged = empty_large((inputs, outputs), dtype).t() if by_columns else empty_large((outputs, inputs), dtype)
+    rows = first.detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
+    if by_columns:
+        merged = empty_large((inputs, outputs), dtype).copy_(rows.t()).t()
+    else:
+        merged = empty_large((outputs, inputs), dtype).copy_(rows)
     start = 0
     for weight in weights:
-        place = merged[start : start + weight.shape[0]]
-        weight.data = place.copy_(weight.detach())
+        weight.data = merged[start : start + weight.shape[0]]
         start += weight.shape[0]
     return merged
 
